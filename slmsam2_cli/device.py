@@ -1,0 +1,32 @@
+"""Which device the work runs on, and in which precision. Torch is imported only when a device is chosen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from slmsam2_cli.errors import DeviceError
+
+if TYPE_CHECKING:
+    import torch
+
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+
+
+def choose_device(name: DeviceName = "auto") -> torch.device:
+    """The device asked for, or the best one there is. Raises DeviceError when it is absent."""
+    import torch
+
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
+    if not available[name]:
+        reason = "this torch was built without CUDA" if name == "cuda" and torch.version.cuda is None else "no such device was found"
+        raise DeviceError(f"--device {name}: {reason}. Use --device auto, or install a torch build for it")
+    return torch.device(name)
+
+
+def describe(device: torch.device) -> str:
+    """One line for logs and manifests, without names of users or hosts."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({torch.get_num_threads()} threads)"
