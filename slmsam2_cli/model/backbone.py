@@ -1,0 +1,105 @@
+"""SAM 2.1's parts at every size, assembled from the configurations that the package `sam2` carries.
+
+`nano` is the tiny configuration with the values below replaced: the same architecture, narrower everywhere
+(trunk, neck, memory, decoder), for slices of 128-256 px on a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import sam2
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from slmsam2_cli.planning.network import NetworkSize
+
+_CONFIG_FILES = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l", "nano": "t"}
+
+_NANO_WIDTH, _NANO_MEMORY = 128, 32
+_NANO = {
+    "image_encoder": {
+        "trunk": {
+            "embed_dim": 32,
+            "stages": [1, 2, 4, 1],
+            "global_att_blocks": [3, 4, 5, 6, 7],
+            "window_spec": [8, 4, 8, 8],
+        },
+        "neck": {
+            "d_model": _NANO_WIDTH,
+            "position_encoding": {"num_pos_feats": _NANO_WIDTH},
+            "backbone_channel_list": [256, 128, 64, 32],
+        },
+    },
+    "memory_attention": {
+        "d_model": _NANO_WIDTH,
+        "num_layers": 2,
+        "layer": {
+            "d_model": _NANO_WIDTH,
+            "dim_feedforward": 512,
+            "self_attention": {"embedding_dim": _NANO_WIDTH},
+            "cross_attention": {"embedding_dim": _NANO_WIDTH, "kv_in_dim": _NANO_MEMORY},
+        },
+    },
+    "memory_encoder": {
+        "out_dim": _NANO_MEMORY,
+        "in_dim": _NANO_WIDTH,
+        "position_encoding": {"num_pos_feats": _NANO_MEMORY},
+        "mask_downsampler": {"embed_dim": _NANO_WIDTH},
+        "fuser": {"layer": {"dim": _NANO_WIDTH}},
+    },
+    "multimask_output_for_tracking": False,
+    "use_multimask_token_for_obj_ptr": False,
+}
+
+
+@dataclass(frozen=True)
+class DecoderSize:
+    """The mask decoder's widths, which SAM 2 fixes in code: feed-forward, heads, and the IoU head."""
+
+    mlp: int = 2048
+    heads: int = 8
+    iou_hidden: int = 256
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a size has besides its modules.
+
+    native_px: the edge it was made for; carry_mask: the previous slice's mask enters the decoder as a dense prompt
+    and as a residual (needed to train from random weights in minutes, see docs/decisions.md).
+    """
+
+    native_px: int
+    decoder: DecoderSize
+    carry_mask: bool
+
+
+_STOCK = Traits(native_px=1024, decoder=DecoderSize(), carry_mask=False)
+TRAITS = {size: _STOCK for size in get_args(NetworkSize)} | {
+    "nano": Traits(native_px=256, decoder=DecoderSize(mlp=512, heads=4, iou_hidden=128), carry_mask=True)
+}
+
+
+def _configuration(size: NetworkSize, frame_px: int) -> DictConfig:
+    path = Path(sam2.__path__[0]) / "configs" / "sam2.1" / f"sam2.1_hiera_{_CONFIG_FILES[size]}.yaml"
+    model = OmegaConf.load(path).model
+    if size == "nano":
+        model = OmegaConf.merge(model, OmegaConf.create(_NANO))
+    model.image_size = frame_px
+    for attention in (model.memory_attention.layer.self_attention, model.memory_attention.layer.cross_attention):
+        attention.feat_sizes = [frame_px // 16, frame_px // 16]
+    assert isinstance(model, DictConfig)
+    return model
+
+
+def sam2_parts(size: NetworkSize, frame_px: int) -> dict[str, Any]:
+    """Keyword arguments of `SAM2Base` for a size and a slice edge in px (a multiple of 32)."""
+    model = _configuration(size, frame_px)
+    plain = OmegaConf.to_container(model, resolve=True)
+    assert isinstance(plain, dict)
+    modules = {name: instantiate(part) for name, part in model.items() if isinstance(part, DictConfig)}
+    settings = {str(name): value for name, value in plain.items() if name not in modules and name != "_target_"}
+    return settings | {str(name): module for name, module in modules.items()}

@@ -1,0 +1,240 @@
+"""SLM-SAM 2: SAM 2.1 with a short and a long memory, for slices instead of video frames.
+
+The modules are `sam2`'s; what differs is where memory is read. A policy says which slices a slice looks at
+(`memory/`), this file gathers their tokens, attends, fuses, decodes and writes the next memory. The state of a run
+lives in a `MemoryBank` that the caller owns, never on the module. Chen et al., arXiv:2505.01854.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from sam2.modeling.sam2_base import NO_OBJ_SCORE, SAM2Base
+from sam2.modeling.sam2_utils import get_1d_sine_pe
+from torch import Tensor, nn
+
+from slmsam2_cli.model.backbone import TRAITS, DecoderSize, Traits, sam2_parts
+from slmsam2_cli.model.decoder import build_heads
+from slmsam2_cli.model.fusion import build_fuser
+from slmsam2_cli.model.memory.fifo import Fifo
+from slmsam2_cli.model.memory.policy import MemoryPolicy, Moment, Stream
+from slmsam2_cli.model.memory.shortlong import ShortLong
+from slmsam2_cli.planning.network import NetworkPlan
+
+MASK_LOGIT = 10.0  # a person's mask enters as logits of +-10, as in SAM 2
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass
+class SliceFeatures:
+    """What the image encoder says of B slices.
+
+    top (B, C, h, w) at stride 16 with its position code; fine = (B, C/8, 4h, 4w) and (B, C/4, 2h, 2w) for the decoder.
+    """
+
+    top: Tensor
+    top_position: Tensor
+    fine: tuple[Tensor, Tensor]
+
+    def at(self, index: Tensor | slice) -> SliceFeatures:
+        """The features of some of the B slices."""
+        return SliceFeatures(self.top[index], self.top_position[index], (self.fine[0][index], self.fine[1][index]))
+
+    def for_objects(self, objects: int) -> SliceFeatures:
+        """One slice's features, repeated for K objects: (1, ...) -> (K, ...)."""
+        return SliceFeatures(*(t.expand(objects, -1, -1, -1) for t in (self.top, self.top_position)), (self.fine[0].expand(objects, -1, -1, -1), self.fine[1].expand(objects, -1, -1, -1)))
+
+
+@dataclass
+class SliceOutput:
+    """What the decoder says of B objects on one slice.
+
+    candidates (B, M, 4h, 4w): raw mask logits; iou (B, M): predicted IoU of each; best (B,): the candidate chosen;
+    presence (B, 1): object-score logit; logits (B, 1, 4h, 4w): the chosen mask, emptied where the object is absent;
+    pointer (B, C).
+    """
+
+    candidates: Tensor
+    iou: Tensor
+    best: Tensor
+    presence: Tensor
+    logits: Tensor
+    pointer: Tensor
+
+
+@dataclass
+class Memory:
+    """What is remembered of one slice: spatial (B, C_mem, h, w), pointer (B, C), logits (B, 1, 4h, 4w)."""
+
+    spatial: Tensor
+    pointer: Tensor
+    logits: Tensor
+
+
+@dataclass
+class MemoryBank:
+    """The state of one run for B objects: anchors that a person annotated, slices tracked in this pass."""
+
+    anchors: dict[int, Memory] = field(default_factory=dict)
+    tracked: dict[int, Memory] = field(default_factory=dict)
+
+    def __getitem__(self, slice_: int) -> Memory:
+        return self.tracked[slice_] if slice_ in self.tracked else self.anchors[slice_]
+
+    def forget_before(self, slice_: int, step: int, reach: int) -> None:
+        """Drop tracked slices more than `reach` behind, so that memory does not grow with the volume."""
+        for old in [s for s in self.tracked if (slice_ - s) * step > reach]:
+            del self.tracked[old]
+
+
+class SlmSam2(SAM2Base):  # type: ignore[misc]
+    """SAM 2.1 plus, under the policy `shortlong`, a short memory-attention stack and a fuser.
+
+    With policy `fifo` the state dict has exactly SAM 2.1's keys (plus `carry_gain` where the size carries masks).
+    """
+
+    def __init__(self, network: NetworkPlan, frame_px: int, traits: Traits | None = None) -> None:
+        if frame_px <= 0 or frame_px % 32:
+            raise ValueError(f"frame_px is {frame_px}; it must be a positive multiple of 32")
+        self.traits = traits if traits is not None else TRAITS[network.size]
+        self._decoder_size: DecoderSize = self.traits.decoder
+        super().__init__(**sam2_parts(network.size, frame_px))
+        self.network = network
+        self.policy = _policy(network, self.num_maskmem, self.max_obj_ptrs_in_encoder)
+        self.carry_gain = nn.Parameter(torch.tensor(0.5)) if self.traits.carry_mask else None
+        if network.policy == "shortlong":
+            self.short_memory_attention = copy.deepcopy(self.memory_attention)
+            self.stream_fuser = build_fuser(network.fuser, self.hidden_dim)
+        self.register_buffer("_mean", torch.tensor(_IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("_std", torch.tensor(_IMAGENET_STD).view(3, 1, 1), persistent=False)
+
+    def _build_sam_heads(self) -> None:
+        build_heads(self, self._decoder_size)
+
+    @property
+    def frame_px(self) -> int:
+        return int(self.image_size)
+
+    def copy_long_to_short(self) -> None:
+        """Start the short stack as an exact copy of the long one."""
+        self.short_memory_attention.load_state_dict(self.memory_attention.state_dict())
+
+    def encode(self, frames: Tensor) -> SliceFeatures:
+        """Features of B slices. frames (B, 3, H, W) in [0, 1] -> SliceFeatures."""
+        output = self.forward_image((frames - self._mean) / self._std)
+        s0, s1, top = output["backbone_fpn"][-3:]
+        return SliceFeatures(top, output["vision_pos_enc"][-1], (s0, s1))
+
+    def anchor(self, features: SliceFeatures, masks: Tensor) -> SliceOutput:
+        """A person's masks as output. masks (B, 1, H, W) in {0, 1}."""
+        low, _, iou, _, _, pointer, presence = self._use_mask_as_output(features.top, list(features.fine), masks.float())
+        return SliceOutput(low, iou, low.new_zeros(len(low), dtype=torch.long), presence, low, pointer)
+
+    def track(self, features: SliceFeatures, bank: MemoryBank, moment: Moment) -> SliceOutput:
+        """Segment B objects on one slice from memory alone."""
+        conditioned = self.condition(features, bank, self.policy.read(moment))
+        carried = bank[moment.slice - moment.step].logits if self.carry_gain is not None else None
+        return self.decode(conditioned, features.fine, carried)
+
+    def condition(self, features: SliceFeatures, bank: MemoryBank, streams: Sequence[Stream]) -> Tensor:
+        """Attend to each stream and fuse. Returns (B, C, h, w)."""
+        long = self._attend(self.memory_attention, features, bank, streams[0])
+        if len(streams) == 1:
+            return long
+        short = self._attend(self.short_memory_attention, features, bank, streams[1])
+        fused: Tensor = self.stream_fuser(long, short)
+        return fused
+
+    def _attend(self, attention: nn.Module, features: SliceFeatures, bank: MemoryBank, stream: Stream) -> Tensor:
+        """One memory-attention stack over one stream: query (h*w, B, C) -> (B, C, h, w)."""
+        batch, width, h, w = features.top.shape
+        spatial, spatial_position = self._spatial_tokens(bank, stream)
+        pointers, pointer_position = self._pointer_tokens(bank, stream, batch)
+        dtype = features.top.dtype
+        attended: Tensor = attention(
+            curr=[features.top.flatten(2).permute(2, 0, 1)],
+            curr_pos=[features.top_position.flatten(2).permute(2, 0, 1)],
+            memory=torch.cat([spatial.to(dtype), pointers.to(dtype)]),
+            memory_pos=torch.cat([spatial_position.to(dtype), pointer_position.to(dtype)]),
+            num_obj_ptr_tokens=len(pointers),
+        )
+        return attended.permute(1, 2, 0).reshape(batch, width, h, w)
+
+    def _spatial_tokens(self, bank: MemoryBank, stream: Stream) -> tuple[Tensor, Tensor]:
+        memories = [bank[s].spatial for s, _ in stream.spatial]
+        position = self.memory_encoder.position_encoding(memories[0]).flatten(2).permute(2, 0, 1)
+        tokens = torch.cat([memory.flatten(2).permute(2, 0, 1) for memory in memories])
+        positions = torch.cat([position + self.maskmem_tpos_enc[row] for _, row in stream.spatial])
+        return tokens, positions
+
+    def _pointer_tokens(self, bank: MemoryBank, stream: Stream, batch: int) -> tuple[Tensor, Tensor]:
+        """Each pointer of C channels becomes C / C_mem tokens; the position code is its distance in slices."""
+        if not stream.pointers:
+            empty = self.maskmem_tpos_enc.new_zeros(0, batch, self.mem_dim)
+            return empty, empty
+        split = self.hidden_dim // self.mem_dim
+        pointers = torch.stack([bank[s].pointer for s, _ in stream.pointers])
+        tokens = pointers.reshape(-1, batch, split, self.mem_dim).permute(0, 2, 1, 3).flatten(0, 1)
+        distances = torch.tensor([d for _, d in stream.pointers], dtype=torch.float32, device=tokens.device)
+        code = get_1d_sine_pe(distances / self._pointer_reach, dim=self.hidden_dim)
+        positions = self.obj_ptr_tpos_proj(code).unsqueeze(1).expand(-1, batch, self.mem_dim)
+        return tokens, positions.repeat_interleave(split, dim=0)
+
+    _pointer_reach: float = 15.0
+
+    def set_volume_length(self, slices: int) -> None:
+        """Pointer distances are measured against min(slices, 16) - 1, as in SAM 2 (at least 1: a one-slice volume)."""
+        self._pointer_reach = float(max(1, min(slices, self.max_obj_ptrs_in_encoder) - 1))
+
+    def decode(self, conditioned: Tensor, fine: tuple[Tensor, Tensor], carried: Tensor | None) -> SliceOutput:
+        """Masks, IoU, presence and pointer. conditioned (B, C, h, w); carried (B, 1, 4h, 4w) previous logits or None."""
+        batch = len(conditioned)
+        previous = carried.clamp(-MASK_LOGIT, MASK_LOGIT).to(conditioned.dtype) if carried is not None else None
+        sparse, dense = self.sam_prompt_encoder(points=self._no_points(batch, conditioned.device), boxes=None, masks=previous)
+        candidates, iou, tokens, presence = self.sam_mask_decoder(
+            image_embeddings=conditioned,
+            image_pe=self.sam_prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=self._use_multimask(False, None),
+            repeat_image=False,
+            high_res_features=list(fine),
+        )
+        candidates = candidates.float()
+        if previous is not None:
+            candidates = candidates + self.carry_gain * previous.float()
+        return self._choose(candidates, iou, tokens, presence)
+
+    @staticmethod
+    def _no_points(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        return torch.zeros(batch, 1, 2, device=device), -torch.ones(batch, 1, dtype=torch.int32, device=device)
+
+    def _choose(self, candidates: Tensor, iou: Tensor, tokens: Tensor, presence: Tensor) -> SliceOutput:
+        """The candidate of the highest predicted IoU; an absent object empties it and swaps the pointer."""
+        rows = torch.arange(len(candidates), device=candidates.device)
+        best = iou.argmax(dim=-1)
+        token = tokens[rows, best] if tokens.size(1) > 1 else tokens[:, 0]
+        present = (presence > 0).to(token.dtype)
+        pointer = present * self.obj_ptr_proj(token) + (1 - present) * self.no_obj_ptr
+        chosen = torch.where((presence > 0)[..., None, None], candidates[rows, best].unsqueeze(1), NO_OBJ_SCORE)
+        return SliceOutput(candidates, iou, best, presence, chosen, pointer)
+
+    def remember(self, features: SliceFeatures, output: SliceOutput, masks: Tensor | None = None) -> Memory:
+        """Write a memory of this slice. masks (B, 1, H, W): a person's, at full resolution, instead of the logits."""
+        size = (self.frame_px, self.frame_px)
+        if masks is not None:
+            logits = masks.float() * (2 * MASK_LOGIT) - MASK_LOGIT
+        else:
+            logits = F.interpolate(output.logits.float(), size=size, mode="bilinear", align_corners=False)
+        top = features.top.flatten(2).permute(2, 0, 1)
+        spatial, _ = self._encode_new_memory([top], [features.top.shape[-2:]], logits, output.presence, masks is not None)
+        return Memory(spatial, output.pointer, output.logits)
+
+
+def _policy(network: NetworkPlan, memories: int, pointers: int) -> MemoryPolicy:
+    long = Fifo(memories, pointers)
+    return long if network.policy == "fifo" else ShortLong(long)
