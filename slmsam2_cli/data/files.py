@@ -1,0 +1,72 @@
+"""Opening what somebody gave us: regular files only, and never a hang.
+
+A FIFO blocks the reader that opens it, a directory opens without error, a link may lead nowhere or in a circle.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from slmsam2_cli.errors import SlmSam2Error
+
+JUNK = frozenset({".ds_store", "thumbs.db", "desktop.ini", "__macosx"})
+_CAUSES = {
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.ELOOP: "a link that leads back to itself",
+    errno.ENAMETOOLONG: "the name is too long for this file system",
+    errno.ENOSPC: "no space left on the device",
+    errno.EROFS: "the file system is read-only",
+    errno.EFBIG: "the file would exceed the size allowed",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EMFILE: "too many open files",
+}
+
+
+class InputError(SlmSam2Error):
+    """A file that cannot be used; `what` was found, `remedy` is what to do next. Callers add the case."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        self.what, self.remedy = what, remedy
+        super().__init__(f"{what}. {remedy}")
+
+
+def cause(error: OSError) -> str:
+    """The reason of an operating system error, without the path it carries."""
+    return _CAUSES.get(error.errno or 0) or (error.strerror or type(error).__name__).lower()
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, open for reading; never blocks. InputError for everything else."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError:
+        raise InputError("the name holds a NUL character", "Rename the file") from None
+    except OSError as error:
+        raise _unopened(path, error) from None
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(handle, "rb")
+    os.close(handle)
+    if stat.S_ISDIR(mode):
+        raise InputError("a directory, not a file", "Put the image file itself here")
+    raise InputError("not a regular file", "Replace the pipe, socket or device by a file")
+
+
+def _unopened(path: Path, error: OSError) -> InputError:
+    if isinstance(error, FileNotFoundError):
+        if os.path.islink(path):
+            return InputError("a link to a file that is not found", "Restore the file the link points to, or remove the link")
+        return InputError("not found", "Restore the file, or remove the case")
+    if error.errno in (errno.ENXIO, errno.ENODEV):
+        return InputError("not a regular file", "Replace the pipe, socket or device by a file")
+    return InputError(f"cannot be opened: {cause(error)}", "Make it a file you may read")
+
+
+def is_junk(name: str) -> bool:
+    """Whether a folder entry is something an operating system or an unfinished write left behind."""
+    return name.startswith(".") or name.lower() in JUNK
