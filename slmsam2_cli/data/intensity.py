@@ -1,0 +1,54 @@
+"""Grey values: from whatever a scanner writes to 0…1.
+
+CT has a meaning in itself (Hounsfield units), so one fixed window serves every volume. Other modalities have none (maxima from 112 to 1.7e6 occur
+in one data set), so each volume is scaled by its own percentiles. Both clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+class ChannelIntensityLike(Protocol):
+    """The part of the plan that this module follows."""
+
+    @property
+    def scheme(self) -> Literal["ct", "percentile"]: ...
+    @property
+    def lower(self) -> float: ...
+    @property
+    def upper(self) -> float: ...
+
+
+def window_of(voxels: Array, channel: ChannelIntensityLike) -> tuple[float, float]:
+    """The grey values that become 0 and 1.
+
+    "ct": the plan's window in HU. "percentile": the plan's percentiles of this volume's non-zero voxels; where they coincide (a nearly constant
+    volume), its extremes.
+    """
+    if channel.scheme == "ct":
+        return channel.lower, channel.upper
+    inside = voxels[voxels != 0]
+    if inside.size == 0:
+        return 0.0, 0.0
+    low, high = (float(p) for p in np.percentile(inside, [channel.lower, channel.upper]))
+    return (low, high) if high > low else (float(voxels.min()), float(voxels.max()))
+
+
+def normalise(voxels: Array, channels: Sequence[ChannelIntensityLike]) -> Array:
+    """(C, Z, Y, X) -> float32 of the same shape, window scaled to [0, 1] and clipped. A constant volume becomes zeros."""
+    if len(channels) != len(voxels):
+        raise ValueError(f"{len(voxels)} channels of voxels but {len(channels)} in the plan")
+    scaled = np.zeros(voxels.shape, dtype=np.float32)
+    for channel, plan, out in zip(voxels, channels, scaled, strict=True):
+        low, high = window_of(channel, plan)
+        if high > low:
+            np.subtract(channel, low, out=out, dtype=np.float64, casting="unsafe")
+            out /= high - low
+            np.clip(out, 0.0, 1.0, out=out)
+    return scaled

@@ -1,0 +1,185 @@
+"""Prepared cases: each volume as a stack of normalised slices, ready to be read by memory map.
+
+    FOLDER/CASE/frames.npy   (C, T, H, W) float16, 0…1
+    FOLDER/CASE/labels.npy   (T, H, W) uint8 or uint16, when the case has a mask
+    FOLDER/CASE/record.json  what they were made from; written last, so a case without a matching record was never finished
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slmsam2_cli.data import store
+from slmsam2_cli.data.dataset import Case, check_pair
+from slmsam2_cli.data.geometry import GeometryPlanLike, View
+from slmsam2_cli.data.intensity import ChannelIntensityLike, normalise
+from slmsam2_cli.data.volume import Volume, read_image, read_labels
+from slmsam2_cli.errors import CaseError, OutputError, SlmSam2Error
+from slmsam2_cli.version import VERSION
+
+FORMAT_VERSION = 1
+Array = np.ndarray[Any, Any]
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedCase:
+    """One case, opened. frames: (C, T, H, W) float16; labels: (T, H, W) or None; both are read-only memory maps."""
+
+    id: str
+    frames: Array
+    labels: Array | None
+    view: View
+    record: Record
+
+
+def make_frames(volume: Volume, geometry: GeometryPlanLike, intensity: Sequence[ChannelIntensityLike]) -> tuple[View, Array]:
+    """The view of a volume and its slices (C, T, H, W) float32 in 0…1."""
+    view = View.fit(volume, geometry)
+    return view, view.frames(normalise(volume.voxels, intensity))
+
+
+def settings_digest(geometry: GeometryPlanLike, intensity: Sequence[ChannelIntensityLike]) -> str:
+    """SHA-256 of the decisions that shape a prepared case, and of nothing else in the plan."""
+    decisions = {
+        "format_version": FORMAT_VERSION,
+        "slice_axis": geometry.slice_axis,
+        "in_plane_mm": geometry.in_plane_mm,
+        "through_plane_mm": geometry.through_plane_mm,
+        "frame_px": geometry.frame_px,
+        "crop_to_nonzero": geometry.crop_to_nonzero,
+        "intensity": [[channel.scheme, channel.lower, channel.upper] for channel in intensity],
+    }
+    return hashlib.sha256(json.dumps(decisions, sort_keys=True).encode()).hexdigest()
+
+
+def _inputs(case: Case, root: Path) -> dict[str, str]:
+    """Content of every input file: path relative to the data set -> SHA-256."""
+    paths = [*case.images, *([case.label] if case.label else [])]
+    try:
+        return {path.relative_to(root).as_posix(): store.sha256_of(path) for path in paths}
+    except OSError as error:
+        raise CaseError(case.id, "", f"cannot be read: {error.strerror}", "Restore the file, or drop the case from dataset.json") from None
+
+
+def prepare(
+    case: Case,
+    root: Path,
+    geometry: GeometryPlanLike,
+    intensity: Sequence[ChannelIntensityLike],
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> PreparedCase:
+    """Make one case ready, or find it so. tell() hears in one line why work was done again. CaseError when the case is unusable."""
+    inputs, settings = _inputs(case, root), settings_digest(geometry, intensity)
+    reason = "--overwrite" if overwrite else why_redo(folder / case.id, inputs, settings)
+    if reason is None:
+        return open_prepared(folder, case.id)
+    if reason:
+        tell(f"case {case.id}: prepared again: {reason}")
+    volume = read_image(case.images, case=case.id, root=root)
+    if len(intensity) != len(volume.voxels):
+        raise CaseError(case.id, "", f"{len(volume.voxels)} channels, but the plan has {len(intensity)}", "Give every case the same channels")
+    mask = None
+    if case.label is not None:
+        labels = read_labels(case.label, case=case.id, root=root)
+        check_pair(case, volume, labels)
+        mask = labels.voxels
+    view, frames = make_frames(volume, geometry, intensity)
+    _write(folder / case.id, frames.astype(np.float16), None if mask is None else view.labels(mask), view, inputs, settings)
+    return open_prepared(folder, case.id)
+
+
+def why_redo(place: Path, inputs: dict[str, str], settings: str) -> str | None:
+    """None when the case stands as it should; "" when it was never made; otherwise what changed."""
+    if not (place / "record.json").exists():
+        return "the last attempt was not finished" if place.exists() else ""
+    try:
+        record = _read_record(place)
+    except SlmSam2Error:
+        return "its record is damaged"
+    if record["settings"] != settings:
+        return "the plan's geometry or intensities changed"
+    changed = sorted(name for name in {*inputs, *record["inputs"]} if inputs.get(name) != record["inputs"].get(name))
+    if changed:
+        return f"{changed[0]} changed"
+    damaged = [name for name, digest in record["outputs"].items() if not (place / name).exists() or store.sha256_of(place / name) != digest]
+    return f"{damaged[0]} is damaged" if damaged else None
+
+
+def _write(place: Path, frames: Array, mask: Array | None, view: View, inputs: dict[str, str], settings: str) -> None:
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "record.json").unlink(missing_ok=True)
+        if mask is None:
+            (place / "labels.npy").unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write to {place}: {error.strerror}. Choose another workspace with -w") from None
+    arrays = {"frames.npy": frames} | ({"labels.npy": mask} if mask is not None else {})
+    for name, array in arrays.items():
+        store.write_npy(place / name, array)
+    record = {
+        "format_version": FORMAT_VERSION,
+        "tool_version": VERSION,
+        "case": place.name,
+        "inputs": inputs,
+        "settings": settings,
+        "outputs": {name: store.sha256_of(place / name) for name in arrays},
+        "shapes": {name: list(array.shape) for name, array in arrays.items()},
+        "view": view.to_json(),
+    }
+    store.write_json(place / "record.json", record)
+
+
+def _read_record(place: Path) -> Record:
+    record = store.read_json(place / "record.json", "record of a prepared case")
+    wanted = {"inputs", "settings", "outputs", "shapes", "view"}
+    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION or not wanted <= set(record):
+        raise OutputError(f"{place.name}: record.json is not a record of this version")
+    return record
+
+
+def open_prepared(folder: Path, case_id: str) -> PreparedCase:
+    """One prepared case by memory map. CaseError when it is absent, unfinished or not what its record says."""
+    place = folder / case_id
+    try:
+        record = _read_record(place)
+        arrays = {name: np.load(place / name, mmap_mode="r") for name in record["outputs"]}
+        if any(list(array.shape) != record["shapes"][name] for name, array in arrays.items()):
+            raise ValueError("shape")
+        view = View.from_json(record["view"])
+        return PreparedCase(case_id, arrays["frames.npy"], arrays.get("labels.npy"), view, record)
+    except (SlmSam2Error, OSError, ValueError, KeyError, TypeError, EOFError):
+        raise CaseError(case_id, "", "is not prepared, or only half", "Run slmsam2 preprocess") from None
+
+
+def prepare_all(
+    cases: Iterable[Case],
+    root: Path,
+    geometry: GeometryPlanLike,
+    intensity: Sequence[ChannelIntensityLike],
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+    advance: Callable[..., None] = lambda steps=1, note="": None,
+) -> tuple[tuple[PreparedCase, ...], tuple[CaseError, ...]]:
+    """Every case, one in memory at a time; a bad case does not stop the others. advance() is called after each."""
+    done: list[PreparedCase] = []
+    problems: list[CaseError] = []
+    for case in cases:
+        try:
+            done.append(prepare(case, root, geometry, intensity, folder, overwrite=overwrite, tell=tell))
+        except CaseError as problem:
+            problems.append(problem)
+        advance(1, case.id)
+    return tuple(done), tuple(problems)

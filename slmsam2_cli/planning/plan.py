@@ -1,0 +1,161 @@
+"""The plan: every decision about a data set, as one frozen value and one JSON file a person can read, compare and edit.
+
+Decides nothing (see rules.py). Refuses what it does not know: misspelt keys, impossible sizes, files written by a newer major format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from slmsam2_cli.data import store
+from slmsam2_cli.data.geometry import SliceAxis
+from slmsam2_cli.errors import PlanError, SlmSam2Error
+
+FORMAT_VERSION = 1
+NetworkSize = Literal["nano", "tiny", "small", "base_plus", "large"]
+Name = Annotated[str, Field(pattern="^[a-z0-9_-]{1,32}$")]
+Label = Annotated[int, Field(ge=1, le=65535)]
+
+
+class Frozen(BaseModel):
+    """Values that never change and never carry a key nobody knows; no NaN, no infinity, no silent conversion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ChannelIntensity(Frozen):
+    """How one channel becomes 0…1."""
+
+    name: str = Field(description="the channel's name in dataset.json")
+    scheme: Literal["ct", "percentile"] = Field(description="ct: one window in HU for all volumes; percentile: each volume by its own percentiles")
+    lower: float = Field(description="becomes 0; HU, or a percentile of the volume's non-zero voxels", ge=-1e6, le=1e6)
+    upper: float = Field(description="becomes 1; HU, or a percentile of the volume's non-zero voxels", ge=-1e6, le=1e6)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ChannelIntensity:
+        if self.upper <= self.lower:
+            raise ValueError(f"upper {self.upper:g} must be above lower {self.lower:g}")
+        if self.scheme == "percentile" and not (self.lower >= 0 and self.upper <= 100):
+            raise ValueError("percentiles lie between 0 and 100")
+        return self
+
+
+class GeometryPlan(Frozen):
+    """How volumes become stacks of slices."""
+
+    slice_axis: SliceAxis = Field(description="the anatomical axis that becomes time: SI, AP or LR")
+    in_plane_mm: float = Field(description="edge of a network pixel in mm", gt=1e-3, le=1000)
+    through_plane_mm: float | None = Field(description="distance between slices after resampling in mm; null: as stored", gt=1e-3, le=1000)
+    frame_px: int = Field(description="edge of the network's square input in pixels, a multiple of 32", ge=32, le=2048, multiple_of=32)
+    crop_to_nonzero: bool = Field(description="cut away the border where every channel is 0")
+
+
+class NetworkPlan(Frozen):
+    """Which network, and how it remembers."""
+
+    size: NetworkSize = Field(description="nano (trained here, fast on a CPU) or a size of SAM 2.1")
+    policy: Name = Field(default="shortlong", description="which earlier slices the model looks back at")
+    fuser: Name = Field(default="gated", description="how short and long memory are joined")
+
+
+class TrainingPlan(Frozen):
+    """How the network is adapted."""
+
+    steps: int = Field(description="optimiser steps", ge=1, le=10_000_000)
+    clip_slices: int = Field(default=8, description="consecutive slices in a training clip", ge=1, le=64)
+    clips_per_step: int = Field(description="clips in one optimiser step", ge=1, le=256)
+    learning_rate: float = Field(description="peak learning rate of AdamW", gt=0, le=1)
+    warmup_steps: int = Field(description="steps over which the learning rate rises to its peak", ge=0)
+    weight_decay: float = Field(description="decoupled weight decay of AdamW", ge=0, le=1)
+    seed: int = Field(default=0, description="seed of every random draw", ge=0, lt=2**32)
+    minutes: float | None = Field(default=None, description="stop after this many minutes even if steps remain; null: no limit", gt=0)
+
+
+class Plan(Frozen):
+    """Every decision about one data set."""
+
+    format_version: Literal[1] = Field(default=1, description="major version of this file's format")
+    tool_version: str = Field(description="the version of slmsam2 that decided")
+    dataset_name: str = Field(description="name in dataset.json")
+    modality: str = Field(description="CT, MR, PET, … of the first channel, after looking at the values")
+    channels: tuple[str, ...] = Field(description="channel names in order", min_length=1)
+    labels: dict[Label, str] = Field(description="foreground label value -> name")
+    geometry: GeometryPlan
+    intensity: tuple[ChannelIntensity, ...] = Field(description="one entry a channel")
+    network: NetworkPlan
+    training: TrainingPlan
+    reasons: dict[str, str] = Field(default_factory=dict, description="decision key -> why; not part of the digest")
+    fingerprint_digest: str = Field(description="SHA-256 of the measurements the decisions rest on")
+    decided_digest: str = Field(default="", description="digest of the tool's own decisions; differs from the plan's digest after an edit")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Plan:
+        if len(self.intensity) != len(self.channels):
+            raise ValueError(f"intensity: {len(self.intensity)} entries for {len(self.channels)} channels")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the decisions: canonical JSON without reasons and without decided_digest."""
+        return digest_of(self.model_dump(mode="json", exclude={"reasons", "decided_digest", "tool_version"}))
+
+    @property
+    def edited(self) -> bool:
+        """Whether somebody changed a decision after the tool made it."""
+        return self.decided_digest != self.digest
+
+
+def digest_of(value: object) -> str:
+    """SHA-256 (hex) of a value's canonical JSON: sorted keys, no spaces."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+
+
+def signed(plan: Plan) -> Plan:
+    """The plan with the digest of its own decisions inside, so that later edits show."""
+    return plan.model_copy(update={"decided_digest": plan.digest})
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a file. PlanError names the file and the key."""
+    value = read_document(path, "plan")
+    try:
+        return Plan.model_validate_json(json.dumps(value))
+    except ValidationError as error:
+        raise PlanError(f"{path.name}: {explain(error)}. Correct it, or run slmsam2 plan --overwrite for a fresh one") from None
+
+
+def write_plan(path: Path, plan: Plan) -> None:
+    """Write the plan so that a crash leaves the old one or the new one."""
+    store.write_json(path, plan.model_dump(mode="json"))
+
+
+def read_document(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object whose format_version this tool knows; PlanError otherwise."""
+    try:
+        value = store.read_json(path, what)
+    except FileNotFoundError:
+        raise PlanError(f"no {what} at {path}. Run slmsam2 plan first") from None
+    except SlmSam2Error as error:
+        raise PlanError(str(error)) from None
+    if not isinstance(value, dict):
+        raise PlanError(f"{path.name}: the {what} must be a JSON object. Run slmsam2 plan --overwrite for a fresh one")
+    version = value.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise PlanError(f"{path.name}: format_version {version} is newer than this tool's {FORMAT_VERSION}. Update slmsam2, or plan anew")
+    return value
+
+
+def explain(error: ValidationError) -> str:
+    """All of pydantic's findings as one line that names each key."""
+    found = []
+    for item in error.errors(include_url=False):
+        key = ".".join(str(part) for part in item["loc"] if part != "[key]") or "the whole"
+        what = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
+        seen = f" (found {item['input']!r})" if isinstance(item["input"], str | int | float | None) else ""
+        found.append(f"{key}: {what}{seen if item['type'] not in ('missing', 'extra_forbidden') else ''}")
+    return "; ".join(found)
