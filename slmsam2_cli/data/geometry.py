@@ -155,7 +155,8 @@ class View:
         box = nonzero_box(oriented) if geometry.crop_to_nonzero else full
         spacing = [float(volume.grid.spacing_mm[a]) for a in orientation.order]
         extent_mm = [(end - start) * mm for (start, end), mm in zip(box, spacing, strict=True)]
-        shrink = min(1.0, geometry.frame_px * geometry.in_plane_mm / max(extent_mm[1:]))
+        room = geometry.frame_px * geometry.in_plane_mm / max(extent_mm[1:])
+        shrink = room if room < 1 - 1e-4 else 1.0  # less than that is rounding
         height, width = (min(geometry.frame_px, max(1, round(mm / geometry.in_plane_mm * shrink))) for mm in extent_mm[1:])
         through = geometry.through_plane_mm
         slices = box[0][1] - box[0][0] if through is None else max(1, round(extent_mm[0] / through))

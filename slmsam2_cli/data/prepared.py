@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ from typing import Any
 import numpy as np
 
 from slmsam2_cli.data import store
-from slmsam2_cli.data.dataset import Case, check_pair
+from slmsam2_cli.data.dataset import Case, Dataset, check_pair
+from slmsam2_cli.data.files import InputError, cause
 from slmsam2_cli.data.geometry import GeometryPlanLike, View
 from slmsam2_cli.data.intensity import ChannelIntensityLike, normalise
-from slmsam2_cli.data.volume import Volume, read_image, read_labels
+from slmsam2_cli.data.volume import LabelVolume, Volume, read_image, read_labels
 from slmsam2_cli.errors import CaseError, OutputError, SlmSam2Error
 from slmsam2_cli.version import VERSION
 
 FORMAT_VERSION = 1
+ARRAYS = {"frames.npy", "labels.npy"}
 Array = np.ndarray[Any, Any]
 Record = dict[str, Any]
 
@@ -46,6 +48,16 @@ def make_frames(volume: Volume, geometry: GeometryPlanLike, intensity: Sequence[
     return view, view.frames(normalise(volume.voxels, intensity))
 
 
+def read_pair(case: Case, dataset: Dataset) -> tuple[Volume, LabelVolume | None]:
+    """A case's image and mask, found to belong together and to hold declared labels only. CaseError."""
+    volume = read_image(case.images, case=case.id, root=dataset.root, channels=len(dataset.channels))
+    if case.label is None:
+        return volume, None
+    mask = read_labels(case.label, case=case.id, root=dataset.root)
+    check_pair(case, volume, mask)
+    return volume, mask
+
+
 def settings_digest(geometry: GeometryPlanLike, intensity: Sequence[ChannelIntensityLike]) -> str:
     """SHA-256 of the decisions that shape a prepared case, and of nothing else in the plan."""
     decisions = {
@@ -63,13 +75,31 @@ def settings_digest(geometry: GeometryPlanLike, intensity: Sequence[ChannelInten
 def _inputs(case: Case, root: Path) -> dict[str, str]:
     """Content of every input file: path relative to the data set -> SHA-256."""
     paths = [*case.images, *([case.label] if case.label else [])]
-    try:
-        return {path.relative_to(root).as_posix(): store.sha256_of(path) for path in paths}
-    except OSError as error:
-        raise CaseError(case.id, "", f"cannot be read: {error.strerror}", "Restore the file, or drop the case from dataset.json") from None
+    digests: dict[str, str] = {}
+    for path in paths:
+        name = path.relative_to(root).as_posix()
+        try:
+            digests[name] = store.sha256_of(path)
+        except InputError as error:
+            raise CaseError(case.id, name, error.what, error.remedy) from None
+        except OSError as error:
+            raise CaseError(case.id, name, f"cannot be read: {cause(error)}", "Restore the file") from None
+    return digests
 
 
 def prepare(
+    case: Case, dataset: Dataset, geometry: GeometryPlanLike, intensity: Sequence[ChannelIntensityLike], folder: Path
+) -> PreparedCase:
+    """Make one case ready, whatever is there already. CaseError when the case is unusable, OutputError when it cannot be written."""
+    inputs = _inputs(case, dataset.root)
+    volume, mask = read_pair(case, dataset)
+    view, frames = make_frames(volume, geometry, intensity)
+    labels = None if mask is None else view.labels(mask.voxels)
+    _write(folder / case.id, frames.astype(np.float16), labels, view, inputs, settings_digest(geometry, intensity))
+    return open_prepared(folder, case.id)
+
+
+def why_prepare(
     case: Case,
     root: Path,
     geometry: GeometryPlanLike,
@@ -77,37 +107,18 @@ def prepare(
     folder: Path,
     *,
     overwrite: bool = False,
-    tell: Callable[[str], None] = lambda line: None,
-) -> PreparedCase:
-    """Make one case ready, or find it so. tell() hears in one line why work was done again. CaseError when the case is unusable."""
-    inputs, settings = _inputs(case, root), settings_digest(geometry, intensity)
-    reason = "--overwrite" if overwrite else why_redo(folder / case.id, inputs, settings)
-    if reason is None:
-        return open_prepared(folder, case.id)
-    if reason:
-        tell(f"case {case.id}: prepared again: {reason}")
-    volume = read_image(case.images, case=case.id, root=root)
-    if len(intensity) != len(volume.voxels):
-        raise CaseError(case.id, "", f"{len(volume.voxels)} channels, but the plan has {len(intensity)}", "Give every case the same channels")
-    mask = None
-    if case.label is not None:
-        labels = read_labels(case.label, case=case.id, root=root)
-        check_pair(case, volume, labels)
-        mask = labels.voxels
-    view, frames = make_frames(volume, geometry, intensity)
-    _write(folder / case.id, frames.astype(np.float16), None if mask is None else view.labels(mask), view, inputs, settings)
-    return open_prepared(folder, case.id)
-
-
-def why_redo(place: Path, inputs: dict[str, str], settings: str) -> str | None:
-    """None when the case stands as it should; "" when it was never made; otherwise what changed."""
+) -> str | None:
+    """None when the case stands as it should; "" when it was never made; otherwise what changed. CaseError when an input cannot be read."""
+    place, inputs = folder / case.id, _inputs(case, root)
     if not (place / "record.json").exists():
         return "the last attempt was not finished" if place.exists() else ""
+    if overwrite:
+        return "--overwrite"
     try:
         record = _read_record(place)
     except SlmSam2Error:
         return "its record is damaged"
-    if record["settings"] != settings:
+    if record["settings"] != settings_digest(geometry, intensity):
         return "the plan's geometry or intensities changed"
     changed = sorted(name for name in {*inputs, *record["inputs"]} if inputs.get(name) != record["inputs"].get(name))
     if changed:
@@ -123,7 +134,7 @@ def _write(place: Path, frames: Array, mask: Array | None, view: View, inputs: d
         if mask is None:
             (place / "labels.npy").unlink(missing_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot write to {place}: {error.strerror}. Choose another workspace with -w") from None
+        raise OutputError(f"{place}: cannot be written: {cause(error)}") from None
     arrays = {"frames.npy": frames} | ({"labels.npy": mask} if mask is not None else {})
     for name, array in arrays.items():
         store.write_npy(place / name, array)
@@ -142,9 +153,11 @@ def _write(place: Path, frames: Array, mask: Array | None, view: View, inputs: d
 
 def _read_record(place: Path) -> Record:
     record = store.read_json(place / "record.json", "record of a prepared case")
-    wanted = {"inputs", "settings", "outputs", "shapes", "view"}
-    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION or not wanted <= set(record):
+    groups = ("inputs", "outputs", "shapes", "view")
+    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION or "settings" not in record:
         raise OutputError(f"{place.name}: record.json is not a record of this version")
+    if any(not isinstance(record.get(group), dict) for group in groups) or not {"frames.npy"} <= set(record["outputs"]) <= ARRAYS:
+        raise OutputError(f"{place.name}: record.json is not whole")
     return record
 
 
@@ -153,18 +166,26 @@ def open_prepared(folder: Path, case_id: str) -> PreparedCase:
     place = folder / case_id
     try:
         record = _read_record(place)
-        arrays = {name: np.load(place / name, mmap_mode="r") for name in record["outputs"]}
+        arrays = {name: store.open_npy(place / name) for name in record["outputs"]}
         if any(list(array.shape) != record["shapes"][name] for name, array in arrays.items()):
             raise ValueError("shape")
         view = View.from_json(record["view"])
         return PreparedCase(case_id, arrays["frames.npy"], arrays.get("labels.npy"), view, record)
-    except (SlmSam2Error, OSError, ValueError, KeyError, TypeError, EOFError):
+    except (SlmSam2Error, ValueError, KeyError, TypeError):
         raise CaseError(case_id, "", "is not prepared, or only half", "Run slmsam2 preprocess") from None
 
 
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What prepare_all did. fresh: how many of the cases were made now rather than found ready."""
+
+    cases: tuple[PreparedCase, ...]
+    problems: tuple[CaseError, ...]
+    fresh: int
+
+
 def prepare_all(
-    cases: Iterable[Case],
-    root: Path,
+    dataset: Dataset,
     geometry: GeometryPlanLike,
     intensity: Sequence[ChannelIntensityLike],
     folder: Path,
@@ -172,14 +193,22 @@ def prepare_all(
     overwrite: bool = False,
     tell: Callable[[str], None] = lambda line: None,
     advance: Callable[..., None] = lambda steps=1, note="": None,
-) -> tuple[tuple[PreparedCase, ...], tuple[CaseError, ...]]:
-    """Every case, one in memory at a time; a bad case does not stop the others. advance() is called after each."""
-    done: list[PreparedCase] = []
-    problems: list[CaseError] = []
-    for case in cases:
+) -> Outcome:
+    """Every training case, one in memory at a time; a bad case does not stop the others.
+
+    tell() hears why a case is made again; advance() is called after each. problems include those found when the data set was read.
+    """
+    ready: list[PreparedCase] = []
+    problems = list(dataset.problems)
+    fresh = 0
+    for case in dataset.training:
         try:
-            done.append(prepare(case, root, geometry, intensity, folder, overwrite=overwrite, tell=tell))
+            reason = why_prepare(case, dataset.root, geometry, intensity, folder, overwrite=overwrite)
+            if reason:
+                tell(f"case {case.id}: prepared again: {reason}")
+            fresh += reason is not None
+            ready.append(prepare(case, dataset, geometry, intensity, folder) if reason is not None else open_prepared(folder, case.id))
         except CaseError as problem:
             problems.append(problem)
         advance(1, case.id)
-    return tuple(done), tuple(problems)
+    return Outcome(tuple(ready), tuple(problems), fresh)

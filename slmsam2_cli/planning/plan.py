@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from slmsam2_cli.data import store
 from slmsam2_cli.data.geometry import SliceAxis
-from slmsam2_cli.errors import PlanError, SlmSam2Error
+from slmsam2_cli.errors import PlanError
 
 FORMAT_VERSION = 1
+_NO_DECISION = {"reasons", "decided_digest", "tool_version"}
 NetworkSize = Literal["nano", "tiny", "small", "base_plus", "large"]
 Name = Annotated[str, Field(pattern="^[a-z0-9_-]{1,32}$")]
 Label = Annotated[int, Field(ge=1, le=65535)]
@@ -85,6 +86,7 @@ class Plan(Frozen):
     modality: str = Field(description="CT, MR, PET, … of the first channel, after looking at the values")
     channels: tuple[str, ...] = Field(description="channel names in order", min_length=1)
     labels: dict[Label, str] = Field(description="foreground label value -> name")
+    ignore: int | None = Field(default=None, description="label value that means: not annotated; null: none", ge=1, le=65535)
     geometry: GeometryPlan
     intensity: tuple[ChannelIntensity, ...] = Field(description="one entry a channel")
     network: NetworkPlan
@@ -102,7 +104,7 @@ class Plan(Frozen):
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of the decisions: canonical JSON without reasons and without decided_digest."""
-        return digest_of(self.model_dump(mode="json", exclude={"reasons", "decided_digest", "tool_version"}))
+        return digest_of(self.model_dump(mode="json", exclude=_NO_DECISION))
 
     @property
     def edited(self) -> bool:
@@ -134,14 +136,51 @@ def write_plan(path: Path, plan: Plan) -> None:
     store.write_json(path, plan.model_dump(mode="json"))
 
 
+def leaves(plan: Plan) -> dict[str, Any]:
+    """Every decision by its dotted key, as plain JSON values; lists count as one decision."""
+    found: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value and prefix != "labels":
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            found[prefix] = value
+
+    walk("", plan.model_dump(mode="json", exclude=_NO_DECISION | {"fingerprint_digest"}))
+    return found
+
+
+def differences(mine: Plan, theirs: Plan) -> list[tuple[str, Any, Any]]:
+    """(key, my value, their value) of every decision on which two plans differ."""
+    left, right = leaves(mine), leaves(theirs)
+    return [(key, left.get(key), right.get(key)) for key in {**left, **right} if left.get(key) != right.get(key)]
+
+
+def settle(previous: Plan | None, decided: Plan) -> Plan:
+    """Which plan holds: an edited one as long as the data are the same, otherwise the fresh one.
+
+    PlanError names the edited keys when the data changed: neither the edits nor the fresh decisions can then be trusted in silence.
+    """
+    if previous is None or not previous.edited:
+        return decided
+    if previous.fingerprint_digest == decided.fingerprint_digest:
+        return previous
+    changed = ", ".join(f"{key} is {mine} where the data now ask for {theirs}" for key, mine, theirs in differences(previous, decided))
+    raise PlanError(
+        f"plan.json was edited by hand and the data have changed since: {changed or 'the decisions agree'}. "
+        "Run slmsam2 plan --overwrite for fresh decisions, then edit them again"
+    )
+
+
 def read_document(path: Path, what: str) -> dict[str, Any]:
     """A JSON object whose format_version this tool knows; PlanError otherwise."""
+    if not path.exists():
+        raise PlanError(f"no {what} at {path}. Run slmsam2 plan first")
     try:
         value = store.read_json(path, what)
-    except FileNotFoundError:
-        raise PlanError(f"no {what} at {path}. Run slmsam2 plan first") from None
-    except SlmSam2Error as error:
-        raise PlanError(str(error)) from None
+    except store.JsonError as error:
+        raise PlanError(f"{error}. Correct it, or run slmsam2 plan --overwrite for a fresh one") from None
     if not isinstance(value, dict):
         raise PlanError(f"{path.name}: the {what} must be a JSON object. Run slmsam2 plan --overwrite for a fresh one")
     version = value.get("format_version")

@@ -1,0 +1,110 @@
+"""The fingerprint: what was measured on a data set, as one frozen value and one JSON file. Facts only; decisions are in plan.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from slmsam2_cli.data import store
+from slmsam2_cli.data.geometry import AXES, SliceAxis
+from slmsam2_cli.errors import PlanError
+from slmsam2_cli.planning.plan import Frozen, digest_of, explain, read_document
+
+Triple = tuple[float, float, float]
+
+
+class Statistics(Frozen):
+    """Grey values of some voxels, in the image's own unit."""
+
+    voxels: int = Field(description="how many voxels")
+    mean: float
+    median: float
+    std: float
+    min: float
+    max: float
+    p00_5: float = Field(description="0.5th percentile")
+    p99_5: float = Field(description="99.5th percentile")
+
+
+class ChannelFingerprint(Frozen):
+    """One channel of one case."""
+
+    whole: Statistics | None = Field(description="non-zero voxels; null when there are none")
+    foreground: Statistics | None = Field(description="labelled voxels; null when there are none")
+
+
+class Extent(Frozen):
+    """Where a label lies along one anatomical axis of the oriented volume."""
+
+    first: int = Field(description="first slice that holds it")
+    last: int = Field(description="last slice that holds it")
+    slices: int = Field(description="number of slices that hold it")
+
+
+class LabelFingerprint(Frozen):
+    """One label of one case."""
+
+    voxels: int
+    extents: dict[SliceAxis, Extent] = Field(description="per anatomical axis")
+    overlap: dict[SliceAxis, float] = Field(description="mean Dice of neighbouring slices of which at least one holds the label")
+
+
+class CaseFingerprint(Frozen):
+    """One training case. Triples are (S, P, L) in the oriented volume unless said otherwise."""
+
+    id: str
+    stored_shape: tuple[int, int, int] = Field(description="voxels (z, y, x) as stored")
+    orientation: str = Field(description="anatomical direction in which the stored x, y, z axes increase, e.g. RAS")
+    shape: tuple[int, int, int] = Field(description="voxels (S, P, L)")
+    spacing_mm: Triple = Field(description="mm (S, P, L)")
+    content_mm: Triple = Field(description="extent of the non-zero voxels in mm (S, P, L)")
+    channels: tuple[ChannelFingerprint, ...]
+    labels: dict[int, LabelFingerprint] = Field(description="label value -> measurements; only labels that occur")
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def extent_mm(self) -> Triple:
+        """Extent of the whole volume in mm (S, P, L)."""
+        s, p, l = (n * mm for n, mm in zip(self.shape, self.spacing_mm, strict=True))
+        return s, p, l
+
+    def axis(self, planned: SliceAxis) -> SliceAxis:
+        """The axis this case is cut along: the planned one, or its singleton axis."""
+        if 1 not in self.shape or self.shape[AXES.index(planned)] == 1:
+            return planned
+        return AXES[self.shape.index(1)]
+
+
+class Fingerprint(Frozen):
+    """All measurements of one data set."""
+
+    format_version: Literal[1] = Field(default=1, description="major version of this file's format")
+    tool_version: str = Field(description="the version of slmsam2 that measured")
+    dataset_name: str
+    channels: tuple[str, ...] = Field(description="channel names in order", min_length=1)
+    labels: dict[int, str] = Field(description="foreground label value -> name")
+    ignore: int | None = Field(description="the label value that means: not annotated")
+    cases: tuple[CaseFingerprint, ...] = Field(description="usable training cases, by id")
+    foreground: tuple[Statistics | None, ...] = Field(description="per channel: labelled voxels of all cases, each case with the same weight")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the measurements, whatever version of the tool made them."""
+        return digest_of(self.model_dump(mode="json", exclude={"tool_version"}))
+
+
+def read_fingerprint(path: Path) -> Fingerprint:
+    """The fingerprint in a file. PlanError names the file and the key."""
+    value = read_document(path, "fingerprint")
+    try:
+        return Fingerprint.model_validate_json(json.dumps(value))
+    except ValidationError as error:
+        raise PlanError(f"{path.name}: {explain(error)}. Run slmsam2 plan to measure again") from None
+
+
+def write_fingerprint(path: Path, fingerprint: Fingerprint) -> None:
+    """Write the fingerprint so that a crash leaves the old one or the new one."""
+    store.write_json(path, fingerprint.model_dump(mode="json"))

@@ -1,0 +1,234 @@
+"""Every decision, as a pure function from the fingerprint to a value and its reason. Nothing is read, written or printed here."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from statistics import median
+from typing import Generic, TypeVar
+
+from slmsam2_cli.data.geometry import AXES, SliceAxis
+from slmsam2_cli.errors import DatasetError, UsageError
+from slmsam2_cli.planning.fingerprint import CaseFingerprint, Fingerprint
+from slmsam2_cli.planning.plan import ChannelIntensity, GeometryPlan, NetworkPlan, NetworkSize, Plan, TrainingPlan, signed
+from slmsam2_cli.version import VERSION
+
+COARSE = 1.5  # an axis is coarse when its spacing is this many times that of the next
+MASK_PIXEL = 4  # network pixels along the edge of one pixel of the mask the network predicts
+MASK_PIXEL_IN_VOXELS = 1.5  # the most voxels one such pixel should span
+SMALLEST_FRAME = 128
+NATIVE_PX: dict[NetworkSize, int] = {"nano": 256, "tiny": 1024, "small": 1024, "base_plus": 1024, "large": 1024}
+PERCENTILES = (0.5, 99.5)
+NARROWEST_WINDOW_HU = 400.0
+HU_RANGE = (-1024.0, 3071.0)
+
+NAMES = {
+    "CT": {"ct"},
+    "MR": {"mr", "mri", "t1", "t2", "t1w", "t2w", "t1c", "t1ce", "t1gd", "t1wce", "pd", "pdw", "flair", "dwi", "adc", "swi", "t2s", "t2star", "dce", "mra", "bold", "cine"},
+    "PET": {"pet", "pt", "suv"},
+    "US": {"us", "ultrasound"},
+}
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Decision(Generic[T]):
+    """A value and why it was chosen."""
+
+    value: T
+    reason: str
+
+
+def decide(fingerprint: Fingerprint, network: str | None = None) -> Plan:
+    """The plan for a data set. DatasetError when no case is usable, UsageError when the network is unknown."""
+    cases = fingerprint.cases
+    if not cases:
+        raise DatasetError("no training case is usable, so nothing can be planned")
+    modalities = [choose_modality(fingerprint, index) for index in range(len(fingerprint.channels))]
+    size = choose_network(network)
+    axis = choose_slice_axis(fingerprint)
+    crop = choose_crop(cases, modalities[0].value)
+    fov = field_of_view_mm(cases, axis.value, crop.value)
+    spacing = in_plane_spacing_mm(cases, axis.value)
+    frame = choose_frame_px(fov, spacing, size.value)
+    pixel = choose_in_plane_mm(fov, spacing, frame.value)
+    intensity = [choose_intensity(fingerprint, index, kind.value) for index, kind in enumerate(modalities)]
+    training = choose_training(size.value, len(cases))
+    reasons = {
+        "modality": "; ".join(f"{name}: {kind.reason}" for name, kind in zip(fingerprint.channels, modalities, strict=True)),
+        "geometry.slice_axis": axis.reason,
+        "geometry.crop_to_nonzero": crop.reason,
+        "geometry.frame_px": frame.reason,
+        "geometry.in_plane_mm": pixel.reason,
+        "geometry.through_plane_mm": "slices are left as stored, so that a person's slice is a slice of the network",
+        "intensity": "; ".join(f"{name}: {chosen.reason}" for name, chosen in zip(fingerprint.channels, intensity, strict=True)),
+        "network.size": size.reason,
+        "training": training.reason,
+    }
+    plan = Plan(
+        tool_version=VERSION,
+        dataset_name=fingerprint.dataset_name,
+        modality=modalities[0].value,
+        channels=fingerprint.channels,
+        labels=fingerprint.labels,
+        ignore=fingerprint.ignore,
+        geometry=GeometryPlan(
+            slice_axis=axis.value, in_plane_mm=pixel.value, through_plane_mm=None, frame_px=frame.value, crop_to_nonzero=crop.value
+        ),
+        intensity=tuple(chosen.value for chosen in intensity),
+        network=NetworkPlan(size=size.value),
+        training=training.value,
+        reasons=reasons,
+        fingerprint_digest=fingerprint.digest,
+    )
+    return signed(plan)
+
+
+def choose_modality(fingerprint: Fingerprint, channel: int) -> Decision[str]:
+    """By the channel's name; a name that says nothing, or CT, is checked against the values. Values never make an MR a CT."""
+    name = fingerprint.channels[channel]
+    words = set(re.split(r"[^a-z0-9]+", name.lower())) - {""}
+    declared = next((kind for kind, known in NAMES.items() if words & known), None)
+    hounsfield, evidence = hounsfield_evidence(fingerprint, channel)
+    if declared == "CT" and not hounsfield:
+        return Decision("unknown", f"named CT, but not in Hounsfield units ({evidence}), so every volume is scaled by itself")
+    if declared:
+        return Decision(declared, "by its name" + (f"; {evidence}" if declared == "CT" else ""))
+    said = f"the name {name!r} does not settle it" if name.strip() else "the name is blank"
+    return Decision("CT", f"{said}; taken for CT: {evidence}") if hounsfield else Decision("unknown", f"{said}; not Hounsfield units: {evidence}")
+
+
+def hounsfield_evidence(fingerprint: Fingerprint, channel: int) -> tuple[bool, str]:
+    """Whether the values look like Hounsfield units, and what was seen.
+
+    They do when, in at least half of the cases, the 0.5th percentile lies below that of fat (-30) but not below -3100, and nothing exceeds 32767;
+    and when the extremes together span at least 200.
+    """
+    seen = [case.channels[channel].whole for case in fingerprint.cases]
+    values = [whole for whole in seen if whole is not None]
+    if not values:
+        return False, "all values are 0"
+    fitting = [v for v in values if -3100 <= v.p00_5 <= -30 and v.max <= 32767 and v.max - v.min >= 200]
+    low, high = min(v.min for v in values), max(v.max for v in values)
+    return 2 * len(fitting) >= len(values), f"values from {low:g} to {high:g}, {len(fitting)} of {len(values)} cases reach from fat or air upwards"
+
+
+def choose_slice_axis(fingerprint: Fingerprint) -> Decision[SliceAxis]:
+    """Propagate along the coarse axis; without one, along the axis whose neighbouring masks overlap most and vanish least. Ties: SI, AP, LR."""
+    cases = fingerprint.cases
+    stacks = [case for case in cases if 1 not in case.shape]
+    if not stacks:
+        singles = [sum(case.shape[index] == 1 for case in cases) for index in range(3)]
+        return Decision(AXES[singles.index(max(singles))], "every case is a single slice")
+    spacings = [median(case.spacing_mm[index] for case in stacks) for index in range(3)]
+    shown = ", ".join(f"{axis} {mm:.3g}" for axis, mm in zip(AXES, spacings, strict=True))
+    coarsest = spacings.index(max(spacings))
+    ratio = spacings[coarsest] / max(mm for index, mm in enumerate(spacings) if index != coarsest)
+    if ratio > COARSE:
+        return Decision(AXES[coarsest], f"the coarse axis: median spacing {shown} mm, {ratio:.2g} times the next")
+    overlaps = [axis_overlap(stacks, axis) for axis in AXES]
+    known = ", ".join(f"{axis} {overlap:.3f}" for axis, overlap in zip(AXES, overlaps, strict=True))
+    best = max(range(3), key=lambda index: (round(overlaps[index], 3), -index))
+    return Decision(AXES[best], f"no coarse axis (median spacing {shown} mm); neighbouring masks overlap most along it (mean Dice {known})")
+
+
+def axis_overlap(cases: list[CaseFingerprint], axis: SliceAxis) -> float:
+    """Mean over cases of the mean over labels of the Dice of neighbouring slices; 0 without any label."""
+    each = [[label.overlap[axis] for label in case.labels.values() if axis in label.overlap] for case in cases]
+    means = [sum(found) / len(found) for found in each if found]
+    return sum(means) / len(means) if means else 0.0
+
+
+def choose_crop(cases: tuple[CaseFingerprint, ...], modality: str) -> Decision[bool]:
+    """Zero means nothing was measured, except in CT, where it is water."""
+    if modality == "CT":
+        return Decision(False, "0 HU is water, not the outside")
+    kept = [math.prod(case.content_mm) / math.prod(case.extent_mm) for case in cases]
+    return Decision(True, f"zeros around the content are outside the scan; the content fills {min(kept):.0%} to {max(kept):.0%} of the volumes")
+
+
+def in_plane(case: CaseFingerprint, axis: SliceAxis) -> tuple[int, int]:
+    """Indices of the two axes (of S, P, L) that span a slice."""
+    through = AXES.index(case.axis(axis))
+    first, second = (index for index in range(3) if index != through)
+    return first, second
+
+
+def field_of_view_mm(cases: tuple[CaseFingerprint, ...], axis: SliceAxis, crop: bool) -> float:
+    """The longest edge of any training slice, after the crop."""
+    extents = [case.content_mm if crop else case.extent_mm for case in cases]
+    return max(extent[index] for case, extent in zip(cases, extents, strict=True) for index in in_plane(case, axis))
+
+
+def in_plane_spacing_mm(cases: tuple[CaseFingerprint, ...], axis: SliceAxis) -> float:
+    """Median over cases of the finer in-plane spacing."""
+    return median(min(case.spacing_mm[index] for index in in_plane(case, axis)) for case in cases)
+
+
+def choose_frame_px(fov_mm: float, spacing_mm: float, size: NetworkSize) -> Decision[int]:
+    """The smallest multiple of 32 for which a pixel of the predicted mask spans at most 1.5 voxels, within [128, native size]."""
+    native = NATIVE_PX[size]
+    wanted = 32 * math.ceil(round(fov_mm / spacing_mm * MASK_PIXEL / MASK_PIXEL_IN_VOXELS, 6) / 32)
+    chosen = min(max(wanted, SMALLEST_FRAME), native)
+    basis = f"a field of view of {fov_mm:.4g} mm at {spacing_mm:.3g} mm needs {wanted} px for mask pixels of at most {MASK_PIXEL_IN_VOXELS:g} voxels"
+    limit = f"; {size} takes at most {native}" if wanted > native else f"; the smallest useful is {SMALLEST_FRAME}" if wanted < SMALLEST_FRAME else ""
+    return Decision(chosen, basis + limit)
+
+
+def choose_in_plane_mm(fov_mm: float, spacing_mm: float, frame_px: int) -> Decision[float]:
+    """The field of view fills the frame, but no voxel is blown up beyond one pixel of the predicted mask. Rounded up, so that all fits."""
+    filling, finest = fov_mm / frame_px, spacing_mm / MASK_PIXEL
+    reason = "the largest training slice fills the frame" if filling >= finest else f"a voxel is spread over {MASK_PIXEL} pixels at most"
+    return Decision(round_up(max(filling, finest)), reason)
+
+
+def round_up(value: float, digits: int = 5) -> float:
+    """To so many significant digits, never down."""
+    step = 10.0 ** (math.floor(math.log10(value)) + 1 - digits)
+    rounded = float(f"{math.ceil(value / step) * step:.{digits}g}")
+    return rounded if rounded >= value else float(f"{(math.ceil(value / step) + 1) * step:.{digits}g}")
+
+
+def choose_intensity(fingerprint: Fingerprint, channel: int, modality: str) -> Decision[ChannelIntensity]:
+    """CT: one window around the labelled tissue. Others: each volume by its own percentiles."""
+    name = fingerprint.channels[channel]
+    low, high = PERCENTILES
+    if modality != "CT":
+        reason = f"{'these grey values' if modality == 'unknown' else modality + ' values'} carry no unit: each volume's non-zero voxels from the {low:g}th to the {high:g}th percentile become 0 to 1"
+        return Decision(ChannelIntensity(name=name, scheme="percentile", lower=low, upper=high), reason)
+    tissue = fingerprint.foreground[channel]
+    if tissue is None:
+        return Decision(ChannelIntensity(name=name, scheme="ct", lower=-160.0, upper=240.0), "no labelled voxels; the usual soft-tissue window")
+    lower, upper = ct_window(tissue.p00_5, tissue.p99_5)
+    reason = f"labelled tissue lies in {tissue.p00_5:.0f} to {tissue.p99_5:.0f} HU; half its width is added on either side, at least {NARROWEST_WINDOW_HU:g} HU in all"
+    return Decision(ChannelIntensity(name=name, scheme="ct", lower=lower, upper=upper), reason)
+
+
+def ct_window(low_hu: float, high_hu: float) -> tuple[float, float]:
+    """The labelled tissue's range, widened by half its width on either side so that its surroundings stay visible; at least 400 HU; whole HU."""
+    centre, width = (low_hu + high_hu) / 2, max(2 * (high_hu - low_hu), NARROWEST_WINDOW_HU)
+    lower, upper = max(centre - width / 2, HU_RANGE[0]), min(centre + width / 2, HU_RANGE[1])
+    return float(math.floor(lower)), float(math.ceil(upper))
+
+
+def choose_network(asked: str | None) -> Decision[NetworkSize]:
+    """What was asked for, else the network that comes with the tool and runs anywhere."""
+    if asked is None:
+        return Decision("nano", "comes with the tool and runs on a CPU")
+    if asked not in NATIVE_PX:
+        raise UsageError(f"--network {asked}: no such network. Choose one of {', '.join(NATIVE_PX)}")
+    return Decision(asked, "asked for")  # type: ignore[arg-type]
+
+
+def choose_training(size: NetworkSize, cases: int) -> Decision[TrainingPlan]:
+    """More volumes, more steps, up to a limit; the published recipe for the big networks, a faster one for the small."""
+    counted = min(cases, 20)
+    if size == "nano":
+        steps, clips, rate, decay = 200 + 80 * counted, 4, 3e-4, 0.01
+    else:
+        steps, clips, rate, decay = 100 * counted, 1, 1e-4, 0.1
+    plan = TrainingPlan(steps=steps, clips_per_step=clips, learning_rate=rate, warmup_steps=max(5, steps // 20), weight_decay=decay)
+    return Decision(plan, f"for {size} and {cases} training case{'s' if cases != 1 else ''}; fine-tuning with fewer takes fewer steps")
