@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slmsam2_cli.data import strict_json
-from slmsam2_cli.data.files import InputError, cause, open_regular
+from slmsam2_cli.data.files import InputError, cause, is_junk, open_regular
 from slmsam2_cli.errors import LockError, OutputError, SlmSam2Error
 
 CHUNK = 1 << 20
@@ -215,8 +215,12 @@ def open_npy(path: Path) -> NDArray[Any]:
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal digest of a regular file's bytes. InputError, OSError."""
+    """Hexadecimal digest of a regular file's bytes; of a folder, that of its files' names and digests. InputError, OSError."""
     digest = hashlib.sha256()
+    if path.is_dir():
+        for file_path in sorted(p for p in path.iterdir() if not is_junk(p.name) and not p.is_dir()):
+            digest.update(f"{os.fsencode(file_path.name).hex()} {sha256_of(file_path)}\n".encode())
+        return digest.hexdigest()
     with open_regular(path) as file:
         while block := file.read(CHUNK):
             digest.update(block)
@@ -257,15 +261,23 @@ def _locked(path: Path, shared: bool) -> Iterator[None]:
     except OSError as error:
         raise OutputError(f"{path.parent}: cannot be written: {cause(error)}") from None
     try:
+        _lock(handle, path.parent, shared)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, folder: Path, shared: bool) -> None:
+    """Take the lock and leave owner and start time in the file, or raise LockError with those of the holder."""
+    try:
         fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()}, started {_start()}".encode(), 0)
-        yield
     except BlockingIOError:
         owner = os.pread(handle, 200, 0).decode("ascii", "replace") or "another process"
-        raise LockError(f"{path.parent}: {owner}, writes here already; wait for it or choose another folder") from None
-    finally:
-        os.close(handle)
+        raise LockError(f"{folder}: {owner}, writes here already; wait for it or choose another folder") from None
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be locked: {cause(error)}") from None
 
 
 def _start() -> str:
