@@ -14,7 +14,7 @@ import numpy as np
 import SimpleITK
 from numpy.typing import NDArray
 
-from slmsam2_cli.data.decoded import Decoded, Source, check_size, geometry_warnings
+from slmsam2_cli.data.decoded import SHEAR_TOLERANCE, Decoded, Source, check_size, geometry_warnings
 from slmsam2_cli.data.files import InputError, is_junk, open_regular
 from slmsam2_cli.data.grid import DIRECTION_TOLERANCE
 from slmsam2_cli.data.itk import decode, from_image
@@ -85,6 +85,7 @@ def read_dicom(folder: Path, max_voxels: int) -> Decoded:
 
 
 def _information(path: Path) -> _Slice:
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # it would print tags
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -138,12 +139,23 @@ def _in_order(slices: list[_Slice]) -> tuple[list[_Slice], list[str]]:
     usual = float(np.median(gaps))
     if usual <= 0 or float(np.min(gaps)) <= 0:
         raise InputError("two DICOM slices at the same position", "Remove the slices that do not belong to the volume")
+    _check_tilt(ordered, normal)
     worst = float(np.max(np.abs(gaps - usual)))
     if worst > _UNEVEN_ERROR * usual:
         what = f"the DICOM slices are not evenly spaced: {usual:.3g} mm apart, but once {usual + worst:.3g} or less; slices are missing"
         raise InputError(what, _EXPORT)
     uneven = f"the DICOM slices are unevenly spaced by up to {worst:.2g} mm"
     return ordered, [uneven] if worst > _UNEVEN_WARNING * usual else []
+
+
+def _check_tilt(ordered: list[_Slice], normal: NDArray[np.float64]) -> None:
+    """Refuse slices stacked at a slant, whose shear the reader would drop in silence."""
+    way = ordered[-1].origin - ordered[0].origin
+    height = float(way @ normal)
+    slant = float(np.linalg.norm(way - height * normal)) / height
+    if slant > SHEAR_TOLERANCE:
+        what = f"the DICOM slices are stacked at a slant (gantry tilt) of {np.degrees(np.arctan(slant)):.2g} degrees: sheared"
+        raise InputError(what, "Resample the series to a rectangular grid")
 
 
 def _read(slices: list[_Slice]) -> Any:

@@ -74,6 +74,7 @@ def read_itk(path: Path, ending: str, max_voxels: int) -> Decoded:
 
 def decode(path: Path) -> Any:
     """What SimpleITK makes of a file already checked. InputError without the path SimpleITK would print."""
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK would print paths and header texts
     try:
         return sitk.ReadImage(str(path))
     except (RuntimeError, UnicodeError) as error:
@@ -204,6 +205,13 @@ def _data_file(path: Path, name: str) -> Path:
     if name.startswith("LIST") or "%" in name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise InputError("the voxels must be in one file beside the header, outside paths and lists are refused", "Save it as .mha")
     return path.with_name(name)
+
+
+def meta_files(path: Path) -> tuple[Path, ...]:
+    """The files of a MetaImage: its header, and its data where they are apart. InputError."""
+    with open_regular(path) as file:
+        data = _meta_layout(file, path).data
+    return (path,) if data == path else (path, data)
 
 
 def write_itk(path: Path, labels: NDArray[Any], grid: Grid) -> None:

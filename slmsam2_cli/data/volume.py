@@ -17,24 +17,27 @@ from numpy.typing import NDArray
 
 from slmsam2_cli.data import store
 from slmsam2_cli.data.decoded import Decoded, Source, value_warnings
-from slmsam2_cli.data.dicom import read_dicom
+from slmsam2_cli.data.dicom import dicom_files, read_dicom
 from slmsam2_cli.data.files import InputError, cause
 from slmsam2_cli.data.grid import Grid
-from slmsam2_cli.data.itk import read_itk, write_itk
+from slmsam2_cli.data.itk import meta_files, read_itk, write_itk
 from slmsam2_cli.data.nifti import read_nifti, template_for, write_nifti
 from slmsam2_cli.data.raster import read_raster, write_raster
 from slmsam2_cli.errors import CaseError, OutputError
 
 __all__ = [
+    "ENDINGS",
     "MAX_VOXELS",
     "Grid",
     "LabelVolume",
     "Source",
     "Volume",
+    "files_of",
     "image_ending",
     "mask_ending",
     "read_image",
     "read_labels",
+    "relative",
     "write_mask",
 ]
 
@@ -128,6 +131,13 @@ def read_labels(path: Path, *, case: str, root: Path, max_voxels: int = MAX_VOXE
         if len(decoded.voxels) != 1:
             raise InputError(f"4-D, one-hot or coloured: {len(decoded.voxels)} channels", "Save a 3-D mask with one value per structure")
         return LabelVolume(_label_values(decoded.voxels[0]), decoded.grid, decoded.source, decoded.warnings)
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """Every file a volume is read from: the slices of a DICOM folder, header and data of a .mhd, else the file itself. InputError."""
+    if path.is_dir():
+        return tuple(dicom_files(path))
+    return meta_files(path) if image_ending(path) == ".mhd" else (path,)
 
 
 def decode(path: Path, max_voxels: int = MAX_VOXELS) -> Decoded:
