@@ -1,0 +1,120 @@
+"""Which prediction belongs to which reference, and which cases a model had already seen.
+
+Files are named here, not opened. A prediction is its reference's namesake; nnU-Net's channel suffix `_0000` is tolerated.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from slmsam2_cli.data.dataset import Dataset
+from slmsam2_cli.data.files import is_junk
+from slmsam2_cli.data.volume import image_ending
+from slmsam2_cli.errors import CaseError
+from slmsam2_cli.evaluation.manifest import Manifest
+
+Group = Literal["unseen", "training"]
+CHANNEL_SUFFIX = "_0000"
+
+
+@dataclass(frozen=True)
+class References:
+    """The truth to compare with: masks by case id, all below `root`; problems: cases that are no use already.
+
+    labels: value -> name when declared, else None and every value above 0 that occurs is a label; ignore: a value not to be scored.
+    """
+
+    root: Path
+    masks: Mapping[str, Path]
+    labels: Mapping[int, str] | None
+    ignore: int | None
+    problems: tuple[CaseError, ...]
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """What is to be scored, and what is only to be mentioned.
+
+    pairs: (case, reference, prediction or None when it is missing), sorted; without_reference: predictions nobody can judge;
+    not_asked_for: training cases that were not predicted; problems: cases with two files that could be meant.
+    """
+
+    pairs: tuple[tuple[str, Path, Path | None], ...]
+    without_reference: tuple[str, ...]
+    not_asked_for: tuple[str, ...]
+    problems: tuple[CaseError, ...]
+
+
+def references_of_dataset(dataset: Dataset) -> References:
+    """The labelled cases of a data set."""
+    masks = {case.id: case.label for case in dataset.training if case.label is not None}
+    return References(dataset.root, masks, dataset.labels, dataset.ignore, dataset.problems)
+
+
+def references_of_folder(folder: Path, labels: Mapping[int, str] | None, ignore: int | None) -> References:
+    """The masks in a folder."""
+    masks, problems = masks_in(folder)
+    return References(folder, masks, labels, ignore, problems)
+
+
+def masks_in(folder: Path) -> tuple[dict[str, Path], tuple[CaseError, ...]]:
+    """Case id -> mask file, sorted by id; two files of one id are a problem, not a choice."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        ending = None if is_junk(path.name) or path.is_dir() else image_ending(path)
+        if ending is not None:
+            found.setdefault(unicodedata.normalize("NFC", path.name[: -len(ending)]), []).append(path)
+    problems = [_twins(case, paths) for case, paths in found.items() if len(paths) > 1]
+    return {case: paths[0] for case, paths in sorted(found.items()) if len(paths) == 1}, tuple(problems)
+
+
+def pair(references: References, predictions: Path, manifest: Manifest | None, seen: Collection[str]) -> Pairing:
+    """Match predictions to references.
+
+    A reference without a prediction counts as missing, unless it is a training case that predict was not asked for.
+    """
+    masks, problems = masks_in(predictions)
+    listed = manifest.cases if manifest is not None else {}
+    pairs: list[tuple[str, Path, Path | None]] = []
+    taken = {problem.case for problem in references.problems}
+    not_asked_for = []
+    refused = {problem.case.removesuffix(CHANNEL_SUFFIX) for problem in problems}
+    for case, reference in sorted(references.masks.items()):
+        name = _namesake(case, masks)
+        if name is not None:
+            taken.add(name)
+            pairs.append((case, reference, masks[name]))
+        elif case.removesuffix(CHANNEL_SUFFIX) in refused:
+            continue
+        elif case in seen and case not in listed:
+            not_asked_for.append(case)
+        else:
+            pairs.append((case, reference, None))
+    strangers = [case for case in masks if case not in taken]
+    ours = {case.removesuffix(CHANNEL_SUFFIX) for case in references.masks}
+    mattering = tuple(problem for problem in problems if problem.case.removesuffix(CHANNEL_SUFFIX) in ours)
+    return Pairing(tuple(pairs), tuple(strangers), tuple(not_asked_for), mattering)
+
+
+def group_of(case: str, seen: Collection[str]) -> Group:
+    return "training" if case in seen else "unseen"
+
+
+def relative_name(path: Path, root: Path) -> str:
+    """The path below root with forward slashes; the bare name for a file that lies elsewhere."""
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+
+
+def _namesake(case: str, masks: Mapping[str, Path]) -> str | None:
+    plain = unicodedata.normalize("NFC", case)
+    candidates = (plain, plain + CHANNEL_SUFFIX, plain.removesuffix(CHANNEL_SUFFIX))
+    return next((name for name in candidates if name in masks), None)
+
+
+def _twins(case: str, paths: list[Path]) -> CaseError:
+    names = " and ".join(path.name for path in paths)
+    return CaseError(case, paths[0].name, f"two masks could be meant: {names}", "Keep one of them")

@@ -1,0 +1,233 @@
+"""Cases in, scores out: reads two masks, compares their grids, measures every label; many cases on a few processes.
+
+One bad case never stops another, and the scores do not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from scipy import ndimage
+
+from slmsam2_cli.data.volume import LabelVolume, read_labels
+from slmsam2_cli.errors import CaseError
+from slmsam2_cli.evaluation.metrics import NSD_TOLERANCE_MM, LabelScore, Pair, coarsest_axis, measure, measure_missing
+from slmsam2_cli.evaluation.pairing import Group, relative_name
+
+CaseStatus = Literal["ok", "pred_missing", "failed"]
+START_METHOD = "spawn"  # a forked copy of a process with threads may hang
+MAX_WORKERS = 8
+ALONE_SECONDS = 2.0  # work this long in one process before starting others, which costs about a second
+
+Boxes = Mapping[int, tuple[slice, ...]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case to score.
+
+    values: labels to score, None for those that occur; slice_axis: array axis (z, y, x) of the slice numbers, None for the coarsest;
+    prompted: label -> given slices, None when nobody knows.
+    """
+
+    case: str
+    group: Group
+    reference: Path
+    prediction: Path | None
+    reference_root: Path
+    prediction_root: Path
+    values: tuple[int, ...] | None
+    ignore: int | None = None
+    slice_axis: int | None = None
+    prompted: Mapping[int, tuple[int, ...]] | None = None
+    tolerance_mm: float = NSD_TOLERANCE_MM
+
+
+@dataclass(frozen=True, eq=False)
+class CaseScore:
+    """What came of one case. labels: by value, empty when the case failed; absent: the score of a label that does not occur in it."""
+
+    case: str
+    group: Group
+    status: CaseStatus
+    reference_file: str
+    prediction_file: str | None
+    labels: Mapping[int, LabelScore] = field(default_factory=dict)
+    absent: LabelScore | None = None
+    problem: str | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def score_case(job: Job) -> CaseScore:
+    """Read and measure; a case that cannot be used comes back as failed, with the reason."""
+    try:
+        return _score(job)
+    except CaseError as error:
+        return failed(job, str(error))
+    except MemoryError:
+        return failed(
+            job, f"case {job.case}: not enough memory to compare the masks. Close other programs, or score it on a larger machine"
+        )
+
+
+def failed(job: Job, problem: str) -> CaseScore:
+    """A case about which nothing can be said."""
+    return CaseScore(job.case, job.group, "failed", *_names(job), problem=problem)
+
+
+def with_labels(scores: Sequence[CaseScore], values: Sequence[int]) -> list[CaseScore]:
+    """Every scored case with an entry for every label, in the order of `values`."""
+    return [
+        score if score.absent is None else replace(score, labels={v: score.labels.get(v, score.absent) for v in values}) for score in scores
+    ]
+
+
+def score_all(jobs: Sequence[Job], workers: int | None = None, advance: Callable[..., None] = lambda: None) -> list[CaseScore]:
+    """Scores in the order of the jobs. workers: processes, None for one a core (at most 8)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = max(1, min(cores if workers is None else workers, MAX_WORKERS))
+    scores: list[CaseScore] = []
+    for score in _serially_then_pooled(jobs, wanted):
+        scores.append(score)
+        advance()
+    return scores
+
+
+def _serially_then_pooled(jobs: Sequence[Job], workers: int) -> Iterator[CaseScore]:
+    started = time.monotonic()
+    for i, job in enumerate(jobs):
+        if workers > 1 and len(jobs) - i > 1 and time.monotonic() - started > ALONE_SECONDS:
+            yield from _pooled(jobs[i:], workers)
+            return
+        yield score_case(job)
+
+
+def _pooled(jobs: Sequence[Job], workers: int) -> Iterator[CaseScore]:
+    """A process that dies takes its pool with it: what it left undone is tried again, each case in a process of its own."""
+    context = multiprocessing.get_context(START_METHOD)
+    done = 0
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_leave_interrupts_to_the_parent) as pool:
+        try:
+            for score in pool.map(score_case, jobs):
+                yield score
+                done += 1
+        except BrokenProcessPool:
+            pass
+        finally:
+            pool.shutdown(cancel_futures=True)
+    for job in jobs[done:]:
+        yield _on_its_own(job, context)
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _on_its_own(job: Job, context: BaseContext) -> CaseScore:
+    with ProcessPoolExecutor(1, context, initializer=_leave_interrupts_to_the_parent) as pool:
+        try:
+            return pool.submit(score_case, job).result()
+        except BrokenProcessPool:
+            return failed(
+                job, f"case {job.case}: the process scoring it was ended, probably for want of memory. Score it on a larger machine"
+            )
+
+
+def _score(job: Job) -> CaseScore:
+    reference = read_labels(job.reference, case=job.case, root=job.reference_root)
+    axis = coarsest_axis(reference.grid.spacing_mm) if job.slice_axis is None else job.slice_axis
+    _refuse_slices_beyond(job, reference.voxels.shape[axis])
+    predicted, notes = _prediction(job, reference)
+    truth, predicted, scored = _without_ignored(reference.voxels, predicted, job.ignore, axis)
+    boxes = _boxes(truth, predicted)
+
+    def score(value: int) -> LabelScore:
+        pair = _cut(truth, predicted, value, boxes, reference.grid.spacing_mm, axis, scored)
+        if job.prediction is None:
+            return measure_missing(pair, job.prompted is not None, job.tolerance_mm)
+        return measure(pair, None if job.prompted is None else job.prompted.get(value, ()), job.tolerance_mm)
+
+    values = tuple(boxes) if job.values is None else job.values
+    undeclared = _undeclared({"reference": truth, "prediction": predicted}, [v for v in boxes if v not in values])
+    status: CaseStatus = "ok" if job.prediction is not None else "pred_missing"
+    labels = {value: score(value) for value in values}
+    said = [f"case {job.case}: {line}" for line in dict.fromkeys((*reference.warnings, *notes, *undeclared))]
+    return CaseScore(job.case, job.group, status, *_names(job), labels, score(0), warnings=tuple(said))
+
+
+def _prediction(job: Job, reference: LabelVolume) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The predicted labels on the reference's grid; nothing at all when the prediction is missing. CaseError."""
+    if job.prediction is None:
+        return np.broadcast_to(np.uint8(0), reference.voxels.shape), ()
+    prediction = read_labels(job.prediction, case=job.case, root=job.prediction_root)
+    difference = reference.grid.difference(prediction.grid)
+    if difference is not None:
+        what = f"the prediction's grid is not the label's: {difference} (label, then prediction)"
+        raise CaseError(job.case, _names(job)[1] or "", what, "Predict on the grid of the label; nothing is resampled in silence")
+    return prediction.voxels, prediction.warnings
+
+
+def _refuse_slices_beyond(job: Job, slices: int) -> None:
+    beyond = sorted({k for given in (job.prompted or {}).values() for k in given if k >= slices})
+    if beyond:
+        what = f"the manifest lists prompted slice {beyond[0]}, the volume has slices 0 to {slices - 1}"
+        raise CaseError(job.case, _names(job)[1] or "", what, "Predict again; the masks and the manifest do not belong together")
+
+
+def _without_ignored(truth: np.ndarray, predicted: np.ndarray, ignore: int | None, axis: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Both masks without the voxels the reference asks to ignore, and the pixels left per slice."""
+    across = tuple(i for i in range(3) if i != axis)
+    pixels = np.full(truth.shape[axis], truth.size // truth.shape[axis], dtype=np.int64)
+    if ignore is None:
+        return truth, predicted, pixels
+    keep = truth != ignore
+    return truth * keep, predicted * keep, np.count_nonzero(keep, axis=across).astype(np.int64)
+
+
+def _boxes(*masks: np.ndarray) -> Boxes:
+    """Label value -> the smallest box that holds it in every mask, ascending."""
+    found: dict[int, tuple[slice, ...]] = {}
+    for mask in masks:
+        for value, box in enumerate(ndimage.find_objects(mask), start=1):
+            if box is not None:
+                found[value] = box if value not in found else tuple(map(_hull, found[value], box))
+    return dict(sorted(found.items()))
+
+
+def _hull(a: slice, b: slice) -> slice:
+    return slice(min(a.start, b.start), max(a.stop, b.stop))
+
+
+def _cut(
+    truth: np.ndarray, predicted: np.ndarray, value: int, boxes: Boxes, spacing_mm: Sequence[float], axis: int, scored: np.ndarray
+) -> Pair:
+    """The two masks of one label, cropped."""
+    box = boxes.get(value, (slice(0, 0),) * 3)
+    first = tuple(b.start for b in box)
+    return Pair(truth[box] == value, predicted[box] == value, first, truth.shape, tuple(spacing_mm), axis, scored)
+
+
+def _undeclared(masks: Mapping[str, np.ndarray], values: Sequence[int]) -> list[str]:
+    """One line for each label value that nobody declared, with its counts."""
+    return [
+        f"label {value} is not declared and not scored ("
+        + ", ".join(f"{np.count_nonzero(mask == value)} voxels in the {name}" for name, mask in masks.items())
+        + ")"
+        for value in values
+    ]
+
+
+def _names(job: Job) -> tuple[str, str | None]:
+    prediction = None if job.prediction is None else relative_name(job.prediction, job.prediction_root)
+    return relative_name(job.reference, job.reference_root), prediction

@@ -1,0 +1,133 @@
+"""Scores in, summary.json out: nnU-Net's shape with a status, a distance and the doubt added.
+
+`mean` and `foreground_mean` are the headline: unseen cases only. Cases the model has learned from are summarised apart under `training`,
+slices that were given are left out under `unprompted`. Strict JSON: null, never NaN; paths are relative; nothing depends on the clock.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from slmsam2_cli.evaluation import statistics
+from slmsam2_cli.evaluation.metrics import DEFINITIONS, NSD_TOLERANCE_MM, LabelScore, metric_names, unmeasured
+from slmsam2_cli.evaluation.pairing import Group
+from slmsam2_cli.evaluation.scoring import CaseScore
+from slmsam2_cli.evaluation.statistics import Case
+
+FORMAT_VERSION = 1
+TOOL = "slmsam2"
+Part = Literal["all", "unprompted"]
+Json = dict[str, Any]
+_COUNTS = ("TP", "FP", "FN", "TN", "n_ref", "n_pred", "ref_ml", "pred_ml")
+
+
+@dataclass(frozen=True)
+class About:
+    """Where the scores come from. labels: value -> name; model, predicted_with: from the predictions' manifest."""
+
+    tool_version: str
+    labels: Mapping[int, str]
+    model: Mapping[str, Any] = field(default_factory=dict)
+    predicted_with: str = ""
+    without_reference: Sequence[str] = ()
+    not_asked_for: Sequence[str] = ()
+    tolerance_mm: float = NSD_TOLERANCE_MM
+
+
+def summarise(scores: Sequence[CaseScore], about: About) -> Json:
+    """The whole of summary.json; every scored case must hold every label of `about`. Cases in any order."""
+    ordered = sorted(scores, key=lambda s: (s.status != "failed", s.case))
+    headline = _block(ordered, about, "unseen", "all")
+    return {
+        "tool": TOOL,
+        "format_version": FORMAT_VERSION,
+        "tool_version": about.tool_version,
+        "predicted_with": about.predicted_with,
+        "model": dict(about.model),
+        "definitions": {**DEFINITIONS, "nsd_tolerance_mm": about.tolerance_mm, "ci95": _interval_words()},
+        "labels": {str(value): name for value, name in about.labels.items()},
+        "cases": _census(ordered, about),
+        **headline,
+        "unprompted": _block(ordered, about, "unseen", "unprompted"),
+        "training": {**_block(ordered, about, "training", "all"), "unprompted": _block(ordered, about, "training", "unprompted")},
+        "slice_curve": {str(value): _curve(ordered, value) for value in about.labels},
+        "warnings": [line for score in ordered for line in score.warnings],
+        "metric_per_case": [_case(score, about) for score in ordered],
+    }
+
+
+def _interval_words() -> str:
+    return f"95 % percentile bootstrap over cases, {statistics.RESAMPLES} resamples, seed {statistics.SEED}"
+
+
+def _census(scores: Sequence[CaseScore], about: About) -> Json:
+    """How many cases of each kind, and by name those that are not simply scored."""
+    return {
+        "unseen": sum(s.group == "unseen" for s in scores),
+        "training": sum(s.group == "training" for s in scores),
+        "failed": [{"case": s.case, "problem": s.problem} for s in scores if s.status == "failed"],
+        "pred_missing": [s.case for s in scores if s.status == "pred_missing"],
+        "without_reference": list(about.without_reference),
+        "training_not_predicted": list(about.not_asked_for),
+    }
+
+
+def _case(score: CaseScore, about: About) -> Json:
+    return {
+        "case": score.case,
+        "status": score.status,
+        "group": score.group,
+        "reference_file": score.reference_file,
+        "prediction_file": score.prediction_file,
+        "metrics": {str(value): _record(score, value, about, "all") for value in about.labels},
+        "unprompted": {str(value): _record(score, value, about, "unprompted") for value in about.labels},
+    }
+
+
+def _record(score: CaseScore, value: int, about: About, part: Part) -> Json:
+    """The measures of one label with their status; all null when nothing is known."""
+    label = score.labels.get(value)
+    if label is None:
+        return {**unmeasured(about.tolerance_mm), "status": "failed"}
+    record, status = (label.all, label.status) if part == "all" else (label.unprompted, label.unprompted_status)
+    return {**(record or unmeasured(about.tolerance_mm)), "status": status}
+
+
+def _block(scores: Sequence[CaseScore], about: About, group: Group, part: Part) -> Json:
+    """Means and what is behind them, for one group of cases and one part of their slices."""
+    chosen = [s for s in scores if s.group == group]
+    by_label: dict[str, list[Case]] = {str(v): [(s.case, _record(s, v, about, part)) for s in chosen] for v in about.labels}
+    names = metric_names(about.tolerance_mm)
+    described = [n for n in names if n not in _COUNTS and not n.endswith("_penalised")]
+    means = {label: {n: statistics.mean_of(cases, n) for n in names} for label, cases in by_label.items()}
+    return {
+        "foreground_mean": {n: statistics.mean([value for m in means.values() if (value := m[n]) is not None]) for n in names},
+        "mean": means,
+        "foreground_statistics": {n: statistics.describe_macro(by_label, n) for n in described},
+        "statistics": {label: {n: statistics.describe(cases, n) for n in described} for label, cases in by_label.items()},
+        "status_counts": {label: _status_counts(cases) for label, cases in by_label.items()},
+    }
+
+
+def _status_counts(cases: Sequence[Case]) -> dict[str, int]:
+    return dict(sorted(Counter(str(record["status"]) for _, record in cases if record["status"] is not None).items()))
+
+
+def _curve(scores: Sequence[CaseScore], value: int) -> list[Json]:
+    """Dice of unseen cases' slices against their distance from the nearest given slice, in slices."""
+    by_distance: dict[int, list[float]] = {}
+    for score in scores:
+        label: LabelScore | None = score.labels.get(value) if score.group == "unseen" else None
+        for row in label.slices if label is not None else ():
+            if row["prompt_distance_slices"] is not None and row["Dice"] is not None:
+                by_distance.setdefault(abs(int(row["prompt_distance_slices"])), []).append(row["Dice"])
+    return [{"distance_slices": d, "n": len(found), **_percentiles(found)} for d, found in sorted(by_distance.items())]
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float]:
+    return {f"p{q}": float(np.percentile(values, q)) for q in (10, 50, 90)}

@@ -1,0 +1,152 @@
+"""Masks on disk to scores: grids compared, bad cases kept apart, the same result from any number of processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from slmsam2_cli.evaluation import scoring
+from slmsam2_cli.evaluation.scoring import Job, score_all, score_case, with_labels
+
+SHAPE = (6, 5, 4)
+
+
+def labels(**boxes):
+    """A label volume; v1=(first, last) puts a 2 x 2 column of ones on those slices."""
+    array = np.zeros(SHAPE, dtype=np.uint8)
+    for name, (first, last) in boxes.items():
+        value = int(name[1:])
+        array[first : last + 1, value % 4 : value % 4 + 2, 1:3] = value
+    return array
+
+
+def save(path, array, spacing=(1.0, 1.0, 3.0), origin=(0.0, 0.0, 0.0)):
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    path.parent.mkdir(exist_ok=True)
+    sitk.WriteImage(image, str(path))
+    return path
+
+
+@pytest.fixture
+def job(tmp_path):
+    """job(reference, prediction or None, **options): both written as NIfTI, prediction with the grid asked for."""
+
+    def make(reference, prediction, case="a", grid=None, **options):
+        truth = save(tmp_path / "labels" / f"{case}.nii.gz", reference)
+        predicted = None if prediction is None else save(tmp_path / "predictions" / f"{case}.nii.gz", prediction, **(grid or {}))
+        folders = {"reference_root": tmp_path / "labels", "prediction_root": tmp_path / "predictions"}
+        return Job(case, "unseen", truth, predicted, **({"values": (1,)} | folders | options))
+
+    return make
+
+
+def test_a_case_is_measured_label_by_label(job):
+    found = score_case(job(labels(v1=(1, 4), v2=(2, 2)), labels(v1=(1, 2), v2=(2, 2)), values=(1, 2)))
+    assert (found.status, found.reference_file, found.prediction_file) == ("ok", "a.nii.gz", "a.nii.gz")
+    assert found.labels[1].all["Dice"] == pytest.approx(2 * 6 / (14 + 6))  # label 2 covers two of label 1's voxels
+    assert found.labels[2].all["Dice"] == 1.0
+
+
+def test_slices_are_numbered_along_the_coarsest_axis_unless_the_manifest_says_otherwise(job):
+    along_z = score_case(job(labels(v1=(1, 2)), labels(v1=(1, 4)))).labels[1].all
+    along_y = score_case(job(labels(v1=(1, 2)), labels(v1=(1, 4)), slice_axis=1)).labels[1].all
+    assert (along_z["over_slices"], along_z["over_extent_mm"], along_y["over_slices"]) == (2, 6.0, 0)
+
+
+def test_prompted_slices_are_taken_out_label_by_label(job):
+    masks = labels(v1=(1, 2), v2=(4, 4)), labels(v1=(1, 1), v2=(4, 4))
+    found = score_case(job(*masks, values=(1, 2), prompted={1: (1,)}))
+    assert (found.labels[1].unprompted_status, found.labels[1].unprompted["Dice"]) == ("pred_empty", 0.0)
+    assert found.labels[2].unprompted == found.labels[2].all
+
+
+@pytest.mark.parametrize(
+    ("grid", "named"),
+    [
+        ({"spacing": (1.0, 1.0, 3.01)}, "spacing (3, 1, 1) but (3.01, 1, 1)"),
+        ({"origin": (0.0, 0.5, 0.0)}, "origin (0, 0, 0) but (0, 0.5, 0)"),
+    ],
+)
+def test_another_grid_rejects_the_case_and_names_both(job, grid, named):
+    found = score_case(job(labels(v1=(1, 2)), labels(v1=(1, 2)), grid=grid))
+    assert (found.status, found.labels) == ("failed", {})
+    assert found.problem.startswith("case a: a.nii.gz:")
+    assert named in found.problem
+
+
+def test_another_shape_rejects_the_case(job):
+    found = score_case(job(labels(v1=(1, 2)), labels(v1=(1, 2))[:5]))
+    assert "shape (6, 5, 4) but (5, 5, 4)" in found.problem
+
+
+def test_a_hair_s_breadth_of_difference_in_the_header_is_accepted(job):
+    assert score_case(job(labels(v1=(1, 2)), labels(v1=(1, 2)), grid={"spacing": (1.0, 1.0, 3.001)})).status == "ok"
+
+
+def test_a_truncated_file_is_a_failed_case_and_the_others_go_on(job):
+    jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=name) for name in "abc"]
+    data = jobs[1].prediction.read_bytes()
+    jobs[1].prediction.write_bytes(data[: len(data) // 2])
+    assert [score.status for score in score_all(jobs)] == ["ok", "failed", "ok"]
+
+
+def test_ignored_voxels_are_scored_nowhere(job):
+    truth, predicted = labels(v1=(1, 2)), labels(v1=(1, 4))
+    truth[3:] = 9
+    found = score_case(job(truth, predicted, ignore=9))
+    assert (found.labels[1].all["Dice"], found.labels[1].all["TN"]) == (1.0, 3 * 20 - 8)
+    assert not [line for line in found.warnings if "declared" in line]
+
+
+def test_undeclared_labels_are_listed_with_their_counts(job):
+    found = score_case(job(labels(v1=(1, 2), v2=(4, 4)), labels(v1=(1, 2))))
+    assert list(found.labels) == [1]
+    assert "case a: label 2 is not declared and not scored (4 voxels in the reference, 0 voxels in the prediction)" in found.warnings
+
+
+def test_without_declared_labels_every_value_of_any_case_is_a_label_of_every_case(job):
+    one = job(labels(v1=(1, 2)), labels(v1=(1, 2)), case="a", values=None)
+    two = job(labels(v2=(1, 2)), labels(v3=(4, 4)), case="b", values=None)
+    gone = job(labels(v1=(1, 2)), None, case="c", values=None)
+    a, b, c = with_labels(score_all([one, two, gone]), [1, 2, 3])
+    assert [a.labels[v].status for v in (1, 2, 3)] == ["ok", "both_empty", "both_empty"]
+    assert [b.labels[v].status for v in (1, 2, 3)] == ["both_empty", "pred_empty", "ref_empty"]
+    assert [c.labels[v].status for v in (1, 2, 3)] == ["pred_missing"] * 3
+
+
+def test_a_prompted_slice_outside_the_volume_means_the_manifest_belongs_elsewhere(job):
+    found = score_case(job(labels(v1=(1, 2)), labels(v1=(1, 2)), prompted={1: (6,)}))
+    assert "prompted slice 6, the volume has slices 0 to 5" in found.problem
+
+
+def test_any_number_of_processes_gives_the_same_scores(job, monkeypatch):
+    jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2 + i % 3)), case=f"c{i}", prompted={1: (1,)}) for i in range(5)]
+    alone = score_all(jobs, workers=1)
+    monkeypatch.setattr(scoring, "ALONE_SECONDS", -1.0)
+    together = score_all(jobs, workers=2)
+    assert [(s.case, s.labels[1].all, s.labels[1].unprompted) for s in alone] == [
+        (s.case, s.labels[1].all, s.labels[1].unprompted) for s in together
+    ]
+
+
+def killing(job):
+    """Stands in for a case whose process the kernel ends."""
+    if job.case == "c1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return score_case(job)
+
+
+def test_a_killed_process_fails_its_own_case_only(job, monkeypatch):
+    jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}") for i in range(3)]
+    monkeypatch.setattr(scoring, "ALONE_SECONDS", -1.0)
+    monkeypatch.setattr(scoring, "START_METHOD", "fork")  # a forked process knows the stand-in
+    monkeypatch.setattr(scoring, "score_case", killing)
+    found = score_all(jobs, workers=2)
+    assert [(s.case, s.status) for s in found] == [("c0", "ok"), ("c1", "failed"), ("c2", "ok")]
+    assert "the process scoring it was ended" in found[1].problem

@@ -1,0 +1,255 @@
+"""The whole stage on small folders: what it writes, prints and returns."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from slmsam2_cli import console
+from slmsam2_cli.errors import SlmSam2Error, UsageError
+from slmsam2_cli.stages.evaluate import evaluate
+from slmsam2_cli.workspace import Workspace
+
+SHAPE = (8, 16, 16)
+
+
+def column(first, last, value=1):
+    array = np.zeros(SHAPE, dtype=np.uint8)
+    array[first : last + 1, 4:8, 4:8] = value
+    return array
+
+
+def save(path, array, spacing=(1.0, 1.0, 3.0)):
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, str(path))
+
+
+WHOLE, HALF = column(1, 4), column(1, 2)  # Dice 2/3
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Three labels; predictions that are right for a, half for b, absent for c."""
+    for case in "abc":
+        save(tmp_path / "labels" / f"{case}.nii.gz", WHOLE)
+    save(tmp_path / "masks" / "a.nii.gz", WHOLE)
+    save(tmp_path / "masks" / "b.nii.gz", HALF)
+    return tmp_path
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A data set of four cases in nnU-Net's shape whose workspace holds predictions of a, b and c; t was for training."""
+    root = tmp_path / "data"
+    for case in "abct":
+        save(root / "imagesTr" / f"{case}_0000.nii.gz", np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE))
+        save(root / "labelsTr" / f"{case}.nii.gz", WHOLE)
+    content = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "PZ": 1}, "numTraining": 4, "file_ending": ".nii.gz"}
+    (root / "dataset.json").write_text(json.dumps(content))
+    space = Workspace.of(root, None)
+    for case, mask in (("a", WHOLE), ("b", HALF), ("c", WHOLE)):
+        save(space.predictions / f"{case}.nii.gz", mask)
+    space.split.parent.mkdir()
+    space.split.write_text(json.dumps({"training": ["t"]}))
+    return root
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def run(folder, **options):
+    arguments = {"predictions": folder / "masks", "labels": folder / "labels", "workspace": None, "out": folder / "out", "dataset": None}
+    return evaluate(**(arguments | options))
+
+
+def by_case(found):
+    return {case["case"]: case for case in found["metric_per_case"]}
+
+
+def test_two_folders_are_compared_and_a_missing_prediction_is_exit_one(folders, capsys):
+    assert run(folders) == 1
+    found = summary(folders / "out")
+    assert {name: case["metrics"]["1"]["Dice"] for name, case in by_case(found).items()} == pytest.approx({"a": 1, "b": 2 / 3, "c": 0})
+    assert found["mean"]["1"]["Dice"] == pytest.approx(5 / 9)
+    assert "error: case c: no prediction" in capsys.readouterr().err
+
+
+def test_complete_predictions_are_exit_zero(folders):
+    save(folders / "masks" / "c.nii.gz", WHOLE)
+    assert run(folders) == 0
+
+
+def test_the_table_and_the_written_paths_are_shown(folders, capsys):
+    run(folders)
+    shown = capsys.readouterr()
+    assert "unseen cases: 3. HD95: larger of the two directed 95th percentiles" in shown.out
+    assert "0.556" in shown.out
+    assert all(str(folders / "out" / name) in shown.err for name in ("summary.json", "cases.csv", "slices.csv", "summary.md"))
+
+
+def test_json_prints_the_summary_and_nothing_else(folders, capsys):
+    run(folders, as_json=True)
+    assert json.loads(capsys.readouterr().out) == summary(folders / "out")
+
+
+def test_without_an_output_folder_the_summary_lies_beside_the_masks(folders):
+    run(folders, out=None)
+    assert summary(folders / "masks")["cases"]["pred_missing"] == ["c"]
+
+
+def test_running_twice_gives_the_same_bytes(folders):
+    run(folders)
+    first = {path.name: path.read_bytes() for path in (folders / "out").glob("[a-z]*")}
+    run(folders)
+    assert {path.name: path.read_bytes() for path in (folders / "out").glob("[a-z]*")} == first
+
+
+def test_somebody_else_s_summary_is_not_overwritten(folders):
+    (folders / "out").mkdir()
+    (folders / "out" / "summary.json").write_text('{"mean": {}}')
+    with pytest.raises(UsageError, match="not written by slmsam2"):
+        run(folders)
+    assert (folders / "out" / "summary.json").read_text() == '{"mean": {}}'
+
+
+def test_the_labels_folder_is_never_written_to(folders):
+    (folders / "link").symlink_to(folders / "labels")
+    for out in (folders / "labels", folders / "link"):
+        with pytest.raises(UsageError, match="holds the labels"):
+            run(folders, out=out)
+
+
+def test_a_bad_case_is_failed_listed_first_and_the_others_go_on(folders, capsys):
+    save(folders / "masks" / "c.nii.gz", WHOLE, spacing=(1.0, 1.0, 4.0))
+    assert run(folders) == 1
+    found = summary(folders / "out")
+    assert [case["case"] for case in found["metric_per_case"]] == ["c", "a", "b"]
+    assert found["mean"]["1"]["Dice"] == pytest.approx(5 / 6)
+    error = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: case c: c.nii.gz:"))
+    assert "spacing (3, 1, 1) but (4, 1, 1)" in error
+
+
+def test_nothing_but_bad_cases_is_exit_two(folders):
+    for case in "abc":
+        (folders / "masks" / f"{case}.nii.gz").write_bytes(b"no mask")
+    assert run(folders) == 2
+
+
+def test_folders_that_have_nothing_in_common_are_refused(folders):
+    for case in "ab":
+        (folders / "masks" / f"{case}.nii.gz").rename(folders / "masks" / f"other_{case}.nii.gz")
+    with pytest.raises(UsageError, match="found other_a, other_b; wanted a, b, c"):
+        run(folders)
+    assert not (folders / "out").exists()
+
+
+def test_absent_folders_are_named(folders):
+    for option in ("predictions", "labels"):
+        with pytest.raises(UsageError, match="nowhere"):
+            run(folders, **{option: folders / "nowhere"})
+
+
+def test_nothing_to_compare_with_is_said(folders):
+    with pytest.raises(UsageError, match="-g"):
+        run(folders, labels=None)
+
+
+def test_a_prediction_without_label_is_mentioned(folders, capsys):
+    save(folders / "masks" / "x.nii.gz", WHOLE)
+    run(folders)
+    assert summary(folders / "out")["cases"]["without_reference"] == ["x"]
+    assert "1 predictions have no label" in capsys.readouterr().err
+
+
+def test_the_manifest_tells_axis_prompts_training_and_model(folders):
+    entry = {"array_axis": 0, "prompted_slices": {"1": [2]}, "training": False}
+    cases = {"a": entry | {"training": True}, "b": entry}
+    (folders / "masks" / "manifest.json").write_text(json.dumps({"format_version": 1, "model": {"digest": "ab"}, "cases": cases}))
+    run(folders)
+    found = summary(folders / "out")
+    assert by_case(found)["b"]["unprompted"]["1"]["Dice"] == pytest.approx(2 * 1 / (3 + 1))
+    assert (by_case(found)["a"]["group"], found["model"]) == ("training", {"digest": "ab"})
+    assert found["mean"]["1"]["Dice"] == pytest.approx((2 / 3 + 0) / 2)
+    assert found["unprompted"]["mean"]["1"]["Dice"] == pytest.approx((1 / 2 + 0) / 2)
+
+
+def test_without_manifest_unprompted_values_are_null(folders):
+    run(folders)
+    assert by_case(summary(folders / "out"))["a"]["unprompted"]["1"]["Dice"] is None
+
+
+def test_the_workspace_s_predictions_are_compared_with_the_data_set_s_labels(data):
+    space = Workspace.of(data, None)
+    assert evaluate(None, None, space, None, dataset=data) == 0
+    found = summary(space.evaluation)
+    assert (found["labels"], found["cases"]["unseen"], found["cases"]["training_not_predicted"]) == ({"1": "PZ"}, 3, ["t"])
+    assert found["metric_per_case"][0]["reference_file"] == "labelsTr/a.nii.gz"
+    assert found["foreground_mean"]["Dice"] == pytest.approx(8 / 9)
+
+
+def test_training_cases_are_reported_apart(data):
+    space = Workspace.of(data, None)
+    save(space.predictions / "t.nii.gz", column(1, 1))
+    evaluate(None, None, space, None, dataset=data)
+    found = summary(space.evaluation)
+    assert (found["foreground_mean"]["Dice"], found["training"]["foreground_mean"]["Dice"]) == pytest.approx((8 / 9, 2 / 5))
+
+
+@pytest.mark.parametrize("place", ["", "labelsTr"])
+def test_a_data_set_or_its_labels_may_be_named_as_labels(data, place):
+    masks = Workspace.of(data, None).predictions
+    assert evaluate(masks, data / place, None, data.parent / "out", dataset=None) == 0
+    found = summary(data.parent / "out")
+    assert (found["labels"], found["cases"]["training_not_predicted"]) == ({"1": "PZ"}, ["t"])
+
+
+def test_a_label_that_occurs_nowhere_is_in_the_table_and_in_no_mean(data):
+    content = json.loads((data / "dataset.json").read_text())
+    (data / "dataset.json").write_text(json.dumps(content | {"labels": {"background": 0, "PZ": 1, "TZ": 2}}))
+    space = Workspace.of(data, None)
+    evaluate(None, None, space, None, dataset=data)
+    found = summary(space.evaluation)
+    assert (found["mean"]["2"]["Dice"], found["status_counts"]["2"]) == (None, {"both_empty": 3})
+    assert found["foreground_mean"]["Dice"] == pytest.approx(8 / 9)
+
+
+def test_a_split_that_cannot_be_understood_is_refused(data):
+    space = Workspace.of(data, None)
+    space.split.write_text("[]")
+    with pytest.raises(SlmSam2Error, match=r"split\.json"):
+        evaluate(None, None, space, None, dataset=data)
+
+
+@pytest.mark.parametrize(("limit", "code"), [("Dice=0.8", 1), ("0.5", 0), ("IoU=0.9", 1)])
+def test_a_mean_below_the_limit_is_exit_one(folders, limit, code):
+    shutil.copy(folders / "masks" / "b.nii.gz", folders / "masks" / "c.nii.gz")
+    assert run(folders, fail_under=limit) == code
+
+
+@pytest.mark.parametrize("limit", ["HD95=3", "Dice=high", "1.5", ""])
+def test_a_limit_that_means_nothing_is_refused(folders, limit):
+    with pytest.raises(UsageError, match="no limit"):
+        run(folders, fail_under=limit)
+
+
+def test_no_absolute_path_is_written(folders):
+    run(folders)
+    written = [path.read_text() for path in (folders / "out").glob("[a-z]*")]
+    assert len(written) == 4
+    assert not any(str(folders) in text for text in written)
+
+
+def test_quiet_runs_print_nothing_but_what_was_asked_for(folders, capsys, monkeypatch):
+    save(folders / "masks" / "c.nii.gz", WHOLE)
+    monkeypatch.setattr(console.settings, "quiet", True)
+    with warnings.catch_warnings():
+        run(folders, as_json=True)
+    assert json.loads(capsys.readouterr().out)["cases"]["unseen"] == 3
