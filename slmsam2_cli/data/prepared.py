@@ -18,10 +18,11 @@ import numpy as np
 
 from slmsam2_cli.data import store
 from slmsam2_cli.data.dataset import Case, Dataset, check_pair
+from slmsam2_cli.data.dicom import dicom_files
 from slmsam2_cli.data.files import InputError, cause
 from slmsam2_cli.data.geometry import GeometryPlanLike, View
 from slmsam2_cli.data.intensity import ChannelIntensityLike, normalise
-from slmsam2_cli.data.volume import LabelVolume, Volume, read_image, read_labels
+from slmsam2_cli.data.volume import LabelVolume, Volume, read_image, read_labels, relative
 from slmsam2_cli.errors import CaseError, OutputError, SlmSam2Error
 from slmsam2_cli.version import VERSION
 
@@ -48,14 +49,14 @@ def make_frames(volume: Volume, geometry: GeometryPlanLike, intensity: Sequence[
     return view, view.frames(normalise(volume.voxels, intensity))
 
 
-def read_pair(case: Case, dataset: Dataset) -> tuple[Volume, LabelVolume | None]:
-    """A case's image and mask, found to belong together and to hold declared labels only. CaseError."""
+def read_pair(case: Case, dataset: Dataset) -> tuple[Volume, LabelVolume | None, tuple[str, ...]]:
+    """A case's image and mask, found to belong together and to hold declared labels only, and warnings, one line each. CaseError."""
     volume = read_image(case.images, case=case.id, root=dataset.root, channels=len(dataset.channels))
     if case.label is None:
-        return volume, None
+        return volume, None, volume.warnings
     mask = read_labels(case.label, case=case.id, root=dataset.root)
-    check_pair(case, volume, mask)
-    return volume, mask
+    warnings = check_pair(volume, mask, dataset, case)
+    return volume, mask, (*volume.warnings, *mask.warnings, *warnings)
 
 
 def settings_digest(geometry: GeometryPlanLike, intensity: Sequence[ChannelIntensityLike]) -> str:
@@ -74,10 +75,10 @@ def settings_digest(geometry: GeometryPlanLike, intensity: Sequence[ChannelInten
 
 def _inputs(case: Case, root: Path) -> dict[str, str]:
     """Content of every input file: path relative to the data set -> SHA-256."""
-    paths = [*case.images, *([case.label] if case.label else [])]
+    given = [*case.images, *([case.label] if case.label else [])]
     digests: dict[str, str] = {}
-    for path in paths:
-        name = path.relative_to(root).as_posix()
+    for path in [file for path in given for file in (dicom_files(path) if path.is_dir() else [path])]:
+        name = relative(path, root)
         try:
             digests[name] = store.sha256_of(path)
         except InputError as error:
@@ -92,7 +93,7 @@ def prepare(
 ) -> PreparedCase:
     """Make one case ready, whatever is there already. CaseError when the case is unusable, OutputError when it cannot be written."""
     inputs = _inputs(case, dataset.root)
-    volume, mask = read_pair(case, dataset)
+    volume, mask, _ = read_pair(case, dataset)
     view, frames = make_frames(volume, geometry, intensity)
     labels = None if mask is None else view.labels(mask.voxels)
     _write(folder / case.id, frames.astype(np.float16), labels, view, inputs, settings_digest(geometry, intensity))

@@ -20,9 +20,9 @@ from typing import Any, Literal
 import numpy as np
 
 from slmsam2_cli.data import store
-from slmsam2_cli.data.dataset import find_label
+from slmsam2_cli.data.dataset import compare_geometry, find_label
 from slmsam2_cli.data.geometry import View
-from slmsam2_cli.data.volume import read_labels
+from slmsam2_cli.data.volume import Volume, read_labels
 from slmsam2_cli.errors import CaseError, SlmSam2Error
 
 Array = np.ndarray[Any, Any]
@@ -44,8 +44,13 @@ class Prompts:
     ignore: int | None = None
 
 
-def read_prompts(folder: Path, case_id: str, view: View, values: Sequence[int], ignore: int | None = None) -> Prompts | None:
-    """A person's prompts for one case; None when the folder holds none, or nothing is annotated. CaseError when they cannot be used."""
+def read_prompts(
+    folder: Path, case_id: str, view: View, values: Sequence[int], ignore: int | None = None, image: Volume | None = None
+) -> Prompts | None:
+    """A person's prompts for one case; None when the folder holds none, or nothing is annotated. CaseError when they cannot be used.
+
+    image: where given, what its file does not know about its own geometry is not held against the prompt (see check.compare_geometry).
+    """
     path = find_label(folder, case_id)
     listing = folder / f"{case_id}.prompts.json"
     if path is None:
@@ -53,7 +58,7 @@ def read_prompts(folder: Path, case_id: str, view: View, values: Sequence[int], 
             raise CaseError(case_id, listing.name, "there is no mask of the same name beside it", "Save the annotated mask next to it")
         return None
     volume = read_labels(path, case=case_id, root=folder)
-    difference = view.grid.difference(volume.grid)
+    difference = view.grid.difference(volume.grid) if image is None else compare_geometry(image, volume)[0]
     if difference:
         raise CaseError(case_id, path.name, f"the prompt's grid differs from the image's: {difference}", "Paint on the image's own grid and save again")
     mask = volume.voxels

@@ -50,6 +50,7 @@ class LabelFingerprint(Frozen):
     voxels: int
     extents: dict[SliceAxis, Extent] = Field(description="per anatomical axis")
     overlap: dict[SliceAxis, float] = Field(description="mean Dice of neighbouring slices of which at least one holds the label")
+    copied: dict[SliceAxis, float] = Field(description="Dice of the label's middle slice copied to every slice: what propagation has to beat")
 
 
 class CaseFingerprint(Frozen):

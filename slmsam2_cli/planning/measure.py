@@ -14,6 +14,7 @@ from slmsam2_cli.data.dataset import Case, Dataset
 from slmsam2_cli.data.geometry import AXES, SliceAxis, nonzero_box, orient, oriented_size
 from slmsam2_cli.data.grid import Grid
 from slmsam2_cli.data.prepared import read_pair
+from slmsam2_cli.data.prompts import choose_slice
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint, Extent, Fingerprint, LabelFingerprint, Statistics
 from slmsam2_cli.version import VERSION
@@ -52,7 +53,7 @@ def measure(
 
 def measure_case(case: Case, dataset: Dataset) -> tuple[CaseFingerprint, list[Array]]:
     """One training case, and per channel at most SAMPLE of its foreground's grey values. CaseError when it is unusable."""
-    volume, mask = read_pair(case, dataset)
+    volume, mask, warnings = read_pair(case, dataset)
     if mask is None:
         raise CaseError(case.id, "", "has no label", "Add its mask to labelsTr, or drop the case from dataset.json")
     orientation = orient(volume.grid.direction)
@@ -73,7 +74,7 @@ def measure_case(case: Case, dataset: Dataset) -> tuple[CaseFingerprint, list[Ar
             for channel, values in zip(voxels, picked, strict=True)
         ),
         labels={value: measured for value in dataset.labels if (measured := measure_label(labels == value))},
-        warnings=(*volume.warnings, *mask.warnings),
+        warnings=warnings,
     )
     return fingerprint, [evenly(values, SAMPLE) for values in picked]
 
@@ -86,13 +87,15 @@ def measure_label(mask: Array) -> LabelFingerprint | None:
         return None
     extents: dict[SliceAxis, Extent] = {}
     overlap: dict[SliceAxis, float] = {}
+    copied: dict[SliceAxis, float] = {}
     for index, axis in enumerate(AXES):
         stack = np.moveaxis(cut, index, 0)
         start, end = box[index]
         extents[axis] = Extent(first=start, last=end - 1, slices=int(stack.any(axis=(1, 2)).sum()))
         if mask.shape[index] > 1:
             overlap[axis] = round(neighbour_overlap(stack, ends=(start > 0) + (end < mask.shape[index])), 6)
-    return LabelFingerprint(voxels=int(cut.sum()), extents=extents, overlap=overlap)
+            copied[axis] = round(copy_overlap(stack, mask.shape[index]), 6)
+    return LabelFingerprint(voxels=int(cut.sum()), extents=extents, overlap=overlap, copied=copied)
 
 
 def neighbour_overlap(stack: Array, ends: int) -> float:
@@ -105,6 +108,14 @@ def neighbour_overlap(stack: Array, ends: int) -> float:
     both = area[1:] + area[:-1]
     pairs = int((both > 0).sum()) + ends
     return float((2 * common[both > 0] / both[both > 0]).sum() / pairs) if pairs else 0.0
+
+
+def copy_overlap(stack: Array, slices: int) -> float:
+    """Dice of a label (T, R, C) with its middle slice copied to all `slices` slices of the volume."""
+    area = stack.sum(axis=(1, 2), dtype=np.int64)
+    middle = stack[choose_slice(area, "middle")]
+    common = int((stack & middle).sum())
+    return 2 * common / (int(area.sum()) + slices * int(middle.sum()))
 
 
 def statistics(values: Array) -> Statistics | None:

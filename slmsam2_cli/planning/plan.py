@@ -26,7 +26,7 @@ Label = Annotated[int, Field(ge=1, le=65535)]
 class Frozen(BaseModel):
     """Values that never change and never carry a key nobody knows; no NaN, no infinity, no silent conversion."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ChannelIntensity(Frozen):

@@ -216,7 +216,7 @@ def ct_window(low_hu: float, high_hu: float) -> tuple[float, float]:
 
 def choose_network(asked: str | None) -> Decision[NetworkSize]:
     """What was asked for, else the network that comes with the tool and runs anywhere."""
-    if asked is None:
+    if asked in (None, "nano"):
         return Decision("nano", "comes with the tool and runs on a CPU")
     if asked not in NATIVE_PX:
         raise UsageError(f"--network {asked}: no such network. Choose one of {', '.join(NATIVE_PX)}")

@@ -58,7 +58,7 @@ def _measure(data: Dataset) -> tuple[Fingerprint, bool]:
 def _show(fingerprint: Fingerprint, previous: Plan | None, settled: Plan, decided: Plan) -> None:
     """The facts and the decisions, as tables; then what differs from before."""
     console.table(f"{fingerprint.dataset_name}: what was measured", ["what", "lowest", "median", "highest"], facts(fingerprint.cases))
-    console.table("labels", ["label", "cases", "voxels", *(f"slices {axis}" for axis in AXES)], label_facts(fingerprint))
+    console.table("labels", ["label", "cases", "voxels", *(f"slices {axis}" for axis in AXES), *(f"copy Dice {axis}" for axis in AXES)], label_facts(fingerprint))
     console.table("what was decided", ["decision", "value", "because"], decisions(settled))
     for key, mine, theirs in differences(settled, decided):
         console.warn(f"plan.json was edited by hand and is kept: {key} is {mine}; the tool would take {theirs} (--overwrite to do so)")
@@ -83,13 +83,15 @@ def facts(cases: tuple[CaseFingerprint, ...]) -> list[list[str]]:
 
 
 def label_facts(fingerprint: Fingerprint) -> list[list[str]]:
-    """One row a label: in how many cases, and its median size."""
+    """One row a label: in how many cases, its median size, and how well its middle slice copied to all slices would do."""
     rows = []
     for value, name in fingerprint.labels.items():
         found = [case.labels[value] for case in fingerprint.cases if value in case.labels]
         sizes = [f"{median(label.voxels for label in found):.0f}"] if found else ["-"]
         spans = [f"{median(label.extents[axis].slices for label in found):.0f}" if found else "-" for axis in AXES]
-        rows.append([f"{value} {name}", f"{len(found)} of {len(fingerprint.cases)}", *sizes, *spans])
+        copies = [[label.copied[axis] for label in found if axis in label.copied] for axis in AXES]
+        scores = [f"{median(scores):.3f}" if scores else "-" for scores in copies]
+        rows.append([f"{value} {name}", f"{len(found)} of {len(fingerprint.cases)}", *sizes, *spans, *scores])
     return rows
 
 

@@ -1,0 +1,155 @@
+"""What is measured on a data set is what a person would count."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from slmsam2_cli.data.dataset import Case, Dataset
+from slmsam2_cli.data.grid import Grid
+from slmsam2_cli.data.phantom import nifti_bytes
+from slmsam2_cli.planning.fingerprint import read_fingerprint, write_fingerprint
+from slmsam2_cli.planning.measure import copy_overlap, evenly, measure, measure_label, neighbour_overlap, orientation_code, statistics
+
+
+def dataset(root, *pairs, spacing=(3.0, 1.0, 1.0), labels=None):
+    """A data set of (image, labels) arrays on disk."""
+    cases = []
+    for index, (image, mask) in enumerate(pairs):
+        for folder, array in (("images", image.astype(np.float32)), ("labels", mask.astype(np.uint8))):
+            (root / folder).mkdir(exist_ok=True)
+            (root / folder / f"c{index}.nii.gz").write_bytes(nifti_bytes(array, spacing))
+        cases.append(Case(f"c{index}", (root / "images" / f"c{index}.nii.gz",), root / "labels" / f"c{index}.nii.gz"))
+    return Dataset(root, "d", ("MRI",), labels or {1: "a", 2: "b"}, None, ".nii.gz", tuple(cases), (), (), ())
+
+
+def block(shape=(4, 10, 12)):
+    """An image of 5 with a block of 100 that is label 1, zeros around."""
+    image, mask = np.zeros(shape), np.zeros(shape)
+    image[:, 1:9, 1:11] = 5
+    image[1:3, 2:6, 3:5] = 100
+    mask[1:3, 2:6, 3:5] = 1
+    return image, mask
+
+
+def test_sizes_spacings_and_values_of_a_case(tmp_path):
+    fingerprint, problems = measure(dataset(tmp_path, block()))
+    assert problems == ()
+    case = fingerprint.cases[0]
+    assert (case.stored_shape, case.shape, case.spacing_mm, case.orientation) == ((4, 10, 12), (4, 10, 12), (3, 1, 1), "LPS")
+    assert case.content_mm == (12, 8, 10)
+    assert case.extent_mm == (12, 10, 12)
+    whole, foreground = case.channels[0].whole, case.channels[0].foreground
+    assert (whole.voxels, whole.min, whole.max, whole.median) == (4 * 8 * 10, 5, 100, 5)
+    assert (foreground.voxels, foreground.mean, foreground.std) == (16, 100, 0)
+
+
+def test_labels_are_measured_along_every_axis(tmp_path):
+    label = measure(dataset(tmp_path, block()))[0].cases[0].labels[1]
+    assert label.voxels == 16
+    spans = {axis: (extent.first, extent.last, extent.slices) for axis, extent in label.extents.items()}
+    assert spans == {"SI": (1, 2, 2), "AP": (2, 5, 4), "LR": (3, 4, 2)}
+    assert label.overlap == pytest.approx({"SI": 1 / 3, "AP": 3 / 5, "LR": 1 / 3})
+
+
+def test_a_label_that_does_not_occur_is_not_listed(tmp_path):
+    assert set(measure(dataset(tmp_path, block()))[0].cases[0].labels) == {1}
+
+
+def test_a_label_at_the_border_does_not_vanish_there():
+    assert neighbour_overlap(np.ones((3, 2, 2), bool), ends=0) == 1
+    assert neighbour_overlap(np.ones((3, 2, 2), bool), ends=2) == 0.5
+
+
+def test_a_gap_counts_as_vanishing_twice():
+    stack = np.array([1, 1, 0, 1], bool)[:, None, None]
+    assert neighbour_overlap(stack, ends=0) == pytest.approx(1 / 3)
+
+
+def test_copying_the_middle_slice_scores_what_it_covers():
+    assert copy_overlap(np.ones((2, 3, 3), bool), slices=2) == 1
+    assert copy_overlap(np.ones((2, 3, 3), bool), slices=6) == 0.5  # 2 * 18 / (18 + 54)
+
+
+def test_an_empty_mask_has_no_measurements():
+    assert measure_label(np.zeros((2, 3, 4), bool)) is None
+
+
+def test_a_single_slice_has_no_overlap_across_slices():
+    assert set(measure_label(np.ones((1, 3, 4), bool)).overlap) == {"AP", "LR"}
+
+
+def test_an_ignored_voxel_is_neither_label_nor_foreground(tmp_path):
+    image, mask = block()
+    mask[0] = 9
+    data = replace(dataset(tmp_path, (image, mask)), ignore=9)
+    case = measure(data)[0].cases[0]
+    assert case.channels[0].foreground.voxels == 16
+    assert set(case.labels) == {1}
+
+
+def test_all_problems_are_found_in_one_pass(tmp_path):
+    data = dataset(tmp_path, block(), block(), block())
+    data.training[0].images[0].write_bytes(b"nonsense")
+    data.training[2].label.unlink()
+    fingerprint, problems = measure(data)
+    assert [case.id for case in fingerprint.cases] == ["c1"]
+    assert [problem.case for problem in problems] == ["c0", "c2"]
+
+
+def test_undeclared_labels_are_a_problem(tmp_path):
+    _, problems = measure(dataset(tmp_path, block(), labels={2: "b"}))
+    assert "1 (16 voxels)" in str(problems[0])
+
+
+def test_an_empty_label_is_a_warning(tmp_path):
+    image, mask = block()
+    fingerprint, problems = measure(dataset(tmp_path, (image, mask * 0)))
+    assert problems == ()
+    assert any("no foreground" in warning for warning in fingerprint.cases[0].warnings)
+    assert fingerprint.foreground == (None,)
+
+
+def test_progress_is_told_once_a_case(tmp_path):
+    told = []
+    measure(dataset(tmp_path, block(), block()), lambda steps, note: told.append(note))
+    assert told == ["c0", "c1"]
+
+
+def test_every_case_has_the_same_weight_in_the_foreground(tmp_path):
+    small, large = block(), (np.full((4, 10, 12), 10.0), np.ones((4, 10, 12)))
+    pooled = measure(dataset(tmp_path, small, large))[0].foreground[0]
+    assert (pooled.min, pooled.max) == (10, 100)
+
+
+def test_a_sample_is_evenly_spread_and_needs_no_chance():
+    assert evenly(np.arange(100)[::-1], 4).tolist() == [12, 37, 62, 87]
+    assert evenly(np.array([3, 1, 2]), 4).tolist() == [1, 2, 3]
+
+
+def test_statistics_of_nothing_are_none():
+    assert statistics(np.empty(0)) is None
+
+
+def test_statistics_survive_extreme_values():
+    found = statistics(np.array([3e38, 3e38, 1], np.float32))
+    assert found.max == pytest.approx(3e38) and found.mean == pytest.approx(2e38)
+
+
+@pytest.mark.parametrize(
+    ("direction", "code"), [(np.eye(3), "LPS"), (np.diag([-1.0, -1.0, 1.0]), "RAS"), (np.eye(3)[:, [1, 2, 0]], "PSL"), (-np.eye(3), "RAI")]
+)
+def test_the_orientation_is_told_in_letters(direction, code):
+    assert orientation_code(Grid((2, 2, 2), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), direction)) == code
+
+
+def test_a_fingerprint_survives_the_disk(tmp_path):
+    fingerprint, _ = measure(dataset(tmp_path, block()))
+    write_fingerprint(tmp_path / "fingerprint.json", fingerprint)
+    assert read_fingerprint(tmp_path / "fingerprint.json") == fingerprint
+
+
+def test_the_digest_does_not_depend_on_the_tool_s_version(tmp_path):
+    fingerprint, _ = measure(dataset(tmp_path, block()))
+    assert fingerprint.model_copy(update={"tool_version": "99"}).digest == fingerprint.digest

@@ -1,0 +1,196 @@
+"""Every decision follows from the fingerprint, and says why."""
+
+from __future__ import annotations
+
+import pytest
+from slmsam2_cli.errors import DatasetError, UsageError
+from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint, Fingerprint, LabelFingerprint, Statistics
+from slmsam2_cli.planning.rules import (
+    choose_frame_px,
+    choose_in_plane_mm,
+    choose_modality,
+    choose_slice_axis,
+    choose_training,
+    ct_window,
+    decide,
+    round_up,
+)
+
+
+def values(low=0.0, median=300.0, high=1000.0):
+    return Statistics(voxels=100, mean=median, median=median, std=1.0, min=low, max=high, p00_5=low, p99_5=high)
+
+
+def case(name="a", shape=(20, 100, 100), spacing=(1.0, 1.0, 1.0), overlap=(0.5, 0.5, 0.5), whole=None, content=None):
+    axes = ("SI", "AP", "LR")
+    label = LabelFingerprint(voxels=10, extents={}, overlap=dict(zip(axes, overlap, strict=True)), copied={})
+    extent = tuple(n * mm for n, mm in zip(shape, spacing, strict=True))
+    return CaseFingerprint(
+        id=name,
+        stored_shape=shape,
+        orientation="LPS",
+        shape=shape,
+        spacing_mm=spacing,
+        content_mm=content or extent,
+        channels=(ChannelFingerprint(whole=whole or values(), foreground=values()),),
+        labels={1: label},
+    )
+
+
+def fingerprint(*cases, channel="MRI", foreground=None):
+    return Fingerprint(
+        tool_version="1", dataset_name="d", channels=(channel,), labels={1: "organ"}, ignore=None, cases=cases, foreground=(foreground,)
+    )
+
+
+HU = values(-1000.0, 40.0, 1500.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "modality", "because"),
+    [
+        ("MRI", values(), "MR", "by its name"),
+        ("T2", values(), "MR", "by its name"),
+        ("FLAIR_0", values(), "MR", "by its name"),
+        ("PET", values(0, 1, 20), "PET", "by its name"),
+        ("CT", HU, "CT", "by its name"),
+        ("CT", values(0, 90, 255), "unknown", "not in Hounsfield units"),
+        ("MRI", HU, "MR", "by its name"),
+        ("", HU, "CT", "the name is blank; taken for CT"),
+        ("CTA", HU, "CT", "does not settle it; taken for CT"),
+        ("CBCT", values(0, 900, 4095), "unknown", "not Hounsfield units"),
+        ("0", values(-3.0, 0.0, 4.0), "unknown", "does not settle it"),
+    ],
+)
+def test_the_modality_is_the_name_s_unless_the_values_say_otherwise(name, whole, modality, because):
+    decision = choose_modality(fingerprint(case(whole=whole), channel=name), 0)
+    assert decision.value == modality
+    assert because in decision.reason
+
+
+def test_slices_follow_the_coarse_axis_whatever_the_overlap():
+    decision = choose_slice_axis(fingerprint(case(spacing=(1.0, 1.0, 4.0), overlap=(0.9, 0.9, 0.1))))
+    assert decision.value == "LR"
+    assert "coarse axis" in decision.reason and "LR 4" in decision.reason
+
+
+def test_without_a_coarse_axis_the_overlap_decides():
+    assert choose_slice_axis(fingerprint(case(overlap=(0.6, 0.8, 0.7)))).value == "AP"
+
+
+def test_two_equally_coarse_axes_are_not_one_coarse_axis():
+    assert choose_slice_axis(fingerprint(case(spacing=(3.0, 5.0, 5.0), overlap=(0.8, 0.6, 0.7)))).value == "SI"
+
+
+@pytest.mark.parametrize(("overlap", "axis"), [((0.5, 0.5, 0.5), "SI"), ((0.4, 0.5, 0.5), "AP"), ((0.5004, 0.5, 0.5), "SI")])
+def test_ties_go_to_si_then_ap_then_lr(overlap, axis):
+    assert choose_slice_axis(fingerprint(case(overlap=overlap))).value == axis
+
+
+def test_the_median_spacing_stands_for_a_mixed_data_set():
+    cases = [case(str(n), overlap=(0.9, 0.5, 0.5)) for n in range(5)] + [case("odd", spacing=(0.5, 7.5, 0.5), overlap=(0.9, 0.1, 0.1))]
+    assert choose_slice_axis(fingerprint(*cases)).value == "SI"
+
+
+def test_single_slices_have_no_vote_among_volumes():
+    cases = [case("flat", shape=(100, 1, 100), spacing=(1.0, 9.0, 1.0)), case("deep", spacing=(3.0, 1.0, 1.0))]
+    assert choose_slice_axis(fingerprint(*cases)).value == "SI"
+
+
+def test_single_slices_alone_are_cut_along_their_singleton_axis():
+    assert choose_slice_axis(fingerprint(case(shape=(100, 1, 100)))).value == "AP"
+
+
+@pytest.mark.parametrize(
+    ("fov", "spacing", "size", "frame"),
+    [
+        (43.0, 1.0, "nano", 128),  # 43 * 4 / 1.5 = 114.7
+        (57.0, 1.0, "nano", 160),  # 152
+        (60.0, 1.0, "nano", 160),  # exactly 160
+        (200.0, 1.0, "nano", 256),  # 533, but nano ends at 256
+        (200.0, 1.0, "tiny", 544),
+        (900.0, 1.0, "tiny", 1024),
+        (1.0, 1.0, "nano", 128),
+    ],
+)
+def test_the_frame_is_large_enough_for_fine_mask_pixels(fov, spacing, size, frame):
+    assert choose_frame_px(fov, spacing, size).value == frame
+
+
+def test_the_largest_slice_fills_the_frame():
+    assert choose_in_plane_mm(200.0, 1.0, 256).value == pytest.approx(200 / 256, rel=1e-4)
+    assert 200.0 / choose_in_plane_mm(200.0, 1.0, 256).value <= 256
+
+
+def test_a_tiny_slice_is_not_blown_up_without_limit():
+    assert choose_in_plane_mm(10.0, 1.0, 128).value == 0.25
+
+
+@pytest.mark.parametrize(("value", "up"), [(0.770625, 0.77063), (0.25, 0.25), (123.456789, 123.46), (1.0, 1.0), (0.000123456, 0.00012346)])
+def test_rounding_up_never_rounds_down(value, up):
+    assert round_up(value) == up
+
+
+@pytest.mark.parametrize(
+    ("tissue", "window"),
+    [((20.0, 180.0), (-100, 300)), ((-20.0, 134.0), (-143, 257)), ((-100.0, 300.0), (-300, 500)), ((-900.0, 2000.0), (-1024, 3071))],
+)
+def test_the_ct_window_is_widened_by_half_the_tissue_s_range_on_either_side(tissue, window):
+    assert ct_window(*tissue) == window
+
+
+def test_ct_is_windowed_and_never_cropped():
+    plan = decide(fingerprint(case(whole=HU), channel="CT", foreground=values(20.0, 100.0, 180.0)))
+    assert (plan.intensity[0].scheme, plan.intensity[0].lower, plan.intensity[0].upper) == ("ct", -100, 300)
+    assert not plan.geometry.crop_to_nonzero
+
+
+def test_mr_is_scaled_volume_by_volume_and_cropped():
+    plan = decide(fingerprint(case()))
+    assert (plan.intensity[0].scheme, plan.intensity[0].lower, plan.intensity[0].upper) == ("percentile", 0.5, 99.5)
+    assert plan.geometry.crop_to_nonzero
+
+
+def test_the_field_of_view_is_the_largest_after_the_crop():
+    plan = decide(fingerprint(case(shape=(20, 300, 300), content=(20.0, 48.0, 30.0)), case("b", content=(20.0, 40.0, 60.0))))
+    assert plan.geometry.frame_px == 160
+    assert plan.geometry.in_plane_mm == pytest.approx(60 / 160)
+
+
+def test_every_decision_has_a_reason():
+    reasons = decide(fingerprint(case())).reasons
+    assert set(reasons) == {
+        "modality",
+        "geometry.slice_axis",
+        "geometry.crop_to_nonzero",
+        "geometry.frame_px",
+        "geometry.in_plane_mm",
+        "geometry.through_plane_mm",
+        "intensity",
+        "network.size",
+        "training",
+    }
+    assert all(reasons.values())
+
+
+def test_more_cases_mean_more_steps_up_to_a_limit():
+    steps = [choose_training("nano", n).value.steps for n in (1, 5, 20, 500)]
+    assert steps == sorted(steps)
+    assert steps[2] == steps[3]
+    assert choose_training("tiny", 1).value.steps == 100
+    assert choose_training("tiny", 5).value.steps == 500
+
+
+def test_a_network_may_be_asked_for():
+    assert decide(fingerprint(case()), "tiny").network.size == "tiny"
+    with pytest.raises(UsageError, match=r"--network huge: no such network. Choose one of nano, tiny"):
+        decide(fingerprint(case()), "huge")
+
+
+def test_nothing_can_be_planned_without_a_case():
+    with pytest.raises(DatasetError, match="no training case is usable"):
+        decide(fingerprint())
+
+
+def test_the_same_facts_give_the_same_plan():
+    assert decide(fingerprint(case())) == decide(fingerprint(case()))

@@ -1,0 +1,150 @@
+"""slmsam2 plan: measures, decides, says why, and leaves a person's edits alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from slmsam2_cli.data.phantom import write_phantom_dataset
+from slmsam2_cli.errors import DatasetError, OutputError, PlanError
+from slmsam2_cli.planning.plan import read_plan
+from slmsam2_cli.stages.plan import plan
+from slmsam2_cli.workspace import Workspace
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+
+
+@pytest.fixture
+def data(tmp_path):
+    write_phantom_dataset(tmp_path / "data", cases=3, test_cases=1, shape=(5, 24, 24))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    return Workspace(tmp_path / "work")
+
+
+def edit(workspace, **geometry):
+    value = json.loads(workspace.plan.read_text())
+    value["geometry"].update(geometry)
+    workspace.plan.write_text(json.dumps(value))
+
+
+def test_the_files_written_are_these(data, workspace):
+    assert plan(data, workspace) == 0
+    assert sorted(p.name for p in workspace.root.iterdir() if not p.name.startswith(".")) == ["fingerprint.json", "plan.json"]
+
+
+def test_the_decisions_are_shown_with_their_reasons(data, workspace, capsys):
+    plan(data, workspace)
+    shown = capsys.readouterr().out
+    assert "geometry.slice_axis" in shown and "coarse axis" in shown
+    assert "1 organ" in shown and "3 of 3" in shown
+
+
+def test_one_bad_case_is_named_and_the_others_are_planned(data, workspace, capsys):
+    (data / "imagesTr" / "phantom_001.nii.gz").write_bytes(b"nonsense")
+    assert plan(data, workspace) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "case phantom_001: imagesTr/phantom_001.nii.gz" in errors[0]
+    assert read_plan(workspace.plan)
+
+
+def test_no_usable_case_is_an_error_with_every_problem(data, workspace):
+    for image in (data / "imagesTr").iterdir():
+        image.write_bytes(b"nonsense")
+    with pytest.raises(DatasetError, match="none of its 3 training cases is usable") as error:
+        plan(data, workspace)
+    assert len(error.value.problems) == 3
+    assert not workspace.plan.exists()
+
+
+def test_planning_again_changes_nothing(data, workspace):
+    plan(data, workspace)
+    before = workspace.plan.read_bytes(), workspace.fingerprint.read_bytes()
+    plan(data, workspace)
+    assert (workspace.plan.read_bytes(), workspace.fingerprint.read_bytes()) == before
+
+
+def test_an_edited_plan_survives_and_the_difference_is_told(data, workspace, capsys):
+    plan(data, workspace)
+    edit(workspace, frame_px=224)
+    assert plan(data, workspace) == 0
+    assert read_plan(workspace.plan).geometry.frame_px == 224
+    assert "geometry.frame_px is 224; the tool would take 128" in capsys.readouterr().err
+
+
+def test_overwrite_drops_the_edits(data, workspace):
+    plan(data, workspace)
+    edit(workspace, frame_px=224)
+    plan(data, workspace, overwrite=True)
+    assert read_plan(workspace.plan).geometry.frame_px == 128
+
+
+def test_overwrite_replaces_a_broken_plan(data, workspace):
+    plan(data, workspace)
+    workspace.plan.write_text("{")
+    with pytest.raises(PlanError):
+        plan(data, workspace)
+    assert plan(data, workspace, overwrite=True) == 0
+
+
+def test_an_edited_plan_and_changed_data_are_not_reconciled_in_silence(data, workspace):
+    plan(data, workspace)
+    edit(workspace, frame_px=224)
+    before = workspace.plan.read_bytes()
+    (data / "labelsTr" / "phantom_002.nii.gz").unlink()
+    with pytest.raises(PlanError, match=r"geometry\.frame_px is 224"):
+        plan(data, workspace)
+    assert workspace.plan.read_bytes() == before
+
+
+def test_a_network_asked_for_once_is_kept(data, workspace):
+    plan(data, workspace, network="tiny")
+    plan(data, workspace)
+    assert read_plan(workspace.plan).network.size == "tiny"
+
+
+def test_a_network_does_not_drop_a_person_s_edits(data, workspace):
+    plan(data, workspace)
+    edit(workspace, frame_px=224)
+    with pytest.raises(PlanError, match="--network tiny would be lost"):
+        plan(data, workspace, network="tiny")
+
+
+def test_a_workspace_that_cannot_be_made_says_how_to_go_on(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="Choose a workspace you can write to with -w"):
+        plan(data, Workspace(tmp_path / "file" / "work"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_data_set_says_how_to_go_on(data):
+    data.chmod(0o555)
+    try:
+        with pytest.raises(OutputError, match="-w"):
+            plan(data, Workspace.of(data, None))
+    finally:
+        data.chmod(0o755)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared volumes are not beside this checkout")
+@pytest.mark.parametrize(
+    ("name", "modality", "axis", "frame_px"),
+    [
+        ("Sarcoma_CT", "CT", "SI", 256),
+        ("Sarcoma_MR_T1", "MR", "SI", 256),
+        ("Sarcoma_PET", "PET", "SI", 128),
+        ("SpinalCord_MRI", "MR", "SI", 256),
+        ("SpinalGM_T2star", "MR", "SI", 160),
+        ("Task04_Hippocampus", "MR", "AP", 128),
+        ("Task09_Spleen_crop", "CT", "SI", 256),
+    ],
+)
+def test_the_decisions_on_real_data_sets(workspace, name, modality, axis, frame_px):
+    assert plan(SHARED / name, workspace) == 0
+    decided = read_plan(workspace.plan)
+    assert (decided.modality, decided.geometry.slice_axis, decided.geometry.frame_px) == (modality, axis, frame_px)
