@@ -50,14 +50,16 @@ class Orientation:
         """(..., Z, Y, X) -> (..., T0, R0, C0), a view."""
         lead = array.ndim - 3
         turned = array.transpose(*range(lead), *(lead + axis for axis in self.order))
-        return turned[(..., *(slice(None, None, -1) if back else slice(None) for back in self.flipped))]
+        steps: tuple[Any, ...] = tuple(slice(None, None, -1) if back else slice(None) for back in self.flipped)
+        return turned[(Ellipsis, *steps)]
 
 
 def orient(direction: Array, slice_axis: SliceAxis | None = None) -> Orientation:
     """The permutation and flips that bring an array closest to S, P, L increasing; then the slice axis goes in front.
 
-    direction: (3, 3), columns are the LPS unit vectors of the x, y, z array axes. Each anatomical axis gets the array axis so that the sum of
-    the absolute cosines is largest. Ties (45 degrees) are decided by the vectors themselves, never by the order in which the array was stored.
+    direction: (3, 3), columns are the LPS unit vectors of the x, y, z array axes. Each anatomical axis gets the array axis so that the
+    sum of the absolute cosines is largest. Ties (45 degrees) are decided by the vectors themselves, never by the order in which the array
+    was stored.
     """
     world = np.asarray(direction, dtype=np.float64)[::-1, ::-1].T  # row a: the (S, P, L) vector of array axis z, y, x
     signed = np.array([row * _sign(row) for row in world])
@@ -128,7 +130,8 @@ def resample_plane(plane: Array, rows: csr_matrix, columns: csr_matrix) -> Array
 
 def nearest(size_in: int, size_out: int) -> Array:
     """(size_out,) indices of the input pixels nearest to the output pixels' centres."""
-    return np.minimum(((np.arange(size_out) + 0.5) * size_in / size_out).astype(int), size_in - 1)
+    picks: Array = ((np.arange(size_out) + 0.5) * size_in / size_out).astype(int)
+    return picks.clip(max=size_in - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +198,8 @@ class View:
 
     def cropped(self, array: Array) -> Array:
         """(..., Z, Y, X) -> (..., T', R', C'): oriented and cropped, a view."""
-        return self.orientation.apply(array)[(..., *(slice(start, end) for start, end in self.box))]
+        ranges: tuple[Any, ...] = tuple(slice(start, end) for start, end in self.box)
+        return self.orientation.apply(array)[(Ellipsis, *ranges)]
 
     def frames(self, voxels: Array) -> Array:
         """(C, Z, Y, X) -> (C, T, H, W) float32: linear, averaging when shrinking."""
@@ -221,7 +225,8 @@ class View:
         """Labels (Z, Y, X) on the volume's own grid, uint8 or uint16.
 
         logits(t): (K, H, W) float32 of stack slice t; values: the K labels. Each native slice is interpolated between its neighbours in the
-        stack and resized bilinearly; a voxel gets the label with the largest logit above 0, the first on a tie; 0 elsewhere and outside the crop.
+        stack and resized bilinearly; a voxel gets the label with the largest logit above 0, the first on a tie; 0 elsewhere and outside
+        the crop.
         """
         result = np.zeros(self.grid.shape, dtype=np.uint8 if max(values, default=0) < 256 else np.uint16)
         cut = self.cropped(result)

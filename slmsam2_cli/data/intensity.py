@@ -1,7 +1,7 @@
 """Grey values: from whatever a scanner writes to 0…1.
 
-CT has a meaning in itself (Hounsfield units), so one fixed window serves every volume. Other modalities have none (maxima from 112 to 1.7e6 occur
-in one data set), so each volume is scaled by its own percentiles. Both clip.
+CT has a meaning in itself (Hounsfield units), so one fixed window serves every volume. Other modalities have none (maxima from 112 to
+1.7e6 occur in one data set), so each volume is scaled by its own percentiles. Both clip.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class ChannelIntensityLike(Protocol):
 def window_of(voxels: Array, channel: ChannelIntensityLike) -> tuple[float, float]:
     """The grey values that become 0 and 1.
 
-    "ct": the plan's window in HU. "percentile": the plan's percentiles of this volume's non-zero voxels; where they coincide (a nearly constant
-    volume), its extremes.
+    "ct": the plan's window in HU. "percentile": the plan's percentiles of this volume's non-zero voxels; where they coincide (a nearly
+    constant volume), its extremes.
     """
     if channel.scheme == "ct":
         return channel.lower, channel.upper
@@ -44,11 +44,10 @@ def normalise(voxels: Array, channels: Sequence[ChannelIntensityLike]) -> Array:
     """(C, Z, Y, X) -> float32 of the same shape, window scaled to [0, 1] and clipped. A constant volume becomes zeros."""
     if len(channels) != len(voxels):
         raise ValueError(f"{len(voxels)} channels of voxels but {len(channels)} in the plan")
-    scaled = np.zeros(voxels.shape, dtype=np.float32)
+    scaled: Array = np.zeros(voxels.shape, dtype=np.float32)
     for channel, plan, out in zip(voxels, channels, scaled, strict=True):
         low, high = window_of(channel, plan)
         if high > low:
-            np.subtract(channel, low, out=out, dtype=np.float64, casting="unsafe")
-            out /= high - low
-            np.clip(out, 0.0, 1.0, out=out)
+            for plane, target in zip(channel, out, strict=True):
+                target[...] = np.clip((plane.astype(np.float64) - low) / (high - low), 0.0, 1.0)
     return scaled

@@ -1,7 +1,8 @@
 """Made-up patients: data sets in the Decathlon's layout for demos and tests.
 
-A body with organs that look alike from case to case but differ in pose, size and contrast. What makes propagation hard is in it: structures that
-begin or end inside the volume, one that moves from slice to slice, one that is small, and unlabelled neighbours of similar brightness.
+A body with organs that look alike from case to case but differ in pose, size and contrast. What makes propagation hard is in it:
+structures that begin or end inside the volume, one that moves from slice to slice, one that is small, and unlabelled neighbours of
+similar brightness.
 """
 
 from __future__ import annotations
@@ -64,23 +65,31 @@ def _smooth(rng: Rng, shape: tuple[int, int, int], knots: int) -> Array:
 
 def _ball(z: Array, y: Array, x: Array, centre: tuple[float, ...], radius: tuple[float, ...]) -> Array:
     """Inside of an axis-parallel ellipsoid."""
-    return sum(((c - m) / r) ** 2 for c, m, r in zip((z, y, x), centre, radius, strict=True)) < 1
+    distance = np.zeros(z.shape)
+    for coordinate, middle, reach in zip((z, y, x), centre, radius, strict=True):
+        distance += ((coordinate - middle) / reach) ** 2
+    return np.less(distance, 1)
 
 
-def _tube(z: Array, y: Array, x: Array, path: tuple[Array, Array], radius: float, start: float, end: float) -> Array:
-    """Inside of a tube around the path (y, x as functions of z), from start to end along z."""
-    return ((y - path[0]) ** 2 + (x - path[1]) ** 2 < radius**2) & (z > start) & (z < end)
+def _tube(z: Array, y: Array, x: Array, path: tuple[Array | float, Array | float], radius: float, start: float, end: float) -> Array:
+    """Inside of a tube around the path (y, x, which may vary with z), from start to end along z."""
+    return np.less((y - path[0]) ** 2 + (x - path[1]) ** 2, radius**2) & (z > start) & (z < end)
 
 
 def _anatomy(rng: Rng, z: Array, y: Array, x: Array) -> dict[int, Array]:
     """Tissue -> where it is; later entries lie over earlier ones."""
-    j = lambda spread: float(rng.uniform(-spread, spread))  # noqa: E731
-    s = lambda: float(rng.uniform(0.88, 1.12))  # noqa: E731
+
+    def j(spread: float) -> float:  # jitter of a position
+        return float(rng.uniform(-spread, spread))
+
+    def s() -> float:  # factor of a size
+        return float(rng.uniform(0.88, 1.12))
+
     swing, phase = 0.12 + j(0.04), j(0.5)
     path = (0.25 + j(0.05) + 0.10 * z, 0.30 + j(0.05) + swing * np.sin(2.2 * z + phase))
     dent = _ball(z, y, x, (0.1 + j(0.1), -0.30 + j(0.04), -0.10 + j(0.04)), (0.5, 0.18, 0.16))
     return {
-        BONE: _tube(z, y, x, (np.float64(0.55 + j(0.03)), np.float64(j(0.03))), 0.13 * s(), -9, 9),
+        BONE: _tube(z, y, x, (0.55 + j(0.03), j(0.03)), 0.13 * s(), -9, 9),
         GLAND: _ball(z, y, x, (-0.3 + j(0.1), -0.35 + j(0.05), 0.40 + j(0.05)), (0.55 * s(), 0.20 * s(), 0.24 * s())),
         ORGAN: _ball(z, y, x, (0.05 + j(0.1), -0.10 + j(0.05), -0.38 + j(0.05)), (0.62 * s(), 0.42 * s(), 0.32 * s())) & ~dent,
         VESSEL: _tube(z, y, x, path, 0.11 * s(), -9, 0.45 + j(0.2)),
@@ -94,7 +103,8 @@ def _mr(rng: Rng, tissue: Array, body: Array) -> Array:
     contrast, scale, noise = rng.uniform(0.85, 1.2), rng.uniform(200, 3000), 0.035
     grey = np.maximum(clean, 0) ** contrast
     real, imaginary = (noise * rng.standard_normal(tissue.shape) for _ in range(2))
-    return (np.rint(np.hypot(grey + real, imaginary) * scale) * body).astype(np.float32)
+    noisy: Array = np.rint(np.hypot(grey + real, imaginary) * scale) * body
+    return noisy.astype(np.float32)
 
 
 def _ct(rng: Rng, tissue: Array, body: Array) -> Array:
@@ -102,7 +112,8 @@ def _ct(rng: Rng, tissue: Array, body: Array) -> Array:
     shift = {kind: hu + rng.uniform(-8, 8) for kind, hu in BRIGHTNESS["CT"].items()}
     clean = _soft(np.where(body, np.vectorize(shift.get, otypes=[float])(tissue), AIR_HU))
     noise = gaussian_filter(rng.standard_normal(tissue.shape), (0, 0.6, 0.6)) * 45
-    return np.clip(np.rint(clean + noise), -1024, 3071).astype(np.float32)
+    noisy: Array = np.clip(np.rint(clean + noise), -1024, 3071)
+    return noisy.astype(np.float32)
 
 
 def _soft(image: Array) -> Array:

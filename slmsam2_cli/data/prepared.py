@@ -1,8 +1,8 @@
 """Prepared cases: each volume as a stack of normalised slices, ready to be read by memory map.
 
-    FOLDER/CASE/frames.npy   (C, T, H, W) float16, 0…1
-    FOLDER/CASE/labels.npy   (T, H, W) uint8 or uint16, when the case has a mask
-    FOLDER/CASE/record.json  what they were made from; written last, so a case without a matching record was never finished
+FOLDER/CASE/frames.npy   (C, T, H, W) float16, 0…1
+FOLDER/CASE/labels.npy   (T, H, W) uint8 or uint16, when the case has a mask
+FOLDER/CASE/record.json  what they were made from; written last, so a case without a matching record was never finished
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ def settings_digest(geometry: GeometryPlanLike, intensity: Sequence[ChannelInten
 def _inputs(case: Case, root: Path) -> dict[str, str]:
     """Content of every input file: path relative to the data set -> SHA-256."""
     given = [*case.images, *([case.label] if case.label else [])]
+    files = [file for path in given for file in (dicom_files(path) if path.is_dir() else [path])]
     digests: dict[str, str] = {}
-    for path in [file for path in given for file in (dicom_files(path) if path.is_dir() else [path])]:
+    for path in files:
         name = relative(path, root)
         try:
             digests[name] = store.sha256_of(path)

@@ -1,13 +1,13 @@
 """What a person annotated: which slices of which labels are given, and how they come back untouched.
 
-A prompt is a sparse mask of the image's name and grid, as 3D Slicer and ITK-SNAP save it. A slice counts as annotated when anything is painted on
-it, or when `CASE.prompts.json` beside the mask lists it, so that an empty slice can say "the structure has ended here":
+A prompt is a sparse mask of the image's name and grid, as 3D Slicer and ITK-SNAP save it. A slice counts as annotated when anything is
+painted on it, or when `CASE.prompts.json` beside the mask lists it, so that an empty slice can say "the structure has ended here":
 
     {"axis": "SI", "annotated_slices": [12, 40]}
 
-axis: the anatomical slice axis (SI, AP or LR), which must be the one the volume is propagated along. annotated_slices: voxel indices, counted
-from 0, along that axis of the array as the mask file stores it (the k in i, j, k for an axial NIfTI), in any order.
-Where an ignore label occurs in the mask, everything that is not ignored is annotated instead.
+axis: the anatomical slice axis (SI, AP or LR), which must be the one the volume is propagated along. annotated_slices: voxel indices,
+counted from 0, along that axis of the array as the mask file stores it (the k in i, j, k for an axial NIfTI), in any order. Where an
+ignore label occurs in the mask, everything that is not ignored is annotated instead.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ Where = Literal["middle", "largest", "quarter"]
 class Prompts:
     """The annotated slices of one volume.
 
-    labels: (Z, Y, X) sparse mask on the native grid. annotated: label value -> ascending native slice indices on which that label's mask is the
-    person's word (empty allowed: the label is not there). whole_slices: slices that come back bit-exact as a whole.
+    labels: (Z, Y, X) sparse mask on the native grid. annotated: label value -> ascending native slice indices on which that label's mask
+    is the person's word (empty allowed: the label is not there). whole_slices: slices that come back bit-exact as a whole.
     ignore: the value in `labels` that means "not looked at", or None.
     """
 
@@ -60,14 +60,16 @@ def read_prompts(
     volume = read_labels(path, case=case_id, root=folder)
     difference = view.grid.difference(volume.grid) if image is None else compare_geometry(image, volume)[0]
     if difference:
-        raise CaseError(case_id, path.name, f"the prompt's grid differs from the image's: {difference}", "Paint on the image's own grid and save again")
+        raise CaseError(
+            case_id, path.name, f"the prompt's grid differs from the image's: {difference}", "Paint on the image's own grid and save again"
+        )
     mask = volume.voxels
     ignored = ignore if ignore is not None and (mask == ignore).any() else None
     _refuse_unknown(mask, values, ignore, case_id, path.name)
     painted = _looked_at(mask, view, ignored)
     listed = _listed(listing, case_id, view) if listing.exists() else ()
     slices = tuple(sorted({*painted, *listed}))
-    return Prompts(mask, {value: slices for value in values}, slices, ignored) if slices else None
+    return Prompts(mask, dict.fromkeys(values, slices), slices, ignored) if slices else None
 
 
 def _refuse_unknown(mask: Array, values: Sequence[int], ignore: int | None, case_id: str, name: str) -> None:
@@ -76,7 +78,12 @@ def _refuse_unknown(mask: Array, values: Sequence[int], ignore: int | None, case
     unknown = [f"{value} ({count} voxels)" for value, count in zip(found.tolist(), counts.tolist(), strict=True) if value not in known]
     if unknown:
         wanted = ", ".join(map(str, values))
-        raise CaseError(case_id, name, f"undeclared label values {', '.join(unknown)}; the plan knows {wanted}", "Relabel them, or declare them in dataset.json")
+        raise CaseError(
+            case_id,
+            name,
+            f"undeclared label values {', '.join(unknown)}; the plan knows {wanted}",
+            "Relabel them, or declare them in dataset.json",
+        )
 
 
 def _looked_at(mask: Array, view: View, ignore: int | None) -> list[int]:
@@ -97,13 +104,18 @@ def _listed(path: Path, case_id: str, view: View) -> tuple[int, ...]:
     if not isinstance(value, dict) or set(value) != {"axis", "annotated_slices"}:
         raise refuse("expected the keys axis and annotated_slices, and no others")
     if value["axis"] != view.axis:
-        raise refuse(f"axis is {value['axis']!r}, but this volume is propagated along {view.axis}", f"Annotate slices along {view.axis}, or edit slice_axis in plan.json")
+        raise refuse(
+            f"axis is {value['axis']!r}, but this volume is propagated along {view.axis}",
+            f"Annotate slices along {view.axis}, or edit slice_axis in plan.json",
+        )
     listed = value["annotated_slices"]
     if not isinstance(listed, list) or not all(type(index) is int for index in listed):
         raise refuse("annotated_slices must be a list of whole numbers")
     beyond = [index for index in listed if not 0 <= index < view.native_slices()]
     if beyond:
-        raise refuse(f"slice {beyond[0]} does not exist; the volume has slices 0 to {view.native_slices() - 1} along {view.axis}", "Correct the list")
+        raise refuse(
+            f"slice {beyond[0]} does not exist; the volume has slices 0 to {view.native_slices() - 1} along {view.axis}", "Correct the list"
+        )
     return tuple(view.file_index(index) for index in listed)
 
 
@@ -124,8 +136,8 @@ def simulate_prompts(labels: Array, view: View, values: Sequence[int], where: Wh
 def choose_slice(area: Array, where: Where) -> int:
     """The slice to annotate, given the label's area (T,) on each slice.
 
-    middle / quarter: the slice holding the label nearest to half / a quarter of the way from its first to its last slice; largest: the one with
-    the largest area. Ties go to the lower index.
+    middle / quarter: the slice holding the label nearest to half / a quarter of the way from its first to its last slice; largest: the
+    one with the largest area. Ties go to the lower index.
     """
     holding = np.flatnonzero(area)
     if where == "largest":

@@ -50,7 +50,9 @@ class LabelFingerprint(Frozen):
     voxels: int
     extents: dict[SliceAxis, Extent] = Field(description="per anatomical axis")
     overlap: dict[SliceAxis, float] = Field(description="mean Dice of neighbouring slices of which at least one holds the label")
-    copied: dict[SliceAxis, float] = Field(description="Dice of the label's middle slice copied to every slice: what propagation has to beat")
+    copied: dict[SliceAxis, float] = Field(
+        description="Dice of the label's middle slice copied to every slice: what propagation has to beat"
+    )
 
 
 class CaseFingerprint(Frozen):
@@ -69,8 +71,8 @@ class CaseFingerprint(Frozen):
     @property
     def extent_mm(self) -> Triple:
         """Extent of the whole volume in mm (S, P, L)."""
-        s, p, l = (n * mm for n, mm in zip(self.shape, self.spacing_mm, strict=True))
-        return s, p, l
+        si, ap, lr = (n * mm for n, mm in zip(self.shape, self.spacing_mm, strict=True))
+        return si, ap, lr
 
     def axis(self, planned: SliceAxis) -> SliceAxis:
         """The axis this case is cut along: the planned one, or its singleton axis."""
@@ -89,7 +91,7 @@ class Fingerprint(Frozen):
     labels: dict[int, str] = Field(description="foreground label value -> name")
     ignore: int | None = Field(description="the label value that means: not annotated")
     cases: tuple[CaseFingerprint, ...] = Field(description="usable training cases, by id")
-    foreground: tuple[Statistics | None, ...] = Field(description="per channel: labelled voxels of all cases, each case with the same weight")
+    foreground: tuple[Statistics | None, ...] = Field(description="per channel: labelled voxels of all cases, at most 10,000 of each")
 
     @property
     def digest(self) -> str:

@@ -23,9 +23,7 @@ SAMPLE = 10_000  # foreground voxels a case gives to the data set's statistics
 Array = np.ndarray[Any, Any]
 
 
-def measure(
-    dataset: Dataset, advance: Callable[..., None] = lambda steps=1, note="": None
-) -> tuple[Fingerprint, tuple[CaseError, ...]]:
+def measure(dataset: Dataset, advance: Callable[..., None] = lambda steps=1, note="": None) -> tuple[Fingerprint, tuple[CaseError, ...]]:
     """The fingerprint of all usable training cases, and the problems of the others. advance() is called after each case."""
     cases: list[CaseFingerprint] = []
     samples: list[list[Array]] = [[] for _ in dataset.channels]
@@ -101,7 +99,8 @@ def measure_label(mask: Array) -> LabelFingerprint | None:
 def neighbour_overlap(stack: Array, ends: int) -> float:
     """Mean Dice of neighbouring slices (T, R, C) of which at least one is not empty.
 
-    ends: how many of the stack's two ends border on an empty slice of the volume; such a pair overlaps by 0, so a label that often vanishes scores low.
+    ends: how many of the stack's two ends border on an empty slice of the volume; such a pair overlaps by 0, so a label that often
+    vanishes scores low.
     """
     area = stack.sum(axis=(1, 2), dtype=np.int64)
     common = (stack[1:] & stack[:-1]).sum(axis=(1, 2), dtype=np.int64)
@@ -130,10 +129,10 @@ def statistics(values: Array) -> Statistics | None:
 
 def evenly(values: Array, count: int) -> Array:
     """At most `count` of the values, evenly spaced in order of size: a sample without chance, the same for every storage order."""
-    ordered = np.sort(values, axis=None)
+    ordered: Array = np.sort(values, axis=None)
     if ordered.size <= count:
         return ordered
-    return ordered[((np.arange(count) + 0.5) * ordered.size / count).astype(int)]
+    return np.asarray(ordered[((np.arange(count) + 0.5) * ordered.size / count).astype(int)])
 
 
 def orientation_code(grid: Grid) -> str:
@@ -150,5 +149,5 @@ def _short(value: float) -> float:
 
 
 def _rounded(values: Any) -> tuple[float, float, float]:
-    s, p, l = (_short(value) for value in values)
-    return s, p, l
+    si, ap, lr = (_short(value) for value in values)
+    return si, ap, lr

@@ -15,11 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from slmsam2_cli.data import store
 from slmsam2_cli.data.geometry import SliceAxis
 from slmsam2_cli.errors import PlanError
+from slmsam2_cli.planning.network import NetworkPlan
 
 FORMAT_VERSION = 1
 _NO_DECISION = {"reasons", "decided_digest", "tool_version"}
-NetworkSize = Literal["nano", "tiny", "small", "base_plus", "large"]
-Name = Annotated[str, Field(pattern="^[a-z0-9_-]{1,32}$")]
 Label = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -33,7 +32,9 @@ class ChannelIntensity(Frozen):
     """How one channel becomes 0…1."""
 
     name: str = Field(description="the channel's name in dataset.json")
-    scheme: Literal["ct", "percentile"] = Field(description="ct: one window in HU for all volumes; percentile: each volume by its own percentiles")
+    scheme: Literal["ct", "percentile"] = Field(
+        description="ct: one window in HU for all volumes; percentile: each volume by its own percentiles"
+    )
     lower: float = Field(description="becomes 0; HU, or a percentile of the volume's non-zero voxels", ge=-1e6, le=1e6)
     upper: float = Field(description="becomes 1; HU, or a percentile of the volume's non-zero voxels", ge=-1e6, le=1e6)
 
@@ -54,14 +55,6 @@ class GeometryPlan(Frozen):
     through_plane_mm: float | None = Field(description="distance between slices after resampling in mm; null: as stored", gt=1e-3, le=1000)
     frame_px: int = Field(description="edge of the network's square input in pixels, a multiple of 32", ge=32, le=2048, multiple_of=32)
     crop_to_nonzero: bool = Field(description="cut away the border where every channel is 0")
-
-
-class NetworkPlan(Frozen):
-    """Which network, and how it remembers."""
-
-    size: NetworkSize = Field(description="nano (trained here, fast on a CPU) or a size of SAM 2.1")
-    policy: Name = Field(default="shortlong", description="which earlier slices the model looks back at")
-    fuser: Name = Field(default="gated", description="how short and long memory are joined")
 
 
 class TrainingPlan(Frozen):

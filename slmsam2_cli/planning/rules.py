@@ -11,7 +11,8 @@ from typing import Generic, TypeVar
 from slmsam2_cli.data.geometry import AXES, SliceAxis
 from slmsam2_cli.errors import DatasetError, UsageError
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, Fingerprint
-from slmsam2_cli.planning.plan import ChannelIntensity, GeometryPlan, NetworkPlan, NetworkSize, Plan, TrainingPlan, signed
+from slmsam2_cli.planning.network import NetworkPlan, NetworkSize
+from slmsam2_cli.planning.plan import ChannelIntensity, GeometryPlan, Plan, TrainingPlan, signed
 from slmsam2_cli.version import VERSION
 
 COARSE = 1.5  # an axis is coarse when its spacing is this many times that of the next
@@ -25,7 +26,27 @@ HU_RANGE = (-1024.0, 3071.0)
 
 NAMES = {
     "CT": {"ct"},
-    "MR": {"mr", "mri", "t1", "t2", "t1w", "t2w", "t1c", "t1ce", "t1gd", "t1wce", "pd", "pdw", "flair", "dwi", "adc", "swi", "t2s", "t2star", "dce", "mra", "bold", "cine"},
+    "MR": {
+        "mr",
+        "mri",
+        "t1",
+        "t2",
+        "t1w",
+        "t2w",
+        "t1c",
+        "t1ce",
+        "t1gd",
+        "pd",
+        "pdw",
+        "flair",
+        "dwi",
+        "adc",
+        "swi",
+        "t2s",
+        "t2star",
+        "dce",
+        "mra",
+    },
     "PET": {"pet", "pt", "suv"},
     "US": {"us", "ultrasound"},
 }
@@ -98,26 +119,28 @@ def choose_modality(fingerprint: Fingerprint, channel: int) -> Decision[str]:
     if declared:
         return Decision(declared, "by its name" + (f"; {evidence}" if declared == "CT" else ""))
     said = f"the name {name!r} does not settle it" if name.strip() else "the name is blank"
-    return Decision("CT", f"{said}; taken for CT: {evidence}") if hounsfield else Decision("unknown", f"{said}; not Hounsfield units: {evidence}")
+    if hounsfield:
+        return Decision("CT", f"{said}; taken for CT: {evidence}")
+    return Decision("unknown", f"{said}; not Hounsfield units: {evidence}")
 
 
 def hounsfield_evidence(fingerprint: Fingerprint, channel: int) -> tuple[bool, str]:
     """Whether the values look like Hounsfield units, and what was seen.
 
-    They do when, in at least half of the cases, the 0.5th percentile lies below that of fat (-30) but not below -3100, and nothing exceeds 32767;
-    and when the extremes together span at least 200.
+    They do when, in at least half of the cases, the 0.5th percentile lies below that of fat (-30) but not below -3100, and nothing
+    exceeds 32767; and when the extremes together span at least 200.
     """
-    seen = [case.channels[channel].whole for case in fingerprint.cases]
-    values = [whole for whole in seen if whole is not None]
+    values = [whole for case in fingerprint.cases if (whole := case.channels[channel].whole) is not None]
     if not values:
         return False, "all values are 0"
     fitting = [v for v in values if -3100 <= v.p00_5 <= -30 and v.max <= 32767 and v.max - v.min >= 200]
     low, high = min(v.min for v in values), max(v.max for v in values)
-    return 2 * len(fitting) >= len(values), f"values from {low:g} to {high:g}, {len(fitting)} of {len(values)} cases reach from fat or air upwards"
+    seen = f"values from {low:g} to {high:g}, {len(fitting)} of {len(values)} cases reach from fat or air upwards"
+    return 2 * len(fitting) >= len(values), seen
 
 
 def choose_slice_axis(fingerprint: Fingerprint) -> Decision[SliceAxis]:
-    """Propagate along the coarse axis; without one, along the axis whose neighbouring masks overlap most and vanish least. Ties: SI, AP, LR."""
+    """The coarse axis; without one, the axis along which neighbouring masks overlap most and vanish least. Ties: SI, AP, LR."""
     cases = fingerprint.cases
     stacks = [case for case in cases if 1 not in case.shape]
     if not stacks:
@@ -147,7 +170,7 @@ def choose_crop(cases: tuple[CaseFingerprint, ...], modality: str) -> Decision[b
     if modality == "CT":
         return Decision(False, "0 HU is water, not the outside")
     kept = [math.prod(case.content_mm) / math.prod(case.extent_mm) for case in cases]
-    return Decision(True, f"zeros around the content are outside the scan; the content fills {min(kept):.0%} to {max(kept):.0%} of the volumes")
+    return Decision(True, f"zeros around the content lie outside the scan; it fills {min(kept):.0%} to {max(kept):.0%} of the volumes")
 
 
 def in_plane(case: CaseFingerprint, axis: SliceAxis) -> tuple[int, int]:
@@ -173,9 +196,10 @@ def choose_frame_px(fov_mm: float, spacing_mm: float, size: NetworkSize) -> Deci
     native = NATIVE_PX[size]
     wanted = 32 * math.ceil(round(fov_mm / spacing_mm * MASK_PIXEL / MASK_PIXEL_IN_VOXELS, 6) / 32)
     chosen = min(max(wanted, SMALLEST_FRAME), native)
-    basis = f"a field of view of {fov_mm:.4g} mm at {spacing_mm:.3g} mm needs {wanted} px for mask pixels of at most {MASK_PIXEL_IN_VOXELS:g} voxels"
-    limit = f"; {size} takes at most {native}" if wanted > native else f"; the smallest useful is {SMALLEST_FRAME}" if wanted < SMALLEST_FRAME else ""
-    return Decision(chosen, basis + limit)
+    basis = f"{fov_mm:.4g} mm wide slices of {spacing_mm:.3g} mm voxels need {wanted} px for mask pixels of {MASK_PIXEL_IN_VOXELS:g} voxels"
+    if wanted > native:
+        return Decision(chosen, f"{basis}; {size} takes at most {native}")
+    return Decision(chosen, basis if wanted >= SMALLEST_FRAME else f"{basis}; the smallest useful is {SMALLEST_FRAME}")
 
 
 def choose_in_plane_mm(fov_mm: float, spacing_mm: float, frame_px: int) -> Decision[float]:
@@ -197,18 +221,23 @@ def choose_intensity(fingerprint: Fingerprint, channel: int, modality: str) -> D
     name = fingerprint.channels[channel]
     low, high = PERCENTILES
     if modality != "CT":
-        reason = f"{'these grey values' if modality == 'unknown' else modality + ' values'} carry no unit: each volume's non-zero voxels from the {low:g}th to the {high:g}th percentile become 0 to 1"
+        whose = "these values" if modality == "unknown" else f"{modality} values"
+        reason = f"{whose} carry no unit: percentiles {low:g} to {high:g} of each volume's non-zero voxels become 0 to 1"
         return Decision(ChannelIntensity(name=name, scheme="percentile", lower=low, upper=high), reason)
     tissue = fingerprint.foreground[channel]
     if tissue is None:
-        return Decision(ChannelIntensity(name=name, scheme="ct", lower=-160.0, upper=240.0), "no labelled voxels; the usual soft-tissue window")
+        window = ChannelIntensity(name=name, scheme="ct", lower=-160.0, upper=240.0)
+        return Decision(window, "no labelled voxels; the usual soft-tissue window")
     lower, upper = ct_window(tissue.p00_5, tissue.p99_5)
-    reason = f"labelled tissue lies in {tissue.p00_5:.0f} to {tissue.p99_5:.0f} HU; half its width is added on either side, at least {NARROWEST_WINDOW_HU:g} HU in all"
+    reason = (
+        f"labelled tissue lies in {tissue.p00_5:.0f} to {tissue.p99_5:.0f} HU; half its width is added on either side, "
+        f"at least {NARROWEST_WINDOW_HU:g} HU in all"
+    )
     return Decision(ChannelIntensity(name=name, scheme="ct", lower=lower, upper=upper), reason)
 
 
 def ct_window(low_hu: float, high_hu: float) -> tuple[float, float]:
-    """The labelled tissue's range, widened by half its width on either side so that its surroundings stay visible; at least 400 HU; whole HU."""
+    """The labelled tissue's range and half its width more on either side, so that its surroundings show; at least 400 whole HU."""
     centre, width = (low_hu + high_hu) / 2, max(2 * (high_hu - low_hu), NARROWEST_WINDOW_HU)
     lower, upper = max(centre - width / 2, HU_RANGE[0]), min(centre + width / 2, HU_RANGE[1])
     return float(math.floor(lower)), float(math.ceil(upper))
@@ -220,7 +249,7 @@ def choose_network(asked: str | None) -> Decision[NetworkSize]:
         return Decision("nano", "comes with the tool and runs on a CPU")
     if asked not in NATIVE_PX:
         raise UsageError(f"--network {asked}: no such network. Choose one of {', '.join(NATIVE_PX)}")
-    return Decision(asked, "asked for")  # type: ignore[arg-type]
+    return Decision(asked, "asked for")
 
 
 def choose_training(size: NetworkSize, cases: int) -> Decision[TrainingPlan]:

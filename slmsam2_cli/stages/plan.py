@@ -16,6 +16,8 @@ from slmsam2_cli.planning.plan import Plan, differences, leaves, read_plan, sett
 from slmsam2_cli.planning.rules import decide
 from slmsam2_cli.workspace import Workspace
 
+LABEL_COLUMNS = ["label", "cases", "voxels", *(f"slices {axis}" for axis in AXES), *(f"copy Dice {axis}" for axis in AXES)]
+
 
 def plan(dataset: Path, workspace: Workspace, *, overwrite: bool = False, network: str | None = None) -> int:
     """Measure a data set, decide how to treat it, and say why. The exit code: 0, or 1 when some cases are unusable.
@@ -32,7 +34,7 @@ def plan(dataset: Path, workspace: Workspace, *, overwrite: bool = False, networ
             decided = decide(fingerprint, network or (previous.network.size if previous else None))
             settled = settle(previous, decided)
             if network and settled.network.size != network:
-                raise PlanError(f"plan.json was edited by hand, so --network {network} would be lost. Set network.size there, or add --overwrite")
+                raise PlanError(f"plan.json was edited by hand and keeps its network: set network.size {network} there, or add --overwrite")
             write_fingerprint(workspace.fingerprint, fingerprint)
             write_plan(workspace.plan, settled)
     except OutputError as error:
@@ -58,7 +60,7 @@ def _measure(data: Dataset) -> tuple[Fingerprint, bool]:
 def _show(fingerprint: Fingerprint, previous: Plan | None, settled: Plan, decided: Plan) -> None:
     """The facts and the decisions, as tables; then what differs from before."""
     console.table(f"{fingerprint.dataset_name}: what was measured", ["what", "lowest", "median", "highest"], facts(fingerprint.cases))
-    console.table("labels", ["label", "cases", "voxels", *(f"slices {axis}" for axis in AXES), *(f"copy Dice {axis}" for axis in AXES)], label_facts(fingerprint))
+    console.table("labels", LABEL_COLUMNS, label_facts(fingerprint))
     console.table("what was decided", ["decision", "value", "because"], decisions(settled))
     for key, mine, theirs in differences(settled, decided):
         console.warn(f"plan.json was edited by hand and is kept: {key} is {mine}; the tool would take {theirs} (--overwrite to do so)")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from slmsam2_cli.data.geometry import View, nearest, nonzero_box, orient, oriented_size, slice_axis_of, weights
 from slmsam2_cli.data.grid import Grid
 from slmsam2_cli.data.volume import Source, Volume

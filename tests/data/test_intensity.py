@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from slmsam2_cli.data.intensity import normalise, window_of
 
 CT = SimpleNamespace(scheme="ct", lower=-100.0, upper=300.0)

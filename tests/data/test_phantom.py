@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+
 from slmsam2_cli.data.dataset import read_dataset
 from slmsam2_cli.data.phantom import LABELS, phantom_volume, write_phantom_dataset
 from slmsam2_cli.data.volume import read_image, read_labels

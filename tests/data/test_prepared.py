@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
 from slmsam2_cli.data import store
 from slmsam2_cli.data.dataset import read_dataset
 from slmsam2_cli.data.geometry import View
@@ -76,7 +77,9 @@ def test_a_changed_image_is_prepared_again_and_named(data, tmp_path):
     assert np.array_equal(outcome.cases[0].frames, outcome.cases[1].frames)
 
 
-@pytest.mark.parametrize("change", [{"frame_px": 32}, {"slice_axis": "AP"}, {"in_plane_mm": 2.0}, {"through_plane_mm": 1.0}, {"crop_to_nonzero": False}])
+@pytest.mark.parametrize(
+    "change", [{"frame_px": 32}, {"slice_axis": "AP"}, {"in_plane_mm": 2.0}, {"through_plane_mm": 1.0}, {"crop_to_nonzero": False}]
+)
 def test_a_changed_plan_prepares_everything_again(data, tmp_path, change):
     again(data, tmp_path / "out")
     outcome, told = again(data, tmp_path / "out", SimpleNamespace(**{**vars(GEOMETRY), **change}))
@@ -107,7 +110,7 @@ def test_a_damaged_file_is_made_again(data, tmp_path, spoil):
 def test_an_unfinished_case_is_not_opened(data, tmp_path):
     again(data, tmp_path / "out")
     (tmp_path / "out" / "phantom_000" / "record.json").unlink()
-    with pytest.raises(CaseError, match="case phantom_000: is not prepared, or only half. Run slmsam2 preprocess"):
+    with pytest.raises(CaseError, match=r"case phantom_000: is not prepared, or only half. Run slmsam2 preprocess"):
         open_prepared(tmp_path / "out", "phantom_000")
     assert "was not finished" in again(data, tmp_path / "out")[1][0]
 

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+
 from slmsam2_cli.data.geometry import View, orient
 from slmsam2_cli.data.grid import Grid
 from slmsam2_cli.data.prompts import choose_slice, impose, read_prompts, simulate_prompts

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from slmsam2_cli.data.dataset import Case, Dataset
 from slmsam2_cli.data.grid import Grid
 from slmsam2_cli.data.phantom import nifti_bytes
@@ -117,7 +118,7 @@ def test_progress_is_told_once_a_case(tmp_path):
     assert told == ["c0", "c1"]
 
 
-def test_every_case_has_the_same_weight_in_the_foreground(tmp_path):
+def test_the_foreground_is_pooled_over_all_cases(tmp_path):
     small, large = block(), (np.full((4, 10, 12), 10.0), np.ones((4, 10, 12)))
     pooled = measure(dataset(tmp_path, small, large))[0].foreground[0]
     assert (pooled.min, pooled.max) == (10, 100)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from slmsam2_cli.errors import PlanError
+from slmsam2_cli.planning.network import NetworkPlan
 from slmsam2_cli.planning.plan import (
     ChannelIntensity,
     GeometryPlan,
-    NetworkPlan,
     Plan,
     TrainingPlan,
     differences,
@@ -104,7 +105,9 @@ def test_a_mistake_is_refused_by_name(tmp_path, change, said):
         read_plan(edited(tmp_path, change))
 
 
-@pytest.mark.parametrize(("text", "said"), [("{", "not valid JSON"), ("[]", "must be a JSON object"), ('{"a": 1, "a": 2}', "twice"), ('{"a": NaN}', "NaN")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("{", "not valid JSON"), ("[]", "must be a JSON object"), ('{"a": 1, "a": 2}', "twice"), ('{"a": NaN}', "NaN")]
+)
 def test_what_is_not_a_json_object_is_refused(tmp_path, text, said):
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(PlanError, match=said):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from slmsam2_cli.errors import DatasetError, UsageError
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint, Fingerprint, LabelFingerprint, Statistics
 from slmsam2_cli.planning.rules import (

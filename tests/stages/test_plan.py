@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from slmsam2_cli.data.phantom import write_phantom_dataset
 from slmsam2_cli.errors import DatasetError, OutputError, PlanError
 from slmsam2_cli.planning.plan import read_plan
@@ -111,7 +112,7 @@ def test_a_network_asked_for_once_is_kept(data, workspace):
 def test_a_network_does_not_drop_a_person_s_edits(data, workspace):
     plan(data, workspace)
     edit(workspace, frame_px=224)
-    with pytest.raises(PlanError, match="--network tiny would be lost"):
+    with pytest.raises(PlanError, match=r"keeps its network: set network.size tiny there"):
         plan(data, workspace, network="tiny")
 
 

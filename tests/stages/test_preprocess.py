@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from slmsam2_cli.data.phantom import write_phantom_dataset
 from slmsam2_cli.data.prepared import open_prepared
-from slmsam2_cli.errors import DatasetError, LockError, PlanError
 from slmsam2_cli.data.store import one_writer
+from slmsam2_cli.errors import DatasetError, LockError, PlanError
 from slmsam2_cli.stages.plan import plan
 from slmsam2_cli.stages.preprocess import preprocess
 from slmsam2_cli.workspace import Workspace
