@@ -203,13 +203,13 @@ def open_npy(path: Path) -> NDArray[Any]:
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
     except InputError as error:
         raise ArrayError(f"{path.name}: {error.what}") from None
     except (ValueError, OSError, EOFError) as error:
         raise ArrayError(f"{path.name}: not a whole .npy file: {error}") from None
     offset = getattr(array, "offset", None)
-    if not isinstance(array, np.ndarray) or (offset is not None and offset + array.nbytes != size):
+    if offset is not None and offset + array.nbytes != size:
         raise ArrayError(f"{path.name}: not a whole .npy file: {size} bytes do not match its header")
     return array
 
