@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slmsam2_cli.data.cases import Case, Dataset
 from slmsam2_cli.data.volume import LabelVolume, Volume, relative
 from slmsam2_cli.errors import CaseError
-
-
-class _Case(Protocol):
-    id: Any
-    label: Any
-
-
-class _Dataset(Protocol):
-    root: Any
-    labels: Any
-    ignore: Any
 
 
 def compare_geometry(one: Volume | LabelVolume, other: Volume | LabelVolume) -> tuple[str | None, list[str]]:
@@ -58,7 +48,7 @@ def count_values(labels: NDArray[Any]) -> dict[int, int]:
     return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
 
 
-def check_pair(image: Volume, label: LabelVolume, dataset: _Dataset, case: _Case) -> list[str]:
+def check_pair(image: Volume, label: LabelVolume, dataset: Dataset, case: Case) -> list[str]:
     """Warnings about a pair that can be used. CaseError when the grids differ or the mask holds undeclared values."""
     file = relative(case.label, dataset.root) if case.label else ""
     difference, warnings = compare_geometry(image, label)

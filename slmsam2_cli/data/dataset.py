@@ -12,9 +12,9 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from slmsam2_cli.data.cases import Case, Dataset
 from slmsam2_cli.data.check import check_pair, compare_geometry
 from slmsam2_cli.data.dataset_json import NAME, Entry, read_description, refuse
 from slmsam2_cli.data.dicom import dicom_files
@@ -24,31 +24,6 @@ from slmsam2_cli.data.volume import ENDINGS, image_ending, relative
 from slmsam2_cli.errors import CaseError
 
 __all__ = ["Case", "Dataset", "check_pair", "compare_geometry", "find_label", "read_dataset", "read_image_folder"]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One patient: one image file per channel, or one file (or DICOM folder) holding all; label None when there is none."""
-
-    id: str
-    images: tuple[Path, ...]
-    label: Path | None
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """labels: foreground value -> name, sorted by value, without background and ignore; cases sorted by id, usable by path."""
-
-    root: Path
-    name: str
-    channels: tuple[str, ...]
-    labels: dict[int, str]
-    ignore: int | None
-    file_ending: str
-    training: tuple[Case, ...]
-    test: tuple[Case, ...]
-    problems: tuple[CaseError, ...]
-    warnings: tuple[str, ...]
 
 
 def read_dataset(root: Path) -> Dataset:
