@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
+import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -366,20 +364,6 @@ def test_values_are_counted() -> None:
 # ---- the broken inputs kept beside the repository
 
 
-def _generator() -> ModuleType:
-    path = SHARED / "bad_inputs" / "bad_inputs.py"
-    spec = importlib.util.spec_from_file_location("bad_inputs", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    write_nothing, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.dont_write_bytecode = write_nothing
-    return module
-
-
 def _examine(root: Path) -> tuple[int, list[str], list[str]]:
     """(exit code, lines, cases that went through) of reading everything in a data set."""
     lines: list[str] = []
@@ -403,7 +387,7 @@ def _examine(root: Path) -> tuple[int, list[str], list[str]]:
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[tuple[dict[str, Any], Path]]]:
+def broken(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any], Path]]:
     if not (SHARED / "bad_inputs").is_dir():
         pytest.skip("the generator of broken inputs is not beside the repository")
     folder = tmp_path_factory.mktemp("broken")
@@ -414,9 +398,10 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[tuple[dict
     like = Volume(labels[None], where, Source(".nii.gz", ".nii.gz"))
     write_mask(folder / "image.nii.gz", rng.integers(300, 500, labels.shape), like)
     write_mask(folder / "label.nii.gz", labels, like)
-    module = _generator()
-    cases = module.build(module.Nii.read(str(folder / "image.nii.gz")), module.Nii.read(str(folder / "label.nii.gz")), str(folder / "out"))
-    yield [(case, folder / "out" / case["id"]) for case in cases if case["group"] not in ("model", "output")]
+    make = [sys.executable, "-X", "utf8", SHARED / "bad_inputs" / "bad_inputs.py", "make"]
+    subprocess.run([*make, folder / "image.nii.gz", folder / "label.nii.gz", folder / "out"], check=True, capture_output=True)
+    cases = json.loads((folder / "out" / "expectations.json").read_text("utf-8"))
+    return [(case, folder / "out" / case["id"]) for case in cases if case["group"] not in ("model", "output")]
 
 
 def test_every_broken_input_is_met_as_expected(broken: list[tuple[dict[str, Any], Path]]) -> None:

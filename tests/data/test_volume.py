@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 import os
 from itertools import permutations, product
 from pathlib import Path
@@ -263,6 +264,17 @@ def test_a_dicom_folder_is_one_volume_sorted_by_position(tmp_path: Path) -> None
     assert found.grid.difference(read_labels(tmp_path / "m.nii", case="c", root=tmp_path).grid) is None
     assert b"DOE" not in (tmp_path / "m.nii").read_bytes()
     assert len(files_of(folder)) == 4
+
+
+def test_reading_dicom_leaves_the_locale_alone(tmp_path: Path) -> None:
+    folder = dicom_series(tmp_path / "series", [(5.0, 6.0, 3.0 * z) for z in range(4)])
+    before = locale.setlocale(locale.LC_ALL)
+    locale.setlocale(locale.LC_ALL, "C.UTF-8")
+    try:
+        read(folder)
+        assert locale.setlocale(locale.LC_CTYPE) == "C.UTF-8"
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
 
 
 @pytest.mark.parametrize(
