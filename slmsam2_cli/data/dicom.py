@@ -6,9 +6,6 @@ Masks of a series are written as .nii.gz.
 
 from __future__ import annotations
 
-import locale
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,23 +63,8 @@ def dicom_files(folder: Path) -> list[Path]:
         return []
 
 
-@contextmanager
-def _locale_kept() -> Iterator[None]:
-    """GDCM sets the process's locale to "C" on the way, after which Python would write text files as ASCII."""
-    before = locale.setlocale(locale.LC_ALL)
-    try:
-        yield
-    finally:
-        locale.setlocale(locale.LC_ALL, before)
-
-
 def read_dicom(folder: Path, max_voxels: int) -> Decoded:
     """The one series in a folder. InputError."""
-    with _locale_kept():
-        return _read_folder(folder, max_voxels)
-
-
-def _read_folder(folder: Path, max_voxels: int) -> Decoded:
     files = dicom_files(folder)
     if not files:
         raise InputError("a directory without DICOM slices, not a file", "Put the image file itself here")
