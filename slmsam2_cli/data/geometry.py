@@ -230,8 +230,8 @@ class View:
         """
         result = np.zeros(self.grid.shape, dtype=np.uint8 if max(values, default=0) < 256 else np.uint16)
         cut = self.cropped(result)
-        through = weights(self.stack_shape[0], cut.shape[0])
-        rows, columns = weights(self.stack_shape[1], cut.shape[1]), weights(self.stack_shape[2], cut.shape[2])
+        sizes = zip(self.stack_shape, cut.shape, strict=True)
+        through, rows, columns = (weights(before, after, antialias=False) for before, after in sizes)
         names = np.asarray(values, dtype=result.dtype)
         known: dict[int, Array] = {}
         for t in range(cut.shape[0]):

@@ -100,7 +100,7 @@ def decide(fingerprint: Fingerprint, network: str | None = None) -> Plan:
             slice_axis=axis.value, in_plane_mm=pixel.value, through_plane_mm=None, frame_px=frame.value, crop_to_nonzero=crop.value
         ),
         intensity=tuple(chosen.value for chosen in intensity),
-        network=NetworkPlan(size=size.value),
+        network=NetworkPlan(size=size.value, policy="shortlong", fuser="gated"),
         training=training.value,
         reasons=reasons,
         fingerprint_digest=fingerprint.digest,
