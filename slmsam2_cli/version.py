@@ -1,10 +1,5 @@
-"""The version that is written into every artifact."""
+"""The version: the one place it is written; the package's metadata and every artifact take it from here."""
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-
-try:
-    VERSION = version("slmsam2")
-except PackageNotFoundError:  # a source tree that was never installed
-    VERSION = "0+source"
+VERSION = "0.1.0"
