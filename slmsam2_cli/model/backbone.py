@@ -24,8 +24,8 @@ _NANO = {
         "trunk": {
             "embed_dim": 32,
             "stages": [1, 2, 4, 1],
-            "global_att_blocks": [3, 4, 5, 6, 7],
-            "window_spec": [8, 4, 8, 8],
+            "global_att_blocks": [4, 5, 6],
+            "window_spec": [8, 4, 4, 4],
         },
         "neck": {
             "d_model": _NANO_WIDTH,

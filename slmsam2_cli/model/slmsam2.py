@@ -54,25 +54,26 @@ class SliceOutput:
     """What the decoder says of B objects on one slice.
 
     candidates (B, M, 4h, 4w): raw mask logits; iou (B, M): predicted IoU of each; best (B,): the candidate chosen;
-    presence (B, 1): object-score logit; logits (B, 1, 4h, 4w): the chosen mask, emptied where the object is absent;
-    pointer (B, C).
+    presence (B, 1): object-score logit; chosen (B, 1, 4h, 4w): the best candidate; logits (B, 1, 4h, 4w): the same,
+    emptied where the object is absent; pointer (B, C).
     """
 
     candidates: Tensor
     iou: Tensor
     best: Tensor
     presence: Tensor
+    chosen: Tensor
     logits: Tensor
     pointer: Tensor
 
 
 @dataclass
 class Memory:
-    """What is remembered of one slice: spatial (B, C_mem, h, w), pointer (B, C), logits (B, 1, 4h, 4w)."""
+    """What is remembered of one slice: spatial (B, C_mem, h, w), pointer (B, C), chosen mask logits (B, 1, 4h, 4w)."""
 
     spatial: Tensor
     pointer: Tensor
-    logits: Tensor
+    chosen: Tensor
 
 
 @dataclass
@@ -132,12 +133,12 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
     def anchor(self, features: SliceFeatures, masks: Tensor) -> SliceOutput:
         """A person's masks as output. masks (B, 1, H, W) in {0, 1}."""
         low, _, iou, _, _, pointer, presence = self._use_mask_as_output(features.top, list(features.fine), masks.float())
-        return SliceOutput(low, iou, low.new_zeros(len(low), dtype=torch.long), presence, low, pointer)
+        return SliceOutput(low, iou, low.new_zeros(len(low), dtype=torch.long), presence, low, low, pointer)
 
     def track(self, features: SliceFeatures, bank: MemoryBank, moment: Moment) -> SliceOutput:
         """Segment B objects on one slice from memory alone."""
         conditioned = self.condition(features, bank, self.policy.read(moment))
-        carried = bank[moment.slice - moment.step].logits if self.carry_gain is not None else None
+        carried = bank[moment.slice - moment.step].chosen if self.carry_gain is not None else None
         return self.decode(conditioned, features.fine, carried)
 
     def condition(self, features: SliceFeatures, bank: MemoryBank, streams: Sequence[Stream]) -> Tensor:
@@ -193,7 +194,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
     def decode(self, conditioned: Tensor, fine: tuple[Tensor, Tensor], carried: Tensor | None) -> SliceOutput:
         """Masks, IoU, presence and pointer. conditioned (B, C, h, w); carried (B, 1, 4h, 4w) previous logits or None."""
         batch = len(conditioned)
-        previous = carried.clamp(-MASK_LOGIT, MASK_LOGIT).to(conditioned.dtype) if carried is not None else None
+        previous = (2 * carried.detach().sigmoid() - 1).to(conditioned.dtype) * MASK_LOGIT if carried is not None else None
         sparse, dense = self.sam_prompt_encoder(points=self._no_points(batch, conditioned.device), boxes=None, masks=previous)
         candidates, iou, tokens, presence = self.sam_mask_decoder(
             image_embeddings=conditioned,
@@ -220,8 +221,9 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         token = tokens[rows, best] if tokens.size(1) > 1 else tokens[:, 0]
         present = (presence > 0).to(token.dtype)
         pointer = present * self.obj_ptr_proj(token) + (1 - present) * self.no_obj_ptr
-        chosen = torch.where((presence > 0)[..., None, None], candidates[rows, best].unsqueeze(1), NO_OBJ_SCORE)
-        return SliceOutput(candidates, iou, best, presence, chosen, pointer)
+        chosen = candidates[rows, best].unsqueeze(1)
+        logits = torch.where((presence > 0)[..., None, None], chosen, NO_OBJ_SCORE)
+        return SliceOutput(candidates, iou, best, presence, chosen, logits, pointer)
 
     def remember(self, features: SliceFeatures, output: SliceOutput, masks: Tensor | None = None) -> Memory:
         """Write a memory of this slice. masks (B, 1, H, W): a person's, at full resolution, instead of the logits."""
@@ -232,7 +234,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
             logits = F.interpolate(output.logits.float(), size=size, mode="bilinear", align_corners=False)
         top = features.top.flatten(2).permute(2, 0, 1)
         spatial, _ = self._encode_new_memory([top], [features.top.shape[-2:]], logits, output.presence, masks is not None)
-        return Memory(spatial, output.pointer, output.logits)
+        return Memory(spatial, output.pointer, output.chosen)
 
 
 def _policy(network: NetworkPlan, memories: int, pointers: int) -> MemoryPolicy:

@@ -117,11 +117,16 @@ def signed(plan: Plan) -> Plan:
 
 def read_plan(path: Path) -> Plan:
     """The plan in a file. PlanError names the file and the key."""
-    value = read_document(path, "plan")
+    return parse_plan(read_document(path, "plan"), path.name)
+
+
+def parse_plan(value: object, name: str) -> Plan:
+    """The plan in a JSON value that came from the file `name`. PlanError names the file and the key."""
+    checked = check_document(value, name, "plan")
     try:
-        return Plan.model_validate_json(json.dumps(value))
+        return Plan.model_validate_json(json.dumps(checked))
     except ValidationError as error:
-        raise PlanError(f"{path.name}: {explain(error)}. Correct it, or run slmsam2 plan --overwrite for a fresh one") from None
+        raise PlanError(f"{name}: {explain(error)}. Correct it, or run slmsam2 plan --overwrite for a fresh one") from None
 
 
 def write_plan(path: Path, plan: Plan) -> None:
@@ -174,11 +179,16 @@ def read_document(path: Path, what: str) -> dict[str, Any]:
         value = store.read_json(path, what)
     except store.JsonError as error:
         raise PlanError(f"{error}. Correct it, or run slmsam2 plan --overwrite for a fresh one") from None
+    return check_document(value, path.name, what)
+
+
+def check_document(value: object, name: str, what: str) -> dict[str, Any]:
+    """The value, when it is a JSON object of a format this tool knows; PlanError otherwise."""
     if not isinstance(value, dict):
-        raise PlanError(f"{path.name}: the {what} must be a JSON object. Run slmsam2 plan --overwrite for a fresh one")
+        raise PlanError(f"{name}: the {what} must be a JSON object. Run slmsam2 plan --overwrite for a fresh one")
     version = value.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
-        raise PlanError(f"{path.name}: format_version {version} is newer than this tool's {FORMAT_VERSION}. Update slmsam2, or plan anew")
+        raise PlanError(f"{name}: format_version {version} is newer than this tool's {FORMAT_VERSION}. Update slmsam2, or plan anew")
     return value
 
 

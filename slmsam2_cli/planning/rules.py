@@ -252,12 +252,16 @@ def choose_network(asked: str | None) -> Decision[NetworkSize]:
     return Decision(asked, "asked for")
 
 
-def choose_training(size: NetworkSize, cases: int) -> Decision[TrainingPlan]:
-    """More volumes, more steps, up to a limit; the published recipe for the big networks, a faster one for the small."""
+def choose_training(size: NetworkSize, cases: int, from_scratch: bool = False) -> Decision[TrainingPlan]:
+    """More volumes, more steps, up to a limit; the published recipe for the big networks, a faster one for the small.
+
+    From random weights everything has to be learned, so the run is longer and its rate higher.
+    """
     counted = min(cases, 20)
     if size == "nano":
-        steps, clips, rate, decay = 200 + 80 * counted, 4, 3e-4, 0.01
+        steps, clips, rate, decay = (1500, 2, 6e-4, 0.01) if from_scratch else (200 + 80 * counted, 2, 3e-4, 0.01)
     else:
         steps, clips, rate, decay = 100 * counted, 1, 1e-4, 0.1
     plan = TrainingPlan(steps=steps, clips_per_step=clips, learning_rate=rate, warmup_steps=max(5, steps // 20), weight_decay=decay)
-    return Decision(plan, f"for {size} and {cases} training case{'s' if cases != 1 else ''}; fine-tuning with fewer takes fewer steps")
+    basis = "from random weights" if from_scratch else f"and {cases} training case{'s' if cases != 1 else ''}; fine-tuning with fewer takes fewer steps"
+    return Decision(plan, f"for {size} {basis}")

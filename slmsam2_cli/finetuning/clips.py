@@ -1,0 +1,119 @@
+"""Which slices the model learns from: windows of consecutive slices, tracked both ways, often across an end.
+
+A window is encoded once and tracked several times: every label present on its first slice forwards, every label
+present on its last slice backwards. Published training saw ends in about 7/L of its clips and never went backwards
+(see docs/explanation/training.md); here `ENDS` of the windows hold the end of a structure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slmsam2_cli.data.prepared import PreparedCase
+from slmsam2_cli.errors import DatasetError
+from slmsam2_cli.model.slices import framed, to_rgb
+
+ENDS = 0.6
+_POINTERS = 16
+
+
+@dataclass(frozen=True)
+class Clips:
+    """W windows of T slices and M tracks through them.
+
+    frames (T, W, 3, px, px) in [0, 1]; masks (T, M, 1, px, px) in the track's own order, the first slice annotated;
+    window (M,): the window a track runs through; reverse (M,): whether it runs from the last slice to the first;
+    slices: length of the volumes, as far as pointers can see.
+    """
+
+    frames: Tensor
+    masks: Tensor
+    window: Tensor
+    reverse: Tensor
+    slices: int
+
+    def feature_index(self, t: int) -> Tensor:
+        """(M,): which of the T * W encoded slices (T-major) each track sees at its step t."""
+        length, windows = self.frames.shape[:2]
+        return torch.where(self.reverse, length - 1 - t, t) * windows + self.window
+
+
+@dataclass(frozen=True)
+class _Structure:
+    """One label of one case: the stack slices that hold it."""
+
+    case: int
+    label: int
+    slices: np.ndarray
+
+
+class ClipSampler:
+    """Draws clips from prepared cases; all randomness comes from the generator given to `draw`."""
+
+    def __init__(self, cases: Sequence[PreparedCase], values: Sequence[int], frame_px: int) -> None:
+        self.cases, self.frame_px = [case for case in cases if case.frames.shape[1] > 1], frame_px
+        self.structures = [s for i, case in enumerate(self.cases) for s in _structures(i, case, values)]
+        if not self.structures:
+            raise DatasetError("no training case holds a labelled structure over at least two slices. Annotate one, or check the labels")
+
+    def draw(self, rng: np.random.Generator, windows: int, length: int, tracks: int) -> Clips:
+        """W windows and at most `tracks` tracks; volumes shorter than `length` shorten the clips."""
+        chosen = self._alike(rng, windows)
+        length = min([length, *(self._slices(s) for s in chosen)])
+        starts = [self._start(rng, s, length) for s in chosen]
+        runs = [(w, value, reverse) for w, (s, start) in enumerate(zip(chosen, starts)) for value, reverse in self._runs(s, start, length)]
+        runs = [runs[i] for i in sorted(rng.permutation(len(runs))[:tracks])]
+        frames = torch.stack([self._frames(s, start, length) for s, start in zip(chosen, starts)], dim=1)
+        masks = torch.stack([self._masks(chosen[w], starts[w], length, value, reverse) for w, value, reverse in runs], dim=1)
+        return Clips(
+            frames, masks, torch.tensor([w for w, _, _ in runs]), torch.tensor([r for _, _, r in runs]), self._slices(chosen[0])
+        )
+
+    def _alike(self, rng: np.random.Generator, windows: int) -> list[_Structure]:
+        """Structures of volumes whose pointer scale is the same, min(slices, 16)."""
+        first = self.structures[rng.integers(len(self.structures))]
+        reach = min(self._slices(first), _POINTERS)
+        alike = [s for s in self.structures if min(self._slices(s), _POINTERS) == reach]
+        return [first, *(alike[i] for i in rng.integers(len(alike), size=windows - 1))]
+
+    def _slices(self, structure: _Structure) -> int:
+        return int(self.cases[structure.case].frames.shape[1])
+
+    def _start(self, rng: np.random.Generator, structure: _Structure, length: int) -> int:
+        """First slice of a window with the structure on its first or last slice; often across an end of it."""
+        held = structure.slices
+        if rng.random() < ENDS:
+            beyond = int(rng.integers(1, length)) if length > 1 else 0
+            start = int(held[-1]) - (length - 1) + beyond if rng.random() < 0.5 else int(held[0]) - beyond
+        else:
+            anchor = int(rng.choice(held))
+            start = anchor if rng.random() < 0.5 else anchor - (length - 1)
+        return min(max(start, 0), self._slices(structure) - length)
+
+    def _runs(self, structure: _Structure, start: int, length: int) -> list[tuple[int, bool]]:
+        """(label, reverse) of every track that can start at either edge of a window."""
+        siblings = [s for s in self.structures if s.case == structure.case]
+        edges = ((start, False), (start + length - 1, True))
+        return [(s.label, reverse) for s in siblings for edge, reverse in edges if edge in s.slices]
+
+    def _frames(self, structure: _Structure, start: int, length: int) -> Tensor:
+        stack = torch.from_numpy(np.asarray(self.cases[structure.case].frames[:, start : start + length], dtype=np.float32))
+        return framed(to_rgb(stack), self.frame_px)
+
+    def _masks(self, structure: _Structure, start: int, length: int, value: int, reverse: bool) -> Tensor:
+        labels = self.cases[structure.case].labels
+        assert labels is not None
+        mask = torch.from_numpy(np.asarray(labels[start : start + length]) == value).float()
+        return framed((mask.flip(0) if reverse else mask).unsqueeze(1), self.frame_px)
+
+
+def _structures(index: int, case: PreparedCase, values: Sequence[int]) -> list[_Structure]:
+    if case.labels is None:
+        return []
+    held = [(value, np.flatnonzero((np.asarray(case.labels) == value).any(axis=(1, 2)))) for value in values]
+    return [_Structure(index, value, slices) for value, slices in held if slices.size]

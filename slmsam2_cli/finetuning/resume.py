@@ -1,0 +1,91 @@
+"""The state of a run on disk, so that an interrupted one goes on and ends as an uninterrupted one would.
+
+    state.safetensors           model, average, optimiser moments, generators; step and seconds in the header
+    state.previous.safetensors  the generation before, should the last be damaged
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from slmsam2_cli.data import store
+from slmsam2_cli.errors import WeightsError
+from slmsam2_cli.finetuning.loop import Learner
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def previous_of(path: Path) -> Path:
+    """Where the generation before is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def save_state(path: Path, learner: Learner, settings: str) -> None:
+    """Write the run's state; `settings` is the digest of everything that must not change. OutputError when not whole."""
+    tensors = {f"model/{n}": t for n, t in learner.model.state_dict().items()}
+    tensors |= {f"average/{n}": t for n, t in learner.average.state_dict().items()}
+    moments = learner.optimiser.state_dict()["state"]
+    tensors |= {f"optimiser/{i}/{key}": torch.as_tensor(slot[key]) for i, slot in moments.items() for key in _MOMENTS}
+    tensors |= {"rng/torch": torch.get_rng_state(), "rng/augment": learner.augment_rng.get_state()}
+    if torch.cuda.is_available():
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    header = {
+        "settings": settings,
+        "step": str(learner.step),
+        "seconds": repr(learner.seconds),
+        "clips": json.dumps(learner.clip_rng.bit_generator.state),
+    }
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, header)
+    if path.exists():
+        os.replace(path, previous_of(path))
+    store.write_bytes(path, content)
+
+
+def load_state(path: Path, learner: Learner, settings: str) -> str:
+    """Bring a fresh learner to where the run stood. Returns a warning or "".
+
+    WeightsError when there is nothing to resume, or what there is belongs to other settings.
+    """
+    for candidate in (path, previous_of(path)):
+        try:
+            tensors, header = _read(candidate)
+        except (SafetensorError, OSError, ValueError):
+            continue
+        if header.get("settings") != settings:
+            raise WeightsError(f"{candidate.name}: was made with another plan, split, seed or base. Undo the change, or start anew with --overwrite")
+        _restore(learner, tensors, header)
+        return "" if candidate == path else f"{path.name} is missing or damaged; going on from {candidate.name}, step {learner.step}"
+    raise WeightsError(f"nothing to continue in {path.parent}. Run slmsam2 finetune without --continue")
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - not a dict
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _restore(learner: Learner, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    learner.model.load_state_dict(_part(tensors, "model/"))
+    learner.average.load_state_dict(_part(tensors, "average/"))
+    state: dict[int, dict[str, Any]] = {}
+    for name, tensor in _part(tensors, "optimiser/").items():
+        index, key = name.split("/")
+        state.setdefault(int(index), {})[key] = tensor
+    learner.optimiser.load_state_dict(learner.optimiser.state_dict() | {"state": state})
+    torch.set_rng_state(tensors["rng/torch"])
+    learner.augment_rng.set_state(tensors["rng/augment"])
+    if "rng/cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng/cuda"])
+    learner.clip_rng.bit_generator.state = json.loads(header["clips"])
+    learner.step, learner.seconds = int(header["step"]), float(header["seconds"])

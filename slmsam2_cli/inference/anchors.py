@@ -1,0 +1,39 @@
+"""From a person's prompts on the volume's own grid to anchors on the stack that the network sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from slmsam2_cli.data.geometry import View, resample_plane, weights
+from slmsam2_cli.data.prompts import Prompts
+from slmsam2_cli.inference.engine import Anchor
+from slmsam2_cli.model.slices import framed
+
+
+def anchors_of(prompts: Prompts, view: View, values: Sequence[int], frame_px: int) -> dict[int, list[Anchor]]:
+    """Label value -> its annotated slices, ascending; labels that nobody annotated with anything are left out.
+
+    Slices outside the crop hold nothing the network could see, so they anchor nothing (they still come back exact).
+    """
+    found: dict[int, list[Anchor]] = {}
+    for value in values:
+        by_slice = {view.to_stack(s): _mask(prompts, view, value, s) for s in prompts.annotated.get(value, ()) if _inside(view, s)}
+        if any(mask.any() for mask in by_slice.values()):
+            found[value] = [Anchor(s, framed(torch.from_numpy(mask), frame_px)) for s, mask in sorted(by_slice.items())]
+    return found
+
+
+def _inside(view: View, native_slice: int) -> bool:
+    start, end = view.box[0]
+    return start <= native_slice < end
+
+
+def _mask(prompts: Prompts, view: View, value: int, native_slice: int) -> np.ndarray:
+    """One label on one slice at the stack's size, (H, W) bool; a structure too thin for the stack keeps its best pixels."""
+    _, height, width = view.stack_shape
+    drawn = view.cropped(prompts.labels)[native_slice - view.box[0][0]] == value
+    cover = resample_plane(drawn.astype(np.float32), weights(drawn.shape[0], height), weights(drawn.shape[1], width))
+    return np.asarray(cover >= min(0.5, float(cover.max()))) & (cover > 0)

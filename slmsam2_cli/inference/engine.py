@@ -1,0 +1,148 @@
+"""One volume: from annotated slices to mask logits on every slice.
+
+Every annotated slice that holds an object starts a pass in each direction. A pass stops at the next annotated slice,
+where a person's word begins; between two annotated slices the passes from both sides are blended by distance. The
+passes are independent: a backward pass never reads what a forward pass has written (docs/explanation/propagation.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slmsam2_cli.model.memory.policy import Moment
+from slmsam2_cli.model.slmsam2 import Memory, MemoryBank, SliceFeatures, SlmSam2
+
+ABSENT = -20.0  # logit of "nothing here" in results
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """One annotated slice of one object. mask (px, px) bool; an empty mask is an end-stop."""
+
+    slice: int
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Propagated:
+    """One object on every slice.
+
+    logits (T, 4h, 4w) float16, below 0 where absent; confidence (T,): presence probability times predicted IoU, 1 on
+    annotated slices, 0 where no pass came by.
+    """
+
+    logits: Tensor
+    confidence: Tensor
+
+
+class Features:
+    """Encodes slices in batches on demand and keeps them while there is room."""
+
+    def __init__(self, model: SlmSam2, frames: Tensor, batch: int = 8, keep_bytes: int = 2**31) -> None:
+        self.model, self.frames, self.batch = model, frames, batch
+        self.kept: dict[int, SliceFeatures] = {}
+        self.keep_bytes, self.kept_bytes = keep_bytes, 0
+
+    def __getitem__(self, slice_: int) -> SliceFeatures:
+        if slice_ not in self.kept:
+            self._encode(slice_ - slice_ % self.batch)
+        return self.kept[slice_]
+
+    def _encode(self, start: int) -> None:
+        stop = min(start + self.batch, len(self.frames))
+        features = self.model.encode(self.frames[start:stop].to(self.model.device))
+        size = sum(t.element_size() * t.nelement() for t in (features.top, features.top_position, *features.fine))
+        if self.kept_bytes + size > self.keep_bytes:
+            self.kept.clear()
+            self.kept_bytes = 0
+        self.kept_bytes += size
+        for i in range(stop - start):
+            self.kept[start + i] = features.at(slice(i, i + 1))
+
+
+@torch.inference_mode()
+def propagate(
+    model: SlmSam2,
+    frames: Tensor,
+    objects: Mapping[int, list[Anchor]],
+    advance: Callable[[int], None] = lambda slices: None,
+    low_resolution_anchors: bool = False,
+) -> dict[int, Propagated]:
+    """Masks of every object on every slice.
+
+    frames (T, 3, px, px) in [0, 1]; objects: label -> its annotated slices. `advance` is told how many slices were
+    tracked. low_resolution_anchors: write a person's mask to memory as SAM 2's predictor does, through the 4x smaller
+    mask; otherwise at full resolution.
+    """
+    model.eval()
+    model.set_volume_length(len(frames))
+    features = Features(model, frames)
+    return {label: _object(model, features, anchors, advance, low_resolution_anchors) for label, anchors in objects.items()}
+
+
+def _object(model: SlmSam2, features: Features, anchors: list[Anchor], advance: Callable[[int], None], low: bool) -> Propagated:
+    count, edge = len(features.frames), model.frame_px // 4
+    logits = torch.full((count, edge, edge), ABSENT, dtype=torch.float32)
+    confidence = torch.zeros(count)
+    said = {anchor.slice: anchor for anchor in anchors}
+    memories = {a.slice: _remember(model, features, a, logits, confidence, low) for a in anchors if bool(a.mask.any())}
+    for anchor in (a for a in anchors if not bool(a.mask.any())):
+        confidence[anchor.slice] = 1.0
+    weight = torch.zeros(count)
+    for start in memories:
+        for step in (1, -1):
+            _run(model, features, memories, start, step, said, logits, confidence, weight, advance)
+    return Propagated(logits.half(), confidence)
+
+
+def _remember(model: SlmSam2, features: Features, anchor: Anchor, logits: Tensor, confidence: Tensor, low: bool) -> Memory:
+    mask = anchor.mask.float()[None, None].to(model.device)
+    output = model.anchor(features[anchor.slice], mask)
+    logits[anchor.slice], confidence[anchor.slice] = output.logits[0, 0].float().cpu(), 1.0
+    return _stored(model.remember(features[anchor.slice], output, None if low else mask))
+
+
+def _stored(memory: Memory) -> Memory:
+    """Spatial memories are kept in bfloat16, as SAM 2's predictor does: half the bytes."""
+    return Memory(memory.spatial.to(torch.bfloat16), memory.pointer, memory.chosen)
+
+
+def _run(
+    model: SlmSam2,
+    features: Features,
+    anchors: dict[int, Memory],
+    start: int,
+    step: int,
+    said: Mapping[int, Anchor],
+    logits: Tensor,
+    confidence: Tensor,
+    weight: Tensor,
+    advance: Callable[[int], None],
+) -> None:
+    """One pass from an anchor up to the next annotated slice or the end of the volume."""
+    count = len(features.frames)
+    stop = next((s for s in range(start + step, count if step > 0 else -1, step) if s in said), count if step > 0 else -1)
+    bank = MemoryBank(anchors)
+    between = stop in anchors
+    for t in range(start + step, stop, step):
+        output = model.track(features[t], bank, Moment(t, step, bank.anchors, bank.tracked, count))
+        bank.tracked[t] = _stored(model.remember(features[t], output))
+        bank.forget_before(t, step, reach=max(model.num_maskmem, model.max_obj_ptrs_in_encoder))
+        share = abs(stop - t) / abs(stop - start) if between else 1.0
+        seen = output.logits[0, 0].float().clamp(min=ABSENT).cpu()
+        sure = float(output.presence.float().sigmoid() * output.iou.float().amax(dim=1, keepdim=True).clamp(0, 1))
+        mix = share / (share + float(weight[t]))
+        logits[t], confidence[t] = torch.lerp(logits[t], seen, mix), confidence[t] + mix * (sure - confidence[t])
+        weight[t] += share
+        advance(1)
+
+
+def full_resolution(logits: Tensor, frame_px: int, height: int, width: int) -> Tensor:
+    """(K, 4h, 4w) logits of one slice -> (K, H, W) on the stack's pixels: upsample to the frame, drop the padding."""
+    frame = F.interpolate(logits.float()[None], size=(frame_px, frame_px), mode="bilinear", align_corners=False)[0]
+    return frame[:, :height, :width]

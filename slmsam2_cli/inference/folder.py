@@ -1,0 +1,117 @@
+"""One case from file to mask: read, bring into view, propagate, bring back, impose what a person drew."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from slmsam2_cli.data.dataset import Case, compare_geometry, find_label
+from slmsam2_cli.data.geometry import View
+from slmsam2_cli.data.prepared import make_frames
+from slmsam2_cli.data.prompts import Prompts, Where, impose, read_prompts, simulate_prompts
+from slmsam2_cli.data.volume import Volume, read_image, read_labels
+from slmsam2_cli.errors import CaseError
+from slmsam2_cli.inference.anchors import anchors_of
+from slmsam2_cli.inference.engine import Propagated, full_resolution, propagate
+from slmsam2_cli.model.slices import framed, to_rgb
+from slmsam2_cli.model.slmsam2 import SlmSam2
+from slmsam2_cli.planning.plan import Plan
+
+_CONFIDENCE_DIGITS = 4
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Where prompts come from: a folder of sparse masks, or full masks from which one slice per label is cut."""
+
+    folder: Path
+    simulated: Where | None = None
+
+    def file(self, case_id: str) -> Path | None:
+        """The mask that holds this case's prompts, if there is one."""
+        return find_label(self.folder, case_id)
+
+    def read(self, case_id: str, image: Volume, view: View, plan: Plan) -> Prompts:
+        """The prompts of one case. CaseError when there are none, or they do not fit the image."""
+        values = tuple(plan.labels)
+        if self.simulated is None:
+            prompts = read_prompts(self.folder, case_id, view, values, plan.ignore, image)
+        else:
+            prompts = self._cut(case_id, image, view, values, self.simulated)
+        if prompts is None or not any(prompts.annotated.values()):
+            raise CaseError(case_id, "", "has no annotated slice", f"Save a mask named {case_id} with at least one painted slice among the prompts")
+        return prompts
+
+    def _cut(self, case_id: str, image: Volume, view: View, values: Sequence[int], where: Where) -> Prompts | None:
+        path = self.file(case_id)
+        if path is None:
+            return None
+        labels = read_labels(path, case=case_id, root=self.folder)
+        difference, _ = compare_geometry(image, labels)
+        if difference:
+            raise CaseError(case_id, path.name, f"the label's grid differs from the image's: {difference}", "Re-export it on the image's grid")
+        return simulate_prompts(labels.voxels, view, values, where)
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """A finished case: labels (Z, Y, X) on the image's grid, its image, and the account of it for the manifest."""
+
+    labels: np.ndarray
+    image: Volume
+    account: dict[str, Any]
+
+
+def segment(
+    case: Case, root: Path, prompts_from: PromptSource, model: SlmSam2, plan: Plan, advance: Callable[[int], None] = lambda slices: None
+) -> Segmented:
+    """Propagate one case. CaseError names what is wrong with it; nothing is written."""
+    started = time.monotonic()
+    image = read_image(case.images, case=case.id, root=root, channels=len(plan.channels))
+    view, frames = make_frames(image, plan.geometry, plan.intensity)
+    prompts = prompts_from.read(case.id, image, view, plan)
+    objects = anchors_of(prompts, view, tuple(plan.labels), plan.geometry.frame_px)
+    stack = framed(to_rgb(torch.from_numpy(frames)), plan.geometry.frame_px)
+    found = propagate(model, stack, objects, advance)
+    labels = impose(_labels(found, view, plan), prompts, view)
+    return Segmented(labels, image, _account(prompts, view, found, time.monotonic() - started))
+
+
+def _labels(found: dict[int, Propagated], view: View, plan: Plan) -> np.ndarray:
+    """(Z, Y, X) labels on the native grid."""
+    if not found:
+        return np.zeros(view.grid.shape, dtype=np.uint8 if max(plan.labels) < 256 else np.uint16)
+    _, height, width = view.stack_shape
+
+    def logits(t: int) -> np.ndarray:
+        planes = torch.stack([one.logits[t] for one in found.values()])
+        return full_resolution(planes, plan.geometry.frame_px, height, width).numpy()
+
+    labels = view.restore(logits, tuple(found))
+    return labels if max(plan.labels) < 256 else labels.astype(np.uint16)
+
+
+def _account(prompts: Prompts, view: View, found: dict[int, Propagated], seconds: float) -> dict[str, Any]:
+    """What the manifest says of a case; slices are numbered as the file stores them, along `array_axis` of (z, y, x)."""
+    start, end = view.box[0]
+    natives = range(start, end)
+    shown = {
+        str(value): {
+            "mean": round(float(one.confidence.mean()), _CONFIDENCE_DIGITS),
+            "slices": {str(view.file_index(s)): round(float(one.confidence[view.to_stack(s)]), _CONFIDENCE_DIGITS) for s in natives},
+        }
+        for value, one in found.items()
+    }
+    return {
+        "slice_axis": view.axis,
+        "array_axis": view.orientation.order[0],
+        "prompted_slices": {str(v): sorted(view.file_index(s) for s in slices) for v, slices in prompts.annotated.items() if slices},
+        "confidence": shown,
+        "seconds": round(seconds, 3),
+    }

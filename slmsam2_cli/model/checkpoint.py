@@ -1,0 +1,207 @@
+"""Models on disk: safetensors with a JSON header that says what they are, where they come from, and for which plan.
+
+Loading is strict: a missing, unexpected or misshapen tensor is refused by name. Foreign `.pt` files pass only through
+`torch.load(weights_only=True)`, after their zip directory has been checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from slmsam2_cli.data import store
+from slmsam2_cli.errors import PlanError, WeightsError
+from slmsam2_cli.model.slmsam2 import SlmSam2
+from slmsam2_cli.planning.network import NetworkPlan
+from slmsam2_cli.planning.plan import Plan, parse_plan
+from slmsam2_cli.version import VERSION
+
+FORMAT_VERSION = 1
+RANDOM = "random"
+EMBEDDED = Path(__file__).parents[1] / "assets" / "nano.safetensors"
+_MOST_BYTES = 4 * 2**30
+_SHORT = ("short_memory_attention.", "stream_fuser.", "carry_gain")
+State = dict[str, Tensor]
+
+
+class Provenance(BaseModel):
+    """Where weights come from. base: name of the weights training started from; base_digest: their digest or "";
+    random: whether any ancestor was random; seed, steps and seconds of training; training: case ids; versions of libraries.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str
+    base_digest: str = ""
+    random: bool = False
+    seed: int | None = None
+    steps: int = 0
+    seconds: float = 0.0
+    training: tuple[str, ...] = ()
+    versions: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights as read. digest: SHA-256 over names, shapes and values; plan and provenance are None for foreign files."""
+
+    name: str
+    state: State
+    digest: str
+    network: NetworkPlan | None = None
+    plan: Plan | None = None
+    provenance: Provenance | None = None
+
+
+def digest_of(state: State) -> str:
+    """SHA-256 (hex) over the tensors in order of name."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.ndim else tensor.reshape(1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: Path, model: SlmSam2, plan: Plan, provenance: Provenance) -> str:
+    """Write a model with its plan; returns the weights' digest. OutputError when it cannot be written whole."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    digest = digest_of(state)
+    header = {
+        "format_version": str(FORMAT_VERSION),
+        "tool_version": VERSION,
+        "digest": digest,
+        "network": model.network.model_dump_json(),
+        "plan": plan.model_dump_json(),
+        "provenance": provenance.model_dump_json(),
+    }
+    store.write_bytes(path, save(state, header))
+    return digest
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Weights of ours or of SAM 2.1. WeightsError names the file and the reason."""
+    _refuse_what_is_no_checkpoint(path)
+    try:
+        return _read_own(path) if path.suffix == ".safetensors" else _read_foreign(path)
+    except OSError as error:
+        raise WeightsError(f"{path.name}: cannot be read: {error.strerror or error}. Restore the file") from None
+
+
+def _refuse_what_is_no_checkpoint(path: Path) -> None:
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file. Name a model file or its folder with --model, or run slmsam2 finetune")
+    size = path.stat().st_size
+    if size == 0:
+        raise WeightsError(f"{path.name}: is empty, not a checkpoint. Fetch or train it again")
+    if size > _MOST_BYTES:
+        raise WeightsError(f"{path.name}: {size} bytes is too large for a model of ours")
+    if path.suffix == ".json":
+        raise WeightsError(_json_reason(path))
+
+
+def _json_reason(path: Path) -> str:
+    """A plan given where weights belong: say what is wrong with it as a plan too, if anything is."""
+    try:
+        parse_plan(store.read_json(path, "plan"), path.name)
+        found = "is a plan"
+    except (PlanError, store.JsonError) as error:
+        found = f"is a plan at best ({error})"
+    return f"{path.name}: {found}, not a model. Give the .safetensors file that slmsam2 finetune wrote"
+
+
+def _read_own(path: Path) -> Checkpoint:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, ValueError, RuntimeError, MemoryError) as error:
+        raise WeightsError(f"{path.name}: not a whole checkpoint, corrupt or truncated ({_first_line(error)}). Fetch or train it again") from None
+    if "format_version" not in header:
+        return Checkpoint(path.name, state, digest_of(state))
+    if int(header["format_version"]) > FORMAT_VERSION:
+        raise WeightsError(f"{path.name}: format version {header['format_version']} is newer than this tool's {FORMAT_VERSION}. Update slmsam2")
+    digest = digest_of(state)
+    if digest != header.get("digest"):
+        raise WeightsError(f"{path.name}: corrupt: its weights do not match the digest in its header. Fetch or train it again")
+    try:
+        network = NetworkPlan.model_validate_json(header["network"])
+        provenance = Provenance.model_validate_json(header["provenance"])
+        plan = parse_plan(json.loads(header["plan"]), f"{path.name} (plan inside)") if "plan" in header else None
+    except (KeyError, ValidationError, json.JSONDecodeError) as error:
+        raise WeightsError(f"{path.name}: corrupt: its header is not readable ({_first_line(error)})") from None
+    return Checkpoint(path.name, state, digest, network, plan, provenance)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+def _read_foreign(path: Path) -> Checkpoint:
+    """A `.pt` of SAM 2.1's layout: {"model": state}."""
+    _check_zip(path)
+    try:
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
+        raise WeightsError(f"{path.name}: not a checkpoint that can be loaded safely, refused ({_first_line(error)})") from None
+    state = loaded.get("model", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise WeightsError(f"{path.name}: not a checkpoint: no format version and no tensors inside, the model is missing")
+    return Checkpoint(path.name, state, digest_of(state))
+
+
+def _check_zip(path: Path) -> None:
+    """Members must be stored, not compressed, and small enough to fit the file (no bombs)."""
+    if not zipfile.is_zipfile(path):
+        if path.read_bytes()[:4] == b"PK\x03\x04":
+            raise WeightsError(f"{path.name}: corrupt or truncated. Fetch it again")
+        raise WeightsError(f"{path.name}: not a checkpoint of torch's zip format, refused as unsafe")
+    with zipfile.ZipFile(path) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED or member.file_size > path.stat().st_size for member in archive.infolist()):
+            raise WeightsError(f"{path.name}: corrupt or unsafe: a member is compressed or too large")
+
+
+def fit(model: SlmSam2, checkpoint: Checkpoint) -> None:
+    """Load weights strictly. From weights without a short memory, the short stack starts as a copy of the long one.
+
+    WeightsError names the first tensors that are missing, unexpected or of another shape.
+    """
+    wanted, given = model.state_dict(), checkpoint.state
+    fresh = not any(name.startswith(_SHORT) for name in given)
+    missing = [n for n in wanted if n not in given and not (fresh and n.startswith(_SHORT))]
+    unexpected = [n for n in given if n not in wanted]
+    misshapen = [f"{n} {list(given[n].shape)} for {list(wanted[n].shape)}" for n in wanted if n in given and given[n].shape != wanted[n].shape]
+    for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise WeightsError(
+                f"{checkpoint.name}: does not fit network {model.network.size} ({model.network.policy}): {kind}: {', '.join(names[:3])}{more}. "
+                "Choose the network it was made for"
+            )
+    model.load_state_dict(wanted | given)
+    if fresh and hasattr(model, "short_memory_attention"):
+        model.copy_long_to_short()
+
+
+def base_weights(name: str) -> Checkpoint | None:
+    """The weights to start from: `auto` (the embedded model), `random` (None), or a file. WeightsError when there are none."""
+    if name == RANDOM:
+        return None
+    if name == "auto":
+        if not EMBEDDED.is_file():
+            raise WeightsError(
+                "this release embeds no base weights yet. Start from a SAM 2.1 checkpoint with --weights FILE, or from nothing with --weights random"
+            )
+        return read_checkpoint(EMBEDDED)
+    return read_checkpoint(Path(name))

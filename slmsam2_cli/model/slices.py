@@ -1,0 +1,26 @@
+"""From a stack of slices to network input: channels to RGB, and the square frame."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def to_rgb(stack: Tensor) -> Tensor:
+    """(C, T, H, W) -> (T, 3, H, W): one channel is replicated, two are joined by their mean, three are RGB.
+
+    Raises ValueError for more than three channels.
+    """
+    channels = len(stack)
+    if channels == 2:
+        stack = torch.cat([stack, stack.mean(dim=0, keepdim=True)])
+    if channels > 3:
+        raise ValueError(f"{channels} channels cannot be shown as RGB")
+    return stack.transpose(0, 1).expand(-1, 3, -1, -1)
+
+
+def framed(slices: Tensor, frame_px: int) -> Tensor:
+    """Zero-pad (..., H, W) at the bottom and right to (..., frame_px, frame_px)."""
+    height, width = slices.shape[-2:]
+    return F.pad(slices, (0, frame_px - width, 0, frame_px - height))

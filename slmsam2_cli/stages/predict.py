@@ -1,0 +1,315 @@
+"""Stage 4: images + prompts + model -> masks.   Reads images, prompts, the model.   Writes MASKS/<case> and MASKS/manifest.json.
+
+Every case is on its own: a broken one is reported and the others go on. Finished cases are recognised by their record
+(hashes of image, prompts, model and mask) and skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slmsam2_cli import console
+from slmsam2_cli.data import store
+from slmsam2_cli.data.dataset import Case, read_dataset, read_image_folder
+from slmsam2_cli.data.prompts import Where
+from slmsam2_cli.data.volume import image_ending, mask_ending, read_labels, write_mask
+from slmsam2_cli.device import DeviceName, choose_device, describe
+from slmsam2_cli.errors import DONE, SOME_FAILED, CaseError, DatasetError, DeviceError, OutputError, PlanError, SlmSam2Error, UsageError, WeightsError
+from slmsam2_cli.inference.folder import PromptSource, segment
+from slmsam2_cli.model.checkpoint import Checkpoint, base_weights, fit, read_checkpoint
+from slmsam2_cli.model.slmsam2 import SlmSam2
+from slmsam2_cli.planning.plan import Plan, read_plan
+from slmsam2_cli.version import VERSION
+from slmsam2_cli.workspace import Workspace
+
+MANIFEST = "manifest.json"
+_RECORDS = ".slmsam2"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a run of predict needs that does not change from case to case."""
+
+    root: Path
+    masks: Path
+    prompts: PromptSource
+    plan: Plan
+    checkpoint: Checkpoint
+    training: frozenset[str]
+    overwrite: bool
+
+    def settings(self) -> str:
+        """Digest of what shapes a mask besides its image and prompts."""
+        return hashlib.sha256(f"{VERSION} {self.checkpoint.digest} {self.plan.digest} {self.prompts.simulated}".encode()).hexdigest()
+
+
+def predict(
+    images: Path | None,
+    masks: Path | None,
+    *,
+    dataset: Path | None = None,
+    prompts: Path | None = None,
+    prompts_from: Path | None = None,
+    where: Where = "middle",
+    workspace: Workspace | None = None,
+    model: Path | None = None,
+    weights: str | None = None,
+    device: DeviceName = "auto",
+    num_parts: int = 1,
+    part_id: int = 0,
+    overwrite: bool = False,
+) -> int:
+    """Propagate prompts through every image of a folder. The exit code: 0, or 1 when some cases failed.
+
+    Without `images`, the unseen training cases of the data set, into the workspace. Raises UsageError, WeightsError,
+    PlanError, DeviceError, OutputError, LockError before anything is written.
+    """
+    if not 0 <= part_id < num_parts:
+        raise UsageError(f"--part-id {part_id} --num-parts {num_parts}: parts are numbered from 0 to {num_parts - 1}")
+    checkpoint, plan = _model(workspace, model, weights)
+    root, cases, problems = _cases(images, dataset, workspace)
+    masks = _masks_folder(masks, workspace, images)
+    source = _prompt_source(prompts, prompts_from, where, dataset if images is None else None)
+    _refuse_overlap(masks, [root, source.folder, *(image.parent for case in cases for image in case.images)])
+    chosen = choose_device(device)
+    learned = frozenset(checkpoint.provenance.training) if checkpoint.provenance else frozenset[str]()
+    job = Job(root, masks, source, plan, checkpoint, learned, overwrite)
+    with store.one_writer(masks, f"{part_id}-of-{num_parts}" if num_parts > 1 else ""):
+        return _run(job, cases[part_id::num_parts], problems if part_id == 0 else (), chosen, device == "auto")
+
+
+def _model(workspace: Workspace | None, model: Path | None, weights: str | None) -> tuple[Checkpoint, Plan]:
+    """--model, else --weights, else the workspace's tuned model, else the base; and the plan that goes with it."""
+    if model is not None and weights is not None:
+        raise UsageError("--model and --weights both name a model. Give one of them")
+    tuned = workspace.model if workspace is not None and workspace.model.exists() else None
+    if model is not None:
+        path = model / "model.safetensors" if model.is_dir() else model
+        checkpoint = read_checkpoint(path)
+    elif weights is None and tuned is not None:
+        checkpoint = read_checkpoint(tuned)
+    else:
+        checkpoint = _base(weights)
+    plan = checkpoint.plan
+    if plan is None:
+        if workspace is None or not workspace.plan.exists():
+            raise PlanError(f"{checkpoint.name} carries no plan. Run slmsam2 plan on a data set like these images and name its workspace with -w")
+        plan = read_plan(workspace.plan)
+    console.say(f"model: {checkpoint.name}, weights {checkpoint.digest[:12]}, {plan.network.size} at {plan.geometry.frame_px} px, slices along {plan.geometry.slice_axis}")
+    if checkpoint.provenance and checkpoint.provenance.random:
+        console.warn("this model descends from random weights: for trials and tests, not for clinical data")
+    return checkpoint, plan
+
+
+def _base(weights: str | None) -> Checkpoint:
+    try:
+        base = base_weights(weights or "auto")
+    except WeightsError as error:
+        raise WeightsError(f"no tuned model here, and {error}" if weights is None else str(error)) from None
+    if base is None:
+        raise UsageError("--weights random predicts noise. Fine-tune first: slmsam2 finetune --weights random")
+    return base
+
+
+def _cases(images: Path | None, dataset: Path | None, workspace: Workspace | None) -> tuple[Path, Sequence[Case], Sequence[CaseError]]:
+    """The folder's images, or the data set's cases that the model has not learned from."""
+    if images is not None:
+        if not images.is_dir():
+            raise UsageError(f"-i {images}: no such folder")
+        cases, problems = read_image_folder(images)
+        root = images
+    elif dataset is not None and workspace is not None:
+        data = read_dataset(dataset)
+        split = store.read_json(workspace.split, "the split") if workspace.split.exists() else {}
+        seen = set(split.get("training", [])) if isinstance(split, dict) else set()
+        cases, problems, root = tuple(case for case in data.training if case.id not in seen), data.problems, data.root
+    else:
+        raise UsageError("no images named. Give -i IMAGES -o MASKS, or run inside a data set")
+    if not cases:
+        raise DatasetError(f"{root}: no image to segment. Give a folder with NIfTI, NRRD, MHA, DICOM or PNG images", problems)
+    return root, cases, problems
+
+
+def _masks_folder(masks: Path | None, workspace: Workspace | None, images: Path | None) -> Path:
+    if masks is not None:
+        return masks
+    if images is None and workspace is not None:
+        return workspace.predictions
+    raise UsageError("-o MASKS is missing: name a folder for the masks")
+
+
+def _prompt_source(prompts: Path | None, prompts_from: Path | None, where: Where, dataset: Path | None) -> PromptSource:
+    if prompts is not None and prompts_from is not None:
+        raise UsageError("-p and --prompts-from both give prompts. Give one of them")
+    if prompts is None and prompts_from is None:
+        if dataset is None:
+            raise UsageError("no prompts: give a folder of masks with one painted slice each (-p), or full masks to cut one from (--prompts-from)")
+        prompts_from = dataset / "labelsTr"
+    folder = prompts if prompts is not None else prompts_from
+    assert folder is not None
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder of prompts")
+    return PromptSource(folder, where if prompts is None else None)
+
+
+def _refuse_overlap(masks: Path, inputs: Sequence[Path]) -> None:
+    """Masks never go where images or prompts come from, not even through a link (R8)."""
+    if masks.exists() and not masks.is_dir():
+        raise OutputError(f"{masks}: is a file, not a directory. Name a folder with -o")
+    for folder in {path.resolve() for path in inputs}:
+        if masks.resolve() == folder:
+            raise UsageError(f"-o {masks}: is the same folder as an input. Choose another for the masks")
+
+
+def _run(job: Job, cases: Sequence[Case], problems: Sequence[CaseError], device: torch.device, may_move: bool) -> int:
+    todo, done = _sort_out(job, cases)
+    failed = list(problems)
+    for problem in problems:
+        console.error(str(problem))
+    if todo:
+        runner = _Runner(job, device, may_move)
+        with console.progress("predicting", len(todo)) as advance:
+            for case in todo:
+                try:
+                    runner.one(case)
+                except CaseError as problem:
+                    failed.append(problem)
+                    console.error(str(problem))
+                advance(1, case.id)
+    _write_manifest(job, done | {case.id for case in todo})
+    console.say(f"{len(todo) + len(problems) - len(failed)} masks written, {len(done)} already there, {len(failed)} cases failed: {job.masks}")
+    if failed and len(failed) == len(cases) + len(problems):
+        raise DatasetError("no case could be segmented")
+    return SOME_FAILED if failed else DONE
+
+
+def _sort_out(job: Job, cases: Sequence[Case]) -> tuple[list[Case], set[str]]:
+    """Cases to do, and ids of those done. OutputError when a mask that is not ours, or was changed, would be lost."""
+    todo, done, foreign = [], set[str](), []
+    for case in cases:
+        record = _read_record(job, case.id)
+        existing = [p for p in _existing(job.masks, case.id)]
+        if record and not job.overwrite and _intact(job, record):
+            if record.get("key") == _key(job, case):
+                done.add(case.id)
+                continue
+            console.say(f"case {case.id}: segmented again: its image, prompts, model or settings changed")
+        elif existing and not job.overwrite and any(_whole(path, case.id) for path in existing):
+            foreign.append(existing[0].name)
+        elif existing and not job.overwrite:
+            console.warn(f"case {case.id}: {existing[0].name} is damaged and is made again")
+        todo.append(case)
+    if foreign:
+        raise OutputError(f"{job.masks}: {foreign[0]} exists already{f', and {len(foreign) - 1} more' if len(foreign) > 1 else ''}, and was not written by this run. Use --overwrite, or another folder")
+    return todo, done
+
+
+def _existing(folder: Path, case_id: str) -> list[Path]:
+    """Files in the output folder that carry the name of this case's mask."""
+    if not folder.is_dir():
+        return []
+    return [p for p in sorted(folder.iterdir()) if (ending := image_ending(p)) and p.name[: -len(ending)] == case_id]
+
+
+def _whole(path: Path, case_id: str) -> bool:
+    try:
+        read_labels(path, case=case_id, root=path.parent)
+    except SlmSam2Error:
+        return False
+    return True
+
+
+def _record_path(job: Job, case_id: str) -> Path:
+    return job.masks / _RECORDS / f"{hashlib.sha256(case_id.encode()).hexdigest()[:32]}.json"
+
+
+def _read_record(job: Job, case_id: str) -> dict[str, Any]:
+    path = _record_path(job, case_id)
+    try:
+        record = store.read_json(path, "record of a mask") if path.exists() else {}
+    except SlmSam2Error:
+        return {}
+    return record if isinstance(record, dict) and record.get("case") == case_id else {}
+
+
+def _intact(job: Job, record: dict[str, Any]) -> bool:
+    """Whether the mask is the one that was written."""
+    name = record.get("account", {}).get("output")
+    path = job.masks / name if isinstance(name, str) and Path(name).name == name else None
+    return path is not None and path.is_file() and store.sha256_of(path) == record.get("sha256")
+
+
+def _key(job: Job, case: Case) -> str:
+    """Digest of everything that shapes this case's mask; files that cannot be read count as absent."""
+    prompt = job.prompts.file(case.id)
+    listing = job.prompts.folder / f"{case.id}.prompts.json"
+    parts = [job.settings(), *(_hash(p) for p in [*case.images, *([prompt] if prompt else []), *([listing] if listing.exists() else [])])]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _hash(path: Path) -> str:
+    try:
+        return store.sha256_of(path)
+    except (SlmSam2Error, OSError):
+        return "absent"
+
+
+class _Runner:
+    """Holds the model; built at the first case that reaches it, moved to the CPU when a chosen device runs out of memory."""
+
+    def __init__(self, job: Job, device: torch.device, may_move: bool) -> None:
+        self.job, self.device, self.may_move = job, device, may_move
+        model = SlmSam2(job.plan.network, job.plan.geometry.frame_px)
+        fit(model, job.checkpoint)
+        self.model = model.to(device).eval()
+        console.detail(f"running on {describe(device)}")
+
+    def one(self, case: Case) -> None:
+        """Segment and write one case. CaseError when it cannot be."""
+        key = _key(self.job, case)
+        try:
+            result = segment(case, self.job.root, self.job.prompts, self.model, self.job.plan)
+        except torch.OutOfMemoryError:
+            if not self.may_move or self.device.type == "cpu":
+                raise DeviceError(f"case {case.id}: out of memory on {self.device.type}. Use --device cpu") from None
+            console.warn(f"out of memory on {self.device.type}: going on with the CPU")
+            self.device = torch.device("cpu")
+            self.model = self.model.to(self.device)
+            result = segment(case, self.job.root, self.job.prompts, self.model, self.job.plan)
+        for warning in result.image.warnings:
+            console.warn(f"case {case.id}: {warning}")
+        name = f"{case.id}{mask_ending(result.image)}"
+        path = self.job.masks / name
+        write_mask(path, result.labels, result.image)
+        account = {"output": name, "training": case.id in self.job.training} | result.account
+        record = {"format_version": 1, "case": case.id, "key": key, "sha256": store.sha256_of(path), "account": account}
+        store.write_json(_record_path(self.job, case.id), record)
+
+
+def _write_manifest(job: Job, ids: set[str]) -> None:
+    """One account of the whole folder, from every record whose mask is there."""
+    folder = job.masks / _RECORDS
+    records = [store.read_json(path, "record of a mask") for path in sorted(folder.glob("*.json"))] if folder.is_dir() else []
+    kept = {r["case"]: r["account"] for r in records if isinstance(r, dict) and (job.masks / r["account"]["output"]).is_file()}
+    provenance = job.checkpoint.provenance
+    manifest = {
+        "format_version": 1,
+        "tool_version": VERSION,
+        "model": {
+            "name": job.checkpoint.name,
+            "weights_digest": job.checkpoint.digest,
+            "plan_digest": job.plan.digest,
+            "network": job.plan.network.model_dump(),
+            "provenance": provenance.model_dump(mode="json") if provenance else None,
+        },
+        "labels": {str(value): name for value, name in job.plan.labels.items()},
+        "prompts": f"simulated: {job.prompts.simulated}" if job.prompts.simulated else "given",
+        "cases": {case: kept[case] for case in sorted(kept)},
+    }
+    store.write_json(job.masks / MANIFEST, manifest)
