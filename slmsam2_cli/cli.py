@@ -1,0 +1,379 @@
+"""The command line: options -> one stage -> exit code. Decides nothing; torch waits until a stage asks for it.
+
+Exit codes: 0 done, 1 some cases failed and the others are done, 2 nothing done, 130 and 143 ended by SIGINT and SIGTERM, 141 nobody reads
+the output any more. This module alone turns exceptions into them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from inspect import Parameter
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+from slmsam2_cli import console
+from slmsam2_cli.device import DeviceName
+from slmsam2_cli.errors import NOTHING_DONE, DatasetError, SlmSam2Error, UsageError
+from slmsam2_cli.version import VERSION
+from slmsam2_cli.workspace import Workspace
+
+INTERRUPTED, NOBODY_READS, TERMINATED = 130, 141, 143
+NNUNET_SPELLINGS = {
+    "-num_parts": "--num-parts",
+    "-part_id": "--part-id",
+    "-device": "--device",
+    "-chk": "--model",
+    "--c": "--continue",
+    "--continue_prediction": "--continue",
+    "--disable_progress_bar": "--disable-progress",
+}
+
+app = typer.Typer(
+    name="slmsam2",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+DatasetOption = Annotated[
+    Path | None, typer.Option("-d", "--dataset", metavar="DATASET", help="Folder with a dataset.json.  [default: the current folder]")
+]
+WorkspaceOption = Annotated[
+    Path | None, typer.Option("-w", "--workspace", metavar="FOLDER", help="Where results are kept.  [default: DATASET/slmsam2]")
+]
+DeviceOption = Annotated[DeviceName, typer.Option("--device", help="Where the network runs; auto takes the fastest there is.")]
+NetworkOption = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="nano (made for CPUs), tiny, small, base_plus or large.  [default: what the plan says, else nano]"),
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Do again what is already there.")]
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; not an error, so nothing that handles errors holds it up."""
+
+
+def main() -> None:
+    """The console script."""
+    signal.signal(signal.SIGTERM, _terminate)
+    app(args=modern_spellings(sys.argv[1:]), prog_name="slmsam2")
+
+
+def _terminate(signal_number: int, frame: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the way out is not interrupted again
+    raise Terminated
+
+
+def modern_spellings(arguments: Sequence[str]) -> list[str]:
+    """nnU-Net's option names as ours; what follows a bare -- is left alone."""
+    end = list(arguments).index("--") if "--" in arguments else len(arguments)
+    named = [argument.partition("=") for argument in arguments[:end]]
+    return [NNUNET_SPELLINGS.get(name, name) + equals + value for name, equals, value in named] + list(arguments[end:])
+
+
+def exit_code_of(work: Callable[[], int], debug: bool = False) -> int:
+    """What the work returns, or the exit code of what stopped it, after saying so in one line (and one for each bad case)."""
+    try:
+        return work()
+    except KeyboardInterrupt:
+        console.error("interrupted. What is finished is kept; run the same command again to go on")
+        return INTERRUPTED
+    except Terminated:
+        console.error("terminated. What is finished is kept; run the same command again to go on")
+        return TERMINATED
+    except BrokenPipeError:
+        _let_go_of_the_pipe()
+        return NOBODY_READS
+    except Exception as error:  # noqa: BLE001 the last place where an exception can become a line
+        if debug:
+            for line in traceback.format_exc().splitlines():
+                console.say(line)
+        for line in _lines(error):
+            console.error(line)
+        return error.exit_code if isinstance(error, SlmSam2Error) else NOTHING_DONE
+
+
+def _lines(error: Exception) -> list[str]:
+    """What to tell a person about an exception."""
+    if isinstance(error, DatasetError):
+        return [*(str(problem) for problem in error.problems), str(error)]
+    if isinstance(error, SlmSam2Error):
+        return [str(error)]
+    text = f"{type(error).__name__}: {error}".rstrip(": ")
+    if isinstance(error, MemoryError) or any(sign in text for sign in ("OutOfMemoryError", "out of memory", "can't allocate memory")):
+        return ["out of memory. Close other programs, try --device cpu, or plan a smaller network (slmsam2 plan --network nano)"]
+    return [f"unexpected {text}. Run again with --debug for the traceback"]
+
+
+def _let_go_of_the_pipe() -> None:
+    """Whoever read our output has left; what is still buffered goes nowhere instead of failing when Python ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
+
+
+COMMON = {
+    "verbose": (bool, typer.Option("--verbose", help="Say more.")),
+    "quiet": (bool, typer.Option("--quiet", help="Say nothing but warnings and errors.")),
+    "disable_progress": (bool, typer.Option("--disable-progress", help="No progress.")),
+    "debug": (bool, typer.Option("--debug", help="Show the traceback of an error.")),
+}
+
+
+def command(*examples: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Register a stage's options as a command: with the options every command has, examples in its help, and its exit code."""
+
+    def register(function: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(function)
+        def run(*, verbose: bool, quiet: bool, disable_progress: bool, debug: bool, **options: Any) -> None:
+            talk = console.settings
+            talk.verbose, talk.quiet, talk.progress = verbose or debug, quiet and not debug, not disable_progress
+            raise typer.Exit(exit_code_of(lambda: function(**options), debug))
+
+        own = inspect.signature(function, eval_str=True).parameters.values()
+        common = [Parameter(n, Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[t, option]) for n, (t, option) in COMMON.items()]
+        parameters = [*(parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own), *common]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        app.command(epilog="\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples))(run)
+        return function
+
+    return register
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        console.result(f"slmsam2 {VERSION}")
+        raise typer.Exit
+
+
+VersionOption = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")]
+
+
+@app.callback(
+    epilog="\b\nExamples:\n  slmsam2 demo\n  cd Task04_Hippocampus && slmsam2 finetune -n 5 && slmsam2 predict && slmsam2 evaluate"
+)
+def _slmsam2(version: VersionOption = False) -> None:
+    """Annotate one slice of a CT or MR volume, get the whole volume.
+
+    The commands in the order of a day's work: plan, preprocess, finetune, predict, evaluate. They meet through one folder, the workspace,
+    by default slmsam2/ inside the data set. Every command may be repeated: what is done and still right is not done again.
+    """
+
+
+def _near(dataset: Path | None) -> Path | None:
+    """The data set asked for, else the current folder if it is one."""
+    return dataset if dataset is not None or not Path("dataset.json").is_file() else Path()
+
+
+def _needed(dataset: Path | None) -> Path:
+    found = _near(dataset)
+    if found is None:
+        raise UsageError("no data set: the current folder holds no dataset.json. Name a data set with -d")
+    return found
+
+
+@command("slmsam2 plan", "slmsam2 plan -d Task09_Spleen -w /scratch/spleen", "slmsam2 plan --network tiny --overwrite")
+def plan(
+    dataset: DatasetOption = None, workspace: WorkspaceOption = None, network: NetworkOption = None, overwrite: OverwriteOption = False
+) -> int:
+    """Measure a data set and decide how to treat it.
+
+    Writes fingerprint.json (what was measured) and plan.json (what was decided, and why) into the workspace. plan.json may be edited:
+    the edit is kept as long as the data stay the same. Reports all bad cases at once.
+    """
+    from slmsam2_cli.stages import plan as stage
+
+    root = _needed(dataset)
+    return stage.plan(root, Workspace.of(root, workspace), overwrite=overwrite, network=network)
+
+
+@command("slmsam2 preprocess", "slmsam2 preprocess -d Task09_Spleen")
+def preprocess(dataset: DatasetOption = None, workspace: WorkspaceOption = None, overwrite: OverwriteOption = False) -> int:
+    """Turn labelled volumes into stacks of slices.
+
+    Does what the plan says. Writes prepared/ into the workspace. Needs plan.json; finetune does both by itself. Cases that are prepared
+    and unchanged are skipped.
+    """
+    from slmsam2_cli.stages import preprocess as stage
+
+    root = _needed(dataset)
+    return stage.preprocess(root, Workspace.of(root, workspace), overwrite=overwrite)
+
+
+@command(
+    "slmsam2 finetune -n 5",
+    "slmsam2 finetune -n 1 --minutes 20 --weights base.safetensors",
+    "slmsam2 finetune -n 5 --continue",
+)
+def finetune(
+    dataset: DatasetOption = None,
+    workspace: WorkspaceOption = None,
+    cases: Annotated[int, typer.Option("-n", "--cases", min=1, metavar="N", help="How many labelled cases to learn from.")] = 5,
+    weights: Annotated[
+        str,
+        typer.Option(metavar="auto|random|FILE", help="Where to start: the packaged base, random weights, or a .safetensors checkpoint."),
+    ] = "auto",
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, metavar="M", help="Stop after so many minutes.  [default: what the plan says]")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Stop after so many optimiser steps.  [default: what the plan says]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Chooses the cases and every random draw.")] = 0,
+    resume: Annotated[bool, typer.Option("--continue", help="Go on where an interrupted run stopped.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out unusable training cases instead of stopping.")] = False,
+    device: DeviceOption = "auto",
+    network: NetworkOption = None,
+    overwrite: OverwriteOption = False,
+) -> int:
+    """Adapt the network to a data set by a few labelled cases.
+
+    Plans and preprocesses first if need be. Writes finetuned/ into the workspace: the model, split.json with the cases it learned from
+    (the others count as unseen), and a log.
+    """
+    from slmsam2_cli.stages import finetune as stage
+
+    root = _needed(dataset)
+    return stage.finetune(
+        root,
+        Workspace.of(root, workspace),
+        cases=cases,
+        weights=weights,
+        minutes=minutes,
+        steps=steps,
+        seed=seed,
+        resume=resume,
+        skip_bad=skip_bad,
+        device=device,
+        network=network,
+        overwrite=overwrite,
+    )
+
+
+@command(
+    "slmsam2 predict -i imagesTs -o masks -p prompts",
+    "slmsam2 predict -i scans -o masks -p prompts --model slmsam2/finetuned --device cpu",
+    "slmsam2 predict -i scans -o masks --prompts-from labels --slice largest",
+    "slmsam2 predict",
+)
+def predict(
+    images: Annotated[
+        Path | None, typer.Option("-i", "--images", metavar="FOLDER", help="Volumes to segment.  [default: the unseen cases]")
+    ] = None,
+    masks: Annotated[
+        Path | None, typer.Option("-o", "--masks", metavar="FOLDER", help="Where the masks go.  [default: WORKSPACE/predictions]")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("-p", "--prompts", metavar="FOLDER", help="Masks of the same names with the annotated slices painted.")
+    ] = None,
+    prompts_from: Annotated[
+        Path | None, typer.Option("--prompts-from", metavar="LABELS", help="Whole masks of which one slice a label is taken, as a trial.")
+    ] = None,
+    where: Annotated[Literal["middle", "largest", "quarter"], typer.Option("--slice", help="Which slice --prompts-from takes.")] = "middle",
+    dataset: DatasetOption = None,
+    workspace: WorkspaceOption = None,
+    model: Annotated[
+        Path | None, typer.Option(metavar="FILE|FOLDER", help="A fine-tuned model.  [default: the workspace's, else the packaged base]")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(metavar="auto|FILE", help="Base weights, not fine-tuned, instead of a model.")] = None,
+    device: DeviceOption = "auto",
+    num_parts: Annotated[int, typer.Option(min=1, metavar="P", help="Share the volumes among so many runs.")] = 1,
+    part_id: Annotated[int, typer.Option(min=0, metavar="I", help="Which share this run takes, from 0.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite/--continue", help="Do every mask again, or only those that are missing or out of date.")
+    ] = False,
+) -> int:
+    """Propagate annotated slices through whole volumes.
+
+    Takes a folder of volumes. Writes one mask for each, on the volume's own grid and under its name, and manifest.json with what was
+    given and used. A person's slices come back exactly as they were painted. Inside a data set and without -i, predicts the labelled
+    cases that fine-tuning has not seen, each from one slice a label.
+    """
+    from slmsam2_cli.stages import predict as stage
+
+    root = _near(dataset) if images is not None else _needed(dataset)
+    return stage.predict(
+        images,
+        masks,
+        prompts=prompts,
+        prompts_from=prompts_from,
+        where=where,
+        dataset=root,
+        workspace=Workspace.of(root, workspace) if root is not None else Workspace(workspace) if workspace is not None else None,
+        model=model,
+        weights=weights,
+        device=device,
+        num_parts=num_parts,
+        part_id=part_id,
+        overwrite=overwrite,
+    )
+
+
+@command(
+    "slmsam2 evaluate",
+    "slmsam2 evaluate -p masks -g labelsTr -o scores",
+    "slmsam2 evaluate --json --fail-under Dice=0.8 > summary.json",
+)
+def evaluate(
+    predictions: Annotated[
+        Path | None, typer.Option("-p", "--predictions", metavar="FOLDER", help="Masks to score.  [default: WORKSPACE/predictions]")
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option("-g", "--labels", metavar="FOLDER", help="Masks to compare with, by name.  [default: the data set's labels]"),
+    ] = None,
+    dataset: DatasetOption = None,
+    workspace: WorkspaceOption = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FOLDER", help="Where the tables go.  [default: WORKSPACE/evaluation]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    fail_under: Annotated[
+        str | None, typer.Option(metavar="METRIC=X", help="Exit with 1 when the foreground mean of unseen cases is lower, as in Dice=0.8.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes that score.  [default: one a core]")] = None,
+) -> int:
+    """Score masks against labels: Dice and HD95.
+
+    By label and by case. Writes summary.json, cases.csv, slices.csv and summary.md. Cases the model learned from are reported apart from
+    unseen ones, and slices that were given as prompts apart from those that were not.
+    """
+    from slmsam2_cli.stages import evaluate as stage
+
+    folders_say_it_all = predictions is not None and labels is not None
+    return stage.evaluate(
+        predictions,
+        labels,
+        Workspace(workspace) if workspace is not None else None,
+        out,
+        dataset=dataset if folders_say_it_all else _near(dataset),
+        as_json=as_json,
+        fail_under=fail_under,
+        workers=workers,
+    )
+
+
+@command("slmsam2 demo", "slmsam2 demo -o /tmp/demo --overwrite")
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="Where everything goes.")] = Path("demo"),
+    device: DeviceOption = "auto",
+    overwrite: OverwriteOption = False,
+) -> int:
+    """Run the whole pipeline on made-up patients, in a few minutes.
+
+    Writes a data set in the Decathlon's layout, then plans, preprocesses, fine-tunes on five cases, predicts the others from one slice a
+    label, and evaluates. Needs no data and no network. A second run does only what is missing.
+    """
+    from slmsam2_cli.demo import demo as run
+
+    return run(output, device=device, overwrite=overwrite)

@@ -1,0 +1,19 @@
+"""What every test may rely on: a console as the program starts with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import pytest
+
+from slmsam2_cli import console
+
+
+@pytest.fixture(autouse=True)
+def console_as_it_was() -> Iterator[None]:
+    """Options such as --quiet set the console for the whole process; no test leaves them behind."""
+    before = asdict(console.settings)
+    yield
+    for name, value in before.items():
+        setattr(console.settings, name, value)

@@ -1,0 +1,118 @@
+"""Imports point down only. Read from the source, so that an import inside a function counts too."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import slmsam2_cli
+
+PACKAGE = Path(slmsam2_cli.__file__).parent
+# From the top: what is named in a row may import every row below it, and its own folder.
+LAYERS = (
+    ("cli",),
+    ("demo",),
+    ("stages",),
+    ("finetuning",),
+    ("inference", "evaluation"),
+    ("model",),
+    ("planning",),
+    ("data",),
+    ("workspace", "device", "console", "version"),
+    ("errors",),
+)
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+WITHOUT_TORCH = ("cli", "data", "planning", "evaluation", "workspace", "console", "version", "errors")
+
+
+def name_of(path: Path) -> str:
+    """data/store.py -> "data.store"; data/__init__.py -> "data"."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__").removesuffix("__init__")
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+CODE = [name for name, path in MODULES.items() if path.name != "__init__.py"]
+
+
+@cache
+def imports_of(module: str) -> frozenset[str]:
+    """Everything a module imports, as full dotted names; `from a import b` is a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(found)
+
+
+def own_imports(module: str) -> set[str]:
+    """The modules of this package that a module imports."""
+    inside = {name.removeprefix("slmsam2_cli.") for name in imports_of(module) if name.startswith("slmsam2_cli.")}
+    return {name if name in MODULES else name.rpartition(".")[0] for name in inside} - {""}
+
+
+def foreign_imports(module: str) -> set[str]:
+    """The top-level packages a module imports."""
+    return {name.partition(".")[0] for name in imports_of(module)}
+
+
+def folder(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_every_module_has_its_place_in_the_layers() -> None:
+    assert {folder(module) for module in CODE} <= set(RANK)
+
+
+@pytest.mark.parametrize("module", CODE)
+def test_imports_point_down(module: str) -> None:
+    upwards = {
+        used for used in own_imports(module) if folder(used) != folder(module) and RANK.get(folder(used), 99) <= RANK[folder(module)]
+    }
+    assert not upwards
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    left = {module: own_imports(module) - {module} for module in MODULES}
+    while leaves := [module for module, used in left.items() if not used & set(left)]:
+        for module in leaves:
+            del left[module]
+    assert not left
+
+
+def test_stages_meet_through_files_only() -> None:
+    stages = [module for module in CODE if folder(module) == "stages"]
+    assert {module: used for module in stages if (used := {name for name in own_imports(module) if folder(name) == "stages"})} == {}
+
+
+def test_sam2_is_known_to_the_model_alone() -> None:
+    assert {folder(module) for module in CODE if {"sam2", "hydra", "omegaconf"} & foreign_imports(module)} == {"model"}
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_torch_stays_out_of(name: str) -> None:
+    assert not [module for module in CODE if folder(module) == name and {"torch", "safetensors"} & foreign_imports(module)]
+
+
+def test_torchvision_is_used_nowhere() -> None:
+    assert not [module for module in CODE if "torchvision" in foreign_imports(module)]
+
+
+def test_packages_hold_no_code_of_their_own() -> None:
+    bodies = {name: ast.parse(path.read_text(encoding="utf-8")).body for name, path in MODULES.items() if path.name == "__init__.py"}
+    (docstring,) = bodies.pop("stages")
+    assert isinstance(docstring, ast.Expr)
+    assert {name: len(body) for name, body in bodies.items() if body} == {}
+
+
+def test_modules_are_short_enough_to_read() -> None:
+    assert {name: lines for name, path in MODULES.items() if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 400} == {}
+
+
+def test_every_module_says_what_it_is() -> None:
+    assert [name for name in CODE if not ast.get_docstring(ast.parse(MODULES[name].read_text(encoding="utf-8")))] == []
