@@ -1,0 +1,99 @@
+"""All stages in order on small made-up patients, through the files they leave for each other. One step of training: for show, not for score."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slmsam2_cli.cli import exit_code_of
+from slmsam2_cli.data.phantom import write_phantom_dataset
+from slmsam2_cli.data.store import sha256_of
+from slmsam2_cli.data.volume import read_labels, write_mask
+from slmsam2_cli.demo import LEARNED_FROM, demo
+from slmsam2_cli.stages.evaluate import evaluate
+from slmsam2_cli.stages.predict import predict
+from slmsam2_cli.workspace import Workspace
+
+BLINK = 0.001  # minutes of training: one step
+UNSEEN = 1
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The workspace that a demo of six small patients leaves."""
+    folder = tmp_path_factory.mktemp("demo")
+    write_phantom_dataset(folder / "dataset", cases=LEARNED_FROM + UNSEEN, test_cases=1, shape=(8, 40, 40))
+    assert demo(folder, minutes=BLINK, device="cpu") == 0
+    return Workspace.of(folder / "dataset", None)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def unseen(space: Workspace) -> str:
+    (case,) = read(space.split)["unseen"]
+    return str(case)
+
+
+def test_every_stage_leaves_what_the_next_one_needs(space: Workspace) -> None:
+    split = read(space.split)
+    assert len(split["training"]) == LEARNED_FROM
+    assert {path.name for path in space.prepared.iterdir() if path.is_dir()} == {*split["training"], *split["unseen"]}
+    assert list(read(space.predictions / "manifest.json")["cases"]) == split["unseen"]
+    assert {path.name for path in space.evaluation.iterdir()} >= {"summary.json", "cases.csv", "slices.csv", "summary.md"}
+
+
+def test_the_score_is_that_of_the_unseen_case_alone(space: Workspace) -> None:
+    summary = read(space.evaluation / "summary.json")
+    assert [case["case"] for case in summary["metric_per_case"]] == [unseen(space)]
+    assert summary["cases"]["unseen"] == UNSEEN
+    assert 0 <= summary["foreground_mean"]["Dice"] <= 1
+
+
+def test_every_artifact_can_be_traced_to_the_plan_and_the_model(space: Workspace) -> None:
+    model = read(space.predictions / "manifest.json")["model"]
+    assert model["provenance"]["training"] == read(space.split)["training"]
+    assert len(model["weights_digest"]) == len(model["plan_digest"]) == 64
+
+
+def test_a_second_run_changes_nothing(space: Workspace) -> None:
+    kept = [space.plan, space.model, space.split, *space.predictions.glob("*.nii.gz"), space.evaluation / "summary.json"]
+    before = [(sha256_of(path), path.stat().st_mtime_ns) for path in kept[1:-1]]
+    digests = [sha256_of(path) for path in kept]
+    assert demo(space.root.parents[1], minutes=BLINK, device="cpu") == 0
+    assert [sha256_of(path) for path in kept] == digests
+    assert [(sha256_of(path), path.stat().st_mtime_ns) for path in kept[1:-1]] == before
+
+
+def test_a_persons_slice_comes_back_as_painted_and_the_mask_fits_the_image(space: Workspace, tmp_path: Path) -> None:
+    dataset, case = space.root.parent, unseen(space)
+    truth = read_labels(dataset / "labelsTr" / f"{case}.nii.gz", case=case, root=dataset)
+    middle = int(np.flatnonzero((truth.voxels == 1).any(axis=(1, 2))).mean())
+    painted = np.zeros_like(truth.voxels)
+    painted[middle] = truth.voxels[middle]
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / f"{case}_0000.nii.gz").write_bytes((dataset / "imagesTr" / f"{case}.nii.gz").read_bytes())
+    write_mask(tmp_path / "prompts" / f"{case}.nii.gz", painted, truth)
+
+    assert predict(tmp_path / "images", tmp_path / "masks", prompts=tmp_path / "prompts", model=space.finetuned, device="cpu") == 0
+    found = read_labels(tmp_path / "masks" / f"{case}.nii.gz", case=case, root=tmp_path)
+    assert found.grid.difference(truth.grid) is None
+    assert np.array_equal(found.voxels[middle], truth.voxels[middle])
+
+    assert evaluate(tmp_path / "masks", dataset / "labelsTr", None, tmp_path / "scores", dataset=None) in (0, 1)
+    assert {path.name for path in (tmp_path / "scores").iterdir()} >= {"summary.json", "cases.csv"}
+
+
+def test_masks_never_go_where_the_images_are(space: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    images = space.root.parent / "imagesTr"
+    before = {path.name: sha256_of(path) for path in images.iterdir()}
+    assert (
+        exit_code_of(lambda: predict(images, images, prompts_from=space.root.parent / "labelsTr", model=space.finetuned, device="cpu")) == 2
+    )
+    assert "same folder" in capsys.readouterr().err
+    assert {path.name: sha256_of(path) for path in images.iterdir()} == before
