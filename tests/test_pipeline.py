@@ -1,4 +1,4 @@
-"""All stages in order on small made-up patients, through the files they leave for each other. One step of training: for show, not for score."""
+"""All stages in order on small made-up patients, through the files they leave for each other. One step of training: no score to show."""
 
 from __future__ import annotations
 
