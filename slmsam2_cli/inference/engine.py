@@ -32,7 +32,7 @@ class Anchor:
 class Propagated:
     """One object on every slice.
 
-    logits (T, 4h, 4w) float16, below 0 where absent; confidence (T,): presence probability times predicted IoU, 1 on
+    logits (T, 4h, 4w) float32, below 0 where absent; confidence (T,): presence probability times predicted IoU, 1 on
     annotated slices, 0 where no pass came by.
     """
 
@@ -97,7 +97,7 @@ def _object(model: SlmSam2, features: Features, anchors: list[Anchor], advance: 
     for start in memories:
         for step in (1, -1):
             _run(model, features, memories, start, step, said, logits, confidence, weight, advance)
-    return Propagated(logits.half(), confidence)
+    return Propagated(logits, confidence)
 
 
 def _remember(model: SlmSam2, features: Features, anchor: Anchor, logits: Tensor, confidence: Tensor, low: bool) -> Memory:

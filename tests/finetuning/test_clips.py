@@ -1,0 +1,77 @@
+"""Clips: what is annotated first, which way it runs, how often it ends."""
+
+import numpy as np
+import pytest
+import torch
+from stacks import case
+
+from slmsam2_cli.errors import DatasetError
+from slmsam2_cli.finetuning.augment import augment
+from slmsam2_cli.finetuning.clips import ClipSampler
+
+PX = 32
+
+
+def slice_numbers(clips, track):
+    return [round(float(clips.frames.flatten(0, 1)[clips.feature_index(t)][track, 0, 0, 0]) * 100) for t in range(len(clips.masks))]
+
+
+def draws(sampler, count=60, windows=2, length=8, seed=0):
+    rng = np.random.default_rng(seed)
+    return [sampler.draw(rng, windows, length, 8) for _ in range(count)]
+
+
+def test_every_track_starts_on_an_annotated_slice():
+    for clips in draws(ClipSampler([case()], [1], PX)):
+        assert (clips.masks[0].flatten(1).sum(dim=1) > 0).all()
+
+
+def test_tracks_run_over_consecutive_slices_both_ways():
+    steps = set()
+    for clips in draws(ClipSampler([case()], [1], PX)):
+        for track in range(len(clips.window)):
+            numbers = slice_numbers(clips, track)
+            steps |= set(np.diff(numbers).tolist())
+            assert (int(np.diff(numbers)[0]) == -1) == bool(clips.reverse[track])
+    assert steps == {1, -1}
+
+
+def test_masks_belong_to_the_slices_a_track_sees():
+    for clips in draws(ClipSampler([case()], [1], PX), count=20):
+        for track in range(len(clips.window)):
+            present = clips.masks[:, track].flatten(1).sum(dim=1) > 0
+            assert present.tolist() == [6 <= number < 14 for number in slice_numbers(clips, track)]
+
+
+def test_at_least_half_of_the_windows_hold_an_end_of_the_structure():
+    ends = [bool((clips.masks.flatten(2).sum(dim=2) == 0).any()) for clips in draws(ClipSampler([case(slices=60, held=range(15, 45))], [1], PX), 200, windows=1)]
+    assert np.mean(ends) >= 0.5
+
+
+def test_a_volume_shorter_than_the_clip_shortens_it():
+    (clips,) = draws(ClipSampler([case(slices=3, held=range(3))], [1], PX), count=1)
+    assert len(clips.masks) == 3 and clips.slices == 3
+
+
+def test_the_same_seed_draws_the_same_clips():
+    one, other = (draws(ClipSampler([case()], [1], PX), 5, seed=7) for _ in range(2))
+    assert all(torch.equal(a.frames, b.frames) and torch.equal(a.masks, b.masks) for a, b in zip(one, other))
+
+
+def test_one_slice_volumes_cannot_teach_propagation():
+    with pytest.raises(DatasetError, match="at least two slices"):
+        ClipSampler([case(slices=1, held=[0])], [1], PX)
+
+
+def test_augmentation_keeps_shapes_binary_masks_and_grey_values_in_range():
+    (clips,) = draws(ClipSampler([case()], [1], PX), count=1)
+    changed = augment(clips, torch.Generator().manual_seed(0))
+    assert changed.frames.shape == clips.frames.shape and changed.masks.shape == clips.masks.shape
+    assert set(changed.masks.unique().tolist()) <= {0.0, 1.0}
+    assert 0 <= changed.frames.min() and changed.frames.max() <= 1
+
+
+def test_augmentation_moves_all_slices_of_a_window_alike():
+    (clips,) = draws(ClipSampler([case(held=range(20))], [1], PX), count=1)
+    changed = augment(clips, torch.Generator().manual_seed(3))
+    assert all(torch.equal(changed.masks[0], changed.masks[t]) for t in range(len(changed.masks)))

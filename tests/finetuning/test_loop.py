@@ -1,0 +1,113 @@
+"""Training: it learns, it follows its schedule, and an interrupted run ends like an undisturbed one."""
+
+import numpy as np
+import pytest
+import torch
+from stacks import case
+
+from slmsam2_cli.errors import WeightsError
+from slmsam2_cli.finetuning.clips import ClipSampler
+from slmsam2_cli.finetuning.loop import clip_losses, clip_slices, new_learner, share_done, train
+from slmsam2_cli.finetuning.resume import load_state, previous_of, save_state
+from slmsam2_cli.model.slmsam2 import SlmSam2
+from slmsam2_cli.planning.network import NetworkPlan
+from slmsam2_cli.planning.plan import TrainingPlan
+
+PX = 32
+
+
+def plan(steps=4, **changes):
+    return TrainingPlan(**{"steps": steps, "clip_slices": 3, "clips_per_step": 1, "learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 0.01, **changes})
+
+
+def learner(steps=4, from_scratch=False):
+    torch.manual_seed(0)
+    return new_learner(SlmSam2(NetworkPlan(size="nano"), PX), plan(steps), from_scratch)
+
+
+def sampler():
+    return ClipSampler([case(slices=8, held=range(2, 6), size=(PX, PX))], [1], PX)
+
+
+def run(one, until=None, steps=4):
+    return [p for p in train(one, sampler(), plan(steps), lambda: until is not None and one.step >= until)]
+
+
+def weights(one):
+    return {**{f"m/{n}": t for n, t in one.model.state_dict().items()}, **{f"a/{n}": t for n, t in one.average.state_dict().items()}}
+
+
+def test_a_run_resumed_from_disk_ends_bit_for_bit_like_an_undisturbed_one(tmp_path):
+    whole = learner()
+    run(whole)
+    first = learner()
+    run(first, until=2)
+    save_state(tmp_path / "state.safetensors", first, "settings")
+    second = learner()
+    torch.manual_seed(99)
+    assert load_state(tmp_path / "state.safetensors", second, "settings") == ""
+    assert second.step == 2
+    run(second)
+    expected, found = weights(whole), weights(second)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_damaged_state_falls_back_to_the_one_before_and_says_so(tmp_path):
+    path = tmp_path / "state.safetensors"
+    one = learner()
+    run(one, until=1)
+    save_state(path, one, "settings")
+    run(one, until=2)
+    save_state(path, one, "settings")
+    path.write_bytes(path.read_bytes()[:1000])
+    other = learner()
+    assert "state.previous.safetensors" in load_state(path, other, "settings")
+    assert other.step == 1 and previous_of(path).exists()
+
+
+def test_nothing_to_resume_is_an_error_not_a_fresh_start(tmp_path):
+    with pytest.raises(WeightsError, match="nothing to continue"):
+        load_state(tmp_path / "state.safetensors", learner(), "settings")
+
+
+def test_a_state_of_another_run_is_refused(tmp_path):
+    save_state(tmp_path / "state.safetensors", learner(), "settings")
+    with pytest.raises(WeightsError, match="another plan"):
+        load_state(tmp_path / "state.safetensors", learner(), "other settings")
+
+
+def test_losses_fall_on_one_clip():
+    one = learner()
+    clips = sampler().draw(np.random.default_rng(0), 1, 3, 4)
+    optimiser = torch.optim.AdamW(one.model.parameters(), lr=1e-3)
+    totals = []
+    for _ in range(12):
+        loss = torch.stack([part.total for part in clip_losses(one.model, clips, torch.device("cpu"))]).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        totals.append(float(loss.detach()))
+    assert totals[-1] < 0.7 * totals[0]
+
+
+def test_every_part_of_the_model_that_tracking_uses_receives_a_gradient():
+    one = learner()
+    clips = sampler().draw(np.random.default_rng(0), 1, 3, 4)
+    torch.stack([part.total for part in clip_losses(one.model, clips, torch.device("cpu"))]).mean().backward()
+    still = {name.split(".")[0] for name, p in one.model.named_parameters() if p.grad is None}
+    moved = {name.split(".")[0] for name, p in one.model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert {"image_encoder", "memory_attention", "memory_encoder", "sam_mask_decoder", "stream_fuser", "carry_gain"} <= moved
+    assert "short_memory_attention" not in still
+
+
+def test_from_random_weights_clips_grow_and_from_trained_ones_they_are_long_at_once():
+    settings = plan(clip_slices=8)
+    assert [clip_slices(done, settings, True) for done in (0.0, 0.19, 0.2, 0.34, 0.35, 1.0)] == [2, 2, 4, 4, 8, 8]
+    assert clip_slices(0.0, settings, False) == 8
+
+
+def test_a_run_is_done_by_steps_or_by_minutes_whichever_comes_first():
+    one = learner()
+    one.step, one.seconds = 2, 30.0
+    assert share_done(one, plan(4)) == 0.5
+    assert share_done(one, plan(4, minutes=0.5)) == 1.0

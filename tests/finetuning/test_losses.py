@@ -1,0 +1,59 @@
+"""Losses whose values are known by hand."""
+
+import math
+
+import pytest
+import torch
+
+from slmsam2_cli.finetuning.losses import focal, slice_loss, soft_dice, true_iou
+from slmsam2_cli.model.slmsam2 import SliceOutput
+
+
+def output(candidates, iou=None, presence=0.0):
+    batch, count = candidates.shape[:2]
+    best = torch.zeros(batch, dtype=torch.long)
+    return SliceOutput(
+        candidates, torch.zeros(batch, count) if iou is None else iou, best, torch.full((batch, 1), presence), candidates[:, :1], candidates[:, :1], torch.zeros(batch, 4)
+    )
+
+
+def half():
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4] = 1
+    return mask
+
+
+def test_focal_loss_of_an_undecided_mask_is_a_quarter_of_ln2_weighted_by_class():
+    expected = 0.25 * math.log(2) * (0.25 * 0.5 + 0.75 * 0.5)
+    assert focal(torch.zeros(8, 8), half()[0, 0]).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_dice_loss_of_a_perfect_confident_mask_is_zero_and_of_its_complement_nearly_one():
+    sure = half() * 60 - 30
+    assert soft_dice(sure, half()).item() == pytest.approx(0.0, abs=1e-5)
+    assert soft_dice(-sure, half()).item() == pytest.approx(1 - 1 / 65, abs=1e-4)
+
+
+def test_iou_of_half_against_everything_is_one_half_and_of_two_empty_masks_one():
+    assert true_iou(torch.ones(1, 1, 8, 8), half()).item() == pytest.approx(0.5)
+    assert true_iou(-torch.ones(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)).item() == 1.0
+
+
+def test_an_absent_object_costs_presence_and_a_mask_that_does_not_vanish_but_no_dice():
+    nothing = torch.zeros(1, 1, 8, 8)
+    loss = slice_loss(output(torch.full((1, 1, 8, 8), -30.0), presence=30.0), nothing)
+    assert loss.dice == 0 and loss.iou == 0
+    assert loss.presence.item() == pytest.approx(30.0, rel=1e-3)
+    assert loss.focal.item() == pytest.approx(0.0, abs=1e-6)
+    assert slice_loss(output(torch.full((1, 1, 8, 8), 30.0)), nothing).focal > 1
+
+
+def test_of_several_candidates_only_the_best_is_asked_to_be_right():
+    good, bad = half() * 60 - 30, 30 - half() * 60
+    loss = slice_loss(output(torch.cat([bad, good], dim=1), iou=torch.tensor([[0.0, 1.0]])), half())
+    assert loss.focal.item() == pytest.approx(0.0, abs=1e-5)
+    assert loss.iou.item() == pytest.approx(0.0, abs=1e-5)
+
+
+def test_low_resolution_candidates_are_compared_at_the_masks_size():
+    assert slice_loss(output(torch.ones(1, 1, 2, 2) * 30), torch.ones(1, 1, 8, 8)).dice.item() == pytest.approx(0.0, abs=1e-4)

@@ -1,0 +1,97 @@
+"""What propagation promises whatever the weights say."""
+
+import pytest
+import torch
+
+from slmsam2_cli.inference.engine import ABSENT, Anchor, full_resolution, propagate
+from slmsam2_cli.model.slmsam2 import SlmSam2
+from slmsam2_cli.planning.network import NetworkPlan
+
+PX = 64
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights that believe every object to be present, so that masks differ from nothing."""
+    torch.manual_seed(0)
+    built = SlmSam2(NetworkPlan(size="nano"), PX).eval()
+    torch.nn.init.constant_(built.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 5.0)
+    return built
+
+
+def stack(slices, seed=0):
+    return torch.rand(slices, 3, PX, PX, generator=torch.Generator().manual_seed(seed))
+
+
+def square(low=16, high=40):
+    mask = torch.zeros(PX, PX, dtype=torch.bool)
+    mask[low:high, low:high] = True
+    return mask
+
+
+EMPTY = torch.zeros(PX, PX, dtype=torch.bool)
+
+
+def test_an_annotated_slice_comes_back_as_drawn_with_full_confidence(model):
+    found = propagate(model, stack(5), {1: [Anchor(2, square())]})[1]
+    shown = full_resolution(found.logits[2][None], PX, PX, PX)[0] > 0
+    assert (shown & square()).sum() / (shown | square()).sum() > 0.9
+    assert found.confidence[2] == 1
+
+
+def test_a_one_slice_volume_is_its_annotation(model):
+    found = propagate(model, stack(1), {1: [Anchor(0, square())]})[1]
+    assert found.logits.shape == (1, PX // 4, PX // 4) and found.confidence.tolist() == [1.0]
+
+
+def test_nothing_is_found_beyond_an_end_stop(model):
+    found = propagate(model, stack(9), {1: [Anchor(2, EMPTY), Anchor(4, square()), Anchor(6, EMPTY)]})[1]
+    assert (found.logits[[0, 1, 2, 6, 7, 8]] == ABSENT).all()
+    assert (found.logits[[3, 5]] > ABSENT).any()
+    assert found.confidence[2] == found.confidence[6] == 1
+
+
+def test_only_empty_anchors_find_nothing(model):
+    found = propagate(model, stack(3), {1: [Anchor(1, EMPTY)]})[1]
+    assert (found.logits == ABSENT).all()
+
+
+def test_every_slice_between_the_ends_is_visited_once_per_side(model):
+    visited = []
+    propagate(model, stack(10), {1: [Anchor(3, square()), Anchor(7, square())]}, advance=visited.append)
+    assert sum(visited) == 3 + 2 * 3 + 2  # below the first, between them twice, above the last
+
+
+def test_the_backward_pass_does_not_depend_on_what_lies_ahead(model):
+    """Passes are independent: slices after the anchor do not change those before it."""
+    frames, other = stack(7), stack(7)
+    other[4:] = stack(3, seed=9)
+    one = propagate(model, frames, {1: [Anchor(3, square())]})[1].logits
+    two = propagate(model, other, {1: [Anchor(3, square())]})[1].logits
+    assert torch.equal(one[:3], two[:3]) and not torch.equal(one[4:], two[4:])
+
+
+def test_a_mirrored_stack_gives_the_mirrored_result(model):
+    frames = stack(7)
+    one = propagate(model, frames, {1: [Anchor(2, square())]})[1].logits
+    mirrored = propagate(model, frames.flip(0), {1: [Anchor(4, square())]})[1].logits
+    assert (one - mirrored.flip(0)).abs().max() <= 1e-4
+
+
+def test_objects_do_not_disturb_each_other(model):
+    frames = stack(5)
+    alone = propagate(model, frames, {1: [Anchor(2, square())]})[1].logits
+    together = propagate(model, frames, {1: [Anchor(2, square())], 2: [Anchor(1, square(4, 12))]})
+    assert torch.equal(alone, together[1].logits)
+    assert set(together) == {1, 2}
+
+
+def test_features_are_the_same_with_little_memory(model):
+    from slmsam2_cli.inference.engine import Features
+
+    frames = stack(6)
+    with torch.inference_mode():
+        roomy, tight = Features(model, frames), Features(model, frames, batch=2, keep_bytes=1)
+        for t in (0, 5, 1, 4):
+            assert (roomy[t].top - tight[t].top).abs().max() <= 1e-4
+    assert len(tight.kept) <= 2

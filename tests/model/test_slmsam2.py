@@ -1,0 +1,170 @@
+"""The model against SAM 2's own code, on the same random weights."""
+
+import pytest
+import sam2.sam2_video_predictor as stock
+import torch
+
+from slmsam2_cli.inference.engine import ABSENT, Anchor, propagate
+from slmsam2_cli.model.backbone import TRAITS, sam2_parts
+from slmsam2_cli.model.memory.policy import Moment
+from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
+from slmsam2_cli.planning.network import NetworkPlan
+
+PX, SLICES, START = 64, 20, 3
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def build(size="tiny", px=PX, seed=0, **network):
+    torch.manual_seed(seed)
+    return SlmSam2(NetworkPlan(size=size, **network), px).eval()
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return torch.rand(SLICES, 3, PX, PX, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def mask():
+    drawn = torch.zeros(PX, PX, dtype=torch.bool)
+    drawn[12:40, 20:50] = True
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def fifo():
+    return build(policy="fifo")
+
+
+def stock_logits(model, frames, mask, monkeypatch):
+    """Low-resolution logits (T, h, w) of SAM2VideoPredictor, forwards from START."""
+    predictor = stock.SAM2VideoPredictor(**sam2_parts("tiny", PX)).eval()
+    predictor.load_state_dict(model.state_dict())
+    normalised = (frames - model._mean) / model._std
+    monkeypatch.setattr(stock, "load_video_frames", lambda **_: (normalised, PX, PX))
+    state = predictor.init_state("unused")
+    predictor.add_new_mask(state, START, 1, mask)
+    for _ in predictor.propagate_in_video(state, start_frame_idx=START):
+        pass
+    outputs = state["output_dict_per_obj"][0]["non_cond_frame_outputs"]
+    return {t: out["pred_masks"][0, 0] for t, out in outputs.items()}
+
+
+def test_fifo_gives_the_logits_of_sam2s_own_video_predictor(fifo, frames, mask, monkeypatch):
+    expected = stock_logits(fifo, frames, mask, monkeypatch)
+    ours = propagate(fifo, frames, {1: [Anchor(START, mask)]}, low_resolution_anchors=True)[1].logits
+    assert sorted(expected) == list(range(START + 1, SLICES))
+    seen = [t for t in expected if expected[t].max() > ABSENT]
+    assert len(seen) > 5, "the comparison needs slices on which the object is present"
+    for t, logits in expected.items():
+        assert (ours[t] - logits.clamp(min=ABSENT)).abs().max() <= 1e-4
+
+
+def test_a_fresh_gated_short_stream_changes_nothing(fifo, frames, mask):
+    shortlong = build(policy="shortlong")
+    shortlong.load_state_dict(shortlong.state_dict() | fifo.state_dict())
+    shortlong.copy_long_to_short()
+    anchors = {1: [Anchor(START, mask)]}
+    one, other = propagate(fifo, frames[:9], anchors)[1], propagate(shortlong, frames[:9], anchors)[1]
+    assert (one.logits - other.logits).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_the_published_sum_changes_the_output_at_step_zero(fifo, frames, mask):
+    """Documented weakness of the published fuser: it doubles what the decoder sees."""
+    summed = build(policy="shortlong", fuser="sum")
+    summed.load_state_dict(summed.state_dict() | fifo.state_dict())
+    summed.copy_long_to_short()
+    bank = MemoryBank()
+    features = fifo.encode(frames[:2])
+    first, second = features.at(slice(0, 1)), features.at(slice(1, 2))
+    bank.anchors[0] = fifo.remember(first, fifo.anchor(first, mask[None, None].float()), mask[None, None].float())
+    moment = Moment(1, 1, bank.anchors, bank.tracked, 2)
+    ratio = summed.condition(second, bank, summed.policy.read(moment)).std() / fifo.condition(second, bank, fifo.policy.read(moment)).std()
+    assert float(ratio) == pytest.approx(2.0, abs=0.1)
+
+
+def test_a_fresh_short_stack_equals_the_long_one():
+    model = build(policy="shortlong")
+    long, short = model.memory_attention.state_dict(), model.short_memory_attention.state_dict()
+    assert all(torch.equal(long[name], short[name]) for name in long)
+
+
+def test_parameter_counts_of_tiny_are_those_of_the_ledger():
+    model = build(policy="shortlong", fuser="sum")
+    counted = {
+        "image encoder": parameters(model.image_encoder),
+        "mask decoder": parameters(model.sam_mask_decoder),
+        "prompt encoder": parameters(model.sam_prompt_encoder),
+        "memory encoder": parameters(model.memory_encoder),
+        "long attention": parameters(model.memory_attention),
+        "short attention": parameters(model.short_memory_attention),
+        "fuser": parameters(model.stream_fuser),
+        "total": parameters(model),
+    }
+    assert counted == {
+        "image encoder": 27_219_136,
+        "mask decoder": 4_215_109,
+        "prompt encoder": 6_220,
+        "memory encoder": 1_384_608,
+        "long attention": 5_922_304,
+        "short attention": 5_922_304,
+        "fuser": 1_078_272,
+        "total": 45_963_074,
+    }
+
+
+def test_the_gated_fuser_adds_one_gate_per_channel_to_the_published_one():
+    gated, summed = build(policy="shortlong").stream_fuser, build(policy="shortlong", fuser="sum").stream_fuser
+    assert parameters(gated) - parameters(summed) == 256
+
+
+def test_tiny_with_fifo_has_exactly_the_keys_and_size_of_sam2(fifo):
+    assert parameters(fifo) == 38_962_498
+    assert set(fifo.state_dict()) == set(stock.SAM2VideoPredictor(**sam2_parts("tiny", PX)).state_dict())
+
+
+@pytest.mark.parametrize(("size", "millions"), [("small", 46.0), ("base_plus", 80.8), ("large", 224.4)])
+def test_the_other_sizes_are_sam2s(size, millions):
+    assert parameters(build(size, policy="fifo")) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_nano_is_at_most_eight_million_parameters_and_made_for_128_to_256_px():
+    assert parameters(build("nano")) <= 8_000_000
+    assert 128 <= TRAITS["nano"].native_px <= 256
+
+
+@pytest.mark.parametrize("px", [32, 96, 128, 160, 256])
+def test_any_multiple_of_32_is_an_image_size(px):
+    model = build("nano", px)
+    drawn = torch.zeros(px, px, dtype=torch.bool)
+    drawn[: px // 2, : px // 2] = True
+    found = propagate(model, torch.rand(3, 3, px, px), {1: [Anchor(1, drawn)]})[1]
+    assert found.logits.shape == (3, px // 4, px // 4)
+
+
+@pytest.mark.parametrize("px", [0, -32, 100])
+def test_other_image_sizes_are_refused(px):
+    with pytest.raises(ValueError, match="multiple of 32"):
+        build("nano", px)
+
+
+def test_a_run_leaves_nothing_on_the_model(frames, mask):
+    model = build("nano", PX)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first = propagate(model, frames, {1: [Anchor(START, mask)]})[1].logits
+    again = propagate(model, frames, {1: [Anchor(START, mask)]})[1].logits
+    assert torch.equal(first, again)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_memory_does_not_grow_with_the_volume():
+    bank = MemoryBank(tracked=dict.fromkeys(range(100), None))
+    bank.forget_before(99, 1, reach=16)
+    assert sorted(bank.tracked) == list(range(83, 100))
+    backwards = MemoryBank(tracked=dict.fromkeys(range(100), None))
+    backwards.forget_before(0, -1, reach=16)
+    assert sorted(backwards.tracked) == list(range(17))

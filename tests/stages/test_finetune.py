@@ -1,0 +1,112 @@
+"""Fine-tuning as a stage: what it writes, what it refuses, what it does on a second call."""
+
+import json
+
+import pytest
+from safetensors import safe_open
+
+from slmsam2_cli.data.phantom import write_phantom_dataset
+from slmsam2_cli.errors import DatasetError, PlanError, UsageError, WeightsError
+from slmsam2_cli.model.checkpoint import read_checkpoint
+from slmsam2_cli.stages.finetune import finetune
+from slmsam2_cli.workspace import Workspace
+
+SHAPE = (10, 40, 40)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("phantoms")
+    write_phantom_dataset(folder, cases=4, test_cases=1, seed=3, shape=SHAPE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(dataset):
+    workspace = Workspace(dataset / "slmsam2")
+    assert finetune(dataset, workspace, cases=2, weights="random", steps=1) == 0
+    return workspace
+
+
+def test_it_plans_prepares_and_trains_and_writes_exactly_these_files(tuned):
+    assert tuned.plan.exists() and tuned.fingerprint.exists()
+    assert {p.name for p in tuned.finetuned.iterdir()} == {"split.json", "model.safetensors", "log.csv"}
+
+
+def test_the_split_names_training_and_unseen_cases_and_they_do_not_overlap(tuned):
+    split = json.loads(tuned.split.read_text())
+    assert len(split["training"]) == 2 and len(split["unseen"]) == 2
+    assert not set(split["training"]) & set(split["unseen"])
+    assert split["finished"] is True
+
+
+def test_the_model_carries_plan_provenance_and_the_warning_of_random_weights(tuned):
+    checkpoint = read_checkpoint(tuned.model)
+    assert checkpoint.plan is not None and checkpoint.plan.training.steps == 1
+    assert checkpoint.provenance.random and checkpoint.provenance.base == "random"
+    assert list(checkpoint.provenance.training) == json.loads(tuned.split.read_text())["training"]
+    with safe_open(tuned.model, framework="pt") as file:
+        assert file.metadata()["digest"] == checkpoint.digest
+
+
+def test_the_log_has_one_row_per_step(tuned):
+    rows = (tuned.finetuned / "log.csv").read_text().splitlines()
+    assert rows[0].startswith("step,seconds") and len(rows) == 2
+
+
+def test_the_same_run_is_not_done_twice(tuned, dataset, capsys):
+    before = tuned.model.stat().st_mtime_ns
+    assert finetune(dataset, tuned, cases=2, weights="random", steps=1) == 0
+    assert "finished already" in capsys.readouterr().err
+    assert tuned.model.stat().st_mtime_ns == before
+
+
+def test_another_runs_model_is_not_overwritten_without_being_asked(tuned, dataset):
+    with pytest.raises(UsageError, match="--overwrite"):
+        finetune(dataset, tuned, cases=1, weights="random", steps=1)
+
+
+def test_the_same_seed_gives_the_same_weights(dataset, tmp_path, tuned):
+    other = Workspace(tmp_path)
+    finetune(dataset, other, cases=2, weights="random", steps=1)
+    assert read_checkpoint(other.model).digest == read_checkpoint(tuned.model).digest
+
+
+def test_without_embedded_weights_it_names_the_way_out(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("slmsam2_cli.model.checkpoint.EMBEDDED", tmp_path / "absent")
+    with pytest.raises(WeightsError, match="--weights random"):
+        finetune(dataset, Workspace(tmp_path), cases=1)
+
+
+def test_continuing_nothing_is_an_error(dataset, tmp_path):
+    with pytest.raises(WeightsError, match="nothing to continue"):
+        finetune(dataset, Workspace(tmp_path), cases=1, weights="random", steps=1, resume=True)
+
+
+def test_zero_cases_make_no_sense(dataset, tmp_path):
+    with pytest.raises(UsageError, match="-n 0"):
+        finetune(dataset, Workspace(tmp_path), cases=0, weights="random")
+
+
+def test_another_network_than_the_plans_is_refused(tuned, dataset):
+    with pytest.raises(PlanError, match="--network tiny"):
+        finetune(dataset, tuned, cases=2, weights="random", network="tiny")
+
+
+def test_a_bad_training_case_stops_it_unless_it_may_be_left_out(tmp_path):
+    write_phantom_dataset(tmp_path, cases=3, test_cases=0, seed=4, shape=SHAPE)
+    broken = sorted((tmp_path / "imagesTr").iterdir())[0]
+    broken.write_bytes(broken.read_bytes()[:200])
+    workspace = Workspace(tmp_path / "slmsam2")
+    with pytest.raises(DatasetError) as caught:
+        finetune(tmp_path, workspace, cases=2, weights="random", steps=1)
+    assert [problem.case for problem in caught.value.problems] == [broken.name.removesuffix(".nii.gz")]
+    assert not workspace.model.exists()
+    assert finetune(tmp_path, workspace, cases=2, weights="random", steps=1, skip_bad=True) == 0
+
+
+def test_a_model_trained_on_its_own_weights_descends_from_random_too(tuned, dataset, tmp_path):
+    workspace = Workspace(tmp_path)
+    finetune(dataset, workspace, cases=1, weights=str(tuned.model), steps=1)
+    provenance = read_checkpoint(workspace.model).provenance
+    assert provenance.random and provenance.base_digest == read_checkpoint(tuned.model).digest
