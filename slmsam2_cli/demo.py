@@ -21,6 +21,7 @@ from slmsam2_cli.stages.preprocess import preprocess
 from slmsam2_cli.workspace import Workspace
 
 LABELLED, LEARNED_FROM = 8, 5
+SHAPE = (24, 48, 48)  # slices, rows, columns: small enough to learn in minutes on two cores
 MINUTES = 3.0  # of training; the rest takes seconds
 
 
@@ -48,7 +49,7 @@ def _make_dataset(dataset: Path) -> None:
     if (dataset / "dataset.json").is_file():
         console.say(f"made-up patients are there: {dataset}")
         return
-    write_phantom_dataset(dataset, cases=LABELLED)
+    write_phantom_dataset(dataset, cases=LABELLED, shape=SHAPE)
     console.say(f"{LABELLED} made-up patients: {dataset}")
 
 

@@ -1,14 +1,14 @@
 """Everything that may go wrong and is expected, as one tree; exit codes are decided here alone.
 
-    SlmSam2Error            the run cannot go on                                   exit 2
-    ├── UsageError          the command line asks for something impossible
-    ├── DatasetError        the data set as a whole is unusable (carries all problems found)
-    ├── PlanError           a plan or fingerprint is malformed, edited wrongly or too new
-    ├── WeightsError        a checkpoint cannot be trusted or does not fit
-    ├── DeviceError         the device asked for is absent or out of memory
-    ├── OutputError         a result could not be written whole
-    ├── LockError           somebody else writes to this folder
-    └── CaseError           one case is unusable; the others go on                 exit 1
+SlmSam2Error            the run cannot go on                                   exit 2
+├── UsageError          the command line asks for something impossible
+├── DatasetError        the data set as a whole is unusable (carries all problems found)
+├── PlanError           a plan or fingerprint is malformed, edited wrongly or too new
+├── WeightsError        a checkpoint cannot be trusted or does not fit
+├── DeviceError         the device asked for is absent or out of memory
+├── OutputError         a result could not be written whole
+├── LockError           somebody else writes to this folder
+└── CaseError           one case is unusable; the others go on                 exit 1
 """
 
 from __future__ import annotations

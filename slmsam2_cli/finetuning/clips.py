@@ -70,9 +70,7 @@ class ClipSampler:
         runs = [runs[i] for i in sorted(rng.permutation(len(runs))[:tracks])]
         frames = torch.stack([self._frames(s, start, length) for s, start in zip(chosen, starts)], dim=1)
         masks = torch.stack([self._masks(chosen[w], starts[w], length, value, reverse) for w, value, reverse in runs], dim=1)
-        return Clips(
-            frames, masks, torch.tensor([w for w, _, _ in runs]), torch.tensor([r for _, _, r in runs]), self._slices(chosen[0])
-        )
+        return Clips(frames, masks, torch.tensor([w for w, _, _ in runs]), torch.tensor([r for _, _, r in runs]), self._slices(chosen[0]))
 
     def _alike(self, rng: np.random.Generator, windows: int) -> list[_Structure]:
         """Structures of volumes whose pointer scale is the same, min(slices, 16)."""

@@ -1,7 +1,7 @@
 """The state of a run on disk, so that an interrupted one goes on and ends as an uninterrupted one would.
 
-    state.safetensors           model, average, optimiser moments, generators; step and seconds in the header
-    state.previous.safetensors  the generation before, should the last be damaged
+state.safetensors           model, average, optimiser moments, generators; step and seconds in the header
+state.previous.safetensors  the generation before, should the last be damaged
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def load_state(path: Path, learner: Learner, settings: str) -> str:
         except (SafetensorError, OSError, ValueError):
             continue
         if header.get("settings") != settings:
-            raise WeightsError(f"{candidate.name}: was made with another plan, split, seed or base. Undo the change, or start anew with --overwrite")
+            raise WeightsError(
+                f"{candidate.name}: was made with another plan, split, seed or base. Undo the change, or start anew with --overwrite"
+            )
         _restore(learner, tensors, header)
         return "" if candidate == path else f"{path.name} is missing or damaged; going on from {candidate.name}, step {learner.step}"
     raise WeightsError(f"nothing to continue in {path.parent}. Run slmsam2 finetune without --continue")

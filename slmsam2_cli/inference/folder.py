@@ -45,7 +45,9 @@ class PromptSource:
         else:
             prompts = self._cut(case_id, image, view, values, self.simulated)
         if prompts is None or not any(prompts.annotated.values()):
-            raise CaseError(case_id, "", "has no annotated slice", f"Save a mask named {case_id} with at least one painted slice among the prompts")
+            raise CaseError(
+                case_id, "", "has no annotated slice", f"Save a mask named {case_id} with at least one painted slice among the prompts"
+            )
         return prompts
 
     def _cut(self, case_id: str, image: Volume, view: View, values: Sequence[int], where: Where) -> Prompts | None:
@@ -55,7 +57,9 @@ class PromptSource:
         labels = read_labels(path, case=case_id, root=self.folder)
         difference, _ = compare_geometry(image, labels)
         if difference:
-            raise CaseError(case_id, path.name, f"the label's grid differs from the image's: {difference}", "Re-export it on the image's grid")
+            raise CaseError(
+                case_id, path.name, f"the label's grid differs from the image's: {difference}", "Re-export it on the image's grid"
+            )
         return simulate_prompts(labels.voxels, view, values, where)
 
 

@@ -70,7 +70,9 @@ def digest_of(state: State) -> str:
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.ndim else tensor.reshape(1).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.ndim else tensor.reshape(1).view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -127,11 +129,15 @@ def _read_own(path: Path) -> Checkpoint:
             header = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, ValueError, RuntimeError, MemoryError) as error:
-        raise WeightsError(f"{path.name}: not a whole checkpoint, corrupt or truncated ({_first_line(error)}). Fetch or train it again") from None
+        raise WeightsError(
+            f"{path.name}: not a whole checkpoint, corrupt or truncated ({_first_line(error)}). Fetch or train it again"
+        ) from None
     if "format_version" not in header:
         return Checkpoint(path.name, state, digest_of(state))
     if int(header["format_version"]) > FORMAT_VERSION:
-        raise WeightsError(f"{path.name}: format version {header['format_version']} is newer than this tool's {FORMAT_VERSION}. Update slmsam2")
+        raise WeightsError(
+            f"{path.name}: format version {header['format_version']} is newer than this tool's {FORMAT_VERSION}. Update slmsam2"
+        )
     digest = digest_of(state)
     if digest != header.get("digest"):
         raise WeightsError(f"{path.name}: corrupt: its weights do not match the digest in its header. Fetch or train it again")
@@ -181,13 +187,15 @@ def fit(model: SlmSam2, checkpoint: Checkpoint) -> None:
     fresh = not any(name.startswith(_SHORT) for name in given)
     missing = [n for n in wanted if n not in given and not (fresh and n.startswith(_SHORT))]
     unexpected = [n for n in given if n not in wanted]
-    misshapen = [f"{n} {list(given[n].shape)} for {list(wanted[n].shape)}" for n in wanted if n in given and given[n].shape != wanted[n].shape]
+    misshapen = [
+        f"{n} {list(given[n].shape)} for {list(wanted[n].shape)}" for n in wanted if n in given and given[n].shape != wanted[n].shape
+    ]
     for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise WeightsError(
-                f"{checkpoint.name}: does not fit network {model.network.size} ({model.network.policy}): {kind}: {', '.join(names[:3])}{more}. "
-                "Choose the network it was made for"
+                f"{checkpoint.name}: does not fit network {model.network.size} ({model.network.policy}): "
+                f"{kind}: {', '.join(names[:3])}{more}. Choose the network it was made for"
             )
     model.load_state_dict(wanted | given)
     if fresh and hasattr(model, "short_memory_attention"):
@@ -201,7 +209,8 @@ def base_weights(name: str) -> Checkpoint | None:
     if name == "auto":
         if not EMBEDDED.is_file():
             raise WeightsError(
-                "this release embeds no base weights yet. Start from a SAM 2.1 checkpoint with --weights FILE, or from nothing with --weights random"
+                "this release embeds no base weights yet. "
+                "Start from a SAM 2.1 checkpoint with --weights FILE, or from nothing with --weights random"
             )
         return read_checkpoint(EMBEDDED)
     return read_checkpoint(Path(name))

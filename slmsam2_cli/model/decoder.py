@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sam2.modeling.sam2_utils import MLP
 from sam2.modeling.sam.mask_decoder import MaskDecoder
 from sam2.modeling.sam.prompt_encoder import PromptEncoder
 from sam2.modeling.sam.transformer import TwoWayTransformer
+from sam2.modeling.sam2_utils import MLP
 from torch import nn
 
 from slmsam2_cli.model.backbone import DecoderSize

@@ -44,10 +44,6 @@ class SliceFeatures:
         """The features of some of the B slices."""
         return SliceFeatures(self.top[index], self.top_position[index], (self.fine[0][index], self.fine[1][index]))
 
-    def for_objects(self, objects: int) -> SliceFeatures:
-        """One slice's features, repeated for K objects: (1, ...) -> (K, ...)."""
-        return SliceFeatures(*(t.expand(objects, -1, -1, -1) for t in (self.top, self.top_position)), (self.fine[0].expand(objects, -1, -1, -1), self.fine[1].expand(objects, -1, -1, -1)))
-
 
 @dataclass
 class SliceOutput:
@@ -206,7 +202,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
             high_res_features=list(fine),
         )
         candidates = candidates.float()
-        if previous is not None:
+        if previous is not None and self.carry_gain is not None:
             candidates = candidates + self.carry_gain * previous.float()
         return self._choose(candidates, iou, tokens, presence)
 

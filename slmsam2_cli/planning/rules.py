@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from statistics import median
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from slmsam2_cli.data.geometry import AXES, SliceAxis
 from slmsam2_cli.errors import DatasetError, UsageError
@@ -16,6 +16,7 @@ from slmsam2_cli.planning.plan import ChannelIntensity, GeometryPlan, Plan, Trai
 from slmsam2_cli.version import VERSION
 
 COARSE = 1.5  # an axis is coarse when its spacing is this many times that of the next
+OVERLAP_MARGIN = 0.03  # neighbouring overlaps closer than this are equal, see docs/decisions.md
 MASK_PIXEL = 4  # network pixels along the edge of one pixel of the mask the network predicts
 MASK_PIXEL_IN_VOXELS = 1.5  # the most voxels one such pixel should span
 SMALLEST_FRAME = 128
@@ -140,7 +141,11 @@ def hounsfield_evidence(fingerprint: Fingerprint, channel: int) -> tuple[bool, s
 
 
 def choose_slice_axis(fingerprint: Fingerprint) -> Decision[SliceAxis]:
-    """The coarse axis; without one, the axis along which neighbouring masks overlap most and vanish least. Ties: SI, AP, LR."""
+    """Propagate along the coarse axis; without one, along the axis whose neighbouring masks overlap most and vanish least.
+
+    Axes within OVERLAP_MARGIN of the best overlap count as equal; among them the one whose middle slice, copied to all slices, fits best
+    (structures are long and steady along it, so fewer ends have to be found). Ties: SI, AP, LR.
+    """
     cases = fingerprint.cases
     stacks = [case for case in cases if 1 not in case.shape]
     if not stacks:
@@ -152,15 +157,18 @@ def choose_slice_axis(fingerprint: Fingerprint) -> Decision[SliceAxis]:
     ratio = spacings[coarsest] / max(mm for index, mm in enumerate(spacings) if index != coarsest)
     if ratio > COARSE:
         return Decision(AXES[coarsest], f"the coarse axis: median spacing {shown} mm, {ratio:.2g} times the next")
-    overlaps = [axis_overlap(stacks, axis) for axis in AXES]
-    known = ", ".join(f"{axis} {overlap:.3f}" for axis, overlap in zip(AXES, overlaps, strict=True))
-    best = max(range(3), key=lambda index: (round(overlaps[index], 3), -index))
-    return Decision(AXES[best], f"no coarse axis (median spacing {shown} mm); neighbouring masks overlap most along it (mean Dice {known})")
+    overlaps = {axis: round(axis_mean(stacks, axis, "overlap"), 3) for axis in AXES}
+    copies = {axis: round(axis_mean(stacks, axis, "copied"), 3) for axis in AXES}
+    rivals = [axis for axis in AXES if overlaps[axis] >= max(overlaps.values()) - OVERLAP_MARGIN]
+    best = max(rivals, key=lambda axis: (copies[axis], -AXES.index(axis)))
+    known = ", ".join(f"{axis} {overlaps[axis]:.3f}" for axis in AXES)
+    rest = f"; of {' and '.join(rivals)}, its middle slice stands best for all ({copies[best]:.3f})" if len(rivals) > 1 else ""
+    return Decision(best, f"no coarse axis (median spacing {shown} mm); neighbouring masks overlap most along it (mean Dice {known}){rest}")
 
 
-def axis_overlap(cases: list[CaseFingerprint], axis: SliceAxis) -> float:
-    """Mean over cases of the mean over labels of the Dice of neighbouring slices; 0 without any label."""
-    each = [[label.overlap[axis] for label in case.labels.values() if axis in label.overlap] for case in cases]
+def axis_mean(cases: list[CaseFingerprint], axis: SliceAxis, measured: Literal["overlap", "copied"]) -> float:
+    """Mean over cases of the mean over labels of a Dice measured along an axis; 0 without any label."""
+    each = [[getattr(label, measured)[axis] for label in case.labels.values() if axis in getattr(label, measured)] for case in cases]
     means = [sum(found) / len(found) for found in each if found]
     return sum(means) / len(means) if means else 0.0
 
@@ -263,5 +271,9 @@ def choose_training(size: NetworkSize, cases: int, from_scratch: bool = False) -
     else:
         steps, clips, rate, decay = 100 * counted, 1, 1e-4, 0.1
     plan = TrainingPlan(steps=steps, clips_per_step=clips, learning_rate=rate, warmup_steps=max(5, steps // 20), weight_decay=decay)
-    basis = "from random weights" if from_scratch else f"and {cases} training case{'s' if cases != 1 else ''}; fine-tuning with fewer takes fewer steps"
+    basis = (
+        "from random weights"
+        if from_scratch
+        else f"and {cases} training case{'s' if cases != 1 else ''}; fine-tuning with fewer takes fewer steps"
+    )
     return Decision(plan, f"for {size} {basis}")

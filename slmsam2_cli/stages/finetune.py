@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -91,7 +91,9 @@ def finetune(
     except OutputError as error:
         raise OutputError(f"{error}. Choose a workspace you can write to with -w") from None
     except torch.OutOfMemoryError:
-        raise DeviceError("out of memory. Set training.clips_per_step or training.clip_slices lower in plan.json, or use --device cpu") from None
+        raise DeviceError(
+            "out of memory. Set training.clips_per_step or training.clip_slices lower in plan.json, or use --device cpu"
+        ) from None
     return DONE
 
 
@@ -118,7 +120,8 @@ def _prepare(data: Dataset, plan: Plan, workspace: Workspace, skip_bad: bool) ->
         outcome = prepare_all(data, plan.geometry, plan.intensity, workspace.prepared, tell=console.say, advance=advance)
     if outcome.problems and not (skip_bad and outcome.cases):
         raise DatasetError(
-            f"{data.name}: {len(outcome.problems)} training cases are unusable, so nothing was trained. Mend them, or leave them out with --skip-bad",
+            f"{data.name}: {len(outcome.problems)} training cases are unusable, so nothing was trained. "
+            "Mend them, or leave them out with --skip-bad",
             outcome.problems,
         )
     for problem in outcome.problems:
@@ -157,7 +160,9 @@ def _finished(workspace: Workspace, run: Run, resume: bool, overwrite: bool) -> 
         console.say(f"this run is finished already: {workspace.model} (train again with --overwrite)")
         return True
     if not same and workspace.model.exists():
-        raise UsageError("the workspace holds a model of another run (plan, cases, seed or base differ). Use --overwrite, or another workspace with -w")
+        raise UsageError(
+            "the workspace holds a model of another run (plan, cases, seed or base differ). Use --overwrite, or another workspace with -w"
+        )
     if same and not resume:
         raise UsageError("an unfinished run is here. Go on with --continue, or start anew with --overwrite")
     return False
@@ -266,7 +271,7 @@ def _stoppable() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         if caught:
-            signal.signal(number, before[number])
+            signal.signal(number, before[signal.Signals(number)])
         caught.append(number)
         console.say("stopping after this step …")
 
@@ -278,5 +283,3 @@ def _stoppable() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
     if caught:
         signal.raise_signal(signal.Signals(caught[0]))
-
-

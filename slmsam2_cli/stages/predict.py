@@ -20,7 +20,18 @@ from slmsam2_cli.data.dataset import Case, read_dataset, read_image_folder
 from slmsam2_cli.data.prompts import Where
 from slmsam2_cli.data.volume import image_ending, mask_ending, read_labels, write_mask
 from slmsam2_cli.device import DeviceName, choose_device, describe
-from slmsam2_cli.errors import DONE, SOME_FAILED, CaseError, DatasetError, DeviceError, OutputError, PlanError, SlmSam2Error, UsageError, WeightsError
+from slmsam2_cli.errors import (
+    DONE,
+    SOME_FAILED,
+    CaseError,
+    DatasetError,
+    DeviceError,
+    OutputError,
+    PlanError,
+    SlmSam2Error,
+    UsageError,
+    WeightsError,
+)
 from slmsam2_cli.inference.folder import PromptSource, segment
 from slmsam2_cli.model.checkpoint import Checkpoint, base_weights, fit, read_checkpoint
 from slmsam2_cli.model.slmsam2 import SlmSam2
@@ -99,9 +110,14 @@ def _model(workspace: Workspace | None, model: Path | None, weights: str | None)
     plan = checkpoint.plan
     if plan is None:
         if workspace is None or not workspace.plan.exists():
-            raise PlanError(f"{checkpoint.name} carries no plan. Run slmsam2 plan on a data set like these images and name its workspace with -w")
+            raise PlanError(
+                f"{checkpoint.name} carries no plan. Run slmsam2 plan on a data set like these images and name its workspace with -w"
+            )
         plan = read_plan(workspace.plan)
-    console.say(f"model: {checkpoint.name}, weights {checkpoint.digest[:12]}, {plan.network.size} at {plan.geometry.frame_px} px, slices along {plan.geometry.slice_axis}")
+    console.say(
+        f"model: {checkpoint.name}, weights {checkpoint.digest[:12]}, {plan.network.size} at {plan.geometry.frame_px} px, "
+        f"slices along {plan.geometry.slice_axis}"
+    )
     if checkpoint.provenance and checkpoint.provenance.random:
         console.warn("this model descends from random weights: for trials and tests, not for clinical data")
     return checkpoint, plan
@@ -149,7 +165,9 @@ def _prompt_source(prompts: Path | None, prompts_from: Path | None, where: Where
         raise UsageError("-p and --prompts-from both give prompts. Give one of them")
     if prompts is None and prompts_from is None:
         if dataset is None:
-            raise UsageError("no prompts: give a folder of masks with one painted slice each (-p), or full masks to cut one from (--prompts-from)")
+            raise UsageError(
+                "no prompts: give a folder of masks with one painted slice each (-p), or full masks to cut one from (--prompts-from)"
+            )
         prompts_from = dataset / "labelsTr"
     folder = prompts if prompts is not None else prompts_from
     assert folder is not None
@@ -183,7 +201,9 @@ def _run(job: Job, cases: Sequence[Case], problems: Sequence[CaseError], device:
                     console.error(str(problem))
                 advance(1, case.id)
     _write_manifest(job, done | {case.id for case in todo})
-    console.say(f"{len(todo) + len(problems) - len(failed)} masks written, {len(done)} already there, {len(failed)} cases failed: {job.masks}")
+    console.say(
+        f"{len(todo) + len(problems) - len(failed)} masks written, {len(done)} already there, {len(failed)} cases failed: {job.masks}"
+    )
     if failed and len(failed) == len(cases) + len(problems):
         raise DatasetError("no case could be segmented")
     return SOME_FAILED if failed else DONE
@@ -194,7 +214,7 @@ def _sort_out(job: Job, cases: Sequence[Case]) -> tuple[list[Case], set[str]]:
     todo, done, foreign = [], set[str](), []
     for case in cases:
         record = _read_record(job, case.id)
-        existing = [p for p in _existing(job.masks, case.id)]
+        existing = _existing(job.masks, case.id)
         if record and not job.overwrite and _intact(job, record):
             if record.get("key") == _key(job, case):
                 done.add(case.id)
@@ -206,7 +226,10 @@ def _sort_out(job: Job, cases: Sequence[Case]) -> tuple[list[Case], set[str]]:
             console.warn(f"case {case.id}: {existing[0].name} is damaged and is made again")
         todo.append(case)
     if foreign:
-        raise OutputError(f"{job.masks}: {foreign[0]} exists already{f', and {len(foreign) - 1} more' if len(foreign) > 1 else ''}, and was not written by this run. Use --overwrite, or another folder")
+        more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
+        raise OutputError(
+            f"{job.masks}: {foreign[0]} exists already{more} and was not written by this run. Use --overwrite, or another folder"
+        )
     return todo, done
 
 

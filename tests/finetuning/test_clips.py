@@ -44,7 +44,10 @@ def test_masks_belong_to_the_slices_a_track_sees():
 
 
 def test_at_least_half_of_the_windows_hold_an_end_of_the_structure():
-    ends = [bool((clips.masks.flatten(2).sum(dim=2) == 0).any()) for clips in draws(ClipSampler([case(slices=60, held=range(15, 45))], [1], PX), 200, windows=1)]
+    ends = [
+        bool((clips.masks.flatten(2).sum(dim=2) == 0).any())
+        for clips in draws(ClipSampler([case(slices=60, held=range(15, 45))], [1], PX), 200, windows=1)
+    ]
     assert np.mean(ends) >= 0.5
 
 
@@ -68,7 +71,7 @@ def test_augmentation_keeps_shapes_binary_masks_and_grey_values_in_range():
     changed = augment(clips, torch.Generator().manual_seed(0))
     assert changed.frames.shape == clips.frames.shape and changed.masks.shape == clips.masks.shape
     assert set(changed.masks.unique().tolist()) <= {0.0, 1.0}
-    assert 0 <= changed.frames.min() and changed.frames.max() <= 1
+    assert changed.frames.min() >= 0 and changed.frames.max() <= 1
 
 
 def test_augmentation_moves_all_slices_of_a_window_alike():

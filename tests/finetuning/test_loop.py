@@ -17,7 +17,9 @@ PX = 32
 
 
 def plan(steps=4, **changes):
-    return TrainingPlan(**{"steps": steps, "clip_slices": 3, "clips_per_step": 1, "learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 0.01, **changes})
+    return TrainingPlan(
+        **{"steps": steps, "clip_slices": 3, "clips_per_step": 1, "learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 0.01, **changes}
+    )
 
 
 def learner(steps=4, from_scratch=False):
@@ -30,7 +32,7 @@ def sampler():
 
 
 def run(one, until=None, steps=4):
-    return [p for p in train(one, sampler(), plan(steps), lambda: until is not None and one.step >= until)]
+    return list(train(one, sampler(), plan(steps), lambda: until is not None and one.step >= until))
 
 
 def weights(one):

@@ -13,7 +13,13 @@ def output(candidates, iou=None, presence=0.0):
     batch, count = candidates.shape[:2]
     best = torch.zeros(batch, dtype=torch.long)
     return SliceOutput(
-        candidates, torch.zeros(batch, count) if iou is None else iou, best, torch.full((batch, 1), presence), candidates[:, :1], candidates[:, :1], torch.zeros(batch, 4)
+        candidates,
+        torch.zeros(batch, count) if iou is None else iou,
+        best,
+        torch.full((batch, 1), presence),
+        candidates[:, :1],
+        candidates[:, :1],
+        torch.zeros(batch, 4),
     )
 
 

@@ -45,7 +45,10 @@ class Moment:
 class MemoryPolicy(Protocol):
     """The question asked at every slice."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What a plan calls it."""
+        ...
 
     def read(self, moment: Moment) -> tuple[Stream, ...]:
         """The streams to attend to, the long one first."""
