@@ -31,7 +31,7 @@ FORMAT_VERSION = 1
 RANDOM = "random"
 EMBEDDED = Path(__file__).parents[1] / "assets" / "nano.safetensors"
 _MOST_BYTES = 4 * 2**30
-_SHORT = ("short_memory_attention.", "stream_fuser.", "carry_gain")
+_SHORT = ("short_memory_attention.", "stream_fuser.")
 State = dict[str, Tensor]
 
 

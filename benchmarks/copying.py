@@ -1,0 +1,62 @@
+"""What propagation is worth: the tuned model against copying the prompted slice, on the same unseen cases.
+
+    python benchmarks/copying.py DATASET [-w WORKSPACE]
+
+Run slmsam2 finetune and slmsam2 predict first (inside the data set, so that predictions lie in the workspace). The
+prompted slices are those of the predictions' manifest. Two copies: to every slice of the volume, and to the structure's
+true extent (an oracle, which knows where it ends). Dice over whole volumes, mean over cases, then over labels.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from slmsam2_cli.data.dataset import read_dataset
+from slmsam2_cli.data.volume import read_labels
+from slmsam2_cli.evaluation.metrics import dice, hd95
+from slmsam2_cli.workspace import Workspace
+
+
+def copies(truth: np.ndarray, slices: list[int], axis: int) -> dict[str, np.ndarray]:
+    """The prompted slice copied to all slices, and to those between the first and the last that hold the label."""
+    stack = np.moveaxis(truth, axis, 0)
+    held = np.flatnonzero(stack.any(axis=(1, 2)))
+    everywhere = np.broadcast_to(stack[slices[0]], stack.shape).copy()
+    extent = np.zeros_like(everywhere)
+    extent[held[0] : held[-1] + 1] = stack[slices[0]]
+    return {"copy to all slices": np.moveaxis(everywhere, 0, axis), "copy to the true extent (oracle)": np.moveaxis(extent, 0, axis)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("-w", "--workspace", type=Path)
+    options = parser.parse_args()
+    space, data = Workspace.of(options.dataset, options.workspace), read_dataset(options.dataset)
+    manifest = json.loads((space.predictions / "manifest.json").read_text(encoding="utf-8"))
+    labels = {case.id: case.label for case in data.training}
+    scores: dict[str, dict[int, list[tuple[float, float | None]]]] = {}
+    for case, account in manifest["cases"].items():
+        if account["training"] or labels.get(case) is None:
+            continue
+        truth = read_labels(labels[case], case=case, root=data.root)
+        predicted = read_labels(space.predictions / account["output"], case=case, root=space.predictions).voxels
+        for value, slices in account["prompted_slices"].items():
+            mask = truth.voxels == int(value)
+            for method, found in (copies(mask, slices, account["array_axis"]) | {"slmsam2": predicted == int(value)}).items():
+                score = (dice(mask, found), hd95(mask, found, truth.grid.spacing_mm))
+                scores.setdefault(method, {}).setdefault(int(value), []).append(score)
+    names = [data.labels[value] for value in sorted(next(iter(scores.values())))]
+    print(f"| {data.name}, unseen cases | " + " | ".join(f"{name} Dice / HD95 mm" for name in names) + " | mean Dice |")
+    print("|---" * (len(names) + 2) + "|")
+    for method, found in scores.items():
+        dices = [np.mean([d for d, _ in found[value]]) for value in sorted(found)]
+        distances = [np.mean([h for _, h in found[value] if h is not None]) for value in sorted(found)]
+        cells = [f"{d:.3f} / {h:.1f} (n = {len(found[value])})" for d, h, value in zip(dices, distances, sorted(found))]
+        print(f"| {method} | " + " | ".join(cells) + f" | {np.mean(dices):.3f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Checkpoints: whole, strict, and never executed."""
+
+import io
+import json
+import pickle
+import struct
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+
+from slmsam2_cli.errors import WeightsError
+from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, base_weights, digest_of, fit, read_checkpoint, save_checkpoint
+from slmsam2_cli.model.slmsam2 import SlmSam2
+from slmsam2_cli.planning.network import NetworkPlan
+from slmsam2_cli.planning.plan import ChannelIntensity, GeometryPlan, Plan
+from slmsam2_cli.planning.rules import choose_training
+
+PX = 32
+
+
+def build(seed=0, **network):
+    torch.manual_seed(seed)
+    return SlmSam2(NetworkPlan(size="nano", **network), PX)
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return Plan(
+        tool_version="0",
+        dataset_name="x",
+        modality="MR",
+        channels=("T1",),
+        labels={1: "organ"},
+        geometry=GeometryPlan(slice_axis="SI", in_plane_mm=1.0, through_plane_mm=None, frame_px=PX, crop_to_nonzero=True),
+        intensity=(ChannelIntensity(name="T1", scheme="percentile", lower=0.5, upper=99.5),),
+        network=NetworkPlan(size="nano"),
+        training=choose_training("nano", 1).value,
+        fingerprint_digest="0",
+    )
+
+
+@pytest.fixture
+def written(tmp_path, plan):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, build(), plan, Provenance(base="random", random=True, training=("a",)))
+    return path
+
+
+def test_what_is_saved_is_read_back_with_plan_provenance_and_digest(written, plan):
+    checkpoint = read_checkpoint(written)
+    assert checkpoint.plan == plan
+    assert checkpoint.provenance == Provenance(base="random", random=True, training=("a",))
+    assert checkpoint.digest == digest_of(build().state_dict())
+
+
+def test_the_digest_changes_with_any_value_and_not_with_the_order():
+    state = {"a": torch.zeros(2), "b": torch.ones(3)}
+    assert digest_of(state) == digest_of(dict(reversed(state.items())))
+    assert digest_of(state) != digest_of({**state, "a": torch.tensor([0.0, 1e-30])})
+
+
+def test_loading_gives_the_same_model(written):
+    model = build(seed=1)
+    fit(model, read_checkpoint(written))
+    assert digest_of(model.state_dict()) == read_checkpoint(written).digest
+
+
+def test_a_tuned_short_stack_is_never_copied_over_again(written):
+    tuned = build()
+    with torch.no_grad():
+        tuned.short_memory_attention.norm.weight.add_(1.0)
+    model = build(seed=1)
+    fit(model, Checkpoint("tuned", tuned.state_dict(), ""))
+    assert torch.equal(model.short_memory_attention.norm.weight, tuned.short_memory_attention.norm.weight)
+    assert not torch.equal(model.short_memory_attention.norm.weight, model.memory_attention.norm.weight)
+
+
+def test_weights_without_a_short_memory_start_it_as_a_copy_of_the_long_one():
+    base = build(policy="fifo").state_dict()
+    model = build(seed=1)
+    fit(model, Checkpoint("base", base, ""))
+    long, short = model.memory_attention.state_dict(), model.short_memory_attention.state_dict()
+    assert all(torch.equal(long[name], short[name]) and torch.equal(long[name], base[f"memory_attention.{name}"]) for name in long)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("no_mem_embed"), "missing: no_mem_embed"),
+        (lambda s: s.update(extra=torch.zeros(1)), "unexpected: extra"),
+        (lambda s: s.update(no_mem_embed=torch.zeros(1, 1, 3)), r"of another shape: no_mem_embed \[1, 1, 3\] for \[1, 1, 128\]"),
+        (lambda s: s.pop("short_memory_attention.norm.weight"), "missing: short_memory_attention.norm.weight"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(change, message):
+    state = dict(build().state_dict())
+    change(state)
+    with pytest.raises(WeightsError, match=message):
+        fit(build(), Checkpoint("model", state, ""))
+
+
+def test_a_changed_byte_is_noticed(written):
+    content = bytearray(written.read_bytes())
+    content[-3] ^= 1
+    written.write_bytes(bytes(content))
+    with pytest.raises(WeightsError, match="corrupt"):
+        read_checkpoint(written)
+
+
+def test_a_truncated_file_is_noticed(written):
+    written.write_bytes(written.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match="truncated"):
+        read_checkpoint(written)
+
+
+def test_a_newer_format_is_refused_by_version(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(save({"a": torch.zeros(1)}, {"format_version": "9999"}))
+    with pytest.raises(WeightsError, match="9999 is newer"):
+        read_checkpoint(path)
+
+
+class Boom:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (open, (self.marker, "w"))
+
+
+def torch_zip(payload, compression=zipfile.ZIP_STORED):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", payload)
+        archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/byteorder", "little")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("wrap", [lambda p: p, torch_zip])
+def test_code_inside_a_pickle_is_never_run(tmp_path, wrap):
+    marker, path = tmp_path / "PWNED", tmp_path / "model.pt"
+    path.write_bytes(wrap(pickle.dumps({"model": Boom(str(marker))}, 2)))
+    with pytest.raises(WeightsError, match="unsafe|safely"):
+        read_checkpoint(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.pt", b"", "empty"),
+        ("model.pt", b"404: Not Found\n", "not a checkpoint"),
+        ("model.pt", torch_zip(pickle.dumps({"a": 1}, 2))[:-40], "corrupt or truncated"),
+        ("model.pt", torch_zip(pickle.dumps({}, 2)), "no tensors"),
+        ("model.pt", torch_zip(bytes(2**20), zipfile.ZIP_DEFLATED), "compressed or too large"),
+        ("model.safetensors", struct.pack("<Q", 2**40) + b"{}", "corrupt"),
+        ("plans.json", json.dumps({"format_version": 9999}).encode(), "newer"),
+        ("plans.json", b"[]", "is a plan at best"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_with_the_reason(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(WeightsError, match=message):
+        read_checkpoint(tmp_path / name)
+
+
+def test_a_sam2_checkpoint_in_torchs_own_format_is_read(tmp_path):
+    state = build(policy="fifo").state_dict()
+    torch.save({"model": state}, tmp_path / "sam2.pt")
+    checkpoint = read_checkpoint(tmp_path / "sam2.pt")
+    assert checkpoint.plan is None and checkpoint.digest == digest_of(state)
+    fit(build(seed=1), checkpoint)
+
+
+def test_an_absent_file_names_the_way_out(tmp_path):
+    with pytest.raises(WeightsError, match="--model"):
+        read_checkpoint(tmp_path / "absent.safetensors")
+
+
+def test_random_weights_are_only_had_by_name():
+    assert base_weights("random") is None
+
+
+def test_our_files_hold_only_tensors_and_text(written):
+    assert set(load_file(written)) == set(build().state_dict())
