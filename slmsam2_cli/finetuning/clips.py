@@ -62,9 +62,9 @@ class ClipSampler:
             raise DatasetError("no training case holds a labelled structure over at least two slices. Annotate one, or check the labels")
 
     def draw(self, rng: np.random.Generator, windows: int, length: int, tracks: int) -> Clips:
-        """W windows and at most `tracks` tracks; volumes shorter than `length` shorten the clips."""
+        """W windows and at most `tracks` tracks; volumes too short for `length` shorten the clips."""
         chosen = self._alike(rng, windows)
-        length = min([length, *(self._slices(s) for s in chosen)])
+        length = min([length, *(self._longest(s) for s in chosen)])
         starts = [self._start(rng, s, length) for s in chosen]
         runs = [(w, value, reverse) for w, (s, start) in enumerate(zip(chosen, starts)) for value, reverse in self._runs(s, start, length)]
         runs = [runs[i] for i in sorted(rng.permutation(len(runs))[:tracks])]
@@ -82,6 +82,10 @@ class ClipSampler:
     def _slices(self, structure: _Structure) -> int:
         return int(self.cases[structure.case].frames.shape[1])
 
+    def _longest(self, structure: _Structure) -> int:
+        """Slices of the longest window that begins or ends on the structure; at least 2."""
+        return max(self._slices(structure) - int(structure.slices[0]), int(structure.slices[-1]) + 1)
+
     def _start(self, rng: np.random.Generator, structure: _Structure, length: int) -> int:
         """First slice of a window with the structure on its first or last slice; often across an end of it."""
         held = structure.slices
@@ -91,7 +95,9 @@ class ClipSampler:
         else:
             anchor = int(rng.choice(held))
             start = anchor if rng.random() < 0.5 else anchor - (length - 1)
-        return min(max(start, 0), self._slices(structure) - length)
+        last = self._slices(structure) - length
+        possible = np.concatenate([held[held <= last], held[held >= length - 1] - (length - 1)])
+        return int(possible[np.abs(possible - min(max(start, 0), last)).argmin()])
 
     def _runs(self, structure: _Structure, start: int, length: int) -> list[tuple[int, bool]]:
         """(label, reverse) of every track that can start at either edge of a window."""

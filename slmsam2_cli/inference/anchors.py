@@ -16,11 +16,15 @@ from slmsam2_cli.model.slices import framed
 def anchors_of(prompts: Prompts, view: View, values: Sequence[int], frame_px: int) -> dict[int, list[Anchor]]:
     """Label value -> its annotated slices, ascending; labels that nobody annotated with anything are left out.
 
-    Slices outside the crop hold nothing the network could see, so they anchor nothing (they still come back exact).
+    Slices outside the crop hold nothing the network could see, so they anchor nothing (they still come back exact). A slice
+    without the label is an end-stop only where all of it was looked at. Where several native slices meet in one stack slice, a
+    painted one counts.
     """
     found: dict[int, list[Anchor]] = {}
     for value in values:
-        by_slice = {view.to_stack(s): _mask(prompts, view, value, s) for s in prompts.annotated.get(value, ()) if _inside(view, s)}
+        masks = {s: _mask(prompts, view, value, s) for s in prompts.annotated.get(value, ()) if _inside(view, s)}
+        empty_first = sorted((s for s in masks if masks[s].any() or _seen_whole(prompts, view, s)), key=lambda s: bool(masks[s].any()))
+        by_slice = {view.to_stack(s): masks[s] for s in empty_first}
         if any(mask.any() for mask in by_slice.values()):
             found[value] = [Anchor(s, framed(torch.from_numpy(mask), frame_px)) for s, mask in sorted(by_slice.items())]
     return found
@@ -29,6 +33,11 @@ def anchors_of(prompts: Prompts, view: View, values: Sequence[int], frame_px: in
 def _inside(view: View, native_slice: int) -> bool:
     start, end = view.box[0]
     return start <= native_slice < end
+
+
+def _seen_whole(prompts: Prompts, view: View, native_slice: int) -> bool:
+    """Whether nothing on the slice is ignored."""
+    return prompts.ignore is None or not bool((view.oriented(prompts.labels)[native_slice] == prompts.ignore).any())
 
 
 def _mask(prompts: Prompts, view: View, value: int, native_slice: int) -> np.ndarray:

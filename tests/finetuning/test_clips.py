@@ -56,6 +56,13 @@ def test_a_volume_shorter_than_the_clip_shortens_it():
     assert len(clips.masks) == 3 and clips.slices == 3
 
 
+@pytest.mark.parametrize(("slices", "held"), [(10, range(3, 7)), (8, range(2, 6)), (3, [1]), (2, [1]), (40, range(20, 22)), (60, [5, 50])])
+def test_every_window_holds_a_track_however_small_the_structure_and_far_from_the_ends(slices, held):
+    for clips in draws(ClipSampler([case(slices=slices, held=held)], [1], PX)):
+        assert set(clips.window.tolist()) == {0, 1}
+        assert len(clips.masks) >= 2 and (clips.masks[0].flatten(1).sum(dim=1) > 0).all()
+
+
 def test_the_same_seed_draws_the_same_clips():
     one, other = (draws(ClipSampler([case()], [1], PX), 5, seed=7) for _ in range(2))
     assert all(torch.equal(a.frames, b.frames) and torch.equal(a.masks, b.masks) for a, b in zip(one, other))

@@ -78,6 +78,15 @@ def test_a_state_of_another_run_is_refused(tmp_path):
         load_state(tmp_path / "state.safetensors", learner(), "other settings")
 
 
+def test_the_average_follows_the_model_by_nine_tenths_at_the_first_step_and_is_what_is_kept():
+    one = learner()
+    before = {name: p.clone() for name, p in one.model.named_parameters()}
+    run(one, until=1)
+    assert any(not torch.equal(before[name], p) for name, p in one.model.named_parameters())
+    for (name, p), kept in zip(one.model.named_parameters(), one.average.parameters()):
+        assert torch.allclose(kept, 0.1 * before[name] + 0.9 * p, atol=1e-6)
+
+
 def test_losses_fall_on_one_clip():
     one = learner()
     clips = sampler().draw(np.random.default_rng(0), 1, 3, 4)

@@ -37,6 +37,32 @@ def test_an_empty_annotated_slice_is_an_end_stop():
     assert (anchor.slice, bool(anchor.mask.any())) == (2, True)
 
 
+IGNORE = 9
+
+
+@pytest.mark.parametrize(("ignored", "anchored"), [(slice(0, 1), [2]), (slice(0, 0), [2, 4])])
+def test_a_slice_without_the_label_is_an_end_stop_only_where_all_of_it_was_looked_at(ignored, anchored):
+    labels = drawn()
+    labels[4, ignored] = IGNORE
+    found = anchors_of(Prompts(labels, {1: (2, 4)}, (2, 4), IGNORE), view(), [1], 32)[1]
+    assert [anchor.slice for anchor in found] == anchored
+
+
+def test_a_partly_ignored_slice_with_the_label_anchors_it():
+    labels = drawn()
+    labels[2, 20:] = IGNORE
+    (anchor,) = anchors_of(Prompts(labels, {1: (2,)}, (2,), IGNORE), view(), [1], 32)[1]
+    assert anchor.slice == 2 and np.array_equal(anchor.mask.numpy(), labels[2] == 1)
+
+
+@pytest.mark.parametrize("annotated", [(2, 3), (3, 2)])
+def test_where_a_painted_and_an_empty_slice_meet_in_the_stack_the_painted_one_counts(annotated):
+    halved = View(view().grid, "SI", ((0, 6), (0, 32), (0, 32)), (3, 32, 32))
+    for slice_ in annotated:
+        (anchor,) = anchors_of(prompts(drawn(slice_), {1: annotated}), halved, [1], 32)[1]
+        assert anchor.slice == 1 and anchor.mask.any()
+
+
 def test_a_label_that_was_only_ruled_out_has_no_anchors():
     assert anchors_of(prompts(drawn(), {2: (1, 2)}), view(), [2], 32) == {}
 

@@ -1,5 +1,7 @@
 """What propagation promises whatever the weights say."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -60,6 +62,33 @@ def test_every_slice_between_the_ends_is_visited_once_per_side(model):
     visited = []
     propagate(model, stack(10), {1: [Anchor(3, square()), Anchor(7, square())]}, advance=visited.append)
     assert sum(visited) == 3 + 2 * 3 + 2  # below the first, between them twice, above the last
+
+
+@pytest.fixture
+def one_sided(model, monkeypatch):
+    """A model that says 4 (confidence 0.8 * 0.5) on its way up and 8 (0.4 * 0.5) on its way down, whatever it sees."""
+    track = SlmSam2.track
+
+    def says(self, features, bank, moment):
+        output, up = track(self, features, bank, moment), moment.step > 0
+        filled = torch.full_like(output.logits, 4.0 if up else 8.0)
+        return replace(output, logits=filled, iou=torch.tensor([[0.8 if up else 0.4]]), presence=torch.zeros(1, 1))
+
+    monkeypatch.setattr(SlmSam2, "track", says)
+    return model
+
+
+def test_between_two_anchors_both_sides_count_by_how_near_they_are(one_sided):
+    found = propagate(one_sided, stack(9), {1: [Anchor(2, square()), Anchor(6, square())]})[1]
+    assert [float(found.logits[t].mean()) for t in (3, 4, 5)] == pytest.approx([4 * 3 / 4 + 8 / 4, 6, 4 / 4 + 8 * 3 / 4])
+    assert [float(found.logits[t].mean()) for t in (0, 1, 7, 8)] == pytest.approx([8, 8, 4, 4])
+    assert found.confidence.tolist() == pytest.approx([0.2, 0.2, 1, 0.35, 0.3, 0.25, 1, 0.4, 0.4])
+
+
+def test_towards_an_end_stop_only_the_side_of_the_object_counts(one_sided):
+    found = propagate(one_sided, stack(9), {1: [Anchor(2, square()), Anchor(6, EMPTY)]})[1]
+    assert [float(found.logits[t].mean()) for t in (1, 3, 4, 5)] == pytest.approx([8, 4, 4, 4])
+    assert found.confidence[7:].tolist() == [0, 0]
 
 
 def test_the_backward_pass_does_not_depend_on_what_lies_ahead(model):
