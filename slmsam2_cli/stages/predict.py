@@ -18,7 +18,7 @@ from slmsam2_cli import console
 from slmsam2_cli.data import store
 from slmsam2_cli.data.dataset import Case, read_dataset, read_image_folder
 from slmsam2_cli.data.prompts import Where
-from slmsam2_cli.data.volume import image_ending, mask_ending, read_labels, write_mask
+from slmsam2_cli.data.volume import files_of, image_ending, mask_ending, read_labels, write_mask
 from slmsam2_cli.device import DeviceName, choose_device, describe
 from slmsam2_cli.errors import (
     DONE,
@@ -145,6 +145,8 @@ def _cases(images: Path | None, dataset: Path | None, workspace: Workspace | Non
         split = store.read_json(workspace.split, "the split") if workspace.split.exists() else {}
         seen = set(split.get("training", [])) if isinstance(split, dict) else set()
         cases, problems, root = tuple(case for case in data.training if case.id not in seen), data.problems, data.root
+        if data.training and not cases:
+            raise DatasetError("no case is unseen: the model has learned from all of them. Name other images with -i", problems)
     else:
         raise UsageError("no images named. Give -i IMAGES -o MASKS, or run inside a data set")
     if not cases:
@@ -192,21 +194,41 @@ def _run(job: Job, cases: Sequence[Case], problems: Sequence[CaseError], device:
         console.error(str(problem))
     if todo:
         runner = _Runner(job, device, may_move)
-        with console.progress("predicting", len(todo)) as advance:
-            for case in todo:
-                try:
-                    runner.one(case)
-                except CaseError as problem:
-                    failed.append(problem)
-                    console.error(str(problem))
-                advance(1, case.id)
-    _write_manifest(job, done | {case.id for case in todo})
+        try:
+            failed += _each(job, runner, todo)
+        finally:  # also when interrupted: what is there is accounted for
+            _write_manifest(job)
+    else:
+        _write_manifest(job)
     console.say(
         f"{len(todo) + len(problems) - len(failed)} masks written, {len(done)} already there, {len(failed)} cases failed: {job.masks}"
     )
     if failed and len(failed) == len(cases) + len(problems):
         raise DatasetError("no case could be segmented")
     return SOME_FAILED if failed else DONE
+
+
+def _each(job: Job, runner: _Runner, cases: Sequence[Case]) -> list[CaseError]:
+    """Segment every case; the problems of those that cannot be."""
+    failed = []
+    with console.progress("predicting", len(cases)) as advance:
+        for case in cases:
+            try:
+                runner.one(case)
+            except CaseError as problem:
+                failed.append(problem)
+                console.error(str(problem))
+                _disown(job, case.id)
+            advance(1, case.id)
+    return failed
+
+
+def _disown(job: Job, case_id: str) -> None:
+    """An earlier mask of a case that now fails stays, but is out of date and leaves the manifest."""
+    record = _read_record(job, case_id)
+    if _intact(job, record):
+        store.write_json(_record_path(job, case_id), record | {"stale": True})
+        console.warn(f"case {case_id}: {record['account']['output']} is from an earlier run and out of date")
 
 
 def _sort_out(job: Job, cases: Sequence[Case]) -> tuple[list[Case], set[str]]:
@@ -217,9 +239,13 @@ def _sort_out(job: Job, cases: Sequence[Case]) -> tuple[list[Case], set[str]]:
         existing = _existing(job.masks, case.id)
         if record and not job.overwrite and _intact(job, record):
             if record.get("key") == _key(job, case):
+                if record.pop("stale", False):  # what made the case fail is as it was before
+                    store.write_json(_record_path(job, case.id), record)
                 done.add(case.id)
                 continue
             console.say(f"case {case.id}: segmented again: its image, prompts, model or settings changed")
+        elif existing and not job.overwrite and record.get("unfinished"):
+            console.say(f"case {case.id}: made again, the last run was interrupted while it was written")
         elif existing and not job.overwrite and any(_whole(path, case.id) for path in existing):
             foreign.append(existing[0].name)
         elif existing and not job.overwrite:
@@ -253,19 +279,31 @@ def _record_path(job: Job, case_id: str) -> Path:
 
 
 def _read_record(job: Job, case_id: str) -> dict[str, Any]:
-    path = _record_path(job, case_id)
+    record = _load_record(_record_path(job, case_id))
+    return record if record.get("case") == case_id else {}
+
+
+def _load_record(path: Path) -> dict[str, Any]:
+    """A record; empty when it is absent, damaged or none."""
     try:
         record = store.read_json(path, "record of a mask") if path.exists() else {}
     except SlmSam2Error:
         return {}
-    return record if isinstance(record, dict) and record.get("case") == case_id else {}
+    whole = isinstance(record, dict) and isinstance(record.get("case"), str) and isinstance(record.get("account", {}), dict)
+    return record if whole else {}
+
+
+def _mask_of(job: Job, record: dict[str, Any]) -> Path | None:
+    """The mask that a record speaks of, when it is there."""
+    name = record.get("account", {}).get("output")
+    path = job.masks / name if isinstance(name, str) and Path(name).name == name else None
+    return path if path is not None and path.is_file() else None
 
 
 def _intact(job: Job, record: dict[str, Any]) -> bool:
     """Whether the mask is the one that was written."""
-    name = record.get("account", {}).get("output")
-    path = job.masks / name if isinstance(name, str) and Path(name).name == name else None
-    return path is not None and path.is_file() and store.sha256_of(path) == record.get("sha256")
+    path = _mask_of(job, record)
+    return path is not None and store.sha256_of(path) == record.get("sha256")
 
 
 def _key(job: Job, case: Case) -> str:
@@ -277,8 +315,9 @@ def _key(job: Job, case: Case) -> str:
 
 
 def _hash(path: Path) -> str:
+    """Digest of a volume: of its file, or of every file it consists of."""
     try:
-        return store.sha256_of(path)
+        return " ".join(store.sha256_of(file) for file in ((path,) if path.is_dir() else files_of(path)))
     except (SlmSam2Error, OSError):
         return "absent"
 
@@ -294,7 +333,11 @@ class _Runner:
         console.detail(f"running on {describe(device)}")
 
     def one(self, case: Case) -> None:
-        """Segment and write one case. CaseError when it cannot be."""
+        """Segment and write one case. CaseError when it cannot be.
+
+        The record says that the mask is about to be written before it is, and that it is done afterwards, so that a run which
+        is killed in between knows the mask for its own.
+        """
         key = _key(self.job, case)
         try:
             result = segment(case, self.job.root, self.job.prompts, self.model, self.job.plan)
@@ -309,30 +352,36 @@ class _Runner:
             console.warn(f"case {case.id}: {warning}")
         name = f"{case.id}{mask_ending(result.image)}"
         path = self.job.masks / name
+        store.write_json(_record_path(self.job, case.id), {"format_version": 1, "case": case.id, "unfinished": True})
         write_mask(path, result.labels, result.image)
-        account = {"output": name, "training": case.id in self.job.training} | result.account
+        account = {"output": name, "training": case.id in self.job.training, "model": _model_of(self.job), "prompts": _prompts_of(self.job)}
+        account |= result.account
         record = {"format_version": 1, "case": case.id, "key": key, "sha256": store.sha256_of(path), "account": account}
         store.write_json(_record_path(self.job, case.id), record)
 
 
-def _write_manifest(job: Job, ids: set[str]) -> None:
-    """One account of the whole folder, from every record whose mask is there."""
+def _model_of(job: Job) -> dict[str, Any]:
+    """Which model and which plan."""
+    return {"name": job.checkpoint.name, "weights_digest": job.checkpoint.digest, "plan_digest": job.plan.digest}
+
+
+def _prompts_of(job: Job) -> str:
+    return f"simulated: {job.prompts.simulated}" if job.prompts.simulated else "given"
+
+
+def _write_manifest(job: Job) -> None:
+    """One account of the whole folder, from every record whose mask is there; `model` and `prompts` above them are the last run's."""
     folder = job.masks / _RECORDS
-    records = [store.read_json(path, "record of a mask") for path in sorted(folder.glob("*.json"))] if folder.is_dir() else []
-    kept = {r["case"]: r["account"] for r in records if isinstance(r, dict) and (job.masks / r["account"]["output"]).is_file()}
+    records = [_load_record(path) for path in sorted(folder.glob("*.json"))] if folder.is_dir() else []
+    kept = {r["case"]: r["account"] for r in records if not r.get("stale") and _mask_of(job, r)}
     provenance = job.checkpoint.provenance
     manifest = {
         "format_version": 1,
         "tool_version": VERSION,
-        "model": {
-            "name": job.checkpoint.name,
-            "weights_digest": job.checkpoint.digest,
-            "plan_digest": job.plan.digest,
-            "network": job.plan.network.model_dump(),
-            "provenance": provenance.model_dump(mode="json") if provenance else None,
-        },
+        "model": _model_of(job)
+        | {"network": job.plan.network.model_dump(), "provenance": provenance.model_dump(mode="json") if provenance else None},
         "labels": {str(value): name for value, name in job.plan.labels.items()},
-        "prompts": f"simulated: {job.prompts.simulated}" if job.prompts.simulated else "given",
+        "prompts": _prompts_of(job),
         "cases": {case: kept[case] for case in sorted(kept)},
     }
     store.write_json(job.masks / MANIFEST, manifest)

@@ -7,9 +7,13 @@ import shutil
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK
 
 from slmsam2_cli.data.phantom import write_phantom_dataset
 from slmsam2_cli.errors import DatasetError, LockError, OutputError, UsageError
+from slmsam2_cli.model.checkpoint import digest_of, read_checkpoint, save_checkpoint
+from slmsam2_cli.model.slmsam2 import SlmSam2
+from slmsam2_cli.stages import predict as stage
 from slmsam2_cli.stages.finetune import finetune
 from slmsam2_cli.stages.predict import predict
 from slmsam2_cli.workspace import Workspace
@@ -129,6 +133,97 @@ def test_a_half_written_mask_is_made_again(images, tmp_path, dataset):
     assert nibabel.load(masks / name).get_fdata().shape == nibabel.load(images / name).shape
 
 
+def test_a_run_killed_between_a_mask_and_its_record_goes_on_by_itself(images, tmp_path, dataset, monkeypatch):
+    masks, reference, write = tmp_path / "masks", tmp_path / "reference", stage.write_mask
+    run(images, reference, dataset)
+
+    def killed(path, *arguments):
+        write(path, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "write_mask", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(images, masks, dataset)
+    monkeypatch.setattr(stage, "write_mask", write)
+    assert written(masks) == ["manifest.json", written(images)[0]] and account(masks) == {}
+    assert run(images, masks, dataset) == 0
+    assert all((masks / name).read_bytes() == (reference / name).read_bytes() for name in written(images))
+
+
+def account(masks):
+    return json.loads((masks / "manifest.json").read_text())["cases"]
+
+
+def test_an_interrupted_run_accounts_for_the_masks_it_wrote(images, tmp_path, dataset, monkeypatch):
+    masks, segment, seen = tmp_path / "masks", stage.segment, []
+
+    def interrupted(case, *arguments):
+        seen.append(case.id)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return segment(case, *arguments)
+
+    monkeypatch.setattr(stage, "segment", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(images, masks, dataset)
+    assert list(account(masks)) == seen[:1]
+
+
+def test_an_earlier_mask_of_a_case_that_now_fails_leaves_the_manifest_until_it_is_made_again(images, tmp_path, dataset, capsys):
+    masks, first = tmp_path / "masks", images / written(images)[0]
+    run(images, masks, dataset)
+    whole, (case, other) = first.read_bytes(), account(masks)
+    first.write_bytes(whole[:100])
+    assert run(images, masks, dataset) == 1
+    assert list(account(masks)) == [other] and (masks / first.name).exists()
+    assert f"{first.name} is from an earlier run and out of date" in capsys.readouterr().err
+    first.write_bytes(whole)
+    assert run(images, masks, dataset) == 0
+    assert list(account(masks)) == [case, other]
+
+
+def test_every_mask_says_which_model_and_which_prompts_made_it(images, tmp_path, dataset):
+    masks, one, other = tmp_path / "masks", tmp_path / "one", tmp_path / "other"
+    for folder, name in zip((one, other), written(images)):
+        folder.mkdir()
+        shutil.copy(images / name, folder)
+    model = read_checkpoint(Workspace(dataset / "slmsam2").model)
+    changed = tmp_path / "changed.safetensors"
+    network = SlmSam2(model.network, 32)
+    save_checkpoint(changed, network, model.plan, model.provenance)
+    run(one, masks, dataset)
+    run(other, masks, dataset, model=changed, where="largest")
+    first, second = account(masks).values()
+    assert (first["model"]["weights_digest"], first["prompts"]) == (model.digest, "simulated: middle")
+    assert (second["model"]["weights_digest"], second["prompts"]) == (digest_of(network.state_dict()), "simulated: largest")
+
+
+def test_a_damaged_record_costs_its_own_mask_alone(images, tmp_path, dataset):
+    masks = tmp_path / "masks"
+    run(images, masks, dataset)
+    record = sorted((masks / ".slmsam2").glob("*.json"))[0]
+    lost = json.loads(record.read_text())["case"]
+    record.write_text('{"case"')
+    shutil.rmtree(images)
+    images.mkdir()
+    shutil.copy(dataset / "imagesTr" / "phantom_003.nii.gz", images)
+    assert run(images, masks, dataset) == 0
+    assert lost not in account(masks) and len(account(masks)) == 2
+
+
+def test_new_voxels_behind_an_unchanged_header_are_noticed(images, tmp_path, dataset, capsys):
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    name = written(images)[0].removesuffix(".nii.gz")
+    SimpleITK.WriteImage(SimpleITK.ReadImage(str(images / f"{name}.nii.gz")), str(scans / f"{name}.mhd"))
+    assert run(scans, tmp_path / "masks", dataset) == 0
+    raw = scans / f"{name}.raw"
+    raw.write_bytes(raw.read_bytes()[::-1])
+    capsys.readouterr()
+    assert run(scans, tmp_path / "masks", dataset) == 0
+    assert "segmented again" in capsys.readouterr().err
+
+
 def test_a_broken_image_is_named_and_the_others_are_done(images, tmp_path, dataset, capsys):
     broken = written(images)[0]
     (images / broken).write_bytes((images / broken).read_bytes()[:100])
@@ -192,6 +287,13 @@ def test_impossible_options_are_refused_before_anything_is_read(images, tmp_path
     with pytest.raises(UsageError, match=message):
         predict(images, tmp_path / "masks", workspace=Workspace(dataset / "slmsam2"), **arguments)
     assert not (tmp_path / "masks").exists()
+
+
+def test_when_every_case_was_learned_from_that_is_said(dataset, tmp_path):
+    workspace = Workspace(tmp_path)
+    finetune(dataset, workspace, cases=4, weights="random", steps=1)
+    with pytest.raises(DatasetError, match="no case is unseen"):
+        predict(None, None, dataset=dataset, workspace=workspace)
 
 
 def test_inside_a_data_set_the_unseen_cases_are_predicted_into_the_workspace(dataset):
