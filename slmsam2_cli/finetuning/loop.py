@@ -117,7 +117,9 @@ def _step(learner: Learner, clips: Clips, rate: float, device: torch.device) -> 
     if not torch.isfinite(total):
         return {"skipped": 1.0}
     total.backward()  # type: ignore[no-untyped-call]
-    torch.nn.utils.clip_grad_norm_(learner.model.parameters(), _CLIP_NORM)
+    norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), _CLIP_NORM)
+    if not torch.isfinite(norm):  # one such step would make every weight NaN
+        return {"skipped": 1.0}
     learner.optimiser.step()
     _average(learner)
     names = ("focal", "dice", "iou", "presence", "total")

@@ -64,6 +64,8 @@ def load_state(path: Path, learner: Learner, settings: str) -> str:
                 f"{candidate.name}: was made with another plan, split, seed or base. Undo the change, or start anew with --overwrite"
             )
         _restore(learner, tensors, header)
+        if candidate != path:  # or the next save would put the damaged one in place of the good one
+            path.unlink(missing_ok=True)
         return "" if candidate == path else f"{path.name} is missing or damaged; going on from {candidate.name}, step {learner.step}"
     raise WeightsError(f"nothing to continue in {path.parent}. Run slmsam2 finetune without --continue")
 

@@ -101,6 +101,8 @@ def _plan(data: Dataset, workspace: Workspace, network: str | None) -> Plan:
     """The workspace's plan, or a fresh one when there is none."""
     if workspace.plan.exists():
         plan = read_plan(workspace.plan)
+        if data.channels != plan.channels:
+            raise PlanError(f"plan.json knows the channels {plan.channels}, the data set has {data.channels}. Run slmsam2 plan --overwrite")
         if network and network != plan.network.size:
             raise PlanError(f"plan.json is for network {plan.network.size}. Run slmsam2 plan --network {network} first")
         return plan

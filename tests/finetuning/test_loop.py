@@ -67,6 +67,31 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_says_so(tmp_path):
     assert other.step == 1 and previous_of(path).exists()
 
 
+def test_after_falling_back_the_good_state_survives_an_interrupted_save(tmp_path, monkeypatch):
+    path, one = tmp_path / "state.safetensors", learner()
+    save_state(path, one, "settings")
+    save_state(path, one, "settings")
+    path.write_bytes(path.read_bytes()[:1000])
+    load_state(path, one, "settings")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slmsam2_cli.data.store.write_bytes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_state(path, one, "settings")
+    assert "state.previous.safetensors" in load_state(path, one, "settings")
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():
+    one = learner()
+    one.model.carry_gain.register_hook(lambda gradient: gradient * float("nan"))
+    before = {name: tensor.clone() for name, tensor in weights(one).items()}
+    (progress,) = run(one, until=1)
+    assert progress.losses == {"skipped": 1.0}
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(one).items())
+
+
 def test_nothing_to_resume_is_an_error_not_a_fresh_start(tmp_path):
     with pytest.raises(WeightsError, match="nothing to continue"):
         load_state(tmp_path / "state.safetensors", learner(), "settings")

@@ -93,6 +93,18 @@ def test_another_network_than_the_plans_is_refused(tuned, dataset):
         finetune(dataset, tuned, cases=2, weights="random", network="tiny")
 
 
+def test_a_plan_for_other_channels_is_refused_before_anything_is_prepared(tuned, tmp_path):
+    write_phantom_dataset(tmp_path / "other", cases=1, test_cases=0, seed=3, shape=SHAPE)
+    description = tmp_path / "other" / "dataset.json"
+    description.write_text(description.read_text().replace('"MRI"', '"T2"'))
+    workspace = Workspace(tmp_path / "workspace")
+    workspace.root.mkdir()
+    workspace.plan.write_bytes(tuned.plan.read_bytes())
+    with pytest.raises(PlanError, match="MRI.*T2"):
+        finetune(tmp_path / "other", workspace, cases=1, weights="random")
+    assert not workspace.prepared.exists()
+
+
 def test_a_bad_training_case_stops_it_unless_it_may_be_left_out(tmp_path):
     write_phantom_dataset(tmp_path, cases=3, test_cases=0, seed=4, shape=SHAPE)
     broken = sorted((tmp_path / "imagesTr").iterdir())[0]
