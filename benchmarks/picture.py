@@ -1,0 +1,81 @@
+"""Draw the README's picture from a demo: one unseen case, the slice that was given, and what came of it.
+
+    slmsam2 demo -o demo && python benchmarks/picture.py demo/dataset docs/images/result.png
+
+The case is the one of median Dice. Filled: what slmsam2 wrote; outlined in white: the reference; framed: the slice given
+for at least one label.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from scipy.ndimage import binary_erosion
+
+from slmsam2_cli.data.dataset import read_dataset
+from slmsam2_cli.data.prepared import make_frames
+from slmsam2_cli.data.volume import read_image, read_labels
+from slmsam2_cli.planning.plan import read_plan
+from slmsam2_cli.workspace import Workspace
+
+COLOURS = np.array([[0, 0, 0], [230, 120, 40], [60, 150, 230], [120, 200, 80]], dtype=float)
+ZOOM, COLUMNS, GAP, MARGIN = 5, 6, 8, 22
+
+
+def median_case(summary: dict) -> dict:
+    """The unseen case whose mean Dice over labels is the median."""
+    unseen = [entry for entry in summary["metric_per_case"] if entry["group"] == "unseen"]
+    scores = [np.mean([m["Dice"] for m in entry["metrics"].values() if m["Dice"] is not None]) for entry in unseen]
+    return unseen[int(np.argsort(scores)[(len(scores) - 1) // 2])]
+
+
+def tile(grey: np.ndarray, found: np.ndarray, truth: np.ndarray) -> Image.Image:
+    """One slice (R, C), zoomed: grey values, result tinted, reference outlined."""
+    zoom = [np.kron(a, np.ones((ZOOM, ZOOM), a.dtype)) for a in (grey, found, truth)]
+    rgb = np.repeat(zoom[0][..., None] * 255, 3, axis=2)
+    rgb = np.where(zoom[1][..., None] > 0, 0.45 * rgb + 0.55 * COLOURS[zoom[1] % len(COLOURS)], rgb)
+    for value in np.unique(truth[truth > 0]):
+        mask = zoom[2] == value
+        rgb[mask & ~binary_erosion(mask, iterations=1)] = 255
+    return Image.fromarray(rgb.clip(0, 255).astype(np.uint8))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    space, data = Workspace.of(options.dataset, None), read_dataset(options.dataset)
+    plan = read_plan(space.plan)
+    entry = median_case(json.loads((space.evaluation / "summary.json").read_text(encoding="utf-8")))
+    case = next(case for case in data.training if case.id == entry["case"])
+    account = json.loads((space.predictions / "manifest.json").read_text(encoding="utf-8"))["cases"][case.id]
+    image = read_image(case.images, case=case.id, root=data.root)
+    view, _ = make_frames(image, plan.geometry, plan.intensity)
+    low, high = np.percentile(image.voxels, (0.5, 99.5))
+    grey = view.oriented(((image.voxels[0] - low) / (high - low)).clip(0, 1))
+    truth = view.oriented(read_labels(case.label, case=case.id, root=data.root).voxels)
+    found = view.oriented(read_labels(space.predictions / account["output"], case=case.id, root=space.predictions).voxels)
+    given = {view.file_index(s) for slices in account["prompted_slices"].values() for s in slices}
+    held = np.flatnonzero((truth > 0).any(axis=(1, 2)) | (found > 0).any(axis=(1, 2)))
+    shown = sorted({*np.linspace(held[0], held[-1], 2 * COLUMNS).round().astype(int).tolist(), *given})[: 2 * COLUMNS + 1]
+    tiles = [tile(grey[t], found[t], truth[t]) for t in shown]
+    width, height = tiles[0].size
+    rows = -(-len(tiles) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * (width + GAP) + GAP, rows * (height + GAP + MARGIN) + GAP), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, (t, drawn) in enumerate(zip(shown, tiles)):
+        x, y = GAP + index % COLUMNS * (width + GAP), GAP + index // COLUMNS * (height + GAP + MARGIN)
+        sheet.paste(drawn, (x, y + MARGIN))
+        pen.text((x, y + 4), f"slice {t}" + (" - given" if t in given else ""), fill="black")
+        if t in given:
+            pen.rectangle((x - 3, y + MARGIN - 3, x + width + 2, y + MARGIN + height + 2), outline=(220, 30, 60), width=3)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(options.out, optimize=True)
+    print(f"{options.out}: case {case.id}")
+
+
+if __name__ == "__main__":
+    main()
