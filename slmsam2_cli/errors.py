@@ -6,6 +6,7 @@ SlmSam2Error            the run cannot go on                                   e
 ├── PlanError           a plan or fingerprint is malformed, edited wrongly or too new
 ├── WeightsError        a checkpoint cannot be trusted or does not fit
 ├── DeviceError         the device asked for is absent or out of memory
+├── TrainingError       the network does not learn from what it is given
 ├── OutputError         a result could not be written whole
 ├── LockError           somebody else writes to this folder
 └── CaseError           one case is unusable; the others go on                 exit 1
@@ -38,6 +39,10 @@ class WeightsError(SlmSam2Error):
 
 class DeviceError(SlmSam2Error):
     """A device that is absent or too small."""
+
+
+class TrainingError(SlmSam2Error):
+    """Training that diverged."""
 
 
 class OutputError(SlmSam2Error):

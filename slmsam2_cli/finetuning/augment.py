@@ -53,7 +53,15 @@ def _shade(frames: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def augment(clips: Clips, rng: torch.Generator) -> Clips:
-    """A changed copy of the clips, on the CPU."""
+    """A changed copy of the clips, on the CPU; tracks whose annotated slice was moved out of sight are dropped.
+
+    When that would be all of them, nothing is moved.
+    """
     affine = _affine(clips.frames.shape[1], rng)
+    masks = _move(clips.masks, affine[clips.window], "nearest")
+    kept = masks[0].flatten(1).any(dim=1)
+    if not kept.any():
+        return replace(clips, frames=_shade(clips.frames, rng))
     frames = _shade(_move(clips.frames, affine, "bilinear"), rng)
-    return replace(clips, frames=frames, masks=_move(clips.masks, affine[clips.window], "nearest"))
+    known = None if clips.known is None else 1 - _move(1 - clips.known, affine[clips.window], "nearest")[:, kept]
+    return replace(clips, frames=frames, masks=masks[:, kept], window=clips.window[kept], reverse=clips.reverse[kept], known=known)

@@ -27,6 +27,7 @@ class Clips:
     """W windows of T slices and M tracks through them.
 
     frames (T, W, 3, px, px) in [0, 1]; masks (T, M, 1, px, px) in the track's own order, the first slice annotated;
+    known, like masks: 0 where the ignore label says that nobody looked, or None when it never does;
     window (M,): the window a track runs through; reverse (M,): whether it runs from the last slice to the first;
     slices: length of the volumes, as far as pointers can see.
     """
@@ -36,6 +37,7 @@ class Clips:
     window: Tensor
     reverse: Tensor
     slices: int
+    known: Tensor | None = None
 
     def feature_index(self, t: int) -> Tensor:
         """(M,): which of the T * W encoded slices (T-major) each track sees at its step t."""
@@ -45,7 +47,7 @@ class Clips:
 
 @dataclass(frozen=True)
 class _Structure:
-    """One label of one case: the stack slices that hold it."""
+    """One label of one case: the stack slices that hold it and were looked at as a whole."""
 
     case: int
     label: int
@@ -55,9 +57,9 @@ class _Structure:
 class ClipSampler:
     """Draws clips from prepared cases; all randomness comes from the generator given to `draw`."""
 
-    def __init__(self, cases: Sequence[PreparedCase], values: Sequence[int], frame_px: int) -> None:
-        self.cases, self.frame_px = [case for case in cases if case.frames.shape[1] > 1], frame_px
-        self.structures = [s for i, case in enumerate(self.cases) for s in _structures(i, case, values)]
+    def __init__(self, cases: Sequence[PreparedCase], values: Sequence[int], frame_px: int, ignore: int | None = None) -> None:
+        self.cases, self.frame_px, self.ignore = [case for case in cases if case.frames.shape[1] > 1], frame_px, ignore
+        self.structures = [s for i, case in enumerate(self.cases) for s in _structures(i, case, values, ignore)]
         if not self.structures:
             raise DatasetError("no training case holds a labelled structure over at least two slices. Annotate one, or check the labels")
 
@@ -70,7 +72,12 @@ class ClipSampler:
         runs = [runs[i] for i in sorted(rng.permutation(len(runs))[:tracks])]
         frames = torch.stack([self._frames(s, start, length) for s, start in zip(chosen, starts)], dim=1)
         masks = torch.stack([self._masks(chosen[w], starts[w], length, value, reverse) for w, value, reverse in runs], dim=1)
-        return Clips(frames, masks, torch.tensor([w for w, _, _ in runs]), torch.tensor([r for _, _, r in runs]), self._slices(chosen[0]))
+        known = None
+        if self.ignore is not None:
+            ignored = [self._masks(chosen[w], starts[w], length, self.ignore, reverse) for w, _, reverse in runs]
+            known = 1 - torch.stack(ignored, dim=1)
+        window, reverse = torch.tensor([w for w, _, _ in runs]), torch.tensor([r for _, _, r in runs])
+        return Clips(frames, masks, window, reverse, self._slices(chosen[0]), known)
 
     def _alike(self, rng: np.random.Generator, windows: int) -> list[_Structure]:
         """Structures of volumes whose pointer scale is the same, min(slices, 16)."""
@@ -116,8 +123,10 @@ class ClipSampler:
         return framed((mask.flip(0) if reverse else mask).unsqueeze(1), self.frame_px)
 
 
-def _structures(index: int, case: PreparedCase, values: Sequence[int]) -> list[_Structure]:
+def _structures(index: int, case: PreparedCase, values: Sequence[int], ignore: int | None) -> list[_Structure]:
     if case.labels is None:
         return []
-    held = [(value, np.flatnonzero((np.asarray(case.labels) == value).any(axis=(1, 2)))) for value in values]
+    labels = np.asarray(case.labels)
+    whole = np.ones(len(labels), bool) if ignore is None else ~(labels == ignore).any(axis=(1, 2))
+    held = [(value, np.flatnonzero((labels == value).any(axis=(1, 2)) & whole)) for value in values]
     return [_Structure(index, value, slices) for value, slices in held if slices.size]

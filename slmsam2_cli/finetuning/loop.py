@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slmsam2_cli.errors import TrainingError
 from slmsam2_cli.finetuning.augment import augment
 from slmsam2_cli.finetuning.clips import Clips, ClipSampler
 from slmsam2_cli.finetuning.losses import SliceLoss, slice_loss
@@ -24,7 +25,7 @@ from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
 from slmsam2_cli.planning.plan import TrainingPlan
 
 TRACKS_PER_WINDOW = 4
-_CLIP_NORM, _EMA = 1.0, 0.99
+_CLIP_NORM, _EMA, _PATIENCE = 1.0, 0.99, 20
 _CURRICULUM = ((0.2, 2), (0.35, 4))  # share of the run up to which clips have at most so many slices
 
 
@@ -92,8 +93,11 @@ def _learning_rate(step: int, done: float, plan: TrainingPlan) -> float:
 
 
 def train(learner: Learner, sampler: ClipSampler, plan: TrainingPlan, stop: Callable[[], bool]) -> Iterator[Progress]:
-    """Train until the plan's steps or minutes are used up or `stop` says so; yields after every step."""
-    device = learner.model.device
+    """Train until the plan's steps or minutes are used up or `stop` says so; yields after every step.
+
+    A step without a finite loss and gradient changes nothing; after 20 such steps in a row TrainingError is raised.
+    """
+    device, skipped = learner.model.device, 0
     learner.model.train()
     while (done := share_done(learner, plan)) < 1 and not stop():
         started = time.monotonic()
@@ -102,6 +106,11 @@ def train(learner: Learner, sampler: ClipSampler, plan: TrainingPlan, stop: Call
         clips = augment(sampler.draw(learner.clip_rng, windows, length, windows * TRACKS_PER_WINDOW), learner.augment_rng)
         rate = _learning_rate(learner.step, done, plan)
         losses = _step(learner, clips, rate, device)
+        skipped = skipped + 1 if "skipped" in losses else 0
+        if skipped >= _PATIENCE:
+            raise TrainingError(
+                f"training diverged at step {learner.step}. Lower training.learning_rate in plan.json (now {plan.learning_rate:g})"
+            )
         learner.step += 1
         learner.seconds += time.monotonic() - started
         yield Progress(learner.step, share_done(learner, plan), losses, rate)
@@ -129,15 +138,15 @@ def _step(learner: Learner, clips: Clips, rate: float, device: torch.device) -> 
 def clip_losses(model: SlmSam2, clips: Clips, device: torch.device) -> list[SliceLoss]:
     """Track M objects from their first slice; one loss per tracked slice, T - 1 in all."""
     frames, masks = clips.frames.to(device), clips.masks.to(device)
+    known = clips.known.to(device) if clips.known is not None else None
     features = model.encode(frames.flatten(0, 1))
-    model.set_volume_length(clips.slices)
     bank, losses = MemoryBank(), []
     first = features.at(clips.feature_index(0).to(device))
     bank.anchors[0] = model.remember(first, model.anchor(first, masks[0]), masks[0])
     for t in range(1, len(masks)):
         here = features.at(clips.feature_index(t).to(device))
         output = model.track(here, bank, Moment(t, 1, bank.anchors, bank.tracked, clips.slices))
-        losses.append(slice_loss(output, masks[t]))
+        losses.append(slice_loss(output, masks[t], known[t] if known is not None else None))
         if t + 1 < len(masks):
             bank.tracked[t] = model.remember(here, output)
     return losses

@@ -19,6 +19,7 @@ from torch import Tensor
 from slmsam2_cli.data import store
 from slmsam2_cli.errors import WeightsError
 from slmsam2_cli.finetuning.loop import Learner
+from slmsam2_cli.model.checkpoint import digest_of
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -37,13 +38,15 @@ def save_state(path: Path, learner: Learner, settings: str) -> None:
     tensors |= {"rng/torch": torch.get_rng_state(), "rng/augment": learner.augment_rng.get_state()}
     if torch.cuda.is_available():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {
         "settings": settings,
+        "digest": digest_of(tensors),
         "step": str(learner.step),
         "seconds": repr(learner.seconds),
         "clips": json.dumps(learner.clip_rng.bit_generator.state),
     }
-    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, header)
+    content = save(tensors, header)
     if path.exists():
         os.replace(path, previous_of(path))
     store.write_bytes(path, content)
@@ -72,7 +75,11 @@ def load_state(path: Path, learner: Learner, settings: str) -> str:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - not a dict
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        header = file.metadata() or {}
+    if header.get("digest") != digest_of(tensors):
+        raise ValueError("damaged")
+    return tensors, header
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

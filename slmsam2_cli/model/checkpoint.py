@@ -37,7 +37,9 @@ State = dict[str, Tensor]
 
 class Provenance(BaseModel):
     """Where weights come from. base: name of the weights training started from; base_digest: their digest or "";
-    random: whether any ancestor was random; seed, steps and seconds of training; training: case ids; versions of libraries.
+    random: whether any ancestor was random; seed, steps and seconds of training; training: ids of the data set's cases that
+    these weights or their ancestors learned from; learned_from: SHA-256 of every image file they learned from;
+    versions of libraries.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,6 +51,7 @@ class Provenance(BaseModel):
     steps: int = 0
     seconds: float = 0.0
     training: tuple[str, ...] = ()
+    learned_from: tuple[str, ...] = ()
     versions: dict[str, str] = {}
 
 
@@ -134,7 +137,7 @@ def _read_own(path: Path) -> Checkpoint:
         ) from None
     if "format_version" not in header:
         return Checkpoint(path.name, state, digest_of(state))
-    if int(header["format_version"]) > FORMAT_VERSION:
+    if not header["format_version"].isdecimal() or int(header["format_version"]) > FORMAT_VERSION:
         raise WeightsError(
             f"{path.name}: format version {header['format_version']} is newer than this tool's {FORMAT_VERSION}. Update slmsam2"
         )
@@ -170,7 +173,9 @@ def _read_foreign(path: Path) -> Checkpoint:
 def _check_zip(path: Path) -> None:
     """Members must be stored, not compressed, and small enough to fit the file (no bombs)."""
     if not zipfile.is_zipfile(path):
-        if path.read_bytes()[:4] == b"PK\x03\x04":
+        with path.open("rb") as file:
+            cut_zip = file.read(4) == b"PK\x03\x04"
+        if cut_zip:
             raise WeightsError(f"{path.name}: corrupt or truncated. Fetch it again")
         raise WeightsError(f"{path.name}: not a checkpoint of torch's zip format, refused as unsafe")
     with zipfile.ZipFile(path) as archive:

@@ -8,7 +8,6 @@ lives in a `MemoryBank` that the caller owns, never on the module. Chen et al., 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -133,24 +132,25 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
 
     def track(self, features: SliceFeatures, bank: MemoryBank, moment: Moment) -> SliceOutput:
         """Segment B objects on one slice from memory alone."""
-        conditioned = self.condition(features, bank, self.policy.read(moment))
+        conditioned = self.condition(features, bank, moment)
         carried = bank[moment.slice - moment.step].chosen if self.carry_gain is not None else None
         return self.decode(conditioned, features.fine, carried)
 
-    def condition(self, features: SliceFeatures, bank: MemoryBank, streams: Sequence[Stream]) -> Tensor:
-        """Attend to each stream and fuse. Returns (B, C, h, w)."""
-        long = self._attend(self.memory_attention, features, bank, streams[0])
+    def condition(self, features: SliceFeatures, bank: MemoryBank, moment: Moment) -> Tensor:
+        """Attend to each stream that the policy names, and fuse. Returns (B, C, h, w)."""
+        streams = self.policy.read(moment)
+        long = self._attend(self.memory_attention, features, bank, streams[0], moment.slices)
         if len(streams) == 1:
             return long
-        short = self._attend(self.short_memory_attention, features, bank, streams[1])
+        short = self._attend(self.short_memory_attention, features, bank, streams[1], moment.slices)
         fused: Tensor = self.stream_fuser(long, short)
         return fused
 
-    def _attend(self, attention: nn.Module, features: SliceFeatures, bank: MemoryBank, stream: Stream) -> Tensor:
+    def _attend(self, attention: nn.Module, features: SliceFeatures, bank: MemoryBank, stream: Stream, slices: int) -> Tensor:
         """One memory-attention stack over one stream: query (h*w, B, C) -> (B, C, h, w)."""
         batch, width, h, w = features.top.shape
         spatial, spatial_position = self._spatial_tokens(bank, stream)
-        pointers, pointer_position = self._pointer_tokens(bank, stream, batch)
+        pointers, pointer_position = self._pointer_tokens(bank, stream, batch, slices)
         dtype = features.top.dtype
         attended: Tensor = attention(
             curr=[features.top.flatten(2).permute(2, 0, 1)],
@@ -168,8 +168,11 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         positions = torch.cat([position + self.maskmem_tpos_enc[row] for _, row in stream.spatial])
         return tokens, positions
 
-    def _pointer_tokens(self, bank: MemoryBank, stream: Stream, batch: int) -> tuple[Tensor, Tensor]:
-        """Each pointer of C channels becomes C / C_mem tokens; the position code is its distance in slices."""
+    def _pointer_tokens(self, bank: MemoryBank, stream: Stream, batch: int, slices: int) -> tuple[Tensor, Tensor]:
+        """Each pointer of C channels becomes C / C_mem tokens; the position code is its distance in slices.
+
+        Distances are measured against min(slices, 16) - 1, as in SAM 2 (at least 1: a volume of one slice).
+        """
         if not stream.pointers:
             empty = self.maskmem_tpos_enc.new_zeros(0, batch, self.mem_dim)
             return empty, empty
@@ -177,15 +180,9 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         pointers = torch.stack([bank[s].pointer for s, _ in stream.pointers])
         tokens = pointers.reshape(-1, batch, split, self.mem_dim).permute(0, 2, 1, 3).flatten(0, 1)
         distances = torch.tensor([d for _, d in stream.pointers], dtype=torch.float32, device=tokens.device)
-        code = get_1d_sine_pe(distances / self._pointer_reach, dim=self.hidden_dim)
+        code = get_1d_sine_pe(distances / max(1, min(slices, self.max_obj_ptrs_in_encoder) - 1), dim=self.hidden_dim)
         positions = self.obj_ptr_tpos_proj(code).unsqueeze(1).expand(-1, batch, self.mem_dim)
         return tokens, positions.repeat_interleave(split, dim=0)
-
-    _pointer_reach: float = 15.0
-
-    def set_volume_length(self, slices: int) -> None:
-        """Pointer distances are measured against min(slices, 16) - 1, as in SAM 2 (at least 1: a one-slice volume)."""
-        self._pointer_reach = float(max(1, min(slices, self.max_obj_ptrs_in_encoder) - 1))
 
     def decode(self, conditioned: Tensor, fine: tuple[Tensor, Tensor], carried: Tensor | None) -> SliceOutput:
         """Masks, IoU, presence and pointer. conditioned (B, C, h, w); carried (B, 1, 4h, 4w) previous logits or None."""

@@ -61,7 +61,7 @@ class TrainingPlan(Frozen):
     """How the network is adapted."""
 
     steps: int = Field(description="optimiser steps", ge=1, le=10_000_000)
-    clip_slices: int = Field(default=8, description="consecutive slices in a training clip", ge=1, le=64)
+    clip_slices: int = Field(default=8, description="consecutive slices in a training clip", ge=2, le=64)
     clips_per_step: int = Field(description="clips in one optimiser step", ge=1, le=256)
     learning_rate: float = Field(description="peak learning rate of AdamW", gt=0, le=1)
     warmup_steps: int = Field(description="steps over which the learning rate rises to its peak", ge=0)

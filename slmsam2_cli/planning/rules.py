@@ -15,6 +15,8 @@ from slmsam2_cli.planning.network import NetworkPlan, NetworkSize
 from slmsam2_cli.planning.plan import ChannelIntensity, GeometryPlan, Plan, TrainingPlan, signed
 from slmsam2_cli.version import VERSION
 
+MANY = 20  # training cases; more do not lengthen the run
+MOST_CHANNELS = 3  # red, green, blue
 COARSE = 1.5  # an axis is coarse when its spacing is this many times that of the next
 OVERLAP_MARGIN = 0.03  # neighbouring overlaps closer than this are equal, see docs/decisions.md
 MASK_PIXEL = 4  # network pixels along the edge of one pixel of the mask the network predicts
@@ -69,6 +71,11 @@ def decide(fingerprint: Fingerprint, network: str | None = None) -> Plan:
     cases = fingerprint.cases
     if not cases:
         raise DatasetError("no training case is usable, so nothing can be planned")
+    if len(fingerprint.channels) > MOST_CHANNELS:
+        raise DatasetError(
+            f"{fingerprint.dataset_name}: {len(fingerprint.channels)} channels ({', '.join(fingerprint.channels)}), but the network sees "
+            f"{MOST_CHANNELS} at most. Make a data set of the {MOST_CHANNELS} that show the structures best"
+        )
     modalities = [choose_modality(fingerprint, index) for index in range(len(fingerprint.channels))]
     size = choose_network(network)
     axis = choose_slice_axis(fingerprint)
@@ -265,7 +272,7 @@ def choose_training(size: NetworkSize, cases: int, from_scratch: bool = False) -
 
     From random weights everything has to be learned, so the run is longer and its rate higher.
     """
-    counted = min(cases, 20)
+    counted = min(cases, MANY)
     if size == "nano":
         steps, clips, rate, decay = (1500, 2, 6e-4, 0.01) if from_scratch else (200 + 80 * counted, 2, 3e-4, 0.01)
     else:

@@ -10,11 +10,10 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,31 +21,38 @@ import torch
 from slmsam2_cli import console
 from slmsam2_cli.data import store
 from slmsam2_cli.data.dataset import Dataset, read_dataset
-from slmsam2_cli.data.prepared import Outcome, prepare_all
+from slmsam2_cli.data.prepared import Outcome, PreparedCase, prepare_all
 from slmsam2_cli.device import DeviceName, choose_device, describe
 from slmsam2_cli.errors import DONE, DatasetError, DeviceError, OutputError, PlanError, UsageError
 from slmsam2_cli.finetuning.clips import ClipSampler
 from slmsam2_cli.finetuning.loop import Learner, Progress, new_learner, share_done, train
-from slmsam2_cli.finetuning.resume import load_state, save_state
-from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, base_weights, fit, save_checkpoint
+from slmsam2_cli.finetuning.resume import load_state, previous_of, save_state
+from slmsam2_cli.model.checkpoint import RANDOM, Checkpoint, Provenance, base_weights, fit, save_checkpoint
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.fingerprint import write_fingerprint
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.plan import Plan, TrainingPlan, digest_of, read_plan, write_plan
-from slmsam2_cli.planning.rules import choose_training, decide
+from slmsam2_cli.planning.rules import MANY, choose_training, decide
 from slmsam2_cli.workspace import Workspace
 
 SAVE_EVERY_S = 120.0
+_A_FILE = "file"
 _LOG_COLUMNS = ("step", "seconds", "learning_rate", "focal", "dice", "iou", "presence", "total")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one fine-tuning run is: its plan, its cases, where it starts. `digest` changes when any of it does."""
+    """What one fine-tuning run is. `digest` changes when its plan, its cases or its base do.
+
+    cases: ids it learns from; known: ids that its base has learned from already; unseen: all others; images: SHA-256 of the
+    image files of `cases`.
+    """
 
     plan: Plan
     cases: tuple[str, ...]
+    known: tuple[str, ...]
     unseen: tuple[str, ...]
+    images: tuple[str, ...]
     base: Checkpoint | None
     weights: str
 
@@ -54,6 +60,17 @@ class Run:
     def digest(self) -> str:
         base = self.base.digest if self.base else self.weights
         return digest_of({"plan": self.plan.model_dump(mode="json", exclude={"reasons"}), "cases": list(self.cases), "base": base})
+
+
+@dataclass(frozen=True)
+class Wish:
+    """The options that decide which run it is; an interrupted run keeps them for --continue."""
+
+    cases: int
+    weights: str
+    minutes: float | None
+    steps: int | None
+    seed: int
 
 
 def finetune(
@@ -73,21 +90,28 @@ def finetune(
 ) -> int:
     """Adapt the network to `cases` training volumes. The exit code: 0.
 
-    Raises DatasetError (bad training cases, unless `skip_bad`), PlanError, WeightsError, DeviceError, OutputError, UsageError.
+    Raises DatasetError (bad training cases, unless `skip_bad`), PlanError, WeightsError, TrainingError, DeviceError,
+    OutputError, UsageError.
     """
     if cases < 1:
         raise UsageError(f"-n {cases}: at least one training volume is needed")
+    if resume and overwrite:
+        raise UsageError("--continue and --overwrite contradict each other. Give one of them")
     chosen = choose_device(device)
-    base = base_weights(weights)
+    wish = Wish(cases, weights, minutes, steps, seed)
+    if resume:
+        wish = _kept_wish(workspace, wish)
+    base = base_weights(wish.weights)
     data = read_dataset(dataset)
     try:
         with store.one_writer(workspace.root):
             plan = _plan(data, workspace, network)
+            _model(plan, base)
             ready = _prepare(data, plan, workspace, skip_bad)
-            run = _run_of(plan, ready, cases, seed, base, weights, minutes, steps)
+            run = _run_of(plan, data, ready, wish, base)
             if _finished(workspace, run, resume, overwrite):
                 return DONE
-            _tune(run, ready, workspace, chosen, resume)
+            _tune(run, ready, workspace, chosen, wish, resume)
     except OutputError as error:
         raise OutputError(f"{error}. Choose a workspace you can write to with -w") from None
     except torch.OutOfMemoryError:
@@ -95,6 +119,20 @@ def finetune(
             "out of memory. Set training.clips_per_step or training.clip_slices lower in plan.json, or use --device cpu"
         ) from None
     return DONE
+
+
+def _kept_wish(workspace: Workspace, given: Wish) -> Wish:
+    """The options of the run to go on with; a base that is a file has to be named again."""
+    split = store.read_json(workspace.split, "the split") if workspace.split.exists() else None
+    kept = split.get("options") if isinstance(split, dict) else None
+    if not isinstance(kept, dict) or set(kept) != {field.name for field in fields(Wish)}:
+        return given
+    wish = Wish(**kept)
+    if wish.weights == _A_FILE and given.weights in ("auto", RANDOM):
+        raise UsageError("this run started from a file of weights. Name the same file again: --continue --weights FILE")
+    wish = replace(wish, weights=given.weights) if wish.weights == _A_FILE else wish
+    console.say(f"going on with -n {wish.cases} --seed {wish.seed} --weights {Path(wish.weights).name}")
+    return wish
 
 
 def _plan(data: Dataset, workspace: Workspace, network: str | None) -> Plan:
@@ -117,6 +155,15 @@ def _plan(data: Dataset, workspace: Workspace, network: str | None) -> Plan:
     return plan
 
 
+def _model(plan: Plan, base: Checkpoint | None, seed: int = 0) -> SlmSam2:
+    """The plan's network with the base's weights, or with random ones drawn from the seed. WeightsError when they do not fit."""
+    torch.manual_seed(seed)
+    model = SlmSam2(plan.network, plan.geometry.frame_px)
+    if base is not None:
+        fit(model, base)
+    return model
+
+
 def _prepare(data: Dataset, plan: Plan, workspace: Workspace, skip_bad: bool) -> Outcome:
     with console.progress("preparing", len(data.training)) as advance:
         outcome = prepare_all(data, plan.geometry, plan.intensity, workspace.prepared, tell=console.say, advance=advance)
@@ -131,29 +178,42 @@ def _prepare(data: Dataset, plan: Plan, workspace: Workspace, skip_bad: bool) ->
     return outcome
 
 
-def _run_of(
-    plan: Plan, ready: Outcome, cases: int, seed: int, base: Checkpoint | None, weights: str, minutes: float | None, steps: int | None
-) -> Run:
-    """The split, drawn from the seed over all usable labelled cases, and the training settings for that many."""
-    ids = sorted(case.id for case in ready.cases if case.labels is not None)
-    if cases > len(ids):
-        console.warn(f"-n {cases}, but only {len(ids)} usable training case(s): all are learned from and none is left to test on")
-    order = np.random.default_rng(seed).permutation(len(ids))
-    picked = tuple(sorted(ids[i] for i in order[:cases]))
-    training = _training(plan, len(ids), len(picked), base is None)
-    changes: dict[str, Any] = {"seed": seed, "minutes": minutes or training.minutes} | ({"steps": steps} if steps else {})
+def _run_of(plan: Plan, data: Dataset, ready: Outcome, wish: Wish, base: Checkpoint | None) -> Run:
+    """The split, drawn from the seed over all cases that can teach propagation, and the training settings for that many."""
+    usable = sorted(case.id for case in ready.cases if case.labels is not None and len(case.labels) > 1 and case.labels.any())
+    if wish.cases > len(usable):
+        console.warn(f"-n {wish.cases}, but only {len(usable)} training case(s) can be learned from: all are, and none is left to test on")
+    order = np.random.default_rng(wish.seed).permutation(len(usable))
+    picked = tuple(sorted(usable[i] for i in order[: wish.cases]))
+    images = {case.id: _image_digests(case, data) for case in ready.cases}
+    learned = set(base.provenance.learned_from) if base and base.provenance else set()
+    known = tuple(case for case in images if case not in picked and learned & set(images[case]))
+    if known:
+        console.warn(f"{len(known)} more case(s) were learned from by {base.name if base else 'the base'} and do not count as unseen")
+    training = _training(plan, len(picked), base is None)
+    changes: dict[str, Any] = {"seed": wish.seed, "minutes": wish.minutes or training.minutes} | (
+        {"steps": wish.steps} if wish.steps else {}
+    )
     settled = plan.model_copy(update={"training": TrainingPlan.model_validate(training.model_dump() | changes)})
-    return Run(settled, picked, tuple(i for i in ids if i not in picked), base, weights)
+    unseen = tuple(case for case in images if case not in {*picked, *known})
+    return Run(settled, picked, known, unseen, tuple(d for case in picked for d in images[case]), base, wish.weights)
 
 
-def _training(plan: Plan, planned: int, used: int, from_scratch: bool) -> TrainingPlan:
+def _image_digests(prepared: PreparedCase, data: Dataset) -> list[str]:
+    """SHA-256 of a case's image files, as recorded when it was prepared; the label is not one of them."""
+    case = next(case for case in data.training if case.id == prepared.id)
+    label = case.label.relative_to(data.root).as_posix() if case.label else ""
+    return [digest for name, digest in prepared.record["inputs"].items() if name != label]
+
+
+def _training(plan: Plan, used: int, from_scratch: bool) -> TrainingPlan:
     """A person's own training settings, or the rule's for the number of volumes that are really used."""
-    untouched = plan.training == choose_training(plan.network.size, planned).value
-    return choose_training(plan.network.size, used, from_scratch).value if untouched else plan.training
+    by_rule = [choose_training(plan.network.size, count).value for count in range(1, MANY + 1)]
+    return choose_training(plan.network.size, used, from_scratch).value if plan.training in by_rule else plan.training
 
 
 def _finished(workspace: Workspace, run: Run, resume: bool, overwrite: bool) -> bool:
-    """Whether this very run is done already. UsageError when another one's model would be lost."""
+    """Whether this very run is done already. UsageError when another one's model or state would be lost."""
     if overwrite or not workspace.split.exists():
         return False
     split = store.read_json(workspace.split, "the split")
@@ -161,42 +221,48 @@ def _finished(workspace: Workspace, run: Run, resume: bool, overwrite: bool) -> 
     if same and split.get("finished") and workspace.model.exists():
         console.say(f"this run is finished already: {workspace.model} (train again with --overwrite)")
         return True
-    if not same and workspace.model.exists():
+    if resume:
+        return False
+    if _state(workspace).exists() or previous_of(_state(workspace)).exists():
+        raise UsageError("an unfinished run is here. Go on with slmsam2 finetune --continue, or start anew with --overwrite")
+    if workspace.model.exists():
         raise UsageError(
-            "the workspace holds a model of another run (plan, cases, seed or base differ). Use --overwrite, or another workspace with -w"
+            "the workspace holds a model of another run (plan, cases, seed, base, steps or minutes differ). "
+            "Use --overwrite, or another workspace with -w"
         )
-    if same and not resume:
-        raise UsageError("an unfinished run is here. Go on with --continue, or start anew with --overwrite")
     return False
 
 
-def _tune(run: Run, ready: Outcome, workspace: Workspace, device: torch.device, resume: bool) -> None:
-    torch.manual_seed(run.plan.training.seed)
-    model = SlmSam2(run.plan.network, run.plan.geometry.frame_px)
+def _state(workspace: Workspace) -> Path:
+    return workspace.finetuned / "state.safetensors"
+
+
+def _tune(run: Run, ready: Outcome, workspace: Workspace, device: torch.device, wish: Wish, resume: bool) -> None:
+    model = _model(run.plan, run.base, run.plan.training.seed)
     if run.base is None:
         console.warn("--weights random: everything is learned from these volumes alone; for trials and tests, not for clinical data")
-    else:
-        fit(model, run.base)
-    sampler = ClipSampler([c for c in ready.cases if c.id in run.cases], tuple(run.plan.labels), run.plan.geometry.frame_px)
+    used = [case for case in ready.cases if case.id in run.cases]
+    sampler = ClipSampler(used, tuple(run.plan.labels), run.plan.geometry.frame_px, run.plan.ignore)
     learner = new_learner(model.to(device), run.plan.training, run.base is None)
-    state = workspace.finetuned / "state.safetensors"
+    state = _state(workspace)
     if resume and (warning := load_state(state, learner, run.digest)):
         console.warn(warning)
     console.say(f"training on {len(run.cases)} volume(s) on {describe(device)}: {', '.join(run.cases)}")
-    _write_split(workspace, run, finished=False)
-    log = _Log(workspace.finetuned / "log.csv", keep=resume)
+    skipped = tuple(problem.case for problem in ready.problems)
+    _write_split(workspace, run, wish, skipped, finished=False)
+    log = _Log(workspace.finetuned / "log.csv", from_step=learner.step)
     with _stoppable() as stopped:
         _follow(learner, sampler, run, state, log, stopped)
         _save(workspace, run, learner)
         log.write()
         finished = share_done(learner, run.plan.training) >= 1
-        _write_split(workspace, run, finished)
         if not finished:
             save_state(state, learner, run.digest)
             console.say(f"stopped at step {learner.step}; the model so far is saved. Go on with slmsam2 finetune --continue")
+        _write_split(workspace, run, wish, skipped, finished)
     if finished:
         state.unlink(missing_ok=True)
-        state.with_name("state.previous.safetensors").unlink(missing_ok=True)
+        previous_of(state).unlink(missing_ok=True)
 
 
 def _follow(learner: Learner, sampler: ClipSampler, run: Run, state: Path, log: _Log, stopped: Callable[[], bool]) -> None:
@@ -219,11 +285,12 @@ def _follow(learner: Learner, sampler: ClipSampler, run: Run, state: Path, log: 
 
 
 class _Log:
-    """One row per step, written as log.csv whenever the state is saved."""
+    """One row per step, written as log.csv whenever the state is saved; a resumed run keeps the rows up to where it stood."""
 
-    def __init__(self, path: Path, keep: bool) -> None:
+    def __init__(self, path: Path, from_step: int) -> None:
         self.path = path
-        self.rows = path.read_text(encoding="utf-8").splitlines()[1:] if keep and path.exists() else []
+        before = path.read_text(encoding="utf-8").splitlines()[1:] if from_step and path.exists() else []
+        self.rows = [row for row in before if row.partition(",")[0].isdecimal() and int(row.partition(",")[0]) <= from_step]
         self.losses: list[float] = []
 
     def add(self, learner: Learner, progress: Progress) -> None:
@@ -238,12 +305,16 @@ class _Log:
         store.write_text(self.path, "\n".join([",".join(_LOG_COLUMNS), *self.rows]) + "\n")
 
 
-def _write_split(workspace: Workspace, run: Run, finished: bool) -> None:
+def _write_split(workspace: Workspace, run: Run, wish: Wish, skipped: tuple[str, ...], finished: bool) -> None:
+    """split.json: which cases were learned from, which count as unseen, and what --continue needs."""
+    kept = wish if wish.weights in ("auto", RANDOM) else replace(wish, weights=_A_FILE)
     split = {
         "format_version": 1,
-        "training": list(run.cases),
+        "training": sorted([*run.cases, *run.known]),
         "unseen": list(run.unseen),
+        "skipped": list(skipped),
         "seed": run.plan.training.seed,
+        "options": asdict(kept),
         "run": run.digest,
         "finished": finished,
     }
@@ -253,13 +324,14 @@ def _write_split(workspace: Workspace, run: Run, finished: bool) -> None:
 def _save(workspace: Workspace, run: Run, learner: Learner) -> None:
     ancestor = run.base.provenance if run.base else None
     provenance = Provenance(
-        base=run.base.name if run.base else run.weights,
+        base=run.base.name if run.base else RANDOM,
         base_digest=run.base.digest if run.base else "",
         random=run.base is None or bool(ancestor and ancestor.random),
         seed=run.plan.training.seed,
         steps=learner.step,
         seconds=round(learner.seconds, 1),
-        training=run.cases,
+        training=tuple(sorted([*run.cases, *run.known])),
+        learned_from=tuple(sorted({*run.images, *(ancestor.learned_from if ancestor else ())})),
         versions={name: version(name) for name in ("torch", "sam2", "numpy")},
     )
     digest = save_checkpoint(workspace.model, learner.average, run.plan, provenance)

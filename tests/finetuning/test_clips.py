@@ -85,3 +85,41 @@ def test_augmentation_moves_all_slices_of_a_window_alike():
     (clips,) = draws(ClipSampler([case(held=range(20))], [1], PX), count=1)
     changed = augment(clips, torch.Generator().manual_seed(3))
     assert all(torch.equal(changed.masks[0], changed.masks[t]) for t in range(len(changed.masks)))
+
+
+IGNORED = 9
+
+
+def partly_annotated():
+    """Slices 6 to 13 hold the label; nobody looked at slices 10 to 19."""
+    made = case()
+    made.labels[10:] = IGNORED
+    return made
+
+
+def test_ignored_slices_are_unknown_in_the_clips_and_never_annotated():
+    for clips in draws(ClipSampler([partly_annotated()], [1], PX, IGNORED), count=30):
+        for track in range(len(clips.window)):
+            numbers = slice_numbers(clips, track)
+            looked_at = clips.known[:, track, 0, :24, :32].flatten(1).amin(dim=1)
+            assert looked_at.tolist() == [float(number < 10) for number in numbers]
+            assert numbers[0] < 10
+
+
+def test_without_an_ignore_label_everything_is_known():
+    (clips,) = draws(ClipSampler([case()], [1], PX), count=1)
+    assert clips.known is None
+
+
+def test_a_track_whose_annotated_slice_was_moved_out_of_sight_is_dropped():
+    made = case(held=range(20))
+    made.labels[:] = 0
+    made.labels[:, 0:3, 0:3] = 1
+    sampler = ClipSampler([made], [1], PX)
+    dropped = 0
+    for seed, clips in enumerate(draws(sampler, count=30)):
+        changed = augment(clips, torch.Generator().manual_seed(seed))
+        assert changed.masks[0].flatten(1).any(dim=1).all()
+        assert changed.masks.shape[1] == len(changed.window) == len(changed.reverse)
+        dropped += len(clips.window) - len(changed.window)
+    assert dropped > 0

@@ -5,7 +5,7 @@ import pytest
 import torch
 from stacks import case
 
-from slmsam2_cli.errors import WeightsError
+from slmsam2_cli.errors import TrainingError, WeightsError
 from slmsam2_cli.finetuning.clips import ClipSampler
 from slmsam2_cli.finetuning.loop import clip_losses, clip_slices, new_learner, share_done, train
 from slmsam2_cli.finetuning.resume import load_state, previous_of, save_state
@@ -90,6 +90,23 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():
     (progress,) = run(one, until=1)
     assert progress.losses == {"skipped": 1.0}
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(one).items())
+
+
+def test_a_flipped_byte_in_a_state_is_noticed(tmp_path):
+    path = tmp_path / "state.safetensors"
+    one = learner()
+    save_state(path, one, "settings")
+    save_state(path, one, "settings")
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(bytes(content))
+    assert "damaged" in load_state(path, learner(), "settings")
+
+
+def test_training_that_diverges_says_so(monkeypatch):
+    monkeypatch.setattr("slmsam2_cli.finetuning.loop._step", lambda *_: {"skipped": 1.0})
+    with pytest.raises(TrainingError, match="learning_rate"):
+        run(learner(100), steps=100)
 
 
 def test_nothing_to_resume_is_an_error_not_a_fresh_start(tmp_path):

@@ -63,3 +63,17 @@ def test_of_several_candidates_only_the_best_is_asked_to_be_right():
 
 def test_low_resolution_candidates_are_compared_at_the_masks_size():
     assert slice_loss(output(torch.ones(1, 1, 2, 2) * 30), torch.ones(1, 1, 8, 8)).dice.item() == pytest.approx(0.0, abs=1e-4)
+
+
+def test_what_nobody_looked_at_costs_nothing():
+    """The unknown half of the slice is predicted wrongly; the known half is right."""
+    known = 1 - half()
+    loss = slice_loss(output(torch.full((1, 1, 8, 8), 30.0), presence=30.0), 1 - half(), known)
+    assert loss.iou.item() == pytest.approx(1.0)  # the IoU was predicted as 0 and is 1 where it is known
+    assert loss.focal.item() == pytest.approx(0.0, abs=1e-6) and loss.dice.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_presence_is_not_judged_where_the_object_may_hide_in_what_nobody_looked_at():
+    nothing = torch.zeros(1, 1, 8, 8)
+    assert slice_loss(output(-torch.ones(1, 1, 8, 8), presence=30.0), nothing, half()).presence == 0
+    assert slice_loss(output(-torch.ones(1, 1, 8, 8), presence=30.0), nothing, torch.ones(1, 1, 8, 8)).presence > 1

@@ -105,6 +105,32 @@ def test_a_plan_for_other_channels_is_refused_before_anything_is_prepared(tuned,
     assert not workspace.prepared.exists()
 
 
+def test_an_interrupted_run_goes_on_with_its_own_options_and_ends_like_an_undisturbed_one(dataset, tmp_path, monkeypatch):
+    """SIGINT after the second of four steps; --continue needs nothing but itself."""
+    import signal
+
+    from slmsam2_cli.stages import finetune as stage
+
+    whole, broken = Workspace(tmp_path / "whole"), Workspace(tmp_path / "broken")
+    finetune(dataset, whole, cases=1, weights="random", steps=4, seed=1)
+    train = stage.train
+
+    def interrupted(learner, *rest):
+        for progress in train(learner, *rest):
+            if learner.step == 2:
+                signal.raise_signal(signal.SIGINT)
+            yield progress
+
+    monkeypatch.setattr(stage, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(dataset, broken, cases=1, weights="random", steps=4, seed=1)
+    monkeypatch.setattr(stage, "train", train)
+    assert json.loads(broken.split.read_text())["finished"] is False and broken.model.exists()
+    assert finetune(dataset, broken, resume=True) == 0
+    assert read_checkpoint(broken.model).digest == read_checkpoint(whole.model).digest
+    assert [row.split(",")[0] for row in (broken.finetuned / "log.csv").read_text().splitlines()] == ["step", "1", "2", "3", "4"]
+
+
 def test_a_bad_training_case_stops_it_unless_it_may_be_left_out(tmp_path):
     write_phantom_dataset(tmp_path, cases=3, test_cases=0, seed=4, shape=SHAPE)
     broken = sorted((tmp_path / "imagesTr").iterdir())[0]
@@ -122,3 +148,36 @@ def test_a_model_trained_on_its_own_weights_descends_from_random_too(tuned, data
     finetune(dataset, workspace, cases=1, weights=str(tuned.model), steps=1)
     provenance = read_checkpoint(workspace.model).provenance
     assert provenance.random and provenance.base_digest == read_checkpoint(tuned.model).digest
+
+
+def test_cases_that_the_base_has_learned_from_never_count_as_unseen(tuned, dataset, tmp_path):
+    before = json.loads(tuned.split.read_text())["training"]
+    workspace = Workspace(tmp_path)
+    finetune(dataset, workspace, cases=1, weights=str(tuned.model), steps=1, seed=1)
+    split = json.loads(workspace.split.read_text())
+    assert set(before) <= set(split["training"]) and not set(before) & set(split["unseen"])
+    assert set(before) <= set(read_checkpoint(workspace.model).provenance.training)
+
+
+def test_a_run_killed_before_its_first_model_is_not_started_anew_in_silence(dataset, tmp_path):
+    workspace = Workspace(tmp_path)
+    finetune(dataset, workspace, cases=1, weights="random", steps=1)
+    workspace.model.rename(workspace.finetuned / "state.safetensors")
+    with pytest.raises(UsageError, match="--continue"):
+        finetune(dataset, workspace, cases=2, weights="random", steps=1)
+
+
+def test_a_persons_own_training_settings_are_kept_and_the_rules_own_are_fitted_to_the_run(dataset, tmp_path):
+    from slmsam2_cli.planning.plan import read_plan
+    from slmsam2_cli.planning.rules import choose_training
+    from slmsam2_cli.stages.finetune import _training
+
+    planned = read_plan(Workspace(dataset / "slmsam2").plan)
+    assert _training(planned, 2, from_scratch=True) == choose_training("nano", 2, from_scratch=True).value
+    own = planned.model_copy(update={"training": planned.training.model_copy(update={"learning_rate": 1e-5})})
+    assert _training(own, 2, from_scratch=True).learning_rate == 1e-5
+
+
+def test_continue_and_overwrite_together_are_refused(dataset, tmp_path):
+    with pytest.raises(UsageError, match="contradict"):
+        finetune(dataset, Workspace(tmp_path), cases=1, weights="random", resume=True, overwrite=True)
