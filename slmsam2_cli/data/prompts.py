@@ -7,7 +7,8 @@ painted on it, or when `CASE.prompts.json` beside the mask lists it, so that an 
 
 axis: the anatomical slice axis (SI, AP or LR), which must be the one the volume is propagated along. annotated_slices: voxel indices,
 counted from 0, along that axis of the array as the mask file stores it (the k in i, j, k for an axial NIfTI), in any order. Where an
-ignore label occurs in the mask, everything that is not ignored is annotated instead.
+ignore label occurs in the mask, everything that is not ignored is annotated instead. Slices painted along another axis are refused
+rather than taken for a sliver of annotation on every slice; the list says that they are meant as they are.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ import numpy as np
 
 from slmsam2_cli.data import store
 from slmsam2_cli.data.dataset import compare_geometry, find_label
-from slmsam2_cli.data.geometry import View
+from slmsam2_cli.data.geometry import AXES, SliceAxis, View, orient
 from slmsam2_cli.data.volume import Volume, read_labels
 from slmsam2_cli.errors import CaseError, SlmSam2Error
 
 Array = np.ndarray[Any, Any]
 Where = Literal["middle", "largest", "quarter"]
+FEW_SLICES = 3  # as many as a person who paints single slices leaves
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +70,15 @@ def read_prompts(
     _refuse_unknown(mask, values, ignore, case_id, path.name)
     painted = _looked_at(mask, view, ignored)
     listed = _listed(listing, case_id, view) if listing.exists() else ()
+    if not listing.exists() and (other := _painted_along(mask if ignored is None else mask != ignored, view)):
+        raise CaseError(
+            case_id,
+            path.name,
+            f"looks painted on slices along {other}, but this volume is propagated along {view.axis}, where the paint lies on "
+            f"{len(painted)} slices",
+            f"Paint slices along {view.axis}, or edit slice_axis in plan.json; if it is meant as it is, list the annotated slices "
+            f"in {listing.name}",
+        )
     slices = tuple(sorted({*painted, *listed}))
     return Prompts(mask, dict.fromkeys(values, slices), slices, ignored) if slices else None
 
@@ -89,6 +100,26 @@ def _refuse_unknown(mask: Array, values: Sequence[int], ignore: int | None, case
 def _looked_at(mask: Array, view: View, ignore: int | None) -> list[int]:
     """Native slices with paint on them; with an ignore label, those with anything that is not ignored."""
     return view.slices_with(mask != 0 if ignore is None else mask != ignore)
+
+
+def _painted_along(paint: Array, view: View) -> SliceAxis | None:
+    """The other axis along which somebody painted slices, if it looks so: few slices along it hold all paint, many along the view's do.
+
+    A structure that is thin in both directions (a vessel) is no painted slice unless it is exactly one voxel thick in one of them, and an
+    axis with few slices says nothing.
+    """
+    along = {axis: _slices_along(paint, view, axis) for axis in AXES}
+    here = along.pop(view.axis)[0]
+    (few, axis), (more, _) = sorted((count, axis) for axis, (count, _) in along.items())
+    deep = along[axis][1] > FEW_SLICES
+    flat = few <= FEW_SLICES and (more > FEW_SLICES or few == 1 < more)
+    return axis if deep and flat and here > max(FEW_SLICES, 2 * few) else None
+
+
+def _slices_along(paint: Array, view: View, axis: SliceAxis) -> tuple[int, int]:
+    """Slices along an anatomical axis that hold paint (Z, Y, X), and all of them."""
+    stack = orient(view.grid.direction, axis).apply(paint)
+    return int((stack != 0).any(axis=(1, 2)).sum()), len(stack)
 
 
 def _listed(path: Path, case_id: str, view: View) -> tuple[int, ...]:

@@ -135,6 +135,67 @@ def test_slices_are_counted_along_the_axis_of_propagation(tmp_path):
     assert read_prompts(tmp_path, "case", view, [1]).whole_slices == (4,)
 
 
+SAGITTAL, CORONAL = np.s_[2:10, 3:12, 4], np.s_[2:10, 4, 3:12]
+
+
+@pytest.mark.parametrize(
+    ("paint", "axis", "named"),
+    [
+        (SAGITTAL, "SI", "along LR, but this volume is propagated along SI, where the paint lies on 8 slices"),
+        (CORONAL, "SI", "along AP, but this volume is propagated along SI"),
+        (np.s_[2:10, 3:12, [4, 8, 13]], "SI", "along LR, but this volume is propagated along SI"),
+        (np.s_[6, 2:12, 3:12], "AP", "along SI, but this volume is propagated along AP, where the paint lies on 10 slices"),
+        (np.s_[2:10, 3:6, 4], "SI", "along LR, but"),  # a small structure
+    ],
+)
+def test_slices_painted_along_another_axis_are_refused_and_both_are_named(tmp_path, paint, axis, named):
+    view = view_of((12, 14, 16), axis=axis)
+    save(tmp_path, mask_with((12, 14, 16), (paint, 1)), view)
+    with pytest.raises(CaseError, match=f"{named}.*Paint slices along {axis}, or edit slice_axis in plan.json.*case.prompts.json"):
+        read_prompts(tmp_path, "case", view, [1])
+
+
+def test_one_painted_slice_among_ignored_ones_has_an_axis_too(tmp_path):
+    view, mask = view_of((12, 14, 16)), np.full((12, 14, 16), 9, np.uint8)
+    mask[:, :, 4] = 0
+    mask[SAGITTAL] = 1
+    save(tmp_path, mask, view)
+    with pytest.raises(CaseError, match="along LR, but"):
+        read_prompts(tmp_path, "case", view, [1], ignore=9)
+
+
+@pytest.mark.parametrize(
+    "paint",
+    [
+        np.s_[1:11, 3:12, 3:13],  # a volume annotated on every slice
+        np.s_[[1, 4, 7, 10], 3:12, 3:13],  # on many single ones
+        np.s_[5, 3:12, 4],  # a sliver on one slice
+        np.s_[4:7, 3:12, 4],  # on three
+        np.s_[1:11, 4:6, 4:6],  # a vessel along the slices
+        np.s_[1:11, 4, 4],  # a line
+        np.s_[4:8, 3:12, 4:6],  # four slices are not more than twice two
+    ],
+)
+def test_what_is_painted_along_the_right_axis_is_taken_as_it_is(tmp_path, paint):
+    view = view_of((12, 14, 16))
+    mask = mask_with((12, 14, 16), (paint, 1))
+    save(tmp_path, mask, view)
+    assert read_prompts(tmp_path, "case", view, [1]).whole_slices == tuple(np.flatnonzero(mask.any(axis=(1, 2))).tolist())
+
+
+def test_an_axis_of_few_slices_says_nothing_about_the_paint(tmp_path):
+    view = view_of((12, 14, 3))
+    save(tmp_path, mask_with((12, 14, 3), (np.s_[1:11, 3:12], 1)), view)
+    assert len(read_prompts(tmp_path, "case", view, [1]).whole_slices) == 10
+
+
+def test_a_list_of_slices_says_that_thin_paint_is_meant_as_it_is(tmp_path):
+    view = view_of((12, 14, 16))
+    save(tmp_path, mask_with((12, 14, 16), (SAGITTAL, 1)), view)
+    listing(tmp_path, {"axis": "SI", "annotated_slices": [0]})
+    assert read_prompts(tmp_path, "case", view, [1]).whole_slices == (0, *range(2, 10))
+
+
 def test_with_an_ignore_label_everything_else_is_annotated(tmp_path):
     view = view_of((3, 1, 4))
     mask = np.full((3, 1, 4), 9, np.uint8)
