@@ -255,14 +255,32 @@ def _make_folder(folder: Path) -> None:
 
 
 @contextmanager
+def taking_turns(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, after waiting for whoever holds it; the kernel frees it. OutputError when it cannot be made."""
+    with _opened(path) as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            raise OutputError(f"{path.parent}: cannot be locked: {cause(error)}") from None
+        yield
+
+
+@contextmanager
 def _locked(path: Path, shared: bool) -> Iterator[None]:
+    with _opened(path) as handle:
+        _lock(handle, path.parent, shared)
+        yield
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A lock file, open for reading and writing; made when it is absent. OutputError."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise OutputError(f"{path.parent}: cannot be written: {cause(error)}") from None
     try:
-        _lock(handle, path.parent, shared)
-        yield
+        yield handle
     finally:
         os.close(handle)
 

@@ -28,37 +28,50 @@ _CONFIDENCE_DIGITS = 4
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Where prompts come from: a folder of sparse masks, or full masks from which one slice per label is cut."""
+    """Where prompts come from: a folder of sparse masks, or full masks from which one slice per label is cut.
+
+    own_labels: the full masks are those that the data set names for its cases, wherever they lie below `folder`.
+    """
 
     folder: Path
     simulated: Where | None = None
+    own_labels: bool = False
 
-    def file(self, case_id: str) -> Path | None:
+    def file(self, case: Case) -> Path | None:
         """The mask that holds this case's prompts, if there is one."""
-        return find_label(self.folder, case_id)
+        return case.label if self.own_labels else find_label(self.folder, case.id)
 
-    def read(self, case_id: str, image: Volume, view: View, plan: Plan) -> Prompts:
+    def files(self, case: Case) -> list[Path]:
+        """Every file this case's prompts are read from."""
+        mask, listing = self.file(case), self.folder / f"{case.id}.prompts.json"
+        return [*([mask] if mask else []), *([listing] if listing.exists() else [])]
+
+    def words(self) -> str:
+        """What the manifest says of them."""
+        return f"simulated: {self.simulated}" if self.simulated else "given"
+
+    def read(self, case: Case, image: Volume, view: View, plan: Plan) -> Prompts:
         """The prompts of one case. CaseError when there are none, or they do not fit the image."""
         values = tuple(plan.labels)
         if self.simulated is None:
-            prompts = read_prompts(self.folder, case_id, view, values, plan.ignore, image)
+            prompts = read_prompts(self.folder, case.id, view, values, plan.ignore, image)
         else:
-            prompts = self._cut(case_id, image, view, values, self.simulated)
+            prompts = self._cut(case, image, view, values, self.simulated)
         if prompts is None or not any(prompts.annotated.values()):
             raise CaseError(
-                case_id, "", "has no annotated slice", f"Save a mask named {case_id} with at least one painted slice among the prompts"
+                case.id, "", "has no annotated slice", f"Save a mask named {case.id} with at least one painted slice among the prompts"
             )
         return prompts
 
-    def _cut(self, case_id: str, image: Volume, view: View, values: Sequence[int], where: Where) -> Prompts | None:
-        path = self.file(case_id)
+    def _cut(self, case: Case, image: Volume, view: View, values: Sequence[int], where: Where) -> Prompts | None:
+        path = self.file(case)
         if path is None:
             return None
-        labels = read_labels(path, case=case_id, root=self.folder)
+        labels = read_labels(path, case=case.id, root=self.folder)
         difference, _ = compare_geometry(image, labels)
         if difference:
             raise CaseError(
-                case_id, path.name, f"the label's grid differs from the image's: {difference}", "Re-export it on the image's grid"
+                case.id, path.name, f"the label's grid differs from the image's: {difference}", "Re-export it on the image's grid"
             )
         return simulate_prompts(labels.voxels, view, values, where)
 
@@ -79,7 +92,7 @@ def segment(
     started = time.monotonic()
     image = read_image(case.images, case=case.id, root=root, channels=len(plan.channels))
     view, frames = make_frames(image, plan.geometry, plan.intensity)
-    prompts = prompts_from.read(case.id, image, view, plan)
+    prompts = prompts_from.read(case, image, view, plan)
     objects = anchors_of(prompts, view, tuple(plan.labels), plan.geometry.frame_px)
     stack = framed(to_rgb(torch.from_numpy(frames)), plan.geometry.frame_px)
     found = propagate(model, stack, objects, advance)

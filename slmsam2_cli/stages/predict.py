@@ -18,7 +18,7 @@ from slmsam2_cli import console
 from slmsam2_cli.data import store
 from slmsam2_cli.data.dataset import Case, read_dataset, read_image_folder
 from slmsam2_cli.data.prompts import Where
-from slmsam2_cli.data.volume import files_of, image_ending, mask_ending, read_labels, write_mask
+from slmsam2_cli.data.volume import mask_ending, write_mask
 from slmsam2_cli.device import DeviceName, choose_device, describe
 from slmsam2_cli.errors import (
     DONE,
@@ -28,19 +28,16 @@ from slmsam2_cli.errors import (
     DeviceError,
     OutputError,
     PlanError,
-    SlmSam2Error,
     UsageError,
     WeightsError,
 )
 from slmsam2_cli.inference.folder import PromptSource, segment
+from slmsam2_cli.inference.records import Records, key_of, whole
 from slmsam2_cli.model.checkpoint import Checkpoint, base_weights, fit, read_checkpoint
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import Plan, read_plan
 from slmsam2_cli.version import VERSION
 from slmsam2_cli.workspace import Workspace
-
-MANIFEST = "manifest.json"
-_RECORDS = ".slmsam2"
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,30 @@ class Job:
     training: frozenset[str]
     overwrite: bool
 
-    def settings(self) -> str:
-        """Digest of what shapes a mask besides its image and prompts."""
-        return hashlib.sha256(f"{VERSION} {self.checkpoint.digest} {self.plan.digest} {self.prompts.simulated}".encode()).hexdigest()
+    @property
+    def records(self) -> Records:
+        return Records(self.masks)
+
+    def key(self, case: Case) -> str:
+        """Digest of everything that shapes this case's mask."""
+        settings = f"{VERSION} {self.checkpoint.digest} {self.plan.digest} {self.prompts.simulated}"
+        return key_of(hashlib.sha256(settings.encode()).hexdigest(), [*case.images, *self.prompts.files(case)])
+
+    def model(self) -> dict[str, Any]:
+        """Which model and which plan, for the manifest."""
+        return {"name": self.checkpoint.name, "weights_digest": self.checkpoint.digest, "plan_digest": self.plan.digest}
+
+    def head(self) -> dict[str, Any]:
+        """What the manifest says above the cases: `model` and `prompts` are the last run's."""
+        provenance = self.checkpoint.provenance
+        return {
+            "format_version": 1,
+            "tool_version": VERSION,
+            "model": self.model()
+            | {"network": self.plan.network.model_dump(), "provenance": provenance.model_dump(mode="json") if provenance else None},
+            "labels": {str(value): name for value, name in self.plan.labels.items()},
+            "prompts": self.prompts.words(),
+        }
 
 
 def predict(
@@ -197,9 +215,9 @@ def _run(job: Job, cases: Sequence[Case], problems: Sequence[CaseError], device:
         try:
             failed += _each(job, runner, todo)
         finally:  # also when interrupted: what is there is accounted for
-            _write_manifest(job)
+            job.records.write_manifest(job.head())
     else:
-        _write_manifest(job)
+        job.records.write_manifest(job.head())
     console.say(
         f"{len(todo) + len(problems) - len(failed)} masks written, {len(done)} already there, {len(failed)} cases failed: {job.masks}"
     )
@@ -225,28 +243,24 @@ def _each(job: Job, runner: _Runner, cases: Sequence[Case]) -> list[CaseError]:
 
 def _disown(job: Job, case_id: str) -> None:
     """An earlier mask of a case that now fails stays, but is out of date and leaves the manifest."""
-    record = _read_record(job, case_id)
-    if _intact(job, record):
-        store.write_json(_record_path(job, case_id), record | {"stale": True})
-        console.warn(f"case {case_id}: {record['account']['output']} is from an earlier run and out of date")
+    if name := job.records.disown(case_id):
+        console.warn(f"case {case_id}: {name} is from an earlier run and out of date")
 
 
 def _sort_out(job: Job, cases: Sequence[Case]) -> tuple[list[Case], set[str]]:
     """Cases to do, and ids of those done. OutputError when a mask that is not ours, or was changed, would be lost."""
     todo, done, foreign = [], set[str](), []
     for case in cases:
-        record = _read_record(job, case.id)
-        existing = _existing(job.masks, case.id)
-        if record and not job.overwrite and _intact(job, record):
-            if record.get("key") == _key(job, case):
-                if record.pop("stale", False):  # what made the case fail is as it was before
-                    store.write_json(_record_path(job, case.id), record)
+        record, existing = job.records.read(case.id), job.records.namesakes(case.id)
+        if record and not job.overwrite and job.records.intact(record):
+            if record.get("key") == job.key(case):
+                job.records.own_again(case.id)
                 done.add(case.id)
                 continue
             console.say(f"case {case.id}: segmented again: its image, prompts, model or settings changed")
         elif existing and not job.overwrite and record.get("unfinished"):
             console.say(f"case {case.id}: made again, the last run was interrupted while it was written")
-        elif existing and not job.overwrite and any(_whole(path, case.id) for path in existing):
+        elif existing and not job.overwrite and any(whole(path, case.id) for path in existing):
             foreign.append(existing[0].name)
         elif existing and not job.overwrite:
             console.warn(f"case {case.id}: {existing[0].name} is damaged and is made again")
@@ -259,71 +273,8 @@ def _sort_out(job: Job, cases: Sequence[Case]) -> tuple[list[Case], set[str]]:
     return todo, done
 
 
-def _existing(folder: Path, case_id: str) -> list[Path]:
-    """Files in the output folder that carry the name of this case's mask."""
-    if not folder.is_dir():
-        return []
-    return [p for p in sorted(folder.iterdir()) if (ending := image_ending(p)) and p.name[: -len(ending)] == case_id]
-
-
-def _whole(path: Path, case_id: str) -> bool:
-    try:
-        read_labels(path, case=case_id, root=path.parent)
-    except SlmSam2Error:
-        return False
-    return True
-
-
-def _record_path(job: Job, case_id: str) -> Path:
-    return job.masks / _RECORDS / f"{hashlib.sha256(case_id.encode()).hexdigest()[:32]}.json"
-
-
-def _read_record(job: Job, case_id: str) -> dict[str, Any]:
-    record = _load_record(_record_path(job, case_id))
-    return record if record.get("case") == case_id else {}
-
-
-def _load_record(path: Path) -> dict[str, Any]:
-    """A record; empty when it is absent, damaged or none."""
-    try:
-        record = store.read_json(path, "record of a mask") if path.exists() else {}
-    except SlmSam2Error:
-        return {}
-    whole = isinstance(record, dict) and isinstance(record.get("case"), str) and isinstance(record.get("account", {}), dict)
-    return record if whole else {}
-
-
-def _mask_of(job: Job, record: dict[str, Any]) -> Path | None:
-    """The mask that a record speaks of, when it is there."""
-    name = record.get("account", {}).get("output")
-    path = job.masks / name if isinstance(name, str) and Path(name).name == name else None
-    return path if path is not None and path.is_file() else None
-
-
-def _intact(job: Job, record: dict[str, Any]) -> bool:
-    """Whether the mask is the one that was written."""
-    path = _mask_of(job, record)
-    return path is not None and store.sha256_of(path) == record.get("sha256")
-
-
-def _key(job: Job, case: Case) -> str:
-    """Digest of everything that shapes this case's mask; files that cannot be read count as absent."""
-    prompt = job.prompts.file(case.id)
-    listing = job.prompts.folder / f"{case.id}.prompts.json"
-    parts = [job.settings(), *(_hash(p) for p in [*case.images, *([prompt] if prompt else []), *([listing] if listing.exists() else [])])]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _hash(path: Path) -> str:
-    """Digest of a volume: of its file, or of every file it consists of."""
-    try:
-        return " ".join(store.sha256_of(file) for file in ((path,) if path.is_dir() else files_of(path)))
-    except (SlmSam2Error, OSError):
-        return "absent"
-
-
 class _Runner:
-    """Holds the model; built at the first case that reaches it, moved to the CPU when a chosen device runs out of memory."""
+    """Holds the model for all cases; moved to the CPU when a chosen device runs out of memory."""
 
     def __init__(self, job: Job, device: torch.device, may_move: bool) -> None:
         self.job, self.device, self.may_move = job, device, may_move
@@ -333,55 +284,21 @@ class _Runner:
         console.detail(f"running on {describe(device)}")
 
     def one(self, case: Case) -> None:
-        """Segment and write one case. CaseError when it cannot be.
-
-        The record says that the mask is about to be written before it is, and that it is done afterwards, so that a run which
-        is killed in between knows the mask for its own.
-        """
-        key = _key(self.job, case)
+        """Segment and write one case. CaseError when it cannot be."""
+        job, key = self.job, self.job.key(case)
         try:
-            result = segment(case, self.job.root, self.job.prompts, self.model, self.job.plan)
+            result = segment(case, job.root, job.prompts, self.model, job.plan)
         except torch.OutOfMemoryError:
             if not self.may_move or self.device.type == "cpu":
                 raise DeviceError(f"case {case.id}: out of memory on {self.device.type}. Use --device cpu") from None
             console.warn(f"out of memory on {self.device.type}: going on with the CPU")
             self.device = torch.device("cpu")
             self.model = self.model.to(self.device)
-            result = segment(case, self.job.root, self.job.prompts, self.model, self.job.plan)
+            result = segment(case, job.root, job.prompts, self.model, job.plan)
         for warning in result.image.warnings:
             console.warn(f"case {case.id}: {warning}")
         name = f"{case.id}{mask_ending(result.image)}"
-        path = self.job.masks / name
-        store.write_json(_record_path(self.job, case.id), {"format_version": 1, "case": case.id, "unfinished": True})
-        write_mask(path, result.labels, result.image)
-        account = {"output": name, "training": case.id in self.job.training, "model": _model_of(self.job), "prompts": _prompts_of(self.job)}
-        account |= result.account
-        record = {"format_version": 1, "case": case.id, "key": key, "sha256": store.sha256_of(path), "account": account}
-        store.write_json(_record_path(self.job, case.id), record)
-
-
-def _model_of(job: Job) -> dict[str, Any]:
-    """Which model and which plan."""
-    return {"name": job.checkpoint.name, "weights_digest": job.checkpoint.digest, "plan_digest": job.plan.digest}
-
-
-def _prompts_of(job: Job) -> str:
-    return f"simulated: {job.prompts.simulated}" if job.prompts.simulated else "given"
-
-
-def _write_manifest(job: Job) -> None:
-    """One account of the whole folder, from every record whose mask is there; `model` and `prompts` above them are the last run's."""
-    folder = job.masks / _RECORDS
-    records = [_load_record(path) for path in sorted(folder.glob("*.json"))] if folder.is_dir() else []
-    kept = {r["case"]: r["account"] for r in records if not r.get("stale") and _mask_of(job, r)}
-    provenance = job.checkpoint.provenance
-    manifest = {
-        "format_version": 1,
-        "tool_version": VERSION,
-        "model": _model_of(job)
-        | {"network": job.plan.network.model_dump(), "provenance": provenance.model_dump(mode="json") if provenance else None},
-        "labels": {str(value): name for value, name in job.plan.labels.items()},
-        "prompts": _prompts_of(job),
-        "cases": {case: kept[case] for case in sorted(kept)},
-    }
-    store.write_json(job.masks / MANIFEST, manifest)
+        job.records.begin(case.id)
+        write_mask(job.masks / name, result.labels, result.image)
+        account = {"output": name, "training": case.id in job.training, "model": job.model(), "prompts": job.prompts.words()}
+        job.records.finish(case.id, key, account | result.account)

@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -276,3 +277,19 @@ def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path / "out", tmp_path / "out" / "deeper"):
         with pytest.raises(OutputError, match="is a file, not a directory"), store.one_writer(folder):
             pass
+
+
+def test_whoever_comes_second_waits_for_the_first_to_finish(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def second() -> None:
+        with store.taking_turns(tmp_path / "turn"):
+            order.append("second")
+
+    with store.taking_turns(tmp_path / "turn"):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        waiting.join(0.2)
+        order.append("first")
+    waiting.join(5)
+    assert order == ["first", "second"]
