@@ -191,9 +191,7 @@ def _run_of(plan: Plan, data: Dataset, ready: Outcome, wish: Wish, base: Checkpo
     if known:
         console.warn(f"{len(known)} more case(s) were learned from by {base.name if base else 'the base'} and do not count as unseen")
     training = _training(plan, len(picked), base is None)
-    changes: dict[str, Any] = {"seed": wish.seed, "minutes": wish.minutes or training.minutes} | (
-        {"steps": wish.steps} if wish.steps else {}
-    )
+    changes = {"seed": wish.seed, "minutes": wish.minutes or training.minutes, "steps": wish.steps or training.steps}
     settled = plan.model_copy(update={"training": TrainingPlan.model_validate(training.model_dump() | changes)})
     unseen = tuple(case for case in images if case not in {*picked, *known})
     return Run(settled, picked, known, unseen, tuple(d for case in picked for d in images[case]), base, wish.weights)
