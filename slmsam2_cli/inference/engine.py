@@ -1,8 +1,8 @@
 """One volume: from annotated slices to mask logits on every slice.
 
 Every annotated slice that holds an object starts a pass in each direction. A pass stops at the next annotated slice,
-where a person's word begins; between two annotated slices the passes from both sides are blended by distance. The
-passes are independent: a backward pass never reads what a forward pass has written (docs/explanation/propagation.md).
+where a person's word begins; between two annotated slices the passes from both sides, no surer than SURE, are blended by
+distance. The passes are independent: a backward pass never reads what a forward pass has written (docs/explanation/propagation.md).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from slmsam2_cli.model.memory.policy import Moment
 from slmsam2_cli.model.slmsam2 import Memory, MemoryBank, SliceFeatures, SlmSam2
 
 ABSENT = -20.0  # logit of "nothing here" in results
+SURE = 10.0  # the most one of two passes counts where they are blended; "nothing here" would outvote the other from afar
+BATCH = 8  # slices encoded at a time
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Propagated:
 class Features:
     """Encodes slices in batches on demand and keeps them while there is room."""
 
-    def __init__(self, model: SlmSam2, frames: Tensor, batch: int = 8, keep_bytes: int = 2**31) -> None:
+    def __init__(self, model: SlmSam2, frames: Tensor, batch: int = BATCH, keep_bytes: int = 2**31) -> None:
         self.model, self.frames, self.batch = model, frames, batch
         self.kept: dict[int, SliceFeatures] = {}
         self.keep_bytes, self.kept_bytes = keep_bytes, 0
@@ -72,16 +74,16 @@ def propagate(
     objects: Mapping[int, list[Anchor]],
     advance: Callable[[int], None] = lambda slices: None,
     low_resolution_anchors: bool = False,
+    batch: int = BATCH,
 ) -> dict[int, Propagated]:
     """Masks of every object on every slice.
 
     frames (T, 3, px, px) in [0, 1]; objects: label -> its annotated slices. `advance` is told how many slices were
     tracked. low_resolution_anchors: write a person's mask to memory as SAM 2's predictor does, through the 4x smaller
-    mask; otherwise at full resolution.
+    mask; otherwise at full resolution. batch: slices encoded at a time.
     """
     model.eval()
-    model.set_volume_length(len(frames))
-    features = Features(model, frames)
+    features = Features(model, frames, batch)
     return {label: _object(model, features, anchors, advance, low_resolution_anchors) for label, anchors in objects.items()}
 
 
@@ -134,7 +136,8 @@ def _run(
         bank.tracked[t] = _stored(model.remember(features[t], output))
         bank.forget_before(t, step, reach=max(model.num_maskmem, model.max_obj_ptrs_in_encoder))
         share = abs(stop - t) / abs(stop - start) if between else 1.0
-        seen = output.logits[0, 0].float().clamp(min=ABSENT).cpu()
+        seen = output.logits[0, 0].float().cpu()
+        seen = seen.clamp(-SURE, SURE) if between else seen.clamp(min=ABSENT)
         sure = float(output.presence.float().sigmoid() * output.iou.float().amax(dim=1, keepdim=True).clamp(0, 1))
         mix = share / (share + float(weight[t]))
         logits[t], confidence[t] = torch.lerp(logits[t], seen, mix), confidence[t] + mix * (sure - confidence[t])

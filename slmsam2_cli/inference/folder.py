@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from slmsam2_cli.data.prompts import Prompts, Where, impose, read_prompts, simul
 from slmsam2_cli.data.volume import Volume, read_image, read_labels
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.inference.anchors import anchors_of
-from slmsam2_cli.inference.engine import Propagated, full_resolution, propagate
+from slmsam2_cli.inference.engine import BATCH, Propagated, full_resolution, propagate
 from slmsam2_cli.model.slices import framed, to_rgb
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import Plan
@@ -85,17 +85,15 @@ class Segmented:
     account: dict[str, Any]
 
 
-def segment(
-    case: Case, root: Path, prompts_from: PromptSource, model: SlmSam2, plan: Plan, advance: Callable[[int], None] = lambda slices: None
-) -> Segmented:
-    """Propagate one case. CaseError names what is wrong with it; nothing is written."""
+def segment(case: Case, root: Path, prompts_from: PromptSource, model: SlmSam2, plan: Plan, batch: int = BATCH) -> Segmented:
+    """Propagate one case, encoding `batch` slices at a time. CaseError names what is wrong with it; nothing is written."""
     started = time.monotonic()
     image = read_image(case.images, case=case.id, root=root, channels=len(plan.channels))
     view, frames = make_frames(image, plan.geometry, plan.intensity)
     prompts = prompts_from.read(case, image, view, plan)
     objects = anchors_of(prompts, view, tuple(plan.labels), plan.geometry.frame_px)
     stack = framed(to_rgb(torch.from_numpy(frames)), plan.geometry.frame_px)
-    found = propagate(model, stack, objects, advance)
+    found = propagate(model, stack, objects, batch=batch)
     labels = impose(_labels(found, view, plan), prompts, view)
     return Segmented(labels, image, _account(prompts, view, found, time.monotonic() - started))
 

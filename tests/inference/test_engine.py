@@ -124,3 +124,24 @@ def test_features_are_the_same_with_little_memory(model):
         for t in (0, 5, 1, 4):
             assert (roomy[t].top - tight[t].top).abs().max() <= 1e-4
     assert len(tight.kept) <= 2
+
+
+def test_a_pass_that_lost_the_object_does_not_outvote_the_other_from_afar(one_sided, monkeypatch):
+    said = SlmSam2.track
+
+    def lost_going_down(self, features, bank, moment):
+        output = said(self, features, bank, moment)
+        return output if moment.step > 0 else replace(output, logits=torch.full_like(output.logits, -1024.0))
+
+    monkeypatch.setattr(SlmSam2, "track", lost_going_down)
+    found = propagate(one_sided, stack(9), {1: [Anchor(2, square()), Anchor(6, square())]})[1]
+    assert [float(found.logits[t].mean()) for t in (3, 4, 5)] == pytest.approx([(3 * 4 - 10) / 4, (4 - 10) / 2, (4 - 3 * 10) / 4])
+    assert float(found.logits[0].mean()) == ABSENT
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_as_many_slices_are_encoded_at_a_time_as_was_asked_for(model, monkeypatch, batch):
+    encode, sizes = SlmSam2.encode, []
+    monkeypatch.setattr(SlmSam2, "encode", lambda self, frames: sizes.append(len(frames)) or encode(self, frames))
+    propagate(model, stack(3), {1: [Anchor(1, square())]}, batch=batch)
+    assert max(sizes) == min(batch, 3)
