@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 from scipy import ndimage
 
+from slmsam2_cli.data.check import compare_geometry
 from slmsam2_cli.data.volume import LabelVolume, read_labels
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.evaluation.metrics import NSD_TOLERANCE_MM, LabelScore, Pair, coarsest_axis, measure, measure_missing
@@ -171,11 +172,11 @@ def _prediction(job: Job, reference: LabelVolume) -> tuple[np.ndarray, tuple[str
     if job.prediction is None:
         return np.broadcast_to(np.uint8(0), reference.voxels.shape), ()
     prediction = read_labels(job.prediction, case=job.case, root=job.prediction_root)
-    difference = reference.grid.difference(prediction.grid)
+    difference, doubts = compare_geometry(reference, prediction)
     if difference is not None:
         what = f"the prediction's grid is not the label's: {difference} (label, then prediction)"
         raise CaseError(job.case, _names(job)[1] or "", what, "Predict on the grid of the label; nothing is resampled in silence")
-    return prediction.voxels, prediction.warnings
+    return prediction.voxels, (*prediction.warnings, *doubts)
 
 
 def _refuse_slices_beyond(job: Job, slices: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -78,6 +79,38 @@ def test_another_grid_rejects_the_case_and_names_both(job, grid, named):
     assert (found.status, found.labels) == ("failed", {})
     assert found.problem.startswith("case a: a.nii.gz:")
     assert named in found.problem
+
+
+def nifti(path, array, qform=None, code=1, units="mm"):
+    """An axial NIfTI of array (z, y, x). qform: another affine than the sform's; code: of both."""
+    affine = np.diag([1.0, 1.0, 3.0, 1.0])
+    image = nibabel.Nifti1Image(array.T, affine)
+    image.set_sform(affine, code)
+    image.set_qform(affine if qform is None else qform, code)
+    image.header.set_xyzt_units(units)
+    nibabel.save(image, path)
+
+
+MOVED = np.diag([1.0, 1.0, 3.0, 1.0]) + np.array([[0, 0, 0, 50.0]] + [[0] * 4] * 3)
+
+
+@pytest.mark.parametrize(
+    ("doubtful", "said"),
+    [
+        ({"code": 0}, "the orientation of one of the files is doubtful"),
+        ({"qform": MOVED}, "sform and qform"),
+        ({"units": "micron"}, "the spacing of one of the files is doubtful"),
+    ],
+)
+def test_what_a_label_does_not_know_about_itself_is_not_held_against_the_prediction(job, tmp_path, doubtful, said):
+    masks = labels(v1=(1, 2)), labels(v1=(1, 2))
+    made = job(*masks)
+    nifti(made.reference, masks[0], **doubtful)
+    nibabel.save(nibabel.Nifti1Image(masks[1].T, doubtful.get("qform", np.diag([1.0, 1.0, 3.0, 1.0]))), made.prediction)
+    found = score_case(made)
+    assert (found.status, found.problem) == ("ok", None)
+    assert found.labels[1].all["Dice"] == 1.0
+    assert any(said in line for line in found.warnings)
 
 
 def test_another_shape_rejects_the_case(job):
