@@ -18,11 +18,10 @@ import numpy as np
 
 from slmsam2_cli.data import store
 from slmsam2_cli.data.dataset import Case, Dataset, check_pair
-from slmsam2_cli.data.dicom import dicom_files
-from slmsam2_cli.data.files import InputError, cause
+from slmsam2_cli.data.files import cause
 from slmsam2_cli.data.geometry import GeometryPlanLike, View
 from slmsam2_cli.data.intensity import ChannelIntensityLike, normalise
-from slmsam2_cli.data.volume import LabelVolume, Volume, read_image, read_labels, relative
+from slmsam2_cli.data.volume import LabelVolume, Volume, case_errors, files_of, read_image, read_labels, relative
 from slmsam2_cli.errors import CaseError, OutputError, SlmSam2Error
 from slmsam2_cli.version import VERSION
 
@@ -75,17 +74,13 @@ def settings_digest(geometry: GeometryPlanLike, intensity: Sequence[ChannelInten
 
 def _inputs(case: Case, root: Path) -> dict[str, str]:
     """Content of every input file: path relative to the data set -> SHA-256."""
-    given = [*case.images, *([case.label] if case.label else [])]
-    files = [file for path in given for file in (dicom_files(path) if path.is_dir() else [path])]
     digests: dict[str, str] = {}
-    for path in files:
-        name = relative(path, root)
-        try:
-            digests[name] = store.sha256_of(path)
-        except InputError as error:
-            raise CaseError(case.id, name, error.what, error.remedy) from None
-        except OSError as error:
-            raise CaseError(case.id, name, f"cannot be read: {cause(error)}", "Restore the file") from None
+    for path in [*case.images, *([case.label] if case.label else [])]:
+        with case_errors(case.id, path, root):
+            files = files_of(path)
+        for file in files:
+            with case_errors(case.id, file, root):
+                digests[relative(file, root)] = store.sha256_of(file)
     return digests
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import SimpleITK
 
 from slmsam2_cli.data import store
 from slmsam2_cli.data.dataset import read_dataset
@@ -75,6 +76,19 @@ def test_a_changed_image_is_prepared_again_and_named(data, tmp_path):
     assert outcome.fresh == 1
     assert told == ["case phantom_000: prepared again: imagesTr/phantom_000.nii.gz changed"]
     assert np.array_equal(outcome.cases[0].frames, outcome.cases[1].frames)
+
+
+def test_new_voxels_behind_an_unchanged_header_are_noticed(data, tmp_path):
+    image = data.training[0].images[0]
+    header = image.with_name("phantom_000.mhd")
+    SimpleITK.WriteImage(SimpleITK.ReadImage(str(image)), str(header))
+    apart = replace(data, training=(replace(data.training[0], images=(header,)),))
+    assert again(apart, tmp_path / "out")[0].fresh == 1
+    raw = header.with_suffix(".raw")
+    raw.write_bytes(raw.read_bytes()[::-1])
+    assert again(apart, tmp_path / "out")[1] == ["case phantom_000: prepared again: imagesTr/phantom_000.raw changed"]
+    raw.unlink()
+    assert [problem.case for problem in again(apart, tmp_path / "out")[0].problems] == ["phantom_000"]
 
 
 @pytest.mark.parametrize(
