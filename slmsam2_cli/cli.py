@@ -137,6 +137,7 @@ def command(*examples: str) -> Callable[[Callable[..., int]], Callable[..., int]
         def run(*, verbose: bool, quiet: bool, disable_progress: bool, debug: bool, **options: Any) -> None:
             talk = console.settings
             talk.verbose, talk.quiet, talk.progress = verbose or debug, quiet and not debug, not disable_progress
+            talk.debug = debug
             raise typer.Exit(exit_code_of(lambda: function(**options), debug))
 
         own = inspect.signature(function, eval_str=True).parameters.values()
@@ -268,7 +269,7 @@ def finetune(
 )
 def predict(
     images: Annotated[
-        Path | None, typer.Option("-i", "--images", metavar="FOLDER", help="Volumes to segment.  [default: the unseen cases]")
+        Path | None, typer.Option("-i", "--images", metavar="FOLDER|FILE", help="Volumes to segment.  [default: the unseen cases]")
     ] = None,
     masks: Annotated[
         Path | None, typer.Option("-o", "--masks", metavar="FOLDER", help="Where the masks go.  [default: WORKSPACE/predictions]")
@@ -289,18 +290,21 @@ def predict(
     device: DeviceOption = "auto",
     num_parts: Annotated[int, typer.Option(min=1, metavar="P", help="Share the volumes among so many runs.")] = 1,
     part_id: Annotated[int, typer.Option(min=0, metavar="I", help="Which share this run takes, from 0.")] = 0,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite/--continue", help="Do every mask again, or only those that are missing or out of date.")
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do every mask again.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--continue", help="Do only masks that are missing or out of date.  [default: so]", show_default=False)
     ] = False,
 ) -> int:
     """Propagate annotated slices through whole volumes.
 
-    Takes a folder of volumes. Writes one mask for each, on the volume's own grid and under its name, and manifest.json with what was
-    given and used. A person's slices come back exactly as they were painted. Inside a data set and without -i, predicts the labelled
-    cases that fine-tuning has not seen, each from one slice a label.
+    Takes a folder of volumes, or one. Writes a mask for each, on the volume's own grid and under its name, and manifest.json with what
+    was given and used. A person's slices come back exactly as they were painted. Inside a data set and without -i, predicts the labelled
+    cases that fine-tuning has not seen (all, if it has seen all), each from one slice a label.
     """
     from slmsam2_cli.stages import predict as stage
 
+    if overwrite and resume:
+        raise UsageError("--continue and --overwrite contradict each other. Give one of them")
     root = _near(dataset) if images is not None else _needed(dataset)
     return stage.predict(
         images,

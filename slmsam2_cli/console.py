@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ class Settings:
     quiet: bool = False
     verbose: bool = False
     progress: bool = True
+    debug: bool = False
 
 
 settings = Settings()
@@ -60,6 +62,13 @@ def warn(line: str) -> None:
 def error(line: str) -> None:
     """One error line; shown even when quiet."""
     _stream(printable(f"error: {line}"), to_stderr=True)
+
+
+def trace(problem: BaseException) -> None:
+    """Where an error that the run survives came from; only --debug shows it."""
+    if settings.debug:
+        for line in "".join(traceback.format_exception(problem)).splitlines():
+            _stream(printable(line), to_stderr=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

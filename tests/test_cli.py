@@ -196,6 +196,24 @@ def test_nnunets_spellings_are_understood(tmp_path: Path, passed_on: Callable[[s
     assert (seen["num_parts"], seen["part_id"], seen["device"], seen["model"]) == (4, 3, "cpu", Path("m.safetensors"))
 
 
+@pytest.mark.parametrize(("options", "overwrite"), [((), False), (("--continue",), False), (("--overwrite",), True)])
+def test_predict_goes_on_or_begins_anew(
+    options: tuple[str, ...], overwrite: bool, dataset: Path, passed_on: Callable[[str], dict[str, Any]]
+) -> None:
+    seen = passed_on("predict")
+    assert run("predict", *options) == 0
+    assert seen["overwrite"] is overwrite
+
+
+def test_to_go_on_and_to_begin_anew_contradict_each_other(
+    dataset: Path, passed_on: Callable[[str], dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = passed_on("predict")
+    assert run("predict", "--overwrite", "--continue") == 2
+    assert "contradict each other" in capsys.readouterr().err
+    assert seen == {}
+
+
 def test_what_follows_a_bare_double_dash_is_no_option() -> None:
     assert modern_spellings(["-device", "cpu", "--", "-device"]) == ["--device", "cpu", "--", "-device"]
 
@@ -215,6 +233,7 @@ def test_how_much_is_said_may_be_chosen_after_the_command(
     passed_on("plan")
     assert run("plan", option) == 0
     assert (console.settings.verbose, console.settings.quiet, console.settings.progress) == expected
+    assert console.settings.debug == (option == "--debug")
 
 
 @pytest.mark.parametrize("name", ["ein Ordner", "目录", "-leading", "x" * 235])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import torch
 
 from slmsam2_cli import console
 from slmsam2_cli.data import store
-from slmsam2_cli.data.dataset import Case, read_dataset, read_image_folder
+from slmsam2_cli.data.dataset import Case, Dataset, read_dataset, read_image_folder
 from slmsam2_cli.data.prompts import Where
-from slmsam2_cli.data.volume import mask_ending, write_mask
+from slmsam2_cli.data.volume import ENDINGS, image_ending, mask_ending, write_mask
 from slmsam2_cli.device import DeviceName, choose_device, describe
 from slmsam2_cli.errors import (
     DONE,
@@ -31,7 +31,8 @@ from slmsam2_cli.errors import (
     UsageError,
     WeightsError,
 )
-from slmsam2_cli.inference.folder import PromptSource, segment
+from slmsam2_cli.inference.engine import BATCH
+from slmsam2_cli.inference.folder import PromptSource, Segmented, segment
 from slmsam2_cli.inference.records import Records, key_of, whole
 from slmsam2_cli.model.checkpoint import Checkpoint, base_weights, fit, read_checkpoint
 from slmsam2_cli.model.slmsam2 import SlmSam2
@@ -94,37 +95,40 @@ def predict(
     part_id: int = 0,
     overwrite: bool = False,
 ) -> int:
-    """Propagate prompts through every image of a folder. The exit code: 0, or 1 when some cases failed.
+    """Propagate prompts through every image of a folder, or through one image. The exit code: 0, or 1 when some cases failed.
 
-    Without `images`, the unseen training cases of the data set, into the workspace. Raises UsageError, WeightsError,
-    PlanError, DeviceError, OutputError, LockError before anything is written.
+    Without `images`, the labelled cases of the data set that were not learned from (all, when all were), into the workspace.
+    Raises UsageError, DatasetError, WeightsError, PlanError, DeviceError, OutputError, LockError before anything is written.
     """
     if not 0 <= part_id < num_parts:
         raise UsageError(f"--part-id {part_id} --num-parts {num_parts}: parts are numbered from 0 to {num_parts - 1}")
-    checkpoint, plan = _model(workspace, model, weights)
-    root, cases, problems = _cases(images, dataset, workspace)
+    data = read_dataset(dataset) if images is None and dataset is not None else None
+    checkpoint, plan = _model(workspace, model, weights, data)
+    found = _cases(images, data, workspace)
     masks = _masks_folder(masks, workspace, images)
-    source = _prompt_source(prompts, prompts_from, where, dataset if images is None else None)
-    _refuse_overlap(masks, [root, source.folder, *(image.parent for case in cases for image in case.images)])
+    source = _prompt_source(prompts, prompts_from, where, data)
+    files = [file for case in found.cases for file in (*case.images, *([case.label] if case.label else []))]
+    _refuse_overlap(masks, [found.root, source.folder, *(file.parent for file in files)])
     chosen = choose_device(device)
-    learned = frozenset(checkpoint.provenance.training) if checkpoint.provenance else frozenset[str]()
-    job = Job(root, masks, source, plan, checkpoint, learned, overwrite)
+    learned = frozenset(checkpoint.provenance.training if checkpoint.provenance else ()) | found.learned_from
+    job = Job(found.root, masks, source, plan, checkpoint, learned, overwrite)
     with store.one_writer(masks, f"{part_id}-of-{num_parts}" if num_parts > 1 else ""):
-        return _run(job, cases[part_id::num_parts], problems if part_id == 0 else (), chosen, device == "auto")
+        return _run(job, found.cases[part_id::num_parts], found.problems if part_id == 0 else (), chosen, device == "auto")
 
 
-def _model(workspace: Workspace | None, model: Path | None, weights: str | None) -> tuple[Checkpoint, Plan]:
+def _model(workspace: Workspace | None, model: Path | None, weights: str | None, data: Dataset | None) -> tuple[Checkpoint, Plan]:
     """--model, else --weights, else the workspace's tuned model, else the base; and the plan that goes with it."""
     if model is not None and weights is not None:
         raise UsageError("--model and --weights both name a model. Give one of them")
-    tuned = workspace.model if workspace is not None and workspace.model.exists() else None
     if model is not None:
-        path = model / "model.safetensors" if model.is_dir() else model
-        checkpoint = read_checkpoint(path)
-    elif weights is None and tuned is not None:
-        checkpoint = read_checkpoint(tuned)
+        checkpoint = read_checkpoint(model / "model.safetensors" if model.is_dir() else model)
+    elif weights is None and workspace is not None and workspace.model.exists():
+        checkpoint = read_checkpoint(workspace.model)
+        if _split(workspace).get("finished") is False:
+            console.warn("the workspace's model comes from an unfinished run. Go on with slmsam2 finetune --continue")
     else:
-        checkpoint = _base(weights)
+        base = _base(weights)
+        checkpoint = replace(base, plan=_workspace_plan(workspace, base, data) or base.plan)
     plan = checkpoint.plan
     if plan is None:
         if workspace is None or not workspace.plan.exists():
@@ -141,6 +145,29 @@ def _model(workspace: Workspace | None, model: Path | None, weights: str | None)
     return checkpoint, plan
 
 
+def _workspace_plan(workspace: Workspace | None, base: Checkpoint, data: Dataset | None) -> Plan | None:
+    """What was decided for these images, for a base that was made for others; the network stays the one the weights are of.
+
+    None when there is no plan, or only one for other channels than the data set has.
+    """
+    if workspace is None or not workspace.plan.exists():
+        return None
+    plan = read_plan(workspace.plan)
+    if data is not None and data.channels != plan.channels:
+        console.warn(
+            f"plan.json knows the channels {plan.channels}, the data set has {data.channels}: not used. Run slmsam2 plan --overwrite"
+        )
+        return None
+    console.detail(f"{base.name} follows the workspace's plan.json")
+    return plan.model_copy(update={"network": base.network}) if base.network is not None else plan
+
+
+def _split(workspace: Workspace) -> dict[str, Any]:
+    """What finetune says of its run; empty when there was none."""
+    split = store.read_json(workspace.split, "the split") if workspace.split.exists() else {}
+    return split if isinstance(split, dict) else {}
+
+
 def _base(weights: str | None) -> Checkpoint:
     try:
         base = base_weights(weights or "auto")
@@ -151,25 +178,38 @@ def _base(weights: str | None) -> Checkpoint:
     return base
 
 
-def _cases(images: Path | None, dataset: Path | None, workspace: Workspace | None) -> tuple[Path, Sequence[Case], Sequence[CaseError]]:
-    """The folder's images, or the data set's cases that the model has not learned from."""
+@dataclass(frozen=True)
+class Chosen:
+    """The cases to segment, all below `root`. problems: those that cannot be; learned_from: ids that are no unseen cases."""
+
+    root: Path
+    cases: Sequence[Case]
+    problems: Sequence[CaseError]
+    learned_from: frozenset[str] = frozenset()
+
+
+def _cases(images: Path | None, data: Dataset | None, workspace: Workspace | None) -> Chosen:
+    """The folder's images, or one; else the data set's cases that the model has not learned from, or all if there is no other."""
     if images is not None:
-        if not images.is_dir():
-            raise UsageError(f"-i {images}: no such folder")
-        cases, problems = read_image_folder(images)
-        root = images
-    elif dataset is not None and workspace is not None:
-        data = read_dataset(dataset)
-        split = store.read_json(workspace.split, "the split") if workspace.split.exists() else {}
-        seen = set(split.get("training", [])) if isinstance(split, dict) else set()
-        cases, problems, root = tuple(case for case in data.training if case.id not in seen), data.problems, data.root
-        if data.training and not cases:
-            raise DatasetError("no case is unseen: the model has learned from all of them. Name other images with -i", problems)
+        if not images.exists():
+            raise UsageError(f"-i {images}: no such file or folder")
+        if images.is_file() and image_ending(images) is None:
+            raise UsageError(f"-i {images}: not the name of a volume. Name one that ends in {', '.join(ENDINGS)}, or a folder of them")
+        found = Chosen(images.parent if images.is_file() else images, *read_image_folder(images))
+    elif data is not None and workspace is not None:
+        seen = frozenset(_split(workspace).get("training", ()))
+        unseen = tuple(case for case in data.training if case.id not in seen)
+        if data.training and not unseen:
+            console.warn(
+                f"no case is unseen: the model has learned from all {len(data.training)}. These are segmented; "
+                "their scores say nothing about other cases"
+            )
+        found = Chosen(data.root, unseen or data.training, data.problems, frozenset() if unseen else seen)
     else:
         raise UsageError("no images named. Give -i IMAGES -o MASKS, or run inside a data set")
-    if not cases:
-        raise DatasetError(f"{root}: no image to segment. Give a folder with NIfTI, NRRD, MHA, DICOM or PNG images", problems)
-    return root, cases, problems
+    if not found.cases:
+        raise DatasetError(f"{found.root}: no image to segment. Give a folder with NIfTI, NRRD, MHA, DICOM or PNG images", found.problems)
+    return found
 
 
 def _masks_folder(masks: Path | None, workspace: Workspace | None, images: Path | None) -> Path:
@@ -180,17 +220,18 @@ def _masks_folder(masks: Path | None, workspace: Workspace | None, images: Path 
     raise UsageError("-o MASKS is missing: name a folder for the masks")
 
 
-def _prompt_source(prompts: Path | None, prompts_from: Path | None, where: Where, dataset: Path | None) -> PromptSource:
+def _prompt_source(prompts: Path | None, prompts_from: Path | None, where: Where, data: Dataset | None) -> PromptSource:
+    """Where prompts come from; without a word about it, a slice of each label of the data set's own masks."""
     if prompts is not None and prompts_from is not None:
         raise UsageError("-p and --prompts-from both give prompts. Give one of them")
-    if prompts is None and prompts_from is None:
-        if dataset is None:
-            raise UsageError(
-                "no prompts: give a folder of masks with one painted slice each (-p), or full masks to cut one from (--prompts-from)"
-            )
-        prompts_from = dataset / "labelsTr"
     folder = prompts if prompts is not None else prompts_from
-    assert folder is not None
+    if folder is None and data is None:
+        raise UsageError(
+            "no prompts: give a folder of masks with one painted slice each (-p), or full masks to cut one from (--prompts-from)"
+        )
+    if folder is None:
+        assert data is not None
+        return PromptSource(data.root, where, own_labels=True)
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder of prompts")
     return PromptSource(folder, where if prompts is None else None)
@@ -221,6 +262,9 @@ def _run(job: Job, cases: Sequence[Case], problems: Sequence[CaseError], device:
     console.say(
         f"{len(todo) + len(problems) - len(failed)} masks written, {len(done)} already there, {len(failed)} cases failed: {job.masks}"
     )
+    if failed:
+        rows = [(problem.case, problem.file, problem.what, problem.remedy) for problem in failed]
+        console.table(f"failed cases: {len(failed)}", ("case", "file", "what is wrong", "what to do"), rows)
     if failed and len(failed) == len(cases) + len(problems):
         raise DatasetError("no case could be segmented")
     return SOME_FAILED if failed else DONE
@@ -236,6 +280,7 @@ def _each(job: Job, runner: _Runner, cases: Sequence[Case]) -> list[CaseError]:
             except CaseError as problem:
                 failed.append(problem)
                 console.error(str(problem))
+                console.trace(problem)
                 _disown(job, case.id)
             advance(1, case.id)
     return failed
@@ -274,27 +319,21 @@ def _sort_out(job: Job, cases: Sequence[Case]) -> tuple[list[Case], set[str]]:
 
 
 class _Runner:
-    """Holds the model for all cases; moved to the CPU when a chosen device runs out of memory."""
+    """Holds the model for all cases. When memory runs out it takes slices one by one, then moves to the CPU if it may."""
 
     def __init__(self, job: Job, device: torch.device, may_move: bool) -> None:
-        self.job, self.device, self.may_move = job, device, may_move
+        self.job, self.device, self.may_move, self.batch = job, device, may_move, BATCH
         model = SlmSam2(job.plan.network, job.plan.geometry.frame_px)
         fit(model, job.checkpoint)
         self.model = model.to(device).eval()
         console.detail(f"running on {describe(device)}")
 
     def one(self, case: Case) -> None:
-        """Segment and write one case. CaseError when it cannot be."""
+        """Segment and write one case. CaseError when it cannot be; DeviceError when the device asked for is too small for it."""
         job, key = self.job, self.job.key(case)
-        try:
-            result = segment(case, job.root, job.prompts, self.model, job.plan)
-        except torch.OutOfMemoryError:
-            if not self.may_move or self.device.type == "cpu":
-                raise DeviceError(f"case {case.id}: out of memory on {self.device.type}. Use --device cpu") from None
-            console.warn(f"out of memory on {self.device.type}: going on with the CPU")
-            self.device = torch.device("cpu")
-            self.model = self.model.to(self.device)
-            result = segment(case, job.root, job.prompts, self.model, job.plan)
+        result = None
+        while result is None:
+            result = self._attempt(case)
         for warning in result.image.warnings:
             console.warn(f"case {case.id}: {warning}")
         name = f"{case.id}{mask_ending(result.image)}"
@@ -302,3 +341,36 @@ class _Runner:
         write_mask(job.masks / name, result.labels, result.image)
         account = {"output": name, "training": case.id in job.training, "model": job.model(), "prompts": job.prompts.words()}
         job.records.finish(case.id, key, account | result.account)
+
+    def _attempt(self, case: Case) -> Segmented | None:
+        """The case, segmented; None when memory ran out and it is worth another try. What failed is freed before that."""
+        try:
+            return segment(case, self.job.root, self.job.prompts, self.model, self.job.plan, self.batch)
+        except (MemoryError, RuntimeError, ValueError) as error:
+            if not _is_want_of_memory(error):
+                what = f"cannot be segmented: {type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
+                raise CaseError(case.id, "", what, "Run again with --debug for the traceback") from error
+            if not self._make_room(case, error):
+                remedy = "Close other programs, or plan a smaller network (slmsam2 plan --network nano)"
+                raise CaseError(case.id, "", f"out of memory on {self.device.type}", remedy) from error
+        return None
+
+    def _make_room(self, case: Case, error: Exception) -> bool:
+        """Use less memory from now on, which is said; False when there is no way left. DeviceError for a device other than the CPU."""
+        if self.batch > 1:
+            self.batch = 1
+            console.warn(f"out of memory on {self.device.type}: going on slice by slice")
+            return True
+        if self.device.type == "cpu" or not isinstance(error, torch.OutOfMemoryError):
+            return False
+        if not self.may_move:
+            raise DeviceError(f"case {case.id}: out of memory on {self.device.type}. Use --device cpu") from error
+        console.warn(f"out of memory on {self.device.type}: going on with the CPU")
+        self.device = torch.device("cpu")
+        self.model = self.model.to(self.device)
+        return True
+
+
+def _is_want_of_memory(error: Exception) -> bool:
+    signs = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)

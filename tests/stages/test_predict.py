@@ -8,12 +8,16 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK
+import torch
 
+from slmsam2_cli import console
 from slmsam2_cli.data.phantom import write_phantom_dataset
 from slmsam2_cli.errors import DatasetError, LockError, OutputError, UsageError
 from slmsam2_cli.model.checkpoint import digest_of, read_checkpoint, save_checkpoint
 from slmsam2_cli.model.slmsam2 import SlmSam2
+from slmsam2_cli.planning.plan import read_plan, write_plan
 from slmsam2_cli.stages import predict as stage
+from slmsam2_cli.stages.evaluate import evaluate
 from slmsam2_cli.stages.finetune import finetune
 from slmsam2_cli.stages.predict import predict
 from slmsam2_cli.workspace import Workspace
@@ -110,7 +114,7 @@ def test_a_changed_prompt_is_noticed_and_only_its_case_is_redone(images, tmp_pat
     capsys.readouterr()
     assert run(images, masks, dataset, prompts=prompts) == 0
     assert "segmented again" in capsys.readouterr().err
-    assert (masks / first).stat().st_mtime_ns != stamps[first]
+    assert {name for name in stamps if (masks / name).stat().st_mtime_ns != stamps[name]} == {first}
 
 
 def test_a_mask_that_somebody_else_made_is_not_overwritten(images, tmp_path, dataset):
@@ -258,8 +262,10 @@ def test_masks_never_go_where_images_come_from_not_even_through_a_link(images, t
 def test_parts_share_the_work_and_end_in_one_manifest(images, tmp_path, dataset):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(images, whole, dataset)
-    for part in (0, 1):
-        run(images, parts, dataset, num_parts=2, part_id=part)
+    run(images, parts, dataset, num_parts=2, part_id=0)
+    assert written(parts) == ["manifest.json", written(images)[0]]
+    assert [f"{case}.nii.gz" for case in account(parts)] == written(images)[:1]
+    run(images, parts, dataset, num_parts=2, part_id=1)
     for name in written(images):
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
     one, other = (json.loads((folder / "manifest.json").read_text())["cases"] for folder in (whole, parts))
@@ -289,11 +295,142 @@ def test_impossible_options_are_refused_before_anything_is_read(images, tmp_path
     assert not (tmp_path / "masks").exists()
 
 
-def test_when_every_case_was_learned_from_that_is_said(dataset, tmp_path):
-    workspace = Workspace(tmp_path)
-    finetune(dataset, workspace, cases=4, weights="random", steps=1)
-    with pytest.raises(DatasetError, match="no case is unseen"):
-        predict(None, None, dataset=dataset, workspace=workspace)
+def test_when_every_case_was_learned_from_these_are_segmented_and_no_score_is_that_of_unseen_ones(tmp_path, capsys):
+    write_phantom_dataset(tmp_path / "data", cases=1, test_cases=0, seed=5, shape=(8, 40, 40))
+    workspace = Workspace(tmp_path / "space")
+    finetune(tmp_path / "data", workspace, cases=1, weights="random", steps=1)
+    assert predict(None, None, dataset=tmp_path / "data", workspace=workspace) == 0
+    assert "no case is unseen: the model has learned from all 1" in capsys.readouterr().err
+    assert [case["training"] for case in account(workspace.predictions).values()] == [True]
+    assert evaluate(None, None, workspace, None, dataset=tmp_path / "data") == 0
+    summary = json.loads((workspace.evaluation / "summary.json").read_text())
+    assert (summary["cases"]["unseen"], summary["foreground_mean"]["Dice"]) == (0, None)
+    assert summary["training"]["foreground_mean"]["Dice"] is not None
+    assert "there is no unseen case, so the headline is empty" in capsys.readouterr().err
+
+
+def test_the_data_set_s_own_labels_are_cut_from_wherever_they_lie(tmp_path):
+    data, workspace = tmp_path / "data", Workspace(tmp_path / "space")
+    write_phantom_dataset(data, cases=2, test_cases=0, seed=5, shape=(8, 40, 40))
+    (data / "labelsTr").rename(data / "masks")
+    for path in (data / "masks").iterdir():
+        path.rename(path.with_name(f"truth_{path.name}"))
+    described = json.loads((data / "dataset.json").read_text())
+    described["training"] = [{"image": f"./imagesTr/{name}", "label": f"./masks/truth_{name}"} for name in written(data / "imagesTr")]
+    (data / "dataset.json").write_text(json.dumps(described))
+    finetune(data, workspace, cases=1, weights="random", steps=1)
+    assert predict(None, None, dataset=data, workspace=workspace) == 0
+    (case,) = account(workspace.predictions).values()
+    assert case["prompted_slices"]
+    with pytest.raises(UsageError, match="same folder"):
+        predict(None, data / "masks", dataset=data, workspace=workspace)
+
+
+def test_one_file_is_a_folder_of_one(images, tmp_path, dataset):
+    masks, (first, _) = tmp_path / "masks", written(images)
+    assert run(images / first, masks, dataset) == 0
+    assert written(masks) == ["manifest.json", first]
+    with pytest.raises(UsageError, match="same folder"):
+        run(images / first, images, dataset)
+
+
+def test_a_file_that_is_no_volume_is_refused(images, tmp_path, dataset):
+    (images / "notes.txt").write_text("x")
+    with pytest.raises(UsageError, match="not the name of a volume"):
+        run(images / "notes.txt", tmp_path / "masks", dataset)
+
+
+def test_a_base_follows_the_workspace_s_plan_and_a_model_its_own(images, tmp_path, dataset):
+    space, elsewhere = Workspace(dataset / "slmsam2"), Workspace(tmp_path / "space")
+    tuned = read_checkpoint(space.model)
+    planned = read_plan(space.plan)
+    labels = planned.labels | {9: "what the base knows"}
+    foreign = tmp_path / "base.safetensors"
+    network = SlmSam2(tuned.network, 64)
+    save_checkpoint(foreign, network, planned.model_copy(update={"labels": labels}), tuned.provenance)
+    write_plan(elsewhere.plan, planned)
+
+    def labels_of(masks, **options):
+        assert predict(images, masks, prompts_from=dataset / "labelsTr", workspace=elsewhere, **options) == 0
+        return set(json.loads((masks / "manifest.json").read_text())["labels"])
+
+    assert labels_of(tmp_path / "as-base", weights=str(foreign)) == {str(value) for value in planned.labels}
+    assert labels_of(tmp_path / "as-model", model=foreign) == {str(value) for value in labels}
+
+
+def test_a_plan_for_other_channels_than_the_data_set_s_is_not_followed(tmp_path, dataset, capsys):
+    space, elsewhere = Workspace(dataset / "slmsam2"), Workspace(tmp_path / "space")
+    stale = read_plan(space.plan)
+    write_plan(elsewhere.plan, stale.model_copy(update={"channels": ("other",)}))
+    assert predict(None, tmp_path / "masks", dataset=dataset, workspace=elsewhere, weights=str(space.model)) == 0
+    assert "plan.json knows the channels ('other',)" in capsys.readouterr().err
+
+
+def test_a_model_of_an_unfinished_run_is_used_with_a_warning(images, tmp_path, dataset, capsys):
+    space = Workspace(tmp_path / "space")
+    shutil.copytree(dataset / "slmsam2" / "finetuned", space.finetuned)
+    split = json.loads(space.split.read_text())
+    space.split.write_text(json.dumps(split | {"finished": False}))
+    assert predict(images, tmp_path / "masks", prompts_from=dataset / "labelsTr", workspace=space) == 0
+    assert "comes from an unfinished run" in capsys.readouterr().err
+
+
+def stumbling(error, at, times=99):
+    """segment, but for the case `at`, where it raises the error so many times."""
+    segment, left = stage.segment, [times]
+
+    def stumbles(case, *arguments):
+        if case.id == at and left[0]:
+            left[0] -= 1
+            raise error
+        return segment(case, *arguments)
+
+    return stumbles
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("4 channels cannot be shown as RGB"), "cannot be segmented: ValueError: 4 channels"),
+        (RuntimeError("sizes must match\nand so on"), "cannot be segmented: RuntimeError: sizes must match. Run again with --debug"),
+        (MemoryError(), "out of memory on cpu. Close other programs"),
+        (RuntimeError("[enforce fail] can't allocate memory: you tried"), "out of memory on cpu. Close other programs"),
+    ],
+)
+def test_whatever_happens_in_one_case_the_others_are_done_and_it_is_in_the_table(
+    images, tmp_path, dataset, monkeypatch, capsys, error, said
+):
+    first, other = (name.removesuffix(".nii.gz") for name in written(images))
+    monkeypatch.setattr(stage, "segment", stumbling(error, first))
+    assert run(images, tmp_path / "masks", dataset) == 1
+    shown = capsys.readouterr()
+    (line,) = [line for line in shown.err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: case {first}: {said}")
+    assert "Traceback" not in shown.err
+    assert list(account(tmp_path / "masks")) == [other]
+    assert shown.out.splitlines()[0] == "failed cases: 1" and shown.out.splitlines()[2].startswith(first)
+
+
+def test_the_traceback_of_a_failed_case_is_shown_when_asked_for(images, tmp_path, dataset, monkeypatch, capsys):
+    monkeypatch.setattr(stage, "segment", stumbling(ValueError("odd"), written(images)[0].removesuffix(".nii.gz")))
+    monkeypatch.setattr(console.settings, "debug", True)
+    run(images, tmp_path / "masks", dataset)
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and "ValueError: odd" in shown
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_when_memory_runs_out_slices_are_taken_one_by_one_from_then_on(images, tmp_path, dataset, monkeypatch, capsys, error):
+    batches, stumbles = [], stumbling(error, written(images)[0].removesuffix(".nii.gz"), times=1)
+
+    def noting(case, *arguments):
+        batches.append(arguments[-1])
+        return stumbles(case, *arguments)
+
+    monkeypatch.setattr(stage, "segment", noting)
+    assert run(images, tmp_path / "masks", dataset) == 0
+    assert batches == [8, 1, 1]
+    assert capsys.readouterr().err.count("going on slice by slice") == 1
 
 
 def test_inside_a_data_set_the_unseen_cases_are_predicted_into_the_workspace(dataset):
