@@ -8,14 +8,21 @@ Sizes alternate within one process; medians over the repeats. Random weights: ti
 import argparse
 import statistics
 import time
+from dataclasses import replace
 
 import torch
 
+from slmsam2_cli.model.backbone import TRAITS, Widths
 from slmsam2_cli.model.memory.policy import Moment
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
 from slmsam2_cli.planning.network import NetworkPlan
 
 SETTINGS = [("nano", 128), ("nano", 160), ("nano", 256), ("tiny", 128), ("tiny", 256), ("tiny", 512)]
+CANDIDATES = {  # what nano might have been, at 160 px
+    "nano, trunk 32, neck 96, memory 32": Widths(32, 96, 32),
+    "nano, trunk 48, neck 128, memory 32": Widths(48, 128, 32),
+    "nano, trunk 48, neck 192, memory 64": Widths(48, 192, 64),
+}
 SLICES = 8
 
 
@@ -44,8 +51,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     models = {(size, px): SlmSam2(NetworkPlan(size=size), px).eval() for size, px in SETTINGS}
-    frames = {px: torch.rand(SLICES, 3, px, px) for _, px in SETTINGS}
-    times: dict[tuple[str, int], list[tuple[float, float]]] = {setting: [] for setting in SETTINGS}
+    for name, widths in CANDIDATES.items():
+        models[name, 160] = SlmSam2(NetworkPlan(size="nano"), 160, replace(TRAITS["nano"], widths=widths)).eval()
+    frames = {px: torch.rand(SLICES, 3, px, px) for _, px in models}
+    times: dict[tuple[str, int], list[tuple[float, float]]] = {setting: [] for setting in models}
     for repeat in range(options.repeats + 1):
         for setting, model in models.items():
             taken = once(model, frames[setting[1]])

@@ -18,42 +18,55 @@ from slmsam2_cli.planning.network import NetworkSize
 
 _CONFIG_FILES = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l", "nano": "t"}
 
-_NANO_WIDTH, _NANO_MEMORY = 128, 32
-_NANO = {
-    "image_encoder": {
-        "trunk": {
-            "embed_dim": 32,
-            "stages": [1, 2, 4, 1],
-            "global_att_blocks": [4, 5, 6],
-            "window_spec": [8, 4, 4, 4],
+
+@dataclass(frozen=True)
+class Widths:
+    """Channels of a scaled-down SAM 2: first trunk stage, neck (and everything behind it), memory. Why these: explanation/network.md."""
+
+    trunk: int = 32
+    neck: int = 128
+    memory: int = 32
+
+
+def nano_values(widths: Widths) -> dict[str, Any]:
+    """What nano replaces in the configuration of tiny."""
+    neck, memory = widths.neck, widths.memory
+    attention = {"embedding_dim": neck, "dropout": 0.0}
+    return {
+        "image_encoder": {
+            "trunk": {
+                "embed_dim": widths.trunk,
+                "stages": [1, 2, 4, 1],
+                "global_att_blocks": [4, 5, 6],
+                "window_spec": [8, 4, 4, 4],
+            },
+            "neck": {
+                "d_model": neck,
+                "position_encoding": {"num_pos_feats": neck},
+                "backbone_channel_list": [widths.trunk * factor for factor in (8, 4, 2, 1)],
+            },
         },
-        "neck": {
-            "d_model": _NANO_WIDTH,
-            "position_encoding": {"num_pos_feats": _NANO_WIDTH},
-            "backbone_channel_list": [256, 128, 64, 32],
+        "memory_attention": {
+            "d_model": neck,
+            "num_layers": 2,
+            "layer": {
+                "d_model": neck,
+                "dim_feedforward": 4 * neck,
+                "dropout": 0.0,  # augmentation does its work, and on a CPU its random draws cost a tenth of a step
+                "self_attention": attention,
+                "cross_attention": attention | {"kv_in_dim": memory},
+            },
         },
-    },
-    "memory_attention": {
-        "d_model": _NANO_WIDTH,
-        "num_layers": 2,
-        "layer": {
-            "d_model": _NANO_WIDTH,
-            "dim_feedforward": 512,
-            "dropout": 0.0,  # augmentation does its work, and on a CPU its random draws cost a tenth of a step
-            "self_attention": {"embedding_dim": _NANO_WIDTH, "dropout": 0.0},
-            "cross_attention": {"embedding_dim": _NANO_WIDTH, "kv_in_dim": _NANO_MEMORY, "dropout": 0.0},
+        "memory_encoder": {
+            "out_dim": memory,
+            "in_dim": neck,
+            "position_encoding": {"num_pos_feats": memory},
+            "mask_downsampler": {"embed_dim": neck},
+            "fuser": {"layer": {"dim": neck}},
         },
-    },
-    "memory_encoder": {
-        "out_dim": _NANO_MEMORY,
-        "in_dim": _NANO_WIDTH,
-        "position_encoding": {"num_pos_feats": _NANO_MEMORY},
-        "mask_downsampler": {"embed_dim": _NANO_WIDTH},
-        "fuser": {"layer": {"dim": _NANO_WIDTH}},
-    },
-    "multimask_output_for_tracking": False,
-    "use_multimask_token_for_obj_ptr": False,
-}
+        "multimask_output_for_tracking": False,
+        "use_multimask_token_for_obj_ptr": False,
+    }
 
 
 @dataclass(frozen=True)
@@ -70,12 +83,13 @@ class Traits:
     """What a size has besides its modules.
 
     native_px: the edge it was made for; carry_mask: the previous slice's mask enters the decoder as a dense prompt
-    and as a residual (needed to train from random weights in minutes, see docs/decisions.md).
+    and as a residual (needed to train from random weights in minutes, see docs/decisions.md); widths: of nano alone.
     """
 
     native_px: int
     decoder: DecoderSize
     carry_mask: bool
+    widths: Widths = Widths()
 
 
 _STOCK = Traits(native_px=1024, decoder=DecoderSize(), carry_mask=False)
@@ -84,11 +98,11 @@ TRAITS = {size: _STOCK for size in get_args(NetworkSize)} | {
 }
 
 
-def _configuration(size: NetworkSize, frame_px: int) -> DictConfig:
+def _configuration(size: NetworkSize, frame_px: int, widths: Widths) -> DictConfig:
     path = Path(sam2.__path__[0]) / "configs" / "sam2.1" / f"sam2.1_hiera_{_CONFIG_FILES[size]}.yaml"
     model = OmegaConf.load(path).model
     if size == "nano":
-        model = OmegaConf.merge(model, OmegaConf.create(_NANO))
+        model = OmegaConf.merge(model, OmegaConf.create(nano_values(widths)))
     model.image_size = frame_px
     for attention in (model.memory_attention.layer.self_attention, model.memory_attention.layer.cross_attention):
         attention.feat_sizes = [frame_px // 16, frame_px // 16]
@@ -96,9 +110,9 @@ def _configuration(size: NetworkSize, frame_px: int) -> DictConfig:
     return model
 
 
-def sam2_parts(size: NetworkSize, frame_px: int) -> dict[str, Any]:
+def sam2_parts(size: NetworkSize, frame_px: int, widths: Widths | None = None) -> dict[str, Any]:
     """Keyword arguments of `SAM2Base` for a size and a slice edge in px (a multiple of 32)."""
-    model = _configuration(size, frame_px)
+    model = _configuration(size, frame_px, widths or TRAITS[size].widths)
     plain = OmegaConf.to_container(model, resolve=True)
     assert isinstance(plain, dict)
     modules = {name: instantiate(part) for name, part in model.items() if isinstance(part, DictConfig)}

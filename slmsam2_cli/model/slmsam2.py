@@ -98,7 +98,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
             raise ValueError(f"frame_px is {frame_px}; it must be a positive multiple of 32")
         self.traits = traits if traits is not None else TRAITS[network.size]
         self._decoder_size: DecoderSize = self.traits.decoder
-        super().__init__(**sam2_parts(network.size, frame_px))
+        super().__init__(**sam2_parts(network.size, frame_px, self.traits.widths))
         self.network = network
         self.policy = _policy(network, self.num_maskmem, self.max_obj_ptrs_in_encoder)
         self.carry_gain = nn.Parameter(torch.tensor(0.5)) if self.traits.carry_mask else None
