@@ -18,7 +18,7 @@ from slmsam2_cli import console
 from slmsam2_cli.data import store
 from slmsam2_cli.data.dataset import Case, Dataset, read_dataset, read_image_folder
 from slmsam2_cli.data.prompts import Where
-from slmsam2_cli.data.volume import ENDINGS, image_ending, mask_ending, write_mask
+from slmsam2_cli.data.volume import ENDINGS, files_of, image_ending, mask_ending, write_mask
 from slmsam2_cli.device import DeviceName, choose_device, describe
 from slmsam2_cli.errors import (
     DONE,
@@ -43,7 +43,7 @@ from slmsam2_cli.workspace import Workspace
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a run of predict needs that does not change from case to case."""
+    """Everything a run of predict needs that does not change from case to case. training: ids known to be no unseen cases."""
 
     root: Path
     masks: Path
@@ -61,6 +61,13 @@ class Job:
         """Digest of everything that shapes this case's mask."""
         settings = f"{VERSION} {self.checkpoint.digest} {self.plan.digest} {self.prompts.simulated}"
         return key_of(hashlib.sha256(settings.encode()).hexdigest(), [*case.images, *self.prompts.files(case)])
+
+    def learned_from(self, case: Case) -> bool:
+        """Whether the model, or one that it descends from, has learned from this case, under this name or any other."""
+        provenance = self.checkpoint.provenance
+        known = {*self.training, *(provenance.training if provenance else ())}
+        images = frozenset(provenance.learned_from) if provenance else frozenset[str]()
+        return case.id in known or any(store.sha256_of(file) in images for path in case.images for file in files_of(path))
 
     def model(self) -> dict[str, Any]:
         """Which model and which plan, for the manifest."""
@@ -110,8 +117,7 @@ def predict(
     files = [file for case in found.cases for file in (*case.images, *([case.label] if case.label else []))]
     _refuse_overlap(masks, [found.root, source.folder, *(file.parent for file in files)])
     chosen = choose_device(device)
-    learned = frozenset(checkpoint.provenance.training if checkpoint.provenance else ()) | found.learned_from
-    job = Job(found.root, masks, source, plan, checkpoint, learned, overwrite)
+    job = Job(found.root, masks, source, plan, checkpoint, found.learned_from, overwrite)
     with store.one_writer(masks, f"{part_id}-of-{num_parts}" if num_parts > 1 else ""):
         return _run(job, found.cases[part_id::num_parts], found.problems if part_id == 0 else (), chosen, device == "auto")
 
@@ -197,14 +203,16 @@ def _cases(images: Path | None, data: Dataset | None, workspace: Workspace | Non
             raise UsageError(f"-i {images}: not the name of a volume. Name one that ends in {', '.join(ENDINGS)}, or a folder of them")
         found = Chosen(images.parent if images.is_file() else images, *read_image_folder(images))
     elif data is not None and workspace is not None:
-        seen = frozenset(_split(workspace).get("training", ()))
+        split = _split(workspace)
+        seen, unusable = frozenset(split.get("training", ())), frozenset(split.get("skipped", ()))
         unseen = tuple(case for case in data.training if case.id not in seen)
-        if data.training and not unseen:
+        if seen and not {case.id for case in unseen} - unusable:
             console.warn(
-                f"no case is unseen: the model has learned from all {len(data.training)}. These are segmented; "
-                "their scores say nothing about other cases"
+                "no case is unseen: the cases that the model has learned from are segmented; their scores are not those of unseen cases"
             )
-        found = Chosen(data.root, unseen or data.training, data.problems, frozenset() if unseen else seen)
+            found = Chosen(data.root, data.training, data.problems, seen)
+        else:
+            found = Chosen(data.root, unseen, data.problems)
     else:
         raise UsageError("no images named. Give -i IMAGES -o MASKS, or run inside a data set")
     if not found.cases:
@@ -339,7 +347,7 @@ class _Runner:
         name = f"{case.id}{mask_ending(result.image)}"
         job.records.begin(case.id)
         write_mask(job.masks / name, result.labels, result.image)
-        account = {"output": name, "training": case.id in job.training, "model": job.model(), "prompts": job.prompts.words()}
+        account = {"output": name, "training": job.learned_from(case), "model": job.model(), "prompts": job.prompts.words()}
         job.records.finish(case.id, key, account | result.account)
 
     def _attempt(self, case: Case) -> Segmented | None:

@@ -12,7 +12,7 @@ import torch
 
 from slmsam2_cli import console
 from slmsam2_cli.data.phantom import write_phantom_dataset
-from slmsam2_cli.errors import DatasetError, LockError, OutputError, UsageError
+from slmsam2_cli.errors import DatasetError, DeviceError, LockError, OutputError, UsageError
 from slmsam2_cli.model.checkpoint import digest_of, read_checkpoint, save_checkpoint
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import read_plan, write_plan
@@ -300,13 +300,35 @@ def test_when_every_case_was_learned_from_these_are_segmented_and_no_score_is_th
     workspace = Workspace(tmp_path / "space")
     finetune(tmp_path / "data", workspace, cases=1, weights="random", steps=1)
     assert predict(None, None, dataset=tmp_path / "data", workspace=workspace) == 0
-    assert "no case is unseen: the model has learned from all 1" in capsys.readouterr().err
+    assert "no case is unseen: the cases that the model has learned from are segmented" in capsys.readouterr().err
     assert [case["training"] for case in account(workspace.predictions).values()] == [True]
     assert evaluate(None, None, workspace, None, dataset=tmp_path / "data") == 0
     summary = json.loads((workspace.evaluation / "summary.json").read_text())
     assert (summary["cases"]["unseen"], summary["foreground_mean"]["Dice"]) == (0, None)
     assert summary["training"]["foreground_mean"]["Dice"] is not None
     assert "there is no unseen case, so the headline is empty" in capsys.readouterr().err
+
+
+def test_a_case_that_finetune_left_out_is_no_unseen_one(tmp_path, capsys):
+    data, workspace = tmp_path / "data", Workspace(tmp_path / "space")
+    write_phantom_dataset(data, cases=2, test_cases=0, seed=5, shape=(8, 40, 40))
+    broken = data / "imagesTr" / "phantom_001.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:100])
+    finetune(data, workspace, cases=1, weights="random", steps=1, skip_bad=True)
+    assert predict(None, None, dataset=data, workspace=workspace) == 1
+    assert list(account(workspace.predictions)) == ["phantom_000"]
+    assert "no case is unseen" in capsys.readouterr().err
+
+
+def test_a_case_is_known_again_under_another_name(images, tmp_path, dataset):
+    (learned,) = json.loads(Workspace(dataset / "slmsam2").split.read_text())["training"]
+    renamed, prompts, masks = tmp_path / "renamed", tmp_path / "full", tmp_path / "masks"
+    for folder, source in ((renamed, "imagesTr"), (prompts, "labelsTr")):
+        folder.mkdir()
+        for case in {"phantom_000", "phantom_001", learned}:
+            shutil.copy(dataset / source / f"{case}.nii.gz", folder / f"x_{case}.nii.gz")
+    assert run(renamed, masks, dataset, prompts_from=prompts) == 0
+    assert [case for case, entry in account(masks).items() if entry["training"]] == [f"x_{learned}"]
 
 
 def test_the_data_set_s_own_labels_are_cut_from_wherever_they_lie(tmp_path):
@@ -438,3 +460,32 @@ def test_inside_a_data_set_the_unseen_cases_are_predicted_into_the_workspace(dat
     assert predict(None, None, dataset=dataset, workspace=workspace) == 0
     unseen = json.loads(workspace.split.read_text())["unseen"]
     assert written(workspace.predictions) == ["manifest.json", *[f"{case}.nii.gz" for case in unseen]]
+
+
+@pytest.fixture
+def small_device(monkeypatch):
+    """Every device says that it is a GPU."""
+
+    class OnGpu(stage._Runner):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.device = torch.device("cuda")
+
+    monkeypatch.setattr(stage, "_Runner", OnGpu)
+
+
+def out_of_memory(images):
+    return stumbling(torch.OutOfMemoryError("CUDA out of memory"), written(images)[0].removesuffix(".nii.gz"), times=2)
+
+
+def test_a_device_that_is_too_small_for_single_slices_is_left_for_the_cpu(images, tmp_path, dataset, monkeypatch, capsys, small_device):
+    monkeypatch.setattr(stage, "segment", out_of_memory(images))
+    assert run(images, tmp_path / "masks", dataset) == 0
+    warned = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    assert [line.rpartition(": ")[2] for line in warned] == ["going on slice by slice", "going on with the CPU"]
+
+
+def test_a_device_that_was_asked_for_is_not_left(images, tmp_path, dataset, monkeypatch, small_device):
+    monkeypatch.setattr(stage, "segment", out_of_memory(images))
+    with pytest.raises(DeviceError, match="out of memory on cuda. Use --device cpu"):
+        run(images, tmp_path / "masks", dataset, device="cpu")
