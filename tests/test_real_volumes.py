@@ -81,6 +81,12 @@ def test_the_headline_counts_the_unseen_cases_alone(scored: Workspace) -> None:
     assert 0 <= summary["foreground_mean"]["Dice"] <= 1
 
 
+def test_every_artefact_says_that_its_model_descends_from_random_weights(scored: Workspace) -> None:
+    for text in (scored.predictions / "manifest.json", scored.evaluation / "summary.json", scored.evaluation / "summary.md"):
+        assert "descends from random weights" in text.read_text()
+    assert b"descends from random weights" in scored.model.read_bytes()[:20_000]
+
+
 BROKEN = {
     "hippocampus_118": ("image_without_label_hippocampus_118.nii.gz", None),
     "hippocampus_010": (None, "label_without_image_hippocampus_010.nii.gz"),

@@ -43,6 +43,7 @@ class Manifest(BaseModel):
     format_version: int = FORMAT_VERSION
     tool_version: str = ""
     model: dict[str, Any] = Field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
     cases: dict[str, ManifestCase] = Field(default_factory=dict)
 
 

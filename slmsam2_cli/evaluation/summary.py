@@ -37,6 +37,7 @@ class About:
     without_reference: Sequence[str] = ()
     not_asked_for: Sequence[str] = ()
     tolerance_mm: float = NSD_TOLERANCE_MM
+    warnings: Sequence[str] = ()
 
 
 def summarise(scores: Sequence[CaseScore], about: About) -> Json:
@@ -56,7 +57,7 @@ def summarise(scores: Sequence[CaseScore], about: About) -> Json:
         "unprompted": _block(ordered, about, "unseen", "unprompted"),
         "training": {**_block(ordered, about, "training", "all"), "unprompted": _block(ordered, about, "training", "unprompted")},
         "slice_curve": {str(value): _curve(ordered, value) for value in about.labels},
-        "warnings": [line for score in ordered for line in score.warnings],
+        "warnings": [*about.warnings, *(line for score in ordered for line in score.warnings)],
         "metric_per_case": [_case(score, about) for score in ordered],
     }
 

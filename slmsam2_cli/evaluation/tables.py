@@ -97,7 +97,7 @@ def label_rows(summary: Json, block: Json) -> list[list[str]]:
 def markdown(summary: Json) -> str:
     """The same tables for a report or a pull request."""
     cases = summary["cases"]
-    parts = [f"# Evaluation\n\n{DEFINITION}.\n"]
+    parts = [f"# Evaluation\n\n{DEFINITION}.\n", *(f"Warning: {_plain(warning)}\n" for warning in summary["warnings"])]
     for title, block, n in groups(summary):
         parts.append(f"## {title.capitalize()}: {n}\n\n{_pipes(label_columns(summary), label_rows(summary, block))}")
     troubled = [[f["case"], f["problem"]] for f in cases["failed"]] + [[case, "no prediction"] for case in cases["pred_missing"]]

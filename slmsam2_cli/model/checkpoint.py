@@ -29,6 +29,7 @@ from slmsam2_cli.version import VERSION
 
 FORMAT_VERSION = 1
 RANDOM = "random"
+RANDOM_WARNING = "the model descends from random weights: for trials and tests, not for clinical data"
 EMBEDDED = Path(__file__).parents[1] / "assets" / "nano.safetensors"
 _MOST_BYTES = 4 * 2**30
 _SHORT = ("short_memory_attention.", "stream_fuser.")
@@ -66,6 +67,11 @@ class Checkpoint:
     plan: Plan | None = None
     provenance: Provenance | None = None
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What every artefact made with these weights has to say."""
+        return (RANDOM_WARNING,) if self.provenance and self.provenance.random else ()
+
 
 def digest_of(state: State) -> str:
     """SHA-256 (hex) over the tensors in order of name."""
@@ -90,7 +96,7 @@ def save_checkpoint(path: Path, model: SlmSam2, plan: Plan, provenance: Provenan
         "network": model.network.model_dump_json(),
         "plan": plan.model_dump_json(),
         "provenance": provenance.model_dump_json(),
-    }
+    } | ({"warning": RANDOM_WARNING} if provenance.random else {})
     store.write_bytes(path, save(state, header))
     return digest
 

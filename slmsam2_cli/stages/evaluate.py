@@ -64,6 +64,8 @@ def evaluate(
     _refuse_nothing_to_score(inputs, pairing)
     scores, values = _scores(inputs, pairing, workers)
     summary = summarise(scores, _about(inputs, pairing, values))
+    for warning in inputs.manifest.warnings if inputs.manifest else ():
+        console.warn(warning)
     _report_troubles(scores, pairing)
     _write(inputs.out, summary, scores)
     _show(summary, inputs.out, as_json)
@@ -198,7 +200,15 @@ def _refused(inputs: Inputs, problem: CaseError) -> CaseScore:
 
 def _about(inputs: Inputs, pairing: Pairing, values: Mapping[int, str]) -> About:
     manifest = inputs.manifest or Manifest()
-    return About(VERSION, values, manifest.model, manifest.tool_version, pairing.without_reference, pairing.not_asked_for)
+    return About(
+        VERSION,
+        values,
+        manifest.model,
+        manifest.tool_version,
+        pairing.without_reference,
+        pairing.not_asked_for,
+        warnings=manifest.warnings,
+    )
 
 
 def _report_troubles(scores: Sequence[CaseScore], pairing: Pairing) -> None:

@@ -83,6 +83,7 @@ class Job:
             | {"network": self.plan.network.model_dump(), "provenance": provenance.model_dump(mode="json") if provenance else None},
             "labels": {str(value): name for value, name in self.plan.labels.items()},
             "prompts": self.prompts.words(),
+            "warnings": list(self.checkpoint.warnings),
         }
 
 
@@ -146,8 +147,8 @@ def _model(workspace: Workspace | None, model: Path | None, weights: str | None,
         f"model: {checkpoint.name}, weights {checkpoint.digest[:12]}, {plan.network.size} at {plan.geometry.frame_px} px, "
         f"slices along {plan.geometry.slice_axis}"
     )
-    if checkpoint.provenance and checkpoint.provenance.random:
-        console.warn("this model descends from random weights: for trials and tests, not for clinical data")
+    for warning in checkpoint.warnings:
+        console.warn(warning)
     return checkpoint, plan
 
 
