@@ -22,7 +22,7 @@ from slmsam2_cli.workspace import Workspace
 
 LABELLED, LEARNED_FROM = 8, 5
 SHAPE = (24, 48, 48)  # slices, rows, columns: small enough to learn in minutes on two cores
-MINUTES = 3.0  # of training; the rest takes seconds
+MINUTES = 5.0  # of training; the rest takes seconds
 
 
 def demo(folder: Path, *, minutes: float = MINUTES, device: DeviceName = "auto", overwrite: bool = False) -> int:
