@@ -21,7 +21,7 @@ from slmsam2_cli.stages.preprocess import preprocess
 from slmsam2_cli.workspace import Workspace
 
 LABELLED, LEARNED_FROM = 8, 5
-SHAPE = (24, 48, 48)  # slices, rows, columns: small enough to learn in minutes on two cores
+SHAPE = (24, 44, 44)  # slices, rows, columns: small enough for 128 px, to learn in minutes on two cores
 MINUTES = 5.0  # of training; the rest takes seconds
 
 
