@@ -338,7 +338,10 @@ def _save(workspace: Workspace, run: Run, learner: Learner) -> None:
 
 @contextmanager
 def _stoppable() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a question that answers True; raise it when the block is done."""
+    """Turn the first SIGINT or SIGTERM into a question that answers True; raise it when the block is done.
+
+    A signal that was ignored before (nohup, a job in the background) stays ignored.
+    """
     caught: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -347,7 +350,8 @@ def _stoppable() -> Iterator[Callable[[], bool]]:
         caught.append(number)
         console.say("stopping after this step …")
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heeded}
     try:
         yield lambda: bool(caught)
     finally:

@@ -22,9 +22,11 @@ def values(low=0.0, median=300.0, high=1000.0):
     return Statistics(voxels=100, mean=median, median=median, std=1.0, min=low, max=high, p00_5=low, p99_5=high)
 
 
-def case(name="a", shape=(20, 100, 100), spacing=(1.0, 1.0, 1.0), overlap=(0.5, 0.5, 0.5), whole=None, content=None):
+def case(name="a", shape=(20, 100, 100), spacing=(1.0, 1.0, 1.0), overlap=(0.5, 0.5, 0.5), whole=None, content=None, copied=None):
     axes = ("SI", "AP", "LR")
-    label = LabelFingerprint(voxels=10, extents={}, overlap=dict(zip(axes, overlap, strict=True)), copied={})
+    label = LabelFingerprint(
+        voxels=10, extents={}, overlap=dict(zip(axes, overlap, strict=True)), copied=dict(zip(axes, copied or (), strict=bool(copied)))
+    )
     extent = tuple(n * mm for n, mm in zip(shape, spacing, strict=True))
     return CaseFingerprint(
         id=name,
@@ -77,6 +79,23 @@ def test_slices_follow_the_coarse_axis_whatever_the_overlap():
 
 def test_without_a_coarse_axis_the_overlap_decides():
     assert choose_slice_axis(fingerprint(case(overlap=(0.6, 0.8, 0.7)))).value == "AP"
+
+
+@pytest.mark.parametrize(
+    ("overlap", "copied", "axis"),
+    [
+        ((0.68, 0.775, 0.758), (0.3, 0.31, 0.45), "LR"),  # AP and LR overlap alike, and LR's middle slice stands better for all
+        ((0.775, 0.775, 0.744), (0.3, 0.31, 0.99), "AP"),  # LR is out of the running by .031
+    ],
+)
+def test_among_axes_of_like_overlap_the_one_whose_middle_slice_copies_best_is_taken(overlap, copied, axis):
+    assert choose_slice_axis(fingerprint(case(overlap=overlap, copied=copied))).value == axis
+
+
+def test_more_channels_than_the_network_can_see_are_refused_by_name():
+    four = fingerprint(case()).model_copy(update={"channels": ("FLAIR", "T1w", "t1gd", "T2w")})
+    with pytest.raises(DatasetError, match=r"4 channels \(FLAIR, T1w, t1gd, T2w\)"):
+        decide(four)
 
 
 def test_two_equally_coarse_axes_are_not_one_coarse_axis():

@@ -122,8 +122,10 @@ def test_an_interrupted_run_goes_on_with_its_own_options_and_ends_like_an_undist
             yield progress
 
     monkeypatch.setattr(stage, "train", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite run in the background ignores it
     with pytest.raises(KeyboardInterrupt):
         finetune(dataset, broken, cases=1, weights="random", steps=4, seed=1)
+    signal.signal(signal.SIGINT, before)
     monkeypatch.setattr(stage, "train", train)
     assert json.loads(broken.split.read_text())["finished"] is False and broken.model.exists()
     assert finetune(dataset, broken, resume=True) == 0

@@ -141,7 +141,7 @@ def test_a_read_only_data_set_says_how_to_go_on(data):
         ("Sarcoma_PET", "PET", "SI", 128),
         ("SpinalCord_MRI", "MR", "SI", 256),
         ("SpinalGM_T2star", "MR", "SI", 160),
-        ("Task04_Hippocampus", "MR", "AP", 128),
+        ("Task04_Hippocampus", "MR", "LR", 160),
         ("Task09_Spleen_crop", "CT", "SI", 256),
     ],
 )
