@@ -307,7 +307,8 @@ def test_a_traceback_is_shown_only_when_asked_for(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_program_with_its_code_and_one_line(number: signal.Signals, code: int) -> None:
     source = f"""
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 from slmsam2_cli import cli
 @cli.command("slmsam2 hang")
 def hang() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -51,17 +52,22 @@ def count_values(labels: NDArray[Any]) -> dict[int, int]:
 def check_pair(image: Volume, label: LabelVolume, dataset: Dataset, case: Case) -> list[str]:
     """Warnings about a pair that can be used. CaseError when the grids differ or the mask holds undeclared values."""
     file = relative(case.label, dataset.root) if case.label else ""
+    return check_mask(image, label, dataset.labels, dataset.ignore, case=case.id, file=file)
+
+
+def check_mask(image: Volume, label: LabelVolume, values: Collection[int], ignore: int | None, *, case: str, file: str) -> list[str]:
+    """The same for any mask that may hold `values` and `ignore`; errors speak of the case and the file."""
     difference, warnings = compare_geometry(image, label)
     if difference:
         what = f"the label is not on the image's grid: image and label differ in {difference}"
-        raise CaseError(case.id, file, what, "Export the label again on the image's grid, or drop the case")
+        raise CaseError(case, file, what, "Export the label again on the image's grid, or drop the case")
     counts = count_values(label.voxels)
-    declared = {0, *dataset.labels, *([] if dataset.ignore is None else [dataset.ignore])}
+    declared = {0, *values, *([] if ignore is None else [ignore])}
     undeclared = {value: count for value, count in counts.items() if value not in declared}
     if undeclared:
         listed = ", ".join(f"{value} ({count} voxels)" for value, count in list(undeclared.items())[:10])
         what = f"label values {listed}{', ...' if len(undeclared) > 10 else ''} are not declared in dataset.json"
-        raise CaseError(case.id, file, what, "Declare them under 'labels', or correct the mask")
-    if not set(counts) & set(dataset.labels):
+        raise CaseError(case, file, what, "Declare them under 'labels', or correct the mask")
+    if not set(counts) & set(values):
         warnings.append("the label is empty: no foreground")
     return warnings

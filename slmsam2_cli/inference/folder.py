@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from slmsam2_cli.data.dataset import Case, compare_geometry, find_label
+from slmsam2_cli.data.check import check_mask
+from slmsam2_cli.data.dataset import Case, find_label
 from slmsam2_cli.data.geometry import View
 from slmsam2_cli.data.prepared import make_frames
 from slmsam2_cli.data.prompts import Prompts, Where, impose, read_prompts, simulate_prompts
@@ -50,38 +50,31 @@ class PromptSource:
         """What the manifest says of them."""
         return f"simulated: {self.simulated}" if self.simulated else "given"
 
-    def read(self, case: Case, image: Volume, view: View, plan: Plan) -> Prompts:
-        """The prompts of one case. CaseError when there are none, or they do not fit the image."""
-        values = tuple(plan.labels)
-        if self.simulated is None:
-            prompts = read_prompts(self.folder, case.id, view, values, plan.ignore, image)
-        else:
-            prompts = self._cut(case, image, view, values, self.simulated)
+    def read(self, case: Case, image: Volume, view: View, plan: Plan) -> tuple[Prompts, tuple[str, ...]]:
+        """The prompts of one case, and warnings. CaseError when there are none, or they do not fit the image.
+
+        A whole mask that is empty is no error: the structure is not there, and so the result is empty too.
+        """
+        path = self.file(case)
+        if self.simulated is not None and path is not None:
+            labels = read_labels(path, case=case.id, root=self.folder)
+            warnings = check_mask(image, labels, plan.labels, plan.ignore, case=case.id, file=path.name)
+            return simulate_prompts(labels.voxels, view, tuple(plan.labels), self.simulated), (*labels.warnings, *warnings)
+        prompts = read_prompts(self.folder, case.id, view, tuple(plan.labels), plan.ignore, image) if self.simulated is None else None
         if prompts is None or not any(prompts.annotated.values()):
             raise CaseError(
                 case.id, "", "has no annotated slice", f"Save a mask named {case.id} with at least one painted slice among the prompts"
             )
-        return prompts
-
-    def _cut(self, case: Case, image: Volume, view: View, values: Sequence[int], where: Where) -> Prompts | None:
-        path = self.file(case)
-        if path is None:
-            return None
-        labels = read_labels(path, case=case.id, root=self.folder)
-        difference, _ = compare_geometry(image, labels)
-        if difference:
-            raise CaseError(
-                case.id, path.name, f"the label's grid differs from the image's: {difference}", "Re-export it on the image's grid"
-            )
-        return simulate_prompts(labels.voxels, view, values, where)
+        return prompts, ()
 
 
 @dataclass(frozen=True)
 class Segmented:
-    """A finished case: labels (Z, Y, X) on the image's grid, its image, and the account of it for the manifest."""
+    """A finished case: labels (Z, Y, X) on the image's grid, its image, warnings, and the account of it for the manifest."""
 
     labels: np.ndarray
     image: Volume
+    warnings: tuple[str, ...]
     account: dict[str, Any]
 
 
@@ -90,12 +83,12 @@ def segment(case: Case, root: Path, prompts_from: PromptSource, model: SlmSam2, 
     started = time.monotonic()
     image = read_image(case.images, case=case.id, root=root, channels=len(plan.channels))
     view, frames = make_frames(image, plan.geometry, plan.intensity)
-    prompts = prompts_from.read(case, image, view, plan)
+    prompts, warnings = prompts_from.read(case, image, view, plan)
     objects = anchors_of(prompts, view, tuple(plan.labels), plan.geometry.frame_px)
     stack = framed(to_rgb(torch.from_numpy(frames)), plan.geometry.frame_px)
     found = propagate(model, stack, objects, batch=batch)
     labels = impose(_labels(found, view, plan), prompts, view)
-    return Segmented(labels, image, _account(prompts, view, found, time.monotonic() - started))
+    return Segmented(labels, image, (*image.warnings, *warnings), _account(prompts, view, found, time.monotonic() - started))
 
 
 def _labels(found: dict[int, Propagated], view: View, plan: Plan) -> np.ndarray:

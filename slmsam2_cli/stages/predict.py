@@ -343,7 +343,7 @@ class _Runner:
         result = None
         while result is None:
             result = self._attempt(case)
-        for warning in result.image.warnings:
+        for warning in result.warnings:
             console.warn(f"case {case.id}: {warning}")
         name = f"{case.id}{mask_ending(result.image)}"
         job.records.begin(case.id)

@@ -489,3 +489,26 @@ def test_a_device_that_was_asked_for_is_not_left(images, tmp_path, dataset, monk
     monkeypatch.setattr(stage, "segment", out_of_memory(images))
     with pytest.raises(DeviceError, match="out of memory on cuda. Use --device cpu"):
         run(images, tmp_path / "masks", dataset, device="cpu")
+
+
+def test_a_case_without_the_structure_gets_an_empty_mask_and_a_warning(images, tmp_path, dataset, capsys):
+    labels = tmp_path / "labels"
+    shutil.copytree(dataset / "labelsTr", labels)
+    name = written(images)[0]
+    truth = nibabel.load(labels / name)
+    nibabel.save(nibabel.Nifti1Image(np.zeros(truth.shape, np.uint8), truth.affine, truth.header), labels / name)
+    assert run(images, tmp_path / "masks", dataset, prompts_from=labels) == 0
+    assert "no foreground" in capsys.readouterr().err
+    assert not np.asarray(nibabel.load(tmp_path / "masks" / name).dataobj).any()
+
+
+def test_a_label_nobody_declared_is_named_with_its_voxels(images, tmp_path, dataset, capsys):
+    labels = tmp_path / "labels"
+    shutil.copytree(dataset / "labelsTr", labels)
+    name = written(images)[0]
+    truth = nibabel.load(labels / name)
+    changed = np.asarray(truth.dataobj).copy()
+    changed[0, 0, 0] = 9
+    nibabel.save(nibabel.Nifti1Image(changed, truth.affine, truth.header), labels / name)
+    assert run(images, tmp_path / "masks", dataset, prompts_from=labels) == 1
+    assert "9 (1 voxels)" in capsys.readouterr().err
