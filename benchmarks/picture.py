@@ -60,7 +60,9 @@ def main() -> None:
     found = view.oriented(read_labels(space.predictions / account["output"], case=case.id, root=space.predictions).voxels)
     given = {view.file_index(s) for slices in account["prompted_slices"].values() for s in slices}
     held = np.flatnonzero((truth > 0).any(axis=(1, 2)) | (found > 0).any(axis=(1, 2)))
-    shown = sorted({*np.linspace(held[0], held[-1], 2 * COLUMNS).round().astype(int).tolist(), *given})[: 2 * COLUMNS + 1]
+    others = [t for t in range(held[0], held[-1] + 1) if t not in given]
+    spread = np.linspace(0, len(others) - 1, 2 * COLUMNS - len(given)).round().astype(int)
+    shown = sorted({*(others[i] for i in spread), *given})
     tiles = [tile(grey[t], found[t], truth[t]) for t in shown]
     width, height = tiles[0].size
     rows = -(-len(tiles) // COLUMNS)
