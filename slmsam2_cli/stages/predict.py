@@ -140,7 +140,8 @@ def _model(workspace: Workspace | None, model: Path | None, weights: str | None,
     if plan is None:
         if workspace is None or not workspace.plan.exists():
             raise PlanError(
-                f"{checkpoint.name} carries no plan. Run slmsam2 plan on a data set like these images and name its workspace with -w"
+                f"{checkpoint.name}: the plan is missing (weights made elsewhere carry none). "
+                "Run slmsam2 plan on a data set like these images and name its workspace with -w"
             )
         plan = read_plan(workspace.plan)
     console.say(
