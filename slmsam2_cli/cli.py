@@ -367,7 +367,7 @@ def evaluate(
     )
 
 
-@command("slmsam2 demo", "slmsam2 demo -o /tmp/demo --overwrite")
+@command("slmsam2 demo", "slmsam2 demo -o trial --overwrite")
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="Where everything goes.")] = Path("demo"),
     device: DeviceOption = "auto",
