@@ -16,6 +16,7 @@ LAYERS = (
     ("cli",),
     ("demo",),
     ("stages",),
+    ("report",),
     ("finetuning",),
     ("inference", "evaluation"),
     ("model",),
@@ -25,7 +26,7 @@ LAYERS = (
     ("errors",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-WITHOUT_TORCH = ("cli", "data", "planning", "evaluation", "workspace", "console", "version", "errors")
+WITHOUT_TORCH = ("cli", "data", "planning", "evaluation", "report", "workspace", "console", "version", "errors")
 
 
 def name_of(path: Path) -> str:
