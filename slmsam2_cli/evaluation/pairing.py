@@ -1,6 +1,7 @@
 """Which prediction belongs to which reference, and which cases a model had already seen.
 
-Files are named here, not opened. A prediction is its reference's namesake; nnU-Net's channel suffix `_0000` is tolerated.
+Files are named here, not opened. A prediction is its reference's namesake; nnU-Net's channel suffix `_0000` is tolerated. Where there is not
+one namesake, names that differ by a common affix are matched, which is said (naming.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from slmsam2_cli.data.files import is_junk
 from slmsam2_cli.data.volume import image_ending
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.evaluation.manifest import Manifest
+from slmsam2_cli.evaluation.naming import match_by_affix
 
 Group = Literal["unseen", "training"]
 CHANNEL_SUFFIX = "_0000"
@@ -40,13 +42,15 @@ class Pairing:
     """What is to be scored, and what is only to be mentioned.
 
     pairs: (case, reference, prediction or None when it is missing), sorted; without_reference: predictions nobody can judge;
-    not_asked_for: training cases that were not predicted; problems: cases with two files that could be meant.
+    not_asked_for: training cases that were not predicted; problems: cases with two files that could be meant;
+    renamed: (case, name of its prediction) where the two are no namesakes and were matched by a common affix.
     """
 
     pairs: tuple[tuple[str, Path, Path | None], ...]
     without_reference: tuple[str, ...]
     not_asked_for: tuple[str, ...]
     problems: tuple[CaseError, ...]
+    renamed: tuple[tuple[str, str], ...] = ()
 
 
 def references_of_dataset(dataset: Dataset) -> References:
@@ -82,9 +86,11 @@ def pair(references: References, predictions: Path, manifest: Manifest | None, s
     pairs: list[tuple[str, Path, Path | None]] = []
     taken = {problem.case for problem in references.problems}
     not_asked_for = []
+    names = {case: name for case in references.masks if (name := _namesake(case, masks)) is not None}
+    renamed = {} if names else match_by_affix(references.masks, masks)
     refused = {problem.case.removesuffix(CHANNEL_SUFFIX) for problem in problems}
     for case, reference in sorted(references.masks.items()):
-        name = _namesake(case, masks)
+        name = names.get(case) or renamed.get(case)
         if name is not None:
             taken.add(name)
             pairs.append((case, reference, masks[name]))
@@ -97,7 +103,7 @@ def pair(references: References, predictions: Path, manifest: Manifest | None, s
     strangers = [case for case in masks if case not in taken]
     ours = {case.removesuffix(CHANNEL_SUFFIX) for case in references.masks}
     mattering = tuple(problem for problem in problems if problem.case.removesuffix(CHANNEL_SUFFIX) in ours)
-    return Pairing(tuple(pairs), tuple(strangers), tuple(not_asked_for), mattering)
+    return Pairing(tuple(pairs), tuple(strangers), tuple(not_asked_for), mattering, tuple(sorted(renamed.items())))
 
 
 def group_of(case: str, seen: Collection[str]) -> Group:

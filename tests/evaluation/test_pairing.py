@@ -84,6 +84,19 @@ def test_composed_and_decomposed_spellings_are_one_case(folders):
     assert matched(pair(references, predictions, None, ())) == [("M\u00fcller", "M\u00fcller.nii.gz")]
 
 
+def test_names_with_a_common_affix_are_matched_and_told(folders):
+    references, predictions = folders(["a_seg.nii.gz", "b_seg.nii.gz"], ["pred-a.nii.gz", "pred-b.nii.gz"])
+    found = pair(references, predictions, None, ())
+    assert matched(found) == [("a_seg", "pred-a.nii.gz"), ("b_seg", "pred-b.nii.gz")]
+    assert found.renamed == (("a_seg", "pred-a"), ("b_seg", "pred-b"))
+
+
+def test_one_namesake_is_enough_to_match_by_nothing_else(folders):
+    references, predictions = folders(["a.nii.gz", "b.nii.gz"], ["a.nii.gz", "b_seg.nii.gz"])
+    found = pair(references, predictions, None, ())
+    assert (matched(found), found.without_reference, found.renamed) == ([("a", "a.nii.gz"), ("b", None)], ("b_seg",), ())
+
+
 def test_folders_and_system_files_are_no_masks(tmp_path):
     (tmp_path / "evaluation.nii.gz").mkdir()
     (tmp_path / ".DS_Store").touch()

@@ -1,0 +1,88 @@
+"""Which mask belongs to which label when no two files are namesakes: by what is left after a common affix.
+
+`pred_007` and `007_seg` are one case because every mask begins with `pred_` and every label ends in `_seg`. An affix is made of whole words,
+each with a letter in it, so that a number, which tells cases apart, is never taken for one. Names that fit in two ways fit in none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+_WORDS = re.compile(r"[^\W_]+|[\W_]+")
+
+
+@dataclass(frozen=True)
+class Affix:
+    """What is written before and after the name of a case, separators included."""
+
+    before: str = ""
+    after: str = ""
+
+    def core(self, name: str) -> str | None:
+        """The name without the affix; None when it does not carry it, or nothing would be left."""
+        carries = name.startswith(self.before) and name.endswith(self.after) and len(name) > len(self.before) + len(self.after)
+        return name[len(self.before) : len(name) - len(self.after)] if carries else None
+
+
+def match_by_affix(labels: Collection[str], predictions: Collection[str]) -> dict[str, str]:
+    """Label name -> prediction name, for the pair of affixes that matches most; empty when none does, or two match differently."""
+    if not labels or not predictions:
+        return {}
+    found = [_matches(labels, ours, predictions, theirs) for ours, theirs in _candidates(sorted(labels), sorted(predictions))]
+    most = max(map(len, found), default=0)
+    best = [match for match in found if len(match) == most]
+    return best[0] if most and all(match == best[0] for match in best) else {}
+
+
+def _matches(labels: Collection[str], ours: Affix, predictions: Collection[str], theirs: Affix) -> dict[str, str]:
+    by_core = {core: name for name in predictions if (core := theirs.core(name)) is not None}
+    return {label: by_core[core] for label in labels if (core := ours.core(label)) is not None and core in by_core}
+
+
+def _candidates(labels: Sequence[str], predictions: Sequence[str]) -> Iterator[tuple[Affix, Affix]]:
+    """Affixes common to all names of either side, and those around a name of one side in the first of the other, or the other way round."""
+    nothing = Affix()
+    yield from ((ours, theirs) for ours in _common(labels) for theirs in _common(predictions))
+    pairs = [*((label, predictions[0]) for label in labels), *((labels[0], prediction) for prediction in predictions)]
+    yield from ((nothing, affix) for label, prediction in pairs for affix in _around(label, prediction))
+    yield from ((affix, nothing) for label, prediction in pairs for affix in _around(prediction, label))
+
+
+def _common(names: Sequence[str]) -> Iterator[Affix]:
+    """Whole words that all of at least two names begin or end with, and that are no numbers; also none of them."""
+    yield Affix()
+    if len(names) < 2:
+        return
+    words = [_WORDS.findall(name) for name in names]
+    before = _shared(words)
+    after = _shared([list(reversed(one)) for one in words])
+    starts = {"".join(before[:i]) for i in range(len(before) + 1) if _is_affix(before[:i])}
+    ends = {"".join(reversed(after[:i])) for i in range(len(after) + 1) if _is_affix(after[:i])}
+    yield from (Affix(start, end) for start in sorted(starts) for end in sorted(ends) if start or end)
+
+
+def _shared(words: Sequence[Sequence[str]]) -> list[str]:
+    """The longest list of words with which every list begins."""
+    longest: list[str] = []
+    for column in zip(*words):
+        if len(set(column)) != 1:
+            break
+        longest.append(column[0])
+    return longest
+
+
+def _is_affix(words: Sequence[str]) -> bool:
+    """Nothing, or words with letters that end in a separator, so that what follows is a word of its own."""
+    if not words:
+        return True
+    return not words[-1][0].isalnum() and all(any(c.isalpha() for c in word) for word in words if word[0].isalnum())
+
+
+def _around(core: str, name: str) -> Iterator[Affix]:
+    """How `name` is written around `core`, if it is."""
+    for found in re.finditer(re.escape(core), name):
+        before, after = name[: found.start()], name[found.end() :]
+        if (before or after) and _is_affix(_WORDS.findall(before)) and _is_affix(list(reversed(_WORDS.findall(after)))):
+            yield Affix(before, after)
