@@ -1,7 +1,7 @@
 """Which mask belongs to which label when no two files are namesakes: by what is left after a common affix.
 
-`pred_007` and `007_seg` are one case because every mask begins with `pred_` and every label ends in `_seg`. An affix is made of whole words,
-each with a letter in it, so that a number, which tells cases apart, is never taken for one. Names that fit in two ways fit in none.
+`pred_007` and `007_seg` are one case because every mask begins with `pred_` and every label ends in `_seg`. An affix is made of whole
+words, each with a letter in it, so that a number, which tells cases apart, is never taken for one. Names that fit in two ways fit in none.
 """
 
 from __future__ import annotations

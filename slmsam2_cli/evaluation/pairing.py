@@ -1,7 +1,7 @@
 """Which prediction belongs to which reference, and which cases a model had already seen.
 
-Files are named here, not opened. A prediction is its reference's namesake; nnU-Net's channel suffix `_0000` is tolerated. Where there is not
-one namesake, names that differ by a common affix are matched, which is said (naming.py).
+Files are named here, not opened. A prediction is its reference's namesake; nnU-Net's channel suffix `_0000` is tolerated. Where there is
+not one namesake, names that differ by a common affix are matched, which is said (naming.py).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 from slmsam2_cli.console import printable
 from slmsam2_cli.evaluation.metrics import metric_names
 from slmsam2_cli.evaluation.scoring import CaseScore
-from slmsam2_cli.evaluation.surface import nsd_key
+from slmsam2_cli.evaluation.surface import DISTANCES, nsd_key
 
 Json = Mapping[str, Any]
 DEFINITION = (
@@ -29,6 +29,9 @@ SLICE_KEYS = (
     "Dice",
     "area_error_mm2",
 )
+COMPARISON = "# Comparison"
+COMPARISON_KEYS = ("case", "label", "name")
+DIFFERENCE = "Differences are second minus first, over unseen cases that both have; the interval is a bootstrap over cases"
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -74,6 +77,54 @@ def groups(summary: Json) -> list[tuple[str, Json, int]]:
         ("training cases (the model has seen them)", summary["training"], cases["training"]),
     ]
     return [group for group in found if group[2]]
+
+
+def comparison_columns() -> list[str]:
+    return ["predictions", "slices", "label", "measure", "n", "means", "difference [95 %]", "better : worse : equal"]
+
+
+def comparison_rows(comparison: Json) -> list[list[str]]:
+    """A row per pair of predictions, label, part of the slices and measure that is defined anywhere; better means the second is."""
+    rows = []
+    for pair in comparison["pairs"]:
+        if pair["n"]:
+            digits = 2 if pair["metric"].removesuffix("_penalised") in DISTANCES else 3
+            low, high = pair["ci95"] or (None, None)
+            means = f"{_number(pair['first_mean'], digits)} → {_number(pair['second_mean'], digits)}"
+            doubt = f" [{low:+.{digits}f}, {high:+.{digits}f}]" if low is not None else ""
+            name = comparison["labels"].get(pair["label"], "")
+            rows.append(
+                [
+                    f"{pair['first']} → {pair['second']}",
+                    pair["part"],
+                    f"{pair['label']} {name}".strip(),
+                    pair["metric"],
+                    str(pair["n"]),
+                    means,
+                    f"{pair['difference']:+.{digits}f}{doubt}",
+                    f"{pair['second_better']} : {pair['first_better']} : {pair['equal']}",
+                ]
+            )
+    return rows
+
+
+def comparison_markdown(comparison: Json) -> str:
+    """The comparison as a Markdown table."""
+    left_out = f"\nNot compared: {', '.join(map(_plain, comparison['not_compared']))}.\n" if comparison["not_compared"] else ""
+    table = _pipes(comparison_columns(), comparison_rows(comparison))
+    return f"{COMPARISON}\n\n{DEFINITION}. {DIFFERENCE}\n\n{table}{left_out}"
+
+
+def comparison_csv(summaries: Mapping[str, Json], comparison: Json, metrics: Sequence[str]) -> str:
+    """One row per compared case and label, a column per prediction and measure."""
+    records = {name: {case["case"]: case["metrics"] for case in summary["metric_per_case"]} for name, summary in summaries.items()}
+    header = [*COMPARISON_KEYS, *(f"{name} {column(metric)}" for metric in metrics for name in summaries)]
+    rows = [
+        [case, label, name, *(records[one][case].get(label, {}).get(metric) for metric in metrics for one in summaries)]
+        for case in comparison["cases"]
+        for label, name in comparison["labels"].items()
+    ]
+    return _csv(header, rows)
 
 
 def label_columns(summary: Json) -> list[str]:
