@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from slmsam2_cli.errors import CaseError
+
+Region = tuple[int, ...]
+Structure = int | Region  # what is reported: a label value, or a region, the values that make it up
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Dataset:
-    """labels: foreground value -> name, sorted by value, without background and ignore; cases sorted by id, usable by path."""
+    """labels: foreground value -> name, sorted by value, without background and ignore; cases sorted by id, usable by path.
+
+    regions: what is reported where dataset.json declares regions: those, and the labels with a name of their own; else empty.
+    """
 
     root: Path
     name: str
@@ -31,3 +38,9 @@ class Dataset:
     test: tuple[Case, ...]
     problems: tuple[CaseError, ...]
     warnings: tuple[str, ...]
+    regions: Mapping[Structure, str] = field(default_factory=dict)
+
+    @property
+    def structures(self) -> Mapping[Structure, str]:
+        """What is reported -> its name: the labels, unless regions are declared."""
+        return self.regions or dict[Structure, str](self.labels.items())

@@ -45,7 +45,17 @@ def read_dataset(root: Path) -> Dataset:
         warnings.append(f"{NAME}: numTraining is {str(said.count)[:20]}, but {seen} training cases were found")
     ordered = tuple(sorted(problems, key=lambda problem: (problem.case, problem.file)))
     return Dataset(
-        root, said.name, said.channels, said.labels, said.ignore, said.file_ending, tuple(training), tuple(test), ordered, tuple(warnings)
+        root,
+        said.name,
+        said.channels,
+        said.labels,
+        said.ignore,
+        said.file_ending,
+        tuple(training),
+        tuple(test),
+        ordered,
+        tuple(warnings),
+        said.structures,
     )
 
 

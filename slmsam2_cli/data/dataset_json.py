@@ -1,17 +1,19 @@
 """dataset.json in both its shapes: the Medical Segmentation Decathlon's and nnU-Net v2's. What is said there, nothing of what is on disk.
 
-Regions (a label that is a list of values) are refused. Unknown keys, and `relase` for `release`, are left alone.
+A region (nnU-Net's label that is a list of values) is what is reported, its values are what is segmented. Unknown keys, and `relase` for
+`release`, are left alone.
 Paths must be relative and lead nowhere outside the data set, also through links.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from slmsam2_cli.data import store
+from slmsam2_cli.data.cases import Region, Structure
 from slmsam2_cli.data.listing import stem
 from slmsam2_cli.data.volume import ENDINGS, MAX_LABEL
 from slmsam2_cli.errors import DatasetError
@@ -31,11 +33,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Description:
-    """What dataset.json says. training, test: None where it does not list them; count: numTraining as written, or None."""
+    """What dataset.json says.
+
+    labels: foreground value -> name; structures: what is declared, labels and regions, empty when these are just the labels;
+    training, test: None where it does not list them; count: numTraining as written, or None.
+    """
 
     name: str
     channels: tuple[str, ...]
     labels: dict[int, str]
+    structures: dict[Structure, str]
     ignore: int | None
     file_ending: str
     training: tuple[Entry, ...] | None
@@ -53,12 +60,16 @@ def read_description(root: Path) -> Description:
         raise DatasetError(str(error)) from None
     if not isinstance(content, dict):
         refuse("must be a JSON object, {...}")
-    labels, ignore = _labels(content)
+    regions, plain = _regions(content)
+    labels, ignore = _labels(plain, {value for region in regions for value in region})
+    structures: dict[Structure, str] = {value: name for value, name in labels.items() if name in plain} if regions else {}
+    structures.update(regions)
     name = content.get("name")
     return Description(
         name=name if isinstance(name, str) and name else root.resolve().name,
         channels=_channels(content),
         labels=labels,
+        structures=structures,
         ignore=ignore,
         file_ending=_file_ending(content),
         training=_training(content, root),
@@ -84,12 +95,26 @@ def _channels(content: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(names[str(number)] for number in range(len(names)))
 
 
-def _labels(content: Mapping[str, Any]) -> tuple[dict[int, str], int | None]:
-    """(foreground value -> name sorted by value, ignore value)."""
+def _regions(content: Mapping[str, Any]) -> tuple[dict[Region, str], dict[str, Any]]:
+    """(values -> name of every label that is a list of values, the labels that are not)."""
     given = content.get("labels")
     if not isinstance(given, dict) or not given:
         refuse("'labels' must be an object that names the label values")
-    by_value = all(isinstance(value, str) for value in given.values())
+    regions: dict[Region, str] = {}
+    for name, values in given.items():
+        if isinstance(values, list):
+            region = tuple(sorted({_value(name, value) for value in values}))
+            if len(region) != len(values) or not region or 0 in region:
+                refuse(f"the region {name!r} must list different label values above 0")
+            if region in regions:
+                refuse(f"the regions {regions[region]!r} and {name!r} list the same values")
+            regions[region] = name
+    return regions, {name: value for name, value in given.items() if not isinstance(value, list)}
+
+
+def _labels(given: Mapping[str, Any], in_regions: Collection[int]) -> tuple[dict[int, str], int | None]:
+    """(foreground value -> name sorted by value, ignore value); a value that only regions name is "label VALUE"."""
+    by_value = bool(given) and all(isinstance(value, str) for value in given.values())
     pairs = [(_decathlon_value(key), name) if by_value else (_value(key, name), key) for key, name in given.items()]
     names: dict[int, str] = {}
     for value, name in sorted(pairs):
@@ -99,7 +124,10 @@ def _labels(content: Mapping[str, Any]) -> tuple[dict[int, str], int | None]:
     if 0 not in names:
         refuse("'labels' has no background, the value 0")
     ignore = next((value for value, name in names.items() if name == "ignore"), None)
-    foreground = {value: name for value, name in names.items() if value not in (0, ignore)}
+    if ignore in in_regions:
+        refuse("the label 'ignore' is in a region")
+    names |= {value: f"label {value}" for value in in_regions if value not in names}
+    foreground = {value: names[value] for value in sorted(names) if value not in (0, ignore)}
     if not foreground:
         refuse("'labels' names no structure besides the background")
     if ignore is not None and ignore < max(foreground):
@@ -114,8 +142,6 @@ def _decathlon_value(key: str) -> int:
 
 
 def _value(name: str, value: object) -> int:
-    if isinstance(value, list):
-        refuse(f"the label {name!r} is a region (a list of values), which is not supported; give each value a name of its own")
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_LABEL:
         refuse(f"the label {name!r} must be a whole number from 0 to {MAX_LABEL}, not {str(value)[:40]!r}")
     return value

@@ -116,10 +116,28 @@ def test_the_ignore_label_is_set_apart(tmp_path: Path) -> None:
         read_dataset(make(tmp_path, NNUNET | {"labels": {"background": 0, "ignore": 1, "PZ": 2}}))
 
 
+def test_regions_are_reported_and_their_values_segmented(tmp_path):
+    labels = {"background": 0, "whole": [1, 2, 3], "core": [3, 2], "enhancing": 3}
+    found = read_dataset(make(tmp_path, NNUNET | {"labels": labels}, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz"))
+    assert found.labels == {1: "label 1", 2: "label 2", 3: "enhancing"}
+    assert found.structures == {3: "enhancing", (1, 2, 3): "whole", (2, 3): "core"}
+
+
+def test_without_regions_the_labels_are_what_is_reported(tmp_path):
+    found = read_dataset(make(tmp_path, NNUNET, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz"))
+    assert found.structures == found.labels
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": {"background": 0, "whole": [1, 2]}}, "'whole' is a region"),
+        ({"labels": {"background": 0, "whole": []}}, "region 'whole'"),
+        ({"labels": {"background": 0, "whole": [0, 1]}}, "region 'whole'"),
+        ({"labels": {"background": 0, "whole": [1, 1]}}, "region 'whole'"),
+        ({"labels": {"background": 0, "whole": [1, "2"]}}, "label 'whole'"),
+        ({"labels": {"background": 0, "whole": [1, 2], "all": [2, 1]}}, "'whole' and 'all' list the same values"),
+        ({"labels": {"background": 0, "whole": [1, 2], "ignore": 2}}, "'ignore' is in a region"),
+        ({"labels": {"whole": [1, 2]}}, "no background"),
         ({"labels": {"background": 0, "a": "one"}}, "label 'a'"),
         ({"labels": {"background": 0, "a": True}}, "label 'a'"),
         ({"labels": {"background": 0, "a": 1.0}}, "label 'a'"),
