@@ -63,7 +63,7 @@ def read_description(root: Path) -> Description:
     regions, plain = _regions(content)
     labels, ignore = _labels(plain, {value for region in regions for value in region})
     structures: dict[Structure, str] = {value: name for value, name in labels.items() if name in plain} if regions else {}
-    structures.update(regions)
+    structures.update(regions.items())
     name = content.get("name")
     return Description(
         name=name if isinstance(name, str) and name else root.resolve().name,

@@ -70,6 +70,12 @@ class TrainingPlan(Frozen):
     minutes: float | None = Field(default=None, description="stop after this many minutes even if steps remain; null: no limit", gt=0)
 
 
+class EvaluationPlan(Frozen):
+    """How masks are judged."""
+
+    nsd_tolerance_mm: float = Field(default=2.0, description="borders closer than this count as equal in NSD, in mm", gt=0, le=100)
+
+
 class Plan(Frozen):
     """Every decision about one data set."""
 
@@ -84,6 +90,7 @@ class Plan(Frozen):
     intensity: tuple[ChannelIntensity, ...] = Field(description="one entry a channel")
     network: NetworkPlan
     training: TrainingPlan
+    evaluation: EvaluationPlan = Field(default_factory=EvaluationPlan)
     reasons: dict[str, str] = Field(default_factory=dict, description="decision key -> why; not part of the digest")
     fingerprint_digest: str = Field(description="SHA-256 of the measurements the decisions rest on")
     decided_digest: str = Field(default="", description="digest of the tool's own decisions; differs from the plan's digest after an edit")

@@ -12,7 +12,7 @@ from slmsam2_cli.data.geometry import AXES, SliceAxis
 from slmsam2_cli.errors import DatasetError, UsageError
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, Fingerprint
 from slmsam2_cli.planning.network import NetworkPlan, NetworkSize
-from slmsam2_cli.planning.plan import ChannelIntensity, GeometryPlan, Plan, TrainingPlan, signed
+from slmsam2_cli.planning.plan import ChannelIntensity, EvaluationPlan, GeometryPlan, Plan, TrainingPlan, signed
 from slmsam2_cli.version import VERSION
 
 MANY = 20  # training cases; more do not lengthen the run
@@ -25,6 +25,8 @@ SMALLEST_FRAME = 128
 NATIVE_PX: dict[NetworkSize, int] = {"nano": 256, "tiny": 1024, "small": 1024, "base_plus": 1024, "large": 1024}
 PERCENTILES = (0.5, 99.5)
 NARROWEST_WINDOW_HU = 400.0
+NSD_TOLERANCE_MM = 2.0
+THIN = 3.0  # a tolerance of more than one part in so many of a structure's radius forgives nearly everything
 HU_RANGE = (-1024.0, 3071.0)
 
 NAMES = {
@@ -86,6 +88,7 @@ def decide(fingerprint: Fingerprint, network: str | None = None) -> Plan:
     pixel = choose_in_plane_mm(fov, spacing, frame.value)
     intensity = [choose_intensity(fingerprint, index, kind.value) for index, kind in enumerate(modalities)]
     training = choose_training(size.value, len(cases))
+    tolerance = choose_nsd_tolerance_mm(fingerprint, axis.value, spacing)
     reasons = {
         "modality": "; ".join(f"{name}: {kind.reason}" for name, kind in zip(fingerprint.channels, modalities, strict=True)),
         "geometry.slice_axis": axis.reason,
@@ -96,6 +99,7 @@ def decide(fingerprint: Fingerprint, network: str | None = None) -> Plan:
         "intensity": "; ".join(f"{name}: {chosen.reason}" for name, chosen in zip(fingerprint.channels, intensity, strict=True)),
         "network.size": size.reason,
         "training": training.reason,
+        "evaluation.nsd_tolerance_mm": tolerance.reason,
     }
     plan = Plan(
         tool_version=VERSION,
@@ -110,6 +114,7 @@ def decide(fingerprint: Fingerprint, network: str | None = None) -> Plan:
         intensity=tuple(chosen.value for chosen in intensity),
         network=NetworkPlan(size=size.value, policy="shortlong", fuser="gated"),
         training=training.value,
+        evaluation=EvaluationPlan(nsd_tolerance_mm=tolerance.value),
         reasons=reasons,
         fingerprint_digest=fingerprint.digest,
     )
@@ -284,3 +289,37 @@ def choose_training(size: NetworkSize, cases: int, from_scratch: bool = False) -
         else f"and {cases} training case{'s' if cases != 1 else ''}; fine-tuning with fewer takes fewer steps"
     )
     return Decision(plan, f"for {size} {basis}")
+
+
+def choose_nsd_tolerance_mm(fingerprint: Fingerprint, axis: SliceAxis, pixel_mm: float) -> Decision[float]:
+    """2 mm; for a thin structure a third of its radius, but never less than a pixel, below which nobody can draw.
+
+    The radius is that of a circle as large as the thinnest label's median cross-section; pixel_mm: in-plane spacing.
+    """
+    by_label = {label: radii for label in fingerprint.labels if (radii := _radii_mm(fingerprint.cases, label, axis))}
+    if not by_label:
+        return Decision(NSD_TOLERANCE_MM, "the usual 2 mm; no label was measured")
+    radius, label = min((median(radii), label) for label, radii in by_label.items())
+    thin, name = radius / THIN, fingerprint.labels[label]
+    if pixel_mm > min(thin, NSD_TOLERANCE_MM):
+        return Decision(_two_digits(pixel_mm), f"a pixel of {pixel_mm:.3g} mm, the least that can be drawn")
+    if thin < NSD_TOLERANCE_MM:
+        return Decision(_two_digits(thin), f"a third of the radius of {name} ({radius:.1f} mm), the thinnest")
+    return Decision(NSD_TOLERANCE_MM, f"the usual 2 mm; {name}, the thinnest, has a radius of {radius:.1f} mm")
+
+
+def _radii_mm(cases: tuple[CaseFingerprint, ...], label: int, axis: SliceAxis) -> list[float]:
+    """Of every case that holds the label, the radius of a circle as large as its mean cross-section."""
+    found = []
+    for case in cases:
+        measured = case.labels.get(label)
+        cut = case.axis(axis)
+        extent = measured.extents.get(cut) if measured is not None else None
+        if measured is not None and extent is not None:
+            pixel_mm2 = math.prod(mm for one, mm in zip(AXES, case.spacing_mm) if one != cut)
+            found.append(math.sqrt(measured.voxels / extent.slices * pixel_mm2 / math.pi))
+    return found
+
+
+def _two_digits(value: float) -> float:
+    return float(f"{value:.2g}")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from slmsam2_cli.errors import DatasetError, UsageError
-from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint, Fingerprint, LabelFingerprint, Statistics
+from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint, Extent, Fingerprint, LabelFingerprint, Statistics
 from slmsam2_cli.planning.rules import (
     choose_frame_px,
     choose_in_plane_mm,
     choose_modality,
+    choose_nsd_tolerance_mm,
     choose_slice_axis,
     choose_training,
     ct_window,
@@ -189,6 +190,7 @@ def test_every_decision_has_a_reason():
         "intensity",
         "network.size",
         "training",
+        "evaluation.nsd_tolerance_mm",
     }
     assert all(reasons.values())
 
@@ -214,3 +216,19 @@ def test_nothing_can_be_planned_without_a_case():
 
 def test_the_same_facts_give_the_same_plan():
     assert decide(fingerprint(case())) == decide(fingerprint(case()))
+
+
+@pytest.mark.parametrize(
+    ("radius_px", "pixel_mm", "tolerance"),
+    [(30, 1.0, 2.0), (3, 1.0, 1.0), (4.5, 1.0, 1.5), (3, 0.5, 0.5), (1, 1.5, 1.5), (30, 3.0, 3.0)],
+)
+def test_the_tolerance_of_nsd_is_2_mm_and_less_for_thin_structures_but_never_below_a_pixel(radius_px, pixel_mm, tolerance):
+    axes = ("SI", "AP", "LR")
+    disc = round(3.14159265 * radius_px**2 * 10)
+    tube = LabelFingerprint(voxels=disc, extents={"SI": Extent(first=0, last=9, slices=10)}, overlap=dict.fromkeys(axes, 0.5), copied={})
+    facts = fingerprint(case(spacing=(2.0, pixel_mm, pixel_mm)).model_copy(update={"labels": {1: tube}}))
+    assert choose_nsd_tolerance_mm(facts, "SI", pixel_mm).value == pytest.approx(tolerance, abs=0.01)
+
+
+def test_without_a_measured_label_the_tolerance_is_2_mm():
+    assert choose_nsd_tolerance_mm(fingerprint(case()), "SI", 1.0).value == 2.0
