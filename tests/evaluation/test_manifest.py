@@ -56,3 +56,19 @@ def test_a_manifest_from_the_future_is_refused_naming_both_versions(tmp_path):
 def test_a_truncated_manifest_is_an_error_of_ours(tmp_path):
     with pytest.raises(SlmSam2Error, match=r"manifest\.json"):
         read_manifest(written(tmp_path, '{"cases": {'))
+
+
+def test_confidence_and_disagreement_are_read_slice_by_slice(tmp_path):
+    case = {"confidence": {"1": {"mean": 0.5, "slices": {"3": 0.25, "4": 1}}}, "disagreement": {"1": {"3": 0.125}, "2": {}}}
+    found = read_manifest(written(tmp_path, {"cases": {"a": case}})).cases["a"]
+    assert found.confidence == {1: {3: 0.25, 4: 1.0}}
+    assert found.disagreement == {1: {3: 0.125}}
+
+
+@pytest.mark.parametrize(
+    "odd", [None, 3, [], {"one": {"slices": {"1": 0.5}}}, {"1": 0.5}, {"1": {"slices": {"x": 0.5, "2": "high", "3": 7, "-1": 0.5}}}]
+)
+def test_a_confidence_that_cannot_be_understood_is_left_out_and_scoring_goes_on(tmp_path, odd):
+    found = read_manifest(written(tmp_path, {"cases": {"a": {"prompted_slices": {"1": [2]}, "confidence": odd, "disagreement": odd}}}))
+    assert found.cases["a"].prompted_slices == {1: (2,)}
+    assert found.cases["a"].confidence == found.cases["a"].disagreement == {}

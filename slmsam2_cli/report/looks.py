@@ -1,0 +1,94 @@
+"""Cases get their pictures and their volumes for the viewer: opened one at a time, those to look at first, within a budget of bytes.
+
+The page holds as many volumes as it can carry; further ones go to files beside it, through the function that writes them, at once,
+so that never more than one case is in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from slmsam2_cli.report import viewer
+from slmsam2_cli.report.contents import CaseReport, Picture, ViewerVolumes
+from slmsam2_cli.report.opened import Opened, Sources, open_case
+from slmsam2_cli.report.pictures import cohort_sheet, pictures, worst_slices
+
+FOLDER = "report_files"
+MOST_CASES = 200  # cases that are opened for pictures; the others are told in numbers
+Beside = Callable[[str, str, ViewerVolumes], None]  # (relative file name, case, volumes) -> written
+Finish = Callable[[CaseReport, Opened | None], CaseReport]
+
+
+@dataclass
+class Budget:
+    """Bytes of base64 left: in the page, and in files beside it."""
+
+    embedded: int = viewer.EMBEDDED_BYTES
+    beside: int = viewer.BESIDE_BYTES
+
+
+@dataclass(frozen=True)
+class Looks:
+    """cases: as they came, with pictures and volumes; worst: the cohort's contact sheet; opened: how many could be shown."""
+
+    cases: tuple[CaseReport, ...]
+    worst: tuple[Picture, ...]
+    opened: int
+
+
+def with_looks(
+    cases: Sequence[CaseReport],
+    sources: Mapping[str, Sources],
+    finish: Finish,
+    beside: Beside | None = None,
+    advance: Callable[..., None] = lambda: None,
+    budget: Budget | None = None,
+    most: int = MOST_CASES,
+) -> Looks:
+    """cases: worst first. finish: adds what is known only once the case is open; it also sees the cases that are not (None)."""
+    left = budget or Budget()
+    by_id = {case.id: case for case in cases}
+    shown: dict[str, list[tuple[float, Picture]]] = {}
+    visible = [case.id for case in cases if case.status != "failed" and case.id in sources][:most]
+    predicted = [case for case in visible if sources[case].prediction is not None]
+    seen = frozenset(visible)
+    for case in dict.fromkeys((*viewer.in_turn(predicted), *by_id)):
+        opened = open_case(case, sources[case]) if case in seen else None
+        by_id[case] = finish(by_id[case], opened)
+        if opened is not None:
+            shown[case] = _pictures(by_id[case], opened)
+            by_id[case] = _with_volumes(replace(by_id[case], pictures=tuple(p for _, p in shown[case])), opened, left, beside)
+        advance()
+    return Looks(tuple(by_id[case.id] for case in cases), cohort_sheet(shown), len(shown))
+
+
+def file_name(case: str) -> str:
+    """A name beside the page that no case can make unsafe or share with another, on any file system."""
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", case).strip("-")[:60]
+    return f"{FOLDER}/{slug or 'case'}-{hashlib.sha256(case.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}.js"
+
+
+def _pictures(case: CaseReport, opened: Opened) -> list[tuple[float, Picture]]:
+    choices = worst_slices(case.structures)
+    badness = {choice.slice: choice.badness for choice in choices}
+    return [(badness[picture.slice], picture) for picture in pictures(case.id, opened, choices)]
+
+
+def _with_volumes(case: CaseReport, opened: Opened, left: Budget, beside: Beside | None) -> CaseReport:
+    """In the page while there is room, else beside it while there is, else not at all."""
+    room = max(left.embedded, left.beside if beside is not None else 0)
+    volumes = viewer.volumes(opened) if room > 0 else None
+    if volumes is None:
+        return case
+    if volumes.size <= left.embedded:
+        left.embedded -= volumes.size
+        return replace(case, volumes=volumes)
+    if beside is not None and volumes.size <= left.beside:
+        left.beside -= volumes.size
+        name = file_name(case.id)
+        beside(name, case.id, volumes)
+        return replace(case, volumes_file=name)
+    return case
