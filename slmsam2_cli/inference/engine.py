@@ -35,11 +35,13 @@ class Propagated:
     """One object on every slice.
 
     logits (T, 4h, 4w) float32, below 0 where absent; confidence (T,): presence probability times predicted IoU, 1 on
-    annotated slices, 0 where no pass came by.
+    annotated slices, 0 where no pass came by; disagreement (T,): where passes from both sides came by, 1 - Dice of their two
+    masks (0 when both are empty), NaN elsewhere.
     """
 
     logits: Tensor
     confidence: Tensor
+    disagreement: Tensor
 
 
 class Features:
@@ -95,11 +97,11 @@ def _object(model: SlmSam2, features: Features, anchors: list[Anchor], advance: 
     memories = {a.slice: _remember(model, features, a, logits, confidence, low) for a in anchors if bool(a.mask.any())}
     for anchor in (a for a in anchors if not bool(a.mask.any())):
         confidence[anchor.slice] = 1.0
-    weight = torch.zeros(count)
+    weight, disagreement = torch.zeros(count), torch.full((count,), torch.nan)
     for start in memories:
         for step in (1, -1):
-            _run(model, features, memories, start, step, said, logits, confidence, weight, advance)
-    return Propagated(logits, confidence)
+            _run(model, features, memories, start, step, said, logits, confidence, weight, disagreement, advance)
+    return Propagated(logits, confidence, disagreement)
 
 
 def _remember(model: SlmSam2, features: Features, anchor: Anchor, logits: Tensor, confidence: Tensor, low: bool) -> Memory:
@@ -124,6 +126,7 @@ def _run(
     logits: Tensor,
     confidence: Tensor,
     weight: Tensor,
+    disagreement: Tensor,
     advance: Callable[[int], None],
 ) -> None:
     """One pass from an anchor up to the next annotated slice or the end of the volume."""
@@ -139,10 +142,18 @@ def _run(
         seen = output.logits[0, 0].float().cpu()
         seen = seen.clamp(-SURE, SURE) if between else seen.clamp(min=ABSENT)
         sure = float(output.presence.float().sigmoid() * output.iou.float().amax(dim=1, keepdim=True).clamp(0, 1))
+        if weight[t] > 0:  # the other side was here, so its logits are all that is in `logits`
+            disagreement[t] = _disagreement(logits[t] > 0, seen > 0)
         mix = share / (share + float(weight[t]))
         logits[t], confidence[t] = torch.lerp(logits[t], seen, mix), confidence[t] + mix * (sure - confidence[t])
         weight[t] += share
         advance(1)
+
+
+def _disagreement(one: Tensor, other: Tensor) -> float:
+    """1 - Dice of two masks (h, w) bool; 0 when both are empty."""
+    pixels = int(one.sum()) + int(other.sum())
+    return 1 - 2 * int((one & other).sum()) / pixels if pixels else 0.0
 
 
 def full_resolution(logits: Tensor, frame_px: int, height: int, width: int) -> Tensor:

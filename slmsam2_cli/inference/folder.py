@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from slmsam2_cli.model.slices import framed, to_rgb
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import Plan
 
-_CONFIDENCE_DIGITS = 4
+_SHARE_DIGITS = 4
 
 
 @dataclass(frozen=True)
@@ -111,15 +112,23 @@ def _account(prompts: Prompts, view: View, found: dict[int, Propagated], seconds
     natives = range(start, end)
     shown = {
         str(value): {
-            "mean": round(float(one.confidence.mean()), _CONFIDENCE_DIGITS),
-            "slices": {str(view.file_index(s)): round(float(one.confidence[view.to_stack(s)]), _CONFIDENCE_DIGITS) for s in natives},
+            "mean": round(float(one.confidence.mean()), _SHARE_DIGITS),
+            "slices": _by_slice(one.confidence, view, natives),
         }
         for value, one in found.items()
     }
+    disagreement = {str(value): _by_slice(one.disagreement, view, natives) for value, one in found.items()}
     return {
         "slice_axis": view.axis,
         "array_axis": view.orientation.order[0],
         "prompted_slices": {str(v): sorted(view.file_index(s) for s in slices) for v, slices in prompts.annotated.items() if slices},
         "confidence": shown,
+        "disagreement": {value: slices for value, slices in disagreement.items() if slices},
         "seconds": round(seconds, 3),
     }
+
+
+def _by_slice(shares: torch.Tensor, view: View, natives: range) -> dict[str, float]:
+    """(T,) shares of the stack's slices, by the number that the file gives a slice; where there is none (NaN), no entry."""
+    told = {view.file_index(s): float(shares[view.to_stack(s)]) for s in natives}
+    return {str(k): round(share, _SHARE_DIGITS) for k, share in told.items() if not math.isnan(share)}

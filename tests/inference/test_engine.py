@@ -85,6 +85,47 @@ def test_between_two_anchors_both_sides_count_by_how_near_they_are(one_sided):
     assert found.confidence.tolist() == pytest.approx([0.2, 0.2, 1, 0.35, 0.3, 0.25, 1, 0.4, 0.4])
 
 
+def test_two_sides_that_see_the_same_agree_and_elsewhere_there_is_nothing_to_compare(one_sided):
+    found = propagate(one_sided, stack(9), {1: [Anchor(2, square()), Anchor(6, square())]})[1]
+    assert found.disagreement[3:6].tolist() == [0, 0, 0]
+    assert found.disagreement[[0, 1, 2, 6, 7, 8]].isnan().all()
+
+
+def test_disagreement_is_one_minus_the_dice_of_both_sides(one_sided, monkeypatch):
+    said = SlmSam2.track
+
+    def halves(self, features, bank, moment):
+        """Up: the left half of the frame; down: its lower half on slice 3, everything on slice 4, nothing on slice 5."""
+        output = said(self, features, bank, moment)
+        filled, middle = torch.full_like(output.logits, -4.0), output.logits.shape[-1] // 2
+        if moment.step > 0:
+            filled[..., :middle] = 4.0
+        elif moment.slice != 5:
+            filled[..., middle if moment.slice == 3 else 0 :, :] = 4.0
+        return replace(output, logits=filled)
+
+    monkeypatch.setattr(SlmSam2, "track", halves)
+    found = propagate(one_sided, stack(9), {1: [Anchor(2, square()), Anchor(6, square())]})[1]
+    assert found.disagreement[3:6].tolist() == pytest.approx([1 - 2 / 4, 1 - 2 / 3, 1])
+
+
+def test_where_both_sides_see_nothing_they_agree(one_sided, monkeypatch):
+    said = SlmSam2.track
+
+    def nothing(*arguments):
+        output = said(*arguments)
+        return replace(output, logits=torch.full_like(output.logits, -4.0))
+
+    monkeypatch.setattr(SlmSam2, "track", nothing)
+    found = propagate(one_sided, stack(5), {1: [Anchor(0, square()), Anchor(4, square())]})[1]
+    assert found.disagreement[1:4].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("anchors", [[Anchor(4, square())], [Anchor(1, EMPTY), Anchor(4, square()), Anchor(7, EMPTY)]])
+def test_from_one_side_alone_there_is_no_disagreement(model, anchors):
+    assert propagate(model, stack(9), {1: anchors})[1].disagreement.isnan().all()
+
+
 def test_towards_an_end_stop_only_the_side_of_the_object_counts(one_sided):
     found = propagate(one_sided, stack(9), {1: [Anchor(2, square()), Anchor(6, EMPTY)]})[1]
     assert [float(found.logits[t].mean()) for t in (1, 3, 4, 5)] == pytest.approx([8, 4, 4, 4])

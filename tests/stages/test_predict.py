@@ -93,6 +93,21 @@ def test_a_persons_slice_comes_back_bit_exact_as_a_whole(images, tmp_path, datas
         assert drawn.any() and np.array_equal(np.asarray(nibabel.load(masks / name).dataobj)[..., 4], drawn)
 
 
+def test_between_two_given_slices_the_manifest_says_how_far_both_sides_disagree(images, tmp_path, dataset):
+    prompts, masks = sparse_prompts(tmp_path / "prompts", images, dataset), tmp_path / "masks"
+    first, *_ = written(images)
+    truth, sparse = (nibabel.load(folder / first) for folder in (dataset / "labelsTr", prompts))
+    both = np.asarray(sparse.dataobj).copy()
+    both[..., 1] = np.asarray(truth.dataobj)[..., 1]
+    nibabel.save(nibabel.Nifti1Image(both, truth.affine, truth.header), prompts / first)
+    assert run(images, masks, dataset, prompts=prompts) == 0
+    two_slices, one_slice = account(masks).values()
+    in_both = {str(v) for v in np.unique(both[..., 1]) if v} & {str(v) for v in np.unique(both[..., 4]) if v}
+    assert in_both and {label: [*map(int, slices)] for label, slices in two_slices["disagreement"].items()} == {v: [2, 3] for v in in_both}
+    assert all(0 <= share <= 1 for slices in two_slices["disagreement"].values() for share in slices.values())
+    assert one_slice["disagreement"] == {}
+
+
 def test_finished_cases_are_skipped_and_nothing_is_touched(images, tmp_path, dataset, capsys):
     masks = tmp_path / "masks"
     run(images, masks, dataset)
