@@ -1,0 +1,10 @@
+/* Everything is defined: set up the page. */
+setUpTable();
+articles.forEach((_, place) => setUpStrips(place));
+setUpPictures();
+byId('previous').addEventListener('click', () => step(-1));
+byId('next').addEventListener('click', () => step(1));
+document.addEventListener('keydown', onKey);
+addEventListener('hashchange', openHash);
+addEventListener('beforeprint', () => all('details').forEach((element) => { element.open = true; }));
+openHash();

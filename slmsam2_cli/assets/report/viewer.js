@@ -1,0 +1,237 @@
+/* The viewer: NiiVue is unpacked and run when the first case is opened in it; one canvas moves from case to case. */
+const TRUTH = [[86, 180, 233], [0, 114, 178], [160, 216, 245], [30, 144, 200]];
+const PREDICTION = [[230, 159, 0], [213, 94, 0], [245, 200, 90], [190, 120, 20]];
+
+const bytesOf = (base64) => (Uint8Array.fromBase64 ? Uint8Array.fromBase64(base64) : Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0)));
+
+function unpack(base64) {
+  const stream = new Blob([bytesOf(base64)]).stream().pipeThrough(new DecompressionStream('gzip'));
+  return new Response(stream).arrayBuffer();
+}
+
+function addScript(fill) {
+  return new Promise((resolve, reject) => {
+    const element = document.createElement('script');
+    element.onload = resolve;
+    element.onerror = () => reject(new Error(`The file ${element.getAttribute('src')} is not beside this page.`));
+    fill(element);
+    document.head.append(element);
+    if (!element.src) resolve();
+  });
+}
+
+async function niivueLibrary() {
+  if (!window.niivue) {
+    const text = new TextDecoder().decode(await unpack(byId('viewer-library').textContent));
+    await addScript((element) => { element.textContent = text; });
+  }
+  return window.niivue;
+}
+
+async function volumesOf(item) {
+  if (item.volumes === 'page') {
+    const holder = all('script[data-volumes]').find((element) => element.dataset.volumes === item.id);
+    return JSON.parse(holder.textContent);
+  }
+  const known = () => window.slmsam2Volumes && window.slmsam2Volumes.get(item.id);
+  if (!known()) await addScript((element) => { element.src = item.file.split('/').map(encodeURIComponent).join('/'); });
+  if (!known()) throw new Error(`The file ${item.file} does not hold this case.`);
+  return known();
+}
+
+// A mask reduced to the borders of its labels within each slice along `axis`. Header and data of an uncompressed NIfTI of 8 or 16 bits.
+function outlined(buffer, axis) {
+  const copy = buffer.slice(0);
+  const view = new DataView(buffer);
+  const little = view.getInt32(0, true) === 348;
+  const size = [0, 1, 2].map((i) => view.getInt16(42 + 2 * i, little));
+  const start = view.getFloat32(108, little);
+  const wide = view.getInt16(72, little) === 16;
+  const read = wide ? new Uint16Array(buffer.slice(start)) : new Uint8Array(buffer, start);
+  const write = wide ? new Uint16Array(copy.slice(start)) : new Uint8Array(copy, start);
+  const stride = [1, size[0], size[0] * size[1]];
+  const [a, b] = [0, 1, 2].filter((i) => i !== axis);
+  const inside = (index, i, at) => at > 0 && at < size[i] - 1 && read[index - stride[i]] === read[index] && read[index + stride[i]] === read[index];
+  for (let z = 0, index = 0; z < size[2]; z++) for (let y = 0; y < size[1]; y++) for (let x = 0; x < size[0]; x++, index++) {
+    if (!read[index]) continue;
+    const at = [x, y, z];
+    if (inside(index, a, at[a]) && inside(index, b, at[b])) write[index] = 0;
+  }
+  if (wide) new Uint8Array(copy).set(new Uint8Array(write.buffer), start);
+  return copy;
+}
+
+const labelsOf = (key) => (key.match(/\d+/g) || []).map(Number);
+
+function labelColours(palette, chosen) {
+  const known = [...new Set(data.structures.flatMap(([key]) => labelsOf(key)))].sort((x, y) => x - y);
+  const wanted = chosen ? labelsOf(chosen) : known;
+  const colours = { R: [0], G: [0], B: [0], A: [0], I: [0], labels: [''] };
+  known.forEach((value, index) => {
+    if (!value) return;
+    const [r, g, b] = palette[index % palette.length];
+    const name = (data.structures.find(([key]) => labelsOf(key).join() === String(value)) || ['', String(value)])[1];
+    colours.R.push(r); colours.G.push(g); colours.B.push(b); colours.A.push(wanted.includes(value) ? 255 : 0); colours.I.push(value); colours.labels.push(name);
+  });
+  return colours;
+}
+
+const viewer = {
+  running: false, place: -1, panel: null, canvas: null, nv: null, given: null, buffers: {}, masks: {}, turn: 0,
+
+  say(text) { this.panel.querySelector('.message').textContent = text; },
+
+  build() {
+    this.panel = byId('viewer-template').content.firstElementChild.cloneNode(true);
+    this.canvas = this.panel.querySelector('canvas');
+    for (const [mask, opacity, outline] of [['truth', 1, true], ['prediction', 0.5, false]]) {
+      const field = this.panel.querySelector(`[data-mask=${mask}]`);
+      field.querySelector('[type=range]').value = opacity;
+      field.querySelector('[data-does=outline]').checked = outline;
+      field.querySelector('[type=range]').addEventListener('input', () => this.shade());
+      field.querySelector('[type=checkbox]').addEventListener('input', () => this.shade());
+      field.querySelector('[data-does=outline]').addEventListener('input', () => this.load());
+    }
+    this.does('structure').addEventListener('input', () => this.colour());
+    this.does('view').addEventListener('input', () => this.nv.setSliceType(Number(this.does('view').value)));
+    this.does('slice').addEventListener('input', () => chooseSlice(this.place, Number(this.does('slice').value), true));
+  },
+
+  does(what) { return this.panel.querySelector(`.controls > label [data-does=${what}]`); },
+  field(mask) { return this.panel.querySelector(`[data-mask=${mask}]`); },
+
+  async start() {
+    if (this.nv) return;
+    if (!document.createElement('canvas').getContext('webgl2')) throw new Error('This browser offers no WebGL 2, which the viewer needs. Everything else on this page works without it.');
+    if (!window.DecompressionStream) throw new Error('This browser is too old to unpack the volumes. Everything else on this page works without it.');
+    const { Niivue } = await niivueLibrary();
+    const nv = new Niivue({ logLevel: 'error', dragAndDropEnabled: false, isRadiologicalConvention: true, crosshairWidth: 0.6, crosshairColor: [1, 1, 1, 0.6], multiplanarShowRender: 0, loadingText: '', isOrientationTextVisible: true, scrollRequiresFocus: true });
+    await nv.attachToCanvas(this.canvas);
+    nv.onLocationChange = () => this.moved();
+    this.nv = nv;
+  },
+
+  // Opens a case; a later call wins over one still loading.
+  async show(place, slice) {
+    const slot = articles[place].querySelector('.slot');
+    if (!slot) return;
+    if (!this.panel) this.build();
+    const turn = ++this.turn;
+    this.running = true;
+    this.place = place;
+    slot.replaceChildren(this.panel);
+    this.canvas.dataset.state = 'loading';
+    this.say('Loading…');
+    try {
+      await this.start();
+      const given = await volumesOf(data.cases[place]);
+      const buffers = {};
+      for (const name of ['image', 'truth', 'prediction']) if (given[name]) buffers[name] = await unpack(given[name]);
+      if (turn !== this.turn) return;
+      Object.assign(this, { given, buffers });
+      await this.load();
+      this.prepare(slice ?? data.cases[place].chosen);
+    } catch (error) {
+      if (turn !== this.turn) return;
+      this.say(error.message);
+      this.canvas.dataset.state = 'failed';
+    }
+  },
+
+  async load() {
+    const { nv, given, buffers } = this;
+    const turn = this.turn;
+    const NVImage = window.niivue.NVImage;
+    const images = {};
+    for (const name of Object.keys(buffers)) {
+      const line = name !== 'image' && this.field(name).querySelector('[data-does=outline]').checked;
+      const buffer = line ? outlined(buffers[name], given.axis) : buffers[name];
+      images[name] = await NVImage.loadFromUrl({ url: `${name}.nii`, name: `${name}.nii`, buffer, colorbarVisible: false });
+    }
+    if (turn !== this.turn) return;
+    for (const old of [...nv.volumes]) nv.removeVolume(old);
+    for (const name of Object.keys(images)) nv.addVolume(images[name]);
+    this.masks = images;
+    for (const mask of ['truth', 'prediction']) this.field(mask).hidden = !images[mask];
+    this.colour();
+  },
+
+  colour() {
+    const chosen = this.does('structure').value;
+    if (this.masks.truth) this.masks.truth.setColormapLabel(labelColours(TRUTH, chosen));
+    if (this.masks.prediction) this.masks.prediction.setColormapLabel(labelColours(PREDICTION, chosen));
+    this.shade();
+  },
+
+  shade() {
+    for (const mask of ['truth', 'prediction']) {
+      if (!this.masks[mask]) continue;
+      const [shown, opacity] = [this.field(mask).querySelector('[type=checkbox]').checked, Number(this.field(mask).querySelector('[type=range]').value)];
+      this.nv.setOpacity(this.nv.volumes.indexOf(this.masks[mask]), shown ? opacity : 0);
+    }
+    this.nv.updateGLVolume();
+  },
+
+  // NiiVue turns every volume to right, anterior, superior: [which of its axes is ours, whether it is turned round, its length].
+  axis() {
+    const volume = this.nv.volumes[0];
+    const at = volume.permRAS.findIndex((axis) => Math.abs(axis) === this.given.axis + 1);
+    return { at, turned: volume.permRAS[at] < 0, length: volume.dimsRAS[at + 1] };
+  },
+
+  prepare(slice) {
+    const { first, step, note } = this.given;
+    const { length } = this.axis();
+    const range = this.does('slice');
+    [range.min, range.max, range.step] = [first, first + (length - 1) * step, step];
+    this.panel.querySelector('[data-shows=note]').textContent = note;
+    this.say('');
+    this.canvas.dataset.case = data.cases[this.place].id;
+    this.canvas.dataset.state = 'ready';
+    this.move(slice ?? first + Math.floor(length / 2) * step);
+  },
+
+  jump(place, slice) {
+    if (place !== this.place || !this.running || this.canvas.dataset.state !== 'ready') this.show(place, slice);
+    else this.move(slice);
+  },
+
+  move(slice) {
+    const { at, turned, length } = this.axis();
+    const index = Math.min(Math.max(Math.round((slice - this.given.first) / this.given.step), 0), length - 1);
+    const position = [...this.nv.scene.crosshairPos];
+    position[at] = ((turned ? length - 1 - index : index) + 0.5) / length;
+    this.nv.scene.crosshairPos = position;
+    this.nv.drawScene();
+    this.tell();
+  },
+
+  slice() {
+    const { at, turned, length } = this.axis();
+    const found = Math.min(Math.max(Math.floor(this.nv.scene.crosshairPos[at] * length), 0), length - 1);
+    return this.given.first + (turned ? length - 1 - found : found) * this.given.step;
+  },
+
+  tell() {
+    const slice = this.slice();
+    this.canvas.dataset.slice = String(slice);
+    this.does('slice').value = slice;
+    this.panel.querySelector('[data-shows=slice]').textContent = String(slice);
+    return slice;
+  },
+
+  moved() {
+    if (this.canvas.dataset.state !== 'ready') return;
+    const item = data.cases[this.place];
+    const before = item.chosen;
+    const slice = this.tell();
+    if (slice === before) return;
+    item.chosen = slice;
+    if (slice >= item.first && slice < item.first + item.count) pointAt(this.place, slice, 'chosen');
+  },
+};
+
+document.addEventListener('click', (event) => {
+  const button = event.target.closest('.slot .start');
+  if (button) viewer.show(Number(button.closest('.case').dataset.case));
+});

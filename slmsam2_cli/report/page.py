@@ -1,0 +1,196 @@
+"""A report as one HTML file that works offline: everything in it, nothing loaded from elsewhere.
+
+Text is escaped by the template engine, data in script tags here. The policy in the head allows this page's own scripts and styles, by
+their hashes, and pictures written into the page; a viewer that finds its volumes in files beside the page may load those files as well.
+Tables, charts and pictures are in the HTML; the script adds sorting, choosing and the viewer (assets/report/page.js).
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import gzip
+import hashlib
+import json
+import math
+from functools import cache
+from importlib import resources
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+
+from slmsam2_cli.report.charts import curves, distributions
+from slmsam2_cli.report.contents import CaseReport, Number, Report, SliceMark, Structure, ViewerVolumes
+from slmsam2_cli.report.strips import DICE_BINS, dice_class, slice_range, strip
+from slmsam2_cli.version import VERSION
+
+NIIVUE = "niivue-0.69.0.umd.js.gz"
+STATUS_WORDS = {
+    "ok": "ok",
+    "both_empty": "both empty",
+    "pred_empty": "prediction empty",
+    "ref_empty": "truth empty",
+    "pred_missing": "prediction missing",
+    "failed": "failed",
+}
+SCRIPTS = ("page.js", "table.js", "cases.js", "slices.js", "viewer.js", "start.js")
+ENABLE = "document.documentElement.classList.add('js')"
+"""Run in the head: what only the script can work is hidden without it, and nothing jumps when it is there."""
+
+
+def render(report: Report) -> str:
+    """The whole page."""
+    report = dataclasses.replace(report, cases=_worst_first(report.cases))
+    viewer = any(case.volumes or case.volumes_file for case in report.cases)
+    neighbours = any(case.volumes_file for case in report.cases)
+    library = _niivue() if viewer else None
+    script, style = _script(), _asset("report", "page.css")
+    page = _template().render(
+        report=report,
+        version=VERSION,
+        policy=_policy([ENABLE, script, *([library.decode("utf-8")] if library else [])], style, neighbours),
+        enable=ENABLE,
+        script=script,
+        style=style,
+        distributions=distributions(report),
+        curves=curves(report),
+        data=script_json(_data(report)),
+        viewer=viewer,
+        library=base64.b64encode(_packed_niivue()).decode("ascii") if viewer else "",
+        licences=(_asset("niivue", "LICENSE"), _asset("niivue", "THIRD_PARTY")) if viewer else (),
+        beside=[pair for pair in report.definitions if pair[0].lower().startswith(("hd95", "nsd"))],
+        groups=sorted({case.group for case in report.cases}, reverse=True),
+    )
+    return page.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def volumes_script(case_id: str, volumes: ViewerVolumes) -> str:
+    """Text of a .js file beside the page that holds one case's volumes, loadable by a <script> tag from file://"""
+    return f"(window.slmsam2Volumes ||= new Map()).set({script_json(case_id)}, {_volumes_json(volumes)});\n"
+
+
+def script_json(value: Any) -> str:
+    """JSON that is safe inside a script element: no <, >, &, and ASCII only, so U+2028 and U+2029 are escaped too."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def script_hash(text: str) -> str:
+    """How a policy names an inline script or style."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode('ascii')}'"
+
+
+def _policy(scripts: list[str], style: str, neighbours: bool) -> str:
+    allowed = [*(script_hash(text) for text in scripts), *(["'self'", "file:"] if neighbours else [])]
+    return (
+        f"default-src 'none'; script-src {' '.join(allowed)}; style-src {script_hash(style)}; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _worst_first(cases: tuple[CaseReport, ...]) -> tuple[CaseReport, ...]:
+    """Failed and missing cases before all others; otherwise as given."""
+    return tuple(sorted(cases, key=lambda case: ("failed", "pred_missing", case.status).index(case.status)))
+
+
+@cache
+def _asset(*path: str) -> str:
+    return resources.files("slmsam2_cli").joinpath("assets", *path).read_text(encoding="utf-8")
+
+
+@cache
+def _script() -> str:
+    return "'use strict';\n(() => {\n" + "\n".join(_asset("report", name) for name in SCRIPTS) + "})();\n"
+
+
+@cache
+def _packed_niivue() -> bytes:
+    return resources.files("slmsam2_cli").joinpath("assets", "niivue", NIIVUE).read_bytes()
+
+
+@cache
+def _niivue() -> bytes:
+    return gzip.decompress(_packed_niivue())
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: _asset("report", name)),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(measure=_measure, anchor=_anchor, status=_status, dice_class=dice_class, volumes_json=_volumes_json)
+    environment.globals.update(slice_range=slice_range, strip=strip)
+    return environment.get_template("page.html.j2")
+
+
+def _status(key: str) -> str:
+    return STATUS_WORDS.get(key, key.replace("_", " "))
+
+
+def _measure(value: Number, digits: int) -> str:
+    """A number as the table shows it; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"  # noqa: RUF001
+    return f"{value:.{digits}f}"
+
+
+def _anchor(case_id: str) -> str:
+    """The part of the page's address that opens a case."""
+    return "case=" + quote(case_id.encode("utf-8", "backslashreplace"), safe="")
+
+
+def _data(report: Report) -> dict[str, Any]:
+    """What the script needs beyond the HTML, names shortened: there may be tens of thousands of slices."""
+    return {
+        "kind": report.kind,
+        "bins": DICE_BINS,
+        "structures": list(report.structures.items()),
+        "columns": [{"digits": digits, "better": better} for _, _, digits, better in report.columns],
+        "cases": [_case(case, report) for case in report.cases],
+    }
+
+
+def _case(case: CaseReport, report: Report) -> dict[str, Any]:
+    first, count = slice_range(case.structures)
+    return {
+        "id": case.id,
+        "anchor": _anchor(case.id),
+        "first": first,
+        "count": count,
+        "volumes": "page" if case.volumes else "file" if case.volumes_file else None,
+        "file": None if case.volumes else case.volumes_file,
+        "structures": [_structure(structure, report) for structure in case.structures],
+    }
+
+
+def _structure(structure: Structure, report: Report) -> dict[str, Any]:
+    keys = [column[0] for column in report.columns]
+    return {
+        "key": structure.key,
+        "name": structure.name,
+        "all": [_short(structure.measures.get(key)) for key in keys],
+        "unprompted": [_short(structure.unprompted.get(key)) for key in keys],
+        "slices": [_mark(mark) for mark in structure.slices],
+    }
+
+
+def _mark(mark: SliceMark) -> list[Number | bool]:
+    """In the order that page.js reads: slice, prediction, reference, Dice, prompted, distance, confidence, disagreement."""
+    given = (_short(mark.dice), int(mark.prompted), mark.distance, _short(mark.confidence), _short(mark.disagreement))
+    return [mark.slice, mark.prediction_px, mark.reference_px, *given]
+
+
+def _short(value: Number) -> Number:
+    """Four significant digits more than anyone reads, and no NaN."""
+    if value is None or not math.isfinite(value):
+        return None
+    return value if isinstance(value, int) else float(f"{value:.5g}")
+
+
+def _volumes_json(volumes: ViewerVolumes) -> str:
+    return script_json(dataclasses.asdict(volumes))
