@@ -326,15 +326,20 @@ def predict(
 @command(
     "slmsam2 evaluate",
     "slmsam2 evaluate -p masks -g labelsTr -o scores",
-    "slmsam2 evaluate --json --fail-under Dice=0.8 > summary.json",
+    "slmsam2 evaluate -p ours -p theirs -g labelsTr -o comparison",
+    "slmsam2 evaluate --json --fail-under dice=0.8 > summary.json",
 )
 def evaluate(
     predictions: Annotated[
-        Path | None, typer.Option("-p", "--predictions", metavar="FOLDER", help="Masks to score.  [default: WORKSPACE/predictions]")
+        list[Path] | None,
+        typer.Option("-p", "--predictions", metavar="FOLDER", help="Masks to score; several to compare.  [default: WORKSPACE/predictions]"),
     ] = None,
     labels: Annotated[
         Path | None,
         typer.Option("-g", "--labels", metavar="FOLDER", help="Masks to compare with, by name.  [default: the data set's labels]"),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option("--images", metavar="FOLDER", help="Volumes to show in the report.  [default: the data set's images]")
     ] = None,
     dataset: DatasetOption = None,
     workspace: WorkspaceOption = None,
@@ -343,27 +348,36 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
     fail_under: Annotated[
-        str | None, typer.Option(metavar="METRIC=X", help="Exit with 1 when the foreground mean of unseen cases is lower, as in Dice=0.8.")
+        list[str] | None,
+        typer.Option(metavar="METRIC=X", help="Exit with 1 when the foreground mean of unseen cases is lower, as in dice=0.8."),
     ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option("--nsd-tolerance", min=0.001, metavar="MM", help="Tolerance of NSD.  [default: the plan's, else 2]")
+    ] = None,
+    resample: Annotated[bool, typer.Option("--resample", help="Bring masks on another grid onto the label's, nearest voxel.")] = False,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html, a page to look at.")] = True,
     workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes that score.  [default: one a core]")] = None,
 ) -> int:
     """Score masks against labels: Dice and HD95.
 
-    By label and by case. Writes summary.json, cases.csv, slices.csv and summary.md. Cases the model learned from are reported apart from
-    unseen ones, and slices that were given as prompts apart from those that were not.
+    By label and by case. Writes summary.json, cases.csv, slices.csv, summary.md and report.html. Cases the model learned from are reported
+    apart from unseen ones, and slices that were given as prompts apart from those that were not. Several folders of masks are scored side
+    by side and compared in pairs. HD95 is the larger of the two directed 95th percentiles, between border voxels, in mm.
     """
     from slmsam2_cli.stages import evaluate as stage
 
-    folders_say_it_all = predictions is not None and labels is not None
+    folders_say_it_all = bool(predictions) and labels is not None
     return stage.evaluate(
-        predictions,
+        predictions or (),
         labels,
         Workspace(workspace) if workspace is not None else None,
         out,
         dataset=dataset if folders_say_it_all else _near(dataset),
+        images=images,
+        tolerance_mm=tolerance,
         as_json=as_json,
-        fail_under=fail_under,
-        workers=workers,
+        fail_under=fail_under or (),
+        options=stage.Options(workers=workers, resample=resample, report=report),
     )
 
 

@@ -35,7 +35,7 @@ def demo(folder: Path, *, minutes: float = MINUTES, device: DeviceName = "auto",
         "preprocess": lambda: preprocess(dataset, space, overwrite=overwrite),
         "finetune": lambda: _finetune(dataset, space, minutes, device, overwrite),
         "predict": lambda: _predict(dataset, space, device, overwrite),
-        "evaluate": lambda: evaluate(None, None, space, None, dataset=dataset),
+        "evaluate": lambda: evaluate((), None, space, None, dataset=dataset),
     }
     worst = DONE
     for number, (name, run) in enumerate(stages.items(), start=1):

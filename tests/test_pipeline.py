@@ -85,7 +85,7 @@ def test_a_persons_slice_comes_back_as_painted_and_the_mask_fits_the_image(space
     assert found.grid.difference(truth.grid) is None
     assert np.array_equal(found.voxels[middle], truth.voxels[middle])
 
-    assert evaluate(tmp_path / "masks", dataset / "labelsTr", None, tmp_path / "scores", dataset=None) in (0, 1)
+    assert evaluate((tmp_path / "masks",), dataset / "labelsTr", None, tmp_path / "scores", dataset=None) in (0, 1)
     assert {path.name for path in (tmp_path / "scores").iterdir()} >= {"summary.json", "cases.csv"}
 
 

@@ -50,7 +50,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     assert plan(dataset, space) == 0
     assert finetune(dataset, space, cases=1, weights="random", steps=2) == 0
     assert predict(None, None, dataset=dataset, workspace=space) == 0
-    assert evaluate(None, None, space, None, dataset=dataset) == 0
+    assert evaluate((), None, space, None, dataset=dataset) == 0
     return space
 
 

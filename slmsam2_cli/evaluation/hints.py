@@ -63,5 +63,6 @@ def _mirrored(truth: np.ndarray, prediction: np.ndarray, joint: np.ndarray) -> I
     for axis, name in enumerate(AXES):
         turned = np.flip(prediction, axis)
         hit = sum(int(np.count_nonzero((plane == other) & (plane > 0))) for plane, other in zip(truth, turned, strict=True))
-        if 2 * hit / total >= max(GOOD, now + GAIN):
-            yield f"the prediction looks mirrored along {name}: turned round its Dice over all labels is {2 * hit / total:.2f}, not {now:.2f}"
+        then = 2 * hit / total
+        if then >= max(GOOD, now + GAIN):
+            yield f"the prediction looks mirrored along {name}: turned round its Dice over all labels is {then:.2f}, not {now:.2f}"

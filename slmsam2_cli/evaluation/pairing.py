@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from slmsam2_cli.data.cases import Structure
 from slmsam2_cli.data.dataset import Dataset
 from slmsam2_cli.data.files import is_junk
 from slmsam2_cli.data.volume import image_ending
@@ -27,12 +28,13 @@ CHANNEL_SUFFIX = "_0000"
 class References:
     """The truth to compare with: masks by case id, all below `root`; problems: cases that are no use already.
 
-    labels: value -> name when declared, else None and every value above 0 that occurs is a label; ignore: a value not to be scored.
+    labels: what is reported (label values, regions) -> its name when declared, else None and every value above 0 that occurs is a label;
+    ignore: a value not to be scored.
     """
 
     root: Path
     masks: Mapping[str, Path]
-    labels: Mapping[int, str] | None
+    labels: Mapping[Structure, str] | None
     ignore: int | None
     problems: tuple[CaseError, ...]
 
@@ -56,10 +58,10 @@ class Pairing:
 def references_of_dataset(dataset: Dataset) -> References:
     """The labelled cases of a data set."""
     masks = {case.id: case.label for case in dataset.training if case.label is not None}
-    return References(dataset.root, masks, dataset.labels, dataset.ignore, dataset.problems)
+    return References(dataset.root, masks, dataset.structures, dataset.ignore, dataset.problems)
 
 
-def references_of_folder(folder: Path, labels: Mapping[int, str] | None, ignore: int | None) -> References:
+def references_of_folder(folder: Path, labels: Mapping[Structure, str] | None, ignore: int | None) -> References:
     """The masks in a folder."""
     masks, problems = masks_in(folder)
     return References(folder, masks, labels, ignore, problems)
@@ -71,7 +73,7 @@ def masks_in(folder: Path) -> tuple[dict[str, Path], tuple[CaseError, ...]]:
     for path in sorted(folder.iterdir()):
         ending = None if is_junk(path.name) or path.is_dir() else image_ending(path)
         if ending is not None:
-            found.setdefault(unicodedata.normalize("NFC", path.name[: -len(ending)]), []).append(path)
+            found.setdefault(case_name(path), []).append(path)
     problems = [_twins(case, paths) for case, paths in found.items() if len(paths) > 1]
     return {case: paths[0] for case, paths in sorted(found.items()) if len(paths) == 1}, tuple(problems)
 
@@ -104,6 +106,11 @@ def pair(references: References, predictions: Path, manifest: Manifest | None, s
     ours = {case.removesuffix(CHANNEL_SUFFIX) for case in references.masks}
     mattering = tuple(problem for problem in problems if problem.case.removesuffix(CHANNEL_SUFFIX) in ours)
     return Pairing(tuple(pairs), tuple(strangers), tuple(not_asked_for), mattering, tuple(sorted(renamed.items())))
+
+
+def case_name(mask: Path) -> str:
+    """The case a mask is named after."""
+    return unicodedata.normalize("NFC", mask.name[: -len(image_ending(mask) or "")])
 
 
 def group_of(case: str, seen: Collection[str]) -> Group:

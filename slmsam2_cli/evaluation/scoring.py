@@ -20,11 +20,14 @@ from typing import Literal
 import numpy as np
 from scipy import ndimage
 
+from slmsam2_cli.data.cases import Structure
 from slmsam2_cli.data.check import compare_geometry
 from slmsam2_cli.data.volume import LabelVolume, read_labels
 from slmsam2_cli.errors import CaseError
+from slmsam2_cli.evaluation.hints import hints
 from slmsam2_cli.evaluation.metrics import NSD_TOLERANCE_MM, LabelScore, Pair, coarsest_axis, measure, measure_missing
 from slmsam2_cli.evaluation.pairing import Group, relative_name
+from slmsam2_cli.evaluation.resampling import onto
 
 CaseStatus = Literal["ok", "pred_missing", "failed"]
 START_METHOD = "spawn"  # a forked copy of a process with threads may hang
@@ -38,8 +41,8 @@ Boxes = Mapping[int, tuple[slice, ...]]
 class Job:
     """One case to score.
 
-    values: labels to score, None for those that occur; slice_axis: array axis (z, y, x) of the slice numbers, None for the coarsest;
-    prompted: label -> given slices, None when nobody knows.
+    values: labels and regions to score, None for the labels that occur; slice_axis: array axis (z, y, x) of the slice numbers, None for the
+    coarsest; prompted: label -> given slices, None when nobody knows; resample: bring a prediction on another grid onto the label's.
     """
 
     case: str
@@ -48,26 +51,33 @@ class Job:
     prediction: Path | None
     reference_root: Path
     prediction_root: Path
-    values: tuple[int, ...] | None
+    values: tuple[Structure, ...] | None
     ignore: int | None = None
     slice_axis: int | None = None
     prompted: Mapping[int, tuple[int, ...]] | None = None
     tolerance_mm: float = NSD_TOLERANCE_MM
+    resample: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class CaseScore:
-    """What came of one case. labels: by value, empty when the case failed; absent: the score of a label that does not occur in it."""
+    """What came of one case.
+
+    labels: by label value or region, empty when the case failed; absent: the score of a label that does not occur in it; hints: mistakes
+    that a low score may come from; resampled: the prediction was on another grid.
+    """
 
     case: str
     group: Group
     status: CaseStatus
     reference_file: str
     prediction_file: str | None
-    labels: Mapping[int, LabelScore] = field(default_factory=dict)
+    labels: Mapping[Structure, LabelScore] = field(default_factory=dict)
     absent: LabelScore | None = None
     problem: str | None = None
     warnings: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
+    resampled: bool = False
 
 
 def score_case(job: Job) -> CaseScore:
@@ -87,7 +97,7 @@ def failed(job: Job, problem: str) -> CaseScore:
     return CaseScore(job.case, job.group, "failed", *_names(job), problem=problem)
 
 
-def with_labels(scores: Sequence[CaseScore], values: Sequence[int]) -> list[CaseScore]:
+def with_labels(scores: Sequence[CaseScore], values: Sequence[Structure]) -> list[CaseScore]:
     """Every scored case with an entry for every label, in the order of `values`."""
     return [
         score if score.absent is None else replace(score, labels={v: score.labels.get(v, score.absent) for v in values}) for score in scores
@@ -149,34 +159,54 @@ def _score(job: Job) -> CaseScore:
     reference = read_labels(job.reference, case=job.case, root=job.reference_root)
     axis = coarsest_axis(reference.grid.spacing_mm) if job.slice_axis is None else job.slice_axis
     _refuse_slices_beyond(job, reference.voxels.shape[axis])
-    predicted, notes = _prediction(job, reference)
+    predicted, notes, resampled = _prediction(job, reference)
     truth, predicted, scored = _without_ignored(reference.voxels, predicted, job.ignore, axis)
     boxes = _boxes(truth, predicted)
 
-    def score(value: int) -> LabelScore:
-        pair = _cut(truth, predicted, value, boxes, reference.grid.spacing_mm, axis, scored)
+    def score(structure: Structure) -> LabelScore:
+        pair = _cut(truth, predicted, structure, boxes, reference.grid.spacing_mm, axis, scored)
         if job.prediction is None:
             return measure_missing(pair, job.prompted is not None, job.tolerance_mm)
-        return measure(pair, None if job.prompted is None else job.prompted.get(value, ()), job.tolerance_mm)
+        return measure(pair, _given(job.prompted, structure), job.tolerance_mm)
 
-    values = tuple(boxes) if job.values is None else job.values
+    structures: tuple[Structure, ...] = tuple(boxes) if job.values is None else job.values
+    values = {value for structure in structures for value in values_of(structure)}
     undeclared = _undeclared({"reference": truth, "prediction": predicted}, [v for v in boxes if v not in values])
     status: CaseStatus = "ok" if job.prediction is not None else "pred_missing"
-    labels = {value: score(value) for value in values}
+    labels = {structure: score(structure) for structure in structures}
     said = [f"case {job.case}: {line}" for line in dict.fromkeys((*reference.warnings, *notes, *undeclared))]
-    return CaseScore(job.case, job.group, status, *_names(job), labels, score(0), warnings=tuple(said))
+    found = tuple(hints(truth, predicted, [v for v in boxes if v in values])) if status == "ok" else ()
+    return CaseScore(job.case, job.group, status, *_names(job), labels, score(0), warnings=tuple(said), hints=found, resampled=resampled)
 
 
-def _prediction(job: Job, reference: LabelVolume) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The predicted labels on the reference's grid; nothing at all when the prediction is missing. CaseError."""
+def values_of(structure: Structure) -> tuple[int, ...]:
+    """The label values that make up a label or a region."""
+    return structure if isinstance(structure, tuple) else (structure,)
+
+
+def _given(prompted: Mapping[int, tuple[int, ...]] | None, structure: Structure) -> tuple[int, ...] | None:
+    """Slices given for a structure; of a region, those given for any of its labels, so that none is counted as found."""
+    if prompted is None:
+        return None
+    return tuple(sorted({k for value in values_of(structure) for k in prompted.get(value, ())}))
+
+
+def _prediction(job: Job, reference: LabelVolume) -> tuple[np.ndarray, tuple[str, ...], bool]:
+    """The predicted labels on the reference's grid, warnings, and whether they were brought there; nothing at all when it is missing."""
     if job.prediction is None:
-        return np.broadcast_to(np.uint8(0), reference.voxels.shape), ()
+        return np.broadcast_to(np.uint8(0), reference.voxels.shape), (), False
     prediction = read_labels(job.prediction, case=job.case, root=job.prediction_root)
     difference, doubts = compare_geometry(reference, prediction)
-    if difference is not None:
+    if difference is None:
+        return prediction.voxels, (*prediction.warnings, *doubts), False
+    if not job.resample:
         what = f"the prediction's grid is not the label's: {difference} (label, then prediction)"
-        raise CaseError(job.case, _names(job)[1] or "", what, "Predict on the grid of the label; nothing is resampled in silence")
-    return prediction.voxels, (*prediction.warnings, *doubts)
+        remedy = "Predict on the grid of the label, or score it with --resample; nothing is resampled in silence"
+        raise CaseError(job.case, _names(job)[1] or "", what, remedy)
+    moved, outside = onto(reference.grid, prediction.voxels, prediction.grid)
+    lost = f"; {outside} labelled voxels lie outside it and are not scored" if outside else ""
+    note = f"the prediction was resampled onto the label's grid (nearest voxel): {difference}{lost}"
+    return moved, (*prediction.warnings, note), True
 
 
 def _refuse_slices_beyond(job: Job, slices: int) -> None:
@@ -211,12 +241,20 @@ def _hull(a: slice, b: slice) -> slice:
 
 
 def _cut(
-    truth: np.ndarray, predicted: np.ndarray, value: int, boxes: Boxes, spacing_mm: Sequence[float], axis: int, scored: np.ndarray
+    truth: np.ndarray, predicted: np.ndarray, structure: Structure, boxes: Boxes, spacing_mm: Sequence[float], axis: int, scored: np.ndarray
 ) -> Pair:
-    """The two masks of one label, cropped."""
-    box = boxes.get(value, (slice(0, 0),) * 3)
-    first = tuple(b.start for b in box)
-    return Pair(truth[box] == value, predicted[box] == value, first, truth.shape, tuple(spacing_mm), axis, scored)
+    """The two masks of one label or region, cropped."""
+    values = values_of(structure)
+    held = [boxes[value] for value in values if value in boxes]
+    box = held[0] if held else (slice(0, 0),) * 3
+    for other in held[1:]:
+        box = tuple(map(_hull, box, other))
+    reference, prediction = (_holding(mask[box], values) for mask in (truth, predicted))
+    return Pair(reference, prediction, tuple(b.start for b in box), truth.shape, tuple(spacing_mm), axis, scored)
+
+
+def _holding(labels: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    return np.asarray(labels == values[0] if len(values) == 1 else np.isin(labels, values))
 
 
 def _undeclared(masks: Mapping[str, np.ndarray], values: Sequence[int]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from slmsam2_cli.data.cases import Structure
 from slmsam2_cli.evaluation import statistics
 from slmsam2_cli.evaluation.metrics import DEFINITIONS, NSD_TOLERANCE_MM, LabelScore, metric_names, unmeasured
 from slmsam2_cli.evaluation.pairing import Group
@@ -28,14 +29,15 @@ _COUNTS = ("TP", "FP", "FN", "TN", "n_ref", "n_pred", "ref_ml", "pred_ml")
 
 @dataclass(frozen=True)
 class About:
-    """Where the scores come from. labels: value -> name; model, predicted_with: from the predictions' manifest."""
+    """Where the scores come from. labels: label value or region -> name; model, predicted_with: from the predictions' manifest."""
 
     tool_version: str
-    labels: Mapping[int, str]
+    labels: Mapping[Structure, str]
     model: Mapping[str, Any] = field(default_factory=dict)
     predicted_with: str = ""
     without_reference: Sequence[str] = ()
     not_asked_for: Sequence[str] = ()
+    renamed: Sequence[tuple[str, str]] = ()
     tolerance_mm: float = NSD_TOLERANCE_MM
     warnings: Sequence[str] = ()
 
@@ -75,6 +77,8 @@ def _census(scores: Sequence[CaseScore], about: About) -> Json:
         "pred_missing": [s.case for s in scores if s.status == "pred_missing"],
         "without_reference": list(about.without_reference),
         "training_not_predicted": list(about.not_asked_for),
+        "resampled": [s.case for s in scores if s.resampled],
+        "matched_by_affix": [{"case": case, "prediction": name} for case, name in about.renamed],
     }
 
 
@@ -85,12 +89,13 @@ def _case(score: CaseScore, about: About) -> Json:
         "group": score.group,
         "reference_file": score.reference_file,
         "prediction_file": score.prediction_file,
+        "hints": list(score.hints),
         "metrics": {str(value): _record(score, value, about, "all") for value in about.labels},
         "unprompted": {str(value): _record(score, value, about, "unprompted") for value in about.labels},
     }
 
 
-def _record(score: CaseScore, value: int, about: About, part: Part) -> Json:
+def _record(score: CaseScore, value: Structure, about: About, part: Part) -> Json:
     """The measures of one label with their status; all null when nothing is known."""
     label = score.labels.get(value)
     if label is None:
@@ -119,7 +124,7 @@ def _status_counts(cases: Sequence[Case]) -> dict[str, int]:
     return dict(sorted(Counter(str(record["status"]) for _, record in cases if record["status"] is not None).items()))
 
 
-def _curve(scores: Sequence[CaseScore], value: int) -> list[Json]:
+def _curve(scores: Sequence[CaseScore], value: Structure) -> list[Json]:
     """Dice of unseen cases' slices against their distance from the nearest given slice, in slices."""
     by_distance: dict[int, list[float]] = {}
     for score in scores:

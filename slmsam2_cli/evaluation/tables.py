@@ -45,7 +45,7 @@ def cases_csv(summary: Json) -> str:
     for case in summary["metric_per_case"]:
         for label, name in summary["labels"].items():
             record, rest = case["metrics"][label], case["unprompted"][label]
-            first = [case["case"], case["group"], int(label), name, record["status"]]
+            first = [case["case"], case["group"], label, name, record["status"]]
             rows.append([*first, *(record[n] for n in names), *(rest[n] for n in short)])
     return _csv(header, rows)
 

@@ -66,7 +66,7 @@ def summary(folder):
 
 
 def run(folder, **options):
-    arguments = {"predictions": folder / "masks", "labels": folder / "labels", "workspace": None, "out": folder / "out", "dataset": None}
+    arguments = {"predictions": (folder / "masks",), "labels": folder / "labels", "workspace": None, "out": folder / "out", "dataset": None}
     return evaluate(**(arguments | options))
 
 
@@ -144,17 +144,18 @@ def test_nothing_but_bad_cases_is_exit_two(folders):
 
 
 def test_folders_that_have_nothing_in_common_are_refused(folders):
-    for case in "ab":
-        (folders / "masks" / f"{case}.nii.gz").rename(folders / "masks" / f"other_{case}.nii.gz")
-    with pytest.raises(UsageError, match="found other_a, other_b; wanted a, b, c"):
+    for case, other in zip("ab", "xy"):
+        (folders / "masks" / f"{case}.nii.gz").rename(folders / "masks" / f"{other}.nii.gz")
+    with pytest.raises(UsageError, match="found x, y; wanted a, b, c"):
         run(folders)
     assert not (folders / "out").exists()
 
 
 def test_absent_folders_are_named(folders):
+    nowhere = folders / "nowhere"
     for option in ("predictions", "labels"):
         with pytest.raises(UsageError, match="nowhere"):
-            run(folders, **{option: folders / "nowhere"})
+            run(folders, **{option: nowhere if option == "labels" else (nowhere,)})
 
 
 def test_nothing_to_compare_with_is_said(folders):
@@ -188,7 +189,7 @@ def test_without_manifest_unprompted_values_are_null(folders):
 
 def test_the_workspace_s_predictions_are_compared_with_the_data_set_s_labels(data):
     space = Workspace.of(data, None)
-    assert evaluate(None, None, space, None, dataset=data) == 0
+    assert evaluate((), None, space, None, dataset=data) == 0
     found = summary(space.evaluation)
     assert (found["labels"], found["cases"]["unseen"], found["cases"]["training_not_predicted"]) == ({"1": "PZ"}, 3, ["t"])
     assert found["metric_per_case"][0]["reference_file"] == "labelsTr/a.nii.gz"
@@ -198,7 +199,7 @@ def test_the_workspace_s_predictions_are_compared_with_the_data_set_s_labels(dat
 def test_training_cases_are_reported_apart(data):
     space = Workspace.of(data, None)
     save(space.predictions / "t.nii.gz", column(1, 1))
-    evaluate(None, None, space, None, dataset=data)
+    evaluate((), None, space, None, dataset=data)
     found = summary(space.evaluation)
     assert (found["foreground_mean"]["Dice"], found["training"]["foreground_mean"]["Dice"]) == pytest.approx((8 / 9, 2 / 5))
 
@@ -206,7 +207,7 @@ def test_training_cases_are_reported_apart(data):
 @pytest.mark.parametrize("place", ["", "labelsTr"])
 def test_a_data_set_or_its_labels_may_be_named_as_labels(data, place):
     masks = Workspace.of(data, None).predictions
-    assert evaluate(masks, data / place, None, data.parent / "out", dataset=None) == 0
+    assert evaluate((masks,), data / place, None, data.parent / "out", dataset=None) == 0
     found = summary(data.parent / "out")
     assert (found["labels"], found["cases"]["training_not_predicted"]) == ({"1": "PZ"}, ["t"])
 
@@ -215,7 +216,7 @@ def test_a_label_that_occurs_nowhere_is_in_the_table_and_in_no_mean(data):
     content = json.loads((data / "dataset.json").read_text())
     (data / "dataset.json").write_text(json.dumps(content | {"labels": {"background": 0, "PZ": 1, "TZ": 2}}))
     space = Workspace.of(data, None)
-    evaluate(None, None, space, None, dataset=data)
+    evaluate((), None, space, None, dataset=data)
     found = summary(space.evaluation)
     assert (found["mean"]["2"]["Dice"], found["status_counts"]["2"]) == (None, {"both_empty": 3})
     assert found["foreground_mean"]["Dice"] == pytest.approx(8 / 9)
@@ -225,19 +226,19 @@ def test_a_split_that_cannot_be_understood_is_refused(data):
     space = Workspace.of(data, None)
     space.split.write_text("[]")
     with pytest.raises(SlmSam2Error, match=r"split\.json"):
-        evaluate(None, None, space, None, dataset=data)
+        evaluate((), None, space, None, dataset=data)
 
 
-@pytest.mark.parametrize(("limit", "code"), [("Dice=0.8", 1), ("0.5", 0), ("IoU=0.9", 1)])
+@pytest.mark.parametrize(("limit", "code"), [("Dice=0.8", 1), ("dice=0.8", 1), ("0.5", 0), ("IoU=0.9", 1), ("nsd=0.5", 0)])
 def test_a_mean_below_the_limit_is_exit_one(folders, limit, code):
     shutil.copy(folders / "masks" / "b.nii.gz", folders / "masks" / "c.nii.gz")
-    assert run(folders, fail_under=limit) == code
+    assert run(folders, fail_under=(limit,)) == code
 
 
 @pytest.mark.parametrize("limit", ["HD95=3", "Dice=high", "1.5", ""])
 def test_a_limit_that_means_nothing_is_refused(folders, limit):
     with pytest.raises(UsageError, match="no limit"):
-        run(folders, fail_under=limit)
+        run(folders, fail_under=(limit,))
 
 
 def test_no_absolute_path_is_written(folders):
