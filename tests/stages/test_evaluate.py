@@ -12,7 +12,8 @@ import SimpleITK as sitk
 
 from slmsam2_cli import console
 from slmsam2_cli.errors import SlmSam2Error, UsageError
-from slmsam2_cli.stages.evaluate import evaluate
+from slmsam2_cli.stages.evaluate import Options, evaluate
+from slmsam2_cli.stages.plan import plan
 from slmsam2_cli.workspace import Workspace
 
 SHAPE = (8, 16, 16)
@@ -254,3 +255,169 @@ def test_quiet_runs_print_nothing_but_what_was_asked_for(folders, capsys, monkey
     with warnings.catch_warnings():
         run(folders, as_json=True)
     assert json.loads(capsys.readouterr().out)["cases"]["unseen"] == 3
+
+
+@pytest.fixture
+def rivals(folders):
+    """Two folders of complete predictions: "good" is right everywhere, "poor" half right."""
+    for case in "abc":
+        save(folders / "good" / f"{case}.nii.gz", WHOLE)
+        save(folders / "poor" / f"{case}.nii.gz", HALF)
+    return folders
+
+
+def test_several_predictions_are_scored_side_by_side_and_compared_in_pairs(rivals, capsys):
+    assert run(rivals, predictions=(rivals / "poor", rivals / "good")) == 0
+    out = rivals / "out"
+    assert (summary(out / "poor")["mean"]["1"]["Dice"], summary(out / "good")["mean"]["1"]["Dice"]) == (pytest.approx(2 / 3), 1.0)
+    found = json.loads((out / "comparison.json").read_text())
+    dice = next(pair for pair in found["pairs"] if (pair["metric"], pair["part"]) == ("Dice", "all"))
+    assert (dice["first"], dice["second"], dice["second_better"]) == ("poor", "good", 3)
+    assert (dice["difference"], dice["ci95"]) == (pytest.approx(1 / 3), pytest.approx([1 / 3, 1 / 3]))
+    assert "poor → good" in capsys.readouterr().out
+    assert (out / "comparison.csv").read_text().startswith("case,label,name,poor Dice,good Dice")
+    assert "| poor → good |" in (out / "comparison.md").read_text()
+
+
+def test_the_worse_of_several_decides_the_exit_code(rivals):
+    (rivals / "poor" / "c.nii.gz").unlink()
+    assert run(rivals, predictions=(rivals / "good", rivals / "poor")) == 1
+
+
+def test_folders_of_one_name_are_told_apart_by_where_they_lie(rivals):
+    for name in ("x", "y"):
+        shutil.copytree(rivals / "good", rivals / name / "masks")
+    assert run(rivals, predictions=(rivals / "x" / "masks", rivals / "y" / "masks")) == 0
+    assert json.loads((rivals / "out" / "comparison.json").read_text())["predictions"] == ["x-masks", "y-masks"]
+
+
+def test_one_folder_is_no_rival_of_itself(rivals):
+    with pytest.raises(UsageError, match="named twice"):
+        run(rivals, predictions=(rivals / "good", rivals / "good"))
+
+
+def test_several_predictions_need_a_place_for_the_comparison(rivals):
+    with pytest.raises(UsageError, match="-o"):
+        run(rivals, predictions=(rivals / "good", rivals / "poor"), out=None)
+
+
+def test_somebody_else_s_comparison_is_not_overwritten(rivals):
+    (rivals / "out").mkdir()
+    (rivals / "out" / "comparison.csv").write_text("mine")
+    with pytest.raises(UsageError, match="not written by slmsam2"):
+        run(rivals, predictions=(rivals / "good", rivals / "poor"))
+
+
+def test_on_request_a_mask_on_another_grid_is_brought_onto_the_label_s(folders, capsys):
+    save(folders / "masks" / "c.nii.gz", np.repeat(WHOLE, 2, axis=0), spacing=(1.0, 1.0, 1.5))
+    assert run(folders) == 1
+    assert "--resample" in capsys.readouterr().err
+    assert run(folders, options=Options(resample=True)) == 0
+    found = summary(folders / "out")
+    assert (found["cases"]["resampled"], by_case(found)["c"]["metrics"]["1"]["Dice"]) == (["c"], 1.0)
+    assert "case c: the prediction was resampled onto the label's grid" in capsys.readouterr().err
+
+
+def test_regions_are_scored_as_unions_of_their_labels(data):
+    content = json.loads((data / "dataset.json").read_text())
+    labels = {"background": 0, "whole": [1, 2], "PZ": 1}
+    (data / "dataset.json").write_text(json.dumps(content | {"labels": labels}))
+    space = Workspace.of(data, None)
+    both = WHOLE.copy()
+    both[3:5] *= 2  # PZ on slices 1 and 2, label 2 on slices 3 and 4
+    for case in "abc":
+        save(data / "labelsTr" / f"{case}.nii.gz", both)
+        save(space.predictions / f"{case}.nii.gz", HALF)
+    evaluate((), None, space, None, dataset=data)
+    found = summary(space.evaluation)
+    assert found["labels"] == {"1": "PZ", "(1, 2)": "whole"}
+    assert {key: mean["Dice"] for key, mean in found["mean"].items()} == {"1": 1.0, "(1, 2)": pytest.approx(2 / 3)}
+    assert found["foreground_mean"]["Dice"] == pytest.approx(5 / 6)
+
+
+def test_slices_given_for_a_label_are_given_for_its_regions(data):
+    content = json.loads((data / "dataset.json").read_text())
+    (data / "dataset.json").write_text(json.dumps(content | {"labels": {"background": 0, "whole": [1, 2]}}))
+    space = Workspace.of(data, None)
+    cases = {case: {"array_axis": 0, "prompted_slices": {"1": [1], "2": [2]}} for case in "abc"}
+    (space.predictions / "manifest.json").write_text(json.dumps({"format_version": 1, "cases": cases}))
+    evaluate((), None, space, None, dataset=data)
+    rest = by_case(summary(space.evaluation))["b"]["unprompted"]["(1, 2)"]
+    assert (rest["n_ref"], rest["n_pred"]) == (2 * 16, 0)
+
+
+def test_the_tolerance_of_nsd_is_the_plan_s_unless_another_is_asked_for(data):
+    space = Workspace.of(data, None)
+    plan(data, space)
+    text = json.loads(space.plan.read_text())
+    text["evaluation"]["nsd_tolerance_mm"] = 4.5
+    space.plan.write_text(json.dumps(text))
+    evaluate((), None, space, None, dataset=data)
+    assert "nsd@4.5" in summary(space.evaluation)["mean"]["1"]
+    evaluate((), None, space, None, dataset=data, tolerance_mm=1.0)
+    assert "nsd@1" in summary(space.evaluation)["mean"]["1"]
+
+
+def test_exchanged_labels_are_scored_as_they_are_and_named(folders, capsys):
+    truth = WHOLE.copy()
+    truth[:, 10:14, 4:8] = 2 * (column(1, 4)[:, 4:8, 4:8] > 0)
+    for case in "abc":
+        save(folders / "labels" / f"{case}.nii.gz", truth)
+        save(folders / "masks" / f"{case}.nii.gz", np.array([0, 2, 1], dtype=np.uint8)[truth])
+    assert run(folders) == 0
+    found = summary(folders / "out")
+    assert (found["mean"]["1"]["Dice"], found["mean"]["2"]["Dice"]) == (0.0, 0.0)
+    assert by_case(found)["a"]["hints"][0].startswith("labels 1 and 2 look exchanged")
+    assert "warning: case a: labels 1 and 2 look exchanged" in capsys.readouterr().err
+
+
+def test_a_mask_that_is_stored_the_other_way_round_is_rejected(folders, capsys):
+    save(folders / "masks" / "c.nii.gz", WHOLE)
+    image = sitk.ReadImage(str(folders / "masks" / "c.nii.gz"))
+    image.SetDirection((1, 0, 0, 0, 1, 0, 0, 0, -1))
+    sitk.WriteImage(image, str(folders / "masks" / "c.nii.gz"))
+    assert run(folders) == 1
+    assert by_case(summary(folders / "out"))["c"]["status"] == "failed"
+    assert "direction" in capsys.readouterr().err
+
+
+def test_a_mirrored_mask_on_the_right_grid_is_scored_and_named(folders):
+    save(folders / "labels" / "c.nii.gz", column(0, 2))
+    save(folders / "masks" / "c.nii.gz", column(5, 7))
+    assert run(folders) == 0
+    found = by_case(summary(folders / "out"))["c"]
+    assert (found["metrics"]["1"]["Dice"], found["hints"][0][:39]) == (0.0, "the prediction looks mirrored along z: ")
+
+
+def test_whole_numbers_stored_as_floats_are_a_mask_and_others_are_not(folders, capsys):
+    for case, factor in (("a", 1.0), ("b", 1.0), ("c", 0.5)):
+        save(folders / "masks" / f"{case}.nii.gz", (WHOLE * factor).astype(np.float32))
+    assert run(folders) == 1
+    found = by_case(summary(folders / "out"))
+    assert (found["a"]["metrics"]["1"]["Dice"], found["c"]["status"]) == (1.0, "failed")
+    assert "0.5" in capsys.readouterr().err
+
+
+def test_masks_that_are_all_empty_are_dice_zero_and_the_diagonal(folders):
+    for case in "abc":
+        save(folders / "masks" / f"{case}.nii.gz", np.zeros(SHAPE, dtype=np.uint8))
+    assert run(folders) == 0
+    found = summary(folders / "out")
+    diagonal = (24**2 + 16**2 + 16**2) ** 0.5
+    statistics = found["statistics"]["1"]["HD95"]
+    assert (found["status_counts"]["1"], found["mean"]["1"]["Dice"]) == ({"pred_empty": 3}, 0.0)
+    assert (statistics["n"], statistics["mean"], statistics["mean_penalised"]) == (0, None, pytest.approx(diagonal))
+
+
+def test_an_empty_folder_of_predictions_is_refused(folders):
+    for path in (folders / "masks").iterdir():
+        path.unlink()
+    with pytest.raises(UsageError, match="found no masks; wanted a, b, c"):
+        run(folders)
+
+
+def test_the_mask_of_another_case_is_scored_for_what_it_is(folders):
+    save(folders / "labels" / "c.nii.gz", column(6, 7))
+    shutil.copy(folders / "masks" / "a.nii.gz", folders / "masks" / "c.nii.gz")
+    assert run(folders) == 0
+    assert by_case(summary(folders / "out"))["c"]["metrics"]["1"]["Dice"] == 0.0
