@@ -8,7 +8,7 @@ Writes  OUT/summary.json, OUT/cases.csv, OUT/slices.csv, OUT/summary.md, OUT/rep
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,11 @@ from slmsam2_cli.evaluation.manifest import Manifest
 from slmsam2_cli.evaluation.pairing import Pairing, group_of, relative_name
 from slmsam2_cli.evaluation.scoring import CaseScore, Job, score_all, with_labels
 from slmsam2_cli.evaluation.summary import TOOL, About, Json, summarise
+from slmsam2_cli.report import writing
+from slmsam2_cli.report.contents import Report, Table
+from slmsam2_cli.report.evaluated import of_evaluation
+from slmsam2_cli.report.looks import Beside
+from slmsam2_cli.report.opened import Sources
 from slmsam2_cli.version import VERSION
 from slmsam2_cli.workspace import Workspace
 
@@ -35,6 +40,7 @@ OUTPUTS = {
     "cases.csv": ",".join(tables.CASE_KEYS).encode(),
     "slices.csv": ",".join(tables.SLICE_KEYS).encode(),
     "summary.md": b"# Evaluation\n\n" + tables.DEFINITION.encode(),
+    writing.NAME: writing.PAGE_BEGINS,
 }
 COMPARISONS = {
     "comparison.json": OUTPUTS["summary.json"],
@@ -76,7 +82,7 @@ def evaluate(
     options: Options | None = None,
 ) -> int:
     """Score folders of predictions against labels; -> exit code. `fail_under` ("Dice=0.8"): a lower foreground mean is exit 1."""
-    floors = floors_of(fail_under)
+    floors, options = floors_of(fail_under), options or Options()
     root = dataset_root(labels, dataset)
     space = workspace or (Workspace.of(root, None) if root is not None else None)
     truth = truth_of(labels, root, space, images, tolerance_mm)
@@ -86,13 +92,13 @@ def evaluate(
     _refuse_targets(outs, target, truth)
     for warning in truth.warnings:
         console.warn(warning)
-    evaluated = [_evaluate(predicted_in(folder, truth), truth, one, options or Options()) for one, folder in outs.items()]
+    evaluated = [_evaluate(predicted_in(folder, truth), truth, one, options) for one, folder in outs.items()]
     comparison = compare({one.out.name: one.summary for one in evaluated}) if len(evaluated) > 1 else None
     for one in evaluated:
-        _write(one, truth, comparison, options or Options())
+        _write(one, truth, comparison, options)
     if comparison is not None:
         _write_comparison(target, comparison, evaluated)
-    _show(evaluated, comparison, target, as_json)
+    _show(evaluated, comparison, target, as_json, options)
     return max(_exit_code(one, floors) for one in evaluated)
 
 
@@ -248,6 +254,36 @@ def _write(one: Evaluated, truth: Truth, comparison: Json | None, options: Optio
         store.write_text(one.out / "slices.csv", tables.slices_csv(one.scores))
         store.write_text(one.out / "summary.md", tables.markdown(one.summary))
         store.write_json(one.out / "summary.json", one.summary)
+        if options.report:
+            with console.progress("report", len(one.scores)) as advance:
+                writing.write_report(one.out, lambda beside: _report(one, truth, comparison, beside, advance))
+
+
+def _report(one: Evaluated, truth: Truth, comparison: Json | None, beside: Beside, advance: Callable[..., None]) -> Report:
+    """The page; volumes that are too large for it go through `beside`."""
+    sources = {case: _sources(one, truth, case, label, mask) for case, label, mask in one.predicted.pairing.pairs}
+    hints = {score.case: score.hints for score in one.scores}
+    return of_evaluation(
+        one.summary,
+        one.scores,
+        sources,
+        manifest=one.predicted.manifest,
+        flags=hints,
+        tables=[] if comparison is None else [_comparison_table(comparison)],
+        beside=beside,
+        advance=advance,
+    )
+
+
+def _sources(one: Evaluated, truth: Truth, case: str, reference: Path, prediction: Path | None) -> Sources:
+    entry = one.predicted.manifest.cases.get(case) if one.predicted.manifest is not None else None
+    axis = entry.array_axis if entry is not None else None
+    return Sources(prediction, truth.images.get(case, ()), reference, truth.references.root, axis, truth.references.ignore)
+
+
+def _comparison_table(comparison: Json) -> Table:
+    rows = tuple(map(tuple, tables.comparison_rows(comparison)))
+    return Table("Predictions compared in pairs", tuple(tables.comparison_columns()), rows, tables.DIFFERENCE)
 
 
 def _write_comparison(out: Path, comparison: Json, evaluated: Sequence[Evaluated]) -> None:
@@ -259,7 +295,7 @@ def _write_comparison(out: Path, comparison: Json, evaluated: Sequence[Evaluated
         store.write_json(out / "comparison.json", comparison)
 
 
-def _show(evaluated: Sequence[Evaluated], comparison: Json | None, target: Path, as_json: bool) -> None:
+def _show(evaluated: Sequence[Evaluated], comparison: Json | None, target: Path, as_json: bool, options: Options) -> None:
     if as_json:
         shown: Any = comparison if comparison is not None else evaluated[0].summary
         console.result(json.dumps(shown, indent=2, allow_nan=False))
@@ -274,7 +310,8 @@ def _show(evaluated: Sequence[Evaluated], comparison: Json | None, target: Path,
             console.table(title, tables.comparison_columns(), tables.comparison_rows(comparison))
     for one in evaluated:
         for name in OUTPUTS:
-            console.say(f"wrote {one.out / name}")
+            if name != writing.NAME or options.report:
+                console.say(f"wrote {one.out / name}")
     for name in COMPARISONS if comparison is not None else ():
         console.say(f"wrote {target / name}")
 
