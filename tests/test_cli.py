@@ -179,7 +179,7 @@ def test_predict_without_images_takes_the_data_sets_own(dataset: Path, passed_on
 def test_evaluate_of_two_folders_ignores_the_data_set_around(dataset: Path, passed_on: Callable[[str], dict[str, Any]]) -> None:
     seen = passed_on("evaluate")
     assert run("evaluate", "-p", "masks", "-g", "labels", "--json", "--fail-under", "Dice=0.8") == 0
-    assert (seen["dataset"], seen["workspace"], seen["as_json"], seen["fail_under"]) == (None, None, True, "Dice=0.8")
+    assert (seen["dataset"], seen["workspace"], seen["as_json"], seen["fail_under"]) == (None, None, True, ["Dice=0.8"])
     assert run("evaluate") == 0
     assert seen["dataset"] == Path()
 
