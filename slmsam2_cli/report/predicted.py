@@ -1,0 +1,212 @@
+"""Predictions without a truth as a report: volumes, the model's own doubt, and what is odd, so that a person knows where to look first.
+
+Cases come with the most suspicious first: by the number of flags, then by doubt (1 - mean confidence, or the mean disagreement where that
+is more, of the worst structure), then by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from slmsam2_cli.evaluation.manifest import ManifestCase
+from slmsam2_cli.report import found as looking
+from slmsam2_cli.report.contents import CaseReport, Report, SliceMark, Structure
+from slmsam2_cli.report.flags import named
+from slmsam2_cli.report.found import Cohort, Found
+from slmsam2_cli.report.looks import Beside, Budget, Looks, with_looks
+from slmsam2_cli.report.opened import Opened, Sources, open_case
+
+Json = Mapping[str, Any]
+UNCALIBRATED = "uncalibrated: it says where to look first, not how good a mask is"
+COLUMNS = (
+    ("volume_ml", "Volume ml", 2, ""),
+    ("confidence", "Confidence", 3, "high"),
+    ("confidence_lowest", "Lowest", 3, "high"),
+    ("disagreement", "Disagreement", 3, "low"),
+    ("slices", "Slices", 0, ""),
+)
+DEFINITIONS = (
+    ("volume_ml", "voxels of the structure times the volume of a voxel"),
+    (
+        "confidence",
+        f"presence probability times predicted IoU, mean over slices that hold the structure and were not given; {UNCALIBRATED}",
+    ),
+    ("confidence_lowest", "the least sure of these slices"),
+    ("disagreement", "1 - Dice of the masks of the forward and the backward pass, mean over slices between two given ones"),
+    (
+        "unusual volume",
+        f"robust z of log volume, 0.6745 (log v - median) / MAD, beyond {looking.OUTLIER_Z:g}, of at least {looking.OUTLIER_CASES} cases",
+    ),
+    ("separate parts", f"pieces of at least {100 * looking.PART:g} % of the structure, more than is usual among the cases"),
+    (
+        "area jumps",
+        f"more than {looking.JUMP:g} times its neighbour, by more than {100 * looking.JUMP_SHARE:g} % of the structure's largest slice",
+    ),
+    ("order of cases", "number of flags, then 1 - mean confidence or mean disagreement, whichever is more"),
+)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One mask, measured. slices: of the volume; ends: where they begin and end in the patient."""
+
+    found: Mapping[int, Found]
+    slices: int
+    slice_mm: float
+    ends: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What the manifest says. labels: value -> name; cases: id -> entry."""
+
+    labels: Mapping[int, str]
+    cases: Mapping[str, ManifestCase]
+    rest: Json = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, manifest: Json) -> _Told:
+        labels = {int(value): str(name) for value, name in manifest.get("labels", {}).items()}
+        return cls(labels, {case: ManifestCase.model_validate(entry) for case, entry in manifest["cases"].items()}, manifest)
+
+
+def of_predictions(
+    manifest: Json,
+    sources: Mapping[str, Sources],
+    *,
+    facts: Sequence[tuple[str, str]] = (),
+    beside: Beside | None = None,
+    budget: Budget | None = None,
+    advance: Callable[..., None] = lambda: None,
+) -> Report:
+    """The page of a folder of masks. manifest: as predict writes it; sources: case -> its mask, and its images where they are known.
+
+    Every mask is read twice, one at a time: to measure all of them, then to show them. beside: see looks.py. advance: called twice a case.
+    """
+    told = _Told.of(manifest)
+    seen: dict[str, _Seen | None] = {}
+    for case in told.cases:
+        seen[case] = _look(case, sources.get(case))
+        advance()
+    cohorts = _cohorts(told, seen)
+    cases = [_case(case, entry, seen[case], told, cohorts) for case, entry in told.cases.items()]
+    looks = with_looks(sorted(cases, key=_order), sources, lambda case, opened: case, beside, advance, budget)
+    return _report(told, cohorts, looks, facts)
+
+
+def _look(case: str, sources: Sources | None) -> _Seen | None:
+    opened: Opened | None = open_case(case, replace(sources, images=())) if sources is not None else None
+    if opened is None or opened.prediction is None:
+        return None
+    return _Seen(looking.measure(opened), opened.slice_count, opened.slice_mm, opened.ends())
+
+
+def _cohorts(told: _Told, seen: Mapping[str, _Seen | None]) -> dict[int, Cohort]:
+    """By label, those that any case holds or was given, in ascending order."""
+    held = {value: [one.found[value] for one in seen.values() if one and value in one.found] for value in _values(told, seen)}
+    return {
+        value: Cohort.of(found, any(entry.prompted_slices.get(value) for entry in told.cases.values())) for value, found in held.items()
+    }
+
+
+def _values(told: _Told, seen: Mapping[str, _Seen | None]) -> list[int]:
+    given = {value for entry in told.cases.values() for value, slices in entry.prompted_slices.items() if slices}
+    return sorted(given | {value for one in seen.values() if one for value in one.found})
+
+
+def _case(case: str, entry: ManifestCase, seen: _Seen | None, told: _Told, cohorts: Mapping[int, Cohort]) -> CaseReport:
+    group = "training" if entry.training else "unseen"
+    if seen is None:
+        return CaseReport(case, group, "failed", problem="the mask cannot be read any more. Run slmsam2 predict again")
+    structures = tuple(_structure(value, told.labels.get(value) or f"label {value}", entry, seen) for value in cohorts)
+    said = [
+        [
+            *looking.suspicions(seen.found.get(value), cohort, seen.slices, seen.ends),
+            *looking.doubts(_number(structure, "confidence"), entry.disagreement.get(value, {})),
+        ]
+        for structure, (value, cohort) in zip(structures, cohorts.items(), strict=True)
+    ]
+    return CaseReport(case, group, "ok", structures, flags=tuple(named(structures, said)), slice_mm=seen.slice_mm)
+
+
+def _structure(value: int, name: str, entry: ManifestCase, seen: _Seen) -> Structure:
+    found, given = seen.found.get(value), entry.prompted_slices.get(value, ())
+    areas = found.areas if found is not None else {}
+    confidence, disagreement = entry.confidence.get(value, {}), entry.disagreement.get(value, {})
+    worth = sorted({*areas, *given, *(k for k, share in disagreement.items() if share > 0)})
+    marks = tuple(_mark(k, areas.get(k, 0), given, confidence.get(k), disagreement.get(k)) for k in worth if k < seen.slices)
+    sure = [share for k, share in confidence.items() if k in areas and k not in given]
+    measures = {
+        "volume_ml": found.volume_ml if found is not None else 0.0,
+        "confidence": _mean(sure),
+        "confidence_lowest": min(sure, default=None),
+        "disagreement": _mean(list(disagreement.values())),
+        "slices": len(areas),
+    }
+    return Structure(str(value), name, "ok" if areas else "pred_empty", measures, slices=marks, slice_count=seen.slices)
+
+
+def _mark(k: int, pixels: int, given: Sequence[int], confidence: float | None, disagreement: float | None) -> SliceMark:
+    away = min((k - g for g in given), key=lambda d: (abs(d), -d), default=None)
+    return SliceMark(k, pixels, prompted=k in given, distance=away, confidence=confidence, disagreement=disagreement)
+
+
+def _order(case: CaseReport) -> tuple[bool, int, float, str]:
+    doubt = [
+        max(1 - (confidence if confidence is not None else 1.0), _number(s, "disagreement") or 0.0)
+        for s in case.structures
+        for confidence in [_number(s, "confidence")]
+    ]
+    return case.status != "failed", -len(case.flags), -max(doubt, default=0.0), case.id
+
+
+def _report(told: _Told, cohorts: Mapping[int, Cohort], looks: Looks, facts: Sequence[tuple[str, str]]) -> Report:
+    count = len(looks.cases)
+    return Report(
+        kind="prediction",
+        title=f"Masks of {count} case{'s' * (count != 1)}",
+        headline=_headline(looks.cases),
+        cases=looks.cases,
+        structures={str(value): told.labels.get(value) or f"label {value}" for value in cohorts},
+        columns=COLUMNS,
+        worst=looks.worst,
+        facts=(*_facts(told.rest), *facts),
+        definitions=DEFINITIONS,
+        warnings=tuple(map(str, told.rest.get("warnings", ()))),
+    )
+
+
+def _headline(cases: Sequence[CaseReport]) -> tuple[tuple[str, str, str], ...]:
+    sure = [share for case in cases for s in case.structures if (share := _number(s, "confidence")) is not None]
+    flagged = sum(bool(case.flags) for case in cases)
+    mean = _mean(sure)
+    return (
+        ("Cases", str(len(cases)), "masks in this folder that slmsam2 predict made"),
+        ("Mean confidence", "-" if mean is None else f"{mean:.3f}", UNCALIBRATED),
+        (
+            "Flagged",
+            str(flagged),
+            "cases with something odd about them, first in the table" if flagged else "nothing odd was noticed; that is no proof",
+        ),
+    )
+
+
+def _facts(manifest: Json) -> tuple[tuple[str, str], ...]:
+    model = manifest.get("model") or {}
+    version = manifest.get("tool_version")
+    told = [("predicted with", f"slmsam2 {version}" if version else ""), ("model", model.get("name"))]
+    told += [(key, model.get(key)) for key in ("weights_digest", "plan_digest")]
+    return tuple((what, str(value)) for what, value in [*told, ("prompts", manifest.get("prompts"))] if value)
+
+
+def _number(structure: Structure, key: str) -> float | None:
+    value = structure.measures.get(key)
+    return None if value is None else float(value)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
