@@ -6,6 +6,7 @@ in the paths of a curve, in per cent of the plot's height from the top. Nothing 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -106,7 +107,7 @@ def _values(cases: Sequence[CaseReport], structure: str, key: str) -> list[tuple
         (place, float(value), case.group == "training")
         for place, case in enumerate(cases)
         for part in case.structures
-        if part.key == structure and (value := part.measures.get(key)) is not None
+        if part.key == structure and (value := part.measures.get(key)) is not None and math.isfinite(value)
     ]
 
 

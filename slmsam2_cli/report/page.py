@@ -22,7 +22,7 @@ import jinja2
 
 from slmsam2_cli.report.charts import curves, distributions
 from slmsam2_cli.report.contents import CaseReport, Number, Report, SliceMark, Structure, ViewerVolumes
-from slmsam2_cli.report.strips import DICE_BINS, dice_class, slice_range, strip
+from slmsam2_cli.report.strips import DICE_BINS, dice_class, slice_range, strips_of
 from slmsam2_cli.version import VERSION
 
 NIIVUE = "niivue-0.69.0.umd.js.gz"
@@ -60,6 +60,7 @@ def render(report: Report) -> str:
         library=base64.b64encode(_packed_niivue()).decode("ascii") if viewer else "",
         licences=(_asset("niivue", "LICENSE"), _asset("niivue", "THIRD_PARTY")) if viewer else (),
         beside=[pair for pair in report.definitions if pair[0].lower().startswith(("hd95", "nsd"))],
+        unprompted=any(structure.unprompted for case in report.cases for structure in case.structures),
         groups=sorted({case.group for case in report.cases}, reverse=True),
     )
     return page.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -124,7 +125,7 @@ def _template() -> jinja2.Template:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(measure=_measure, anchor=_anchor, status=_status, dice_class=dice_class, volumes_json=_volumes_json)
-    environment.globals.update(slice_range=slice_range, strip=strip)
+    environment.globals.update(slice_range=slice_range, strips_of=strips_of)
     return environment.get_template("page.html.j2")
 
 
@@ -136,7 +137,7 @@ def _measure(value: Number, digits: int) -> str:
     """A number as the table shows it; a dash where there is none."""
     if value is None or not math.isfinite(value):
         return "–"  # noqa: RUF001
-    return f"{value:.{digits}f}"
+    return f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _anchor(case_id: str) -> str:

@@ -58,6 +58,12 @@ def slice_range(structures: Iterable[Structure]) -> tuple[int, int]:
     return (min(shown), max(shown) - min(shown) + 1) if shown else (0, 0)
 
 
+def strips_of(structures: Sequence[Structure]) -> tuple[Strip | None, ...]:
+    """The strips of one case, all over the same slices."""
+    first, count = slice_range(structures)
+    return tuple(strip(structure, first, count) for structure in structures)
+
+
 def strip(structure: Structure, first: int, count: int) -> Strip | None:
     """The strip of one structure over slices first to first + count - 1; None without slices."""
     marks = structure.slices

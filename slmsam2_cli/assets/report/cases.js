@@ -12,6 +12,7 @@ function openHash() {
 
 function openCase(place) {
   const changed = place !== current;
+  if (!data.cases[place].ready) setUpStrips(place);
   current = place;
   articles.forEach((article, index) => article.classList.toggle('open', index === place));
   for (const row of rows) row.element.classList.toggle('open', row.place === place);

@@ -9,7 +9,7 @@ const markOf = (structure, slice) => {
 
 function describe(structure, slice) {
   const mark = markOf(structure, slice);
-  if (!mark) return `${structure.name}: nothing`;
+  if (!mark) return 'nothing';
   const parts = [];
   if (mark.reference === 0 && mark.prediction > 0) parts.push('false: not in the truth');
   else if (mark.reference > 0 && mark.prediction === 0) parts.push('missed');
@@ -19,7 +19,7 @@ function describe(structure, slice) {
   else if (mark.distance !== null) parts.push(`${Math.abs(mark.distance)} from the prompt`);
   if (mark.confidence !== null) parts.push(`confidence ${mark.confidence.toFixed(2)}`);
   if (mark.disagreement !== null) parts.push(`disagreement ${mark.disagreement.toFixed(2)}`);
-  return `${structure.name}: ${parts.join(', ')}`;
+  return parts.join(', ');
 }
 
 function pointAt(place, slice, kind) {
@@ -38,8 +38,7 @@ function pointAt(place, slice, kind) {
     line.setAttribute('x1', x);
     line.setAttribute('x2', x);
   }
-  const readout = articles[place].querySelector('.readout');
-  if (readout) readout.textContent = `Slice ${slice}. ` + item.structures.map((structure) => describe(structure, slice)).join(' · ');
+  all('.strip .readout', articles[place]).forEach((readout, index) => { readout.textContent = `Slice ${slice}: ${describe(item.structures[index], slice)}`; });
 }
 
 function chooseSlice(place, slice, start) {
@@ -49,13 +48,14 @@ function chooseSlice(place, slice, start) {
   for (const plot of all('.strip [role=slider]', articles[place])) {
     plot.setAttribute('aria-valuenow', String(slice));
     const structure = item.structures.find((each) => each.key === plot.parentElement.dataset.structure);
-    plot.setAttribute('aria-valuetext', `slice ${slice}, ${describe(structure, slice)}`);
+    plot.setAttribute('aria-valuetext', `slice ${slice}, ${structure.name}: ${describe(structure, slice)}`);
   }
   if (item.volumes && (start || viewer.running)) viewer.jump(place, slice);
 }
 
 function setUpStrips(place) {
   const item = data.cases[place];
+  item.ready = true;
   for (const plot of all('.strip .plot', articles[place])) {
     const at = (event) => {
       const box = plot.querySelector('svg').getBoundingClientRect();
@@ -95,5 +95,7 @@ function setUpPictures() {
     if (place < 0) return;
     if (place !== current) { history.pushState(null, '', `#${anchor}`); openCase(place); }
     chooseSlice(place, Number(link.dataset.slice), true);
+    const seen = articles[place].querySelector('.viewer') || articles[place].querySelector('.strips');
+    if (seen) seen.scrollIntoView({ block: 'nearest' });
   });
 }

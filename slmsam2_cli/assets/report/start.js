@@ -1,6 +1,5 @@
 /* Everything is defined: set up the page. */
 setUpTable();
-articles.forEach((_, place) => setUpStrips(place));
 setUpPictures();
 byId('previous').addEventListener('click', () => step(-1));
 byId('next').addEventListener('click', () => step(1));

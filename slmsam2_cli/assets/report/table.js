@@ -48,7 +48,7 @@ function filterRows() {
   const group = byId('by-group') ? byId('by-group').value : '';
   let shown = 0;
   for (const row of rows) {
-    const fits = words.every((word) => row.text.includes(word)) && (!structure || (row.structure && row.structure.key === structure)) &&
+    const fits = words.every((word) => row.text.includes(word)) && (!structure || !row.structure || row.structure.key === structure) &&
       (!group || data.cases[row.place].group === group);
     row.element.hidden = !fits;
     shown += fits;
@@ -62,8 +62,8 @@ function showPart() {
     data.columns.forEach((column, index) => {
       const cell = row.element.cells[fixed + index];
       const value = row.structure[part()][index];
-      cell.textContent = value === null ? missing : value.toFixed(column.digits);
-      if (cell.classList.contains('dice')) cell.className = value === null ? 'dice' : `dice d${diceClass(value)}`;
+      cell.textContent = value === null ? missing : value.toFixed(column.digits).replace('-', '−');
+      if (cell.classList.contains('dice')) cell.className = value === null ? 'v dice' : `v dice d${diceClass(value)}`;
     });
   }
   if (sorting.column >= 0) sortRows();
