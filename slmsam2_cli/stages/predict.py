@@ -1,4 +1,7 @@
-"""Stage 4: images + prompts + model -> masks.   Reads images, prompts, the model.   Writes MASKS/<case> and MASKS/manifest.json.
+"""Stage 4: images + prompts + model -> masks.
+
+Reads   images, prompts, the model.
+Writes  MASKS/<case>, MASKS/manifest.json, MASKS/report.html (and MASKS/report_files/ when that would become too large).
 
 Every case is on its own: a broken one is reported and the others go on. Finished cases are recognised by their record
 (hashes of image, prompts, model and mask) and skipped.
@@ -7,7 +10,7 @@ Every case is on its own: a broken one is reported and the others go on. Finishe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,13 +40,17 @@ from slmsam2_cli.inference.records import Records, key_of, whole
 from slmsam2_cli.model.checkpoint import Checkpoint, base_weights, fit, read_checkpoint
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import Plan, read_plan
+from slmsam2_cli.report.folder import report_on
 from slmsam2_cli.version import VERSION
 from slmsam2_cli.workspace import Workspace
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a run of predict needs that does not change from case to case. training: ids known to be no unseen cases."""
+    """Everything a run of predict needs that does not change from case to case.
+
+    training: ids known to be no unseen cases; shown: images for the report, by case, also of other parts; None when it is not wanted.
+    """
 
     root: Path
     masks: Path
@@ -52,6 +59,7 @@ class Job:
     checkpoint: Checkpoint
     training: frozenset[str]
     overwrite: bool
+    shown: Mapping[str, tuple[Path, ...]] | None = None
 
     @property
     def records(self) -> Records:
@@ -102,6 +110,7 @@ def predict(
     num_parts: int = 1,
     part_id: int = 0,
     overwrite: bool = False,
+    report: bool = True,
 ) -> int:
     """Propagate prompts through every image of a folder, or through one image. The exit code: 0, or 1 when some cases failed.
 
@@ -118,7 +127,8 @@ def predict(
     files = [file for case in found.cases for file in (*case.images, *([case.label] if case.label else []))]
     _refuse_overlap(masks, [found.root, source.folder, *(file.parent for file in files)])
     chosen = choose_device(device)
-    job = Job(found.root, masks, source, plan, checkpoint, found.learned_from, overwrite)
+    shown = {case.id: case.images for case in found.cases} if report else None
+    job = Job(found.root, masks, source, plan, checkpoint, found.learned_from, overwrite, shown)
     with store.one_writer(masks, f"{part_id}-of-{num_parts}" if num_parts > 1 else ""):
         return _run(job, found.cases[part_id::num_parts], found.problems if part_id == 0 else (), chosen, device == "auto")
 
@@ -269,6 +279,8 @@ def _run(job: Job, cases: Sequence[Case], problems: Sequence[CaseError], device:
             job.records.write_manifest(job.head())
     else:
         job.records.write_manifest(job.head())
+    if job.shown is not None:
+        report_on(job.masks, job.shown, job.plan.intensity[0], anew=bool(todo))
     console.say(
         f"{len(todo) + len(problems) - len(failed)} masks written, {len(done)} already there, {len(failed)} cases failed: {job.masks}"
     )

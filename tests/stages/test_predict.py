@@ -54,7 +54,7 @@ def written(folder):
 def test_every_image_gets_one_mask_of_its_own_name_and_grid_and_a_manifest(images, tmp_path, dataset):
     masks = tmp_path / "masks"
     assert run(images, masks, dataset) == 0
-    assert written(masks) == ["manifest.json", *written(images)]
+    assert written(masks) == ["manifest.json", *written(images), "report.html"]
     for name in written(images):
         image, mask = nibabel.load(images / name), nibabel.load(masks / name)
         assert mask.shape == image.shape and np.abs(mask.affine - image.affine).max() <= 1e-6
@@ -249,7 +249,7 @@ def test_a_broken_image_is_named_and_the_others_are_done(images, tmp_path, datas
     assert run(images, tmp_path / "masks", dataset) == 1
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: case"))
     assert broken.removesuffix(".nii.gz") in line and "Traceback" not in line
-    assert written(tmp_path / "masks") == ["manifest.json", *written(images)[1:]]
+    assert written(tmp_path / "masks") == ["manifest.json", *written(images)[1:], "report.html"]
 
 
 def test_an_image_without_a_prompt_is_an_error_of_that_case(images, tmp_path, dataset, capsys):
@@ -278,13 +278,41 @@ def test_parts_share_the_work_and_end_in_one_manifest(images, tmp_path, dataset)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(images, whole, dataset)
     run(images, parts, dataset, num_parts=2, part_id=0)
-    assert written(parts) == ["manifest.json", written(images)[0]]
+    assert written(parts) == ["manifest.json", written(images)[0], "report.html"]
     assert [f"{case}.nii.gz" for case in account(parts)] == written(images)[:1]
     run(images, parts, dataset, num_parts=2, part_id=1)
     for name in written(images):
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
     one, other = (json.loads((folder / "manifest.json").read_text())["cases"] for folder in (whole, parts))
     assert set(one) == set(other)
+    assert (whole / "report.html").read_bytes() == (parts / "report.html").read_bytes()
+
+
+def test_the_report_tells_of_every_mask_in_the_folder_also_of_earlier_runs(images, tmp_path, dataset):
+    masks, (first, second) = tmp_path / "masks", written(images)
+    run(images / first, masks, dataset)
+    assert second.removesuffix(".nii.gz") not in (masks / "report.html").read_text()
+    run(images / second, masks, dataset)
+    page = (masks / "report.html").read_text()
+    assert all(name.removesuffix(".nii.gz") in page for name in (first, second)) and "Masks of 2 cases" in page
+
+
+def test_a_report_is_made_only_when_it_is_wanted_and_when_there_is_something_new(images, tmp_path, dataset):
+    masks = tmp_path / "masks"
+    assert run(images, masks, dataset, report=False) == 0
+    assert written(masks) == ["manifest.json", *written(images)]
+    assert run(images, masks, dataset) == 0
+    stamp = (masks / "report.html").stat().st_mtime_ns
+    assert run(images, masks, dataset) == 0
+    assert (masks / "report.html").stat().st_mtime_ns == stamp
+
+
+def test_a_report_that_cannot_be_made_is_a_warning(images, tmp_path, dataset, capsys):
+    masks = tmp_path / "masks"
+    (masks / "report.html").mkdir(parents=True)
+    assert run(images, masks, dataset) == 0
+    assert "warning: report.html could not be made" in capsys.readouterr().err
+    assert [*account(masks)] == [name.removesuffix(".nii.gz") for name in written(images)]
 
 
 def test_two_writers_at_once_are_refused(images, tmp_path, dataset):
@@ -317,7 +345,7 @@ def test_when_every_case_was_learned_from_these_are_segmented_and_no_score_is_th
     assert predict(None, None, dataset=tmp_path / "data", workspace=workspace) == 0
     assert "no case is unseen: the cases that the model has learned from are segmented" in capsys.readouterr().err
     assert [case["training"] for case in account(workspace.predictions).values()] == [True]
-    assert evaluate(None, None, workspace, None, dataset=tmp_path / "data") == 0
+    assert evaluate((), None, workspace, None, dataset=tmp_path / "data") == 0
     summary = json.loads((workspace.evaluation / "summary.json").read_text())
     assert (summary["cases"]["unseen"], summary["foreground_mean"]["Dice"]) == (0, None)
     assert summary["training"]["foreground_mean"]["Dice"] is not None
@@ -366,7 +394,7 @@ def test_the_data_set_s_own_labels_are_cut_from_wherever_they_lie(tmp_path):
 def test_one_file_is_a_folder_of_one(images, tmp_path, dataset):
     masks, (first, _) = tmp_path / "masks", written(images)
     assert run(images / first, masks, dataset) == 0
-    assert written(masks) == ["manifest.json", first]
+    assert written(masks) == ["manifest.json", first, "report.html"]
     with pytest.raises(UsageError, match="same folder"):
         run(images / first, images, dataset)
 
@@ -474,7 +502,7 @@ def test_inside_a_data_set_the_unseen_cases_are_predicted_into_the_workspace(dat
     workspace = Workspace(dataset / "slmsam2")
     assert predict(None, None, dataset=dataset, workspace=workspace) == 0
     unseen = json.loads(workspace.split.read_text())["unseen"]
-    assert written(workspace.predictions) == ["manifest.json", *[f"{case}.nii.gz" for case in unseen]]
+    assert written(workspace.predictions) == ["manifest.json", *[f"{case}.nii.gz" for case in unseen], "report.html"]
 
 
 @pytest.fixture
