@@ -161,6 +161,7 @@ def _case(case: CaseReport, report: Report) -> dict[str, Any]:
     return {
         "id": case.id,
         "anchor": _anchor(case.id),
+        "group": case.group,
         "first": first,
         "count": count,
         "volumes": "page" if case.volumes else "file" if case.volumes_file else None,

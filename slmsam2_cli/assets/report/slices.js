@@ -50,7 +50,7 @@ function chooseSlice(place, slice, start) {
     const structure = item.structures.find((each) => each.key === plot.parentElement.dataset.structure);
     plot.setAttribute('aria-valuetext', `slice ${slice}, ${structure.name}: ${describe(structure, slice)}`);
   }
-  if (item.volumes && (start || viewer.running)) viewer.jump(place, slice);
+  if (item.volumes && (start || viewer.running)) viewer.show(place, slice);
 }
 
 function setUpStrips(place) {

@@ -39,17 +39,37 @@ async function volumesOf(item) {
   return known();
 }
 
-// A mask reduced to the borders of its labels within each slice along `axis`. Header and data of an uncompressed NIfTI of 8 or 16 bits.
-function outlined(buffer, axis) {
-  const copy = buffer.slice(0);
+// Size, where the voxels start, and the voxels of an unpacked NIfTI of labels; null when they are not of 8 or 16 bits.
+function labelsIn(buffer) {
   const view = new DataView(buffer);
-  const little = view.getInt32(0, true) === 348;
-  const size = [0, 1, 2].map((i) => view.getInt16(42 + 2 * i, little));
-  const start = view.getFloat32(108, little);
-  const wide = view.getInt16(72, little) === 16;
-  const read = wide ? new Uint16Array(buffer.slice(start)) : new Uint8Array(buffer, start);
-  const write = wide ? new Uint16Array(copy.slice(start)) : new Uint8Array(copy, start);
-  const stride = [1, size[0], size[0] * size[1]];
+  const size = [42, 44, 46].map((at) => view.getInt16(at, true));
+  const start = view.getFloat32(108, true);
+  const Kind = { 8: Uint8Array, 16: Uint16Array }[view.getInt16(72, true)];
+  return Kind ? { size, start, stride: [1, size[0], size[0] * size[1]], voxels: new Kind(buffer.slice(start)) } : null;
+}
+
+// The middle of all labels, 0 to 1 along each stored axis.
+function middleOf(buffer) {
+  const mask = labelsIn(buffer);
+  if (!mask) return [0.5, 0.5, 0.5];
+  const [least, most] = [[...mask.size], [-1, -1, -1]];
+  mask.voxels.forEach((label, index) => {
+    if (!label) return;
+    for (let i = 0; i < 3; i++) {
+      const at = Math.floor(index / mask.stride[i]) % mask.size[i];
+      least[i] = Math.min(least[i], at);
+      most[i] = Math.max(most[i], at);
+    }
+  });
+  return mask.size.map((length, i) => (most[i] < 0 ? 0.5 : (Math.floor((least[i] + most[i]) / 2) + 0.5) / length));
+}
+
+// A mask reduced to the borders of its labels within each slice along `axis`.
+function outlined(buffer, axis) {
+  const mask = labelsIn(buffer);
+  if (!mask) return buffer;
+  const { size, start, stride, voxels: read } = mask;
+  const write = read.slice();
   const [a, b] = [0, 1, 2].filter((i) => i !== axis);
   const inside = (index, i, at) => at > 0 && at < size[i] - 1 && read[index - stride[i]] === read[index] && read[index + stride[i]] === read[index];
   for (let z = 0, index = 0; z < size[2]; z++) for (let y = 0; y < size[1]; y++) for (let x = 0; x < size[0]; x++, index++) {
@@ -57,7 +77,8 @@ function outlined(buffer, axis) {
     const at = [x, y, z];
     if (inside(index, a, at[a]) && inside(index, b, at[b])) write[index] = 0;
   }
-  if (wide) new Uint8Array(copy).set(new Uint8Array(write.buffer), start);
+  const copy = buffer.slice(0);
+  new Uint8Array(copy).set(new Uint8Array(write.buffer), start);
   return copy;
 }
 
@@ -116,6 +137,10 @@ const viewer = {
     const slot = articles[place].querySelector('.slot');
     if (!slot) return;
     if (!this.panel) this.build();
+    if (place === this.place && this.canvas.dataset.state === 'ready') {
+      if (slice !== undefined) this.move(slice);
+      return;
+    }
     const turn = ++this.turn;
     this.running = true;
     this.place = place;
@@ -149,9 +174,8 @@ const viewer = {
       images[name] = await NVImage.loadFromUrl({ url: `${name}.nii`, name: `${name}.nii`, buffer, colorbarVisible: false });
     }
     if (turn !== this.turn) return;
-    for (const old of [...nv.volumes]) nv.removeVolume(old);
-    for (const name of Object.keys(images)) nv.addVolume(images[name]);
     this.masks = images;
+    nv.volumes = Object.values(images);
     for (const mask of ['truth', 'prediction']) this.field(mask).hidden = !images[mask];
     this.colour();
   },
@@ -165,17 +189,17 @@ const viewer = {
 
   shade() {
     for (const mask of ['truth', 'prediction']) {
-      if (!this.masks[mask]) continue;
-      const [shown, opacity] = [this.field(mask).querySelector('[type=checkbox]').checked, Number(this.field(mask).querySelector('[type=range]').value)];
-      this.nv.setOpacity(this.nv.volumes.indexOf(this.masks[mask]), shown ? opacity : 0);
+      const field = this.field(mask);
+      const opacity = field.querySelector('[type=checkbox]').checked ? Number(field.querySelector('[type=range]').value) : 0;
+      if (this.masks[mask]) this.masks[mask].opacity = opacity;
     }
-    this.nv.updateGLVolume();
+    this.nv.setVolume(this.nv.volumes[0], 0);
   },
 
-  // NiiVue turns every volume to right, anterior, superior: [which of its axes is ours, whether it is turned round, its length].
-  axis() {
+  // NiiVue turns every volume to right, anterior, superior: which of its axes is the stored one, whether it is turned round, its length.
+  axis(stored = this.given.axis) {
     const volume = this.nv.volumes[0];
-    const at = volume.permRAS.findIndex((axis) => Math.abs(axis) === this.given.axis + 1);
+    const at = volume.permRAS.findIndex((axis) => Math.abs(axis) === stored + 1);
     return { at, turned: volume.permRAS[at] < 0, length: volume.dimsRAS[at + 1] };
   },
 
@@ -188,12 +212,11 @@ const viewer = {
     this.say('');
     this.canvas.dataset.case = data.cases[this.place].id;
     this.canvas.dataset.state = 'ready';
+    const position = [0.5, 0.5, 0.5];
+    middleOf(this.buffers.prediction).forEach((share, stored) => { const { at, turned } = this.axis(stored); position[at] = turned ? 1 - share : share; });
+    this.nv.scene.crosshairPos = position;
+    this.nv.scene.pan2Dxyzmm = [0, 0, 0, 1];
     this.move(slice ?? first + Math.floor(length / 2) * step);
-  },
-
-  jump(place, slice) {
-    if (place !== this.place || !this.running || this.canvas.dataset.state !== 'ready') this.show(place, slice);
-    else this.move(slice);
   },
 
   move(slice) {
