@@ -6,6 +6,7 @@ Limits are those of a first look. Every suspicion names the number behind it, an
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from slmsam2_cli.report.flags import Ends
 from slmsam2_cli.report.opened import Opened
 
 OUTLIER_Z, OUTLIER_CASES = 3.5, 5  # robust z of log volume; at least so many cases with the structure
-OPEN_END = 0.5  # of the largest slice, on the volume's first or last one
+OPEN_END = 0.5  # of the largest slice, on the volume's first or last one; any share where most cases do not reach it
 JUMP, JUMP_SHARE, JUMP_SLICES = 3.0, 0.4, 5  # times its neighbour; of the largest slice; slices of the structure
 PART = 0.1  # of the structure's voxels make a separate part a large one
 DISAGREEMENT, CONFIDENCE = 0.5, 0.5
@@ -26,11 +27,24 @@ DISAGREEMENT, CONFIDENCE = 0.5, 0.5
 
 @dataclass(frozen=True)
 class Found:
-    """One structure of one mask. areas: slice -> pixels, where there are any; volume_ml; parts: voxels of its large pieces, falling."""
+    """One structure of one mask.
+
+    areas: slice -> pixels, where there are any; volume_ml; parts: voxels of its large pieces, falling; slices: of the volume;
+    ends: where these begin and end in the patient ("feet", "head").
+    """
 
     areas: Mapping[int, int]
     volume_ml: float
     parts: tuple[int, ...]
+    slices: int
+    ends: Ends
+
+    @property
+    def open_ends(self) -> dict[str, float]:
+        """End of the volume that the structure reaches -> its share of the largest slice there."""
+        largest = max(self.areas.values())
+        shares = {end: self.areas.get(k, 0) / largest for k, end in ((0, self.ends[0]), (self.slices - 1, self.ends[1]))}
+        return {end: share for end, share in shares.items() if share > 0 and self.slices > 1}
 
 
 def measure(opened: Opened) -> dict[int, Found]:
@@ -38,41 +52,51 @@ def measure(opened: Opened) -> dict[int, Found]:
     mask = opened.prediction
     if mask is None:
         return {}
-    voxel_ml = math.prod(opened.grid.spacing_mm) / 1000
     return {
-        value: _found(mask[box] == value, box[opened.axis].start, opened.axis, voxel_ml)
+        value: _found(mask[box] == value, box[opened.axis].start, opened)
         for value, box in enumerate(ndimage.find_objects(mask), start=1)
         if box is not None
     }
 
 
-def _found(inside: NDArray[np.bool_], first: int, axis: int, voxel_ml: float) -> Found:
+def _found(inside: NDArray[np.bool_], first: int, opened: Opened) -> Found:
     """inside: the structure in its box; first: slice number at which the box begins."""
-    across = tuple(a for a in range(3) if a != axis)
+    across = tuple(a for a in range(3) if a != opened.axis)
     counts: Any = np.count_nonzero(inside, axis=across)
     areas = {first + k: int(n) for k, n in enumerate(counts) if n}
     total = sum(areas.values())
     labelled, _ = ndimage.label(inside, structure=np.ones((3, 3, 3)))
     sizes = np.sort(np.bincount(labelled.ravel())[1:])[::-1]
-    return Found(areas, total * voxel_ml, tuple(int(n) for n in sizes if n >= PART * total))
+    volume_ml = total * math.prod(opened.grid.spacing_mm) / 1000
+    return Found(areas, volume_ml, tuple(int(n) for n in sizes if n >= PART * total), opened.slice_count, opened.ends())
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """One structure over all cases. volumes_ml: of the cases that hold it; parts: how many large ones are usual; prompted: any case."""
+    """One structure over all cases. volumes_ml: of the cases that hold it; prompted: whether any case was given it; what is usual, which
+    takes at least OUTLIER_CASES to say (`known`): parts: how many large ones; open_ends: where it reaches the end of the volume."""
 
     volumes_ml: tuple[float, ...]
-    parts: int
     prompted: bool
+    parts: int = 1
+    open_ends: frozenset[str] = frozenset()
+
+    @property
+    def known(self) -> bool:
+        return len(self.volumes_ml) >= OUTLIER_CASES
 
     @classmethod
     def of(cls, found: Sequence[Found], prompted: bool) -> Cohort:
-        usual = int(np.median([len(one.parts) for one in found])) if len(found) >= OUTLIER_CASES else 1
-        return cls(tuple(one.volume_ml for one in found), max(1, usual), prompted)
+        volumes = tuple(one.volume_ml for one in found)
+        if len(found) < OUTLIER_CASES:
+            return cls(volumes, prompted)
+        ends = Counter(end for one in found for end in one.open_ends)
+        usual = frozenset(end for end, count in ends.items() if 2 * count >= len(found))
+        return cls(volumes, prompted, max(1, int(np.median([len(one.parts) for one in found]))), usual)
 
     def robust_z(self, volume_ml: float) -> float | None:
         """How far log volume is from the median, in units of the usual distance (0.6745 / MAD); None with too few cases or no spread."""
-        if len(self.volumes_ml) < OUTLIER_CASES:
+        if not self.known:
             return None
         logs = np.log(self.volumes_ml)
         middle = float(np.median(logs))
@@ -80,8 +104,8 @@ class Cohort:
         return 0.6745 * (math.log(volume_ml) - middle) / spread if spread > 1e-9 else None
 
 
-def suspicions(found: Found | None, cohort: Cohort, slices: int, ends: Ends) -> list[str]:
-    """What is odd about one structure. slices: of the volume; ends: where they begin and end in the patient."""
+def suspicions(found: Found | None, cohort: Cohort) -> list[str]:
+    """What is odd about one structure; None: there is none."""
     if found is None:
         others = len(cohort.volumes_ml)
         return [f"empty; {others} other case{'s hold' if others != 1 else ' holds'} it"] if cohort.prompted and others else []
@@ -93,7 +117,12 @@ def suspicions(found: Found | None, cohort: Cohort, slices: int, ends: Ends) -> 
     if len(found.parts) > cohort.parts:
         shares = ", ".join(f"{100 * n / sum(found.areas.values()):.0f} %" for n in found.parts)
         said.append(f"{len(found.parts)} separate parts ({shares})")
-    return [*said, *_open_ends(found, slices, ends), *_jumps(found, slices)]
+    said += [
+        f"still at {100 * share:.0f} % of its largest area where the volume ends towards the {end}"
+        for end, share in found.open_ends.items()
+        if end not in cohort.open_ends and (share >= OPEN_END or cohort.known)
+    ]
+    return [*said, *_jumps(found)]
 
 
 def doubts(confidence: float | None, disagreement: Mapping[int, float]) -> list[str]:
@@ -105,21 +134,12 @@ def doubts(confidence: float | None, disagreement: Mapping[int, float]) -> list[
     return said
 
 
-def _open_ends(found: Found, slices: int, ends: Ends) -> list[str]:
-    largest = max(found.areas.values())
-    return [
-        f"still at {100 * found.areas[k] / largest:.0f} % of its largest area where the volume ends towards the {end}"
-        for k, end in ((0, ends[0]), (slices - 1, ends[1]))
-        if slices > 1 and found.areas.get(k, 0) >= OPEN_END * largest
-    ]
-
-
-def _jumps(found: Found, slices: int) -> list[str]:
+def _jumps(found: Found) -> list[str]:
     """The largest step between neighbouring slices, where it is one; to nothing counts, the volume's own ends do not."""
     if len(found.areas) < JUMP_SLICES:
         return []
     largest = max(found.areas.values())
-    around = range(max(0, min(found.areas) - 1), min(slices - 1, max(found.areas) + 1))
+    around = range(max(0, min(found.areas) - 1), min(found.slices - 1, max(found.areas) + 1))
     steps = [(k, found.areas.get(k, 0), found.areas.get(k + 1, 0)) for k in around]
     jumps = [s for s in steps if max(s[1:]) > JUMP * min(s[1:]) and abs(s[1] - s[2]) > JUMP_SHARE * largest]
     if not jumps:

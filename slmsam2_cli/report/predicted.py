@@ -43,6 +43,10 @@ DEFINITIONS = (
     ),
     ("separate parts", f"pieces of at least {100 * looking.PART:g} % of the structure, more than is usual among the cases"),
     (
+        "where the volume ends",
+        f"at least {100 * looking.OPEN_END:g} % of the largest slice's area there, where that is not usual among the cases",
+    ),
+    (
         "area jumps",
         f"more than {looking.JUMP:g} times its neighbour, by more than {100 * looking.JUMP_SHARE:g} % of the structure's largest slice",
     ),
@@ -52,12 +56,11 @@ DEFINITIONS = (
 
 @dataclass(frozen=True)
 class _Seen:
-    """One mask, measured. slices: of the volume; ends: where they begin and end in the patient."""
+    """One mask, measured. slices: of the volume."""
 
     found: Mapping[int, Found]
     slices: int
     slice_mm: float
-    ends: tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def _look(case: str, sources: Sources | None) -> _Seen | None:
     opened: Opened | None = open_case(case, replace(sources, images=())) if sources is not None else None
     if opened is None or opened.prediction is None:
         return None
-    return _Seen(looking.measure(opened), opened.slice_count, opened.slice_mm, opened.ends())
+    return _Seen(looking.measure(opened), opened.slice_count, opened.slice_mm)
 
 
 def _cohorts(told: _Told, seen: Mapping[str, _Seen | None]) -> dict[int, Cohort]:
@@ -125,7 +128,7 @@ def _case(case: str, entry: ManifestCase, seen: _Seen | None, told: _Told, cohor
     structures = tuple(_structure(value, told.labels.get(value) or f"label {value}", entry, seen) for value in cohorts)
     said = [
         [
-            *looking.suspicions(seen.found.get(value), cohort, seen.slices, seen.ends),
+            *looking.suspicions(seen.found.get(value), cohort),
             *looking.doubts(_number(structure, "confidence"), entry.disagreement.get(value, {})),
         ]
         for structure, (value, cohort) in zip(structures, cohorts.items(), strict=True)

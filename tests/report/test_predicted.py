@@ -18,8 +18,7 @@ from slmsam2_cli.report.predicted import of_predictions
 from slmsam2_cli.report.writing import PAGE_BEGINS, VOLUMES_BEGIN, marked
 
 SHAPE = (12, 20, 24)
-ENDS = ("feet", "head")
-ALONE = Cohort((1.0,), 1, True)
+ALONE = Cohort((1.0,), True)
 
 
 def entry(name, **more):
@@ -107,12 +106,12 @@ def test_progress_is_told_twice_a_case(folder):
     assert len(told) == 4
 
 
-def found(areas, parts=None, volume=1.0):
-    return Found(dict(enumerate(areas, start=2)), volume, parts or (sum(areas),))
+def found(areas, parts=None, volume=1.0, slices=30):
+    return Found(dict(enumerate(areas, start=2)), volume, parts or (sum(areas),), slices, ("feet", "head"))
 
 
-def odd(one, cohort=ALONE, slices=30):
-    return suspicions(one, cohort, slices, ENDS)
+def odd(one, cohort=ALONE):
+    return suspicions(one, cohort)
 
 
 def test_a_mask_is_measured_by_slices_and_parts():
@@ -135,16 +134,16 @@ def test_nothing_is_odd_about_a_structure_that_swells_and_shrinks():
 
 
 def test_a_volume_far_from_all_others_is_told_with_their_median():
-    cohort = Cohort((90.0, 95.0, 100.0, 105.0, 400.0), 1, True)
+    cohort = Cohort((90.0, 95.0, 100.0, 105.0, 400.0), True)
     (flag, *_) = odd(found([9] * 5, volume=400.0), cohort)
     assert flag == "unusually large: 400 ml, the median of all cases is 100 ml"
     assert "unusually" not in " ".join(odd(found([9] * 5, volume=105.0), cohort))
 
 
 def test_robust_z_is_none_for_few_cases_or_no_spread():
-    assert Cohort((1.0, 2.0, 3.0, 900.0), 1, True).robust_z(900.0) is None
-    assert Cohort((1.0,) * 9, 1, True).robust_z(2.0) is None
-    assert Cohort(tuple(np.exp([0.0, 1, 2, 3, 4])), 1, True).robust_z(float(np.exp(5))) == pytest.approx(0.6745 * 3)
+    assert Cohort((1.0, 2.0, 3.0, 900.0), True).robust_z(900.0) is None
+    assert Cohort((1.0,) * 9, True).robust_z(2.0) is None
+    assert Cohort(tuple(np.exp([0.0, 1, 2, 3, 4])), True).robust_z(float(np.exp(5))) == pytest.approx(0.6745 * 3)
 
 
 def test_an_area_that_jumps_is_told_with_both_slices():
@@ -154,8 +153,18 @@ def test_an_area_that_jumps_is_told_with_both_slices():
 
 
 def test_a_structure_cut_off_by_the_volume_may_go_on_beyond():
-    assert odd(found([20, 40, 60, 80, 80]), slices=7) == ["still at 100 % of its largest area where the volume ends towards the head"]
-    assert odd(found([20, 40, 60, 80, 30]), slices=7) == []
+    cut_off = found([20, 40, 60, 80, 80], slices=7)
+    assert odd(cut_off) == ["still at 100 % of its largest area where the volume ends towards the head"]
+    assert odd(found([20, 40, 60, 80, 30], slices=7)) == []
+    assert odd(cut_off, Cohort.of([cut_off] * 5, True)) == []
+
+
+def test_reaching_the_end_of_the_volume_at_all_is_odd_where_other_cases_do_not():
+    trail, whole = found([20, 40, 60, 30, 12], slices=7), found([20, 40, 60, 30, 12])
+    assert odd(trail) == []
+    assert odd(trail, Cohort.of([trail, *[whole] * 4], True)) == [
+        "still at 20 % of its largest area where the volume ends towards the head"
+    ]
 
 
 def test_separate_parts_are_odd_where_they_are_not_usual():
@@ -165,8 +174,8 @@ def test_separate_parts_are_odd_where_they_are_not_usual():
 
 
 def test_a_structure_missing_in_one_case_is_odd_only_where_it_was_asked_for():
-    assert odd(None, Cohort((1.0, 2.0), 1, True)) == ["empty; 2 other cases hold it"]
-    assert odd(None, Cohort((1.0,), 1, False)) == odd(None, Cohort((), 1, True)) == []
+    assert odd(None, Cohort((1.0, 2.0), True)) == ["empty; 2 other cases hold it"]
+    assert odd(None, Cohort((1.0,), False)) == odd(None, Cohort((), True)) == []
 
 
 def test_the_models_own_doubt_is_told():
