@@ -1,4 +1,4 @@
-"""What every test may rely on: a console as the program starts with it."""
+"""What every test may rely on: a console as the program starts with it, and no verdict that depends on how busy the machine is."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 import pytest
+from hypothesis import settings
 
 from slmsam2_cli import console
+
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(autouse=True)

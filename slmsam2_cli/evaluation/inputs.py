@@ -16,7 +16,7 @@ from slmsam2_cli.data.dataset import Dataset, read_dataset, read_image_folder
 from slmsam2_cli.errors import DatasetError, PlanError, UsageError
 from slmsam2_cli.evaluation.manifest import Manifest, read_manifest
 from slmsam2_cli.evaluation.metrics import NSD_TOLERANCE_MM
-from slmsam2_cli.evaluation.pairing import Pairing, References, case_name, pair, references_of_dataset, references_of_folder
+from slmsam2_cli.evaluation.pairing import Pairing, References, case_name, pair, references_of_dataset, references_of_folder, with_problems
 from slmsam2_cli.planning.plan import read_plan
 from slmsam2_cli.workspace import Workspace
 
@@ -104,7 +104,9 @@ def _references(labels: Path | None, root: Path | None, space: Workspace | None,
         raise UsageError(f"no folder of labels at {labels}. Name a folder of masks, or a data set, with -g")
     declared = _declared(root, warnings) if root is not None else None
     if declared is not None:
-        return references_of_folder(labels, declared.structures, declared.ignore)
+        references = references_of_folder(labels, declared.structures, declared.ignore)
+        own = any(case.label is not None and case.label.parent.resolve() == labels.resolve() for case in declared.training)
+        return with_problems(references, declared.problems) if own else references
     planned = read_plan(space.plan).labels if space is not None and space.plan.is_file() else None
     return references_of_folder(labels, None if planned is None else dict[Structure, str](planned.items()), None)
 

@@ -6,16 +6,14 @@ not one namesake, names that differ by a common affix are matched, which is said
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from slmsam2_cli.data.cases import Structure
 from slmsam2_cli.data.dataset import Dataset
-from slmsam2_cli.data.files import is_junk
-from slmsam2_cli.data.volume import image_ending
+from slmsam2_cli.data.listing import list_labels, same_name, stem
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.evaluation.manifest import Manifest
 from slmsam2_cli.evaluation.naming import match_by_affix
@@ -67,15 +65,17 @@ def references_of_folder(folder: Path, labels: Mapping[Structure, str] | None, i
     return References(folder, masks, labels, ignore, problems)
 
 
+def with_problems(references: References, problems: Sequence[CaseError]) -> References:
+    """The same, and cases that ought to have a label there but have none that can be used."""
+    known = {same_name(case) for case in references.masks} | {same_name(problem.case) for problem in references.problems}
+    more = tuple(problem for problem in problems if same_name(problem.case) not in known)
+    return replace(references, problems=(*references.problems, *more))
+
+
 def masks_in(folder: Path) -> tuple[dict[str, Path], tuple[CaseError, ...]]:
-    """Case id -> mask file, sorted by id; two files of one id are a problem, not a choice."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        ending = None if is_junk(path.name) or path.is_dir() else image_ending(path)
-        if ending is not None:
-            found.setdefault(case_name(path), []).append(path)
-    problems = [_twins(case, paths) for case, paths in found.items() if len(paths) > 1]
-    return {case: paths[0] for case, paths in sorted(found.items()) if len(paths) == 1}, tuple(problems)
+    """Case id -> mask file, sorted by id; two files of one id are a problem, not a choice. DatasetError when it cannot be listed."""
+    found = list_labels(folder, folder)
+    return {same_name(case): paths[0] for case, paths in sorted(found.cases.items())}, tuple(found.problems)
 
 
 def pair(references: References, predictions: Path, manifest: Manifest | None, seen: Collection[str]) -> Pairing:
@@ -110,7 +110,7 @@ def pair(references: References, predictions: Path, manifest: Manifest | None, s
 
 def case_name(mask: Path) -> str:
     """The case a mask is named after."""
-    return unicodedata.normalize("NFC", mask.name[: -len(image_ending(mask) or "")])
+    return same_name(stem(mask))
 
 
 def group_of(case: str, seen: Collection[str]) -> Group:
@@ -123,11 +123,6 @@ def relative_name(path: Path, root: Path) -> str:
 
 
 def _namesake(case: str, masks: Mapping[str, Path]) -> str | None:
-    plain = unicodedata.normalize("NFC", case)
+    plain = same_name(case)
     candidates = (plain, plain + CHANNEL_SUFFIX, plain.removesuffix(CHANNEL_SUFFIX))
     return next((name for name in candidates if name in masks), None)
-
-
-def _twins(case: str, paths: list[Path]) -> CaseError:
-    names = " and ".join(path.name for path in paths)
-    return CaseError(case, paths[0].name, f"two masks could be meant: {names}", "Keep one of them")

@@ -171,10 +171,14 @@ def _score(job: Job) -> CaseScore:
 
     structures: tuple[Structure, ...] = tuple(boxes) if job.values is None else job.values
     values = {value for structure in structures for value in values_of(structure)}
-    undeclared = _undeclared({"reference": truth, "prediction": predicted}, [v for v in boxes if v not in values])
+    _refuse_undeclared(job, truth, [v for v in boxes if v not in values])
+    undeclared = _undeclared(predicted, [v for v in boxes if v not in values])
     status: CaseStatus = "ok" if job.prediction is not None else "pred_missing"
     labels = {structure: score(structure) for structure in structures}
-    said = [f"case {job.case}: {line}" for line in dict.fromkeys((*reference.warnings, *notes, *undeclared))]
+    empty = (
+        [] if any(value in boxes and (truth[boxes[value]] == value).any() for value in values) else ["the label is empty: no foreground"]
+    )
+    said = [f"case {job.case}: {line}" for line in dict.fromkeys((*reference.warnings, *notes, *empty, *undeclared))]
     found = tuple(hints(truth, predicted, [v for v in boxes if v in values])) if status == "ok" else ()
     return CaseScore(job.case, job.group, status, *_names(job), labels, score(0), warnings=tuple(said), hints=found, resampled=resampled)
 
@@ -257,12 +261,19 @@ def _holding(labels: np.ndarray, values: Sequence[int]) -> np.ndarray:
     return np.asarray(labels == values[0] if len(values) == 1 else np.isin(labels, values))
 
 
-def _undeclared(masks: Mapping[str, np.ndarray], values: Sequence[int]) -> list[str]:
-    """One line for each label value that nobody declared, with its counts."""
+def _refuse_undeclared(job: Job, truth: np.ndarray, values: Sequence[int]) -> None:
+    """A label that holds what nobody declared is not what the names say; CaseError."""
+    counts = {value: int(np.count_nonzero(truth == value)) for value in values}
+    listed = ", ".join(f"{value} ({count} voxels)" for value, count in counts.items() if count)
+    if listed:
+        what = f"label values {listed} are not declared"
+        raise CaseError(job.case, _names(job)[0], what, "Declare them under 'labels', or correct the mask")
+
+
+def _undeclared(predicted: np.ndarray, values: Sequence[int]) -> list[str]:
+    """One line for each value of the prediction that nobody declared, with its count."""
     return [
-        f"label {value} is not declared and not scored ("
-        + ", ".join(f"{np.count_nonzero(mask == value)} voxels in the {name}" for name, mask in masks.items())
-        + ")"
+        f"label {value} is not declared and not scored ({np.count_nonzero(predicted == value)} voxels in the prediction)"
         for value in values
     ]
 

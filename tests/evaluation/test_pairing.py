@@ -76,7 +76,7 @@ def test_two_masks_of_one_case_are_a_problem_and_no_guess(folders):
     references, predictions = folders(["a.nii.gz", "b.nii.gz"], ["a.nii.gz", "a.nrrd", "b.nii.gz", "stranger.nii", "stranger.nrrd"])
     found = pair(references, predictions, None, ())
     assert matched(found) == [("b", "b.nii.gz")]
-    assert [(p.case, "two masks could be meant" in str(p)) for p in found.problems] == [("a", True)]
+    assert [(p.case, "two files have the same case id" in str(p)) for p in found.problems] == [("a", True)]
 
 
 def test_composed_and_decomposed_spellings_are_one_case(folders):
@@ -98,7 +98,7 @@ def test_one_namesake_is_enough_to_match_by_nothing_else(folders):
 
 
 def test_folders_and_system_files_are_no_masks(tmp_path):
-    (tmp_path / "evaluation.nii.gz").mkdir()
+    (tmp_path / "evaluation").mkdir()
     (tmp_path / ".DS_Store").touch()
     assert masks_in(tmp_path) == ({}, ())
 

@@ -137,10 +137,15 @@ def test_ignored_voxels_are_scored_nowhere(job):
     assert not [line for line in found.warnings if "declared" in line]
 
 
-def test_undeclared_labels_are_listed_with_their_counts(job):
-    found = score_case(job(labels(v1=(1, 2), v2=(4, 4)), labels(v1=(1, 2))))
+def test_undeclared_values_of_a_prediction_are_listed_with_their_counts(job):
+    found = score_case(job(labels(v1=(1, 2)), labels(v1=(1, 2), v2=(4, 4))))
     assert list(found.labels) == [1]
-    assert "case a: label 2 is not declared and not scored (4 voxels in the reference, 0 voxels in the prediction)" in found.warnings
+    assert "case a: label 2 is not declared and not scored (4 voxels in the prediction)" in found.warnings
+
+
+def test_undeclared_values_of_a_label_reject_the_case(job):
+    found = score_case(job(labels(v1=(1, 2), v2=(4, 4)), labels(v1=(1, 2))))
+    assert (found.status, "label values 2 (4 voxels) are not declared" in found.problem) == ("failed", True)
 
 
 def test_without_declared_labels_every_value_of_any_case_is_a_label_of_every_case(job):

@@ -245,7 +245,7 @@ def test_a_limit_that_means_nothing_is_refused(folders, limit):
 def test_no_absolute_path_is_written(folders):
     run(folders)
     written = [path.read_text() for path in (folders / "out").glob("[a-z]*")]
-    assert len(written) == 4
+    assert len(written) == 5
     assert not any(str(folders) in text for text in written)
 
 
@@ -421,3 +421,38 @@ def test_the_mask_of_another_case_is_scored_for_what_it_is(folders):
     shutil.copy(folders / "masks" / "a.nii.gz", folders / "masks" / "c.nii.gz")
     assert run(folders) == 0
     assert by_case(summary(folders / "out"))["c"]["metrics"]["1"]["Dice"] == 0.0
+
+
+def test_the_report_is_written_unless_it_is_not_wanted(folders):
+    run(folders, options=Options(report=False))
+    assert not (folders / "out" / "report.html").exists()
+    run(folders)
+    assert (folders / "out" / "report.html").read_text().startswith("<!doctype html>\n<!-- slmsam2 report -->")
+
+
+def test_somebody_else_s_report_is_not_overwritten(folders):
+    (folders / "out").mkdir()
+    (folders / "out" / "report.html").write_text("<p>mine</p>")
+    with pytest.raises(UsageError, match="not written by slmsam2"):
+        run(folders)
+
+
+def test_a_directory_in_the_place_of_a_mask_is_a_failed_case(folders, capsys):
+    (folders / "masks" / "c.nii.gz").mkdir()
+    assert run(folders) == 1
+    assert by_case(summary(folders / "out"))["c"]["status"] == "failed"
+    assert "director" in capsys.readouterr().err
+
+
+def test_a_case_of_the_data_set_whose_label_is_gone_is_failed(data, capsys):
+    masks = Workspace.of(data, None).predictions
+    (data / "labelsTr" / "c.nii.gz").unlink()
+    assert evaluate((masks,), data / "labelsTr", None, data.parent / "out", dataset=None) == 1
+    assert by_case(summary(data.parent / "out"))["c"]["status"] == "failed"
+    assert "case c: imagesTr/c_0000.nii.gz: no label" in capsys.readouterr().err
+
+
+def test_an_empty_label_is_said(folders, capsys):
+    save(folders / "labels" / "b.nii.gz", WHOLE * 0)
+    run(folders)
+    assert "warning: case b: the label is empty: no foreground" in capsys.readouterr().err
