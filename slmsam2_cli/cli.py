@@ -1,31 +1,25 @@
-"""The command line: options -> one stage -> exit code. Decides nothing; torch waits until a stage asks for it.
-
-Exit codes: 0 done, 1 some cases failed and the others are done, 2 nothing done, 130 and 143 ended by SIGINT and SIGTERM, 141 nobody reads
-the output any more. This module alone turns exceptions into them.
-"""
+"""The command line: options -> one stage -> exit code (outcome.py). Decides nothing; torch waits until a stage asks for it."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import typer
 
 from slmsam2_cli import console
 from slmsam2_cli.device import DeviceName
-from slmsam2_cli.errors import NOTHING_DONE, DatasetError, SlmSam2Error, UsageError
+from slmsam2_cli.errors import UsageError
+from slmsam2_cli.outcome import exit_code_of, terminate
 from slmsam2_cli.version import VERSION
 from slmsam2_cli.workspace import Workspace
 
-INTERRUPTED, NOBODY_READS, TERMINATED = 130, 141, 143
 NNUNET_SPELLINGS = {
     "-num_parts": "--num-parts",
     "-part_id": "--part-id",
@@ -58,19 +52,10 @@ NetworkOption = Annotated[
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Do again what is already there.")]
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived; not an error, so nothing that handles errors holds it up."""
-
-
 def main() -> None:
     """The console script."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     app(args=modern_spellings(sys.argv[1:]), prog_name="slmsam2")
-
-
-def _terminate(signal_number: int, frame: object) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the way out is not interrupted again
-    raise Terminated
 
 
 def modern_spellings(arguments: Sequence[str]) -> list[str]:
@@ -78,47 +63,6 @@ def modern_spellings(arguments: Sequence[str]) -> list[str]:
     end = list(arguments).index("--") if "--" in arguments else len(arguments)
     named = [argument.partition("=") for argument in arguments[:end]]
     return [NNUNET_SPELLINGS.get(name, name) + equals + value for name, equals, value in named] + list(arguments[end:])
-
-
-def exit_code_of(work: Callable[[], int], debug: bool = False) -> int:
-    """What the work returns, or the exit code of what stopped it, after saying so in one line (and one for each bad case)."""
-    try:
-        return work()
-    except KeyboardInterrupt:
-        console.error("interrupted. What is finished is kept; run the same command again to go on")
-        return INTERRUPTED
-    except Terminated:
-        console.error("terminated. What is finished is kept; run the same command again to go on")
-        return TERMINATED
-    except BrokenPipeError:
-        _let_go_of_the_pipe()
-        return NOBODY_READS
-    except Exception as error:  # noqa: BLE001 the last place where an exception can become a line
-        if debug:
-            for line in traceback.format_exc().splitlines():
-                console.say(line)
-        for line in _lines(error):
-            console.error(line)
-        return error.exit_code if isinstance(error, SlmSam2Error) else NOTHING_DONE
-
-
-def _lines(error: Exception) -> list[str]:
-    """What to tell a person about an exception."""
-    if isinstance(error, DatasetError):
-        return [*(str(problem) for problem in error.problems), str(error)]
-    if isinstance(error, SlmSam2Error):
-        return [str(error)]
-    text = f"{type(error).__name__}: {error}".rstrip(": ")
-    if isinstance(error, MemoryError) or any(sign in text for sign in ("OutOfMemoryError", "out of memory", "can't allocate memory")):
-        return ["out of memory. Close other programs, try --device cpu, or plan a smaller network (slmsam2 plan --network nano)"]
-    return [f"unexpected {text}. Run again with --debug for the traceback"]
-
-
-def _let_go_of_the_pipe() -> None:
-    """Whoever read our output has left; what is still buffered goes nowhere instead of failing when Python ends."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(nowhere, stream.fileno())
 
 
 COMMON = {
@@ -294,12 +238,14 @@ def predict(
     resume: Annotated[
         bool, typer.Option("--continue", help="Do only masks that are missing or out of date.  [default: so]", show_default=False)
     ] = False,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html: which masks to look at first.")] = True,
 ) -> int:
     """Propagate annotated slices through whole volumes.
 
-    Takes a folder of volumes, or one. Writes a mask for each, on the volume's own grid and under its name, and manifest.json with what
-    was given and used. A person's slices come back exactly as they were painted. Inside a data set and without -i, predicts the labelled
-    cases that fine-tuning has not seen (all, if it has seen all), each from one slice a label.
+    Takes a folder of volumes, or one. Writes a mask for each, on the volume's own grid and under its name, manifest.json with what was
+    given and used, and report.html, a page that shows which to look at first. A person's slices come back exactly as they were painted.
+    Inside a data set and without -i, predicts the labelled cases that fine-tuning has not seen (all, if it has seen all), each from one
+    slice a label.
     """
     from slmsam2_cli.stages import predict as stage
 
@@ -320,6 +266,7 @@ def predict(
         num_parts=num_parts,
         part_id=part_id,
         overwrite=overwrite,
+        report=report,
     )
 
 

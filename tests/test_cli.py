@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from slmsam2_cli import cli, console
-from slmsam2_cli.cli import Terminated, app, exit_code_of, modern_spellings
+from slmsam2_cli.cli import app, modern_spellings
 from slmsam2_cli.errors import CaseError, DatasetError, PlanError, UsageError
+from slmsam2_cli.outcome import Terminated, exit_code_of
 from slmsam2_cli.version import VERSION
 from slmsam2_cli.workspace import Workspace
 

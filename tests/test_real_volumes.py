@@ -10,7 +10,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from slmsam2_cli.cli import exit_code_of
+from slmsam2_cli.outcome import exit_code_of
 from slmsam2_cli.stages.evaluate import evaluate
 from slmsam2_cli.stages.finetune import finetune
 from slmsam2_cli.stages.plan import plan
