@@ -118,11 +118,17 @@ def suspicions(found: Found | None, cohort: Cohort) -> list[str]:
         shares = ", ".join(f"{100 * n / sum(found.areas.values()):.0f} %" for n in found.parts)
         said.append(f"{len(found.parts)} separate parts ({shares})")
     said += [
-        f"still at {100 * share:.0f} % of its largest area where the volume ends towards the {end}"
-        for end, share in found.open_ends.items()
-        if end not in cohort.open_ends and (share >= OPEN_END or cohort.known)
+        f"still at {100 * found.open_ends[end]:.0f} % of its largest area where the volume ends towards the {end}"
+        for end in _odd_ends(found, cohort)
     ]
-    return [*said, *_jumps(found)]
+    return [*said, *(f"area jumps from {before} to {after} pixels between slices {k} and {k + 1}" for k, before, after in _jump(found))]
+
+
+def odd_slices(found: Found, cohort: Cohort) -> dict[int, str]:
+    """Slices on which something odd can be seen -> what."""
+    last = {found.ends[0]: 0, found.ends[1]: found.slices - 1}
+    jumps = {k if before > after else k + 1: "area jumps" for k, before, after in _jump(found)}
+    return jumps | {last[end]: "the volume ends" for end in _odd_ends(found, cohort)}
 
 
 def doubts(confidence: float | None, disagreement: Mapping[int, float]) -> list[str]:
@@ -134,15 +140,16 @@ def doubts(confidence: float | None, disagreement: Mapping[int, float]) -> list[
     return said
 
 
-def _jumps(found: Found) -> list[str]:
-    """The largest step between neighbouring slices, where it is one; to nothing counts, the volume's own ends do not."""
+def _odd_ends(found: Found, cohort: Cohort) -> list[str]:
+    return [end for end, share in found.open_ends.items() if end not in cohort.open_ends and (share >= OPEN_END or cohort.known)]
+
+
+def _jump(found: Found) -> list[tuple[int, int, int]]:
+    """(slice, pixels there, pixels on the next) of the largest step, if it is one; to nothing counts, the volume's own ends do not."""
     if len(found.areas) < JUMP_SLICES:
         return []
     largest = max(found.areas.values())
     around = range(max(0, min(found.areas) - 1), min(found.slices - 1, max(found.areas) + 1))
     steps = [(k, found.areas.get(k, 0), found.areas.get(k + 1, 0)) for k in around]
     jumps = [s for s in steps if max(s[1:]) > JUMP * min(s[1:]) and abs(s[1] - s[2]) > JUMP_SHARE * largest]
-    if not jumps:
-        return []
-    k, before, after = max(jumps, key=lambda s: (abs(s[1] - s[2]), -s[0]))
-    return [f"area jumps from {before} to {after} pixels between slices {k} and {k + 1}"]
+    return [max(jumps, key=lambda s: (abs(s[1] - s[2]), -s[0]))] if jumps else []

@@ -47,8 +47,12 @@ def with_looks(
     advance: Callable[..., None] = lambda: None,
     budget: Budget | None = None,
     most: int = MOST_CASES,
+    odd: Mapping[str, Mapping[int, str]] | None = None,
 ) -> Looks:
-    """cases: worst first. finish: adds what is known only once the case is open; it also sees the cases that are not (None)."""
+    """cases: worst first. finish: adds what is known only once the case is open; it also sees the cases that are not (None).
+
+    odd: case -> slices that are to be shown first, and why.
+    """
     left = budget or Budget()
     by_id = {case.id: case for case in cases}
     shown: dict[str, list[tuple[float, Picture]]] = {}
@@ -59,7 +63,7 @@ def with_looks(
         opened = open_case(case, sources[case]) if case in seen else None
         by_id[case] = finish(by_id[case], opened)
         if opened is not None:
-            shown[case] = _pictures(by_id[case], opened)
+            shown[case] = _pictures(by_id[case], opened, (odd or {}).get(case, {}))
             by_id[case] = _with_volumes(replace(by_id[case], pictures=tuple(p for _, p in shown[case])), opened, left, beside)
         advance()
     return Looks(tuple(by_id[case.id] for case in cases), cohort_sheet(shown), len(shown))
@@ -71,8 +75,8 @@ def file_name(case: str) -> str:
     return f"{FOLDER}/{slug or 'case'}-{hashlib.sha256(case.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}.js"
 
 
-def _pictures(case: CaseReport, opened: Opened) -> list[tuple[float, Picture]]:
-    choices = worst_slices(case.structures)
+def _pictures(case: CaseReport, opened: Opened, odd: Mapping[int, str]) -> list[tuple[float, Picture]]:
+    choices = worst_slices(case.structures, odd=odd)
     badness = {choice.slice: choice.badness for choice in choices}
     return [(badness[picture.slice], picture) for picture in pictures(case.id, opened, choices)]
 

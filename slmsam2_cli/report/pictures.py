@@ -22,6 +22,7 @@ Array = NDArray[Any]
 TRUTH, PREDICTION = (0x56, 0xB4, 0xE9), (0xE6, 0x9F, 0x00)
 BLANK = 32  # grey where there is no image
 A_CASE = 4
+ODD = 1.0  # as bad as a whole structure missed
 _WIDTH, _HEIGHT = 220, 260  # largest shown size in pixels
 _MARGIN_MM, _MARGIN_SHARE = 10.0, 0.25
 _DASH = 6  # pixels of one colour where both outlines run together
@@ -37,8 +38,8 @@ class Choice:
     words: str
 
 
-def worst_slices(structures: Sequence[Structure], most: int = A_CASE) -> list[Choice]:
-    """The slices to look at first, worst first, none next to another.
+def worst_slices(structures: Sequence[Structure], most: int = A_CASE, odd: Mapping[int, str] | None = None) -> list[Choice]:
+    """The slices to look at first, worst first, none next to another. odd: slices that are to come first whatever, and why.
 
     A slice is as bad as its worst structure: 1 - Dice, times the square root of its share of the structure's largest slice, so that
     a speck at an end does not stand before half an organ. Without a truth: 1 - confidence, or the disagreement where that is more.
@@ -51,6 +52,8 @@ def worst_slices(structures: Sequence[Structure], most: int = A_CASE) -> list[Ch
             choice = _judged(mark, most_px, structure.name if len(structures) > 1 else "")
             if choice is not None and choice.badness >= found.get(mark.slice, choice).badness:
                 found[mark.slice] = choice
+    for k, words in (odd or {}).items():
+        found[k] = Choice(k, ODD, words)
     ranked = sorted(found.values(), key=lambda choice: (-choice.badness, choice.slice))
     apart = max(2, round(len(found) / (3 * most)))
     return _spread(ranked, apart, most)

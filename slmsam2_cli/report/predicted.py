@@ -97,7 +97,7 @@ def of_predictions(
         advance()
     cohorts = _cohorts(told, seen)
     cases = [_case(case, entry, seen[case], told, cohorts) for case, entry in told.cases.items()]
-    looks = with_looks(sorted(cases, key=_order), sources, lambda case, opened: case, beside, advance, budget)
+    looks = with_looks(sorted(cases, key=_order), sources, lambda case, opened: case, beside, advance, budget, odd=_odd(seen, cohorts))
     return _report(told, cohorts, looks, facts)
 
 
@@ -113,6 +113,15 @@ def _cohorts(told: _Told, seen: Mapping[str, _Seen | None]) -> dict[int, Cohort]
     held = {value: [one.found[value] for one in seen.values() if one and value in one.found] for value in _values(told, seen)}
     return {
         value: Cohort.of(found, any(entry.prompted_slices.get(value) for entry in told.cases.values())) for value, found in held.items()
+    }
+
+
+def _odd(seen: Mapping[str, _Seen | None], cohorts: Mapping[int, Cohort]) -> dict[str, dict[int, str]]:
+    """Case -> slices on which something odd can be seen."""
+    return {
+        case: {k: words for value, found in one.found.items() for k, words in looking.odd_slices(found, cohorts[value]).items()}
+        for case, one in seen.items()
+        if one
     }
 
 

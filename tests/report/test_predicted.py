@@ -89,6 +89,15 @@ def test_pictures_show_where_the_model_was_least_sure(folder):
     assert isinstance(report.cases[0].volumes, ViewerVolumes) and report.cases[0].volumes.image and not report.cases[0].volumes.truth
 
 
+def test_what_is_odd_is_shown_before_what_is_unsure(folder):
+    mask = block(SHAPE, z=(2, 8), y=(5, 7), x=(8, 10)) | block(SHAPE, z=(6, 7))
+    saved(folder / "jump.nii.gz", mask)
+    slices = {str(k): 0.9 for k in range(12)} | {"2": 0.1}
+    report = made(folder, {"jump": entry("jump", confidence={"1": {"slices": slices}})})
+    assert report.cases[0].flags == ("area jumps from 4 to 120 pixels between slices 5 and 6",)
+    assert [picture.caption for picture in report.cases[0].pictures][:2] == ["slice 6: area jumps", "slice 2: confidence 0.10"]
+
+
 def test_a_mask_that_is_gone_is_a_case_without_a_result(folder):
     report = made(folder, {"a": entry("a"), "gone": entry("gone")})
     assert [(case.id, case.status) for case in report.cases] == [("gone", "failed"), ("a", "ok")]
