@@ -24,6 +24,7 @@ from slmsam2_cli.report.opened import Opened, grey
 nib: Any = nibabel  # untyped
 Array = NDArray[Any]
 MAX_VOXELS = 4_000_000
+MAX_EDGE = 2**15 - 1  # of a NIfTI-1
 MAX_STEP = 8  # in the plane, before slices are left out
 EMBEDDED_BYTES, BESIDE_BYTES = 24 * 2**20, 400 * 2**20  # of base64: in the page, and in files beside it, over all cases
 _MARGIN_MM, _MARGIN_SHARE = 20.0, 0.25
@@ -45,8 +46,8 @@ class Part:
         if math.prod(shape) > most and box is not None:
             spans = [_widened(span, int(n), mm) for span, n, mm in zip(box, shape, spacing_mm, strict=True)]
         steps = [1, 1, 1]
-        while math.prod(_counts(spans, steps)) > most:
-            long = [a for a in range(3) if _counts(spans, steps)[a] > 1]
+        while math.prod(_counts(spans, steps)) > most or max(_counts(spans, steps)) > MAX_EDGE:
+            long = [a for a in range(3) if _counts(spans, steps)[a] > (1 if max(_counts(spans, steps)) <= MAX_EDGE else MAX_EDGE)]
             plane = [a for a in long if a != axis and (steps[a] < MAX_STEP or axis not in long)]
             steps[min(plane or long, key=lambda a: (spacing_mm[a] * steps[a], a))] += 1
         (z, y, x), counts = spans, _counts(spans, steps)

@@ -107,6 +107,10 @@ def test_a_single_huge_slice_is_thinned_without_end_to_the_step():
     assert np.prod(Part.of((1, 30000, 30000), None, (1, 1, 1), 0, 4_000_000).count) <= 4_000_000
 
 
+def test_an_edge_longer_than_a_nifti_can_hold_is_thinned():
+    assert loaded(volumes(opened(np.ones((1, 2, 40000), np.uint8))).prediction).shape == (20000, 2, 1)
+
+
 def test_the_worst_the_middle_and_the_best_case_come_first_and_every_case_once():
     assert list(in_turn(["a", "b", "c", "d", "e"])) == ["a", "c", "e", "b", "d"]
     assert list(in_turn(["a"])) == ["a"] and list(in_turn([])) == []
