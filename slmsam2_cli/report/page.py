@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import json
 import math
+import re
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -35,6 +36,8 @@ STATUS_WORDS = {
     "failed": "failed",
 }
 SCRIPTS = ("page.js", "table.js", "cases.js", "slices.js", "viewer.js", "start.js")
+BESIDE = re.compile(r"(HD95|NSD)\b", re.IGNORECASE)
+"""Terms that are explained beside the table too."""
 ENABLE = "document.documentElement.classList.add('js')"
 """Run in the head: what only the script can work is hidden without it, and nothing jumps when it is there."""
 
@@ -59,11 +62,11 @@ def render(report: Report) -> str:
         viewer=viewer,
         library=base64.b64encode(_packed_niivue()).decode("ascii") if viewer else "",
         licences=(_asset("niivue", "LICENSE"), _asset("niivue", "THIRD_PARTY")) if viewer else (),
-        beside=[pair for pair in report.definitions if pair[0].lower().startswith(("hd95", "nsd"))],
+        beside=[pair for pair in report.definitions if BESIDE.match(pair[0])],
         unprompted=any(structure.unprompted for case in report.cases for structure in case.structures),
         groups=sorted({case.group for case in report.cases}, reverse=True),
     )
-    return page.encode("utf-8", "backslashreplace").decode("utf-8")
+    return page.lstrip().encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def volumes_script(case_id: str, volumes: ViewerVolumes) -> str:

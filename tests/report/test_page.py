@@ -17,6 +17,7 @@ from report import example
 
 from slmsam2_cli.report.contents import CaseReport, Report, Structure, Table
 from slmsam2_cli.report.page import NIIVUE, render, script_json, volumes_script
+from slmsam2_cli.report.writing import marked
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
 EVIL = "</script><script>alert(1)</script>\"'<img src=x onerror=alert(2)>&amp;\u2028\x85"
@@ -105,6 +106,10 @@ def evil_case(case: CaseReport, name: str) -> CaseReport:
         structures=tuple(replace(structure, name=EVIL) for structure in case.structures),
         pictures=tuple(replace(picture, case=name, caption=EVIL) for picture in case.pictures),
     )
+
+
+def test_a_page_begins_as_the_writer_of_pages_knows_it(rich: str) -> None:
+    assert marked(rich) == rich
 
 
 def test_tags_are_balanced_and_ids_are_unique(rich: str) -> None:

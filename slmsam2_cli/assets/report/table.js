@@ -62,6 +62,8 @@ function showPart() {
     data.columns.forEach((column, index) => {
       const cell = row.element.cells[fixed + index];
       const value = row.structure[part()][index];
+      cell.dataset.why ??= cell.title;
+      cell.title = value !== null ? '' : part() === 'all' ? cell.dataset.why : 'not known';
       cell.textContent = value === null ? missing : value.toFixed(column.digits).replace('-', '−');
       if (cell.classList.contains('dice')) cell.className = value === null ? 'v dice' : `v dice d${diceClass(value)}`;
     });

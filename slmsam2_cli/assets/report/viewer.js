@@ -2,7 +2,13 @@
 const TRUTH = [[86, 180, 233], [0, 114, 178], [160, 216, 245], [30, 144, 200]];
 const PREDICTION = [[230, 159, 0], [213, 94, 0], [245, 200, 90], [190, 120, 20]];
 
-const bytesOf = (base64) => (Uint8Array.fromBase64 ? Uint8Array.fromBase64(base64) : Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0)));
+function bytesOf(base64) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
+  const letters = atob(base64);
+  const bytes = new Uint8Array(letters.length);
+  for (let i = 0; i < letters.length; i++) bytes[i] = letters.charCodeAt(i);
+  return bytes;
+}
 
 function unpack(base64) {
   const stream = new Blob([bytesOf(base64)]).stream().pipeThrough(new DecompressionStream('gzip'));
