@@ -172,7 +172,9 @@ def relative(path: Path, root: Path) -> str:
 
 
 def _label_values(voxels: NDArray[Any]) -> NDArray[Any]:
-    """As uint8 or uint16, or an InputError that names the first bad value."""
+    """As uint8 or uint16, or an InputError that names the first bad value; the same array where it is uint8 already."""
+    if voxels.dtype == np.uint8:
+        return voxels
     if voxels.dtype.kind == "f":
         _check_floats(voxels)
     low, high = voxels.min(), voxels.max()
@@ -180,7 +182,7 @@ def _label_values(voxels: NDArray[Any]) -> NDArray[Any]:
         raise InputError(f"a negative label: {low:g}", "Use 0 for background and positive whole numbers for structures")
     if high > MAX_LABEL:
         raise InputError(f"the label {int(high)} is above {MAX_LABEL}", "Renumber the labels")
-    return voxels.astype(np.uint8 if high < 256 else np.uint16)
+    return voxels.astype(np.uint8 if high < 256 else np.uint16, copy=False)
 
 
 def _check_floats(voxels: NDArray[Any]) -> None:

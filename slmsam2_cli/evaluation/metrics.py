@@ -70,7 +70,7 @@ class Pair:
         """Two whole masks (z, y, x). Anything non-zero is foreground."""
         if reference.shape != prediction.shape or reference.ndim != 3 or len(spacing_mm) != 3:
             raise ValueError(f"masks must be 3-D and alike, got {reference.shape} and {prediction.shape} with spacing {tuple(spacing_mm)}")
-        box = _box(reference, prediction)
+        box = box_of(reference, prediction)
         crop = [np.ascontiguousarray(mask[box]).astype(bool) for mask in (reference, prediction)]
         first = tuple(b.start for b in box)
         every = _full_slices(reference.shape, slice_axis) if scored is None else scored
@@ -78,9 +78,8 @@ class Pair:
 
     def counts(self) -> SliceCounts:
         """Pixels per slice of the whole volume."""
-        across = tuple(i for i in range(3) if i != self.slice_axis)
         masks = (self.reference, self.prediction, self.reference & self.prediction)
-        reference, prediction, both = (self._on_all_slices(np.count_nonzero(m, axis=across)) for m in masks)
+        reference, prediction, both = (self._on_all_slices(slices.pixels(m, self.slice_axis)) for m in masks)
         return SliceCounts(reference, prediction, both, self.scored)
 
     def distances(self) -> surface.BorderDistances:
@@ -180,6 +179,18 @@ def coarsest_axis(spacing_mm: Sequence[float]) -> int:
     return next(i for i, s in enumerate(spacing_mm) if s >= max(spacing_mm) * 0.999)
 
 
+def box_of(*masks: np.ndarray) -> tuple[slice, ...]:
+    """The smallest box outside which every mask (z, y, x) is zero; an empty one when there is nothing to hold."""
+    box: tuple[slice, ...] = (slice(None),) * 3
+    for axis in range(3):  # each axis looks only at what the axes before it have left
+        across = tuple(i for i in range(3) if i != axis)
+        held = np.flatnonzero(np.logical_or.reduce([mask[box].any(axis=across) for mask in masks]))
+        if not len(held):
+            return (slice(0, 0),) * 3
+        box = (*box[:axis], slice(int(held[0]), int(held[-1]) + 1), *box[axis + 1 :])
+    return box
+
+
 def overlap_measures(counts: SliceCounts, voxel_ml: float) -> Record:
     """Overlap, confusion counts and volumes; None where the denominator is empty."""
     n_r, n_p, tp, n = (int(c.sum()) for c in (counts.reference, counts.prediction, counts.both, counts.pixels))
@@ -223,16 +234,6 @@ def _penalised(distance: float | None, pair: Pair, status: Status) -> float | No
     if status in ("pred_empty", "ref_empty", "pred_missing"):
         return diagonal_mm(pair.shape, pair.spacing_mm)
     return distance
-
-
-def _box(*masks: np.ndarray) -> tuple[slice, ...]:
-    """The smallest box that holds every mask; an empty one when there is nothing to hold."""
-    ranges = []
-    for axis in range(3):
-        across = tuple(i for i in range(3) if i != axis)
-        held = np.flatnonzero(np.logical_or.reduce([mask.any(axis=across) for mask in masks]))
-        ranges.append(slice(int(held[0]), int(held[-1]) + 1) if len(held) else slice(0, 0))
-    return tuple(ranges)
 
 
 def _full_slices(shape: Sequence[int], slice_axis: int) -> np.ndarray:

@@ -15,24 +15,26 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from scipy import ndimage
 
 from slmsam2_cli.data.cases import Structure
 from slmsam2_cli.data.check import compare_geometry
-from slmsam2_cli.data.volume import LabelVolume, read_labels
+from slmsam2_cli.data.volume import LabelVolume, read_labels, relative
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.evaluation.hints import hints
-from slmsam2_cli.evaluation.metrics import NSD_TOLERANCE_MM, LabelScore, Pair, coarsest_axis, measure, measure_missing
-from slmsam2_cli.evaluation.pairing import Group, relative_name
+from slmsam2_cli.evaluation.metrics import NSD_TOLERANCE_MM, LabelScore, Pair, box_of, coarsest_axis, measure, measure_missing
 from slmsam2_cli.evaluation.resampling import onto
+
+if TYPE_CHECKING:  # what a data set is need not be known to a process that only scores
+    from slmsam2_cli.evaluation.pairing import Group
 
 CaseStatus = Literal["ok", "pred_missing", "failed"]
 START_METHOD = "spawn"  # a forked copy of a process with threads may hang
 MAX_WORKERS = 8
-ALONE_SECONDS = 2.0  # work this long in one process before starting others, which costs about a second
+ALONE_SECONDS = 1.5  # other processes take about a second to start: not for less work than this in one process
 
 Boxes = Mapping[int, tuple[slice, ...]]
 
@@ -116,9 +118,12 @@ def score_all(jobs: Sequence[Job], workers: int | None = None, advance: Callable
 
 
 def _serially_then_pooled(jobs: Sequence[Job], workers: int) -> Iterator[CaseScore]:
+    """Other processes are started as soon as the rest, at the pace so far, is worth it."""
     started = time.monotonic()
     for i, job in enumerate(jobs):
-        if workers > 1 and len(jobs) - i > 1 and time.monotonic() - started > ALONE_SECONDS:
+        left = len(jobs) - i
+        expected = left * (time.monotonic() - started) / i if i else 0.0
+        if workers > 1 and left > 1 and expected > ALONE_SECONDS:
             yield from _pooled(jobs[i:], workers)
             return
         yield score_case(job)
@@ -232,10 +237,12 @@ def _without_ignored(truth: np.ndarray, predicted: np.ndarray, ignore: int | Non
 
 def _boxes(*masks: np.ndarray) -> Boxes:
     """Label value -> the smallest box that holds it in every mask, ascending."""
+    around = box_of(*masks)
     found: dict[int, tuple[slice, ...]] = {}
-    for mask in masks:
-        for value, box in enumerate(ndimage.find_objects(mask), start=1):
-            if box is not None:
+    for mask in masks if around[0].stop else ():
+        for value, inside in enumerate(ndimage.find_objects(mask[around]), start=1):
+            if inside is not None:
+                box = tuple(slice(a.start + b.start, a.start + b.stop) for a, b in zip(around, inside, strict=True))
                 found[value] = box if value not in found else tuple(map(_hull, found[value], box))
     return dict(sorted(found.items()))
 
@@ -279,5 +286,5 @@ def _undeclared(predicted: np.ndarray, values: Sequence[int]) -> list[str]:
 
 
 def _names(job: Job) -> tuple[str, str | None]:
-    prediction = None if job.prediction is None else relative_name(job.prediction, job.prediction_root)
-    return relative_name(job.reference, job.reference_root), prediction
+    prediction = None if job.prediction is None else relative(job.prediction, job.prediction_root)
+    return relative(job.reference, job.reference_root), prediction

@@ -29,6 +29,13 @@ class SliceCounts:
         return SliceCounts(self.reference[keep], self.prediction[keep], self.both[keep], self.pixels[keep])
 
 
+def pixels(mask: np.ndarray, slice_axis: int) -> np.ndarray:
+    """Foreground pixels on each slice of a mask (Z, Y, X) bool; -> (S,) int64."""
+    if slice_axis == 0:  # whole slices lie together in memory and are counted several times faster one by one
+        return np.array([np.count_nonzero(plane) for plane in mask], dtype=np.int64)
+    return np.asarray(np.count_nonzero(mask, axis=tuple(i for i in range(3) if i != slice_axis)), dtype=np.int64)
+
+
 def rates(counts: SliceCounts) -> dict[str, float | int | None]:
     """Shares and numbers of slices; None where the denominator is empty."""
     in_r, in_p = counts.reference > 0, counts.prediction > 0

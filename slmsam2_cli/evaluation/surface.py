@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.spatial import cKDTree
+
+from slmsam2_cli.evaluation.nearest import nearest_mm
 
 NSD_SLACK_MM = 1e-6  # d <= t + this, so that 3 x 0.1 counts as within 0.3
 
@@ -60,12 +61,12 @@ def border_distances(
     first_slice: number of the array's first slice along slice_axis, when the arrays are a crop.
     """
     border_r, border_p = border(reference, axes), border(prediction, axes)
-    voxels_r, voxels_p = np.argwhere(border_r), np.argwhere(border_p)
+    voxels_r, voxels_p = np.flatnonzero(border_r), np.flatnonzero(border_p)
     return BorderDistances(
-        _directed(voxels_r, border_p, voxels_p, spacing_mm),
-        _directed(voxels_p, border_r, voxels_r, spacing_mm),
-        voxels_r[:, slice_axis] + first_slice,
-        voxels_p[:, slice_axis] + first_slice,
+        nearest_mm(voxels_r, border_p, voxels_p, spacing_mm),
+        nearest_mm(voxels_p, border_r, voxels_r, spacing_mm),
+        np.unravel_index(voxels_r, border_r.shape)[slice_axis] + first_slice,
+        np.unravel_index(voxels_p, border_p.shape)[slice_axis] + first_slice,
     )
 
 
@@ -95,17 +96,6 @@ def nsd_key(tolerance_mm: float) -> str:
 
 
 DISTANCES = ("HD95", "hd95_pooled_mm", "hd_mm", "assd_mm", "masd_mm")
-
-
-def _directed(voxels: np.ndarray, other_border: np.ndarray, other_voxels: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
-    """Distance of each of voxels (n, 3) to the nearest of other_voxels (m, 3); coincident ones are 0 and never looked up."""
-    distances = np.zeros(len(voxels))
-    apart = np.flatnonzero(~other_border[tuple(voxels.T)])
-    if len(apart):
-        scale = np.asarray(spacing_mm, dtype=np.float64)
-        tree = cKDTree(other_voxels * scale, balanced_tree=False)
-        distances[apart] = tree.query(voxels[apart] * scale)[0]
-    return distances
 
 
 def _neighbours(axis: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
