@@ -17,12 +17,9 @@ from numpy.typing import NDArray
 
 from slmsam2_cli.data import store
 from slmsam2_cli.data.decoded import Decoded, Source, value_warnings
-from slmsam2_cli.data.dicom import dicom_files, read_dicom
 from slmsam2_cli.data.files import InputError, cause
 from slmsam2_cli.data.grid import Grid
-from slmsam2_cli.data.itk import meta_files, read_itk, write_itk
 from slmsam2_cli.data.nifti import read_nifti, template_for, write_nifti
-from slmsam2_cli.data.raster import read_raster, write_raster
 from slmsam2_cli.errors import CaseError, OutputError
 
 __all__ = [
@@ -65,17 +62,29 @@ class LabelVolume:
     warnings: tuple[str, ...] = ()
 
 
+def _read_itk(path: Path, ending: str, max_voxels: int) -> Decoded:
+    from slmsam2_cli.data.itk import read_itk  # SimpleITK is slow to import, and NIfTI does without
+
+    return read_itk(path, ending, max_voxels)
+
+
+def _read_raster(path: Path, ending: str, max_voxels: int) -> Decoded:
+    from slmsam2_cli.data.raster import read_raster
+
+    return read_raster(path, ending, max_voxels)
+
+
 _READERS = {
     ".nii.gz": read_nifti,
     ".nii": read_nifti,
-    ".nrrd": read_itk,
-    ".mha": read_itk,
-    ".mhd": read_itk,
-    ".png": read_raster,
-    ".jpg": read_raster,
-    ".jpeg": read_raster,
-    ".tif": read_raster,
-    ".tiff": read_raster,
+    ".nrrd": _read_itk,
+    ".mha": _read_itk,
+    ".mhd": _read_itk,
+    ".png": _read_raster,
+    ".jpg": _read_raster,
+    ".jpeg": _read_raster,
+    ".tif": _read_raster,
+    ".tiff": _read_raster,
 }
 ENDINGS = tuple(_READERS)
 
@@ -135,6 +144,9 @@ def read_labels(path: Path, *, case: str, root: Path, max_voxels: int = MAX_VOXE
 
 def files_of(path: Path) -> tuple[Path, ...]:
     """Every file a volume is read from: the slices of a DICOM folder, header and data of a .mhd, else the file itself. InputError."""
+    from slmsam2_cli.data.dicom import dicom_files
+    from slmsam2_cli.data.itk import meta_files
+
     if path.is_dir():
         return tuple(dicom_files(path))
     return meta_files(path) if image_ending(path) == ".mhd" else (path,)
@@ -143,6 +155,8 @@ def files_of(path: Path) -> tuple[Path, ...]:
 def decode(path: Path, max_voxels: int = MAX_VOXELS) -> Decoded:
     """One file or DICOM folder, whatever its format. InputError, OSError."""
     if path.is_dir():
+        from slmsam2_cli.data.dicom import read_dicom
+
         return read_dicom(path, max_voxels)
     ending = image_ending(path)
     if ending is None:
@@ -229,8 +243,12 @@ def _write(path: Path, ending: str, values: NDArray[Any], like: Volume | LabelVo
         with store.create(path) as file:
             write_nifti(file, values, like.source.template or template_for(like.grid), compressed=ending == ".nii.gz")
     elif ending in (".nrrd", ".mha"):
+        from slmsam2_cli.data.itk import write_itk
+
         write_itk(path, values, like.grid)
     elif ending in _WITHOUT_GEOMETRY:
+        from slmsam2_cli.data.raster import write_raster
+
         write_raster(path, values)
     else:
         raise ValueError(f"masks are not written as {ending}")

@@ -5,10 +5,12 @@ A hint changes no number. It is given only where the mended mask would be far be
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 
 import numpy as np
+
+from slmsam2_cli.evaluation.metrics import box_of
 
 GOOD = 0.5  # the mended Dice must be at least this
 GAIN = 0.3  # and better than the Dice as it is by this
@@ -25,8 +27,15 @@ def hints(truth: np.ndarray, prediction: np.ndarray, values: Sequence[int]) -> l
     return [*_exchanged(joint, present), *_mirrored(truth, prediction, joint)]
 
 
+def may_apply(dice: Iterable[float | None]) -> bool:
+    """Whether there can be a hint at all, given the Dice of every label: where all fit, nothing mended is better by GAIN."""
+    return any(value is not None and value <= 1 - GAIN for value in dice)
+
+
 def _joint_counts(truth: np.ndarray, prediction: np.ndarray, values: Sequence[int]) -> np.ndarray:
-    """(K + 1, K + 1): voxels of each label of the truth (rows) that carry each label in the prediction; 0 is everything else."""
+    """(K + 1, K + 1): voxels of each label of the truth (rows) that carry each label in the prediction; 0 is everything else near."""
+    box = box_of(truth, prediction)
+    truth, prediction = truth[box], prediction[box]
     size = len(values) + 1
     rank = np.zeros(max(*values, int(truth.max(initial=0)), int(prediction.max(initial=0))) + 1, dtype=np.int64)
     rank[list(values)] = np.arange(1, size)

@@ -24,7 +24,7 @@ from slmsam2_cli.data.cases import Structure
 from slmsam2_cli.data.check import compare_geometry
 from slmsam2_cli.data.volume import LabelVolume, read_labels, relative
 from slmsam2_cli.errors import CaseError
-from slmsam2_cli.evaluation.hints import hints
+from slmsam2_cli.evaluation.hints import hints, may_apply
 from slmsam2_cli.evaluation.metrics import NSD_TOLERANCE_MM, LabelScore, Pair, box_of, coarsest_axis, measure, measure_missing
 from slmsam2_cli.evaluation.resampling import onto
 
@@ -184,7 +184,9 @@ def _score(job: Job) -> CaseScore:
         [] if any(value in boxes and (truth[boxes[value]] == value).any() for value in values) else ["the label is empty: no foreground"]
     )
     said = [f"case {job.case}: {line}" for line in dict.fromkeys((*reference.warnings, *notes, *empty, *undeclared))]
-    found = tuple(hints(truth, predicted, [v for v in boxes if v in values])) if status == "ok" else ()
+    regions = any(len(values_of(structure)) > 1 for structure in structures)  # whose Dice does not tell that of their labels
+    doubtful = status == "ok" and (regions or may_apply(measured.all["Dice"] for measured in labels.values()))
+    found = tuple(hints(truth, predicted, [v for v in boxes if v in values])) if doubtful else ()
     return CaseScore(job.case, job.group, status, *_names(job), labels, score(0), warnings=tuple(said), hints=found, resampled=resampled)
 
 

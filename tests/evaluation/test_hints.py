@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from slmsam2_cli.evaluation.hints import hints
+from slmsam2_cli.evaluation.hints import hints, may_apply
+from slmsam2_cli.evaluation.metrics import dice
 
 
 def two_blocks():
@@ -53,3 +54,22 @@ def test_values_nobody_asked_about_are_no_obstacle():
 @given(arrays(np.uint8, (3, 5, 5), elements=st.integers(0, 3)))
 def test_no_mask_gets_a_hint_against_itself(labels):
     assert hints(labels, labels, [1, 2, 3]) == []
+
+
+blocks = st.lists(st.tuples(st.integers(0, 3), *[st.tuples(st.integers(0, 5), st.integers(1, 6))] * 3), max_size=4)
+
+
+@settings(max_examples=200)
+@given(blocks, st.sampled_from(["exchanged", "mirrored", "other"]), blocks)
+def test_where_the_labels_fit_no_hint_is_missed_by_not_looking(shapes, mistake, others):
+    truth = painted(shapes)
+    prediction = {"exchanged": np.array([0, 2, 1, 3], np.uint8)[truth], "mirrored": truth[:, ::-1], "other": painted(others)}[mistake]
+    if hints(truth, prediction, [1, 2, 3]):
+        assert may_apply(dice(truth == value, prediction == value) for value in (1, 2, 3))
+
+
+def painted(shapes):
+    labels = np.zeros((6, 6, 6), dtype=np.uint8)
+    for value, *spans in shapes:
+        labels[tuple(slice(start, start + length) for start, length in spans)] = value
+    return labels
