@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 NEIGHBOURS = 4000  # how many are looked at before a voxel counts as far: about a ball 20 voxels across
+FARTHEST = 200  # voxels along one axis, where voxels are needles or leaves
 FEW = 2048  # so few voxels look at many neighbours in one step
 LOOKS = 1 << 16  # that they take together in it
 # What the tree costs, counted in looks at one neighbour (about 2 ns): per voxel it is built of, and per voxel it is asked about.
@@ -39,7 +40,7 @@ def _look_around(
     distances: np.ndarray, left: np.ndarray, voxels: np.ndarray, other: np.ndarray, afford: int, spacing_mm: tuple[float, ...]
 ) -> np.ndarray:
     """Fill in the distances of those of voxels[left] that find a neighbour in `other`; -> those still left."""
-    offsets, lengths_mm = _neighbours(other.shape, spacing_mm)
+    offsets, lengths_mm = _neighbours(tuple(n == 1 for n in other.shape), spacing_mm)
     air = np.abs(offsets).max(axis=0, initial=0)
     padded = np.pad(other, [(n, n) for n in air])
     strides = np.array([padded.shape[1] * padded.shape[2], padded.shape[2], 1])
@@ -77,15 +78,18 @@ def _first_of_many(flat: np.ndarray, at: np.ndarray, steps: np.ndarray) -> tuple
 
 
 @lru_cache(maxsize=8)
-def _neighbours(shape: tuple[int, ...], spacing_mm: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets (k, 3) to the voxels around a voxel and their lengths (k,) in mm, the closest first, none in between left out."""
+def _neighbours(flat: tuple[bool, ...], spacing_mm: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets (k, 3) to the voxels around a voxel and their lengths (k,) in mm, the closest first, none in between left out.
+
+    flat: axes along which there is only one voxel, and so no neighbour.
+    """
     radius_mm = (NEIGHBOURS * math.prod(spacing_mm) * 3 / (4 * math.pi)) ** (1 / 3)
-    reach = [min(n - 1, int(radius_mm / s), NEIGHBOURS // 8) for n, s in zip(shape, spacing_mm, strict=True)]
-    complete_mm = min((s * (r + 1) for n, s, r in zip(shape, spacing_mm, reach, strict=True) if r < n - 1), default=math.inf)
+    reach = [0 if only else min(int(radius_mm / s), FARTHEST) for only, s in zip(flat, spacing_mm, strict=True)]
+    beyond_mm = min((s * (r + 1) for only, s, r in zip(flat, spacing_mm, reach, strict=True) if not only), default=0.0)
     offsets = np.stack(np.meshgrid(*(np.arange(-r, r + 1) for r in reach), indexing="ij"), axis=-1).reshape(-1, 3)
     lengths_mm = np.sqrt(((offsets * np.array(spacing_mm)) ** 2).sum(axis=1))
-    order = np.argsort(lengths_mm, kind="stable")[1 : NEIGHBOURS + 1]
-    order = order[lengths_mm[order] < complete_mm]
+    order = np.argsort(lengths_mm, kind="stable")[1 : NEIGHBOURS + 1]  # without the voxel itself
+    order = order[lengths_mm[order] < beyond_mm]
     return offsets[order], lengths_mm[order]
 
 

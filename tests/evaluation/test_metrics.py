@@ -93,6 +93,19 @@ def test_hd95_is_the_larger_direction_and_pooling_hides_it():
     assert record["masd_mm"] == pytest.approx((0 + 1 / 11) / 2)
 
 
+def test_nsd_is_the_share_of_both_borders_within_the_tolerance():
+    line, longer = block((0, 0), (0, 0), (0, 9)), block((0, 0), (0, 0), (0, 13))
+    assert score(line, longer).all["nsd@2"] == pytest.approx((10 + 12) / 24)  # the longer line ends 1, 2, 3 and 4 mm beyond
+
+
+def test_a_shifted_cube_lies_off_by_the_face_it_left_and_by_what_came_to_lie_inside():
+    found = score(CUBE, np.roll(CUBE, 1, axis=2), spacing=(1.0, 1.0, 2.0)).all
+    # of 56 border voxels either way 16 are 2 mm off (the face left behind) and 4 are 1 mm off (the opposite face's middle, now inside)
+    assert [found[k] for k in ("HD95", "hd95_pooled_mm", "hd_mm")] == [2.0, 2.0, 2.0]
+    assert [found[k] for k in ("assd_mm", "masd_mm")] == pytest.approx([36 / 56] * 2)
+    assert measure(Pair.of(CUBE, np.roll(CUBE, 1, axis=2), (1.0, 1.0, 2.0)), tolerance_mm=1.0).all["nsd@1"] == pytest.approx(40 / 56)
+
+
 def test_nsd_counts_a_distance_equal_to_the_tolerance():
     near = measure(Pair.of(slab(at=4), slab(at=5), (2.0, 1.0, 1.0)), tolerance_mm=2.0)
     far = measure(Pair.of(slab(at=4), slab(at=5), (2.1, 1.0, 1.0)), tolerance_mm=2.0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import nibabel
 import numpy as np
@@ -171,6 +173,25 @@ def test_any_number_of_processes_gives_the_same_scores(job, monkeypatch):
     assert [(s.case, s.labels[1].all, s.labels[1].unprompted) for s in alone] == [
         (s.case, s.labels[1].all, s.labels[1].unprompted) for s in together
     ]
+
+
+def test_other_processes_are_started_only_when_the_rest_is_worth_it(job, monkeypatch):
+    jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}") for i in range(4)]
+    handed_over = []
+    monkeypatch.setattr(scoring, "_pooled", lambda rest, workers: handed_over.append(len(rest)) or map(score_case, rest))
+    for seconds_a_case, expected in ((0.1, []), (0.4, []), (0.6, [3]), (60.0, [3])):
+        clock = iter(seconds_a_case * i for i in range(100))
+        monkeypatch.setattr(scoring.time, "monotonic", lambda clock=clock: next(clock))
+        handed_over.clear()
+        assert [s.case for s in score_all(jobs, workers=2)] == ["c0", "c1", "c2", "c3"]
+        assert handed_over == expected
+
+
+def test_a_process_that_scores_imports_nothing_slow_that_it_does_not_need():
+    wanted = "import sys, slmsam2_cli.evaluation.scoring; print(*(m.partition('.')[0] for m in sys.modules))"
+    loaded = set(subprocess.run([sys.executable, "-c", wanted], capture_output=True, text=True, check=True).stdout.split())
+    assert "numpy" in loaded
+    assert not loaded & {"torch", "pydantic", "typer", "SimpleITK", "PIL", "rich", "jinja2", "sam2"}
 
 
 def killing(job):

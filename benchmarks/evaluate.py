@@ -1,0 +1,134 @@
+"""How long `slmsam2 evaluate` takes on large cases, from the start of the process to its end, and how much memory it holds.
+
+    python benchmarks/evaluate.py [--cases 20] [--repeats 5] [--workers N]
+
+Makes livers of 1.5 litres in 512 x 512 x 120 voxels and predictions of them, as .nii.gz, in a temporary folder; then runs the
+command, before each run a plain gunzip of the same files for comparison (the bytes that must be read). Memory is the resident
+size added up over all processes every 10 ms (pages that processes share count several times). Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from organs import LIVER, pair
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+SLMSAM2 = str(Path(sys.executable).with_name("slmsam2"))
+
+
+def make(folder: Path, cases: int) -> None:
+    """labels/ and predictions/ with `cases` pairs, uint8, compressed as most tools do."""
+    affine = np.diag([*LIVER.spacing_mm[::-1], 1.0])
+    for seed in range(cases):
+        for name, mask in zip(("labels", "predictions"), pair(LIVER, seed)):
+            (folder / name).mkdir(exist_ok=True)
+            image = nibabel.Nifti1Image(mask.astype(np.uint8).T, affine)
+            nibabel.save(image, folder / name / f"liver_{seed:03}.nii.gz")
+
+
+def gunzip(folder: Path) -> tuple[float, int, int]:
+    """Seconds, compressed and decompressed bytes of reading every file once, checksums included, in one process."""
+    started, packed, plain = time.perf_counter(), 0, 0
+    for path in sorted(folder.glob("*/*.nii.gz")):
+        data = path.read_bytes()
+        packed, plain = packed + len(data), plain + len(zlib.decompress(data, 31))
+    return time.perf_counter() - started, packed, plain
+
+
+def evaluate(folder: Path, out: Path, options: list[str]) -> tuple[float, float]:
+    """(seconds, MB at the peak) of one run."""
+    started = time.perf_counter()
+    command = [SLMSAM2, "evaluate", "-p", str(folder / "predictions"), "-g", str(folder / "labels"), "-o", str(out), *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    peak = [0]
+    watcher = threading.Thread(target=_watch, args=(process, peak))
+    watcher.start()
+    _, said = process.communicate()
+    seconds = time.perf_counter() - started
+    watcher.join()
+    if process.returncode:
+        raise SystemExit(said)
+    return seconds, peak[0] / 1e6
+
+
+def _watch(process: subprocess.Popen[str], peak: list[int]) -> None:
+    while process.poll() is None:
+        peak[0] = max(peak[0], sum(map(_resident, _family(process.pid))))
+        time.sleep(0.01)
+
+
+def _family(pid: int) -> list[int]:
+    """A process and everything it started."""
+    found = [pid]
+    for parent in found:
+        try:
+            children = [Path(task / "children").read_text().split() for task in Path(f"/proc/{parent}/task").iterdir()]
+        except OSError:
+            continue
+        found += [int(child) for several in children for child in several]
+    return found
+
+
+def _resident(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
+    except OSError:
+        return 0
+
+
+def help_text() -> tuple[float, bool]:
+    """(seconds, whether torch was imported) of `slmsam2 evaluate --help`."""
+    started = time.perf_counter()
+    subprocess.run([SLMSAM2, "evaluate", "--help"], capture_output=True, check=True)
+    seconds = time.perf_counter() - started
+    traced = [sys.executable, "-X", "importtime", SLMSAM2, "evaluate", "--help"]
+    said = subprocess.run(traced, capture_output=True, text=True, check=True).stderr
+    return seconds, any(line.rpartition("|")[2].strip() == "torch" for line in said.splitlines())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--no-report", action="store_true", help="Numbers and tables only, no page with pictures.")
+    parser.add_argument("--data", type=Path, help="Keep the data in this folder, and use what is there already.")
+    options = parser.parse_args()
+    passed = [] if options.workers is None else ["--workers", str(options.workers)]
+    passed += ["--no-report"] * options.no_report
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.data or Path(temporary) / "data"
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            make(folder, options.cases)
+        floors, runs = [], []
+        for repeat in range(options.repeats):
+            floors.append(gunzip(folder))
+            runs.append(evaluate(folder, Path(temporary) / f"out{repeat}", passed))
+    seconds, megabytes = zip(*runs)
+    floor = statistics.median(f[0] for f in floors)
+    wall = statistics.median(seconds)
+    print(f"| {options.cases} cases of 512x512x120, {len(os.sched_getaffinity(0))} cores, {options.repeats} runs | median | worst |")
+    print("|---|---|---|")
+    print(f"| `slmsam2 evaluate{' --no-report' * options.no_report}`, wall s | {wall:.2f} | {max(seconds):.2f} |")
+    print(f"| peak memory, all processes, MB | {statistics.median(megabytes):.0f} | {max(megabytes):.0f} |")
+    print(f"| gunzip alone of {floors[0][1] / 1e6:.0f} MB to {floors[0][2] / 1e6:.0f} MB, one process, s | {floor:.2f} | |")
+    print(f"| evaluate / gunzip | {wall / floor:.1f} | |")
+    took, torch = help_text()
+    print(f"| `slmsam2 evaluate --help`, s ({'imports torch' if torch else 'without torch'}) | {took:.2f} | |")
+
+
+if __name__ == "__main__":
+    main()
