@@ -1,7 +1,9 @@
 """Which mask belongs to which label when no two files are namesakes: by what is left after a common affix.
 
 `pred_007` and `007_seg` are one case because every mask begins with `pred_` and every label ends in `_seg`. An affix is made of whole
-words, each with a letter in it, so that a number, which tells cases apart, is never taken for one. Names that fit in two ways fit in none.
+words, each with a letter in it, so that a number, which tells cases apart, is never taken for one. Where both sides carry an affix, one
+of them must say no more than what kind of file it is: `p1_T1` and `p1_T2`, or `left_1` and `right_1`, are not the same thing. Names that
+fit in two ways fit in none.
 """
 
 from __future__ import annotations
@@ -9,8 +11,17 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 _WORDS = re.compile(r"[^\W_]+|[\W_]+")
+KINDS = frozenset(
+    (
+        *("gt", "ground", "truth", "groundtruth", "ref", "reference", "target", "manual", "annotation", "annotated", "label", "labels"),
+        *("mask", "masks", "roi", "seg", "segmentation", "segmentations", "segmented", "labelmap", "auto", "out", "output", "result"),
+        *("results", "pred", "preds", "predicted", "prediction", "predictions"),
+    )
+)
+"""Words that tell masks from masks, never a case from another."""
 
 
 @dataclass(frozen=True)
@@ -25,15 +36,24 @@ class Affix:
         carries = name.startswith(self.before) and name.endswith(self.after) and len(name) > len(self.before) + len(self.after)
         return name[len(self.before) : len(name) - len(self.after)] if carries else None
 
+    @property
+    def tells_nothing(self) -> bool:
+        """Whether no word of it could tell one case from another."""
+        return all(word.lower() in KINDS for word in _WORDS.findall(f"{self.before} {self.after}") if word[0].isalnum())
+
 
 def match_by_affix(labels: Collection[str], predictions: Collection[str]) -> dict[str, str]:
-    """Label name -> prediction name, for the pair of affixes that matches most; empty when none does, or two match differently."""
+    """Label name -> prediction name, for the pair of affixes that matches most; empty when none does, or a label fits two predictions."""
     if not labels or not predictions:
         return {}
-    found = [_matches(labels, ours, predictions, theirs) for ours, theirs in _candidates(sorted(labels), sorted(predictions))]
-    most = max(map(len, found), default=0)
-    best = [match for match in found if len(match) == most]
-    return best[0] if most and all(match == best[0] for match in best) else {}
+    found = [(_matches(labels, ours, predictions, theirs), ours) for ours, theirs in _candidates(sorted(labels), sorted(predictions))]
+    most = max((len(match) for match, _ in found), default=0)
+    best = [(match, ours) for match, ours in found if len(match) == most]
+    if not most or any(match != best[0][0] for match, _ in best):
+        return {}
+    cores = {core for _, ours in best for label in labels if (core := ours.core(label)) is not None}
+    left_over = set(predictions) - set(best[0][0].values())
+    return {} if any(core in cores for name in left_over for core in _cores(name)) else best[0][0]
 
 
 def _matches(labels: Collection[str], ours: Affix, predictions: Collection[str], theirs: Affix) -> dict[str, str]:
@@ -44,7 +64,8 @@ def _matches(labels: Collection[str], ours: Affix, predictions: Collection[str],
 def _candidates(labels: Sequence[str], predictions: Sequence[str]) -> Iterator[tuple[Affix, Affix]]:
     """Affixes common to all names of either side, and those around a name of one side in the first of the other, or the other way round."""
     nothing = Affix()
-    yield from ((ours, theirs) for ours in _common(labels) for theirs in _common(predictions))
+    both = ((ours, theirs) for ours in _common(labels) for theirs in _common(predictions))
+    yield from ((ours, theirs) for ours, theirs in both if ours.tells_nothing or theirs.tells_nothing)
     pairs = [*((label, predictions[0]) for label in labels), *((labels[0], prediction) for prediction in predictions)]
     yield from ((nothing, affix) for label, prediction in pairs for affix in _around(label, prediction))
     yield from ((affix, nothing) for label, prediction in pairs for affix in _around(prediction, label))
@@ -78,6 +99,14 @@ def _is_affix(words: Sequence[str]) -> bool:
     if not words:
         return True
     return not words[-1][0].isalnum() and all(any(c.isalpha() for c in word) for word in words if word[0].isalnum())
+
+
+def _cores(name: str) -> Iterator[str]:
+    """What any affixes could leave of a name."""
+    words = _WORDS.findall(name)
+    for start, end in combinations(range(len(words) + 1), 2):
+        if _is_affix(words[:start]) and _is_affix(list(reversed(words[end:]))):
+            yield "".join(words[start:end])
 
 
 def _around(core: str, name: str) -> Iterator[Affix]:

@@ -19,6 +19,8 @@ from slmsam2_cli.evaluation.naming import match_by_affix
         (["p1_gt"], ["p1"], {"p1_gt": "p1"}),
         (["p1"], ["p1_T1_mask"], {"p1": "p1_T1_mask"}),
         (["STS_001_CT", "STS_002_CT"], ["STS_002_CT_seg"], {"STS_002_CT": "STS_002_CT_seg"}),
+        (["1_left_gt", "2_left_gt"], ["1_left_net", "2_left_net"], {"1_left_gt": "1_left_net", "2_left_gt": "2_left_net"}),
+        (["anna", "anna_maria"], ["pred_anna", "pred_anna_maria"], {"anna": "pred_anna", "anna_maria": "pred_anna_maria"}),
     ],
 )
 def test_names_that_differ_by_an_affix_belong_together(labels, predictions, found):
@@ -39,6 +41,19 @@ def test_names_that_differ_by_an_affix_belong_together(labels, predictions, foun
 )
 def test_names_that_differ_by_more_or_in_two_ways_do_not(labels, predictions):
     assert match_by_affix(labels, predictions) == {}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [("{}_T1", "{}_T2"), ("left_{}", "right_{}"), ("{}_pre", "{}_post"), ("anna_{}", "bob_{}"), ("site1_{}_seg", "site2_{}")],
+)
+def test_what_could_tell_cases_apart_is_not_taken_off_both_sides(ours, theirs):
+    assert match_by_affix([ours.format(n) for n in (1, 2)], [theirs.format(n) for n in (1, 2)]) == {}
+
+
+@pytest.mark.parametrize("left_over", ["case_1_right", "case_2_right", "old_case_2_left"])
+def test_a_label_that_fits_a_second_prediction_too_makes_all_doubtful(left_over):
+    assert match_by_affix(["case_1", "case_2"], ["case_1_left", "case_2_left", left_over]) == {}
 
 
 @given(
