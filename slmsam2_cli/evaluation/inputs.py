@@ -73,10 +73,10 @@ def predicted_in(folder: Path, truth: Truth) -> Predicted:
     """A folder of predictions matched with the labels. UsageError when its manifest cannot be understood."""
     manifest = read_manifest(folder)
     told = {case for case, entry in manifest.cases.items() if entry.training} if manifest is not None else set[str]()
-    pairing = pair(truth.references, folder, manifest, truth.split | told)
-    manifest = _by_label(manifest, pairing)
-    learned = {case for case, entry in manifest.cases.items() if entry.training} if manifest is not None else set[str]()
-    return Predicted(folder, manifest, truth.split | learned, pairing)
+    learned = truth.split | told
+    pairing = pair(truth.references, folder, manifest, learned)
+    renamed = {case for case, name in _names_by_label(pairing).items() if name in learned}
+    return Predicted(folder, _by_label(manifest, pairing), truth.split | renamed, pairing)
 
 
 def dataset_root(labels: Path | None, dataset: Path | None) -> Path | None:
@@ -89,9 +89,13 @@ def _by_label(manifest: Manifest | None, pairing: Pairing) -> Manifest | None:
     """The manifest with its cases under the names the labels have."""
     if manifest is None:
         return None
-    named = {case: case_name(path) for case, _, path in pairing.pairs if path is not None}
-    cases = {case: manifest.cases[name] for case, name in named.items() if name in manifest.cases}
+    cases = {case: manifest.cases[name] for case, name in _names_by_label(pairing).items() if name in manifest.cases}
     return manifest.model_copy(update={"cases": cases})
+
+
+def _names_by_label(pairing: Pairing) -> dict[str, str]:
+    """Case -> the name under which it was predicted."""
+    return {case: case_name(path) for case, _, path in pairing.pairs if path is not None}
 
 
 def _references(labels: Path | None, root: Path | None, space: Workspace | None, warnings: list[str]) -> References:
@@ -147,9 +151,17 @@ def _split_cases(space: Workspace | None) -> frozenset[str]:
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """Short names for several folders: as many last parts of their paths as it takes to tell them apart. UsageError for one named twice."""
-    parts = [folder.resolve().parts for folder in folders]
-    if len(set(parts)) != len(parts):
+    """Short names for several folders: as many last parts of their paths as it takes to tell them apart. UsageError for one named twice.
+
+    Every name is one component of a path, and no two are alike, also where upper and lower case are.
+    """
+    found = [folder.resolve() for folder in folders]
+    if len(set(found)) != len(found):
         raise UsageError("one folder of predictions is named twice with -p")
-    depth = next(n for n in range(1, max(map(len, parts)) + 1) if len({part[-n:] for part in parts}) == len(parts))
-    return ["-".join(part[-depth:]) for part in parts]
+    parts = [folder.relative_to(folder.anchor).parts for folder in found]
+    names: list[str] = []
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["-".join(part[-depth:]) for part in parts]
+        if len({name.casefold() for name in names}) == len(names):
+            return names
+    return [f"{number}-{name}" for number, name in enumerate(names, start=1)]

@@ -110,7 +110,8 @@ def _marks(score: CaseScore | None, key: str, entry: ManifestCase | None) -> tup
     label = next((found for value, found in score.labels.items() if str(value) == key), None) if score is not None else None
     if label is None:
         return ()
-    told, value = entry or ManifestCase(), int(key) if key.isdecimal() else -1
+    known = entry is not None and score is not None and not score.resampled  # else its slices are those of another grid
+    told, value = entry if entry is not None and known else ManifestCase(), int(key) if key.isdecimal() else -1
     confidence, disagreement = told.confidence.get(value, {}), told.disagreement.get(value, {})
     return tuple(_mark(row, confidence, disagreement) for row in label.slices)
 

@@ -19,6 +19,7 @@ from slmsam2_cli.data.check import compare_geometry
 from slmsam2_cli.data.geometry import AXES, Orientation, orient
 from slmsam2_cli.data.volume import Grid, LabelVolume, read_image, read_labels
 from slmsam2_cli.errors import CaseError
+from slmsam2_cli.evaluation.resampling import onto
 
 Array = NDArray[Any]
 Window = tuple[float, float]
@@ -31,7 +32,8 @@ _SAMPLES = 2_000_000  # voxels that a window is measured on
 @dataclass(frozen=True)
 class Sources:
     """The files of one case, all below `root`. images: one file a channel, or one file, or none; axis: the array axis of the slices
-    (None: the coarsest); ignore: a label value not to be shown; window: grey values shown as black and white, when known."""
+    (None: the coarsest); ignore: a label value not to be shown; window: grey values shown as black and white, when known; resample: bring
+    a prediction on another grid onto the reference's, as it was scored."""
 
     prediction: Path | None = None
     images: tuple[Path, ...] = ()
@@ -40,6 +42,7 @@ class Sources:
     axis: int | None = None
     ignore: int | None = None
     window: Window | None = None
+    resample: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,11 +123,12 @@ def open_case(case: str, sources: Sources) -> Opened | None:
     first = truth or prediction
     if first is None:
         return None
-    if prediction is not None and compare_geometry(first, prediction)[0]:
-        prediction = None
+    predicted = None if prediction is None else _on_grid(first, prediction, sources.resample)
     axis = coarsest(first.grid.spacing_mm) if sources.axis is None else sources.axis
     shown = None if truth is None else _without(truth.voxels, sources.ignore)
-    return Opened(first.grid, axis, prediction.voxels if prediction else None, shown, _image(case, sources, first), sources.window)
+    if truth is not None and predicted is not None and sources.ignore is not None:
+        predicted = np.where(truth.voxels == sources.ignore, 0, predicted).astype(predicted.dtype)
+    return Opened(first.grid, axis, predicted, shown, _image(case, sources, first), sources.window)
 
 
 def coarsest(spacing_mm: Sequence[float]) -> int:
@@ -171,6 +175,13 @@ def _image(case: str, sources: Sources, mask: LabelVolume) -> Array | None:
     except (CaseError, MemoryError):
         return None
     return None if compare_geometry(image, mask)[0] else np.asarray(image.voxels[0])
+
+
+def _on_grid(first: LabelVolume, mask: LabelVolume, resample: bool) -> Array | None:
+    """The labels (z, y, x) on the grid of `first`; None when they are on another and may not be moved."""
+    if not compare_geometry(first, mask)[0]:
+        return mask.voxels
+    return onto(first.grid, mask.voxels, mask.grid)[0] if resample else None
 
 
 def _without(mask: Array, ignore: int | None) -> Array:

@@ -23,7 +23,7 @@ from slmsam2_cli.evaluation.comparison import compare, compared_metrics
 from slmsam2_cli.evaluation.floors import Floor, floors_of, shortfalls
 from slmsam2_cli.evaluation.inputs import Predicted, Truth, dataset_root, names_of, predicted_in, truth_of
 from slmsam2_cli.evaluation.manifest import Manifest
-from slmsam2_cli.evaluation.pairing import Pairing, group_of, relative_name
+from slmsam2_cli.evaluation.pairing import Pairing, case_name, group_of, relative_name
 from slmsam2_cli.evaluation.scoring import CaseScore, Job, score_all, with_labels
 from slmsam2_cli.evaluation.summary import TOOL, About, Json, summarise
 from slmsam2_cli.report import writing
@@ -99,7 +99,7 @@ def evaluate(
     if comparison is not None:
         _write_comparison(target, comparison, evaluated)
     _show(evaluated, comparison, target, as_json, options)
-    return max(_exit_code(one, floors) for one in evaluated)
+    return max(_exit_code(one, floors, several=len(evaluated) > 1) for one in evaluated)
 
 
 def _predictions(named: Sequence[Path], space: Workspace | None) -> list[Path]:
@@ -261,7 +261,8 @@ def _write(one: Evaluated, truth: Truth, comparison: Json | None, options: Optio
 
 def _report(one: Evaluated, truth: Truth, comparison: Json | None, beside: Beside, advance: Callable[..., None]) -> Report:
     """The page; volumes that are too large for it go through `beside`."""
-    sources = {case: _sources(one, truth, case, label, mask) for case, label, mask in one.predicted.pairing.pairs}
+    resampled = {score.case for score in one.scores if score.resampled}
+    sources = {case: _sources(one, truth, case, label, mask, case in resampled) for case, label, mask in one.predicted.pairing.pairs}
     hints = {score.case: score.hints for score in one.scores}
     return of_evaluation(
         one.summary,
@@ -275,10 +276,11 @@ def _report(one: Evaluated, truth: Truth, comparison: Json | None, beside: Besid
     )
 
 
-def _sources(one: Evaluated, truth: Truth, case: str, reference: Path, prediction: Path | None) -> Sources:
+def _sources(one: Evaluated, truth: Truth, case: str, reference: Path, prediction: Path | None, resampled: bool) -> Sources:
     entry = one.predicted.manifest.cases.get(case) if one.predicted.manifest is not None else None
     axis = entry.array_axis if entry is not None else None
-    return Sources(prediction, truth.images.get(case, ()), reference, truth.references.root, axis, truth.references.ignore)
+    images = truth.images.get(case) or (truth.images.get(case_name(prediction), ()) if prediction is not None else ())
+    return Sources(prediction, images, reference, truth.references.root, axis, truth.references.ignore, resample=resampled)
 
 
 def _comparison_table(comparison: Json) -> Table:
@@ -316,11 +318,11 @@ def _show(evaluated: Sequence[Evaluated], comparison: Json | None, target: Path,
         console.say(f"wrote {target / name}")
 
 
-def _exit_code(one: Evaluated, floors: Sequence[Floor]) -> int:
+def _exit_code(one: Evaluated, floors: Sequence[Floor], several: bool) -> int:
     """1 when a case failed or is missing, or a limit is not reached; 2 when there is nothing but failures."""
     if all(score.status == "failed" for score in one.scores):
         return NOTHING_DONE
     short = shortfalls(one.summary, floors)
     for line in short:
-        console.error(line)
+        console.error(f"{one.out.name}: {line}" if several else line)
     return SOME_FAILED if short or any(score.status != "ok" for score in one.scores) else DONE

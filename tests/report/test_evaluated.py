@@ -106,6 +106,13 @@ def test_slices_carry_the_confidence_that_predict_wrote(files):
     assert [(m.confidence, m.disagreement) for m in marks] == [(0.5, 0.25), (None, None), (None, None), (None, None)]
 
 
+def test_the_confidence_of_slices_on_another_grid_is_left_out(files):
+    score = replace(score_case(job("exact", files["exact"])), resampled=True)
+    told = Manifest(cases={"exact": ManifestCase(confidence={"1": {"3": 0.5}})})
+    made, _ = report({"exact": files["exact"]}, [score], manifest=told)
+    assert {mark.confidence for mark in made.cases[0].structures[0].slices} == {None}
+
+
 def test_every_case_with_files_has_pictures_and_volumes(files):
     made, _ = report(files)
     cases = by_id(made)

@@ -38,6 +38,19 @@ def test_voxels_to_ignore_are_not_shown(tmp_path):
     assert np.unique(open_case("a", Sources(None, (), truth, tmp_path, ignore=9)).truth).tolist() == [0, 1]
 
 
+def test_nothing_is_shown_as_predicted_where_nothing_is_scored(tmp_path):
+    truth, mask = saved(tmp_path / "t.nii.gz", block(value=9)), saved(tmp_path / "p.nii.gz", block(x=(8, 22)))
+    assert np.argwhere(open_case("a", Sources(mask, (), truth, tmp_path, ignore=9)).prediction).min(axis=0)[2] == 20
+
+
+def test_a_prediction_that_was_resampled_is_shown_as_it_was_scored(tmp_path):
+    truth, stored = block(), np.ascontiguousarray(block()[::-1])
+    upside_down = grid(truth.shape, origin=(0, 0, 21), direction=np.diag([1.0, 1, -1]))
+    files = saved(tmp_path / "p.nii.gz", stored, upside_down), (), saved(tmp_path / "t.nii.gz", truth), tmp_path
+    assert open_case("a", Sources(*files)).prediction is None
+    assert np.array_equal(open_case("a", Sources(*files, resample=True)).prediction, truth)
+
+
 def corner(at):
     plane = np.zeros((4, 6), np.uint8)
     plane[at] = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import SimpleITK as sitk
 
 from slmsam2_cli import console
 from slmsam2_cli.errors import SlmSam2Error, UsageError
+from slmsam2_cli.evaluation.inputs import names_of
 from slmsam2_cli.stages.evaluate import Options, evaluate
 from slmsam2_cli.stages.plan import plan
 from slmsam2_cli.workspace import Workspace
@@ -223,6 +225,18 @@ def test_a_label_that_occurs_nowhere_is_in_the_table_and_in_no_mean(data):
     assert found["foreground_mean"]["Dice"] == pytest.approx(8 / 9)
 
 
+def test_a_training_case_is_known_by_the_name_of_its_mask_too(data):
+    """Its label is called otherwise, as in a folder of labels from elsewhere."""
+    space, labels = Workspace.of(data, None), data.parent / "elsewhere"
+    save(space.predictions / "t.nii.gz", WHOLE)
+    for case in "abct":
+        save(labels / f"{case}_gt.nii.gz", WHOLE)
+    assert evaluate((), labels, space, data / "out", dataset=None, images=data / "imagesTr") == 0
+    assert {name: case["group"] for name, case in by_case(summary(data / "out")).items()}["t_gt"] == "training"
+    assert summary(data / "out")["cases"]["unseen"] == 3
+    assert '"image":null' not in (data / "out" / "report.html").read_text(encoding="utf-8")  # whose images go by the masks' names
+
+
 def test_a_split_that_cannot_be_understood_is_refused(data):
     space = Workspace.of(data, None)
     space.split.write_text("[]")
@@ -291,6 +305,18 @@ def test_folders_of_one_name_are_told_apart_by_where_they_lie(rivals):
     assert json.loads((rivals / "out" / "comparison.json").read_text())["predictions"] == ["x-masks", "y-masks"]
 
 
+def test_names_of_predictions_are_one_component_each_and_never_alike(tmp_path):
+    assert names_of([Path("/masks"), Path("/data/masks")]) == ["masks", "data-masks"]
+    assert names_of([Path("/u/Ours"), Path("/v/ours")]) == ["u-Ours", "v-ours"]
+    alike = names_of([Path("/a-b/c"), Path("/a/b-c"), Path("/z/c")])
+    assert len(set(alike)) == 3 and not any("/" in name for name in alike)
+
+
+def test_a_limit_that_one_of_several_misses_is_said_with_its_name(rivals, capsys):
+    assert run(rivals, predictions=(rivals / "good", rivals / "poor"), fail_under=("0.8",)) == 1
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")] == ["error: poor: Dice 0.6667, the limit is 0.8"]
+
+
 def test_one_folder_is_no_rival_of_itself(rivals):
     with pytest.raises(UsageError, match="named twice"):
         run(rivals, predictions=(rivals / "good", rivals / "good"))
@@ -316,6 +342,7 @@ def test_on_request_a_mask_on_another_grid_is_brought_onto_the_label_s(folders, 
     found = summary(folders / "out")
     assert (found["cases"]["resampled"], by_case(found)["c"]["metrics"]["1"]["Dice"]) == (["c"], 1.0)
     assert "case c: the prediction was resampled onto the label's grid" in capsys.readouterr().err
+    assert 'data-volumes="c"' in (folders / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_regions_are_scored_as_unions_of_their_labels(data):
