@@ -314,7 +314,8 @@ def test_names_of_predictions_are_one_component_each_and_never_alike(tmp_path):
 
 def test_a_limit_that_one_of_several_misses_is_said_with_its_name(rivals, capsys):
     assert run(rivals, predictions=(rivals / "good", rivals / "poor"), fail_under=("0.8",)) == 1
-    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")] == ["error: poor: Dice 0.6667, the limit is 0.8"]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert errors == ["error: poor: Dice 0.6667, the limit is 0.8"]
 
 
 def test_one_folder_is_no_rival_of_itself(rivals):
