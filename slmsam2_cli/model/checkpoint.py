@@ -1,28 +1,26 @@
 """Models on disk: safetensors with a JSON header that says what they are, where they come from, and for which plan.
 
-Loading is strict: a missing, unexpected or misshapen tensor is refused by name. Foreign `.pt` files pass only through
-`torch.load(weights_only=True)`, after their zip directory has been checked.
+Loading is strict: a missing, unexpected or misshapen tensor is refused by name. Files of others pass through foreign.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import pickle
-import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 
 from slmsam2_cli.data import store
 from slmsam2_cli.errors import PlanError, WeightsError
+from slmsam2_cli.model import foreign, zoo
+from slmsam2_cli.model.foreign import State, first_line
 from slmsam2_cli.model.slmsam2 import SlmSam2
+from slmsam2_cli.model.zoo import EMBEDDED as EMBEDDED
 from slmsam2_cli.planning.network import NetworkPlan
 from slmsam2_cli.planning.plan import Plan, parse_plan
 from slmsam2_cli.version import VERSION
@@ -30,14 +28,13 @@ from slmsam2_cli.version import VERSION
 FORMAT_VERSION = 1
 RANDOM = "random"
 RANDOM_WARNING = "the model descends from random weights: for trials and tests, not for clinical data"
-EMBEDDED = Path(__file__).parents[1] / "assets" / "nano.safetensors"
 _MOST_BYTES = 4 * 2**30
 _SHORT = ("short_memory_attention.", "stream_fuser.")
-State = dict[str, Tensor]
 
 
 class Provenance(BaseModel):
-    """Where weights come from. base: name of the weights training started from; base_digest: their digest or "";
+    """Where weights come from. base: name of the weights training started from, or of those converted; base_digest: their
+    digest (the file's SHA-256 where it was converted) or ""; licence: what the base may be used for, as published, or "";
     random: whether any ancestor was random; seed, steps and seconds of training; training: ids of the data set's cases that
     these weights or their ancestors learned from; learned_from: SHA-256 of every image file they learned from;
     versions of libraries.
@@ -47,6 +44,7 @@ class Provenance(BaseModel):
 
     base: str
     base_digest: str = ""
+    licence: str = ""
     random: bool = False
     seed: int | None = None
     steps: int = 0
@@ -58,7 +56,7 @@ class Provenance(BaseModel):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights as read. digest: SHA-256 over names, shapes and values; plan and provenance are None for foreign files."""
+    """Weights as read. digest: SHA-256 over names, shapes and values; plan and provenance are None for files of others."""
 
     name: str
     state: State
@@ -88,15 +86,21 @@ def digest_of(state: State) -> str:
 def save_checkpoint(path: Path, model: SlmSam2, plan: Plan, provenance: Provenance) -> str:
     """Write a model with its plan; returns the weights' digest. OutputError when it cannot be written whole."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    return save_weights(path, state, model.network, provenance, plan)
+
+
+def save_weights(path: Path, state: State, network: NetworkPlan, provenance: Provenance, plan: Plan | None = None) -> str:
+    """Write contiguous tensors, without a plan where they were made for none. Like `save_checkpoint`."""
     digest = digest_of(state)
     header = {
         "format_version": str(FORMAT_VERSION),
         "tool_version": VERSION,
         "digest": digest,
-        "network": model.network.model_dump_json(),
-        "plan": plan.model_dump_json(),
+        "network": network.model_dump_json(),
         "provenance": provenance.model_dump_json(),
-    } | ({"warning": RANDOM_WARNING} if provenance.random else {})
+    }
+    header |= {"plan": plan.model_dump_json()} if plan is not None else {}
+    header |= {"warning": RANDOM_WARNING} if provenance.random else {}
     store.write_bytes(path, save(state, header))
     return digest
 
@@ -105,7 +109,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Weights of ours or of SAM 2.1. WeightsError names the file and the reason."""
     _refuse_what_is_no_checkpoint(path)
     try:
-        return _read_own(path) if path.suffix == ".safetensors" else _read_foreign(path)
+        return _read_own(path) if path.suffix == ".safetensors" else _of_others(path.name, foreign.read_pt(path))
     except OSError as error:
         raise WeightsError(f"{path.name}: cannot be read: {error.strerror or error}. Restore the file") from None
 
@@ -139,10 +143,10 @@ def _read_own(path: Path) -> Checkpoint:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, ValueError, RuntimeError, MemoryError) as error:
         raise WeightsError(
-            f"{path.name}: not a whole checkpoint, corrupt or truncated ({_first_line(error)}). Fetch or train it again"
+            f"{path.name}: not a whole checkpoint, corrupt or truncated ({first_line(error)}). Fetch or train it again"
         ) from None
     if "format_version" not in header:
-        return Checkpoint(path.name, state, digest_of(state))
+        return _of_others(path.name, state)
     if not header["format_version"].isdecimal() or int(header["format_version"]) > FORMAT_VERSION:
         raise WeightsError(
             f"{path.name}: format version {header['format_version']} is newer than this tool's {FORMAT_VERSION}. Update slmsam2"
@@ -155,38 +159,14 @@ def _read_own(path: Path) -> Checkpoint:
         provenance = Provenance.model_validate_json(header["provenance"])
         plan = parse_plan(json.loads(header["plan"]), f"{path.name} (plan inside)") if "plan" in header else None
     except (KeyError, ValidationError, json.JSONDecodeError) as error:
-        raise WeightsError(f"{path.name}: corrupt: its header is not readable ({_first_line(error)})") from None
+        raise WeightsError(f"{path.name}: corrupt: its header is not readable ({first_line(error)})") from None
     return Checkpoint(path.name, state, digest, network, plan, provenance)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
-
-
-def _read_foreign(path: Path) -> Checkpoint:
-    """A `.pt` of SAM 2.1's layout: {"model": state}."""
-    _check_zip(path)
-    try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
-        raise WeightsError(f"{path.name}: not a checkpoint that can be loaded safely, refused ({_first_line(error)})") from None
-    state = loaded.get("model", loaded) if isinstance(loaded, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(f"{path.name}: not a checkpoint: no format version and no tensors inside, the model is missing")
-    return Checkpoint(path.name, state, digest_of(state))
-
-
-def _check_zip(path: Path) -> None:
-    """Members must be stored, not compressed, and small enough to fit the file (no bombs)."""
-    if not zipfile.is_zipfile(path):
-        with path.open("rb") as file:
-            cut_zip = file.read(4) == b"PK\x03\x04"
-        if cut_zip:
-            raise WeightsError(f"{path.name}: corrupt or truncated. Fetch it again")
-        raise WeightsError(f"{path.name}: not a checkpoint of torch's zip format, refused as unsafe")
-    with zipfile.ZipFile(path) as archive:
-        if any(member.compress_type != zipfile.ZIP_STORED or member.file_size > path.stat().st_size for member in archive.infolist()):
-            raise WeightsError(f"{path.name}: corrupt or unsafe: a member is compressed or too large")
+def _of_others(name: str, state: State) -> Checkpoint:
+    """Weights made elsewhere, in our layout."""
+    converted = foreign.convert(name, state)
+    return Checkpoint(name, converted.state, digest_of(converted.state), converted.network)
 
 
 def fit(model: SlmSam2, checkpoint: Checkpoint) -> None:
@@ -196,32 +176,35 @@ def fit(model: SlmSam2, checkpoint: Checkpoint) -> None:
     """
     wanted, given = model.state_dict(), checkpoint.state
     fresh = not any(name.startswith(_SHORT) for name in given)
-    missing = [n for n in wanted if n not in given and not (fresh and n.startswith(_SHORT))]
-    unexpected = [n for n in given if n not in wanted]
-    misshapen = [
-        f"{n} {list(given[n].shape)} for {list(wanted[n].shape)}" for n in wanted if n in given and given[n].shape != wanted[n].shape
-    ]
-    for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise WeightsError(
-                f"{checkpoint.name}: does not fit network {model.network.size} ({model.network.policy}): "
-                f"{kind}: {', '.join(names[:3])}{more}. Choose the network it was made for"
-            )
+    needed = {name: tensor.shape for name, tensor in wanted.items() if not (fresh and name.startswith(_SHORT))}
+    if wrong := foreign.misfit(needed, given):
+        made_for = checkpoint.network
+        which = f": {made_for.size}, policy {made_for.policy}, fuser {made_for.fuser}" if made_for else ""
+        raise WeightsError(
+            f"{checkpoint.name}: does not fit network {model.network.size} ({model.network.policy}): {wrong}. "
+            f"Choose the network it was made for{which} (slmsam2 plan --network SIZE, or network in plan.json)"
+        )
     model.load_state_dict(wanted | given)
     if fresh and hasattr(model, "short_memory_attention"):
         model.copy_long_to_short()
 
 
 def base_weights(name: str) -> Checkpoint | None:
-    """The weights to start from: `auto` (the embedded model), `random` (None), or a file. WeightsError when there are none."""
+    """The weights to start from: `auto` (the embedded model), `random` (None), a name of `slmsam2 weights list`, or a file.
+
+    WeightsError when there are none.
+    """
     if name == RANDOM:
         return None
     if name == "auto":
         if not EMBEDDED.is_file():
             raise WeightsError(
-                "this release embeds no base weights yet. "
-                "Start from a SAM 2.1 checkpoint with --weights FILE, or from nothing with --weights random"
+                "this release embeds no base weights yet. Start from SAM 2.1 (slmsam2 weights get sam2.1-tiny, "
+                "then --weights sam2.1-tiny), from a checkpoint with --weights FILE, or from nothing with --weights random"
             )
         return read_checkpoint(EMBEDDED)
-    return read_checkpoint(Path(name))
+    entry = zoo.find(name)
+    checkpoint = read_checkpoint(zoo.locate(name))
+    if entry is None or checkpoint.provenance is not None:
+        return checkpoint
+    return replace(checkpoint, name=name, provenance=Provenance(base=name, base_digest=entry.sha256 or "", licence=entry.licence))

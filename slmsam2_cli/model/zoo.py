@@ -1,0 +1,164 @@
+"""Which weights are known by name, where they come from, and where they lie on this computer. Nothing is fetched here.
+
+Every digest was published by somebody who had the file; `source` says where. One that nobody published is None, and
+the tool says so instead of trusting what it got.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from slmsam2_cli.data import store
+from slmsam2_cli.data.files import InputError, cause
+from slmsam2_cli.errors import WeightsError
+from slmsam2_cli.planning.network import NetworkSize
+
+EMBEDDED = Path(__file__).parents[1] / "assets" / "nano.safetensors"
+EMBEDDED_NAME = "nano"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+RESERVED = ("auto", "random", EMBEDDED_NAME)
+_META = "https://dl.fbaipublicfiles.com/segment_anything_2/"
+_WANGLAB = "https://huggingface.co/wanglab/MedSAM2/resolve/e4a6f35edd7e091619cbc0750f462f1574e23955/"
+_HF_2_1 = "huggingface.co/facebook/sam2.1-hiera-* and camenduru/sam2-1-hiera commit cdd35a4 (LFS pointers with sizes)"
+_HF_2_0 = "huggingface.co/facebook/sam2-hiera-* (LFS pointers), the hash list of micro-sam's v2 models"
+_MEDSAM2_TERMS = "CC-BY-SA-4.0"
+_MEDSAM2_NOTE = "512 px; its model card allows research and education only"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Published weights. bytes and sha256: of the file at `url`, None where nobody published them; source: who did."""
+
+    name: str
+    size: NetworkSize
+    family: str
+    url: str
+    bytes: int | None
+    sha256: str | None
+    source: str
+    licence: str = "Apache-2.0"
+    note: str = ""
+
+    @property
+    def file(self) -> str:
+        """The file's name, as published."""
+        return self.url.rpartition("/")[2]
+
+
+def _sam2(version: str, size: NetworkSize, count: int, sha256: str) -> Entry:
+    file = f"072824/sam2_hiera_{size}.pt" if version == "2.0" else f"092824/sam2.1_hiera_{size}.pt"
+    source = _HF_2_0 if version == "2.0" else _HF_2_1
+    return Entry(f"sam{version}-{size.replace('_', '-')}", size, f"SAM {version}", _META + file, count, sha256, source)
+
+
+def _medsam2(name: str, file: str, count: int | None = None, sha256: str | None = None, source: str = "") -> Entry:
+    return Entry(name, "tiny", "SAM 2.1", _WANGLAB + file, count, sha256, source, _MEDSAM2_TERMS, _MEDSAM2_NOTE)
+
+
+ENTRIES = (
+    _sam2("2.1", "tiny", 156_008_466, "7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69"),
+    _sam2("2.1", "small", 184_416_285, "6d1aa6f30de5c92224f8172114de081d104bbd23dd9dc5c58996f0cad5dc4d38"),
+    _sam2("2.1", "base_plus", 323_606_802, "a2345aede8715ab1d5d31b4a509fb160c5a4af1970f199d9054ccfb746c004c5"),
+    _sam2("2.1", "large", 898_083_611, "2647878d5dfa5098f2f8649825738a9345572bae2d4350a2468587ece47dd318"),
+    _sam2("2.0", "tiny", 155_906_050, "65b50056e05bcb13694174f51bb6da89c894b57b75ccdf0ba6352c597c5d1125"),
+    _sam2("2.0", "small", 184_309_650, "95949964d4e548409021d47b22712d5f1abf2564cc0c3c765ba599a24ac7dce3"),
+    _sam2("2.0", "base_plus", 323_493_298, "d0bb7f236400a49669ffdd1be617959a8b1d1065081789d7bbff88eded3a8071"),
+    _sam2("2.0", "large", 897_952_466, "7442e4e9b732a508f80e141e7c2913437a3610ee0c77381a66658c3a445df87b"),
+    _medsam2(
+        "medsam2",
+        "MedSAM2_latest.pt",
+        156_040_129,
+        "c92743b99f00d078bf32a3afcc38aaa9faf1c1692dffe3eaa7a90938c1991060",
+        "six public projects that pin this file agree; the file's own page was not seen",
+    ),
+    _medsam2("medsam2-ct-lesion", "MedSAM2_CTLesion.pt"),
+    _medsam2("medsam2-mri-liver-lesion", "MedSAM2_MRI_LiverLesion.pt"),
+    _medsam2("medsam2-us-heart", "MedSAM2_US_Heart.pt"),
+)
+
+
+def folder() -> Path:
+    """Where weights are kept for this user, whichever data set is open."""
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "slmsam2" / "weights"
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (named if named.is_absolute() else Path.home() / ".cache") / "slmsam2" / "weights"
+
+
+def find(name: str) -> Entry | None:
+    """The published weights of that name, if there are any."""
+    return next((entry for entry in ENTRIES if entry.name == name), None)
+
+
+def published(sha256: str) -> Entry | None:
+    """The published weights whose file has this digest, if there are any."""
+    return next((entry for entry in ENTRIES if entry.sha256 == sha256), None)
+
+
+def present(name: str) -> Path | None:
+    """Where the weights of that name lie: embedded, fetched, or imported; None when they do not."""
+    if name == EMBEDDED_NAME:
+        return EMBEDDED if EMBEDDED.is_file() else None
+    entry = find(name)
+    paths = [*([folder() / entry.file] if entry else []), folder() / f"{name}.safetensors"]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def imported() -> list[str]:
+    """The names of weights that were imported, published ones too."""
+    return sorted(path.stem for path in folder().glob("*.safetensors") if NAME.fullmatch(path.stem))
+
+
+def locate(name: str) -> Path:
+    """The file meant by a name or a path, its digest verified where one is known.
+
+    WeightsError when published weights are not here yet, when they are not what they were, or when nothing has that name.
+    """
+    entry = find(name)
+    path = present(name) if NAME.fullmatch(name) else None
+    if path is None:
+        return _a_file(name, entry)
+    verify_digest(path, entry)
+    return path
+
+
+def _a_file(name: str, entry: Entry | None) -> Path:
+    if entry is not None:
+        raise WeightsError(f"{name}: not on this computer yet. Run slmsam2 weights get {name} (or slmsam2 weights import FILE)")
+    path = Path(name)
+    if not path.exists() and not path.suffix and len(path.parts) == 1:
+        raise WeightsError(f"{name}: neither a file nor the name of weights. slmsam2 weights list shows the names")
+    return path
+
+
+def pinned(path: Path) -> str | None:
+    """The digest that a fetched file had when it arrived, from the note beside it (readable by sha256sum -c)."""
+    try:
+        words = path.with_name(path.name + ".sha256").read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return words[0] if words and re.fullmatch(r"[0-9a-f]{64}", words[0]) else None
+
+
+def verify_digest(path: Path, entry: Entry | None) -> str | None:
+    """Compare a fetched file with what was published, or with what arrived; imported ones carry their digest inside.
+
+    The digest, or None when there was nothing to compare with. WeightsError.
+    """
+    wanted = (entry.sha256 if entry else None) or pinned(path)
+    if wanted is None or entry is None or path.suffix == ".safetensors":
+        return None
+    try:
+        found = store.sha256_of(path)
+    except (InputError, OSError) as error:
+        raise WeightsError(f"{path.name}: cannot be read: {cause(error) if isinstance(error, OSError) else error.what}") from None
+    if found != wanted:
+        raise WeightsError(
+            f"{path.name}: corrupt or changed: its SHA-256 is {found[:12]}…, that of {entry.name} is {wanted[:12]}…. "
+            f"Delete it and run slmsam2 weights get {entry.name}"
+        )
+    return found
