@@ -19,6 +19,7 @@ from slmsam2_cli.planning.network import NetworkPlan
 
 FORMAT_VERSION = 1
 _NO_DECISION = {"reasons", "decided_digest", "tool_version"}
+Strategy = Literal["full", "frozen-encoder", "decoder+memory", "adapters"]
 Label = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -57,6 +58,16 @@ class GeometryPlan(Frozen):
     crop_to_nonzero: bool = Field(description="cut away the border where every channel is 0")
 
 
+class AdapterPlan(Frozen):
+    """What is added to the network for one modality; read only where `training.strategy` is adapters."""
+
+    kind: Literal["lora", "bottleneck"] = Field(
+        default="lora", description="lora: low-rank pairs, which can be merged; bottleneck: two residual adapters in every encoder block"
+    )
+    rank: int = Field(default=8, description="rank of the low-rank pairs", ge=1, le=256)
+    ratio: float = Field(default=0.25, description="width of a bottleneck over that of its block", gt=0, le=1)
+
+
 class TrainingPlan(Frozen):
     """How the network is adapted."""
 
@@ -68,6 +79,10 @@ class TrainingPlan(Frozen):
     weight_decay: float = Field(description="decoupled weight decay of AdamW", ge=0, le=1)
     seed: int = Field(default=0, description="seed of every random draw", ge=0, lt=2**32)
     minutes: float | None = Field(default=None, description="stop after this many minutes even if steps remain; null: no limit", gt=0)
+    strategy: Strategy = Field(
+        default="full", description="what is trained: full, frozen-encoder, decoder+memory, or adapters for the plan's modality"
+    )
+    adapters: AdapterPlan = Field(default_factory=AdapterPlan, description="their kind and size")
 
 
 class EvaluationPlan(Frozen):
