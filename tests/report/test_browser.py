@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from report import example
+from report import cases, example
 
+from slmsam2_cli.report import viewer
 from slmsam2_cli.report.contents import Report
 from slmsam2_cli.report.page import render, volumes_script
 
@@ -268,6 +269,26 @@ def test_the_numbers_of_slices_survive_cutting_thinning_and_turning(browser: Any
     assert page.evaluate("[document.querySelector('.wide input').min, document.querySelector('.wide input').max]") == ["10", "96"]
     click_slice(page, 0.01)  # slice 2 is not in it: the nearest is shown
     assert slice_of(page) == 10
+    opened.check()
+    page.close()
+
+
+def test_the_viewer_turns_a_sagittal_slice_as_the_pictures_do(browser: Any, tmp_path: Path) -> None:
+    """The front on the left: of two masks, the truth lies before the prediction."""
+    held = cases.opened(cases.block((8, 24, 24), y=(16, 22)), cases.block((8, 24, 24), y=(2, 8)), axis=2)
+    whole = example.report()
+    case = replace(whole.cases[0], volumes=viewer.volumes(held))
+    write(tmp_path / "sagittal.html", replace(whole, cases=(case,), worst=()))
+    page = browser.new_page()
+    opened = Opened(page, tmp_path)
+    opened.go("sagittal.html#case=prostate_00")
+    page.click(".case.open .start")
+    wait_for_viewer(page, "prostate_00")
+    page.select_option("[data-does=view]", "2")
+    until(lambda: near(pixels(page), TRUTH) > 50)
+    drawn = pixels(page)
+    front = np.argwhere(np.abs(drawn - np.array(TRUTH)).max(axis=-1) < 40)[:, 1]
+    assert front.mean() < drawn.shape[1] / 2
     opened.check()
     page.close()
 

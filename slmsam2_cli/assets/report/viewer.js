@@ -132,7 +132,7 @@ const viewer = {
     if (!document.createElement('canvas').getContext('webgl2')) throw new Error('This browser offers no WebGL 2, which the viewer needs. Everything else on this page works without it.');
     if (!window.DecompressionStream) throw new Error('This browser is too old to unpack the volumes. Everything else on this page works without it.');
     const { Niivue } = await niivueLibrary();
-    const nv = new Niivue({ logLevel: 'error', dragAndDropEnabled: false, isRadiologicalConvention: true, crosshairWidth: 0.25, crosshairGap: 4, crosshairColor: [1, 1, 1, 0.7], multiplanarShowRender: 0, loadingText: '', isOrientationTextVisible: true, scrollRequiresFocus: true });
+    const nv = new Niivue({ logLevel: 'error', dragAndDropEnabled: false, isRadiologicalConvention: true, sagittalNoseLeft: true, crosshairWidth: 0.25, crosshairGap: 4, crosshairColor: [1, 1, 1, 0.7], multiplanarShowRender: 0, loadingText: '', isOrientationTextVisible: true, scrollRequiresFocus: true });
     await nv.attachToCanvas(this.canvas);
     nv.onLocationChange = () => this.moved();
     this.nv = nv;
