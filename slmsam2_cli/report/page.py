@@ -178,8 +178,8 @@ def _structure(structure: Structure, report: Report) -> dict[str, Any]:
     return {
         "key": structure.key,
         "name": structure.name,
-        "all": [_short(structure.measures.get(key)) for key in keys],
-        "unprompted": [_short(structure.unprompted.get(key)) for key in keys],
+        "all": [_known(structure.measures.get(key)) for key in keys],
+        "unprompted": [_known(structure.unprompted.get(key)) for key in keys],
         "slices": [_mark(mark) for mark in structure.slices],
     }
 
@@ -190,11 +190,15 @@ def _mark(mark: SliceMark) -> list[Number | bool]:
     return [mark.slice, mark.prediction_px, mark.reference_px, *given]
 
 
+def _known(value: Number) -> Number:
+    """As it is, so that the script shows the very digits that the HTML does; no NaN."""
+    return None if value is None or not math.isfinite(value) else value
+
+
 def _short(value: Number) -> Number:
-    """Four significant digits more than anyone reads, and no NaN."""
-    if value is None or not math.isfinite(value):
-        return None
-    return value if isinstance(value, int) else float(f"{value:.5g}")
+    """A share with more digits than anyone reads, and no NaN: there may be tens of thousands."""
+    known = _known(value)
+    return known if known is None or isinstance(known, int) else float(f"{known:.5g}")
 
 
 def _volumes_json(volumes: ViewerVolumes) -> str:

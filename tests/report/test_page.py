@@ -108,6 +108,16 @@ def evil_case(case: CaseReport, name: str) -> CaseReport:
     )
 
 
+def test_the_script_has_the_very_numbers_that_the_page_shows():
+    report = example.report()
+    key = report.columns[0][0]
+    first = report.cases[0]
+    structure = replace(first.structures[0], measures={key: 1234.5678}, unprompted={key: 1234.5678})
+    page = render(replace(report, cases=(replace(first, structures=(structure,)),)))
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    assert [data["cases"][0]["structures"][0][part][0] for part in ("all", "unprompted")] == [1234.5678] * 2
+
+
 def test_a_page_begins_as_the_writer_of_pages_knows_it(rich: str) -> None:
     assert marked(rich) == rich
 
