@@ -163,7 +163,7 @@ def _row(name: str, every: Json, rest: Json, nsd: str) -> list[str]:
         name,
         str(dice["n"]) if "n" in dice else "",
         _number(dice["mean"], 3) + (f" [{dice['ci95'][0]:.3f}, {dice['ci95'][1]:.3f}]" if dice["ci95"] else ""),
-        _number(rest["Dice"]["mean"], 3),
+        _number(rest["Dice"]["mean"], 3) + (f" (n={rest['Dice']['n']})" if "n" in dice and 0 < rest["Dice"]["n"] != dice["n"] else ""),
         _number(hd95["mean"], 2) + (f" (n={hd95['n']})" if "n" in hd95 and hd95["n"] != dice["n"] else ""),
         _number(hd95["mean_penalised"], 2),
         _number(every[nsd]["mean"], 3),

@@ -151,13 +151,14 @@ def _headline(summary: Json) -> tuple[tuple[str, str, str], ...]:
     if not census["unseen"]:
         return (("Mean Dice", "-", "no unseen case: the model has learned from every case"),)
     mean, rest = summary["foreground_statistics"], summary["unprompted"]["foreground_statistics"]
-    counted = sum(record["Dice"]["n"] for record in summary["statistics"].values())
+    counted, found = (sum(record["Dice"]["n"] for record in part["statistics"].values()) for part in (summary, summary["unprompted"]))
     n = f"{counted} structures in {census['unseen']} unseen case{'s' * (census['unseen'] != 1)}"
     interval = mean["Dice"]["ci95"]
+    alone = "Dice of the slices that the model had to find itself" + (f", of {found} structures" if 0 < found != counted else "")
     doubt = f"95 % interval {interval[0]:.3f} to {interval[1]:.3f}; " if interval else ""
     return (
         ("Mean Dice", _text(mean["Dice"]["mean"], 3), f"{doubt}{n}"),
-        ("Without given slices", _text(rest["Dice"]["mean"], 3), "Dice of the slices that the model had to find itself"),
+        ("Without given slices", _text(rest["Dice"]["mean"], 3), alone),
         ("Mean HD95", _text(mean["HD95"]["mean"], 2, " mm"), _distance_remark(summary)),
         (f"NSD at {tolerance:g} mm", _text(mean[nsd_key(tolerance)]["mean"], 3), f"share of the surface within {tolerance:g} mm"),
     )

@@ -182,6 +182,11 @@ def test_the_table_shows_means_their_interval_and_the_worst_case():
     }  # fmt: skip
 
 
+def test_a_mean_without_given_slices_says_of_how_many_cases_where_these_are_fewer():
+    found = summary(HALF, case("b", (column(1, 4), column(1, 4)), prompted=None))
+    assert tables.label_rows(found, found)[0][3] == "0.500 (n=1)"
+
+
 def test_the_markdown_page_lists_the_cases_that_are_missing_and_escapes_their_names():
     page = tables.markdown(summary(PERFECT, case("c|<b>", (column(1, 4), None), status="pred_missing"), BROKEN, SEEN))
     assert "## Cases that failed or are missing (2)" in page
