@@ -6,6 +6,7 @@ workspace's split or the predictions' own account.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,8 @@ def truth_of(
     labels: Path | None, root: Path | None, space: Workspace | None, images: Path | None = None, tolerance_mm: float | None = None
 ) -> Truth:
     """The labels and what is known of them. root: the data set they belong to, if any. UsageError, DatasetError, PlanError."""
+    if tolerance_mm is not None and not 0 < tolerance_mm < math.inf:
+        raise UsageError(f"--nsd-tolerance {tolerance_mm:g} is no distance. Name millimetres, as in 2")
     warnings: list[str] = []
     references = _references(labels, root, space, warnings)
     plan = read_plan(space.plan) if space is not None and space.plan.is_file() else None

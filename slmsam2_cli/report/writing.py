@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from slmsam2_cli.data import store
-from slmsam2_cli.data.files import open_regular
+from slmsam2_cli.data.files import InputError, open_regular
 from slmsam2_cli.errors import OutputError
 from slmsam2_cli.report.contents import Report, ViewerVolumes
 from slmsam2_cli.report.looks import FOLDER, Beside
@@ -45,9 +45,12 @@ def refuse_foreign(path: Path, begins: bytes) -> None:
 
 
 def is_ours(path: Path, begins: bytes) -> bool:
-    """Whether a regular file begins with these bytes. InputError, OSError."""
-    with open_regular(path) as file:
-        return file.read(len(begins)) == begins
+    """Whether it is a regular file that begins with these bytes. OSError."""
+    try:
+        with open_regular(path) as file:
+            return file.read(len(begins)) == begins
+    except InputError:
+        return False
 
 
 def _write_volumes(path: Path, case: str, volumes: ViewerVolumes) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from slmsam2_cli import console
 from slmsam2_cli.data import store
 from slmsam2_cli.data.cases import Structure
-from slmsam2_cli.data.files import open_regular
+from slmsam2_cli.data.files import InputError, open_regular
 from slmsam2_cli.errors import DONE, NOTHING_DONE, SOME_FAILED, CaseError, UsageError
 from slmsam2_cli.evaluation import tables
 from slmsam2_cli.evaluation.comparison import compare, compared_metrics
@@ -137,8 +137,12 @@ def _refuse_targets(outs: Mapping[Path, Path], target: Path, truth: Truth) -> No
 
 
 def _begins_with(path: Path, start: bytes) -> bool:
-    with open_regular(path) as file:
-        return file.read(len(start)) == start
+    """Whether it is a file that begins so; a folder or a pipe does not."""
+    try:
+        with open_regular(path) as file:
+            return file.read(len(start)) == start
+    except InputError:
+        return False
 
 
 def _evaluate(predicted: Predicted, truth: Truth, out: Path, options: Options) -> Evaluated:
@@ -254,6 +258,8 @@ def _write(one: Evaluated, truth: Truth, comparison: Json | None, options: Optio
         store.write_text(one.out / "slices.csv", tables.slices_csv(one.scores))
         store.write_text(one.out / "summary.md", tables.markdown(one.summary))
         store.write_json(one.out / "summary.json", one.summary)
+        if not options.report and (one.out / writing.NAME).exists():
+            console.warn(f"{one.out / writing.NAME} is of an earlier run and does not tell of these results")
         if options.report:
             with console.progress("report", len(one.scores)) as advance:
                 writing.write_report(one.out, lambda beside: _report(one, truth, comparison, beside, advance))

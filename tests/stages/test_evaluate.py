@@ -465,6 +465,27 @@ def test_somebody_else_s_report_is_not_overwritten(folders):
         run(folders)
 
 
+@pytest.mark.parametrize("name", ["report.html", "summary.json"])
+def test_a_folder_in_the_place_of_an_output_is_named(folders, name):
+    (folders / "out" / name).mkdir(parents=True)
+    with pytest.raises(UsageError, match=f"{name} was not written by slmsam2"):
+        run(folders)
+
+
+def test_a_page_of_an_earlier_run_is_said_to_be_one(folders, capsys):
+    run(folders)
+    assert "earlier run" not in capsys.readouterr().err
+    run(folders, options=Options(report=False))
+    assert "report.html is of an earlier run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tolerance", [float("inf"), float("nan"), 0.0])
+def test_a_tolerance_that_is_no_distance_is_refused_before_anything_is_written(folders, tolerance):
+    with pytest.raises(UsageError, match="no distance"):
+        run(folders, tolerance_mm=tolerance)
+    assert not (folders / "out").exists()
+
+
 def test_a_directory_in_the_place_of_a_mask_is_a_failed_case(folders, capsys):
     (folders / "masks" / "c.nii.gz").mkdir()
     assert run(folders) == 1
