@@ -1,7 +1,8 @@
 """Several predictions of the same cases, side by side: who is better, by how much, and how sure that is.
 
 Differences are paired: case by case, then averaged, with a bootstrap interval over cases. Only cases unseen to every prediction count,
-and distances are the penalised ones, so that leaving out the hard cases is no way to win.
+and distances are the penalised ones, so that leaving out the hard cases is no way to win. Nor is inventing structures: whoever rightly
+holds nothing is perfect beside one that does not.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ Json = Mapping[str, Any]
 FORMAT_VERSION = 1
 MACRO = "foreground"
 PARTS = ("metrics", "unprompted")
+DIFFERENCE = (
+    "second minus first, mean over the cases in which both are defined; "
+    "where one rightly holds nothing and the other holds something, nothing counts as 1, or as 0 mm"
+)
 
 
 def compare(summaries: Mapping[str, Json]) -> dict[str, Any]:
@@ -39,7 +44,7 @@ def compare(summaries: Mapping[str, Json]) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "tool_version": first["tool_version"],
         "predictions": list(summaries),
-        "definitions": {**first["definitions"], "difference": "second minus first, mean over the cases in which both are defined"},
+        "definitions": {**first["definitions"], "difference": DIFFERENCE},
         "labels": labels,
         "cases": cases,
         "not_compared": sorted({case["case"] for s in summaries.values() for case in s["metric_per_case"]} - set(cases)),
@@ -76,7 +81,11 @@ def _differences(
     one: Json, other: Json, labels: Mapping[str, str], cases: Sequence[str], part: str, metrics: Sequence[str]
 ) -> list[tuple[str, Values]]:
     """For every label, then for all of them together: both predictions' values."""
-    tables = {metric: np.stack([_table(s, labels, cases, part, metric) for s in (one, other)], axis=-1) for metric in metrics}
+    right = np.stack([_rightly_empty(s, labels, cases, part) for s in (one, other)], axis=-1)
+    tables = {
+        metric: _with_perfect(np.stack([_table(s, labels, cases, part, metric) for s in (one, other)], axis=-1), right, metric)
+        for metric in metrics
+    }
     every: list[tuple[str, Values]] = [
         (label, {metric: table[:, i : i + 1] for metric, table in tables.items()}) for i, label in enumerate(labels)
     ]
@@ -87,6 +96,20 @@ def _table(summary: Json, labels: Mapping[str, str], cases: Sequence[str], part:
     records = {case["case"]: case[part] for case in summary["metric_per_case"]}
     found = [[records[case].get(label, {}).get(metric) for label in labels] for case in cases]
     return np.array([[np.nan if value is None else value for value in row] for row in found], dtype=np.float64).reshape(-1, len(labels))
+
+
+def _rightly_empty(summary: Json, labels: Mapping[str, str], cases: Sequence[str], part: str) -> np.ndarray:
+    """(cases, labels) bool: neither the reference nor the prediction holds the label, which some summaries then do not even list."""
+    records = {case["case"]: case for case in summary["metric_per_case"]}
+    unlisted = {"status": "both_empty"}
+    found = [[records[c]["status"] == "ok" and records[c][part].get(v, unlisted)["status"] == "both_empty" for v in labels] for c in cases]
+    return np.array(found, dtype=bool).reshape(-1, len(labels))
+
+
+def _with_perfect(table: np.ndarray, right: np.ndarray, metric: str) -> np.ndarray:
+    """(cases, labels, 2), what one rightly left empty as perfect where the other has a value."""
+    beside = ~np.isnan(table[..., ::-1])
+    return np.where(np.isnan(table) & right & beside, 1.0 if higher_is_better(metric) else 0.0, table)
 
 
 def _paired(values: Values, metric: str) -> dict[str, Any]:

@@ -31,7 +31,10 @@ SLICE_KEYS = (
 )
 COMPARISON = "# Comparison"
 COMPARISON_KEYS = ("case", "label", "name")
-DIFFERENCE = "Differences are second minus first, over unseen cases that both have; the interval is a bootstrap over cases"
+DIFFERENCE = (
+    "Differences are second minus first, over unseen cases that both have; the interval is a bootstrap over cases; "
+    "beside an invented structure, rightly nothing counts as perfect"
+)
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 

@@ -7,12 +7,13 @@ import pytest
 from slmsam2_cli.evaluation.comparison import MACRO, compare
 
 
-def summary(dice, *, unseen=True, hd95=None, failed=()):
-    """A summary with Dice by case and label: {"a": {"1": 0.8}}."""
+def summary(dice, *, unseen=True, hd95=None, failed=(), unknown=()):
+    """A summary with Dice by case and label: {"a": {"1": 0.8}}; None: both masks are empty, but for `unknown` cases."""
     labels = {label: f"name {label}" for values in dice.values() for label in values}
 
     def record(case, label, value):
-        return {"Dice": value, "HD95_penalised": (hd95 or {}).get(case), "assd_mm_penalised": None, "nsd@2": None}
+        status = None if case in unknown else "both_empty" if value is None else "ok"
+        return {"status": status, "Dice": value, "HD95_penalised": (hd95 or {}).get(case), "assd_mm_penalised": None, "nsd@2": None}
 
     def entry(case, values):
         records = {label: record(case, label, value) for label, value in values.items()}
@@ -61,9 +62,18 @@ def test_training_cases_are_not_compared():
     assert (found["cases"], row(found)["difference"]) == ([], None)
 
 
-def test_a_label_undefined_in_one_of_them_does_not_count():
-    found = compare({"old": summary({"a": {"1": None}, "b": {"1": 0.5}}), "new": summary({"a": {"1": 0.0}, "b": {"1": 0.5}})})
+def test_a_label_not_known_in_one_of_them_does_not_count():
+    found = compare({"old": summary({"a": {"1": None}, "b": {"1": 0.5}}, unknown="a"), "new": summary({"a": {"1": 0.0}, "b": {"1": 0.5}})})
     assert (row(found)["n"], row(found)["difference"], row(found)["equal"]) == (1, 0.0, 1)
+
+
+@pytest.mark.parametrize("rightly", [{"1": 0.5, "2": None}, {"1": 0.5}])
+def test_an_invented_structure_counts_against_who_invented_it(rightly):
+    """Also where the other's summary does not list the label, because it occurs nowhere in it."""
+    found = compare({"clean": summary({"a": rightly}), "inventive": summary({"a": {"1": 0.5, "2": 0.0}}, hd95={"a": 70.0})})
+    assert (row(found, label="2")["difference"], row(found, label="2")["first_better"]) == (-1.0, 1)
+    assert row(found, "HD95_penalised", label="2")["difference"] == 70.0
+    assert row(found, label=MACRO)["difference"] == -0.5
 
 
 def test_all_labels_together_weigh_the_same():
