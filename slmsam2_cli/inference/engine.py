@@ -2,13 +2,14 @@
 
 Every annotated slice that holds an object starts a pass in each direction. A pass stops at the next annotated slice,
 where a person's word begins; between two annotated slices the passes from both sides, no surer than SURE, are blended by
-distance. The passes are independent: a backward pass never reads what a forward pass has written (docs/explanation/propagation.md).
+distance. The passes are independent (docs/explanation/propagation.md), unless the memory policy is two-sided: then all passes
+share one store, as in SAM 2's predictor, first all forwards, then all backwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -98,10 +99,18 @@ def _object(model: SlmSam2, features: Features, anchors: list[Anchor], advance: 
     for anchor in (a for a in anchors if not bool(a.mask.any())):
         confidence[anchor.slice] = 1.0
     weight, disagreement = torch.zeros(count), torch.full((count,), torch.nan)
-    for start in memories:
-        for step in (1, -1):
-            _run(model, features, memories, start, step, said, logits, confidence, weight, disagreement, advance)
+    shared = MemoryBank(memories)
+    for start, step in _passes(memories, model.policy.two_sided):
+        bank = shared if model.policy.two_sided else MemoryBank(memories)
+        _run(model, features, bank, start, step, said, logits, confidence, weight, disagreement, advance)
     return Propagated(logits, confidence, disagreement)
+
+
+def _passes(starts: Iterable[int], two_sided: bool) -> list[tuple[int, int]]:
+    """(anchor, step) of every pass, in order; two-sided: all forwards, ascending, then all backwards, descending."""
+    if two_sided:
+        return [(start, 1) for start in sorted(starts)] + [(start, -1) for start in sorted(starts, reverse=True)]
+    return [(start, step) for start in starts for step in (1, -1)]
 
 
 def _remember(model: SlmSam2, features: Features, anchor: Anchor, logits: Tensor, confidence: Tensor, low: bool) -> Memory:
@@ -113,13 +122,13 @@ def _remember(model: SlmSam2, features: Features, anchor: Anchor, logits: Tensor
 
 def _stored(memory: Memory) -> Memory:
     """Spatial memories are kept in bfloat16, as SAM 2's predictor does: half the bytes."""
-    return Memory(memory.spatial.to(torch.bfloat16), memory.pointer, memory.chosen)
+    return replace(memory, spatial=memory.spatial.to(torch.bfloat16))
 
 
 def _run(
     model: SlmSam2,
     features: Features,
-    anchors: dict[int, Memory],
+    bank: MemoryBank,
     start: int,
     step: int,
     said: Mapping[int, Anchor],
@@ -132,12 +141,12 @@ def _run(
     """One pass from an anchor up to the next annotated slice or the end of the volume."""
     count = len(features.frames)
     stop = next((s for s in range(start + step, count if step > 0 else -1, step) if s in said), count if step > 0 else -1)
-    bank = MemoryBank(anchors)
-    between = stop in anchors
+    between = stop in bank.anchors
     for t in range(start + step, stop, step):
-        output = model.track(features[t], bank, Moment(t, step, bank.anchors, bank.tracked, count))
-        bank.tracked[t] = _stored(model.remember(features[t], output))
-        bank.forget_before(t, step, reach=max(model.num_maskmem, model.max_obj_ptrs_in_encoder))
+        moment = Moment(t, step, bank.anchors, bank.tracked, count)
+        output = model.track(features[t], bank, moment)
+        bank.write(t, _stored(model.remember(features[t], output)))
+        model.forget(bank, moment)
         share = abs(stop - t) / abs(stop - start) if between else 1.0
         seen = output.logits[0, 0].float().cpu()
         seen = seen.clamp(-SURE, SURE) if between else seen.clamp(min=ABSENT)

@@ -8,7 +8,8 @@ lives in a `MemoryBank` that the caller owns, never on the module. Chen et al., 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 from slmsam2_cli.model.backbone import TRAITS, DecoderSize, Traits, sam2_parts
 from slmsam2_cli.model.decoder import build_heads
 from slmsam2_cli.model.fusion import build_fuser
-from slmsam2_cli.model.memory.fifo import Fifo
+from slmsam2_cli.model.memory.choice import policy_of
 from slmsam2_cli.model.memory.policy import MemoryPolicy, Moment, Stream
-from slmsam2_cli.model.memory.shortlong import ShortLong
+from slmsam2_cli.model.memory.traces import Traces, evidence_of, traces_of
 from slmsam2_cli.planning.network import NetworkPlan
 
 MASK_LOGIT = 10.0  # a person's mask enters as logits of +-10, as in SAM 2
@@ -64,16 +65,21 @@ class SliceOutput:
 
 @dataclass
 class Memory:
-    """What is remembered of one slice: spatial (B, C_mem, h, w), pointer (B, C), chosen mask logits (B, 1, 4h, 4w)."""
+    """What is remembered of one slice: spatial (B, C_mem, h, w), pointer (B, C), chosen mask logits (B, 1, 4h, 4w), and traces."""
 
     spatial: Tensor
     pointer: Tensor
     chosen: Tensor
+    traces: Traces
+
+    def at(self, index: Tensor) -> Memory:
+        """The memory of some of the B objects."""
+        return Memory(self.spatial[index], self.pointer[index], self.chosen[index], self.traces.at(index))
 
 
 @dataclass
 class MemoryBank:
-    """The state of one run for B objects: anchors that a person annotated, slices tracked in this pass."""
+    """The state of one run for B objects: anchors that a person annotated, slices tracked, in the order of writing."""
 
     anchors: dict[int, Memory] = field(default_factory=dict)
     tracked: dict[int, Memory] = field(default_factory=dict)
@@ -81,16 +87,28 @@ class MemoryBank:
     def __getitem__(self, slice_: int) -> Memory:
         return self.tracked[slice_] if slice_ in self.tracked else self.anchors[slice_]
 
-    def forget_before(self, slice_: int, step: int, reach: int) -> None:
-        """Drop tracked slices more than `reach` behind, so that memory does not grow with the volume."""
-        for old in [s for s in self.tracked if (slice_ - s) * step > reach]:
-            del self.tracked[old]
+    def __contains__(self, slice_: int) -> bool:
+        return slice_ in self.tracked or slice_ in self.anchors
+
+    def at(self, index: Tensor) -> MemoryBank:
+        """What is remembered of some of the B objects."""
+        return MemoryBank({s: m.at(index) for s, m in self.anchors.items()}, {s: m.at(index) for s, m in self.tracked.items()})
+
+    def write(self, slice_: int, memory: Memory) -> None:
+        """Store a tracked slice as the newest one, also where an older memory of it is stored."""
+        self.tracked.pop(slice_, None)
+        self.tracked[slice_] = memory
+
+    def retain(self, slices: Collection[int]) -> None:
+        """Drop all other tracked slices."""
+        for other in [s for s in self.tracked if s not in slices]:
+            del self.tracked[other]
 
 
 class SlmSam2(SAM2Base):  # type: ignore[misc]
-    """SAM 2.1 plus, under the policy `shortlong`, a short memory-attention stack and a fuser.
+    """SAM 2.1 plus, under `shortlong` policies, a short memory-attention stack and a fuser.
 
-    With policy `fifo` the state dict has exactly SAM 2.1's keys (plus `carry_gain` where the size carries masks).
+    With `fifo` and `selfsort` the state dict has exactly SAM 2.1's keys (plus `carry_gain` where the size carries masks).
     """
 
     def __init__(self, network: NetworkPlan, frame_px: int, traits: Traits | None = None) -> None:
@@ -100,9 +118,9 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         self._decoder_size: DecoderSize = self.traits.decoder
         super().__init__(**sam2_parts(network.size, frame_px, self.traits.widths))
         self.network = network
-        self.policy = _policy(network, self.num_maskmem, self.max_obj_ptrs_in_encoder)
+        self.policy = policy_of(network, self.num_maskmem, self.max_obj_ptrs_in_encoder)
         self.carry_gain = nn.Parameter(torch.tensor(0.5)) if self.traits.carry_mask else None
-        if network.policy == "shortlong":
+        if network.has_short_stream:
             self.short_memory_attention = copy.deepcopy(self.memory_attention)
             self.stream_fuser = build_fuser(network.fuser, self.hidden_dim)
         self.register_buffer("_mean", torch.tensor(_IMAGENET_MEAN).view(3, 1, 1), persistent=False)
@@ -130,19 +148,51 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         low, _, iou, _, _, pointer, presence = self._use_mask_as_output(features.top, list(features.fine), masks.float())
         return SliceOutput(low, iou, low.new_zeros(len(low), dtype=torch.long), presence, low, low, pointer)
 
-    def track(self, features: SliceFeatures, bank: MemoryBank, moment: Moment) -> SliceOutput:
-        """Segment B objects on one slice from memory alone."""
-        conditioned = self.condition(features, bank, moment)
-        carried = bank[moment.slice - moment.step].chosen if self.carry_gain is not None else None
+    def track(self, features: SliceFeatures, bank: MemoryBank, moment: Moment, policy: MemoryPolicy | None = None) -> SliceOutput:
+        """Segment B objects on one slice from memory alone; another policy than the network's reads with the same weights."""
+        conditioned = self.condition(features, bank, moment, policy)
+        just_passed = moment.slice - moment.step
+        carried = bank[just_passed].chosen if self.carry_gain is not None and just_passed in bank else None
         return self.decode(conditioned, features.fine, carried)
 
-    def condition(self, features: SliceFeatures, bank: MemoryBank, moment: Moment) -> Tensor:
-        """Attend to each stream that the policy names, and fuse. Returns (B, C, h, w)."""
-        streams = self.policy.read(moment)
-        long = self._attend(self.memory_attention, features, bank, streams[0], moment.slices)
+    def forget(self, bank: MemoryBank, moment: Moment, policy: MemoryPolicy | None = None) -> None:
+        """Drop what no slice will read once `moment.slice` is stored, so that memory does not grow with the volume."""
+        policy = policy or self.policy
+        bank.retain({s for told in self._told(policy, bank, moment) for s in policy.keep(told)})
+
+    def condition(self, features: SliceFeatures, bank: MemoryBank, moment: Moment, policy: MemoryPolicy | None = None) -> Tensor:
+        """Attend to each stream that the policy names, and fuse. Returns (B, C, h, w).
+
+        A policy that weighs evidence may read other slices for each object; objects that read the same are attended together.
+        """
+        policy = policy or self.policy
+        reads = [policy.read(told) for told in self._told(policy, bank, moment, features)]
+        if len(set(reads)) == 1:
+            return self._fused(features, bank, reads[0], moment.slices)
+        groups = [[i for i, streams in enumerate(reads) if streams == read] for read in dict.fromkeys(reads)]
+        parts = []
+        for objects in groups:
+            index = torch.tensor(objects, device=features.top.device)
+            parts.append(self._fused(features.at(index), bank.at(index), reads[objects[0]], moment.slices))
+        back = torch.tensor([i for objects in groups for i in objects], device=features.top.device).argsort()
+        return torch.cat(parts)[back]
+
+    @staticmethod
+    def _told(policy: MemoryPolicy, bank: MemoryBank, moment: Moment, features: SliceFeatures | None = None) -> list[Moment]:
+        """The moment as each object sees it; once, for all, where the policy weighs no evidence."""
+        if not policy.weighs:
+            return [moment]
+        traces = {s: bank[s].traces for s in (*bank.anchors, *bank.tracked)}
+        top = features.top if features is not None else None
+        objects = len(next(iter(traces.values())).presence)
+        return [replace(moment, evidence=evidence_of(traces, of, top)) for of in range(objects)]
+
+    def _fused(self, features: SliceFeatures, bank: MemoryBank, streams: Sequence[Stream], slices: int) -> Tensor:
+        """One stream, or two and the fuser. Returns (B, C, h, w)."""
+        long = self._attend(self.memory_attention, features, bank, streams[0], slices)
         if len(streams) == 1:
             return long
-        short = self._attend(self.short_memory_attention, features, bank, streams[1], moment.slices)
+        short = self._attend(self.short_memory_attention, features, bank, streams[1], slices)
         fused: Tensor = self.stream_fuser(long, short)
         return fused
 
@@ -227,9 +277,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
             logits = F.interpolate(output.logits.float(), size=size, mode="bilinear", align_corners=False)
         top = features.top.flatten(2).permute(2, 0, 1)
         spatial, _ = self._encode_new_memory([top], [features.top.shape[-2:]], logits, output.presence, masks is not None)
-        return Memory(spatial, output.pointer, output.chosen)
-
-
-def _policy(network: NetworkPlan, memories: int, pointers: int) -> MemoryPolicy:
-    long = Fifo(memories, pointers)
-    return long if network.policy == "fifo" else ShortLong(long)
+        cover = masks if masks is not None else output.logits.detach().sigmoid()
+        confidence = output.iou.detach().gather(1, output.best[:, None]).squeeze(1)
+        traces = traces_of(features.top.detach(), cover, output.presence.detach(), confidence)
+        return Memory(spatial, output.pointer, output.chosen, traces)

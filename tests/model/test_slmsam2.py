@@ -161,10 +161,14 @@ def test_a_run_leaves_nothing_on_the_model(frames, mask):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_memory_does_not_grow_with_the_volume():
-    bank = MemoryBank(tracked=dict.fromkeys(range(100), None))
-    bank.forget_before(99, 1, reach=16)
-    assert sorted(bank.tracked) == list(range(83, 100))
-    backwards = MemoryBank(tracked=dict.fromkeys(range(100), None))
-    backwards.forget_before(0, -1, reach=16)
-    assert sorted(backwards.tracked) == list(range(17))
+@pytest.mark.parametrize("name", ["fifo", "shortlong", "selfsort", "shortlong+selfsort"])
+@pytest.mark.parametrize("options", [{}, {"presence_gate": True, "two_sided": True}])
+def test_memory_does_not_grow_with_the_volume(name, options, monkeypatch):
+    model, most = build("nano", 32, policy=name, **options, bank_slices=5, bank_confidence=0.0, bank_similarity=-1.0), []
+    torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 5.0)
+    forget = SlmSam2.forget
+    monkeypatch.setattr(SlmSam2, "forget", lambda self, bank, at: forget(self, bank, at) or most.append(len(bank.tracked)))
+    propagate(model, torch.rand(60, 3, 32, 32), {1: [Anchor(0, torch.ones(32, 32, dtype=torch.bool))]})
+    bound = {"fifo": 17, "shortlong": 17, "selfsort": 6, "shortlong+selfsort": 6}[name]
+    beside_the_anchor = 16 if options and bound == 17 else 0
+    assert len(most) == 59 and max(most) == bound + beside_the_anchor

@@ -1,14 +1,17 @@
 """What a memory policy answers: which earlier slices a slice looks at, in which temporal row, and which pointers.
 
-Index arithmetic only: no tensors, no parameters, so every rule is tested without weights.
-Kirillov-style SAM 2 memory: Ravi et al., "SAM 2" (arXiv:2408.00714); views as in Chen et al., arXiv:2505.01854.
+Index arithmetic and comparisons of plain numbers: no tensors, no parameters, so every rule is tested without weights.
+SAM 2's memory: Ravi et al., "SAM 2" (arXiv:2408.00714); the two views as in Chen et al., arXiv:2505.01854.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol
+
+SURE_ENOUGH = 0.01  # certainty above which a gated policy reads a slice, as SAM 3 ships it
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,30 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Moment:
-    """Where a pass stands: the slice to be segmented and what has been stored so far.
+class Evidence:
+    """What is known of one object on the stored slices.
 
-    slice: index along the slice axis; step: +1 forward, -1 backward; anchors: slices a person annotated;
-    tracked: slices this pass has segmented; slices: number of slices of the volume.
+    presence: object-score logit; confidence: predicted IoU, 0 to 1; here: similarity to the slice to be segmented;
+    alike: similarity of two stored slices, under either order of the two. Similarities are cosines, -1 to 1.
+    """
+
+    presence: Mapping[int, float] = field(default_factory=dict)
+    confidence: Mapping[int, float] = field(default_factory=dict)
+    here: Mapping[int, float] = field(default_factory=dict)
+    alike: Mapping[tuple[int, int], float] = field(default_factory=dict)
+
+    def certainty(self, slice_: int) -> float:
+        """max(0, 2 sigmoid(presence) - 1) * confidence: 0 where the object is rather absent, 1 where it surely is as drawn."""
+        return max(0.0, math.tanh(self.presence[slice_] / 2)) * self.confidence[slice_]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a pass stands: the slice to be segmented (or just stored) and what has been stored so far.
+
+    slice: index along the slice axis; step: +1 forward, -1 backward, 0 where slices have no order; anchors: slices a person
+    annotated; tracked: slices segmented so far, in the order of writing; slices: number of slices of the volume;
+    evidence: filled in for policies that weigh it.
     """
 
     slice: int
@@ -40,21 +62,49 @@ class Moment:
     anchors: Collection[int]
     tracked: Collection[int]
     slices: int
+    evidence: Evidence = Evidence()
 
 
 class MemoryPolicy(Protocol):
-    """The question asked at every slice."""
+    """The questions asked at every slice."""
 
     @property
     def name(self) -> str:
         """What a plan calls it."""
         ...
 
+    @property
+    def weighs(self) -> bool:
+        """Whether its answers rest on evidence, besides the slices' places."""
+        ...
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether all passes of a run share one store."""
+        ...
+
     def read(self, moment: Moment) -> tuple[Stream, ...]:
         """The streams to attend to, the long one first."""
+        ...
+
+    def keep(self, moment: Moment) -> Collection[int]:
+        """The tracked slices that have to stay stored, once `moment.slice` has been."""
         ...
 
 
 def recent(moment: Moment, reach: int) -> list[tuple[int, int]]:
     """(slice, distance) of the `reach` slices behind this one, the farthest first."""
     return [(moment.slice - moment.step * distance, distance) for distance in range(reach, 0, -1)]
+
+
+def gated(moment: Moment) -> Moment:
+    """The moment without tracked slices on which the object is hardly certain; the slice just passed always stays."""
+    just_passed = moment.slice - moment.step
+    sure = [s for s in moment.tracked if s == just_passed or moment.evidence.certainty(s) > SURE_ENOUGH]
+    return replace(moment, tracked=sure)
+
+
+def within(moment: Moment, reach: int, starts: Iterable[int]) -> list[int]:
+    """Tracked slices at most `reach` behind this one, ahead of it, or at most `reach` from one of `starts`."""
+    near = set(starts)
+    return [s for s in moment.tracked if (moment.slice - s) * moment.step <= reach or any(abs(s - start) <= reach for start in near)]

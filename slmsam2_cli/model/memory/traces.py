@@ -1,0 +1,63 @@
+"""What is noted of every stored slice, and how it becomes the plain numbers that a policy is told.
+
+An object's vector is the mean of the top-level embedding over its mask, so that similarity compares objects and not
+backgrounds. A slice that is still to be segmented has no mask; its similarity is the mean over as many positions, the most
+similar ones, as the object covered where it is remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slmsam2_cli.model.memory.policy import Evidence
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Of B objects on one slice: presence (B,) logit; confidence (B,) predicted IoU, 0 to 1; vector (B, C) of unit length, 0 where
+    nothing was seen; area (B,): positions of the embedding that the object covers.
+    """
+
+    presence: Tensor
+    confidence: Tensor
+    vector: Tensor
+    area: Tensor
+
+    def at(self, index: Tensor) -> Traces:
+        """Those of some of the B objects."""
+        return Traces(self.presence[index], self.confidence[index], self.vector[index], self.area[index])
+
+
+@torch.no_grad()
+def traces_of(top: Tensor, cover: Tensor, presence: Tensor, confidence: Tensor) -> Traces:
+    """top (B, C, h, w); cover (B, 1, H, W): share of each pixel that is the object's; presence (B, 1); confidence (B,)."""
+    weight = F.adaptive_avg_pool2d(cover.float(), (top.shape[-2], top.shape[-1]))
+    vector = F.normalize((top.float() * weight).sum(dim=(-2, -1)), dim=1)
+    return Traces(presence.float().flatten(), confidence.float().clamp(0, 1), vector, weight.sum(dim=(-3, -2, -1)))
+
+
+@torch.no_grad()
+def evidence_of(traces: Mapping[int, Traces], of: int, top: Tensor | None = None) -> Evidence:
+    """What is known of the object of index `of` on all stored slices. top (B, C, h, w): the slice to be segmented, if there is one."""
+    slices = list(traces)
+    if not slices:
+        return Evidence()
+    presence, confidence = (torch.stack([getattr(t, name)[of] for t in traces.values()]).tolist() for name in ("presence", "confidence"))
+    vectors = torch.stack([t.vector[of] for t in traces.values()])
+    table = (vectors @ vectors.T).tolist()
+    alike = {(one, other): table[i][j] for i, one in enumerate(slices) for j, other in enumerate(slices)}
+    here = similarity(vectors, torch.stack([t.area[of] for t in traces.values()]), top[of]).tolist() if top is not None else []
+    return Evidence(dict(zip(slices, presence)), dict(zip(slices, confidence)), dict(zip(slices, here)), alike)
+
+
+def similarity(vectors: Tensor, areas: Tensor, top: Tensor) -> Tensor:
+    """Mean cosine of each vector with its `area` best positions. vectors (S, C), areas (S,), top (C, h, w) -> (S,)."""
+    cosines = vectors @ F.normalize(top.float().flatten(1), dim=0)
+    ranked = cosines.sort(dim=1, descending=True).values.cumsum(dim=1)
+    count = areas.round().long().clamp(1, ranked.shape[1])
+    return ranked.gather(1, count[:, None] - 1).squeeze(1) / count
