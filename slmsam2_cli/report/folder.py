@@ -55,8 +55,9 @@ def _write(masks: Path, manifest: dict[str, Any], images: Mapping[str, tuple[Pat
 
 
 def _sources(masks: Path, entry: dict[str, Any], images: tuple[Path, ...], window: Window | None) -> Sources:
-    """root: only for messages, which nobody sees."""
-    return Sources(masks / entry["output"], images, None, masks, entry.get("array_axis"), window=window)
+    """A mask outside the folder is none of ours. root: only for messages, which nobody sees."""
+    name = entry["output"]
+    return Sources(masks / name if Path(name).name == name else None, images, None, masks, entry.get("array_axis"), window=window)
 
 
 def _digest(manifest: dict[str, Any]) -> str:

@@ -131,13 +131,20 @@ def odd_slices(found: Found, cohort: Cohort) -> dict[int, str]:
     return jumps | {last[end]: "the volume ends" for end in _odd_ends(found, cohort)}
 
 
-def doubts(confidence: float | None, disagreement: Mapping[int, float]) -> list[str]:
-    """What the model itself was unsure of. disagreement: slice -> share."""
-    said = [f"mean confidence {confidence:.2f}"] if confidence is not None and confidence < CONFIDENCE else []
+def doubts(confidence: float | None, disagreement: Mapping[int, float], unsure_of_most: bool = False) -> list[str]:
+    """What the model itself was unsure of. disagreement: slice -> share; unsure_of_most: low confidence is usual, so no news."""
+    low = confidence is not None and confidence < CONFIDENCE and not unsure_of_most
+    said = [f"mean confidence {confidence:.2f}"] if low else []
     worst = max(disagreement, key=lambda k: (disagreement[k], -k), default=None)
     if worst is not None and disagreement[worst] > DISAGREEMENT:
         said.append(f"the passes from both sides disagree by {disagreement[worst]:.2f} on slice {worst}")
     return said
+
+
+def unsure(confidences: Sequence[float]) -> int:
+    """In how many cases confidence in a structure is low, where that is usual among enough of them; else 0."""
+    low = sum(confidence < CONFIDENCE for confidence in confidences)
+    return low if len(confidences) >= OUTLIER_CASES and 2 * low >= len(confidences) else 0
 
 
 def _odd_ends(found: Found, cohort: Cohort) -> list[str]:

@@ -96,7 +96,7 @@ def of_predictions(
         seen[case] = _look(case, sources.get(case))
         advance()
     cohorts = _cohorts(told, seen)
-    cases = [_case(case, entry, seen[case], told, cohorts) for case, entry in told.cases.items()]
+    cases = _with_flags([_case(case, entry, seen[case], told, cohorts) for case, entry in told.cases.items()], told, seen, cohorts)
     looks = with_looks(sorted(cases, key=_order), sources, lambda case, opened: case, beside, advance, budget, odd=_odd(seen, cohorts))
     return _report(told, cohorts, looks, facts)
 
@@ -135,14 +135,39 @@ def _case(case: str, entry: ManifestCase, seen: _Seen | None, told: _Told, cohor
     if seen is None:
         return CaseReport(case, group, "failed", problem="the mask cannot be read any more. Run slmsam2 predict again")
     structures = tuple(_structure(value, told.labels.get(value) or f"label {value}", entry, seen) for value in cohorts)
-    said = [
-        [
-            *looking.suspicions(seen.found.get(value), cohort),
-            *looking.doubts(_number(structure, "confidence"), entry.disagreement.get(value, {})),
+    return CaseReport(case, group, "ok", structures, slice_mm=seen.slice_mm)
+
+
+def _with_flags(
+    cases: Sequence[CaseReport], told: _Told, seen: Mapping[str, _Seen | None], cohorts: Mapping[int, Cohort]
+) -> list[CaseReport]:
+    """What is odd about each case, by what is usual among all."""
+    unsure = _unsure_of_most(cases)
+
+    def flags(case: CaseReport, one: _Seen) -> list[str]:
+        said = [
+            [
+                *looking.suspicions(one.found.get(value), cohort),
+                *looking.doubts(_number(s, "confidence"), told.cases[case.id].disagreement.get(value, {}), s.key in unsure),
+            ]
+            for s, (value, cohort) in zip(case.structures, cohorts.items(), strict=True)
         ]
-        for structure, (value, cohort) in zip(structures, cohorts.items(), strict=True)
-    ]
-    return CaseReport(case, group, "ok", structures, flags=tuple(named(structures, said)), slice_mm=seen.slice_mm)
+        return named(case.structures, said)
+
+    return [case if (one := seen[case.id]) is None else replace(case, flags=tuple(flags(case, one))) for case in cases]
+
+
+def _unsure_of_most(cases: Sequence[CaseReport]) -> dict[str, str]:
+    """Key of each structure that the model is unsure of in most cases -> what to say about it once."""
+    confidences: dict[tuple[str, str], list[float]] = {}
+    for s in (s for case in cases for s in case.structures):
+        if (confidence := _number(s, "confidence")) is not None:
+            confidences.setdefault((s.key, s.name), []).append(confidence)
+    return {
+        key: f"{name}: mean confidence is below {looking.CONFIDENCE:g} in {low} of {len(found)} cases, so that alone is not flagged"
+        for (key, name), found in confidences.items()
+        if (low := looking.unsure(found))
+    }
 
 
 def _structure(value: int, name: str, entry: ManifestCase, seen: _Seen) -> Structure:
@@ -188,7 +213,7 @@ def _report(told: _Told, cohorts: Mapping[int, Cohort], looks: Looks, facts: Seq
         worst=looks.worst,
         facts=(*_facts(told.rest), *facts),
         definitions=DEFINITIONS,
-        warnings=tuple(map(str, told.rest.get("warnings", ()))),
+        warnings=(*map(str, told.rest.get("warnings", ())), *_unsure_of_most(looks.cases).values()),
     )
 
 

@@ -187,6 +187,28 @@ def test_a_structure_missing_in_one_case_is_odd_only_where_it_was_asked_for():
     assert odd(None, Cohort((1.0,), False)) == odd(None, Cohort((), True)) == []
 
 
+def test_low_confidence_that_is_usual_is_said_once_and_flags_no_case(tmp_path):
+    """So that what is really odd comes first."""
+    names = "abcdef"
+    for name in names:
+        saved(tmp_path / f"{name}.nii.gz", block(SHAPE, z=(3, 7)))
+    low = {"1": {"slices": {str(k): 0.3 for k in range(12)}}}
+    report = made(tmp_path, {name: entry(name, confidence=low if name != "f" else entry(name)["confidence"]) for name in names})
+    assert [case.flags for case in report.cases] == [()] * 6
+    assert report.warnings == ("liver: mean confidence is below 0.5 in 5 of 6 cases, so that alone is not flagged",)
+    few = made(tmp_path, {name: entry(name, confidence=low) for name in names[:4]})
+    assert [case.flags for case in few.cases] == [("mean confidence 0.30",)] * 4 and few.warnings == ()
+
+
+def test_a_mask_outside_the_folder_is_not_shown(tmp_path):
+    saved(tmp_path / "secret.nii.gz", block(SHAPE))
+    saved(tmp_path / "masks" / "a.nii.gz", block(SHAPE))
+    (tmp_path / "masks" / "manifest.json").write_text(json.dumps(manifest({"a": entry("a"), "b": entry("b", output="../secret.nii.gz")})))
+    report_on(tmp_path / "masks", {})
+    page = (tmp_path / "masks" / "report.html").read_text(encoding="utf-8")
+    assert 'data-volumes="a"' in page and 'data-volumes="b"' not in page
+
+
 def test_the_models_own_doubt_is_told():
     assert doubts(0.3, {4: 0.2, 5: 0.8}) == ["mean confidence 0.30", "the passes from both sides disagree by 0.80 on slice 5"]
     assert doubts(None, {}) == doubts(0.9, {4: 0.2}) == []
