@@ -313,3 +313,24 @@ def _remove_leftovers(folder: Path) -> None:
     for leftover in folder.rglob(_PREFIX + "*"):
         with suppress(OSError):
             leftover.unlink()
+
+
+def append(partial: Path) -> BinaryIO:
+    """A partial file, made when it is absent, open for adding to its end; `adopt` gives it its final name. OSError."""
+    _may_fail()
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(partial, flags, 0o666), "ab")
+
+
+def adopt(partial: Path, path: Path, verify: Callable[[Path], None]) -> None:
+    """Give a partial file its final name once it is on the disk and `verify` has read it back. OutputError; errors of `verify`."""
+    try:
+        _may_fail()
+        _sync(partial)
+        verify(partial)
+        _may_fail()
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise OutputError(f"{path}: could not be written: {cause(error)}") from error
