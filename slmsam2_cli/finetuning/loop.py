@@ -20,6 +20,7 @@ from slmsam2_cli.errors import TrainingError
 from slmsam2_cli.finetuning.augment import augment
 from slmsam2_cli.finetuning.clips import Clips, ClipSampler
 from slmsam2_cli.finetuning.losses import SliceLoss, slice_loss
+from slmsam2_cli.finetuning.strategies import parameter_groups
 from slmsam2_cli.model.memory.policy import Moment
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
 from slmsam2_cli.planning.plan import TrainingPlan
@@ -54,24 +55,17 @@ class Progress:
 
 
 def new_learner(model: SlmSam2, plan: TrainingPlan, from_scratch: bool) -> Learner:
-    """A learner at step 0; the seed is the plan's."""
+    """A learner at step 0 of what the model lets be trained (strategies.py); the seed is the plan's."""
     average = copy.deepcopy(model).eval().requires_grad_(False)
     torch.manual_seed(plan.seed)  # dropout
     return Learner(
         model,
         average,
-        torch.optim.AdamW(_groups(model, plan), lr=plan.learning_rate),
+        torch.optim.AdamW(parameter_groups(model, plan), lr=plan.learning_rate),
         np.random.default_rng(plan.seed),
         torch.Generator().manual_seed(plan.seed),
         from_scratch,
     )
-
-
-def _groups(model: SlmSam2, plan: TrainingPlan) -> list[dict[str, object]]:
-    """Weight decay on matrices and kernels, none on biases, norms, gates and codes."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
-    return [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
 def share_done(learner: Learner, plan: TrainingPlan) -> float:
@@ -118,7 +112,7 @@ def train(learner: Learner, sampler: ClipSampler, plan: TrainingPlan, stop: Call
 
 def _step(learner: Learner, clips: Clips, rate: float, device: torch.device) -> dict[str, float]:
     for group in learner.optimiser.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("scale", 1.0)
     learner.optimiser.zero_grad(set_to_none=True)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         losses = clip_losses(learner.model, clips, device)
@@ -154,8 +148,9 @@ def clip_losses(model: SlmSam2, clips: Clips, device: torch.device) -> list[Slic
 
 @torch.no_grad()
 def _average(learner: Learner) -> None:
-    """Move the average towards the model; a short memory at first."""
+    """Move the average towards the model, where it is trained; a short memory at first."""
     keep = min(_EMA, (1 + learner.step) / (10 + learner.step))
     new: Tensor
     for old, new in zip(learner.average.parameters(), learner.model.parameters()):
-        old.lerp_(new, 1 - keep)
+        if new.requires_grad:
+            old.lerp_(new, 1 - keep)

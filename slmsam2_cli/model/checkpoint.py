@@ -17,7 +17,8 @@ from safetensors.torch import save
 
 from slmsam2_cli.data import store
 from slmsam2_cli.errors import PlanError, WeightsError
-from slmsam2_cli.model import foreign, zoo
+from slmsam2_cli.model import adapters, foreign, zoo
+from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.foreign import State, first_line
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.model.zoo import EMBEDDED as EMBEDDED
@@ -54,9 +55,21 @@ class Provenance(BaseModel):
     versions: dict[str, str] = {}
 
 
+class Needs(BaseModel):
+    """The base that a file of adapters was made for: the name it had, and the digest of its weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    digest: str
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights as read. digest: SHA-256 over names, shapes and values; plan and provenance are None for files of others."""
+    """Weights as read. digest: SHA-256 over names, shapes and values; plan and provenance are None for files of others.
+
+    calibration: what its confidence is worth, if that was measured; needs: for adapters alone, the base they belong on.
+    """
 
     name: str
     state: State
@@ -64,6 +77,19 @@ class Checkpoint:
     network: NetworkPlan | None = None
     plan: Plan | None = None
     provenance: Provenance | None = None
+    calibration: Calibration | None = None
+    needs: Needs | None = None
+
+    @property
+    def base_digest(self) -> str:
+        """The digest of the weights without adapters."""
+        base, own = adapters.split(self.state)
+        return digest_of(base) if own else self.digest
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """For which modalities there are adapters inside."""
+        return tuple(adapters.split(self.state)[1])
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -83,23 +109,37 @@ def digest_of(state: State) -> str:
     return digest.hexdigest()
 
 
-def save_checkpoint(path: Path, model: SlmSam2, plan: Plan, provenance: Provenance) -> str:
-    """Write a model with its plan; returns the weights' digest. OutputError when it cannot be written whole."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    return save_weights(path, state, model.network, provenance, plan)
+def save_checkpoint(path: Path, model: SlmSam2, plan: Plan, provenance: Provenance, calibration: Calibration | None = None) -> str:
+    """Write a model with its adapters and its plan; returns the weights' digest. OutputError when it cannot be written whole."""
+    return save_weights(path, _plain(adapters.whole_state(model)), model.network, provenance, plan, calibration)
 
 
-def save_weights(path: Path, state: State, network: NetworkPlan, provenance: Provenance, plan: Plan | None = None) -> str:
+def save_adapter(
+    path: Path, model: SlmSam2, modality: str, plan: Plan, provenance: Provenance, needs: Needs, calibration: Calibration | None = None
+) -> str:
+    """Write one modality's adapter alone, to be put on its base by `on_base`. Like `save_checkpoint`."""
+    state = {f"{adapters.PREFIX}{modality}.{name}": tensor for name, tensor in adapters.adapter_state(model, modality).items()}
+    return save_weights(path, _plain(state), model.network, provenance, plan, calibration, needs)
+
+
+def _plain(state: State) -> State:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def save_weights(
+    path: Path,
+    state: State,
+    network: NetworkPlan,
+    provenance: Provenance,
+    plan: Plan | None = None,
+    calibration: Calibration | None = None,
+    needs: Needs | None = None,
+) -> str:
     """Write contiguous tensors, without a plan where they were made for none. Like `save_checkpoint`."""
     digest = digest_of(state)
-    header = {
-        "format_version": str(FORMAT_VERSION),
-        "tool_version": VERSION,
-        "digest": digest,
-        "network": network.model_dump_json(),
-        "provenance": provenance.model_dump_json(),
-    }
-    header |= {"plan": plan.model_dump_json()} if plan is not None else {}
+    parts = {"network": network, "provenance": provenance, "plan": plan, "calibration": calibration, "needs": needs}
+    header = {"format_version": str(FORMAT_VERSION), "tool_version": VERSION, "digest": digest}
+    header |= {name: part.model_dump_json() for name, part in parts.items() if part is not None}
     header |= {"warning": RANDOM_WARNING} if provenance.random else {}
     store.write_bytes(path, save(state, header))
     return digest
@@ -158,9 +198,11 @@ def _read_own(path: Path) -> Checkpoint:
         network = NetworkPlan.model_validate_json(header["network"])
         provenance = Provenance.model_validate_json(header["provenance"])
         plan = parse_plan(json.loads(header["plan"]), f"{path.name} (plan inside)") if "plan" in header else None
+        calibration = Calibration.model_validate_json(header["calibration"]) if "calibration" in header else None
+        needs = Needs.model_validate_json(header["needs"]) if "needs" in header else None
     except (KeyError, ValidationError, json.JSONDecodeError) as error:
         raise WeightsError(f"{path.name}: corrupt: its header is not readable ({first_line(error)})") from None
-    return Checkpoint(path.name, state, digest, network, plan, provenance)
+    return Checkpoint(path.name, state, digest, network, plan, provenance, calibration, needs)
 
 
 def _of_others(name: str, state: State) -> Checkpoint:
@@ -169,12 +211,16 @@ def _of_others(name: str, state: State) -> Checkpoint:
     return Checkpoint(name, converted.state, digest_of(converted.state), converted.network)
 
 
-def fit(model: SlmSam2, checkpoint: Checkpoint) -> None:
-    """Load weights strictly. From weights without a short memory, the short stack starts as a copy of the long one.
+def fit(model: SlmSam2, checkpoint: Checkpoint, modality: str | None = None) -> None:
+    """Load weights strictly, and all adapters; the one for `modality` is put in force where there is one.
 
-    WeightsError names the first tensors that are missing, unexpected or of another shape.
+    From weights without a short memory, the short stack starts as a copy of the long one. WeightsError names the first
+    tensors that are missing, unexpected or of another shape.
     """
-    wanted, given = model.state_dict(), checkpoint.state
+    if checkpoint.needs is not None:
+        raise WeightsError(f"{checkpoint.name}: {_which_base(checkpoint.needs)}. Name that base with --weights")
+    given, added = adapters.split(checkpoint.state)
+    wanted = model.state_dict()
     fresh = not any(name.startswith(_SHORT) for name in given)
     needed = {name: tensor.shape for name, tensor in wanted.items() if not (fresh and name.startswith(_SHORT))}
     if wrong := foreign.misfit(needed, given):
@@ -187,6 +233,44 @@ def fit(model: SlmSam2, checkpoint: Checkpoint) -> None:
     model.load_state_dict(wanted | given)
     if fresh and hasattr(model, "short_memory_attention"):
         model.copy_long_to_short()
+    for name, state in added.items():
+        adapters.attach(model, name, state, checkpoint.name)
+    if modality in added:
+        adapters.use(model, modality)
+
+
+def _which_base(needs: Needs) -> str:
+    return f"is an adapter for the base {needs.name} (weights {needs.digest[:12]}), not a whole model"
+
+
+def on_base(adapter: Checkpoint, base: Checkpoint) -> Checkpoint:
+    """An adapter on the base it was made for, as one whole. WeightsError names both when it is another base."""
+    needs = adapter.needs
+    if needs is None:
+        return adapter
+    if needs.digest != base.base_digest:
+        raise WeightsError(
+            f"{adapter.name}: {_which_base(needs)}; {base.name} has the weights {base.base_digest[:12]}. "
+            f"Give the base that it was made for with --weights"
+        )
+    state = base.state | adapter.state
+    return replace(adapter, state=state, digest=digest_of(state), needs=None)
+
+
+def with_its_base(adapter: Checkpoint, weights: str | None) -> Checkpoint:
+    """An adapter on the base that `weights` names; on the one known by its name, or the embedded one, when None. WeightsError."""
+    needs = adapter.needs
+    if needs is None:
+        return adapter
+    if weights is None:
+        known = zoo.NAME.fullmatch(needs.name) and zoo.present(needs.name)
+        if not known and not EMBEDDED.is_file():
+            raise WeightsError(f"{adapter.name}: {_which_base(needs)}. Name that base with --weights")
+        weights = needs.name if known else "auto"
+    base = base_weights(weights)
+    if base is None:
+        raise WeightsError(f"{adapter.name}: {_which_base(needs)}. Random weights are not it")
+    return on_base(adapter, base)
 
 
 def base_weights(name: str) -> Checkpoint | None:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from slmsam2_cli.data import store
 from slmsam2_cli.data.geometry import SliceAxis
@@ -83,6 +83,12 @@ class TrainingPlan(Frozen):
         default="full", description="what is trained: full, frozen-encoder, decoder+memory, or adapters for the plan's modality"
     )
     adapters: AdapterPlan = Field(default_factory=AdapterPlan, description="their kind and size")
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Strategy and adapters are written only where somebody chose them."""
+        usual = {"strategy": "full", "adapters": AdapterPlan().model_dump()}
+        return {name: value for name, value in whole(self).items() if name not in usual or value != usual[name]}
 
 
 class EvaluationPlan(Frozen):

@@ -11,10 +11,24 @@ import torch
 from safetensors.torch import load_file, save
 
 from slmsam2_cli.errors import WeightsError
-from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, base_weights, digest_of, fit, read_checkpoint, save_checkpoint
+from slmsam2_cli.model import adapters
+from slmsam2_cli.model.calibration import calibrate
+from slmsam2_cli.model.checkpoint import (
+    Checkpoint,
+    Needs,
+    Provenance,
+    base_weights,
+    digest_of,
+    fit,
+    on_base,
+    read_checkpoint,
+    save_adapter,
+    save_checkpoint,
+    with_its_base,
+)
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.network import NetworkPlan
-from slmsam2_cli.planning.plan import ChannelIntensity, GeometryPlan, Plan
+from slmsam2_cli.planning.plan import AdapterPlan, ChannelIntensity, GeometryPlan, Plan
 from slmsam2_cli.planning.rules import choose_training
 
 PX = 32
@@ -186,3 +200,81 @@ def test_random_weights_are_only_had_by_name():
 
 def test_our_files_hold_only_tensors_and_text(written):
     assert set(load_file(written)) == set(build().state_dict())
+
+
+# Adapters
+
+
+def adapted(seed=0, modality="MR"):
+    """A model with one adapter in use that is no longer zero."""
+    model = build(seed)
+    adapters.add(model, modality, AdapterPlan(rank=2))
+    adapters.use(model, modality)
+    with torch.no_grad():
+        for parameter in [*adapters.branch_parameters(model, modality), *adapters.tuned_parameters(model).values()]:
+            parameter.add_(0.1)
+    return model
+
+
+def base_of(seed=0):
+    state = build(seed).state_dict()
+    return Checkpoint(f"base{seed}", state, digest_of(state))
+
+
+@pytest.fixture
+def adapter_file(tmp_path, plan):
+    path = tmp_path / "adapter.safetensors"
+    save_adapter(path, adapted(), "MR", plan, Provenance(base="base0"), Needs(name="base0", digest=base_of().digest))
+    return path
+
+
+def test_a_whole_model_with_an_adapter_is_read_back_and_puts_it_in_force_where_asked(tmp_path, plan):
+    path = tmp_path / "model.safetensors"
+    digest = save_checkpoint(path, adapted(), plan, Provenance(base="base0"))
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.digest == digest and checkpoint.modalities == ("MR",)
+    assert checkpoint.base_digest == base_of().digest
+    used, unused = build(seed=1), build(seed=1)
+    fit(used, checkpoint, "MR")
+    fit(unused, checkpoint, "CT")
+    assert digest_of(used.state_dict()) == digest_of(adapted().state_dict())
+    assert used.adapters.active == "MR" and unused.adapters.active is None
+    assert torch.equal(unused.stream_fuser.gate, build().stream_fuser.gate)
+
+
+def test_an_adapter_file_is_a_fraction_of_the_model_and_does_the_same_on_its_base(adapter_file):
+    checkpoint = on_base(read_checkpoint(adapter_file), base_of())
+    assert adapter_file.stat().st_size < 0.3 * sum(t.nbytes for t in build().state_dict().values())
+    model = build(seed=1)
+    fit(model, checkpoint, "MR")
+    assert digest_of(model.state_dict()) == digest_of(adapted().state_dict())
+
+
+def test_an_adapter_on_another_base_is_refused_naming_both(adapter_file):
+    with pytest.raises(WeightsError) as caught:
+        on_base(read_checkpoint(adapter_file), base_of(seed=3))
+    assert base_of().digest[:12] in str(caught.value) and base_of(seed=3).digest[:12] in str(caught.value)
+
+
+def test_an_adapter_alone_is_no_model_and_names_its_base(adapter_file, tmp_path, monkeypatch):
+    adapter = read_checkpoint(adapter_file)
+    with pytest.raises(WeightsError, match="adapter for the base base0 .*--weights"):
+        fit(build(), adapter)
+    monkeypatch.setattr("slmsam2_cli.model.checkpoint.EMBEDDED", tmp_path / "absent")
+    with pytest.raises(WeightsError, match="--weights"):
+        with_its_base(adapter, None)
+    with pytest.raises(WeightsError, match="Random weights are not it"):
+        with_its_base(adapter, "random")
+
+
+def test_an_adapter_finds_its_base_in_a_file_that_holds_another_adapter_too(adapter_file, tmp_path, plan):
+    path = tmp_path / "ct.safetensors"
+    save_checkpoint(path, adapted(modality="CT"), plan, Provenance(base="base0"))
+    both = with_its_base(read_checkpoint(adapter_file), str(path))
+    assert set(both.modalities) == {"MR", "CT"} and both.needs is None
+
+
+def test_calibration_travels_in_the_header(tmp_path, plan):
+    path, found = tmp_path / "model.safetensors", calibrate([k / 40 for k in range(40)], [k / 50 for k in range(40)])
+    save_checkpoint(path, build(), plan, Provenance(base="base0"), found)
+    assert read_checkpoint(path).calibration == found
