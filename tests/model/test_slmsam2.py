@@ -1,11 +1,17 @@
-"""The model against SAM 2's own code, on the same random weights."""
+"""What the network is made of, and what it does at step 0. Against SAM 2's own code: test_parity.py."""
+
+from functools import partial
 
 import pytest
 import sam2.sam2_video_predictor as stock
 import torch
+from safetensors.torch import save_file
 
-from slmsam2_cli.inference.engine import ABSENT, Anchor, propagate
+from slmsam2_cli.finetuning.clips import Clips
+from slmsam2_cli.finetuning.loop import clip_losses
+from slmsam2_cli.inference.engine import Anchor, propagate
 from slmsam2_cli.model.backbone import TRAITS, sam2_parts
+from slmsam2_cli.model.checkpoint import fit, read_checkpoint
 from slmsam2_cli.model.memory.policy import Moment
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
 from slmsam2_cli.planning.network import NetworkPlan
@@ -39,30 +45,6 @@ def fifo():
     return build(policy="fifo")
 
 
-def stock_logits(model, frames, mask, monkeypatch):
-    """Low-resolution logits (T, h, w) of SAM2VideoPredictor, forwards from START."""
-    predictor = stock.SAM2VideoPredictor(**sam2_parts("tiny", PX)).eval()
-    predictor.load_state_dict(model.state_dict())
-    normalised = (frames - model._mean) / model._std
-    monkeypatch.setattr(stock, "load_video_frames", lambda **_: (normalised, PX, PX))
-    state = predictor.init_state("unused")
-    predictor.add_new_mask(state, START, 1, mask)
-    for _ in predictor.propagate_in_video(state, start_frame_idx=START):
-        pass
-    outputs = state["output_dict_per_obj"][0]["non_cond_frame_outputs"]
-    return {t: out["pred_masks"][0, 0] for t, out in outputs.items()}
-
-
-def test_fifo_gives_the_logits_of_sam2s_own_video_predictor(fifo, frames, mask, monkeypatch):
-    expected = stock_logits(fifo, frames, mask, monkeypatch)
-    ours = propagate(fifo, frames, {1: [Anchor(START, mask)]}, low_resolution_anchors=True)[1].logits
-    assert sorted(expected) == list(range(START + 1, SLICES))
-    seen = [t for t in expected if expected[t].max() > ABSENT]
-    assert len(seen) > 5, "the comparison needs slices on which the object is present"
-    for t, logits in expected.items():
-        assert (ours[t] - logits.clamp(min=ABSENT)).abs().max() <= 1e-4
-
-
 def test_a_fresh_gated_short_stream_changes_nothing(fifo, frames, mask):
     shortlong = build(policy="shortlong")
     shortlong.load_state_dict(shortlong.state_dict() | fifo.state_dict())
@@ -91,6 +73,25 @@ def test_a_fresh_short_stack_equals_the_long_one():
     model = build(policy="shortlong")
     long, short = model.memory_attention.state_dict(), model.short_memory_attention.state_dict()
     assert all(torch.equal(long[name], short[name]) for name in long)
+
+
+def test_two_steps_of_training_part_the_short_stack_from_the_long_one_and_loading_keeps_it_so(frames, mask, tmp_path):
+    """Two, because the gate starts at zero: the first step opens it, the second reaches the stack behind it."""
+    model, size = build("nano", policy="shortlong").train(), (3, 1, 1, PX, PX)
+    start = {name: tensor.clone() for name, tensor in model.short_memory_attention.state_dict().items()}
+    clips = Clips(frames[:3, None], mask.float().expand(size), torch.tensor([0]), torch.tensor([False]), SLICES)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        optimiser.zero_grad()
+        torch.stack([loss.total for loss in clip_losses(model, clips, torch.device("cpu"))]).mean().backward()
+        optimiser.step()
+    save_file(model.state_dict(), tmp_path / "tuned.safetensors")
+    again = build("nano", policy="shortlong", seed=1)
+    fit(again, read_checkpoint(tmp_path / "tuned.safetensors"))
+    long, short = again.memory_attention.state_dict(), again.short_memory_attention.state_dict()
+    assert all(torch.equal(tensor, short[name]) for name, tensor in model.short_memory_attention.state_dict().items())
+    assert any(not torch.equal(start[name], short[name]) for name in short)
+    assert any(not torch.equal(long[name], short[name]) for name in short)
 
 
 def test_parameter_counts_of_tiny_are_those_of_the_ledger():
@@ -135,6 +136,17 @@ def test_the_other_sizes_are_sam2s(size, millions):
 def test_nano_is_at_most_eight_million_parameters_and_made_for_128_to_256_px():
     assert parameters(build("nano")) <= 8_000_000
     assert 128 <= TRAITS["nano"].native_px <= 256
+
+
+def test_the_two_stacks_see_as_many_tokens_as_the_paper_counts():
+    """At 64 px a slice has 16 tokens and a pointer 4, where the paper's 1024 px have 4096 and 4."""
+    model, seen = build(policy="shortlong"), {"memory_attention": [], "short_memory_attention": []}
+    for name, lengths in seen.items():
+        note = partial(lambda lengths, _, __, given: lengths.append(len(given["memory"])), lengths)
+        getattr(model, name).register_forward_pre_hook(note, with_kwargs=True)
+    propagate(model, torch.rand(8, 3, PX, PX), {1: [Anchor(0, torch.ones(PX, PX, dtype=torch.bool))]})
+    assert seen["memory_attention"] == [20 * min(i, 7) for i in range(1, 8)]
+    assert seen["short_memory_attention"] == [20] * 7
 
 
 @pytest.mark.parametrize("px", [32, 96, 128, 160, 256])
