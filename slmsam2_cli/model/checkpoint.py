@@ -69,6 +69,7 @@ class Checkpoint:
     """Weights as read. digest: SHA-256 over names, shapes and values; plan and provenance are None for files of others.
 
     calibration: what its confidence is worth, if that was measured; needs: for adapters alone, the base they belong on.
+    family: whose layout it was in; notes: what was changed to bring it into ours.
     """
 
     name: str
@@ -79,6 +80,8 @@ class Checkpoint:
     provenance: Provenance | None = None
     calibration: Calibration | None = None
     needs: Needs | None = None
+    family: str = "slmsam2"
+    notes: tuple[str, ...] = ()
 
     @property
     def base_digest(self) -> str:
@@ -208,7 +211,8 @@ def _read_own(path: Path) -> Checkpoint:
 def _of_others(name: str, state: State) -> Checkpoint:
     """Weights made elsewhere, in our layout."""
     converted = foreign.convert(name, state)
-    return Checkpoint(name, converted.state, digest_of(converted.state), converted.network)
+    digest = digest_of(converted.state)
+    return Checkpoint(name, converted.state, digest, converted.network, family=converted.family, notes=converted.notes)
 
 
 def fit(model: SlmSam2, checkpoint: Checkpoint, modality: str | None = None) -> None:
