@@ -1,4 +1,6 @@
-"""Stage 3: data set + plan -> tuned model.   Reads plan.json, prepared/.   Writes finetuned/{split.json,model.safetensors,log.csv,state}.
+"""Stage 3: data set + plan -> tuned model.   Reads plan.json, prepared/.
+
+Writes finetuned/{split.json,model.safetensors,log.csv,state}, and adapter.safetensors when the plan asks for adapters.
 
 Plans and prepares by itself what has not been planned or prepared. An interrupted run leaves a usable model and goes on
 with --continue.
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
@@ -24,10 +26,14 @@ from slmsam2_cli.data.dataset import Dataset, read_dataset
 from slmsam2_cli.data.prepared import Outcome, PreparedCase, prepare_all
 from slmsam2_cli.device import DeviceName, choose_device, describe
 from slmsam2_cli.errors import DONE, DatasetError, DeviceError, OutputError, PlanError, UsageError
+from slmsam2_cli.finetuning.calibrating import calibrated_on
 from slmsam2_cli.finetuning.clips import ClipSampler
+from slmsam2_cli.finetuning.keeping import keep
 from slmsam2_cli.finetuning.loop import Learner, Progress, new_learner, share_done, train
 from slmsam2_cli.finetuning.resume import load_state, previous_of, save_state
-from slmsam2_cli.model.checkpoint import RANDOM, Checkpoint, Provenance, base_weights, fit, save_checkpoint
+from slmsam2_cli.finetuning.strategies import prepare
+from slmsam2_cli.model.calibration import Calibration
+from slmsam2_cli.model.checkpoint import RANDOM, Checkpoint, Provenance, base_weights, fit
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.fingerprint import write_fingerprint
 from slmsam2_cli.planning.measure import measure
@@ -156,11 +162,21 @@ def _plan(data: Dataset, workspace: Workspace, network: str | None) -> Plan:
 
 
 def _model(plan: Plan, base: Checkpoint | None, seed: int = 0) -> SlmSam2:
-    """The plan's network with the base's weights, or with random ones drawn from the seed. WeightsError when they do not fit."""
+    """The plan's network with the base's weights, or with random ones drawn from the seed, ready for the plan's strategy.
+
+    WeightsError when the weights do not fit; PlanError when there are none for the strategy to build on.
+    """
+    if base is None and plan.training.strategy != "full":
+        raise PlanError(
+            f"training.strategy is {plan.training.strategy}, which trains a part of the network, but --weights random has no other part. "
+            "Start from trained weights, or set it to full in plan.json"
+        )
     torch.manual_seed(seed)
     model = SlmSam2(plan.network, plan.geometry.frame_px)
     if base is not None:
         fit(model, base)
+    for note in prepare(model, plan.training, plan.modality):
+        console.detail(note)
     return model
 
 
@@ -206,8 +222,10 @@ def _image_digests(prepared: PreparedCase, data: Dataset) -> list[str]:
 
 def _training(plan: Plan, used: int, from_scratch: bool) -> TrainingPlan:
     """A person's own training settings, or the rule's for the number of volumes that are really used."""
+    chosen = {"strategy": plan.training.strategy, "adapters": plan.training.adapters}
     by_rule = [choose_training(plan.network.size, count).value for count in range(1, MANY + 1)]
-    return choose_training(plan.network.size, used, from_scratch).value if plan.training in by_rule else plan.training
+    is_by_rule = plan.training in [rule.model_copy(update=chosen) for rule in by_rule]
+    return choose_training(plan.network.size, used, from_scratch).value.model_copy(update=chosen) if is_by_rule else plan.training
 
 
 def _finished(workspace: Workspace, run: Run, resume: bool, overwrite: bool) -> bool:
@@ -257,6 +275,8 @@ def _tune(run: Run, ready: Outcome, workspace: Workspace, device: torch.device, 
         if not finished:
             save_state(state, learner, run.digest)
             console.say(f"stopped at step {learner.step}; the model so far is saved. Go on with slmsam2 finetune --continue")
+        elif calibration := _calibrate(learner, used, run.plan):
+            _save(workspace, run, learner, calibration)
         _write_split(workspace, run, wish, skipped, finished)
     if finished:
         state.unlink(missing_ok=True)
@@ -319,7 +339,20 @@ def _write_split(workspace: Workspace, run: Run, wish: Wish, skipped: tuple[str,
     store.write_json(workspace.split, split)
 
 
-def _save(workspace: Workspace, run: Run, learner: Learner) -> None:
+def _calibrate(learner: Learner, cases: Sequence[PreparedCase], plan: Plan) -> Calibration | None:
+    """What the tuned model's confidence is worth, said in a line."""
+    found = calibrated_on(learner.average, cases, plan)
+    if found is None:
+        console.say("confidence stays uncalibrated: too few slices to compare it with their Dice")
+    else:
+        console.say(
+            f"confidence calibrated on {found.slices} slices: calibration error {found.error_before:.3f} -> {found.error_after:.3f}, "
+            f"{found.note}"
+        )
+    return found
+
+
+def _save(workspace: Workspace, run: Run, learner: Learner, calibration: Calibration | None = None) -> None:
     ancestor = run.base.provenance if run.base else None
     provenance = Provenance(
         base=run.base.name if run.base else RANDOM,
@@ -332,8 +365,9 @@ def _save(workspace: Workspace, run: Run, learner: Learner) -> None:
         learned_from=tuple(sorted({*run.images, *(ancestor.learned_from if ancestor else ())})),
         versions={name: version(name) for name in ("torch", "sam2", "numpy")},
     )
-    digest = save_checkpoint(workspace.model, learner.average, run.plan, provenance)
-    console.say(f"model: {workspace.model} ({learner.step} steps, {learner.seconds:.0f} s, weights {digest[:12]})")
+    digest = keep(workspace.model, learner.average, run.plan, provenance, run.base, calibration)
+    if calibration is None:
+        console.say(f"model: {workspace.model} ({learner.step} steps, {learner.seconds:.0f} s, weights {digest[:12]})")
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from safetensors import safe_open
 
 from slmsam2_cli.data.phantom import write_phantom_dataset
 from slmsam2_cli.errors import DatasetError, PlanError, UsageError, WeightsError
-from slmsam2_cli.model.checkpoint import read_checkpoint
+from slmsam2_cli.model.checkpoint import on_base, read_checkpoint
+from slmsam2_cli.planning.plan import read_plan, write_plan
 from slmsam2_cli.stages.finetune import finetune
 from slmsam2_cli.workspace import Workspace
 
@@ -170,7 +171,6 @@ def test_a_run_killed_before_its_first_model_is_not_started_anew_in_silence(data
 
 
 def test_a_persons_own_training_settings_are_kept_and_the_rules_own_are_fitted_to_the_run(dataset, tmp_path):
-    from slmsam2_cli.planning.plan import read_plan
     from slmsam2_cli.planning.rules import choose_training
     from slmsam2_cli.stages.finetune import _training
 
@@ -183,3 +183,70 @@ def test_a_persons_own_training_settings_are_kept_and_the_rules_own_are_fitted_t
 def test_continue_and_overwrite_together_are_refused(dataset, tmp_path):
     with pytest.raises(UsageError, match="contradict"):
         finetune(dataset, Workspace(tmp_path), cases=1, weights="random", resume=True, overwrite=True)
+
+
+# Strategies
+
+
+@pytest.fixture(scope="module")
+def adapted(dataset, tuned, tmp_path_factory):
+    """A workspace whose plan asks for adapters, tuned for two steps from `tuned`."""
+    workspace = Workspace(tmp_path_factory.mktemp("adapted"))
+    planned = read_plan(tuned.plan)
+    write_plan(workspace.plan, planned.model_copy(update={"training": planned.training.model_copy(update={"strategy": "adapters"})}))
+    assert finetune(dataset, workspace, cases=2, weights=str(tuned.model), steps=2) == 0
+    return workspace
+
+
+def test_adapters_leave_a_whole_model_and_a_small_file_that_names_its_base(adapted, tuned):
+    whole, small = read_checkpoint(adapted.model), read_checkpoint(adapted.finetuned / "adapter.safetensors")
+    assert {p.name for p in adapted.finetuned.iterdir()} == {"split.json", "model.safetensors", "adapter.safetensors", "log.csv"}
+    assert whole.base_digest == read_checkpoint(tuned.model).digest == small.needs.digest
+    assert whole.modalities == small.modalities == (whole.plan.modality,)
+    assert whole.plan.training.strategy == "adapters" and whole.plan.training.steps == 2
+    assert on_base(small, read_checkpoint(tuned.model)).digest == whole.digest
+
+
+def test_an_interrupted_run_of_adapters_ends_like_an_undisturbed_one(adapted, dataset, tuned, tmp_path, monkeypatch):
+    import signal
+
+    from slmsam2_cli.stages import finetune as stage
+
+    broken = Workspace(tmp_path)
+    broken.plan.write_bytes(adapted.plan.read_bytes())
+    train = stage.train
+
+    def interrupted(learner, *rest):
+        for progress in train(learner, *rest):
+            signal.raise_signal(signal.SIGINT)
+            yield progress
+
+    monkeypatch.setattr(stage, "train", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(dataset, broken, cases=2, weights=str(tuned.model), steps=2)
+    signal.signal(signal.SIGINT, before)
+    monkeypatch.setattr(stage, "train", train)
+    assert finetune(dataset, broken, weights=str(tuned.model), resume=True) == 0
+    assert read_checkpoint(broken.model).digest == read_checkpoint(adapted.model).digest
+
+
+def test_random_weights_bring_nothing_that_could_stay_as_it_is(adapted, dataset, tmp_path):
+    workspace = Workspace(tmp_path)
+    workspace.plan.write_bytes(adapted.plan.read_bytes())
+    with pytest.raises(PlanError, match="training.strategy is adapters"):
+        finetune(dataset, workspace, cases=2, weights="random", steps=1)
+    assert not workspace.prepared.exists()
+
+
+def test_tuning_everything_from_a_model_with_an_adapter_starts_from_what_it_did(adapted, dataset, tmp_path):
+    workspace = Workspace(tmp_path)
+    finetune(dataset, workspace, cases=1, weights=str(adapted.model), steps=1)
+    assert read_checkpoint(workspace.model).modalities == ()
+    assert not (workspace.finetuned / "adapter.safetensors").exists()
+
+
+def test_the_header_says_what_the_confidence_is_worth_and_on_which_volumes(tuned, capsys):
+    found = read_checkpoint(tuned.model).calibration
+    assert found is not None and found.slices >= 20 and "volumes it learned from" in found.note
+    assert found.error_after < found.error_before

@@ -1,0 +1,80 @@
+"""How sure the tuned model says it is, and how right it is: on the volumes it learned from, from one given slice a structure.
+
+Those volumes flatter it, which the table's note says. Slices on which both the mask and the truth are empty count as
+neither right nor wrong, and the given slice itself says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from slmsam2_cli.data.prepared import PreparedCase
+from slmsam2_cli.data.prompts import choose_slice
+from slmsam2_cli.inference.engine import Anchor, full_resolution, propagate
+from slmsam2_cli.model.calibration import Calibration, calibrate
+from slmsam2_cli.model.slices import framed, to_rgb
+from slmsam2_cli.model.slmsam2 import SlmSam2
+from slmsam2_cli.planning.plan import Plan
+
+MOST_SLICES = 256  # tracked in all
+LEAST_SLICES = 16  # tracked for one structure
+
+
+@dataclass(frozen=True)
+class _Structure:
+    """One label of one case, and the slices start…stop around the given one."""
+
+    case: PreparedCase
+    value: int
+    given: int
+    start: int
+    stop: int
+
+
+def calibrated_on(model: SlmSam2, cases: Sequence[PreparedCase], plan: Plan) -> Calibration | None:
+    """The table for a tuned model; None when there are too few slices to tell."""
+    pairs = [pair for structure in _structures(cases, plan) for pair in _pairs(model, structure, plan)]
+    return calibrate([said for said, _ in pairs], [true for _, true in pairs])
+
+
+def _structures(cases: Sequence[PreparedCase], plan: Plan) -> list[_Structure]:
+    """As many as the budget of slices allows, spread over the cases."""
+    found = [(case, value, area) for case in cases for value in plan.labels if (area := _area(case, value, plan.ignore)).any()]
+    each = max(LEAST_SLICES, MOST_SLICES // max(len(found), 1))
+    step = max(1, -(-len(found) * each // MOST_SLICES))
+    return [_around(case, value, area, each) for case, value, area in found[::step]]
+
+
+def _area(case: PreparedCase, value: int, ignore: int | None) -> np.ndarray:
+    """(T,): pixels of a label on every slice that was looked at as a whole."""
+    if case.labels is None:
+        return np.zeros(0, int)
+    labels = np.asarray(case.labels)
+    area = (labels == value).sum(axis=(1, 2))
+    return area if ignore is None else np.where((labels == ignore).any(axis=(1, 2)), 0, area)
+
+
+def _around(case: PreparedCase, value: int, area: np.ndarray, slices: int) -> _Structure:
+    given = choose_slice(area, "middle")
+    start = max(0, min(given - slices // 2, len(area) - slices))
+    return _Structure(case, value, given, start, min(len(area), start + slices))
+
+
+def _pairs(model: SlmSam2, one: _Structure, plan: Plan) -> Iterator[tuple[float, float]]:
+    """(raw confidence, Dice) of every slice that holds the structure or its mask."""
+    assert one.case.labels is not None
+    labels = np.asarray(one.case.labels[one.start : one.stop])
+    truth = torch.from_numpy(labels == one.value)
+    looked = torch.from_numpy(labels != plan.ignore)
+    frames = torch.from_numpy(np.asarray(one.case.frames[:, one.start : one.stop], dtype=np.float32))
+    px, given = plan.geometry.frame_px, one.given - one.start
+    found = propagate(model, framed(to_rgb(frames), px), {one.value: [Anchor(given, framed(truth[given], px))]})[one.value]
+    for t in range(len(truth)):
+        mask = (full_resolution(found.logits[t : t + 1], px, *truth.shape[1:])[0] > 0) & looked[t]
+        pixels = int(mask.sum()) + int(truth[t].sum())
+        if t != given and pixels:
+            yield float(found.confidence[t]), 2 * int((mask & truth[t]).sum()) / pixels
