@@ -21,6 +21,8 @@ from slmsam2_cli.evaluation.pairing import Pairing, References, case_name, pair,
 from slmsam2_cli.planning.plan import read_plan
 from slmsam2_cli.workspace import Workspace
 
+_HOMES = ("home", "Users")  # folders whose folders have the names of users
+
 
 @dataclass(frozen=True)
 class Truth:
@@ -156,7 +158,8 @@ def _split_cases(space: Workspace | None) -> frozenset[str]:
 def names_of(folders: Sequence[Path]) -> list[str]:
     """Short names for several folders: as many last parts of their paths as it takes to tell them apart. UsageError for one named twice.
 
-    Every name is one component of a path, and no two are alike, also where upper and lower case are.
+    Every name is one component of a path, and no two are alike, also where upper and lower case are. Where only the names of users
+    would tell them apart, numbers do.
     """
     found = [folder.resolve() for folder in folders]
     if len(set(found)) != len(found):
@@ -165,6 +168,9 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     names: list[str] = []
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["-".join(part[-depth:]) for part in parts]
+        if any(part[0] in _HOMES and len(part) - depth <= 1 for part in parts if part):
+            names = [part[-1] for part in parts]
+            break
         if len({name.casefold() for name in names}) == len(names):
             return names
     return [f"{number}-{name}" for number, name in enumerate(names, start=1)]

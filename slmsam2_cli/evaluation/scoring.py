@@ -162,9 +162,10 @@ def _on_its_own(job: Job, context: BaseContext) -> CaseScore:
 
 def _score(job: Job) -> CaseScore:
     reference = read_labels(job.reference, case=job.case, root=job.reference_root)
+    predicted, notes, resampled = _prediction(job, reference)
+    job = replace(job, slice_axis=None, prompted=None) if resampled else job  # both are of the grid that the prediction was on
     axis = coarsest_axis(reference.grid.spacing_mm) if job.slice_axis is None else job.slice_axis
     _refuse_slices_beyond(job, reference.voxels.shape[axis])
-    predicted, notes, resampled = _prediction(job, reference)
     truth, predicted, scored = _without_ignored(reference.voxels, predicted, job.ignore, axis)
     boxes = _boxes(truth, predicted)
 
@@ -216,7 +217,8 @@ def _prediction(job: Job, reference: LabelVolume) -> tuple[np.ndarray, tuple[str
         raise CaseError(job.case, _names(job)[1] or "", what, remedy)
     moved, outside = onto(reference.grid, prediction.voxels, prediction.grid)
     lost = f"; {outside} labelled voxels lie outside it and are not scored" if outside else ""
-    note = f"the prediction was resampled onto the label's grid (nearest voxel): {difference}{lost}"
+    given = "; which slices were given is not known on that grid" if job.prompted is not None else ""
+    note = f"the prediction was resampled onto the label's grid (nearest voxel): {difference}{lost}{given}"
     return moved, (*prediction.warnings, note), True
 
 

@@ -47,6 +47,7 @@ COMPARISONS = {
     "comparison.csv": ",".join(tables.COMPARISON_KEYS).encode(),
     "comparison.md": tables.COMPARISON.encode(),
 }
+BESIDE = "evaluation"  # within the folder of masks, whose own report.html is predict's
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def evaluate(
     if comparison is not None:
         _write_comparison(target, comparison, evaluated)
     _show(evaluated, comparison, target, as_json, options)
-    return max(_exit_code(one, floors, several=len(evaluated) > 1) for one in evaluated)
+    codes = [_exit_code(one, floors, several=len(evaluated) > 1) for one in evaluated]
+    return SOME_FAILED if NOTHING_DONE in codes and min(codes) < NOTHING_DONE else max(codes)
 
 
 def _predictions(named: Sequence[Path], space: Workspace | None) -> list[Path]:
@@ -113,11 +115,11 @@ def _predictions(named: Sequence[Path], space: Workspace | None) -> list[Path]:
 
 
 def _target(out: Path | None, folders: Sequence[Path], space: Workspace | None, beside_masks: bool) -> Path:
-    """Where results go: where asked, else beside the masks that were named, else the workspace."""
+    """Where results go: where asked, else into the folder of masks that was named, else the workspace."""
     if out is not None:
         return out
     if beside_masks and len(folders) == 1:
-        return folders[0]
+        return folders[0] / BESIDE
     if space is None:
         raise UsageError("several predictions were named: say where the comparison goes with -o")
     return space.evaluation

@@ -103,9 +103,11 @@ def test_json_prints_the_summary_and_nothing_else(folders, capsys):
     assert json.loads(capsys.readouterr().out) == summary(folders / "out")
 
 
-def test_without_an_output_folder_the_summary_lies_beside_the_masks(folders):
+def test_without_an_output_folder_the_results_lie_in_a_folder_of_their_own_beside_the_masks(folders):
+    (folders / "masks" / "report.html").write_text("predict's")
     run(folders, out=None)
-    assert summary(folders / "masks")["cases"]["pred_missing"] == ["c"]
+    assert summary(folders / "masks" / "evaluation")["cases"]["pred_missing"] == ["c"]
+    assert (folders / "masks" / "report.html").read_text() == "predict's"
 
 
 def test_running_twice_gives_the_same_bytes(folders):
@@ -298,6 +300,12 @@ def test_the_worse_of_several_decides_the_exit_code(rivals):
     assert run(rivals, predictions=(rivals / "good", rivals / "poor")) == 1
 
 
+def test_nothing_but_failures_in_one_of_several_is_exit_one(rivals):
+    for case in "abc":
+        (rivals / "poor" / f"{case}.nii.gz").write_bytes(b"no mask")
+    assert run(rivals, predictions=(rivals / "good", rivals / "poor")) == 1
+
+
 def test_folders_of_one_name_are_told_apart_by_where_they_lie(rivals):
     for name in ("x", "y"):
         shutil.copytree(rivals / "good", rivals / name / "masks")
@@ -307,6 +315,8 @@ def test_folders_of_one_name_are_told_apart_by_where_they_lie(rivals):
 
 def test_names_of_predictions_are_one_component_each_and_never_alike(tmp_path):
     assert names_of([Path("/masks"), Path("/data/masks")]) == ["masks", "data-masks"]
+    assert names_of([Path("/home/ann/masks"), Path("/home/bob/masks")]) == ["1-masks", "2-masks"]  # no name of a user
+    assert names_of([Path("/home/ann/x/masks"), Path("/home/ann/y/masks")]) == ["x-masks", "y-masks"]
     assert names_of([Path("/u/Ours"), Path("/v/ours")]) == ["u-Ours", "v-ours"]
     alike = names_of([Path("/a-b/c"), Path("/a/b-c"), Path("/z/c")])
     assert len(set(alike)) == 3 and not any("/" in name for name in alike)
@@ -344,6 +354,21 @@ def test_on_request_a_mask_on_another_grid_is_brought_onto_the_label_s(folders, 
     assert (found["cases"]["resampled"], by_case(found)["c"]["metrics"]["1"]["Dice"]) == (["c"], 1.0)
     assert "case c: the prediction was resampled onto the label's grid" in capsys.readouterr().err
     assert 'data-volumes="c"' in (folders / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_slices_given_on_another_grid_are_not_taken_for_slices_of_the_label_s(folders, capsys):
+    """The mask is stored upside down: its slice 6, given, is the label's slice 1."""
+    save(folders / "masks" / "c.nii.gz", WHOLE[::-1])
+    image = sitk.ReadImage(str(folders / "masks" / "c.nii.gz"))
+    image.SetDirection((1, 0, 0, 0, 1, 0, 0, 0, -1))
+    image.SetOrigin((0, 0, 21))
+    sitk.WriteImage(image, str(folders / "masks" / "c.nii.gz"))
+    entry = {"array_axis": 0, "prompted_slices": {"1": [6]}}
+    (folders / "masks" / "manifest.json").write_text(json.dumps({"format_version": 1, "cases": dict.fromkeys("abc", entry)}))
+    assert run(folders, options=Options(resample=True)) == 0
+    found = by_case(summary(folders / "out"))["c"]
+    assert (found["metrics"]["1"]["Dice"], found["unprompted"]["1"]["Dice"]) == (1.0, None)
+    assert "which slices were given is not known on that grid" in capsys.readouterr().err
 
 
 def test_regions_are_scored_as_unions_of_their_labels(data):
