@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from inspect import Parameter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from slmsam2_cli import console
+from slmsam2_cli.cli_command import commands_of, examples_in_help
+from slmsam2_cli.cli_weights import weights as weights_commands
 from slmsam2_cli.device import DeviceName
 from slmsam2_cli.errors import UsageError
-from slmsam2_cli.outcome import exit_code_of, terminate
+from slmsam2_cli.outcome import terminate
 from slmsam2_cli.version import VERSION
 from slmsam2_cli.workspace import Workspace
 
@@ -37,6 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(weights_commands)
+command = commands_of(app)
 
 DatasetOption = Annotated[
     Path | None, typer.Option("-d", "--dataset", metavar="DATASET", help="Folder with a dataset.json.  [default: the current folder]")
@@ -65,36 +66,6 @@ def modern_spellings(arguments: Sequence[str]) -> list[str]:
     return [NNUNET_SPELLINGS.get(name, name) + equals + value for name, equals, value in named] + list(arguments[end:])
 
 
-COMMON = {
-    "verbose": (bool, typer.Option("--verbose", help="Say more.")),
-    "quiet": (bool, typer.Option("--quiet", help="Say nothing but warnings and errors.")),
-    "disable_progress": (bool, typer.Option("--disable-progress", help="No progress.")),
-    "debug": (bool, typer.Option("--debug", help="Show the traceback of an error.")),
-}
-
-
-def command(*examples: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Register a stage's options as a command: with the options every command has, examples in its help, and its exit code."""
-
-    def register(function: Callable[..., int]) -> Callable[..., int]:
-        @functools.wraps(function)
-        def run(*, verbose: bool, quiet: bool, disable_progress: bool, debug: bool, **options: Any) -> None:
-            talk = console.settings
-            talk.verbose, talk.quiet, talk.progress = verbose or debug, quiet and not debug, not disable_progress
-            talk.debug = debug
-            raise typer.Exit(exit_code_of(lambda: function(**options), debug))
-
-        own = inspect.signature(function, eval_str=True).parameters.values()
-        common = [Parameter(n, Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[t, option]) for n, (t, option) in COMMON.items()]
-        parameters = [*(parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own), *common]
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        app.command(epilog="\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples))(run)
-        return function
-
-    return register
-
-
 def _show_version(asked: bool) -> None:
     if asked:
         console.result(f"slmsam2 {VERSION}")
@@ -105,7 +76,7 @@ VersionOption = Annotated[bool, typer.Option("--version", callback=_show_version
 
 
 @app.callback(
-    epilog="\b\nExamples:\n  slmsam2 demo\n  cd Task04_Hippocampus && slmsam2 finetune -n 5 && slmsam2 predict && slmsam2 evaluate"
+    epilog=examples_in_help("slmsam2 demo", "cd Task04_Hippocampus && slmsam2 finetune -n 5 && slmsam2 predict && slmsam2 evaluate")
 )
 def _slmsam2(version: VersionOption = False) -> None:
     """Annotate one slice of a CT or MR volume, get the whole volume.
@@ -166,7 +137,7 @@ def finetune(
     cases: Annotated[int, typer.Option("-n", "--cases", min=1, metavar="N", help="How many labelled cases to learn from.")] = 5,
     weights: Annotated[
         str,
-        typer.Option(metavar="auto|random|FILE", help="Where to start: the packaged base, random weights, or a .safetensors checkpoint."),
+        typer.Option(metavar="auto|random|NAME|FILE", help="Where to start: packaged, random, named (slmsam2 weights list), or a file."),
     ] = "auto",
     minutes: Annotated[
         float | None, typer.Option(min=0.01, metavar="M", help="Stop after so many minutes.  [default: what the plan says]")
@@ -230,7 +201,7 @@ def predict(
     model: Annotated[
         Path | None, typer.Option(metavar="FILE|FOLDER", help="A fine-tuned model.  [default: the workspace's, else the packaged base]")
     ] = None,
-    weights: Annotated[str | None, typer.Option(metavar="auto|FILE", help="Base weights, not fine-tuned, instead of a model.")] = None,
+    weights: Annotated[str | None, typer.Option(metavar="auto|NAME|FILE", help="Base weights, not fine-tuned, instead of a model.")] = None,
     device: DeviceOption = "auto",
     num_parts: Annotated[int, typer.Option(min=1, metavar="P", help="Share the volumes among so many runs.")] = 1,
     part_id: Annotated[int, typer.Option(min=0, metavar="I", help="Which share this run takes, from 0.")] = 0,
@@ -291,7 +262,7 @@ def evaluate(
     dataset: DatasetOption = None,
     workspace: WorkspaceOption = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="FOLDER", help="Where the tables go.  [default: WORKSPACE/evaluation]")
+        Path | None, typer.Option("-o", "--out", metavar="FOLDER", help="Where the results go.  [default: WORKSPACE/evaluation, else MASKS/evaluation]")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
     fail_under: Annotated[

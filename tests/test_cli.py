@@ -21,7 +21,8 @@ from slmsam2_cli.outcome import Terminated, exit_code_of
 from slmsam2_cli.version import VERSION
 from slmsam2_cli.workspace import Workspace
 
-COMMANDS = ("plan", "preprocess", "finetune", "predict", "evaluate", "demo")
+COMMANDS = ("plan", "preprocess", "finetune", "predict", "evaluate", "demo", "weights")
+WEIGHTS = ("weights list", "weights get", "weights verify", "weights import")
 HEAVY = ("torch", "sam2", "SimpleITK", "nibabel", "scipy", "pandas", "numpy")
 ROOT = Path(cli.__file__).parents[1]
 
@@ -87,13 +88,13 @@ try:
 except SystemExit:
     print([name for name in {HEAVY} if name in sys.modules])
 """
-    for arguments in (["--help"], ["predict", "--help"], ["--version"]):
+    for arguments in (["--help"], ["predict", "--help"], ["weights", "get", "--help"], ["--version"]):
         assert in_a_process(source, *arguments).stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *WEIGHTS])
 def test_every_commands_help_shows_an_example_of_it(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(command, "--help") == 0
+    assert run(*command.split(), "--help") == 0
     _, _, examples = capsys.readouterr().out.partition("Examples:")
     assert f"slmsam2 {command}" in examples
 
@@ -104,9 +105,9 @@ def test_help_lists_the_commands_in_the_order_of_the_work(capsys: pytest.Capture
     assert [line.split()[0] for line in listed if line.startswith("  ") and line.split()][: len(COMMANDS)] == list(COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", *COMMANDS, *WEIGHTS])
 def test_help_has_no_cut_sentence_and_no_control_character(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run(*filter(None, [command]), "--help")
+    run(*command.split(), "--help")
     text = capsys.readouterr().out
     assert "..." not in text.replace("COMMAND [ARGS]...", "")
     assert text.replace("\n", "").isprintable()

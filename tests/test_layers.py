@@ -14,6 +14,8 @@ PACKAGE = Path(slmsam2_cli.__file__).parent
 # From the top: what is named in a row may import every row below it, and its own folder.
 LAYERS = (
     ("cli",),
+    ("cli_weights",),
+    ("cli_command",),
     ("outcome",),
     ("demo",),
     ("stages",),
@@ -27,7 +29,7 @@ LAYERS = (
     ("errors",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-WITHOUT_TORCH = ("cli", "outcome", "data", "planning", "evaluation", "report", "workspace", "console", "version", "errors")
+WITHOUT_TORCH = ("cli", "cli_weights", "cli_command", "outcome", "data", "planning", "evaluation", "report", "workspace", "console", "version", "errors")
 
 
 def name_of(path: Path) -> str:
