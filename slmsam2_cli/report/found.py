@@ -18,6 +18,7 @@ from scipy import ndimage
 from slmsam2_cli.report.flags import Ends
 from slmsam2_cli.report.opened import Opened
 
+GROSS_Z = 7.0  # twice as far out as what is odd
 OUTLIER_Z, OUTLIER_CASES = 3.5, 5  # robust z of log volume; at least so many cases with the structure
 OPEN_END = 0.5  # of the largest slice, on the volume's first or last one; any share where most cases do not reach it
 JUMP, JUMP_SHARE, JUMP_SLICES = 3.0, 0.4, 5  # times its neighbour; of the largest slice; slices of the structure
@@ -102,6 +103,14 @@ class Cohort:
         middle = float(np.median(logs))
         spread = float(np.median(np.abs(logs - middle)))
         return 0.6745 * (math.log(volume_ml) - middle) / spread if spread > 1e-9 else None
+
+
+def gross(found: Found | None, cohort: Cohort) -> bool:
+    """Whether one structure alone is reason enough to look at the case before all others."""
+    if found is None:
+        return cohort.prompted and bool(cohort.volumes_ml)
+    z = cohort.robust_z(found.volume_ml)
+    return z is not None and abs(z) > GROSS_Z
 
 
 def suspicions(found: Found | None, cohort: Cohort) -> list[str]:

@@ -1,7 +1,7 @@
 """Predictions without a truth as a report: volumes, the model's own doubt, and what is odd, so that a person knows where to look first.
 
-Cases come with the most suspicious first: by the number of flags, then by doubt (1 - mean confidence, or the mean disagreement where that
-is more, of the worst structure), then by name.
+Cases come with the most suspicious first: gross oddities, then by the number of flags, then by doubt (1 - mean confidence, or the mean
+disagreement where that is more, of the worst structure), then by name.
 """
 
 from __future__ import annotations
@@ -50,7 +50,11 @@ DEFINITIONS = (
         "area jumps",
         f"more than {looking.JUMP:g} times its neighbour, by more than {100 * looking.JUMP_SHARE:g} % of the structure's largest slice",
     ),
-    ("order of cases", "number of flags, then 1 - mean confidence or mean disagreement, whichever is more"),
+    (
+        "order of cases",
+        f"first those with an empty structure, or one whose volume is beyond a robust z of {looking.GROSS_Z:g}; then the number of flags, "
+        "then by 1 - mean confidence or mean disagreement, whichever is more",
+    ),
 )
 
 
@@ -97,7 +101,9 @@ def of_predictions(
         advance()
     cohorts = _cohorts(told, seen)
     cases = _with_flags([_case(case, entry, seen[case], told, cohorts) for case, entry in told.cases.items()], told, seen, cohorts)
-    looks = with_looks(sorted(cases, key=_order), sources, lambda case, opened: case, beside, advance, budget, odd=_odd(seen, cohorts))
+    gross = {case for case, one in seen.items() if one and any(looking.gross(one.found.get(v), c) for v, c in cohorts.items())}
+    ordered = sorted(cases, key=lambda case: (case.status != "failed", case.id not in gross, *_order(case)))
+    looks = with_looks(ordered, sources, lambda case, opened: case, beside, advance, budget, odd=_odd(seen, cohorts))
     return _report(told, cohorts, looks, facts)
 
 
@@ -192,13 +198,14 @@ def _mark(k: int, pixels: int, given: Sequence[int], confidence: float | None, d
     return SliceMark(k, pixels, prompted=k in given, distance=away, confidence=confidence, disagreement=disagreement)
 
 
-def _order(case: CaseReport) -> tuple[bool, int, float, str]:
+def _order(case: CaseReport) -> tuple[int, float, str]:
+    """By the number of flags, then by doubt, then by name."""
     doubt = [
         max(1 - (confidence if confidence is not None else 1.0), _number(s, "disagreement") or 0.0)
         for s in case.structures
         for confidence in [_number(s, "confidence")]
     ]
-    return case.status != "failed", -len(case.flags), -max(doubt, default=0.0), case.id
+    return -len(case.flags), -max(doubt, default=0.0), case.id
 
 
 def _report(told: _Told, cohorts: Mapping[int, Cohort], looks: Looks, facts: Sequence[tuple[str, str]]) -> Report:

@@ -285,3 +285,14 @@ def test_our_own_files_are_known_by_how_they_begin(folder):
     assert marked(render(made(folder, {"a": entry("a")}))).encode().startswith(PAGE_BEGINS + b"\n<html")
     assert marked(PAGE_BEGINS.decode() + "\n<html>") == PAGE_BEGINS.decode() + "\n<html>"
     assert volumes_script("a", ViewerVolumes("")).encode().startswith(VOLUMES_BEGIN)
+
+
+def test_one_gross_oddity_comes_before_many_small_ones(tmp_path):
+    """A speck among blocks of nearly one size; another case has two flags."""
+    for number, name in enumerate("abcde"):
+        saved(tmp_path / f"{name}.nii.gz", block(SHAPE, z=(3, 7), x=(4, 15 + number)))
+    saved(tmp_path / "jumps.nii.gz", block(SHAPE, z=(2, 8), y=(5, 7), x=(8, 10)) | block(SHAPE, z=(5, 8), x=(4, 17)))
+    saved(tmp_path / "speck.nii.gz", block(SHAPE, z=(5, 6), y=(5, 6), x=(5, 7)))
+    low = {"confidence": {"1": {"slices": {str(k): 0.3 for k in range(12)}}}}
+    report = made(tmp_path, {name: entry(name, **(low if name == "jumps" else {})) for name in [*"abcde", "jumps", "speck"]})
+    assert [(case.id, len(case.flags)) for case in report.cases[:2]] == [("speck", 1), ("jumps", 2)]
