@@ -255,6 +255,8 @@ def _compared(path: Path, entry: Entry | None) -> str:
 
 
 def _sha256(path: Path) -> str:
+    if path.is_dir():
+        raise WeightsError(f"{path}: a directory, not a file. Name a file of weights")
     try:
         return store.sha256_of(path)
     except InputError as error:
