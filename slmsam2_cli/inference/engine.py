@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slmsam2_cli.model.memory.policy import Moment
-from slmsam2_cli.model.slmsam2 import Memory, MemoryBank, SliceFeatures, SlmSam2
+from slmsam2_cli.model.slmsam2 import Memory, MemoryBank, SliceFeatures, SliceOutput, SlmSam2
 
 ABSENT = -20.0  # logit of "nothing here" in results
 SURE = 10.0  # the most one of two passes counts where they are blended; "nothing here" would outvote the other from afar
@@ -117,12 +117,17 @@ def _remember(model: SlmSam2, features: Features, anchor: Anchor, logits: Tensor
     mask = anchor.mask.float()[None, None].to(model.device)
     output = model.anchor(features[anchor.slice], mask)
     logits[anchor.slice], confidence[anchor.slice] = output.logits[0, 0].float().cpu(), 1.0
-    return _stored(model.remember(features[anchor.slice], output, None if low else mask))
+    return stored(model.remember(features[anchor.slice], output, None if low else mask))
 
 
-def _stored(memory: Memory) -> Memory:
+def stored(memory: Memory) -> Memory:
     """Spatial memories are kept in bfloat16, as SAM 2's predictor does: half the bytes."""
     return replace(memory, spatial=memory.spatial.to(torch.bfloat16))
+
+
+def confidence_of(output: SliceOutput) -> float:
+    """Presence probability times predicted IoU of the one object on a slice."""
+    return float(output.presence.float().sigmoid() * output.iou.float().amax(dim=1, keepdim=True).clamp(0, 1))
 
 
 def _run(
@@ -145,12 +150,12 @@ def _run(
     for t in range(start + step, stop, step):
         moment = Moment(t, step, bank.anchors, bank.tracked, count)
         output = model.track(features[t], bank, moment)
-        bank.write(t, _stored(model.remember(features[t], output)))
+        bank.write(t, stored(model.remember(features[t], output)))
         model.forget(bank, moment)
         share = abs(stop - t) / abs(stop - start) if between else 1.0
         seen = output.logits[0, 0].float().cpu()
         seen = seen.clamp(-SURE, SURE) if between else seen.clamp(min=ABSENT)
-        sure = float(output.presence.float().sigmoid() * output.iou.float().amax(dim=1, keepdim=True).clamp(0, 1))
+        sure = confidence_of(output)
         if weight[t] > 0:  # the other side was here, so its logits are all that is in `logits`
             disagreement[t] = _disagreement(logits[t] > 0, seen > 0)
         mix = share / (share + float(weight[t]))

@@ -21,6 +21,17 @@ def model():
     return built
 
 
+POLICIES = ("fifo", "shortlong", "selfsort", "shortlong+selfsort")
+
+
+def built(policy, **options):
+    """As `model`, with another memory policy; the bank takes whatever is present."""
+    torch.manual_seed(0)
+    other = SlmSam2(NetworkPlan(size="nano", policy=policy, bank_confidence=0.0, bank_similarity=-1.0, **options), PX).eval()
+    torch.nn.init.constant_(other.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 5.0)
+    return other
+
+
 def stack(slices, seed=0):
     return torch.rand(slices, 3, PX, PX, generator=torch.Generator().manual_seed(seed))
 
@@ -186,3 +197,45 @@ def test_as_many_slices_are_encoded_at_a_time_as_was_asked_for(model, monkeypatc
     monkeypatch.setattr(SlmSam2, "encode", lambda self, frames: sizes.append(len(frames)) or encode(self, frames))
     propagate(model, stack(3), {1: [Anchor(1, square())]}, batch=batch)
     assert max(sizes) == min(batch, 3)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("options", [{}, {"presence_gate": True, "two_sided": True}])
+def test_under_every_policy_annotated_slices_come_back_and_ends_are_kept(policy, options):
+    anchors = [Anchor(1, EMPTY), Anchor(3, square()), Anchor(6, square(8, 30)), Anchor(8, EMPTY)]
+    found = propagate(built(policy, **options), stack(10), {1: anchors})[1]
+    for anchor in anchors:
+        assert ((found.logits[anchor.slice] > 0) == anchor.mask[2::4, 2::4]).all() and found.confidence[anchor.slice] == 1
+    assert (found.logits[[0, 9]] == ABSENT).all()
+    assert all((found.logits[t] > ABSENT).any() for t in (2, 4, 5, 7))
+    assert not found.disagreement[[4, 5]].isnan().any()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_one_sided_passes_are_independent_and_two_sided_ones_are_not(policy):
+    """Slices after the anchor change those before it only where the way back reads what the way out has written."""
+    frames, other = stack(7), stack(7)
+    other[4:] = stack(3, seed=9)
+    for two_sided in (False, True):
+        model = built(policy, two_sided=two_sided)
+        one, two = (propagate(model, given, {1: [Anchor(3, square())]})[1].logits for given in (frames, other))
+        assert torch.equal(one[:3], two[:3]) == (not two_sided)
+
+
+def test_two_sided_passes_go_up_from_every_anchor_and_then_down(monkeypatch):
+    went, track = [], SlmSam2.track
+    monkeypatch.setattr(SlmSam2, "track", lambda self, f, bank, at: went.append((at.slice, at.step)) or track(self, f, bank, at))
+    propagate(built("fifo", two_sided=True), stack(7), {1: [Anchor(1, square()), Anchor(4, square())]})
+    assert went == [(2, 1), (3, 1), (5, 1), (6, 1), (3, -1), (2, -1), (0, -1)]
+
+
+def test_the_store_of_one_object_is_not_that_of_another(monkeypatch):
+    stores, track = {}, SlmSam2.track
+
+    def noted(self, features, bank, moment):
+        stores.setdefault(id(bank.anchors), (bank, []))[1].append(moment.slice)
+        return track(self, features, bank, moment)
+
+    monkeypatch.setattr(SlmSam2, "track", noted)
+    propagate(built("selfsort", two_sided=True), stack(5), {1: [Anchor(2, square())], 2: [Anchor(4, square(4, 12))]})
+    assert [(list(bank.anchors), seen) for bank, seen in stores.values()] == [([2], [3, 4, 1, 0]), ([4], [3, 2, 1, 0])]

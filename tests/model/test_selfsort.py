@@ -32,27 +32,27 @@ def moment(slice_, *stored, step=1, at=None):
 
 def test_only_the_present_the_confident_and_the_similar_are_admitted():
     absent, unsure, unlike, just_so, good = (1, -0.1, 1.0, 0), (2, 5.0, 0.49, 0), (3, 5.0, 1.0, 61), (4, 0.1, 0.5, 59.9), (5, 5.0, 0.9, 10)
-    assert SelfSort().bank(moment(6, absent, unsure, unlike, just_so, good)) == [4, 5]
+    assert SelfSort().members(moment(6, absent, unsure, unlike, just_so, good)) == [4, 5]
 
 
 def test_behind_the_gate_a_slice_has_to_be_certain_too():
     barely, well = (1, 0.01, 1.0, 0), (2, 0.1, 1.0, 0)
-    assert SelfSort(presence_gate=True).bank(moment(3, barely, well)) == [2]
-    assert SelfSort().bank(moment(3, barely, well)) == [1, 2]
+    assert SelfSort(presence_gate=True).members(moment(3, barely, well)) == [2]
+    assert SelfSort().members(moment(3, barely, well)) == [1, 2]
 
 
 def test_the_least_different_of_too_many_leaves():
     """At 0, 10 and 40 degrees the one in the middle is nearest to the others."""
-    assert SelfSort(capacity=2).bank(moment(4, (1, 5.0, 0.9, 0), (2, 5.0, 0.9, 10), (3, 5.0, 0.9, 40))) == [1, 3]
+    assert SelfSort(capacity=2).members(moment(4, (1, 5.0, 0.9, 0), (2, 5.0, 0.9, 10), (3, 5.0, 0.9, 40))) == [1, 3]
 
 
 @pytest.mark.parametrize("order", list(permutations([(1, 5.0, 0.9, 0), (2, 5.0, 0.8, 0), (3, 5.0, 0.9, 0)])))
 def test_among_equals_the_least_confident_leaves_whatever_the_order(order):
-    assert sorted(SelfSort(capacity=2).bank(moment(4, *order))) == [1, 3]
+    assert sorted(SelfSort(capacity=2).members(moment(4, *order))) == [1, 3]
 
 
 def test_among_equals_of_equal_confidence_the_higher_index_leaves():
-    assert SelfSort(capacity=2).bank(moment(9, *[(s, 5.0, 0.9, 20) for s in (1, 2, 3, 4)])) == [1, 2]
+    assert SelfSort(capacity=2).members(moment(9, *[(s, 5.0, 0.9, 20) for s in (1, 2, 3, 4)])) == [1, 2]
 
 
 def test_the_anchor_is_read_however_unlike_and_then_the_most_similar_first():
@@ -83,7 +83,7 @@ def test_what_has_left_the_bank_may_be_forgotten_without_changing_it():
     for i, one in enumerate(stored):
         everything = moment(one[0], *stored[: i + 1])
         remembered = moment(one[0], *kept, one)
-        assert policy.bank(remembered) == policy.bank(everything)
+        assert policy.members(remembered) == policy.members(everything)
         kept = [s for s in (*kept, one) if s[0] in policy.keep(remembered)]
         assert len(kept) <= 4 + 1
 

@@ -43,16 +43,16 @@ class SelfSort:
 
     def keep(self, moment: Moment) -> list[int]:
         """The bank, and the slice just stored: its mask may be carried to the next one."""
-        return [*{*self.bank(moment), *(s for s in moment.tracked if s == moment.slice)}]
+        return [*{*self.members(moment), *(s for s in moment.tracked if s == moment.slice)}]
 
     def long(self, moment: Moment) -> Stream:
         """Anchors, and the bank's slices most similar to this one; ties: the more confident first, then the lower index."""
         told = moment.evidence
-        ranked = sorted(self.bank(moment), key=lambda s: (-told.here[s], -told.confidence[s], s))
+        ranked = sorted(self.members(moment), key=lambda s: (-told.here[s], -told.confidence[s], s))
         read = [*moment.anchors, *ranked[: self.nearest]]
         return Stream(tuple((s, self.row) for s in read), tuple((s, NEIGHBOUR) for s in read))
 
-    def bank(self, moment: Moment) -> list[int]:
+    def members(self, moment: Moment) -> list[int]:
         """The tracked slices in the bank, in the order of writing.
 
         Admission is gone through anew each time. What had left would leave again, so forgetting it changes nothing.

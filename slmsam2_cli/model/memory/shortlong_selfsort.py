@@ -27,6 +27,11 @@ class ShortLongSelfSort:
         """Whether the bank is."""
         return self.bank.two_sided
 
+    @property
+    def min_similarity(self) -> float:
+        """What the bank asks for."""
+        return self.bank.min_similarity
+
     def read(self, moment: Moment) -> tuple[Stream, ...]:
         """Two streams: long, short."""
         long = self.bank.long(moment)
