@@ -1,0 +1,153 @@
+"""What each memory policy costs: `tiny` at 512 px, random weights, one object through slices of one real volume.
+
+    python benchmarks/policies.py IMAGE LABEL [--slices 12] [--repeats 2] [--threads 2] [--size tiny] [--px 512]
+
+All policies have the same weights and take turns at every slice, in one process; medians over the slices that have a full
+memory behind them (from the 7th on). Time does not depend on the weights' values, except that random ones must believe the
+object to be present and the bank must take what they say. "Stored" is what the bank holds at the end; the peak is that of a
+process of its own that does nothing else, encoding included.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import nibabel
+import numpy as np
+import torch
+
+from slmsam2_cli.inference.engine import stored
+from slmsam2_cli.model.memory.policy import Moment
+from slmsam2_cli.model.slmsam2 import MemoryBank, SliceFeatures, SlmSam2
+from slmsam2_cli.planning.network import NetworkPlan, PolicyName
+
+FULL = 7  # slices after which every policy has all it reads
+TARGET = 1.35  # of fifo, for shortlong
+GATED = "fifo, presence gate"
+
+
+def slices_of(image: Path, label: Path, count: int, px: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(T, 3, px, px) in [0, 1] from the slice where the object is largest upwards, and its mask there (1, 1, px, px)."""
+    voxels, mask = (np.asarray(nibabel.load(path).dataobj, dtype=np.float32) for path in (image, label))
+    axis = int(np.argmin(voxels.shape))
+    voxels, mask = np.moveaxis(voxels, axis, 0), np.moveaxis(mask, axis, 0) > 0
+    start = min(int(mask.sum(axis=(1, 2)).argmax()), len(voxels) - count)
+    low, high = np.percentile(voxels, (0.5, 99.5))
+    grey = torch.from_numpy(((voxels[start : start + count] - low) / (high - low)).clip(0, 1).astype(np.float32))[:, None]
+    drawn = torch.from_numpy(mask[start].astype(np.float32))[None, None]
+    resized = [torch.nn.functional.interpolate(a, size=(px, px), mode=m) for a, m in ((grey, "bilinear"), (drawn, "nearest"))]
+    return resized[0].expand(-1, 3, -1, -1).contiguous(), resized[1]
+
+
+def build(name: str, size: str, px: int) -> SlmSam2:
+    """A network whose random weights are the same for every policy."""
+    torch.manual_seed(0)
+    options = {"bank_confidence": 0.0, "bank_similarity": -1.0, "presence_gate": name == GATED}
+    model = SlmSam2(NetworkPlan(size=size, policy=name.partition(",")[0], **options), px).eval()
+    torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 5.0)
+    return model
+
+
+class Run:
+    """One policy on its way up from the annotated slice."""
+
+    def __init__(self, model: SlmSam2, first: SliceFeatures, mask: torch.Tensor, slices: int) -> None:
+        self.model, self.slices = model, slices
+        self.bank = MemoryBank({0: stored(model.remember(first, model.anchor(first, mask), mask))})
+
+    def step(self, t: int, here: SliceFeatures) -> float:
+        """Track and remember slice t; seconds."""
+        started = time.perf_counter()
+        moment = Moment(t, 1, self.bank.anchors, self.bank.tracked, self.slices)
+        self.bank.write(t, stored(self.model.remember(here, self.model.track(here, self.bank, moment))))
+        self.model.forget(self.bank, moment)
+        return time.perf_counter() - started
+
+    def stored_mib(self) -> float:
+        memories = [*self.bank.anchors.values(), *self.bank.tracked.values()]
+        return sum(t.nbytes for m in memories for t in (m.spatial, m.pointer, m.chosen, m.traces.vector)) / 2**20
+
+
+def encoded(model: SlmSam2, frames: torch.Tensor) -> Iterator[tuple[int, SliceFeatures, float]]:
+    """(t, features, seconds), a slice at a time."""
+    for t in range(len(frames)):
+        started = time.perf_counter()
+        features = model.encode(frames[t : t + 1])
+        yield t, features, time.perf_counter() - started
+
+
+@torch.inference_mode()
+def measure(
+    models: dict[str, SlmSam2], frames: torch.Tensor, mask: torch.Tensor, repeats: int
+) -> tuple[float, dict[str, tuple[float, float]]]:
+    """Median seconds of encoding a slice, and of (tracking and remembering it, MiB stored) under each policy."""
+    encoding, tracking, kept = [], {name: [] for name in models}, dict.fromkeys(models, 0.0)
+    for _ in range(repeats):
+        runs: dict[str, Run] = {}
+        for t, features, seconds in encoded(next(iter(models.values())), frames):
+            encoding.append(seconds)
+            runs = runs or {name: Run(model, features, mask, len(frames)) for name, model in models.items()}
+            turn = list(runs)[t % len(runs) :] + list(runs)[: t % len(runs)]  # nobody always goes first
+            taken = {name: runs[name].step(t, features) for name in turn if t > 0}
+            for name in taken if t >= FULL else ():
+                tracking[name].append(taken[name])
+        kept = {name: run.stored_mib() for name, run in runs.items()}
+    return statistics.median(encoding), {name: (statistics.median(tracking[name]), kept[name]) for name in models}
+
+
+@torch.inference_mode()
+def alone(name: str, size: str, frames: torch.Tensor, mask: torch.Tensor, threads: int, answer: "multiprocessing.Queue[float]") -> None:
+    """Peak memory in MiB of a process that runs one policy, up to a full memory."""
+    torch.set_num_threads(threads)
+    model, run = build(name, size, frames.shape[-1]), None
+    for t, features, _ in encoded(model, frames[: FULL + 2]):
+        run = run or Run(model, features, mask, len(frames))
+        if t:
+            run.step(t, features)
+    answer.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def peak(name: str, size: str, frames: torch.Tensor, mask: torch.Tensor, threads: int) -> float:
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    process = context.Process(target=alone, args=(name, size, frames, mask, threads, answer))
+    process.start()
+    found = float(answer.get())
+    process.join()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("image", type=Path)
+    parser.add_argument("label", type=Path)
+    parser.add_argument("--slices", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--size", default="tiny")
+    parser.add_argument("--px", type=int, default=512)
+    parser.add_argument("--no-peak", action="store_true", help="leave out the processes that measure peak memory")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    frames, mask = slices_of(options.image, options.label, options.slices, options.px)
+    names = [*get_args(PolicyName), GATED]
+    models = {name: build(name, options.size, options.px) for name in names}
+    encoding, found = measure(models, frames, mask, options.repeats)
+    whole = {name: encoding + tracking for name, (tracking, _) in found.items()}
+    print(f"{options.size} at {options.px} px, {options.slices} slices, {options.threads} threads; encoding {1000 * encoding:.0f} ms\n")
+    print("| policy | track + remember, ms a slice | with encoding, ms a slice | ratio to fifo | stored, MiB | peak, MiB |")
+    print("|---|---|---|---|---|---|")
+    for name, (tracking, kept) in found.items():
+        most = "" if options.no_peak else f"{peak(name, options.size, frames, mask, options.threads):.0f}"
+        print(f"| {name} | {1000 * tracking:.0f} | {1000 * whole[name]:.0f} | {whole[name] / whole['fifo']:.2f} | {kept:.1f} | {most} |")
+    ratio, tracked = whole["shortlong"] / whole["fifo"], found["shortlong"][0] / found["fifo"][0]
+    print(f"\nshortlong: {ratio:.2f} times fifo a slice (target: at most {TARGET}); without encoding {tracked:.2f} times")
+
+
+if __name__ == "__main__":
+    main()
