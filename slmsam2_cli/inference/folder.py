@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from slmsam2_cli.data.prompts import Prompts, Where, impose, read_prompts, simul
 from slmsam2_cli.data.volume import Volume, read_image, read_labels
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.inference.anchors import anchors_of
-from slmsam2_cli.inference.engine import BATCH, Propagated, full_resolution, propagate
+from slmsam2_cli.inference.engine import BATCH, Anchor, Propagated, full_resolution, propagate
+from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.slices import framed, to_rgb
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import Plan
@@ -79,8 +80,19 @@ class Segmented:
     account: dict[str, Any]
 
 
-def segment(case: Case, root: Path, prompts_from: PromptSource, model: SlmSam2, plan: Plan, batch: int = BATCH) -> Segmented:
-    """Propagate one case, encoding `batch` slices at a time. CaseError names what is wrong with it; nothing is written."""
+def segment(
+    case: Case,
+    root: Path,
+    prompts_from: PromptSource,
+    model: SlmSam2,
+    plan: Plan,
+    calibration: Calibration | None = None,
+    batch: int = BATCH,
+) -> Segmented:
+    """Propagate one case, encoding `batch` slices at a time. CaseError names what is wrong with it; nothing is written.
+
+    calibration: turns the confidence of slices that nobody annotated into the Dice to expect.
+    """
     started = time.monotonic()
     image = read_image(case.images, case=case.id, root=root, channels=len(plan.channels))
     view, frames = make_frames(image, plan.geometry, plan.intensity)
@@ -89,7 +101,19 @@ def segment(case: Case, root: Path, prompts_from: PromptSource, model: SlmSam2, 
     stack = framed(to_rgb(torch.from_numpy(frames)), plan.geometry.frame_px)
     found = propagate(model, stack, objects, batch=batch)
     labels = impose(_labels(found, view, plan), prompts, view)
-    return Segmented(labels, image, (*image.warnings, *warnings), _account(prompts, view, found, time.monotonic() - started))
+    told = {value: _calibrated(one, objects[value], calibration) for value, one in found.items()}
+    account = _account(prompts, view, told, time.monotonic() - started) | {"calibrated": calibration is not None}
+    return Segmented(labels, image, (*image.warnings, *warnings), account)
+
+
+def _calibrated(found: Propagated, anchors: list[Anchor], calibration: Calibration | None) -> Propagated:
+    """The same masks with calibrated confidence; annotated slices, and slices that no pass came to, keep theirs."""
+    if calibration is None:
+        return found
+    table = torch.from_numpy(calibration(found.confidence.numpy())).to(found.confidence)
+    given = torch.zeros_like(found.confidence, dtype=torch.bool)
+    given[[anchor.slice for anchor in anchors]] = True
+    return replace(found, confidence=torch.where(given | (found.confidence == 0), found.confidence, table))
 
 
 def _labels(found: dict[int, Propagated], view: View, plan: Plan) -> np.ndarray:

@@ -94,6 +94,10 @@ class Checkpoint:
         """For which modalities there are adapters inside."""
         return tuple(adapters.split(self.state)[1])
 
+    def calibration_for(self, modality: str) -> Calibration | None:
+        """The table, where it was fitted on images of this modality."""
+        return self.calibration if self.plan is not None and self.plan.modality == modality else None
+
     @property
     def warnings(self) -> tuple[str, ...]:
         """What every artefact made with these weights has to say."""
@@ -228,12 +232,7 @@ def fit(model: SlmSam2, checkpoint: Checkpoint, modality: str | None = None) -> 
     fresh = not any(name.startswith(_SHORT) for name in given)
     needed = {name: tensor.shape for name, tensor in wanted.items() if not (fresh and name.startswith(_SHORT))}
     if wrong := foreign.misfit(needed, given):
-        made_for = checkpoint.network
-        which = f": {made_for.size}, policy {made_for.policy}, fuser {made_for.fuser}" if made_for else ""
-        raise WeightsError(
-            f"{checkpoint.name}: does not fit network {model.network.size} ({model.network.policy}): {wrong}. "
-            f"Choose the network it was made for{which} (slmsam2 plan --network SIZE, or network in plan.json)"
-        )
+        raise WeightsError(_which_network(checkpoint, model.network, wrong))
     model.load_state_dict(wanted | given)
     if fresh and hasattr(model, "short_memory_attention"):
         model.copy_long_to_short()
@@ -241,6 +240,15 @@ def fit(model: SlmSam2, checkpoint: Checkpoint, modality: str | None = None) -> 
         adapters.attach(model, name, state, checkpoint.name)
     if modality in added:
         adapters.use(model, modality)
+
+
+def _which_network(checkpoint: Checkpoint, network: NetworkPlan, wrong: str) -> str:
+    """Why weights do not fit: another size says it all, else tensors by name."""
+    made_for, refused = checkpoint.network, f"{checkpoint.name}: does not fit network {network.size} ({network.policy})"
+    if made_for is not None and made_for.size != network.size:
+        return f"{refused}: it is of network {made_for.size}. Run slmsam2 plan --network {made_for.size} --overwrite, or choose others"
+    which = f" ({made_for.policy}, {made_for.fuser})" if made_for else ""
+    return f"{refused}: {wrong}. Choose the policy and fuser it was made for{which} under network in plan.json"
 
 
 def _which_base(needs: Needs) -> str:

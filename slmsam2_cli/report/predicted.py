@@ -22,6 +22,9 @@ from slmsam2_cli.report.opened import Opened, Sources, open_case
 
 Json = Mapping[str, Any]
 UNCALIBRATED = "uncalibrated: it says where to look first, not how good a mask is"
+CALIBRATED = "calibrated: the Dice to expect of a slice, by what was found in slices like it"
+PARTLY = "calibrated for some cases only, so it cannot be compared between cases"
+_CONFIDENCE = "presence probability times predicted IoU, mean over slices that hold the structure and were not given"
 COLUMNS = (
     ("volume_ml", "Volume ml", 2, ""),
     ("confidence", "Confidence", 3, "high"),
@@ -31,10 +34,7 @@ COLUMNS = (
 )
 DEFINITIONS = (
     ("volume_ml", "voxels of the structure times the volume of a voxel"),
-    (
-        "confidence",
-        f"presence probability times predicted IoU, mean over slices that hold the structure and were not given; {UNCALIBRATED}",
-    ),
+    ("confidence", _CONFIDENCE),
     ("confidence_lowest", "the least sure of these slices"),
     ("disagreement", "1 - Dice of the masks of the forward and the backward pass, mean over slices between two given ones"),
     (
@@ -209,28 +209,38 @@ def _order(case: CaseReport) -> tuple[int, float, str]:
 
 
 def _report(told: _Told, cohorts: Mapping[int, Cohort], looks: Looks, facts: Sequence[tuple[str, str]]) -> Report:
-    count = len(looks.cases)
+    count, worth = len(looks.cases), _worth(told.rest)
     return Report(
         kind="prediction",
         title=f"Masks of {count} case{'s' * (count != 1)}",
-        headline=_headline(looks.cases),
+        headline=_headline(looks.cases, worth),
         cases=looks.cases,
         structures={str(value): told.labels.get(value) or f"label {value}" for value in cohorts},
         columns=COLUMNS,
         worst=looks.worst,
         facts=(*_facts(told.rest), *facts),
-        definitions=DEFINITIONS,
+        definitions=tuple((key, f"{text}; {worth}" if text == _CONFIDENCE else text) for key, text in DEFINITIONS),
         warnings=(*map(str, told.rest.get("warnings", ())), *_unsure_of_most(looks.cases).values()),
     )
 
 
-def _headline(cases: Sequence[CaseReport]) -> tuple[tuple[str, str, str], ...]:
+def _worth(manifest: Json) -> str:
+    """What confidence says, by what predict noted of each case; and on which slices a table was fitted."""
+    each = {bool(entry.get("calibrated")) for entry in manifest.get("cases", {}).values()}
+    if len(each) > 1:
+        return PARTLY
+    table = manifest.get("calibration") or {}
+    note = str(table.get("note") or "") if isinstance(table, dict) else ""
+    return (f"{CALIBRATED}; {note}" if note else CALIBRATED) if each == {True} else UNCALIBRATED
+
+
+def _headline(cases: Sequence[CaseReport], worth: str) -> tuple[tuple[str, str, str], ...]:
     sure = [share for case in cases for s in case.structures if (share := _number(s, "confidence")) is not None]
     flagged = sum(bool(case.flags) for case in cases)
     mean = _mean(sure)
     return (
         ("Cases", str(len(cases)), "masks in this folder that slmsam2 predict made"),
-        ("Mean confidence", "-" if mean is None else f"{mean:.3f}", UNCALIBRATED),
+        ("Mean confidence", "-" if mean is None else f"{mean:.3f}", worth),
         (
             "Flagged",
             str(flagged),

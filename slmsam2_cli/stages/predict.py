@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,15 @@ from slmsam2_cli.errors import (
     DatasetError,
     DeviceError,
     OutputError,
-    PlanError,
     UsageError,
-    WeightsError,
 )
 from slmsam2_cli.inference.engine import BATCH
 from slmsam2_cli.inference.folder import PromptSource, Segmented, segment
+from slmsam2_cli.inference.ready import build_model, choose_model, split_of
 from slmsam2_cli.inference.records import Records, key_of, whole
-from slmsam2_cli.model.checkpoint import Checkpoint, base_weights, fit, read_checkpoint
-from slmsam2_cli.model.slmsam2 import SlmSam2
-from slmsam2_cli.planning.plan import Plan, read_plan
+from slmsam2_cli.model.calibration import Calibration
+from slmsam2_cli.model.checkpoint import Checkpoint
+from slmsam2_cli.planning.plan import Plan
 from slmsam2_cli.report.folder import report_on
 from slmsam2_cli.version import VERSION
 from slmsam2_cli.workspace import Workspace
@@ -62,12 +61,18 @@ class Job:
     shown: Mapping[str, tuple[Path, ...]] | None = None
 
     @property
+    def calibration(self) -> Calibration | None:
+        """What the model's confidence is worth on images like these, if that was measured."""
+        return self.checkpoint.calibration_for(self.plan.modality)
+
+    @property
     def records(self) -> Records:
         return Records(self.masks)
 
     def key(self, case: Case) -> str:
         """Digest of everything that shapes this case's mask."""
-        settings = f"{VERSION} {self.checkpoint.digest} {self.plan.digest} {self.prompts.simulated}"
+        table = self.calibration.model_dump_json() if self.calibration else ""
+        settings = f"{VERSION} {self.checkpoint.digest} {self.plan.digest} {self.prompts.simulated} {table}"
         return key_of(hashlib.sha256(settings.encode()).hexdigest(), [*case.images, *self.prompts.files(case)])
 
     def learned_from(self, case: Case) -> bool:
@@ -91,6 +96,7 @@ class Job:
             | {"network": self.plan.network.model_dump(), "provenance": provenance.model_dump(mode="json") if provenance else None},
             "labels": {str(value): name for value, name in self.plan.labels.items()},
             "prompts": self.prompts.words(),
+            "calibration": self.calibration.model_dump(mode="json") if self.calibration else None,
             "warnings": list(self.checkpoint.warnings),
         }
 
@@ -120,7 +126,7 @@ def predict(
     if not 0 <= part_id < num_parts:
         raise UsageError(f"--part-id {part_id} --num-parts {num_parts}: parts are numbered from 0 to {num_parts - 1}")
     data = read_dataset(dataset) if images is None and dataset is not None else None
-    checkpoint, plan = _model(workspace, model, weights, data)
+    checkpoint, plan = choose_model(workspace, model, weights, data)
     found = _cases(images, data, workspace)
     masks = _masks_folder(masks, workspace, images)
     source = _prompt_source(prompts, prompts_from, where, data)
@@ -131,69 +137,6 @@ def predict(
     job = Job(found.root, masks, source, plan, checkpoint, found.learned_from, overwrite, shown)
     with store.one_writer(masks, f"{part_id}-of-{num_parts}" if num_parts > 1 else ""):
         return _run(job, found.cases[part_id::num_parts], found.problems if part_id == 0 else (), chosen, device == "auto")
-
-
-def _model(workspace: Workspace | None, model: Path | None, weights: str | None, data: Dataset | None) -> tuple[Checkpoint, Plan]:
-    """--model, else --weights, else the workspace's tuned model, else the base; and the plan that goes with it."""
-    if model is not None and weights is not None:
-        raise UsageError("--model and --weights both name a model. Give one of them")
-    if model is not None:
-        checkpoint = read_checkpoint(model / "model.safetensors" if model.is_dir() else model)
-    elif weights is None and workspace is not None and workspace.model.exists():
-        checkpoint = read_checkpoint(workspace.model)
-        if _split(workspace).get("finished") is False:
-            console.warn("the workspace's model comes from an unfinished run. Go on with slmsam2 finetune --continue")
-    else:
-        base = _base(weights)
-        checkpoint = replace(base, plan=_workspace_plan(workspace, base, data) or base.plan)
-    plan = checkpoint.plan
-    if plan is None:
-        if workspace is None or not workspace.plan.exists():
-            raise PlanError(
-                f"{checkpoint.name}: the plan is missing (weights made elsewhere carry none). "
-                "Run slmsam2 plan on a data set like these images and name its workspace with -w"
-            )
-        plan = read_plan(workspace.plan)
-    console.say(
-        f"model: {checkpoint.name}, weights {checkpoint.digest[:12]}, {plan.network.size} at {plan.geometry.frame_px} px, "
-        f"slices along {plan.geometry.slice_axis}"
-    )
-    for warning in checkpoint.warnings:
-        console.warn(warning)
-    return checkpoint, plan
-
-
-def _workspace_plan(workspace: Workspace | None, base: Checkpoint, data: Dataset | None) -> Plan | None:
-    """What was decided for these images, for a base that was made for others; the network stays the one the weights are of.
-
-    None when there is no plan, or only one for other channels than the data set has.
-    """
-    if workspace is None or not workspace.plan.exists():
-        return None
-    plan = read_plan(workspace.plan)
-    if data is not None and data.channels != plan.channels:
-        console.warn(
-            f"plan.json knows the channels {plan.channels}, the data set has {data.channels}: not used. Run slmsam2 plan --overwrite"
-        )
-        return None
-    console.detail(f"{base.name} follows the workspace's plan.json")
-    return plan.model_copy(update={"network": base.network}) if base.network is not None else plan
-
-
-def _split(workspace: Workspace) -> dict[str, Any]:
-    """What finetune says of its run; empty when there was none."""
-    split = store.read_json(workspace.split, "the split") if workspace.split.exists() else {}
-    return split if isinstance(split, dict) else {}
-
-
-def _base(weights: str | None) -> Checkpoint:
-    try:
-        base = base_weights(weights or "auto")
-    except WeightsError as error:
-        raise WeightsError(f"no tuned model here, and {error}" if weights is None else str(error)) from None
-    if base is None:
-        raise UsageError("--weights random predicts noise. Fine-tune first: slmsam2 finetune --weights random")
-    return base
 
 
 @dataclass(frozen=True)
@@ -215,7 +158,7 @@ def _cases(images: Path | None, data: Dataset | None, workspace: Workspace | Non
             raise UsageError(f"-i {images}: not the name of a volume. Name one that ends in {', '.join(ENDINGS)}, or a folder of them")
         found = Chosen(images.parent if images.is_file() else images, *read_image_folder(images))
     elif data is not None and workspace is not None:
-        split = _split(workspace)
+        split = split_of(workspace)
         seen, unusable = frozenset(split.get("training", ())), frozenset(split.get("skipped", ()))
         unseen = tuple(case for case in data.training if case.id not in seen)
         if seen and not {case.id for case in unseen} - unusable:
@@ -345,9 +288,7 @@ class _Runner:
 
     def __init__(self, job: Job, device: torch.device, may_move: bool) -> None:
         self.job, self.device, self.may_move, self.batch = job, device, may_move, BATCH
-        model = SlmSam2(job.plan.network, job.plan.geometry.frame_px)
-        fit(model, job.checkpoint)
-        self.model = model.to(device).eval()
+        self.model = build_model(job.checkpoint, job.plan).to(device).eval()
         console.detail(f"running on {describe(device)}")
 
     def one(self, case: Case) -> None:
@@ -367,7 +308,7 @@ class _Runner:
     def _attempt(self, case: Case) -> Segmented | None:
         """The case, segmented; None when memory ran out and it is worth another try. What failed is freed before that."""
         try:
-            return segment(case, self.job.root, self.job.prompts, self.model, self.job.plan, self.batch)
+            return segment(case, self.job.root, self.job.prompts, self.model, self.job.plan, self.job.calibration, self.batch)
         except (MemoryError, RuntimeError, ValueError) as error:
             if not _is_want_of_memory(error):
                 what = f"cannot be segmented: {type(error).__name__}: {error}".rstrip(": ").splitlines()[0]

@@ -74,6 +74,21 @@ def test_the_headline_says_that_confidence_is_uncalibrated_and_how_many_are_flag
     assert "uncalibrated" in report.headline[1][2] and ("model", "tuned") in report.facts
 
 
+@pytest.mark.parametrize(
+    ("calibrated", "said"),
+    [
+        ((True, True), "calibrated: the Dice to expect of a slice, by what was found in slices like it; of ten volumes"),
+        ((True, False), "calibrated for some cases only"),
+        ((False, False), "uncalibrated: it says where to look first"),
+    ],
+)
+def test_confidence_is_called_calibrated_where_predict_says_so(folder, calibrated, said):
+    cases = {name: entry(name, calibrated=each) for name, each in zip("ab", calibrated, strict=True)}
+    report = of_predictions(manifest(cases) | {"calibration": {"note": "of ten volumes"}}, sources(folder, *cases))
+    (definition,) = [text for key, text in report.definitions if key == "confidence"]
+    assert report.headline[1][2].startswith(said) and definition.endswith(report.headline[1][2])
+
+
 def test_the_most_suspicious_case_comes_first_then_the_least_sure(folder):
     low = {"confidence": {"1": {"slices": {str(k): 0.6 for k in range(12)}}}}
     report = made(folder, {"a": entry("a"), "b": entry("b", **low), "empty": entry("empty")})

@@ -12,10 +12,12 @@ import torch
 
 from slmsam2_cli import console
 from slmsam2_cli.data.phantom import write_phantom_dataset
-from slmsam2_cli.errors import DatasetError, DeviceError, LockError, OutputError, UsageError
-from slmsam2_cli.model.checkpoint import digest_of, read_checkpoint, save_checkpoint
+from slmsam2_cli.errors import DatasetError, DeviceError, LockError, OutputError, UsageError, WeightsError
+from slmsam2_cli.model import adapters
+from slmsam2_cli.model.calibration import Calibration
+from slmsam2_cli.model.checkpoint import Needs, digest_of, fit, read_checkpoint, save_adapter, save_checkpoint
 from slmsam2_cli.model.slmsam2 import SlmSam2
-from slmsam2_cli.planning.plan import read_plan, write_plan
+from slmsam2_cli.planning.plan import AdapterPlan, read_plan, write_plan
 from slmsam2_cli.stages import predict as stage
 from slmsam2_cli.stages.evaluate import evaluate
 from slmsam2_cli.stages.finetune import finetune
@@ -555,3 +557,98 @@ def test_a_label_nobody_declared_is_named_with_its_voxels(images, tmp_path, data
     nibabel.save(nibabel.Nifti1Image(changed, truth.affine, truth.header), labels / name)
     assert run(images, tmp_path / "masks", dataset, prompts_from=labels) == 1
     assert "9 (1 voxels)" in capsys.readouterr().err
+
+
+# Adapters and calibrated confidence
+
+
+def adapter_at(folder, dataset, modality=None):
+    """The workspace's model as base, an adapter on it that changes something, whole and by itself. Returns both files and the modality."""
+    tuned = read_checkpoint(Workspace(dataset / "slmsam2").model)
+    modality = modality or tuned.plan.modality
+    model = SlmSam2(tuned.network, tuned.plan.geometry.frame_px)
+    fit(model, tuned)
+    adapters.add(model, modality, AdapterPlan())
+    adapters.use(model, modality)
+    with torch.no_grad():
+        for parameter in adapters.branch_parameters(model, modality):
+            parameter.add_(0.05)
+    whole, small = folder / "model.safetensors", folder / "small" / "adapter.safetensors"
+    save_checkpoint(whole, model, tuned.plan, tuned.provenance)
+    save_adapter(small, model, modality, tuned.plan, tuned.provenance, Needs(name=tuned.name, digest=tuned.digest))
+    return whole, small
+
+
+def voxels(masks):
+    return {name: np.asarray(nibabel.load(masks / name).dataobj) for name in written(masks) if name.endswith(".nii.gz")}
+
+
+def test_an_adapter_predicts_like_the_whole_model_it_was_saved_with(images, tmp_path, dataset):
+    whole, small = adapter_at(tmp_path / "models", dataset)
+    base = str(Workspace(dataset / "slmsam2").model)
+    assert run(images, tmp_path / "one", dataset, model=whole) == 0
+    assert run(images, tmp_path / "two", dataset, model=small.parent, weights=base) == 0
+    run(images, tmp_path / "base", dataset)
+    one, two = voxels(tmp_path / "one"), voxels(tmp_path / "two")
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    said = [[case["confidence"] for case in account(tmp_path / name).values()] for name in ("one", "two", "base")]
+    assert said[0] == said[1] != said[2]
+
+
+def test_a_modality_without_an_adapter_is_predicted_by_the_base_with_a_warning(images, tmp_path, dataset, capsys):
+    whole, _ = adapter_at(tmp_path / "models", dataset, modality="PET")
+    assert run(images, tmp_path / "masks", dataset, model=whole) == 0
+    assert "adapters for PET, none for MR: its base is used as it is" in capsys.readouterr().err
+    run(images, tmp_path / "base", dataset)
+    found, plain = voxels(tmp_path / "masks"), voxels(tmp_path / "base")
+    assert all(np.array_equal(found[name], plain[name]) for name in plain)
+
+
+def test_an_adapter_on_another_base_predicts_nothing(images, tmp_path, dataset):
+    whole, small = adapter_at(tmp_path / "models", dataset)
+    other = tmp_path / "other.safetensors"
+    tuned = read_checkpoint(whole)
+    save_checkpoint(other, SlmSam2(tuned.network, tuned.plan.geometry.frame_px), tuned.plan, tuned.provenance)
+    with pytest.raises(WeightsError, match="for the base model.safetensors .*other.safetensors has the weights"):
+        run(images, tmp_path / "masks", dataset, model=small, weights=str(other))
+    with pytest.raises(UsageError, match="Give one of them"):
+        run(images, tmp_path / "masks", dataset, model=whole, weights=str(other))
+
+
+def with_table(path, dataset, table):
+    """The workspace's model with another calibration."""
+    tuned = read_checkpoint(Workspace(dataset / "slmsam2").model)
+    model = SlmSam2(tuned.network, tuned.plan.geometry.frame_px)
+    fit(model, tuned)
+    save_checkpoint(path, model, tuned.plan, tuned.provenance, table)
+    return path
+
+
+def test_confidence_goes_through_the_models_table_but_on_given_slices(images, tmp_path, dataset, capsys):
+    halved = Calibration(
+        method="isotonic", confidence=(0.0, 1.0), dice=(0.0, 0.5), slices=99, error_before=0.3, error_after=0.1, note="here"
+    )
+    raw, table = tmp_path / "raw.safetensors", tmp_path / "table.safetensors"
+    assert run(images, tmp_path / "raw", dataset, model=with_table(raw, dataset, None)) == 0
+    assert "confidence is uncalibrated" in capsys.readouterr().err
+    assert run(images, tmp_path / "told", dataset, model=with_table(table, dataset, halved)) == 0
+    assert "uncalibrated" not in capsys.readouterr().err
+    head = json.loads((tmp_path / "told" / "manifest.json").read_text())
+    assert head["calibration"]["note"] == "here" and json.loads((tmp_path / "raw" / "manifest.json").read_text())["calibration"] is None
+    before, after = account(tmp_path / "raw"), account(tmp_path / "told")
+    for case in before:
+        assert (before[case]["calibrated"], after[case]["calibrated"]) == (False, True)
+        for label, told in after[case]["confidence"].items():
+            for k, share in told["slices"].items():
+                was, given = before[case]["confidence"][label]["slices"][k], int(k) in after[case]["prompted_slices"].get(label, ())
+                assert share == pytest.approx(was if given else was / 2, abs=1e-4)
+    masks = voxels(tmp_path / "raw"), voxels(tmp_path / "told")
+    assert all(np.array_equal(masks[0][name], masks[1][name]) for name in masks[0])
+
+
+def test_a_new_table_for_the_same_weights_makes_the_masks_account_out_of_date(images, tmp_path, dataset, capsys):
+    model = with_table(tmp_path / "model.safetensors", dataset, None)
+    run(images, tmp_path / "masks", dataset, model=model)
+    flat = Calibration(method="logistic", confidence=(0.0, 1.0), dice=(0.4, 0.4), slices=20, error_before=0.3, error_after=0.1)
+    run(images, tmp_path / "masks", dataset, model=with_table(model, dataset, flat))
+    assert "2 masks written, 0 already there" in capsys.readouterr().err

@@ -1,0 +1,111 @@
+"""Which model segments, by which plan, and the network that comes of them: base, adapter of the plan's modality, merged."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from slmsam2_cli import console
+from slmsam2_cli.data import store
+from slmsam2_cli.data.dataset import Dataset
+from slmsam2_cli.errors import PlanError, UsageError, WeightsError
+from slmsam2_cli.model import adapters
+from slmsam2_cli.model.checkpoint import Checkpoint, base_weights, fit, read_checkpoint, with_its_base
+from slmsam2_cli.model.slmsam2 import SlmSam2
+from slmsam2_cli.planning.plan import Plan, read_plan
+from slmsam2_cli.workspace import Workspace
+
+MODELS = ("model.safetensors", "adapter.safetensors")  # what a folder given as a model may hold, the first one counts
+
+
+def choose_model(workspace: Workspace | None, model: Path | None, weights: str | None, data: Dataset | None) -> tuple[Checkpoint, Plan]:
+    """--model, else --weights, else the workspace's tuned model, else the base; and the plan that goes with it.
+
+    --model may name an adapter; --weights then is the base it belongs on. UsageError, WeightsError, PlanError.
+    """
+    if model is not None:
+        checkpoint = _named(model, weights)
+    elif weights is None and workspace is not None and workspace.model.exists():
+        checkpoint = read_checkpoint(workspace.model)
+        if split_of(workspace).get("finished") is False:
+            console.warn("the workspace's model comes from an unfinished run. Go on with slmsam2 finetune --continue")
+    else:
+        base = _base(weights)
+        checkpoint = replace(base, plan=_workspace_plan(workspace, base, data) or base.plan)
+    plan = checkpoint.plan
+    if plan is None:
+        if workspace is None or not workspace.plan.exists():
+            raise PlanError(
+                f"{checkpoint.name}: the plan is missing (weights made elsewhere carry none). "
+                "Run slmsam2 plan on a data set like these images and name its workspace with -w"
+            )
+        plan = read_plan(workspace.plan)
+    console.say(
+        f"model: {checkpoint.name}, weights {checkpoint.digest[:12]}, {plan.network.size} at {plan.geometry.frame_px} px, "
+        f"slices along {plan.geometry.slice_axis}"
+    )
+    for warning in (*checkpoint.warnings, *_modality_warning(checkpoint, plan)):
+        console.warn(warning)
+    if checkpoint.calibration_for(plan.modality) is None:
+        console.say("confidence is uncalibrated: the model carries no table for images like these")
+    return checkpoint, plan
+
+
+def _named(model: Path, weights: str | None) -> Checkpoint:
+    """The model in a file or folder; an adapter comes with its base."""
+    inside = [model / name for name in MODELS if (model / name).is_file()] or [model / MODELS[0]]
+    checkpoint = read_checkpoint(inside[0] if model.is_dir() else model)
+    if checkpoint.needs is None and weights is not None:
+        raise UsageError("--model and --weights both name a model. Give one of them")
+    return with_its_base(checkpoint, weights)
+
+
+def _modality_warning(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
+    """One line where the model has adapters, but none for these images."""
+    known = checkpoint.modalities
+    if not known or plan.modality in known:
+        return ()
+    return (f"{checkpoint.name} has adapters for {', '.join(known)}, none for {plan.modality}: its base is used as it is",)
+
+
+def build_model(checkpoint: Checkpoint, plan: Plan) -> SlmSam2:
+    """The plan's network with these weights; the adapter for the plan's modality is in force, merged where it can be. WeightsError."""
+    model = SlmSam2(plan.network, plan.geometry.frame_px)
+    fit(model, checkpoint, plan.modality)
+    if adapters.can_merge(model):
+        adapters.merge(model)
+    return model
+
+
+def _workspace_plan(workspace: Workspace | None, base: Checkpoint, data: Dataset | None) -> Plan | None:
+    """What was decided for these images, for a base that was made for others; the network stays the one the weights are of.
+
+    None when there is no plan, or only one for other channels than the data set has.
+    """
+    if workspace is None or not workspace.plan.exists():
+        return None
+    plan = read_plan(workspace.plan)
+    if data is not None and data.channels != plan.channels:
+        console.warn(
+            f"plan.json knows the channels {plan.channels}, the data set has {data.channels}: not used. Run slmsam2 plan --overwrite"
+        )
+        return None
+    console.detail(f"{base.name} follows the workspace's plan.json")
+    return plan.model_copy(update={"network": base.network}) if base.network is not None else plan
+
+
+def split_of(workspace: Workspace) -> dict[str, Any]:
+    """What finetune says of its run; empty when there was none."""
+    split = store.read_json(workspace.split, "the split") if workspace.split.exists() else {}
+    return split if isinstance(split, dict) else {}
+
+
+def _base(weights: str | None) -> Checkpoint:
+    try:
+        base = base_weights(weights or "auto")
+    except WeightsError as error:
+        raise WeightsError(f"no tuned model here, and {error}" if weights is None else str(error)) from None
+    if base is None:
+        raise UsageError("--weights random predicts noise. Fine-tune first: slmsam2 finetune --weights random")
+    return base
