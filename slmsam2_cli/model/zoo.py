@@ -108,6 +108,11 @@ def present(name: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
+def is_name(text: str) -> bool:
+    """Whether this means weights by name, not a file."""
+    return find(text) is not None or bool(NAME.fullmatch(text) and present(text))
+
+
 def imported() -> list[str]:
     """The names of weights that were imported, published ones too."""
     return sorted(path.stem for path in folder().glob("*.safetensors") if NAME.fullmatch(path.stem))

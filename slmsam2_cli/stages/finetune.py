@@ -32,6 +32,7 @@ from slmsam2_cli.finetuning.keeping import keep
 from slmsam2_cli.finetuning.loop import Learner, Progress, new_learner, share_done, train
 from slmsam2_cli.finetuning.resume import load_state, previous_of, save_state
 from slmsam2_cli.finetuning.strategies import prepare
+from slmsam2_cli.model import zoo
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import RANDOM, Checkpoint, Provenance, base_weights, fit
 from slmsam2_cli.model.slmsam2 import SlmSam2
@@ -111,7 +112,7 @@ def finetune(
     data = read_dataset(dataset)
     try:
         with store.one_writer(workspace.root):
-            plan = _plan(data, workspace, network)
+            plan = _plan(data, workspace, network or (base.network.size if base and base.network else None))
             _model(plan, base)
             ready = _prepare(data, plan, workspace, skip_bad)
             run = _run_of(plan, data, ready, wish, base)
@@ -325,7 +326,7 @@ class _Log:
 
 def _write_split(workspace: Workspace, run: Run, wish: Wish, skipped: tuple[str, ...], finished: bool) -> None:
     """split.json: which cases were learned from, which count as unseen, and what --continue needs."""
-    kept = wish if wish.weights in ("auto", RANDOM) else replace(wish, weights=_A_FILE)
+    kept = wish if wish.weights in ("auto", RANDOM) or zoo.is_name(wish.weights) else replace(wish, weights=_A_FILE)
     split = {
         "format_version": 1,
         "training": sorted([*run.cases, *run.known]),
@@ -357,6 +358,7 @@ def _save(workspace: Workspace, run: Run, learner: Learner, calibration: Calibra
     provenance = Provenance(
         base=run.base.name if run.base else RANDOM,
         base_digest=run.base.digest if run.base else "",
+        licence=ancestor.licence if ancestor else "",
         random=run.base is None or bool(ancestor and ancestor.random),
         seed=run.plan.training.seed,
         steps=learner.step,

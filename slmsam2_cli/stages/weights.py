@@ -143,9 +143,9 @@ def _fetch(wanted: Wanted, entry: Entry) -> None:
         with _Bar(entry.name) as bar:
             digest = fetch(wanted, bar.report, console.say)
     except DownloadError as error:
+        kept = "What has arrived is kept: run the same command again" if wanted.partial.exists() else "Run the same command later"
         raise DownloadError(
-            f"{error}. What has arrived is kept: run the same command again. Or fetch {wanted.url} on any computer, and run "
-            f"slmsam2 weights import FILE --name {entry.name}"
+            f"{error}. {kept}. Or fetch {wanted.url} on any computer, and run slmsam2 weights import FILE --name {entry.name}"
         ) from None
     console.say(f"{entry.name}: {wanted.path} ({_megabytes(wanted.path.stat().st_size)} MB)")
     if entry.sha256 is not None:

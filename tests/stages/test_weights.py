@@ -18,13 +18,16 @@ import slmsam2_cli
 from slmsam2_cli import console
 from slmsam2_cli.data import download, store
 from slmsam2_cli.data.download import DigestError, DownloadError
+from slmsam2_cli.data.phantom import write_phantom_dataset
 from slmsam2_cli.errors import LockError, OutputError, UsageError, WeightsError
 from slmsam2_cli.model import zoo
-from slmsam2_cli.model.checkpoint import Provenance, base_weights, fit, read_checkpoint, save_weights
+from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, base_weights, fit, read_checkpoint, save_weights
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.model.zoo import Entry
 from slmsam2_cli.planning.network import NetworkPlan
+from slmsam2_cli.stages.finetune import finetune
 from slmsam2_cli.stages.weights import get, import_weights, list_weights, verify
+from slmsam2_cli.workspace import Workspace
 
 PX = 32
 
@@ -359,7 +362,7 @@ def test_a_tuned_slm_sam2_is_imported_and_says_what_was_left_out(cache: Path, tm
     assert read is not None and read.network is not None
     assert (read.network.policy, read.network.fuser) == ("shortlong", "sum")
     fit(build(seed=1, fuser="sum"), read)
-    with pytest.raises(WeightsError, match=r"made for: nano, policy shortlong, fuser sum"):
+    with pytest.raises(WeightsError, match=r"missing: stream_fuser.gate.* made for \(shortlong, sum\) under network in plan.json"):
         fit(build(fuser="gated"), read)
 
 
@@ -446,6 +449,38 @@ def test_base_weights_that_are_absent_name_the_command(cache: Path) -> None:
         base_weights("sam2.1-tiny")
     with pytest.raises(WeightsError, match="slmsam2 weights get sam2.1-tiny"):
         base_weights("auto")
+
+
+def test_weights_of_another_size_name_the_network(cache: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "knee.pt").write_bytes(content)
+    import_weights(tmp_path / "knee.pt")
+    read = base_weights("knee")
+    assert read is not None
+    with pytest.raises(WeightsError, match=r"tiny \(fifo\): it is of network nano\. Run slmsam2 plan --network nano --overwrite"):
+        fit(build(size="tiny", policy="fifo"), read)
+
+
+def test_finetune_starts_from_a_name_and_hands_its_licence_on(site: Site, cache: Path, tmp_path: Path) -> None:
+    write_phantom_dataset(tmp_path / "data", cases=2, test_cases=0, shape=(4, 32, 32))
+    space = Workspace.of(tmp_path / "data", None)
+    get("unknown")
+    assert finetune(tmp_path / "data", space, cases=1, weights="unknown", steps=1, device="cpu") == 0
+    read = read_checkpoint(space.model)
+    assert read.provenance is not None and read.network is not None
+    assert (read.provenance.base, read.provenance.licence, read.network.size) == ("unknown", "CC-BY-SA-4.0", "nano")
+    assert store.read_json(space.split, "the split")["options"]["weights"] == "unknown"
+
+
+def test_finetune_without_a_plan_makes_one_for_the_network_of_its_base(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_phantom_dataset(tmp_path / "data", cases=2, test_cases=0, shape=(4, 32, 32))
+    space = Workspace.of(tmp_path / "data", None)
+    empty = Checkpoint("x", {}, "", NetworkPlan.model_validate({"size": "tiny"}))
+    monkeypatch.setattr("slmsam2_cli.stages.finetune.base_weights", lambda _: empty)
+    with pytest.raises(WeightsError, match="missing"):
+        finetune(tmp_path / "data", space, cases=1, weights="x", device="cpu")
+    assert store.read_json(space.plan, "plan")["network"]["size"] == "tiny"
 
 
 def test_only_weights_get_can_open_a_connection() -> None:
