@@ -17,9 +17,9 @@ from pathlib import Path
 from slmsam2_cli.data.cases import Case, Dataset
 from slmsam2_cli.data.check import check_pair, compare_geometry
 from slmsam2_cli.data.dataset_json import NAME, Entry, read_description, refuse
-from slmsam2_cli.data.dicom import dicom_files
 from slmsam2_cli.data.files import is_junk
 from slmsam2_cli.data.listing import Found, list_images, list_labels, same_name, stem
+from slmsam2_cli.data.series import dicom_files
 from slmsam2_cli.data.volume import ENDINGS, image_ending, relative
 from slmsam2_cli.errors import CaseError
 

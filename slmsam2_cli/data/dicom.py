@@ -15,9 +15,10 @@ import SimpleITK
 from numpy.typing import NDArray
 
 from slmsam2_cli.data.decoded import SHEAR_TOLERANCE, Decoded, Source, check_size, geometry_warnings
-from slmsam2_cli.data.files import InputError, is_junk, open_regular
+from slmsam2_cli.data.files import InputError, is_junk
 from slmsam2_cli.data.grid import DIRECTION_TOLERANCE
 from slmsam2_cli.data.itk import decode, from_image
+from slmsam2_cli.data.series import dicom_files
 
 sitk: Any = SimpleITK  # untyped
 SERIES = "DICOM series"
@@ -44,23 +45,6 @@ class _Slice:
             and np.allclose(self.spacing[:2], other.spacing[:2], rtol=1e-3)
             and float(np.max(np.abs(self.direction - other.direction))) <= DIRECTION_TOLERANCE
         )
-
-
-def is_dicom_file(path: Path) -> bool:
-    """Whether a regular file carries DICOM's mark; never blocks. False for anything that cannot be opened."""
-    try:
-        with open_regular(path) as file:
-            return file.read(132)[128:] == b"DICM"
-    except (InputError, OSError):
-        return False
-
-
-def dicom_files(folder: Path) -> list[Path]:
-    """The DICOM files directly inside a folder, sorted by name."""
-    try:
-        return [path for path in sorted(folder.iterdir()) if not is_junk(path.name) and path.name != "DICOMDIR" and is_dicom_file(path)]
-    except OSError:
-        return []
 
 
 def read_dicom(folder: Path, max_voxels: int) -> Decoded:

@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
-from scipy.sparse import csr_matrix
 
 from slmsam2_cli.data.volume import Grid, Volume
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
 SliceAxis = Literal["SI", "AP", "LR"]
 AXES: tuple[SliceAxis, ...] = ("SI", "AP", "LR")
@@ -111,6 +113,8 @@ def nonzero_box(stack: Array) -> Box:
 
 def weights(size_in: int, size_out: int, antialias: bool = True) -> csr_matrix:
     """Linear interpolation as a sparse matrix (size_out, size_in), rows sum to 1; a wider triangle when shrinking."""
+    from scipy.sparse import csr_matrix  # slow to import, and a plan can be read without
+
     scale = size_in / size_out
     reach = max(1.0, scale) if antialias else 1.0
     centres = (np.arange(size_out) + 0.5) * scale - 0.5

@@ -11,8 +11,8 @@ import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slmsam2_cli.data.dicom import dicom_files
 from slmsam2_cli.data.files import cause, is_junk
+from slmsam2_cli.data.series import dicom_files
 from slmsam2_cli.data.volume import image_ending
 from slmsam2_cli.errors import CaseError, DatasetError
 

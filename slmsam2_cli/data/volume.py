@@ -144,8 +144,8 @@ def read_labels(path: Path, *, case: str, root: Path, max_voxels: int = MAX_VOXE
 
 def files_of(path: Path) -> tuple[Path, ...]:
     """Every file a volume is read from: the slices of a DICOM folder, header and data of a .mhd, else the file itself. InputError."""
-    from slmsam2_cli.data.dicom import dicom_files
     from slmsam2_cli.data.itk import meta_files
+    from slmsam2_cli.data.series import dicom_files
 
     if path.is_dir():
         return tuple(dicom_files(path))

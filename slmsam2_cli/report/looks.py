@@ -1,14 +1,16 @@
-"""Cases get their pictures and their volumes for the viewer: opened one at a time, those to look at first, within a budget of bytes.
+"""Cases get their pictures and their volumes for the viewer: opened one after the other, those to look at first, within a budget of bytes.
 
 The page holds as many volumes as it can carry; further ones go to files beside it, through the function that writes them, at once,
-so that never more than one case is in memory.
+so that never more than two cases are in memory: the one being drawn, and the next being read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from slmsam2_cli.report import viewer
@@ -59,14 +61,30 @@ def with_looks(
     visible = [case.id for case in cases if case.status != "failed" and case.id in sources][:most]
     predicted = [case for case in visible if sources[case].prediction is not None]
     seen = frozenset(visible)
-    for case in dict.fromkeys((*viewer.in_turn(predicted), *by_id)):
-        opened = open_case(case, sources[case]) if case in seen else None
+    order = list(dict.fromkeys((*viewer.in_turn(predicted), *by_id)))
+    for case, opened in zip(order, _opened_ahead([(case, sources[case] if case in seen else None) for case in order]), strict=True):
         by_id[case] = finish(by_id[case], opened)
         if opened is not None:
             shown[case] = _pictures(by_id[case], opened, (odd or {}).get(case, {}))
             by_id[case] = _with_volumes(replace(by_id[case], pictures=tuple(p for _, p in shown[case])), opened, left, beside)
         advance()
     return Looks(tuple(by_id[case.id] for case in cases), cohort_sheet(shown), len(shown))
+
+
+def _opened_ahead(wanted: Sequence[tuple[str, Sources | None]]) -> Iterator[Opened | None]:
+    """Each case opened, or None; the next is being read while one is drawn, so that two are in memory."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = deque[Future[Opened | None]]()
+        for case, files in wanted:
+            coming.append(reader.submit(_open, case, files))
+            if len(coming) > 1:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+
+
+def _open(case: str, files: Sources | None) -> Opened | None:
+    return None if files is None else open_case(case, files)
 
 
 def file_name(case: str) -> str:

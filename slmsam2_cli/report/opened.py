@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from slmsam2_cli.data.check import compare_geometry
 from slmsam2_cli.data.geometry import AXES, Orientation, orient
 from slmsam2_cli.data.volume import Grid, LabelVolume, read_image, read_labels
 from slmsam2_cli.errors import CaseError
+from slmsam2_cli.evaluation.metrics import box_of
 from slmsam2_cli.evaluation.resampling import onto
 
 Array = NDArray[Any]
@@ -71,11 +71,8 @@ class Opened:
     @cached_property
     def box(self) -> tuple[Span, Span, Span] | None:
         """The smallest half-open box (z, y, x) around everything in both masks; None when they are empty."""
-        boxes = [found[0] for mask in self.masks if (found := ndimage.find_objects((mask != 0).view(np.uint8)))]
-        if not boxes:
-            return None
-        z, y, x = ((min(b[a].start for b in boxes), max(b[a].stop for b in boxes)) for a in range(3))
-        return z, y, x
+        z, y, x = ((side.start, side.stop) for side in box_of(*self.masks))
+        return (z, y, x) if z[1] else None
 
     @cached_property
     def window(self) -> Window:
