@@ -1,5 +1,9 @@
 """Which slices a slice looks at: answers that follow from the definitions alone."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from slmsam2_cli.model.memory.choice import policy_of
@@ -9,6 +13,7 @@ from slmsam2_cli.model.memory.shortlong import ShortLong
 from slmsam2_cli.planning.network import NetworkPlan
 
 SPATIAL, PER_POINTER = 4096, 4
+PICTURES = Path(__file__).resolve().parents[2] / "docs" / "images"
 
 
 def moment(slice_, tracked=(), anchors=(0,), step=1, slices=100, evidence=None):
@@ -154,3 +159,10 @@ def test_a_plan_writes_only_options_that_somebody_changed():
     }
     written = NetworkPlan(two_sided=True).model_dump_json()
     assert NetworkPlan.model_validate_json(written) == NetworkPlan(two_sided=True)
+
+
+def test_the_pictures_in_the_documentation_show_what_the_rules_do(tmp_path):
+    script = PICTURES.parents[1] / "benchmarks" / "memory_pictures.py"
+    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, capture_output=True)
+    drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert drawn == {name: (PICTURES / name).read_text() for name in drawn} and len(drawn) == 3
