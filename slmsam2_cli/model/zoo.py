@@ -23,8 +23,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 RESERVED = ("auto", "random", EMBEDDED_NAME)
 _META = "https://dl.fbaipublicfiles.com/segment_anything_2/"
 _WANGLAB = "https://huggingface.co/wanglab/MedSAM2/resolve/e4a6f35edd7e091619cbc0750f462f1574e23955/"
-_HF_2_1 = "huggingface.co/facebook/sam2.1-hiera-* and camenduru/sam2-1-hiera commit cdd35a4 (LFS pointers with sizes)"
-_HF_2_0 = "huggingface.co/facebook/sam2-hiera-* (LFS pointers), the hash list of micro-sam's v2 models"
+_MIRROR_2_1 = "huggingface.co/camenduru/sam2-1-hiera, commit cdd35a4"
 _MEDSAM2_TERMS = "CC-BY-SA-4.0"
 _MEDSAM2_NOTE = "512 px; its model card allows research and education only"
 
@@ -49,9 +48,8 @@ class Entry:
         return self.url.rpartition("/")[2]
 
 
-def _sam2(version: str, size: NetworkSize, count: int, sha256: str) -> Entry:
+def _sam2(version: str, size: NetworkSize, count: int, sha256: str, source: str) -> Entry:
     file = f"072824/sam2_hiera_{size}.pt" if version == "2.0" else f"092824/sam2.1_hiera_{size}.pt"
-    source = _HF_2_0 if version == "2.0" else _HF_2_1
     return Entry(f"sam{version}-{size.replace('_', '-')}", size, f"SAM {version}", _META + file, count, sha256, source)
 
 
@@ -60,14 +58,62 @@ def _medsam2(name: str, file: str, count: int | None = None, sha256: str | None 
 
 
 ENTRIES = (
-    _sam2("2.1", "tiny", 156_008_466, "7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69"),
-    _sam2("2.1", "small", 184_416_285, "6d1aa6f30de5c92224f8172114de081d104bbd23dd9dc5c58996f0cad5dc4d38"),
-    _sam2("2.1", "base_plus", 323_606_802, "a2345aede8715ab1d5d31b4a509fb160c5a4af1970f199d9054ccfb746c004c5"),
-    _sam2("2.1", "large", 898_083_611, "2647878d5dfa5098f2f8649825738a9345572bae2d4350a2468587ece47dd318"),
-    _sam2("2.0", "tiny", 155_906_050, "65b50056e05bcb13694174f51bb6da89c894b57b75ccdf0ba6352c597c5d1125"),
-    _sam2("2.0", "small", 184_309_650, "95949964d4e548409021d47b22712d5f1abf2564cc0c3c765ba599a24ac7dce3"),
-    _sam2("2.0", "base_plus", 323_493_298, "d0bb7f236400a49669ffdd1be617959a8b1d1065081789d7bbff88eded3a8071"),
-    _sam2("2.0", "large", 897_952_466, "7442e4e9b732a508f80e141e7c2913437a3610ee0c77381a66658c3a445df87b"),
+    _sam2(
+        "2.1",
+        "tiny",
+        156_008_466,
+        "7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69",
+        f"huggingface.co/facebook/sam2.1-hiera-tiny, commit 36f406a; {_MIRROR_2_1}",
+    ),
+    _sam2(
+        "2.1",
+        "small",
+        184_416_285,
+        "6d1aa6f30de5c92224f8172114de081d104bbd23dd9dc5c58996f0cad5dc4d38",
+        f"huggingface.co/facebook/sam2.1-hiera-small, commit 6c381d9; {_MIRROR_2_1}",
+    ),
+    _sam2(
+        "2.1",
+        "base_plus",
+        323_606_802,
+        "a2345aede8715ab1d5d31b4a509fb160c5a4af1970f199d9054ccfb746c004c5",
+        f"{_MIRROR_2_1}; many public projects that pin it",
+    ),
+    _sam2(
+        "2.1",
+        "large",
+        898_083_611,
+        "2647878d5dfa5098f2f8649825738a9345572bae2d4350a2468587ece47dd318",
+        f"{_MIRROR_2_1}; many public projects that pin it",
+    ),
+    _sam2(
+        "2.0",
+        "tiny",
+        155_906_050,
+        "65b50056e05bcb13694174f51bb6da89c894b57b75ccdf0ba6352c597c5d1125",
+        "huggingface.co/facebook/sam2-hiera-tiny, commit a8e4b46",
+    ),
+    _sam2(
+        "2.0",
+        "small",
+        184_309_650,
+        "95949964d4e548409021d47b22712d5f1abf2564cc0c3c765ba599a24ac7dce3",
+        "huggingface.co/facebook/sam2-hiera-small, commit 4868896; size: public projects that pin it",
+    ),
+    _sam2(
+        "2.0",
+        "base_plus",
+        323_493_298,
+        "d0bb7f236400a49669ffdd1be617959a8b1d1065081789d7bbff88eded3a8071",
+        "huggingface.co/facebook/sam2-hiera-base-plus, commit b470a6f; size: merve/sam2-hiera-base-plus, commit 838f027",
+    ),
+    _sam2(
+        "2.0",
+        "large",
+        897_952_466,
+        "7442e4e9b732a508f80e141e7c2913437a3610ee0c77381a66658c3a445df87b",
+        "huggingface.co/merve/sam2-hiera-large, commit 9551b5a; size: public projects that pin it",
+    ),
     _medsam2(
         "medsam2",
         "MedSAM2_latest.pt",
