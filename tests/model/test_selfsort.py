@@ -125,6 +125,14 @@ def test_similarity_to_a_slice_is_that_of_as_many_positions_as_the_object_covers
     assert found.tolist() == pytest.approx([1.0, 1.0, 0.5, 0.0])
 
 
+def test_evidence_is_not_rounded_where_the_network_computes_in_half_precision():
+    traces = {s: traces_of(torch.rand(1, 64, 4, 4), torch.ones(1, 1, 4, 4), torch.ones(1, 1), torch.ones(1)) for s in range(3)}
+    top = torch.rand(1, 64, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        halved = evidence_of(traces, 0, top)
+    assert halved == evidence_of(traces, 0, top)
+
+
 def build(name, px=PX, **options):
     torch.manual_seed(0)
     model = SlmSam2(NetworkPlan(size="nano", policy=name, bank_confidence=0.0, bank_similarity=-1.0, **options), px).eval()

@@ -47,17 +47,18 @@ def evidence_of(traces: Mapping[int, Traces], of: int, top: Tensor | None = None
     slices = list(traces)
     if not slices:
         return Evidence()
-    presence, confidence = (torch.stack([getattr(t, name)[of] for t in traces.values()]).tolist() for name in ("presence", "confidence"))
+    presence, confidence, area = (torch.stack([getattr(t, n)[of] for t in traces.values()]) for n in ("presence", "confidence", "area"))
     vectors = torch.stack([t.vector[of] for t in traces.values()])
-    table = (vectors @ vectors.T).tolist()
+    with torch.autocast(vectors.device.type, enabled=False):  # half precision would make unlike slices equal
+        table = (vectors @ vectors.T).tolist()
+        here = similarity(vectors, area, top[of]).tolist() if top is not None else []
     alike = {(one, other): table[i][j] for i, one in enumerate(slices) for j, other in enumerate(slices)}
-    here = similarity(vectors, torch.stack([t.area[of] for t in traces.values()]), top[of]).tolist() if top is not None else []
-    return Evidence(dict(zip(slices, presence)), dict(zip(slices, confidence)), dict(zip(slices, here)), alike)
+    return Evidence(dict(zip(slices, presence.tolist())), dict(zip(slices, confidence.tolist())), dict(zip(slices, here)), alike)
 
 
 def similarity(vectors: Tensor, areas: Tensor, top: Tensor) -> Tensor:
     """Mean cosine of each vector with its `area` best positions. vectors (S, C), areas (S,), top (C, h, w) -> (S,)."""
     cosines = vectors @ F.normalize(top.float().flatten(1), dim=0)
-    ranked = cosines.sort(dim=1, descending=True).values.cumsum(dim=1)
-    count = areas.round().long().clamp(1, ranked.shape[1])
-    return ranked.gather(1, count[:, None] - 1).squeeze(1) / count
+    ranked, rank = cosines.sort(dim=1, descending=True).values, torch.arange(cosines.shape[1], device=top.device)
+    count = areas.round().long().clamp(1, len(rank))
+    return (ranked * (rank < count[:, None])).sum(dim=1) / count
