@@ -192,6 +192,36 @@ def test_demo_goes_where_it_is_told(passed_on: Callable[[str], dict[str, Any]]) 
     assert seen["folder"] == Path("there")
 
 
+def test_weights_pass_on_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = import_module("slmsam2_cli.stages.weights")
+    seen: list[tuple[object, ...]] = []
+
+    def note(name: str) -> Callable[..., int]:
+        signature = inspect.signature(getattr(stage, name))
+        return lambda *args, **kwargs: seen.append((name, *signature.bind(*args, **kwargs).arguments.values())) or 0
+
+    for name in ("list_weights", "get", "verify", "import_weights"):
+        monkeypatch.setattr(stage, name, note(name))
+    assert run("weights", "list") == 0
+    assert run("weights", "get", "medsam2", "--to", "there", "--sha256", "0a", "--url", "http://mirror/a.pt") == 0
+    assert run("weights", "verify") == run("weights", "verify", "a.pt") == 0
+    assert run("weights", "import", "a.pt", "--name", "knee", "--overwrite") == 0
+    assert seen == [
+        ("list_weights",),
+        ("get", "medsam2", Path("there"), "0a", "http://mirror/a.pt"),
+        ("verify", None),
+        ("verify", "a.pt"),
+        ("import_weights", Path("a.pt"), "knee", True),
+    ]
+
+
+def test_weights_of_no_known_name_are_exit_2_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("weights", "get", "sam3") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: sam3: no published weights of that name. Known are sam2.1-tiny, ") and error.count("\n") == 1
+    assert run("weights", "get") == 2
+
+
 def test_nnunets_spellings_are_understood(tmp_path: Path, passed_on: Callable[[str], dict[str, Any]]) -> None:
     seen = passed_on("predict")
     assert run("predict", "-i", "a", "-o", "b", "-num_parts", "4", "-part_id", "3", "-device", "cpu", "-chk=m.safetensors", "--c") == 0

@@ -12,7 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Site:
-    """What the server has and how it misbehaves. requests: (path, Range or None) of every one it got."""
+    """What the server has and how it misbehaves.
+
+    portion: the most bytes it sends when asked for a range; requests: (path, Range or None) of every one it got.
+    """
 
     files: dict[str, bytes]
     ranges: bool = True
@@ -22,6 +25,7 @@ class Site:
     redirects: dict[str, str] = field(default_factory=dict)
     lengths: bool = True
     wrong_range: bool = False
+    portion: int | None = None
     requests: list[tuple[str, str | None]] = field(default_factory=list)
     url: str = ""
 
@@ -56,15 +60,16 @@ def handler_of(site: Site) -> type[BaseHTTPRequestHandler]:
             if start >= len(content) > 0 and start:
                 self.answer(416, Content_Range=f"bytes */{len(content)}")
                 return
+            end = min(len(content), start + site.portion) if start and site.portion else len(content)
             self.send_response(206 if start else 200)
             if start:
-                self.send_header("Content-Range", f"bytes {0 if site.wrong_range else start}-{len(content) - 1}/{len(content)}")
+                self.send_header("Content-Range", f"bytes {0 if site.wrong_range else start}-{end - 1}/{len(content)}")
             if site.etag:
                 self.send_header("ETag", site.etag)
             if site.lengths:
-                self.send_header("Content-Length", str(len(content) - start))
+                self.send_header("Content-Length", str(end - start))
             self.end_headers()
-            end = site.cut_at.pop(0) if site.cut_at else len(content)
+            end = site.cut_at.pop(0) if site.cut_at else end
             self.wfile.write(content[start:end])
             self.close_connection = True
 

@@ -177,6 +177,10 @@ def _start_of(response: http.client.HTTPResponse, have: int) -> int:
 
 
 def _total_of(response: http.client.HTTPResponse, start: int) -> int | None:
+    """The length of the whole file, of which the response may hold less than the rest."""
+    found = _RANGE.fullmatch(response.headers.get("Content-Range", "")) if start else None
+    if found is not None and found[2].isdecimal():
+        return int(found[2])
     length = response.headers.get("Content-Length", "")
     return start + int(length) if length.isdecimal() else None
 

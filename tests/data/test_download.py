@@ -241,6 +241,14 @@ def test_a_proxy_is_taken_from_the_environment(site: Site, tmp_path: Path, monke
     assert fetch(Wanted("http://weights.invalid/a.pt", tmp_path / "a.pt", sha256=DIGEST)) == DIGEST
 
 
+@pytest.mark.parametrize("sha256", [DIGEST, None])
+def test_a_server_that_sends_less_than_the_rest_is_asked_again(site: Site, tmp_path: Path, sha256: str | None) -> None:
+    what = interrupted(site, 1_000_000, tmp_path, sha256)
+    site.portion = 900_000
+    assert fetch(what) == DIGEST
+    assert [asked for _, asked in site.requests] == ["bytes=1000000-", "bytes=1900000-", "bytes=2800000-"]
+
+
 # The disk
 
 
