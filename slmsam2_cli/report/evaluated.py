@@ -99,6 +99,8 @@ def _finished(case: CaseReport, opened: Opened | None, more: Sequence[str]) -> C
     own = [] if case.status == "failed" else named(structures, [evaluation_flags(s, ends, slice_mm) for s in structures])
     if case.status == "pred_missing":
         own = ["no prediction"]
+    if opened is not None and opened.lacks_image:
+        own.append("its image is not shown: it cannot be read, or lies on another grid")
     return replace(case, structures=structures, slice_mm=slice_mm, flags=(*more, *own))
 
 

@@ -47,7 +47,8 @@ class Sources:
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """Masks (z, y, x) on `grid`, None where there is none; image (z, y, x) of the first channel or None; axis of the slices."""
+    """Masks (z, y, x) on `grid`, None where there is none; image (z, y, x) of the first channel or None; axis of the slices;
+    lacks_image: there ought to be one, but it cannot be read, or lies on another grid."""
 
     grid: Grid
     axis: int
@@ -55,6 +56,7 @@ class Opened:
     truth: Array | None
     image: Array | None = None
     asked_window: Window | None = None
+    lacks_image: bool = False
 
     @property
     def slice_mm(self) -> float:
@@ -125,7 +127,8 @@ def open_case(case: str, sources: Sources) -> Opened | None:
     shown = None if truth is None else _without(truth.voxels, sources.ignore)
     if truth is not None and predicted is not None and sources.ignore is not None:
         predicted = np.where(truth.voxels == sources.ignore, 0, predicted).astype(predicted.dtype)
-    return Opened(first.grid, axis, predicted, shown, _image(case, sources, first), sources.window)
+    image = _image(case, sources, first)
+    return Opened(first.grid, axis, predicted, shown, image, sources.window, bool(sources.images) and image is None)
 
 
 def coarsest(spacing_mm: Sequence[float]) -> int:

@@ -140,6 +140,13 @@ def test_a_file_that_cannot_be_read_any_more_costs_its_own_pictures_alone(files)
     assert cases["long"].volumes is None and cases["exact"].pictures
 
 
+def test_an_image_that_cannot_be_shown_is_named(files, tmp_path):
+    (tmp_path / "image.nii.gz").write_bytes(b"no image")
+    case = by_id(report(files)[0])["long"]
+    assert case.flags[-1] == "its image is not shown: it cannot be read, or lies on another grid"
+    assert case.pictures and case.volumes.image is None
+
+
 def test_what_the_page_cannot_carry_goes_beside_it_and_what_that_cannot_goes_nowhere(files):
     written = {}
 
