@@ -262,7 +262,8 @@ def evaluate(
     dataset: DatasetOption = None,
     workspace: WorkspaceOption = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="FOLDER", help="Where the results go.  [default: WORKSPACE/evaluation, else MASKS/evaluation]")
+        Path | None,
+        typer.Option("-o", "--out", metavar="FOLDER", help="Where the results go.  [default: WORKSPACE/evaluation, else MASKS/evaluation]"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
     fail_under: Annotated[
@@ -305,11 +306,47 @@ def demo(
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
 ) -> int:
-    """Run the whole pipeline on made-up patients, in a few minutes.
+    """Run the whole pipeline on made-up patients.
 
-    Writes a data set in the Decathlon's layout, then plans, preprocesses, fine-tunes on five cases, predicts the others from one slice a
-    label, and evaluates. Needs no data and no network. A second run does only what is missing.
+    Takes a few minutes. Writes a data set in the Decathlon's layout, then plans, preprocesses, fine-tunes on five cases, predicts the
+    others from one slice a label, and evaluates. Needs no data and no network. A second run does only what is missing.
     """
     from slmsam2_cli.demo import demo as run
 
     return run(output, device=device, overwrite=overwrite)
+
+
+@command("slmsam2 export-model -o model.zip", "slmsam2 export-model --model slmsam2/finetuned/adapter.safetensors -o adapter.zip")
+def export_model(
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE.zip", help="The file to write.", show_default=False)],
+    model: Annotated[
+        Path | None, typer.Option(metavar="FILE|FOLDER", help="A fine-tuned model, or an adapter.  [default: the workspace's model]")
+    ] = None,
+    workspace: WorkspaceOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another file of that name.")] = False,
+) -> int:
+    """Pack a fine-tuned model into one file for others.
+
+    The zip holds the weights, the plan, where they come from (with the names of the cases they learned from, and no image), a licence note
+    and digests.
+    """
+    from slmsam2_cli.stages import portable as stage
+
+    root = _near(None)
+    space = Workspace(workspace) if workspace is not None else Workspace.of(root, None) if root is not None else None
+    return stage.export_model(space, model, out, overwrite=overwrite)
+
+
+@command("slmsam2 import-model model.zip -o spleen", "slmsam2 predict -i scans -o masks -p prompts --model spleen")
+def import_model(
+    archive: Annotated[Path, typer.Argument(metavar="FILE.zip", help="What export-model wrote.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="FOLDER", help="Where it goes.  [default: the file's name]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another model in that folder.")] = False,
+) -> int:
+    """Unpack a model that somebody exported.
+
+    Takes nothing from a zip that holds anything else than an exported model, whole and unchanged. Runs no code from it.
+    """
+    from slmsam2_cli.stages import portable as stage
+
+    return stage.import_model(archive, out, overwrite=overwrite)

@@ -21,7 +21,7 @@ from slmsam2_cli.outcome import Terminated, exit_code_of
 from slmsam2_cli.version import VERSION
 from slmsam2_cli.workspace import Workspace
 
-COMMANDS = ("plan", "preprocess", "finetune", "predict", "evaluate", "demo", "weights")
+COMMANDS = ("plan", "preprocess", "finetune", "predict", "evaluate", "demo", "export-model", "import-model", "weights")
 WEIGHTS = ("weights list", "weights get", "weights verify", "weights import")
 HEAVY = ("torch", "sam2", "SimpleITK", "nibabel", "scipy", "pandas", "numpy")
 ROOT = Path(cli.__file__).parents[1]

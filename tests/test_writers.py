@@ -31,7 +31,7 @@ def writes(call: ast.Call) -> bool:
         owner, name = "", getattr(function, "id", "")
     if owner == "store" or ast.unparse(call).startswith("gzip.GzipFile('',"):  # packs into a file that is open already
         return False
-    if name == "save" and ast.unparse(call.args[0] if call.args else call) == "memory":  # by that name, an io.BytesIO
+    if name in ("save", "ZipFile") and ast.unparse(call.args[0] if call.args else call) == "memory":  # by that name, an io.BytesIO
         return False
     if name in WRITERS:
         return bool(owner) or name != "save"  # safetensors' bare save() returns bytes
@@ -77,6 +77,7 @@ def test_what_writes_behind_the_door_is_called_by_the_door_alone() -> None:
         "torch.save(state, path)",
         "nibabel.save(image, path)",
         "save_file(state, path)",
+        "zipfile.ZipFile(path, 'w')",
         "sitk.WriteImage(image, name)",
         "np.memmap(path, mode='w+')",
         "os.open(path, os.O_WRONLY | os.O_CREAT)",
@@ -94,6 +95,7 @@ def test_the_rule_sees(source: str) -> None:
         "store.write_text(path, text)",
         "save(state, header)",
         "image.save(memory, 'WEBP')",
+        "zipfile.ZipFile(memory, 'w')",
         "os.open(os.devnull, os.O_WRONLY)",
     ],
 )
