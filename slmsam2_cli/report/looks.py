@@ -1,7 +1,7 @@
 """Cases get their pictures and their volumes for the viewer: opened one after the other, those to look at first, within a budget of bytes.
 
 The page holds as many volumes as it can carry; further ones go to files beside it, through the function that writes them, at once,
-so that never more than two cases are in memory: the one being drawn, and the next being read.
+so that never more than three cases are in memory: the one being drawn, and the next two being read.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from slmsam2_cli.report.opened import Opened, Sources, open_case
 from slmsam2_cli.report.pictures import cohort_sheet, pictures, worst_slices
 
 FOLDER = "report_files"
+_AHEAD = 2
 MOST_CASES = 200  # cases that are opened for pictures; the others are told in numbers
 Beside = Callable[[str, str, ViewerVolumes], None]  # (relative file name, case, volumes) -> written
 Finish = Callable[[CaseReport, Opened | None], CaseReport]
@@ -72,12 +73,12 @@ def with_looks(
 
 
 def _opened_ahead(wanted: Sequence[tuple[str, Sources | None]]) -> Iterator[Opened | None]:
-    """Each case opened, or None; the next is being read while one is drawn, so that two are in memory."""
-    with ThreadPoolExecutor(1) as reader:
+    """Each case opened, or None; the next two are being read while one is drawn, so that three are in memory."""
+    with ThreadPoolExecutor(_AHEAD) as reader:
         coming = deque[Future[Opened | None]]()
         for case, files in wanted:
             coming.append(reader.submit(_open, case, files))
-            if len(coming) > 1:
+            if len(coming) > _AHEAD:
                 yield coming.popleft().result()
         while coming:
             yield coming.popleft().result()

@@ -11,6 +11,9 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from slmsam2_cli.evaluation import scoring
 from slmsam2_cli.evaluation.scoring import Job, score_all, score_case, with_labels
@@ -209,3 +212,14 @@ def test_a_killed_process_fails_its_own_case_only(job, monkeypatch):
     found = score_all(jobs, workers=2)
     assert [(s.case, s.status) for s in found] == [("c0", "ok"), ("c1", "failed"), ("c2", "ok")]
     assert "the process scoring it was ended" in found[1].problem
+
+
+@settings(max_examples=60)
+@given(
+    arrays(np.uint8, (3, 4, 5), elements=st.sampled_from([0, 0, 0, 1, 3])), arrays(np.uint8, (3, 4, 5), elements=st.sampled_from([0, 0, 3]))
+)
+def test_the_boxes_of_labels_are_the_smallest_that_hold_them_in_both_masks(one, other):
+    values = sorted({*np.unique(one), *np.unique(other)} - {0})
+    assert scoring._boxes(one, other) == {
+        value: tuple(slice(places.min(), places.max() + 1) for places in np.nonzero((one == value) | (other == value))) for value in values
+    }
