@@ -37,8 +37,13 @@ class _Structure:
 
 def calibrated_on(model: SlmSam2, cases: Sequence[PreparedCase], plan: Plan) -> Calibration | None:
     """The table for a tuned model; None when there are too few slices to tell."""
-    pairs = [pair for structure in _structures(cases, plan) for pair in _pairs(model, structure, plan)]
+    pairs = said_and_true(model, cases, plan)
     return calibrate([said for said, _ in pairs], [true for _, true in pairs])
+
+
+def said_and_true(model: SlmSam2, cases: Sequence[PreparedCase], plan: Plan) -> list[tuple[float, float]]:
+    """(raw confidence, Dice) of slices of these cases, each structure propagated from its middle slice."""
+    return [pair for structure in _structures(cases, plan) for pair in _pairs(model, structure, plan)]
 
 
 def _structures(cases: Sequence[PreparedCase], plan: Plan) -> list[_Structure]:

@@ -32,7 +32,7 @@ def copying(monkeypatch):
 
 
 def pairs(cases, settings):
-    return [pair for one in calibrating._structures(cases, settings) for pair in calibrating._pairs(None, one, settings)]
+    return calibrating.said_and_true(None, cases, settings)
 
 
 def test_every_slice_but_the_given_one_counts_where_mask_or_truth_is(copying):

@@ -1,0 +1,94 @@
+"""What each training strategy makes of one base on a modality it has not seen, and whether calibration holds on unseen cases.
+
+    python benchmarks/strategies.py FOLDER [--minutes 4] [--steps 30] [--cases 2]
+
+Made-up patients: a base learns MR from random weights for so many minutes on 5 cases, then every strategy adapts it to CT
+with the same steps on the same few cases. Dice over whole volumes of the other CT cases, each label prompted on its middle
+slice; the calibration error (10 bins) of slices of these cases, before and after the table that fine-tuning fitted on the
+cases it learned from. One run and one seed: differences of a few hundredths mean nothing.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from slmsam2_cli.data.dataset import read_dataset
+from slmsam2_cli.data.phantom import write_phantom_dataset
+from slmsam2_cli.data.prepared import prepare_all
+from slmsam2_cli.data.volume import read_labels
+from slmsam2_cli.evaluation.metrics import dice
+from slmsam2_cli.finetuning.calibrating import said_and_true
+from slmsam2_cli.inference.ready import build_model
+from slmsam2_cli.model.calibration import calibration_error
+from slmsam2_cli.model.checkpoint import read_checkpoint
+from slmsam2_cli.planning.plan import read_plan, write_plan
+from slmsam2_cli.stages.finetune import finetune
+from slmsam2_cli.stages.plan import plan
+from slmsam2_cli.stages.predict import predict
+from slmsam2_cli.workspace import Workspace
+
+SHAPE = (16, 34, 34)  # slices, rows, columns: 128 px
+CLIP = {"clip_slices": 4, "warmup_steps": 4}  # short, as the volumes are
+STRATEGIES = ("full", "frozen-encoder", "decoder+memory", "adapters")
+
+
+def mean_dice(dataset: Path, masks: Path, unseen: list[str]) -> float:
+    """Over labels and unseen cases."""
+    data = read_dataset(dataset)
+    manifest = json.loads((masks / "manifest.json").read_text(encoding="utf-8"))["cases"]
+    scores = []
+    for case in (case for case in data.training if case.id in unseen):
+        truth = read_labels(case.label, case=case.id, root=data.root).voxels
+        found = read_labels(masks / manifest[case.id]["output"], case=case.id, root=masks).voxels
+        scores += [dice(truth == value, found == value) for value in data.labels if (truth == value).any()]
+    return float(np.mean(scores))
+
+
+def calibration_errors(dataset: Path, model: Path, unseen: list[str], prepared: Path) -> tuple[float, float | None]:
+    """On slices of unseen cases: of the raw confidence, and of the calibrated one."""
+    checkpoint = read_checkpoint(model)
+    outcome = prepare_all(read_dataset(dataset), checkpoint.plan.geometry, checkpoint.plan.intensity, prepared)
+    cases = [case for case in outcome.cases if case.id in unseen]
+    said, true = np.array(said_and_true(build_model(checkpoint, checkpoint.plan), cases, checkpoint.plan)).T
+    table = checkpoint.calibration
+    return calibration_error(said, true), calibration_error(table(said), true) if table else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--minutes", type=float, default=4.0, help="of training the base")
+    parser.add_argument("--steps", type=int, default=30, help="of every strategy")
+    parser.add_argument("--cases", type=int, default=2, help="CT cases to learn from")
+    options = parser.parse_args()
+    mr, ct = options.folder / "MR", options.folder / "CT"
+    for dataset, modality, seed in ((mr, "MR", 0), (ct, "CT", 1)):
+        if not (dataset / "dataset.json").exists():
+            write_phantom_dataset(dataset, cases=8, test_cases=0, seed=seed, shape=SHAPE, modality=modality)
+    base = Workspace.of(mr, None)
+    finetune(mr, base, cases=5, weights="random", minutes=options.minutes)
+    plan(ct, Workspace(ct / "planned"))
+    planned, rows = read_plan(ct / "planned" / "plan.json"), []
+    planned = planned.model_copy(update={"network": read_checkpoint(base.model).network})
+    for strategy in STRATEGIES:
+        space = Workspace(ct / strategy)
+        write_plan(space.plan, planned.model_copy(update={"training": planned.training.model_copy(update=CLIP | {"strategy": strategy})}))
+        finetune(ct, space, cases=options.cases, weights=str(base.model), steps=options.steps)
+        unseen = json.loads(space.split.read_text())["unseen"]
+        for name, weights in (("", None), ("before", str(base.model)))[: 2 if strategy == "full" else 1]:
+            masks = space.root / f"masks{name}"
+            predict(None, masks, dataset=ct, workspace=space, weights=weights, report=False)
+            errors = calibration_errors(ct, space.model, unseen, space.prepared) if not name else (float("nan"), None)
+            small = space.finetuned / "adapter.safetensors"
+            size = (small if small.exists() else space.model).stat().st_size / 2**20
+            rows.append((name and "not adapted" or strategy, mean_dice(ct, masks, unseen), *errors, size))
+    print(f"| strategy | Dice, {len(unseen)} unseen CT cases | calibration error, raw | calibrated | file (MB) |\n|---|---|---|---|---|")
+    for name, score, raw, after, size in rows:
+        shown = "" if np.isnan(raw) else f"{raw:.3f}"
+        print(f"| {name} | {score:.3f} | {shown} | {'' if after is None else f'{after:.3f}'} | {size:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
