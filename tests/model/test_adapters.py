@@ -77,11 +77,17 @@ def counted(plan, prefix):
         (LORA, "image_encoder.", 284_928),
         (AdapterPlan(rank=4), "image_encoder.", 142_464),
         (LORA, "memory", 532_480),
+        (AdapterPlan(rank=4), "memory", 266_240),
         (BOTTLENECK, "image_encoder.", 2_306_544),
     ],
 )
 def test_on_hiera_tiny_they_have_the_counted_sizes(plan, where, parameters):
     assert counted(plan, where) == parameters
+
+
+def test_what_a_modality_tunes_whole_is_two_of_tinys_forty_six_million_parameters():
+    assert adapters.count(adapters.tuned_parameters(tiny()).values()) == 2_002_373
+    assert adapters.count(tiny().parameters()) == 45_963_330
 
 
 def test_the_memory_stacks_without_their_feed_forward_would_be_less_than_half_of_it():
