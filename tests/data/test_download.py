@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +23,11 @@ from slmsam2_cli.errors import OutputError
 
 CONTENT = os.urandom(3 * 2**20 + 7)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
 
 
 @pytest.fixture
@@ -228,7 +234,11 @@ def test_nobody_listening_is_told_after_a_few_tries(site: Site, tmp_path: Path) 
         fetch(Wanted("http://127.0.0.1:1/a.pt", tmp_path / "a.pt"))
 
 
-def test_no_network_is_told_at_once(tmp_path: Path) -> None:
+def test_no_network_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody_knows(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nobody_knows)
     with pytest.raises(DownloadError, match="no.such.host.invalid: no such host, or no network"):
         fetch(Wanted("https://no.such.host.invalid/a.pt", tmp_path / "a.pt"))
 

@@ -6,6 +6,7 @@ import ast
 import errno
 import hashlib
 import io
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def site(content: bytes, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     """A server with two published weights: `known` with a digest, `unknown` without, of a licence that says something."""
     monkeypatch.setattr(download, "PAUSES_S", (0.0,))
+    monkeypatch.setenv("no_proxy", "*")
     with served({"/known.pt": content, "/unknown.pt": content}) as running:
         digest = hashlib.sha256(content).hexdigest()
         known = Entry("known", "nano", "SAM 2.1", f"{running.url}/known.pt", len(content), digest, "a test")
@@ -172,7 +174,11 @@ def test_a_failed_download_says_how_to_do_it_by_hand(site: Site, cache: Path, co
         get("known")
 
 
-def test_without_a_network_it_says_how_to_do_it_by_hand(site: Site, cache: Path) -> None:
+def test_without_a_network_it_says_how_to_do_it_by_hand(site: Site, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody_knows(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nobody_knows)
     with pytest.raises(DownloadError, match=r"no such host, or no network\. .* slmsam2 weights import FILE --name known"):
         get("known", url="https://no.such.host.invalid/known.pt")
 
