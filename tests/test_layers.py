@@ -29,7 +29,20 @@ LAYERS = (
     ("errors",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-WITHOUT_TORCH = ("cli", "cli_weights", "cli_command", "outcome", "data", "planning", "evaluation", "report", "workspace", "console", "version", "errors")
+WITHOUT_TORCH = (
+    "cli",
+    "cli_weights",
+    "cli_command",
+    "outcome",
+    "data",
+    "planning",
+    "evaluation",
+    "report",
+    "workspace",
+    "console",
+    "version",
+    "errors",
+)
 
 
 def name_of(path: Path) -> str:
