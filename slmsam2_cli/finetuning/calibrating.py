@@ -6,7 +6,7 @@ neither right nor wrong, and the given slice itself says nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,15 +35,19 @@ class _Structure:
     stop: int
 
 
-def calibrated_on(model: SlmSam2, cases: Sequence[PreparedCase], plan: Plan) -> Calibration | None:
-    """The table for a tuned model; None when there are too few slices to tell."""
-    pairs = said_and_true(model, cases, plan)
-    return calibrate([said for said, _ in pairs], [true for _, true in pairs])
+def calibrated_on(
+    model: SlmSam2, cases: Sequence[PreparedCase], plan: Plan, stop: Callable[[], bool] = lambda: False
+) -> Calibration | None:
+    """The table for a tuned model; None when there are too few slices to tell, or `stop` said so before all were seen."""
+    pairs = said_and_true(model, cases, plan, stop)
+    return calibrate([said for said, _ in pairs], [true for _, true in pairs]) if not stop() else None
 
 
-def said_and_true(model: SlmSam2, cases: Sequence[PreparedCase], plan: Plan) -> list[tuple[float, float]]:
-    """(raw confidence, Dice) of slices of these cases, each structure propagated from its middle slice."""
-    return [pair for structure in _structures(cases, plan) for pair in _pairs(model, structure, plan)]
+def said_and_true(
+    model: SlmSam2, cases: Sequence[PreparedCase], plan: Plan, stop: Callable[[], bool] = lambda: False
+) -> list[tuple[float, float]]:
+    """(raw confidence, Dice) of slices of these cases, each structure propagated from its middle slice, until `stop` says so."""
+    return [pair for structure in _structures(cases, plan) if not stop() for pair in _pairs(model, structure, plan)]
 
 
 def _structures(cases: Sequence[PreparedCase], plan: Plan) -> list[_Structure]:

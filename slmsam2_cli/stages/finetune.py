@@ -29,7 +29,8 @@ from slmsam2_cli.errors import DONE, DatasetError, DeviceError, OutputError, Pla
 from slmsam2_cli.finetuning.calibrating import calibrated_on
 from slmsam2_cli.finetuning.clips import ClipSampler
 from slmsam2_cli.finetuning.keeping import keep
-from slmsam2_cli.finetuning.loop import Learner, Progress, new_learner, share_done, train
+from slmsam2_cli.finetuning.log import Log
+from slmsam2_cli.finetuning.loop import Learner, new_learner, share_done, train
 from slmsam2_cli.finetuning.resume import load_state, previous_of, save_state
 from slmsam2_cli.finetuning.strategies import prepare
 from slmsam2_cli.model import zoo
@@ -44,7 +45,6 @@ from slmsam2_cli.workspace import Workspace
 
 SAVE_EVERY_S = 120.0
 _A_FILE = "file"
-_LOG_COLUMNS = ("step", "seconds", "learning_rate", "focal", "dice", "iou", "presence", "total")
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def _tune(run: Run, ready: Outcome, workspace: Workspace, device: torch.device, 
     console.say(f"training on {len(run.cases)} volume(s) on {describe(device)}: {', '.join(run.cases)}")
     skipped = tuple(problem.case for problem in ready.problems)
     _write_split(workspace, run, wish, skipped, finished=False)
-    log = _Log(workspace.finetuned / "log.csv", from_step=learner.step)
+    log = Log(workspace.finetuned / "log.csv", from_step=learner.step)
     with _stoppable() as stopped:
         _follow(learner, sampler, run, state, log, stopped)
         _save(workspace, run, learner)
@@ -276,7 +276,7 @@ def _tune(run: Run, ready: Outcome, workspace: Workspace, device: torch.device, 
         if not finished:
             save_state(state, learner, run.digest)
             console.say(f"stopped at step {learner.step}; the model so far is saved. Go on with slmsam2 finetune --continue")
-        elif calibration := _calibrate(learner, used, run.plan):
+        elif calibration := _calibrate(learner, used, run.plan, stopped):
             _save(workspace, run, learner, calibration)
         _write_split(workspace, run, wish, skipped, finished)
     if finished:
@@ -284,7 +284,7 @@ def _tune(run: Run, ready: Outcome, workspace: Workspace, device: torch.device, 
         previous_of(state).unlink(missing_ok=True)
 
 
-def _follow(learner: Learner, sampler: ClipSampler, run: Run, state: Path, log: _Log, stopped: Callable[[], bool]) -> None:
+def _follow(learner: Learner, sampler: ClipSampler, run: Run, state: Path, log: Log, stopped: Callable[[], bool]) -> None:
     """Train with a progress bar; save the state every few minutes."""
     saved, shown = time.monotonic(), learner.step
     whole = 1000
@@ -303,27 +303,6 @@ def _follow(learner: Learner, sampler: ClipSampler, run: Run, state: Path, log: 
         console.say("nothing was left to train")
 
 
-class _Log:
-    """One row per step, written as log.csv whenever the state is saved; a resumed run keeps the rows up to where it stood."""
-
-    def __init__(self, path: Path, from_step: int) -> None:
-        self.path = path
-        before = path.read_text(encoding="utf-8").splitlines()[1:] if from_step and path.exists() else []
-        self.rows = [row for row in before if row.partition(",")[0].isdecimal() and int(row.partition(",")[0]) <= from_step]
-        self.losses: list[float] = []
-
-    def add(self, learner: Learner, progress: Progress) -> None:
-        values = {"step": progress.step, "seconds": round(learner.seconds, 2), "learning_rate": progress.learning_rate} | progress.losses
-        self.rows.append(",".join(f"{values[c]:.6g}" if c in values else "" for c in _LOG_COLUMNS))
-        self.losses = [*self.losses[-49:], progress.losses.get("total", float("nan"))]
-
-    def recent(self) -> float:
-        return float(np.nanmean(self.losses)) if np.isfinite(self.losses).any() else float("nan")
-
-    def write(self) -> None:
-        store.write_text(self.path, "\n".join([",".join(_LOG_COLUMNS), *self.rows]) + "\n")
-
-
 def _write_split(workspace: Workspace, run: Run, wish: Wish, skipped: tuple[str, ...], finished: bool) -> None:
     """split.json: which cases were learned from, which count as unseen, and what --continue needs."""
     kept = wish if wish.weights in ("auto", RANDOM) or zoo.is_name(wish.weights) else replace(wish, weights=_A_FILE)
@@ -340,11 +319,11 @@ def _write_split(workspace: Workspace, run: Run, wish: Wish, skipped: tuple[str,
     store.write_json(workspace.split, split)
 
 
-def _calibrate(learner: Learner, cases: Sequence[PreparedCase], plan: Plan) -> Calibration | None:
+def _calibrate(learner: Learner, cases: Sequence[PreparedCase], plan: Plan, stopped: Callable[[], bool]) -> Calibration | None:
     """What the tuned model's confidence is worth, said in a line."""
-    found = calibrated_on(learner.average, cases, plan)
+    found = calibrated_on(learner.average, cases, plan, stopped)
     if found is None:
-        console.say("confidence stays uncalibrated: too few slices to compare it with their Dice")
+        console.say(f"confidence stays uncalibrated: {'stopped' if stopped() else 'too few slices to compare it with their Dice'}")
     else:
         console.say(
             f"confidence calibrated on {found.slices} slices: calibration error {found.error_before:.3f} -> {found.error_after:.3f}, "

@@ -62,3 +62,10 @@ def test_without_labels_there_is_nothing_to_compare():
     bare = case(size=(PX, PX))
     bare.labels = None
     assert calibrating.calibrated_on(None, [bare], plan()) is None
+
+
+def test_who_does_not_want_to_wait_gets_no_table(copying):
+    many = [case(slices=20, held=range(6, 14), size=(PX, PX), name=str(k)) for k in range(4)]
+    assert calibrating.calibrated_on(None, many, plan()) is not None
+    assert calibrating.calibrated_on(None, many, plan(), stop=lambda: len(copying) >= 6) is None
+    assert len(copying) == 6
