@@ -1,8 +1,9 @@
 """What the model's own confidence is worth: a monotone table from what it says to the Dice that was found where it says so.
 
 Numbers only, without torch. Few slices (from 20): logistic, two parameters, sigmoid(a logit(c) + b) (Platt, 1999); many
-(from 200): isotonic, by pooling adjacent violators (Zadrozny and Elkan, 2002). Either way what is kept is a table of at
-most 33 knots, read with straight lines in between.
+(from 60): isotonic, by pooling adjacent violators (Zadrozny and Elkan, 2002) among the means of ten slices or more. Either
+way what is kept is a table of at most 33 knots, read with straight lines in between. Errors are taken over groups of equally
+many slices: confidences that are nearly alike would all fall into one of ten equal intervals, which then hides everything.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-FEWEST, MANY = 20, 200  # slices
+FEWEST, MANY = 20, 60  # slices
 KNOTS = 33
 ON_TRAINING = "fitted on volumes it learned from, so it may still promise too much"
 _SHRINK = 0.1  # slices' worth of belief in what the model says itself
@@ -49,12 +50,17 @@ class Calibration(BaseModel):
 
 
 def calibrate(confidence: Sequence[float] | Array, dice: Sequence[float] | Array, note: str = ON_TRAINING) -> Calibration | None:
-    """Fit on as many raw confidences as true Dice, one a slice, all from 0 to 1; None for fewer than 20 slices."""
+    """Fit on as many raw confidences as true Dice, one a slice, all from 0 to 1.
+
+    None for fewer than 20 slices, and where no table says more than the confidence itself.
+    """
     said, true = np.clip(np.asarray(confidence, float), 0, 1), np.clip(np.asarray(dice, float), 0, 1)
     if len(said) < FEWEST:
         return None
     x, y = _isotonic_table(said, true) if len(said) >= MANY else _logistic_table(said, true)
     before, after = calibration_error(said, true), calibration_error(np.interp(said, x, y), true)
+    if after >= before:
+        return None
     return Calibration(
         method="isotonic" if len(said) >= MANY else "logistic",
         confidence=_rounded(x),
@@ -66,12 +72,16 @@ def calibrate(confidence: Sequence[float] | Array, dice: Sequence[float] | Array
     )
 
 
-def calibration_error(confidence: Array, dice: Array, bins: int = 10) -> float:
-    """Expected calibration error: |mean confidence - mean Dice| over equally wide bins, weighted by their slices (Guo et al., 2017)."""
-    which = np.minimum((np.asarray(confidence) * bins).astype(int), bins - 1)
-    counts = np.bincount(which, minlength=bins)
-    gaps = np.abs(np.bincount(which, confidence, bins) - np.bincount(which, dice, bins))
-    return float(gaps.sum() / counts.sum())
+def calibration_error(confidence: Array, dice: Array, groups: int = 10) -> float:
+    """Expected calibration error: mean of |mean confidence - mean Dice| over groups of equally many slices, ordered by confidence.
+
+    Slices of the same confidence share their mean Dice, so that their order plays no part (Nixon et al., arXiv:1904.01685).
+    """
+    values, where = np.unique(confidence, return_inverse=True)
+    shared = (np.bincount(where, dice) / np.bincount(where))[where]
+    order = np.argsort(confidence, kind="stable")
+    parts = np.array_split(order, min(groups, len(order)))
+    return float(sum(abs(values[where[p]].mean() - shared[p].mean()) * len(p) for p in parts) / len(order))
 
 
 def pooled(values: Array, weights: Array) -> Array:
@@ -99,7 +109,7 @@ def _isotonic_table(said: Array, true: Array) -> tuple[Array, Array]:
 
 def _logistic_table(said: Array, true: Array) -> tuple[Array, Array]:
     slope, offset = _logistic(_logit(said), true)
-    x = np.linspace(0, 1, KNOTS)
+    x = np.unique(np.round(np.linspace(said.min(), said.max(), KNOTS), 6))
     return x, 1 / (1 + np.exp(-(slope * _logit(x) + offset)))
 
 
@@ -110,20 +120,23 @@ def _logit(share: Array) -> Array:
 
 
 def _logistic(x: Array, y: Array, steps: int = 50) -> tuple[float, float]:
-    """Slope (not below 0) and offset of least cross-entropy, by Newton's method with a little shrinkage towards slope 1, offset 0."""
-    wanted = np.array([1.0, 0.0])
-    found, features = wanted.copy(), np.stack([x, np.ones_like(x)])
+    """Slope (not below 0) and offset of least cross-entropy, by Newton's method; shrunk a little, in units of x's own spread,
+    towards slope 1 and offset 0.
+    """
+    centre = float(x.mean())
+    wanted, shrink = np.array([1.0, centre]), _SHRINK * np.diag([x.var() + 1e-6, 1.0])
+    found, features = wanted.copy(), np.stack([x - centre, np.ones_like(x)])
     for _ in range(steps):
         share = 1 / (1 + np.exp(-np.clip(found @ features, -30, 30)))
-        gradient = features @ (share - y) + _SHRINK * (found - wanted)
-        curvature = (features * (share * (1 - share))) @ features.T + _SHRINK * np.eye(2)
+        gradient = features @ (share - y) + shrink @ (found - wanted)
+        curvature = (features * (share * (1 - share))) @ features.T + shrink
         step = np.linalg.solve(curvature, gradient)
-        found = found - step / max(1.0, float(np.abs(step).max()))
+        found = found - step / max(1.0, float(np.abs(step @ features).max()) / 2)
         if np.abs(step).max() < 1e-9:
             break
     if found[0] < 0:
         return 0.0, float(_logit(y.mean(keepdims=True))[0])
-    return float(found[0]), float(found[1])
+    return float(found[0]), float(found[1] - found[0] * centre)
 
 
 def _rounded(values: Array) -> tuple[float, ...]:

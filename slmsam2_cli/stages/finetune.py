@@ -323,7 +323,9 @@ def _calibrate(learner: Learner, cases: Sequence[PreparedCase], plan: Plan, stop
     """What the tuned model's confidence is worth, said in a line."""
     found = calibrated_on(learner.average, cases, plan, stopped)
     if found is None:
-        console.say(f"confidence stays uncalibrated: {'stopped' if stopped() else 'too few slices to compare it with their Dice'}")
+        console.say(
+            f"confidence stays uncalibrated: {'stopped' if stopped() else 'too few slices to compare it with, or no table that says more'}"
+        )
     else:
         console.say(
             f"confidence calibrated on {found.slices} slices: calibration error {found.error_before:.3f} -> {found.error_after:.3f}, "
