@@ -16,7 +16,6 @@ from typing import Any
 from slmsam2_cli import console
 from slmsam2_cli.data import store
 from slmsam2_cli.data.cases import Structure
-from slmsam2_cli.data.files import InputError, open_regular
 from slmsam2_cli.errors import DONE, NOTHING_DONE, SOME_FAILED, CaseError, UsageError
 from slmsam2_cli.evaluation import tables
 from slmsam2_cli.evaluation.comparison import compare, compared_metrics
@@ -134,17 +133,8 @@ def _refuse_targets(outs: Mapping[Path, Path], target: Path, truth: Truth) -> No
         if out.resolve() in holding:
             raise UsageError(f"{out} holds the labels. Name another folder with -o")
     for path, start in ours.items():
-        if path.exists() and not _begins_with(path, start):
+        if path.exists() and not writing.is_ours(path, start):
             raise UsageError(f"{path} was not written by slmsam2 evaluate. Move it away, or name another folder with -o")
-
-
-def _begins_with(path: Path, start: bytes) -> bool:
-    """Whether it is a file that begins so; a folder or a pipe does not."""
-    try:
-        with open_regular(path) as file:
-            return file.read(len(start)) == start
-    except InputError:
-        return False
 
 
 def _evaluate(predicted: Predicted, truth: Truth, out: Path, options: Options) -> Evaluated:
