@@ -27,15 +27,9 @@ def write_report(folder: Path, make: Callable[[Beside], Report]) -> Report:
     """
     refuse_foreign(folder / NAME, PAGE_BEGINS)
     report = make(lambda name, case, volumes: _write_volumes(folder / name, case, volumes))
-    store.write_text(folder / NAME, marked(render(report)))
+    store.write_text(folder / NAME, render(report))
     _drop_stale(folder, report)
     return report
-
-
-def marked(page: str) -> str:
-    """The page with the words by which it is known, if it lacks them."""
-    begins = PAGE_BEGINS.decode()
-    return page if page.startswith(begins) else f"{begins}\n{page.removeprefix('<!doctype html>').lstrip()}"
 
 
 def refuse_foreign(path: Path, begins: bytes) -> None:

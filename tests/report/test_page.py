@@ -17,7 +17,7 @@ from report import example
 
 from slmsam2_cli.report.contents import CaseReport, Report, Structure, Table
 from slmsam2_cli.report.page import NIIVUE, render, script_json, volumes_script
-from slmsam2_cli.report.writing import marked
+from slmsam2_cli.report.writing import PAGE_BEGINS
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
 EVIL = "</script><script>alert(1)</script>\"'<img src=x onerror=alert(2)>&amp;\u2028\x85"
@@ -119,7 +119,7 @@ def test_the_script_has_the_very_numbers_that_the_page_shows():
 
 
 def test_a_page_begins_as_the_writer_of_pages_knows_it(rich: str) -> None:
-    assert marked(rich) == rich
+    assert rich.encode().startswith(PAGE_BEGINS)
 
 
 def test_tags_are_balanced_and_ids_are_unique(rich: str) -> None:

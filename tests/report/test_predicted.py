@@ -15,7 +15,7 @@ from slmsam2_cli.report.found import Cohort, Found, doubts, measure, suspicions
 from slmsam2_cli.report.opened import Sources
 from slmsam2_cli.report.page import render, volumes_script
 from slmsam2_cli.report.predicted import of_predictions
-from slmsam2_cli.report.writing import PAGE_BEGINS, VOLUMES_BEGIN, marked
+from slmsam2_cli.report.writing import PAGE_BEGINS, VOLUMES_BEGIN
 
 SHAPE = (12, 20, 24)
 ALONE = Cohort((1.0,), True)
@@ -297,8 +297,7 @@ def test_volumes_beside_the_page_come_and_go_with_it_but_others_files_stay(folde
 
 
 def test_our_own_files_are_known_by_how_they_begin(folder):
-    assert marked(render(made(folder, {"a": entry("a")}))).encode().startswith(PAGE_BEGINS + b"\n<html")
-    assert marked(PAGE_BEGINS.decode() + "\n<html>") == PAGE_BEGINS.decode() + "\n<html>"
+    assert render(made(folder, {"a": entry("a")})).encode().startswith(PAGE_BEGINS + b"\n<html")
     assert volumes_script("a", ViewerVolumes("")).encode().startswith(VOLUMES_BEGIN)
 
 
