@@ -4,7 +4,7 @@
 
 Made-up patients: a base learns MR from random weights for so many minutes on 5 cases, then every strategy adapts it to CT
 with the same steps on the same few cases. Dice over whole volumes of the other CT cases, each label prompted on its middle
-slice; the calibration error (10 bins) of slices of these cases, before and after the table that fine-tuning fitted on the
+slice; the calibration error (10 groups) of slices of these cases, before and after the table that fine-tuning fitted on the
 cases it learned from. One run and one seed: differences of a few hundredths mean nothing.
 """
 
