@@ -1,6 +1,6 @@
 """What each memory policy costs: `tiny` at 512 px, random weights, one object through slices of one real volume.
 
-    python benchmarks/policies.py IMAGE LABEL [--slices 12] [--repeats 2] [--threads 2] [--size tiny] [--px 512]
+    python benchmarks/policies.py IMAGE LABEL [--slices 12] [--repeats 3] [--threads 2] [--size tiny] [--px 512]
 
 All policies have the same weights and take turns at every slice, in one process; medians over the slices that have a full
 memory behind them (from the 7th on). Time does not depend on the weights' values, except that random ones must believe the
@@ -13,7 +13,6 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -73,42 +72,37 @@ class Run:
         return sum(t.nbytes for m in memories for t in (m.spatial, m.pointer, m.chosen, m.traces.vector)) / 2**20
 
 
-def encoded(model: SlmSam2, frames: torch.Tensor) -> Iterator[tuple[int, SliceFeatures, float]]:
-    """(t, features, seconds), a slice at a time."""
-    for t in range(len(frames)):
-        started = time.perf_counter()
-        features = model.encode(frames[t : t + 1])
-        yield t, features, time.perf_counter() - started
-
-
 @torch.inference_mode()
 def measure(
     models: dict[str, SlmSam2], frames: torch.Tensor, mask: torch.Tensor, repeats: int
 ) -> tuple[float, dict[str, tuple[float, float]]]:
-    """Median seconds of encoding a slice, and of (tracking and remembering it, MiB stored) under each policy."""
-    encoding, tracking, kept = [], {name: [] for name in models}, dict.fromkeys(models, 0.0)
+    """Median seconds of encoding a slice; of tracking and remembering it, and MiB stored, under each policy."""
+    encoder = models["fifo"]
+    features = [encoder.encode(frame[None]) for frame in frames]
+    encoding, tracking = [], {name: [] for name in models}
     for _ in range(repeats):
-        runs: dict[str, Run] = {}
-        for t, features, seconds in encoded(next(iter(models.values())), frames):
-            encoding.append(seconds)
-            runs = runs or {name: Run(model, features, mask, len(frames)) for name, model in models.items()}
+        runs = {name: Run(model, features[0], mask, len(features)) for name, model in models.items()}
+        for t, here in enumerate(features[1:], start=1):
             turn = list(runs)[t % len(runs) :] + list(runs)[: t % len(runs)]  # nobody always goes first
-            taken = {name: runs[name].step(t, features) for name in turn if t > 0}
-            for name in taken if t >= FULL else ():
-                tracking[name].append(taken[name])
-        kept = {name: run.stored_mib() for name, run in runs.items()}
-    return statistics.median(encoding), {name: (statistics.median(tracking[name]), kept[name]) for name in models}
+            taken = {name: runs[name].step(t, here) for name in turn}
+            if t >= FULL:
+                started = time.perf_counter()
+                encoder.encode(frames[t : t + 1])
+                encoding.append(time.perf_counter() - started)
+                for name, seconds in taken.items():
+                    tracking[name].append(seconds)
+    return statistics.median(encoding), {name: (statistics.median(tracking[name]), run.stored_mib()) for name, run in runs.items()}
 
 
 @torch.inference_mode()
 def alone(name: str, size: str, frames: torch.Tensor, mask: torch.Tensor, threads: int, answer: "multiprocessing.Queue[float]") -> None:
     """Peak memory in MiB of a process that runs one policy, up to a full memory."""
     torch.set_num_threads(threads)
-    model, run = build(name, size, frames.shape[-1]), None
-    for t, features, _ in encoded(model, frames[: FULL + 2]):
-        run = run or Run(model, features, mask, len(frames))
-        if t:
-            run.step(t, features)
+    model = build(name, size, frames.shape[-1])
+    features = model.encode(frames[:1])
+    run = Run(model, features, mask, len(frames))
+    for t in range(1, FULL + 2):  # the same slice again and again needs as much memory as others
+        run.step(t, features)
     answer.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
@@ -127,7 +121,7 @@ def main() -> None:
     parser.add_argument("image", type=Path)
     parser.add_argument("label", type=Path)
     parser.add_argument("--slices", type=int, default=12)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--px", type=int, default=512)
