@@ -59,27 +59,51 @@ def read_prompts(
         if listing.exists():
             raise CaseError(case_id, listing.name, "there is no mask of the same name beside it", "Save the annotated mask next to it")
         return None
-    volume = read_labels(path, case=case_id, root=folder)
+    mask = read_painted(path, view, image, case=case_id, root=folder)
+    listed = _listed(listing, case_id, view) if listing.exists() else None
+    return painted_prompts(mask, view, values, ignore, listed, case=case_id, file=path.name, list_in=listing.name)
+
+
+def read_painted(path: Path, view: View, image: Volume | None = None, *, case: str, root: Path) -> Array:
+    """A mask (Z, Y, X) that somebody painted on the grid of the view; image as in read_prompts. CaseError."""
+    volume = read_labels(path, case=case, root=root)
     difference = view.grid.difference(volume.grid) if image is None else compare_geometry(image, volume)[0]
     if difference:
         raise CaseError(
-            case_id, path.name, f"the prompt's grid differs from the image's: {difference}", "Paint on the image's own grid and save again"
+            case, path.name, f"the prompt's grid differs from the image's: {difference}", "Paint on the image's own grid and save again"
         )
-    mask = volume.voxels
+    return volume.voxels
+
+
+def painted_prompts(
+    mask: Array,
+    view: View,
+    values: Sequence[int],
+    ignore: int | None = None,
+    listed: tuple[int, ...] | None = None,
+    *,
+    case: str,
+    file: str,
+    list_in: str,
+) -> Prompts | None:
+    """What a sparse mask (Z, Y, X) says, whole numbers; None when nothing is annotated. CaseError when it cannot be used.
+
+    listed: native slices that are annotated whatever is painted there; None: nobody said, so paint that seems to lie on slices along
+    another axis is refused. case, file and list_in (where such slices can be listed) are for messages.
+    """
     ignored = ignore if ignore is not None and (mask == ignore).any() else None
-    _refuse_unknown(mask, values, ignore, case_id, path.name)
+    _refuse_unknown(mask, values, ignore, case, file)
     painted = _looked_at(mask, view, ignored)
-    listed = _listed(listing, case_id, view) if listing.exists() else ()
-    if not listing.exists() and (other := _painted_along(mask if ignored is None else mask != ignored, view)):
+    if listed is None and (other := _painted_along(mask if ignored is None else mask != ignored, view)):
         raise CaseError(
-            case_id,
-            path.name,
+            case,
+            file,
             f"looks painted on slices along {other}, but this volume is propagated along {view.axis}, where the paint lies on "
             f"{len(painted)} slices",
             f"Paint slices along {view.axis}, or edit slice_axis in plan.json; if it is meant as it is, list the annotated slices "
-            f"in {listing.name}",
+            f"in {list_in}",
         )
-    slices = tuple(sorted({*painted, *listed}))
+    slices = tuple(sorted({*painted, *(listed or ())}))
     return Prompts(mask, dict.fromkeys(values, slices), slices, ignored) if slices else None
 
 

@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,16 +16,25 @@ from slmsam2_cli.data.dataset import Case, find_label
 from slmsam2_cli.data.geometry import View
 from slmsam2_cli.data.prepared import make_frames
 from slmsam2_cli.data.prompts import Prompts, Where, impose, read_prompts, simulate_prompts
-from slmsam2_cli.data.volume import Volume, read_image, read_labels
+from slmsam2_cli.data.volume import Volume, read_image, read_labels, write_mask
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.inference.anchors import anchors_of
-from slmsam2_cli.inference.engine import BATCH, Anchor, Propagated, full_resolution, propagate
+from slmsam2_cli.inference.engine import BATCH, Anchor, Propagated, propagate
+from slmsam2_cli.inference.restored import labels_of
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.slices import framed, to_rgb
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import Plan
 
 _SHARE_DIGITS = 4
+
+
+class GivesPrompts(Protocol):
+    """Whatever knows what a person annotated on an image."""
+
+    def read(self, case: Case, image: Volume, view: View, plan: Plan) -> tuple[Prompts, tuple[str, ...]]:
+        """The prompts of one case, and warnings."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -79,11 +88,21 @@ class Segmented:
     warnings: tuple[str, ...]
     account: dict[str, Any]
 
+    @property
+    def confidence(self) -> dict[int, dict[int, float]]:
+        """Label -> slice, numbered as the file stores it -> confidence from 0 to 1; 1 on annotated slices."""
+        told = self.account["confidence"]
+        return {int(value): {int(s): share for s, share in one["slices"].items()} for value, one in told.items()}
+
+    def write(self, path: str | Path) -> None:
+        """Save the labels with the image's header; the ending of the path is the format. OutputError."""
+        write_mask(Path(path), self.labels, self.image)
+
 
 def segment(
     case: Case,
     root: Path,
-    prompts_from: PromptSource,
+    prompts_from: GivesPrompts,
     model: SlmSam2,
     plan: Plan,
     calibration: Calibration | None = None,
@@ -120,13 +139,7 @@ def _labels(found: dict[int, Propagated], view: View, plan: Plan) -> np.ndarray:
     """(Z, Y, X) labels on the native grid."""
     if not found:
         return np.zeros(view.grid.shape, dtype=np.uint8 if max(plan.labels) < 256 else np.uint16)
-    _, height, width = view.stack_shape
-
-    def logits(t: int) -> np.ndarray:
-        planes = torch.stack([one.logits[t] for one in found.values()])
-        return full_resolution(planes, plan.geometry.frame_px, height, width).numpy()
-
-    labels = view.restore(logits, tuple(found))
+    labels = labels_of({value: one.logits for value, one in found.items()}, view, plan.geometry.frame_px)
     return labels if max(plan.labels) < 256 else labels.astype(np.uint16)
 
 
