@@ -14,6 +14,7 @@ import stat
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from slmsam2_cli.data import strict_json
@@ -48,6 +49,11 @@ class Package:
 
     model: str
     files: Mapping[str, bytes]
+
+
+def model_in(folder: Path) -> Path:
+    """The model in a folder, else the adapter; where there is neither, the model that should be there."""
+    return next((folder / name for name in MODELS if (folder / name).is_file()), folder / MODELS[0])
 
 
 def pack(checkpoint: Checkpoint, content: bytes) -> bytes:

@@ -34,7 +34,7 @@ def export_model(workspace: Workspace | None, model: Path | None, out: Path, *, 
 def _source(workspace: Workspace | None, model: Path | None) -> Path:
     """The file to pack: the one named, the one in the folder named, or the workspace's."""
     if model is not None and model.is_dir():
-        return next((model / name for name in portable.MODELS if (model / name).is_file()), model / portable.MODELS[0])
+        return portable.model_in(model)
     if model is not None:
         return model
     if workspace is None:
