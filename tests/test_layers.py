@@ -14,12 +14,13 @@ PACKAGE = Path(slmsam2_cli.__file__).parent
 # From the top: what is named in a row may import every row below it, and its own folder.
 LAYERS = (
     ("cli",),
-    ("cli_weights",),
+    ("cli_weights", "cli_pretrain"),
     ("cli_command",),
     ("outcome",),
     ("demo",),
     ("stages",),
     ("report",),
+    ("pretraining",),
     ("finetuning",),
     ("inference", "evaluation"),
     ("model",),
@@ -32,6 +33,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 WITHOUT_TORCH = (
     "cli",
     "cli_weights",
+    "cli_pretrain",
     "cli_command",
     "outcome",
     "data",
