@@ -283,6 +283,10 @@ def evaluate(
     apart from unseen ones, and slices that were given as prompts apart from those that were not. Several folders of masks are scored side
     by side and compared in pairs. HD95 is the larger of the two directed 95th percentiles, between border voxels, in mm.
     """
+    from slmsam2_cli.evaluation import processes
+
+    if processes.count(workers) > 1:
+        processes.prepare(["slmsam2_cli.report.drawn"] if report else [])
     from slmsam2_cli.stages import evaluate as stage
 
     folders_say_it_all = bool(predictions) and labels is not None

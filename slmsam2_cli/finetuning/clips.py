@@ -8,7 +8,7 @@ present on its last slice backwards. Published training saw ends in about 7/L of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -38,6 +38,11 @@ class Clips:
     reverse: Tensor
     slices: int
     known: Tensor | None = None
+
+    def to(self, device: torch.device) -> Clips:
+        """The same clips on a device."""
+        moved = {n: getattr(self, n).to(device) for n in ("frames", "masks", "window", "reverse")}
+        return replace(self, **moved, known=None if self.known is None else self.known.to(device))
 
     def feature_index(self, t: int) -> Tensor:
         """(M,): which of the T * W encoded slices (T-major) each track sees at its step t."""

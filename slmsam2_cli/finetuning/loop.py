@@ -6,84 +6,65 @@ be segmented; from trained weights they are long from the start.
 
 from __future__ import annotations
 
-import copy
-import math
+import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from slmsam2_cli.errors import TrainingError
+from slmsam2_cli.finetuning import learner as learning
 from slmsam2_cli.finetuning.augment import augment
 from slmsam2_cli.finetuning.clips import Clips, ClipSampler
+from slmsam2_cli.finetuning.learner import PATIENCE, SKIPPED, Progress, average_of, descend, learning_rate, share_done
 from slmsam2_cli.finetuning.losses import SliceLoss, slice_loss
 from slmsam2_cli.finetuning.strategies import parameter_groups
 from slmsam2_cli.model.memory.policy import Moment
-from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
+from slmsam2_cli.model.slmsam2 import MemoryBank, SliceFeatures, SliceOutput, SlmSam2
 from slmsam2_cli.planning.plan import TrainingPlan
 
 TRACKS_PER_WINDOW = 4
-_CLIP_NORM, _EMA, _PATIENCE = 1.0, 0.99, 20
+_EMA = 0.99
 _CURRICULUM = ((0.2, 2), (0.35, 4))  # share of the run up to which clips have at most so many slices
+Track = Callable[[SliceFeatures, MemoryBank, int], SliceOutput]
 
 
-@dataclass
-class Learner:
-    """Everything a run needs to go on: model, its moving average, optimiser, generators, step and seconds so far."""
+@dataclass(kw_only=True)
+class Learner(learning.Learner):
+    """With the generators that draw and change clips, and whether it started from random weights."""
 
-    model: SlmSam2
-    average: SlmSam2
-    optimiser: torch.optim.AdamW
     clip_rng: np.random.Generator
     augment_rng: torch.Generator
     from_scratch: bool
-    step: int = 0
-    seconds: float = 0.0
 
+    def draws(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return {"augment": self.augment_rng.get_state()}, {"clips": json.dumps(self.clip_rng.bit_generator.state)}
 
-@dataclass
-class Progress:
-    """What one step reports: share of the run done, mean losses per tracked slice, learning rate."""
-
-    step: int
-    done: float
-    losses: dict[str, float] = field(default_factory=dict)
-    learning_rate: float = 0.0
+    def redraw(self, tensors: dict[str, Tensor], texts: dict[str, str]) -> None:
+        self.augment_rng.set_state(tensors["augment"])
+        self.clip_rng.bit_generator.state = json.loads(texts["clips"])
 
 
 def new_learner(model: SlmSam2, plan: TrainingPlan, from_scratch: bool) -> Learner:
     """A learner at step 0 of what the model lets be trained (strategies.py); the seed is the plan's."""
-    average = copy.deepcopy(model).eval().requires_grad_(False)
     torch.manual_seed(plan.seed)  # dropout
     return Learner(
-        model,
-        average,
-        torch.optim.AdamW(parameter_groups(model, plan), lr=plan.learning_rate),
-        np.random.default_rng(plan.seed),
-        torch.Generator().manual_seed(plan.seed),
-        from_scratch,
+        model=model,
+        average=average_of(model),
+        optimiser=torch.optim.AdamW(parameter_groups(model, plan), lr=plan.learning_rate),
+        clip_rng=np.random.default_rng(plan.seed),
+        augment_rng=torch.Generator().manual_seed(plan.seed),
+        from_scratch=from_scratch,
     )
-
-
-def share_done(learner: Learner, plan: TrainingPlan) -> float:
-    """How much of the run is done, by steps or by minutes, whichever is further."""
-    by_time = learner.seconds / (plan.minutes * 60) if plan.minutes else 0.0
-    return min(1.0, max(learner.step / plan.steps, by_time))
 
 
 def clip_slices(done: float, plan: TrainingPlan, from_scratch: bool) -> int:
     """Slices per clip at this share of the run."""
     limits = [limit for until, limit in _CURRICULUM if done < until] if from_scratch else []
     return min([plan.clip_slices, *limits])
-
-
-def _learning_rate(step: int, done: float, plan: TrainingPlan) -> float:
-    """Linear warm-up, then a cosine down to a twentieth."""
-    warm = min(1.0, (step + 1) / max(plan.warmup_steps, 1))
-    return plan.learning_rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def train(learner: Learner, sampler: ClipSampler, plan: TrainingPlan, stop: Callable[[], bool]) -> Iterator[Progress]:
@@ -98,10 +79,10 @@ def train(learner: Learner, sampler: ClipSampler, plan: TrainingPlan, stop: Call
         length = clip_slices(done, plan, learner.from_scratch)
         windows = plan.clips_per_step * max(1, min(4, plan.clip_slices // (2 * length)))
         clips = augment(sampler.draw(learner.clip_rng, windows, length, windows * TRACKS_PER_WINDOW), learner.augment_rng)
-        rate = _learning_rate(learner.step, done, plan)
+        rate = learning_rate(learner.step, done, plan.learning_rate, plan.warmup_steps)
         losses = _step(learner, clips, rate, device)
-        skipped = skipped + 1 if "skipped" in losses else 0
-        if skipped >= _PATIENCE:
+        skipped = skipped + 1 if SKIPPED in losses else 0
+        if skipped >= PATIENCE:
             raise TrainingError(
                 f"training diverged at step {learner.step}. Lower training.learning_rate in plan.json (now {plan.learning_rate:g})"
             )
@@ -111,46 +92,34 @@ def train(learner: Learner, sampler: ClipSampler, plan: TrainingPlan, stop: Call
 
 
 def _step(learner: Learner, clips: Clips, rate: float, device: torch.device) -> dict[str, float]:
-    for group in learner.optimiser.param_groups:
-        group["lr"] = rate * group.get("scale", 1.0)
-    learner.optimiser.zero_grad(set_to_none=True)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         losses = clip_losses(learner.model, clips, device)
-    total = torch.stack([loss.total for loss in losses]).mean()
-    if not torch.isfinite(total):
-        return {"skipped": 1.0}
-    total.backward()  # type: ignore[no-untyped-call]
-    norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), _CLIP_NORM)
-    if not torch.isfinite(norm):  # one such step would make every weight NaN
-        return {"skipped": 1.0}
-    learner.optimiser.step()
-    _average(learner)
-    names = ("focal", "dice", "iou", "presence", "total")
-    return {name: float(torch.stack([getattr(loss, name).detach() for loss in losses]).mean()) for name in names}
+    return descend(learner, losses, rate, _EMA)
 
 
 def clip_losses(model: SlmSam2, clips: Clips, device: torch.device) -> list[SliceLoss]:
     """Track M objects from their first slice; one loss per tracked slice, T - 1 in all."""
-    frames, masks = clips.frames.to(device), clips.masks.to(device)
-    known = clips.known.to(device) if clips.known is not None else None
-    features = model.encode(frames.flatten(0, 1))
-    bank, losses = MemoryBank(), []
-    first = features.at(clips.feature_index(0).to(device))
-    bank.anchors[0] = model.remember(first, model.anchor(first, masks[0]), masks[0])
-    for t in range(1, len(masks)):
-        here = features.at(clips.feature_index(t).to(device))
-        output = model.track(here, bank, Moment(t, 1, bank.anchors, bank.tracked, clips.slices))
-        losses.append(slice_loss(output, masks[t], known[t] if known is not None else None))
-        if t + 1 < len(masks):
+    clips = clips.to(device)
+    features = model.encode(clips.frames.flatten(0, 1))
+    bank, first = MemoryBank(), features.at(clips.feature_index(0))
+    bank.anchors[0] = model.remember(first, model.anchor(first, clips.masks[0]), clips.masks[0])
+
+    def track(here: SliceFeatures, bank: MemoryBank, t: int) -> SliceOutput:
+        return model.track(here, bank, Moment(t, 1, bank.anchors, bank.tracked, clips.slices))
+
+    return followed(model, clips, features, bank, track, len(clips.masks))
+
+
+def followed(model: SlmSam2, clips: Clips, features: SliceFeatures, bank: MemoryBank, track: Track, until: int) -> list[SliceLoss]:
+    """One loss per slice 1 ... until - 1, each tracked by `track`; its memory goes into the bank.
+
+    features: of all T * W slices, as `Clips.feature_index` numbers them.
+    """
+    losses = []
+    for t in range(1, until):
+        here = features.at(clips.feature_index(t))
+        output = track(here, bank, t)
+        losses.append(slice_loss(output, clips.masks[t], clips.known[t] if clips.known is not None else None))
+        if t + 1 < until:
             bank.tracked[t] = model.remember(here, output)
     return losses
-
-
-@torch.no_grad()
-def _average(learner: Learner) -> None:
-    """Move the average towards the model, where it is trained; a short memory at first."""
-    keep = min(_EMA, (1 + learner.step) / (10 + learner.step))
-    new: Tensor
-    for old, new in zip(learner.average.parameters(), learner.model.parameters()):
-        if new.requires_grad:
-            old.lerp_(new, 1 - keep)

@@ -6,7 +6,6 @@ state.previous.safetensors  the generation before, should the last be damaged
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from slmsam2_cli.data import store
 from slmsam2_cli.errors import WeightsError
-from slmsam2_cli.finetuning.loop import Learner
+from slmsam2_cli.finetuning.learner import Learner
 from slmsam2_cli.model.checkpoint import digest_of
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -35,16 +34,16 @@ def save_state(path: Path, learner: Learner, settings: str) -> None:
     tensors |= {f"average/{n}": t for n, t in learner.average.state_dict().items()}
     moments = learner.optimiser.state_dict()["state"]
     tensors |= {f"optimiser/{i}/{key}": torch.as_tensor(slot[key]) for i, slot in moments.items() for key in _MOMENTS}
-    tensors |= {"rng/torch": torch.get_rng_state(), "rng/augment": learner.augment_rng.get_state()}
+    own, texts = learner.draws()
+    tensors |= {"rng/torch": torch.get_rng_state()} | {f"rng/{name}": state for name, state in own.items()}
     if torch.cuda.is_available():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {
+    header = texts | {
         "settings": settings,
         "digest": digest_of(tensors),
         "step": str(learner.step),
         "seconds": repr(learner.seconds),
-        "clips": json.dumps(learner.clip_rng.bit_generator.state),
     }
     content = save(tensors, header)
     if path.exists():
@@ -64,13 +63,13 @@ def load_state(path: Path, learner: Learner, settings: str) -> str:
             continue
         if header.get("settings") != settings:
             raise WeightsError(
-                f"{candidate.name}: was made with another plan, split, seed or base. Undo the change, or start anew with --overwrite"
+                f"{candidate.name}: was made with another {learner.settings}. Undo the change, or start anew with --overwrite"
             )
         _restore(learner, tensors, header)
         if candidate != path:  # or the next save would put the damaged one in place of the good one
             path.unlink(missing_ok=True)
         return "" if candidate == path else f"{path.name} is missing or damaged; going on from {candidate.name}, step {learner.step}"
-    raise WeightsError(f"nothing to continue in {path.parent}. Run slmsam2 finetune without --continue")
+    raise WeightsError(f"nothing to continue in {path.parent}. Run {learner.command} without --continue")
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -95,8 +94,7 @@ def _restore(learner: Learner, tensors: dict[str, Tensor], header: dict[str, str
         state.setdefault(int(index), {})[key] = tensor
     learner.optimiser.load_state_dict(learner.optimiser.state_dict() | {"state": state})
     torch.set_rng_state(tensors["rng/torch"])
-    learner.augment_rng.set_state(tensors["rng/augment"])
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])
-    learner.clip_rng.bit_generator.state = json.loads(header["clips"])
+    learner.redraw(_part(tensors, "rng/"), header)
     learner.step, learner.seconds = int(header["step"]), float(header["seconds"])

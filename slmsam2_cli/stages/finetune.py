@@ -8,14 +8,11 @@ with --continue.
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import torch
@@ -29,9 +26,11 @@ from slmsam2_cli.errors import DONE, DatasetError, DeviceError, OutputError, Pla
 from slmsam2_cli.finetuning.calibrating import calibrated_on
 from slmsam2_cli.finetuning.clips import ClipSampler
 from slmsam2_cli.finetuning.keeping import keep
+from slmsam2_cli.finetuning.learner import share_done
 from slmsam2_cli.finetuning.log import Log
-from slmsam2_cli.finetuning.loop import Learner, new_learner, share_done, train
+from slmsam2_cli.finetuning.loop import Learner, new_learner, train
 from slmsam2_cli.finetuning.resume import load_state, previous_of, save_state
+from slmsam2_cli.finetuning.stopping import stoppable
 from slmsam2_cli.finetuning.strategies import prepare
 from slmsam2_cli.model import zoo
 from slmsam2_cli.model.calibration import Calibration
@@ -268,7 +267,7 @@ def _tune(run: Run, ready: Outcome, workspace: Workspace, device: torch.device, 
     skipped = tuple(problem.case for problem in ready.problems)
     _write_split(workspace, run, wish, skipped, finished=False)
     log = Log(workspace.finetuned / "log.csv", from_step=learner.step)
-    with _stoppable() as stopped:
+    with stoppable() as stopped:
         _follow(learner, sampler, run, state, log, stopped)
         _save(workspace, run, learner)
         log.write()
@@ -291,7 +290,8 @@ def _follow(learner: Learner, sampler: ClipSampler, run: Run, state: Path, log: 
     with console.progress("training", whole) as advance:
         bar = 0
         for progress in train(learner, sampler, run.plan.training, stopped):
-            log.add(learner, progress)
+            row = {"step": progress.step, "seconds": round(learner.seconds, 2), "learning_rate": progress.learning_rate}
+            log.add(row | progress.losses)
             now_at = int(progress.done * whole)
             advance(now_at - bar, f"step {progress.step}, loss {log.recent():.3f}")
             bar = now_at
@@ -351,28 +351,3 @@ def _save(workspace: Workspace, run: Run, learner: Learner, calibration: Calibra
     digest = keep(workspace.model, learner.average, run.plan, provenance, run.base, calibration)
     if calibration is None:
         console.say(f"model: {workspace.model} ({learner.step} steps, {learner.seconds:.0f} s, weights {digest[:12]})")
-
-
-@contextmanager
-def _stoppable() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a question that answers True; raise it when the block is done.
-
-    A signal that was ignored before (nohup, a job in the background) stays ignored.
-    """
-    caught: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if caught:
-            signal.signal(number, before[signal.Signals(number)])
-        caught.append(number)
-        console.say("stopping after this step …")
-
-    heeded = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, note) for number in heeded}
-    try:
-        yield lambda: bool(caught)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if caught:
-        signal.raise_signal(signal.Signals(caught[0]))

@@ -7,7 +7,8 @@ from stacks import case
 
 from slmsam2_cli.errors import TrainingError, WeightsError
 from slmsam2_cli.finetuning.clips import ClipSampler
-from slmsam2_cli.finetuning.loop import clip_losses, clip_slices, new_learner, share_done, train
+from slmsam2_cli.finetuning.learner import share_done
+from slmsam2_cli.finetuning.loop import clip_losses, clip_slices, new_learner, train
 from slmsam2_cli.finetuning.resume import load_state, previous_of, save_state
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.network import NetworkPlan

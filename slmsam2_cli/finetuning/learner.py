@@ -1,0 +1,119 @@
+"""What learns, and one step of it: the same for fine-tuning and for training from nothing.
+
+A step without a finite loss and gradient changes nothing. The moving average has a short memory at first.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from slmsam2_cli.finetuning.losses import SliceLoss
+from slmsam2_cli.model.slmsam2 import SlmSam2
+
+PATIENCE = 20  # steps in a row without a finite gradient after which a run has diverged
+SKIPPED = "skipped"
+_CLIP_NORM = 1.0
+
+
+class Budget(Protocol):
+    """How long a run is."""
+
+    @property
+    def steps(self) -> int:
+        """At most so many optimiser steps."""
+        ...
+
+    @property
+    def minutes(self) -> float | None:
+        """At most so many minutes of training."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Learner:
+    """Everything a run needs to go on: model, its moving average, optimiser, step and seconds so far.
+
+    A kind of training that draws from generators of its own says how they are stored (`draws`, `redraw`), and what to do
+    about a state that does not fit (`command`, `settings`).
+    """
+
+    command: ClassVar[str] = "slmsam2 finetune"
+    settings: ClassVar[str] = "plan, split, seed or base"
+
+    model: SlmSam2
+    average: SlmSam2
+    optimiser: torch.optim.AdamW
+    step: int = 0
+    seconds: float = 0.0
+
+    def draws(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The state of its own generators, as tensors and as text."""
+        return {}, {}
+
+    def redraw(self, tensors: dict[str, Tensor], texts: dict[str, str]) -> None:
+        """Bring its own generators to where `draws` found them."""
+
+
+@dataclass
+class Progress:
+    """What one step reports: share of the run done, mean losses per tracked slice, learning rate."""
+
+    step: int
+    done: float
+    losses: dict[str, float]
+    learning_rate: float = 0.0
+
+
+def average_of(model: SlmSam2) -> SlmSam2:
+    """The average before the first step."""
+    average = copy.deepcopy(model)
+    average.eval().requires_grad_(False)
+    return average
+
+
+def share_done(learner: Learner, budget: Budget) -> float:
+    """How much of the run is done, by steps or by minutes, whichever is further."""
+    by_time = learner.seconds / (budget.minutes * 60) if budget.minutes else 0.0
+    return min(1.0, max(learner.step / budget.steps, by_time))
+
+
+def learning_rate(step: int, done: float, peak: float, warmup_steps: int) -> float:
+    """Linear warm-up, then a cosine down to a twentieth."""
+    warm = min(1.0, (step + 1) / max(warmup_steps, 1))
+    return peak * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def descend(learner: Learner, losses: Sequence[SliceLoss], rate: float, most_average: float) -> dict[str, float]:
+    """One optimiser step on the mean of the losses; returns each of their means, or that the step was skipped."""
+    for group in learner.optimiser.param_groups:
+        group["lr"] = rate * group.get("scale", 1.0)
+    total = torch.stack([loss.total for loss in losses]).mean()
+    if not torch.isfinite(total):
+        return {SKIPPED: 1.0}
+    learner.optimiser.zero_grad(set_to_none=True)
+    total.backward()  # type: ignore[no-untyped-call]
+    norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), _CLIP_NORM)
+    if not torch.isfinite(norm):  # one such step would make every weight NaN
+        return {SKIPPED: 1.0}
+    learner.optimiser.step()
+    _average(learner, most_average)
+    names = ("focal", "dice", "iou", "presence", "total")
+    means = torch.stack([torch.stack([getattr(loss, name).detach() for loss in losses]).mean() for name in names])
+    return dict(zip(names, means.tolist()))
+
+
+@torch.no_grad()
+def _average(learner: Learner, most: float) -> None:
+    """Move the average towards the model, where it is trained."""
+    keep = min(most, (1 + learner.step) / (10 + learner.step))
+    new: Tensor
+    for old, new in zip(learner.average.parameters(), learner.model.parameters()):
+        if new.requires_grad:
+            old.lerp_(new, 1 - keep)

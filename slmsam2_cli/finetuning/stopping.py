@@ -1,0 +1,35 @@
+"""A run that is asked to stop finishes its step and saves what it has."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from slmsam2_cli import console
+
+
+@contextmanager
+def stoppable() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a question that answers True; raise it when the block is done.
+
+    A signal that was ignored before (nohup, a job in the background) stays ignored.
+    """
+    caught: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if caught:
+            signal.signal(number, before[signal.Signals(number)])
+        caught.append(number)
+        console.say("stopping after this step …")
+
+    heeded = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heeded}
+    try:
+        yield lambda: bool(caught)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if caught:
+        signal.raise_signal(signal.Signals(caught[0]))
