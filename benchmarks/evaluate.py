@@ -4,7 +4,8 @@
 
 Makes livers of 1.5 litres in 512 x 512 x 120 voxels and predictions of them, as .nii.gz, in a temporary folder; then runs the
 command, before each run a plain gunzip of the same files for comparison (the bytes that must be read). Memory is the resident
-size added up over all processes every 10 ms (pages that processes share count several times). Linux only.
+size added up over all processes every 10 ms (pages that processes share count several times), and processor seconds are those of all of
+them when last seen. Linux only.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 import threading
 import time
 import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import nibabel
@@ -49,30 +51,44 @@ def gunzip(folder: Path) -> tuple[float, int, int]:
 
 def evaluate(folder: Path, out: Path, options: list[str]) -> tuple[float, float, float]:
     """(seconds, seconds of all processors, MB at the peak) of one run."""
-    started, worked = time.perf_counter(), _processor_seconds()
+    started = time.perf_counter()
     command = [SLMSAM2, "evaluate", "-p", str(folder / "predictions"), "-g", str(folder / "labels"), "-o", str(out), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    peak = [0]
-    watcher = threading.Thread(target=_watch, args=(process, peak))
+    seen = Seen()
+    watcher = threading.Thread(target=_watch, args=(process, seen))
     watcher.start()
     _, said = process.communicate()
     seconds = time.perf_counter() - started
     watcher.join()
     if process.returncode:
         raise SystemExit(said)
-    return seconds, _processor_seconds() - worked, peak[0] / 1e6
+    return seconds, sum(seen.ticks.values()) / os.sysconf("SC_CLK_TCK"), seen.peak / 1e6
 
 
-def _processor_seconds() -> float:
-    """Of all processes that were started from here and have ended."""
-    used = os.times()
-    return used.children_user + used.children_system
+@dataclass
+class Seen:
+    """What a look every 10 ms finds of a process and everything it started. peak: bytes; ticks: of the processor, by process."""
+
+    peak: int = 0
+    ticks: dict[int, int] = field(default_factory=dict)
 
 
-def _watch(process: subprocess.Popen[str], peak: list[int]) -> None:
+def _watch(process: subprocess.Popen[str], seen: Seen) -> None:
     while process.poll() is None:
-        peak[0] = max(peak[0], sum(map(_resident, _family(process.pid))))
+        family = _family(process.pid)
+        seen.peak = max(seen.peak, sum(map(_resident, family)))
+        for pid in family:
+            seen.ticks[pid] = max(seen.ticks.get(pid, 0), _ticks(pid))
         time.sleep(0.01)
+
+
+def _ticks(pid: int) -> int:
+    """In user and in kernel mode so far; what it waited for is not in it."""
+    try:
+        counts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return int(counts[11]) + int(counts[12])
 
 
 def _family(pid: int) -> list[int]:

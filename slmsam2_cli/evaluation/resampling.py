@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy import ndimage
 
 from slmsam2_cli.data.grid import Grid
 
@@ -11,6 +10,8 @@ from slmsam2_cli.data.grid import Grid
 def onto(grid: Grid, labels: np.ndarray, source: Grid) -> tuple[np.ndarray, int]:
     """(labels (Z, Y, X) on `grid`, number of labelled voxels of `source` that lie outside it). 0 where `source` does not reach."""
     there = _index_map(grid, source)
+    from scipy import ndimage  # slow to import, and rarely needed
+
     moved = ndimage.affine_transform(
         labels, there[:3, :3], offset=there[:3, 3], output_shape=grid.shape, output=labels.dtype, order=0, mode="grid-constant", cval=0
     )

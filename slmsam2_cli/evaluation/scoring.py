@@ -5,25 +5,20 @@ One bad case never stops another, and the scores do not depend on the number of 
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
-from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
-from scipy import ndimage
 
 from slmsam2_cli.data.cases import Structure
 from slmsam2_cli.data.check import compare_geometry
 from slmsam2_cli.data.volume import LabelVolume, read_labels, relative
 from slmsam2_cli.errors import CaseError
+from slmsam2_cli.evaluation import processes
 from slmsam2_cli.evaluation.hints import hints, may_apply
 from slmsam2_cli.evaluation.metrics import NSD_TOLERANCE_MM, LabelScore, Pair, box_of, coarsest_axis, measure, measure_missing
 from slmsam2_cli.evaluation.resampling import onto
@@ -32,11 +27,33 @@ if TYPE_CHECKING:  # what a data set is need not be known to a process that only
     from slmsam2_cli.evaluation.pairing import Group
 
 CaseStatus = Literal["ok", "pred_missing", "failed"]
-START_METHOD = "spawn"  # a forked copy of a process with threads may hang
-MAX_WORKERS = 8
-ALONE_SECONDS = 1.5  # other processes take about a second to start: not for less work than this in one process
+ALONE_SECONDS = 0.3  # what it takes to start other processes: not for less work than this
+HELD_BYTES = 2**28  # of what `afterwards` made; what is beyond is dropped, to be made again from the files
 
 Boxes = Mapping[int, tuple[slice, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """The masks of a case once it is scored. reference: as read; truth, prediction: (z, y, x) on its grid, without ignored voxels;
+    prediction: None when it is missing; box: half-open (z, y, x), around everything in both, None when they are empty; resampled: the
+    prediction was on another grid."""
+
+    reference: LabelVolume
+    truth: np.ndarray
+    prediction: np.ndarray | None
+    box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None
+    resampled: bool
+
+
+class Sized(Protocol):
+    """What can say how many bytes it holds."""
+
+    @property
+    def size(self) -> int: ...
+
+
+Afterwards = Callable[["CaseScore", Compared], Sized | None]
 
 
 @dataclass(frozen=True)
@@ -44,7 +61,8 @@ class Job:
     """One case to score.
 
     values: labels and regions to score, None for the labels that occur; slice_axis: array axis (z, y, x) of the slice numbers, None for the
-    coarsest; prompted: label -> given slices, None when nobody knows; resample: bring a prediction on another grid onto the label's.
+    coarsest; prompted: label -> given slices, None when nobody knows; resample: bring a prediction on another grid onto the label's;
+    afterwards: what else to make of the masks while they are in memory (it may be called in another process).
     """
 
     case: str
@@ -59,6 +77,7 @@ class Job:
     prompted: Mapping[int, tuple[int, ...]] | None = None
     tolerance_mm: float = NSD_TOLERANCE_MM
     resample: bool = False
+    afterwards: Afterwards | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +85,7 @@ class CaseScore:
     """What came of one case.
 
     labels: by label value or region, empty when the case failed; absent: the score of a label that does not occur in it; hints: mistakes
-    that a low score may come from; resampled: the prediction was on another grid.
+    that a low score may come from; resampled: the prediction was on another grid; made: by the job's `afterwards`.
     """
 
     case: str
@@ -80,6 +99,7 @@ class CaseScore:
     warnings: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
     resampled: bool = False
+    made: Sized | None = None
 
 
 def score_case(job: Job) -> CaseScore:
@@ -106,13 +126,18 @@ def with_labels(scores: Sequence[CaseScore], values: Sequence[Structure]) -> lis
     ]
 
 
-def score_all(jobs: Sequence[Job], workers: int | None = None, advance: Callable[..., None] = lambda: None) -> list[CaseScore]:
-    """Scores in the order of the jobs. workers: processes, None for one a core (at most 8)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = max(1, min(cores if workers is None else workers, MAX_WORKERS))
+def score_all(
+    jobs: Sequence[Job],
+    workers: int | None = None,
+    advance: Callable[..., None] = lambda: None,
+    held_bytes: int = HELD_BYTES,
+) -> list[CaseScore]:
+    """Scores in the order of the jobs. workers: processes, None for one a core (at most 8); held_bytes: of what `afterwards` made."""
     scores: list[CaseScore] = []
-    for score in _serially_then_pooled(jobs, wanted):
-        scores.append(score)
+    held = 0
+    for score in _serially_then_pooled(jobs, processes.count(workers)):
+        held += score.made.size if score.made is not None else 0
+        scores.append(score if held <= held_bytes else replace(score, made=None))
         advance()
     return scores
 
@@ -131,9 +156,8 @@ def _serially_then_pooled(jobs: Sequence[Job], workers: int) -> Iterator[CaseSco
 
 def _pooled(jobs: Sequence[Job], workers: int) -> Iterator[CaseScore]:
     """A process that dies takes its pool with it: what it left undone is tried again, each case in a process of its own."""
-    context = multiprocessing.get_context(START_METHOD)
     done = 0
-    with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_leave_interrupts_to_the_parent) as pool:
+    with processes.pool(min(workers, len(jobs))) as pool:
         try:
             for score in pool.map(score_case, jobs):
                 yield score
@@ -143,15 +167,11 @@ def _pooled(jobs: Sequence[Job], workers: int) -> Iterator[CaseScore]:
         finally:
             pool.shutdown(cancel_futures=True)
     for job in jobs[done:]:
-        yield _on_its_own(job, context)
+        yield _on_its_own(job)
 
 
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _on_its_own(job: Job, context: BaseContext) -> CaseScore:
-    with ProcessPoolExecutor(1, context, initializer=_leave_interrupts_to_the_parent) as pool:
+def _on_its_own(job: Job) -> CaseScore:
+    with processes.pool(1) as pool:
         try:
             return pool.submit(score_case, job).result()
         except BrokenProcessPool:
@@ -188,7 +208,11 @@ def _score(job: Job) -> CaseScore:
     regions = any(len(values_of(structure)) > 1 for structure in structures)  # whose Dice does not tell that of their labels
     doubtful = status == "ok" and (regions or may_apply(measured.all["Dice"] for measured in labels.values()))
     found = tuple(hints(truth, predicted, [v for v in boxes if v in values])) if doubtful else ()
-    return CaseScore(job.case, job.group, status, *_names(job), labels, score(0), warnings=tuple(said), hints=found, resampled=resampled)
+    scores = CaseScore(job.case, job.group, status, *_names(job), labels, score(0), warnings=tuple(said), hints=found, resampled=resampled)
+    if job.afterwards is None:
+        return scores
+    compared = Compared(reference, truth, None if job.prediction is None else predicted, _around(boxes), resampled)
+    return replace(scores, made=job.afterwards(scores, compared))
 
 
 def values_of(structure: Structure) -> tuple[int, ...]:
@@ -245,12 +269,22 @@ def _boxes(*masks: np.ndarray) -> Boxes:
     found: dict[int, tuple[slice, ...]] = {}
     if around[0].stop and (only := _only_value([mask[around] for mask in masks])) is not None:
         return {only: around}
+    from scipy import ndimage  # slow to import, and often not needed
+
     for mask in masks if around[0].stop else ():
         for value, inside in enumerate(ndimage.find_objects(mask[around]), start=1):
             if inside is not None:
                 box = tuple(slice(a.start + b.start, a.start + b.stop) for a, b in zip(around, inside, strict=True))
                 found[value] = box if value not in found else tuple(map(_hull, found[value], box))
     return dict(sorted(found.items()))
+
+
+def _around(boxes: Boxes) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None:
+    """The box around all boxes."""
+    if not boxes:
+        return None
+    z, y, x = ((min(b.start for b in side), max(b.stop for b in side)) for side in zip(*boxes.values(), strict=True))
+    return z, y, x
 
 
 def _only_value(masks: Sequence[np.ndarray]) -> int | None:

@@ -15,9 +15,11 @@ from slmsam2_cli.evaluation.slices import Row
 from slmsam2_cli.evaluation.surface import nsd_key
 from slmsam2_cli.evaluation.tables import groups, label_columns, label_rows
 from slmsam2_cli.report.contents import CaseReport, CurvePoint, Report, SliceMark, Structure, Table
+from slmsam2_cli.report.drawn import Drawn
 from slmsam2_cli.report.flags import evaluation_flags, named
 from slmsam2_cli.report.looks import Beside, Budget, Looks, with_looks
-from slmsam2_cli.report.opened import Opened, Sources
+from slmsam2_cli.report.marks import marks
+from slmsam2_cli.report.opened import Sources
 
 Json = Mapping[str, Any]
 _ORDER = {"failed": 0, "pred_missing": 1}
@@ -38,7 +40,8 @@ def of_evaluation(
     """The page of an evaluation.
 
     sources: case -> its files, for pictures; cases that are not in it get none. flags, tables: what was found out elsewhere, shown first.
-    beside: writes the volumes that do not fit into the page, see looks.py. advance: called once a case.
+    What scoring drew of a case (CaseScore.made) is not drawn again. beside: writes the volumes that do not fit into the page, see
+    looks.py. advance: called once a case.
     """
     entries = manifest.cases if manifest is not None else {}
     by_case = {score.case: score for score in scores}
@@ -46,10 +49,11 @@ def of_evaluation(
     ordered = sorted(cases, key=lambda case: (_ORDER.get(case.status, 2), _merit(case), case.id))
     more = flags or {}
 
-    def finish(case: CaseReport, opened: Opened | None) -> CaseReport:
-        return _finished(case, opened, more.get(case.id, ()))
+    def finish(case: CaseReport, drawn: Drawn | None) -> CaseReport:
+        return _finished(case, drawn, more.get(case.id, ()))
 
-    looks = with_looks(ordered, sources, finish, beside, advance, budget)
+    ready = {score.case: score.made for score in scores if isinstance(score.made, Drawn)}
+    looks = with_looks(ordered, sources, finish, beside, advance, budget, ready=ready)
     return _report(summary, looks, tables)
 
 
@@ -90,16 +94,16 @@ def _case(row: Json, score: CaseScore | None, entry: ManifestCase | None, labels
     return CaseReport(row["case"], row["group"], row["status"], structures, problem, slice_mm=_slice_mm(rows))
 
 
-def _finished(case: CaseReport, opened: Opened | None, more: Sequence[str]) -> CaseReport:
+def _finished(case: CaseReport, drawn: Drawn | None, more: Sequence[str]) -> CaseReport:
     """With the geometry that the files know, and the flags, those from elsewhere first."""
-    slice_mm = opened.slice_mm if opened is not None else case.slice_mm
-    count = opened.slice_count if opened is not None else 0
+    slice_mm = drawn.slice_mm if drawn is not None else case.slice_mm
+    count = drawn.slice_count if drawn is not None else 0
     structures = tuple(replace(s, slice_count=count) for s in case.structures)
-    ends = opened.ends() if opened is not None else None
+    ends = drawn.ends if drawn is not None else None
     own = [] if case.status == "failed" else named(structures, [evaluation_flags(s, ends, slice_mm) for s in structures])
     if case.status == "pred_missing":
         own = ["no prediction"]
-    if opened is not None and opened.lacks_image:
+    if drawn is not None and drawn.lacks_image:
         own.append("its image is not shown: it cannot be read, or lies on another grid")
     return replace(case, structures=structures, slice_mm=slice_mm, flags=(*more, *own))
 
@@ -114,22 +118,7 @@ def _marks(score: CaseScore | None, key: str, entry: ManifestCase | None) -> tup
         return ()
     known = entry is not None and score is not None and not score.resampled  # else its slices are those of another grid
     told, value = entry if entry is not None and known else ManifestCase(), int(key) if key.isdecimal() else -1
-    confidence, disagreement = told.confidence.get(value, {}), told.disagreement.get(value, {})
-    return tuple(_mark(row, confidence, disagreement) for row in label.slices)
-
-
-def _mark(row: Row, confidence: Mapping[int, float], disagreement: Mapping[int, float]) -> SliceMark:
-    k, away = int(row["slice"] or 0), row["prompt_distance_slices"]
-    return SliceMark(
-        slice=k,
-        prediction_px=int(row["prediction_px"] or 0),
-        reference_px=int(row["reference_px"] or 0),
-        dice=row["Dice"],
-        prompted=away == 0,
-        distance=None if away is None else int(away),
-        confidence=confidence.get(k),
-        disagreement=disagreement.get(k),
-    )
+    return marks(label, told.confidence.get(value, {}), told.disagreement.get(value, {}))
 
 
 def _slice_mm(rows: Sequence[Row]) -> float | None:

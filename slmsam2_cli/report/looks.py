@@ -1,7 +1,8 @@
-"""Cases get their pictures and their volumes for the viewer: opened one after the other, those to look at first, within a budget of bytes.
+"""Cases get their pictures and their volumes for the viewer, those to look at first, within a budget of bytes.
 
-The page holds as many volumes as it can carry; further ones go to files beside it, through the function that writes them, at once,
-so that never more than three cases are in memory: the one being drawn, and the next two being read.
+What was not drawn already is opened, one case after the other. The page holds as many volumes as it can carry; further ones go to files
+beside it, through the function that writes them, at once, so that the voxels of never more than three cases are in memory: the one being
+drawn, and the next two being read.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from dataclasses import dataclass, replace
 
 from slmsam2_cli.report import viewer
 from slmsam2_cli.report.contents import CaseReport, Picture, ViewerVolumes
+from slmsam2_cli.report.drawn import Drawn, draw
 from slmsam2_cli.report.opened import Opened, Sources, open_case
-from slmsam2_cli.report.pictures import cohort_sheet, pictures, worst_slices
+from slmsam2_cli.report.pictures import captioned, cohort_sheet, worst_slices
 
 FOLDER = "report_files"
 _AHEAD = 2
 MOST_CASES = 200  # cases that are opened for pictures; the others are told in numbers
 Beside = Callable[[str, str, ViewerVolumes], None]  # (relative file name, case, volumes) -> written
-Finish = Callable[[CaseReport, Opened | None], CaseReport]
+Finish = Callable[[CaseReport, Drawn | None], CaseReport]
 
 
 @dataclass
@@ -51,10 +53,11 @@ def with_looks(
     budget: Budget | None = None,
     most: int = MOST_CASES,
     odd: Mapping[str, Mapping[int, str]] | None = None,
+    ready: Mapping[str, Drawn] | None = None,
 ) -> Looks:
     """cases: worst first. finish: adds what is known only once the case is open; it also sees the cases that are not (None).
 
-    odd: case -> slices that are to be shown first, and why.
+    odd: case -> slices that are to be shown first, and why. ready: cases that need not be opened; the page is the same.
     """
     left = budget or Budget()
     by_id = {case.id: case for case in cases}
@@ -63,19 +66,25 @@ def with_looks(
     predicted = [case for case in visible if sources[case].prediction is not None]
     seen = frozenset(visible)
     order = list(dict.fromkeys((*viewer.in_turn(predicted), *by_id)))
-    for case, opened in zip(order, _opened_ahead([(case, sources[case] if case in seen else None) for case in order]), strict=True):
-        by_id[case] = finish(by_id[case], opened)
-        if opened is not None:
-            shown[case] = _pictures(by_id[case], opened, (odd or {}).get(case, {}))
-            by_id[case] = _with_volumes(replace(by_id[case], pictures=tuple(p for _, p in shown[case])), opened, left, beside)
+    wanted = [(case, (ready or {}).get(case) or sources[case] if case in seen else None) for case in order]
+    for case, found in zip(order, _ahead(wanted), strict=True):
+        choices = worst_slices(by_id[case].structures, odd=(odd or {}).get(case))
+        room = max(left.embedded, left.beside if beside is not None else 0) > 0
+        drawn = draw(found, [choice.slice for choice in choices], room) if isinstance(found, Opened) else found
+        by_id[case] = finish(by_id[case], drawn)
+        if drawn is not None:
+            badness = {choice.slice: choice.badness for choice in choices}
+            there = captioned(case, choices, drawn.pictures)
+            shown[case] = [(badness[picture.slice], picture) for picture in there]
+            by_id[case] = _with_volumes(replace(by_id[case], pictures=there), drawn.volumes, left, beside)
         advance()
     return Looks(tuple(by_id[case.id] for case in cases), cohort_sheet(shown), len(shown))
 
 
-def _opened_ahead(wanted: Sequence[tuple[str, Sources | None]]) -> Iterator[Opened | None]:
-    """Each case opened, or None; the next two are being read while one is drawn, so that three are in memory."""
+def _ahead(wanted: Sequence[tuple[str, Sources | Drawn | None]]) -> Iterator[Opened | Drawn | None]:
+    """Each case opened, unless it is drawn, or None; the next two are being read while one is drawn, so that three are in memory."""
     with ThreadPoolExecutor(_AHEAD) as reader:
-        coming = deque[Future[Opened | None]]()
+        coming = deque[Future[Opened | Drawn | None]]()
         for case, files in wanted:
             coming.append(reader.submit(_open, case, files))
             if len(coming) > _AHEAD:
@@ -84,8 +93,8 @@ def _opened_ahead(wanted: Sequence[tuple[str, Sources | None]]) -> Iterator[Open
             yield coming.popleft().result()
 
 
-def _open(case: str, files: Sources | None) -> Opened | None:
-    return None if files is None else open_case(case, files)
+def _open(case: str, files: Sources | Drawn | None) -> Opened | Drawn | None:
+    return open_case(case, files) if isinstance(files, Sources) else files
 
 
 def file_name(case: str) -> str:
@@ -94,16 +103,8 @@ def file_name(case: str) -> str:
     return f"{FOLDER}/{slug or 'case'}-{hashlib.sha256(case.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}.js"
 
 
-def _pictures(case: CaseReport, opened: Opened, odd: Mapping[int, str]) -> list[tuple[float, Picture]]:
-    choices = worst_slices(case.structures, odd=odd)
-    badness = {choice.slice: choice.badness for choice in choices}
-    return [(badness[picture.slice], picture) for picture in pictures(case.id, opened, choices)]
-
-
-def _with_volumes(case: CaseReport, opened: Opened, left: Budget, beside: Beside | None) -> CaseReport:
+def _with_volumes(case: CaseReport, volumes: ViewerVolumes | None, left: Budget, beside: Beside | None) -> CaseReport:
     """In the page while there is room, else beside it while there is, else not at all."""
-    room = max(left.embedded, left.beside if beside is not None else 0)
-    volumes = viewer.volumes(opened) if room > 0 else None
     if volumes is None:
         return case
     if volumes.size <= left.embedded:

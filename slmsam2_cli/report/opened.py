@@ -24,6 +24,7 @@ from slmsam2_cli.evaluation.resampling import onto
 Array = NDArray[Any]
 Window = tuple[float, float]
 Span = tuple[int, int]
+Box = tuple[Span, Span, Span]
 CT_WINDOWS: tuple[Window, ...] = ((-160.0, 240.0), (-1350.0, 150.0), (-500.0, 1300.0))  # soft tissue, lung, bone, in HU
 _AIR_HU = -900.0  # a volume that goes down to air, in whole numbers, is taken for CT
 _SAMPLES = 2_000_000  # voxels that a window is measured on
@@ -48,7 +49,7 @@ class Sources:
 @dataclass(frozen=True, eq=False)
 class Opened:
     """Masks (z, y, x) on `grid`, None where there is none; image (z, y, x) of the first channel or None; axis of the slices;
-    lacks_image: there ought to be one, but it cannot be read, or lies on another grid."""
+    lacks_image: there ought to be one, but it cannot be read, or lies on another grid; known_box: `box`, if somebody has found it."""
 
     grid: Grid
     axis: int
@@ -57,6 +58,7 @@ class Opened:
     image: Array | None = None
     asked_window: Window | None = None
     lacks_image: bool = False
+    known_box: Box | None = None
 
     @property
     def slice_mm(self) -> float:
@@ -71,8 +73,10 @@ class Opened:
         return tuple(mask for mask in (self.truth, self.prediction) if mask is not None)
 
     @cached_property
-    def box(self) -> tuple[Span, Span, Span] | None:
+    def box(self) -> Box | None:
         """The smallest half-open box (z, y, x) around everything in both masks; None when they are empty."""
+        if self.known_box is not None:
+            return self.known_box
         z, y, x = ((side.start, side.stop) for side in box_of(*self.masks))
         return (z, y, x) if z[1] else None
 
@@ -123,12 +127,22 @@ def open_case(case: str, sources: Sources) -> Opened | None:
     if first is None:
         return None
     predicted = None if prediction is None else _on_grid(first, prediction, sources.resample)
-    axis = coarsest(first.grid.spacing_mm) if sources.axis is None else sources.axis
     shown = None if truth is None else _without(truth.voxels, sources.ignore)
     if truth is not None and predicted is not None and sources.ignore is not None:
         predicted = np.where(truth.voxels == sources.ignore, 0, predicted).astype(predicted.dtype)
-    image = _image(case, sources, first)
-    return Opened(first.grid, axis, predicted, shown, image, sources.window, bool(sources.images) and image is None)
+    return with_image(case, sources, first, shown, predicted)
+
+
+def with_image(
+    case: str, sources: Sources, mask: LabelVolume, truth: Array | None, prediction: Array | None, box: Box | None = None
+) -> Opened:
+    """Masks (z, y, x) that somebody has read already, without ignored voxels and on the grid of `mask`, and the image if it can be had.
+
+    box: around everything in both masks, if it is known.
+    """
+    image = _image(case, sources, mask)
+    axis = coarsest(mask.grid.spacing_mm) if sources.axis is None else sources.axis
+    return Opened(mask.grid, axis, prediction, truth, image, sources.window, bool(sources.images) and image is None, box)
 
 
 def coarsest(spacing_mm: Sequence[float]) -> int:

@@ -38,6 +38,15 @@ class Choice:
     words: str
 
 
+@dataclass(frozen=True)
+class Shown:
+    """One drawn slice. uri: a data: URI; width, height: shown size in CSS pixels."""
+
+    uri: str
+    width: int
+    height: int
+
+
 def worst_slices(structures: Sequence[Structure], most: int = A_CASE, odd: Mapping[int, str] | None = None) -> list[Choice]:
     """The slices to look at first, worst first, none next to another. odd: slices that are to come first whatever, and why.
 
@@ -59,16 +68,20 @@ def worst_slices(structures: Sequence[Structure], most: int = A_CASE, odd: Mappi
     return _spread(ranked, apart, most)
 
 
-def pictures(case: str, opened: Opened, choices: Sequence[Choice]) -> tuple[Picture, ...]:
-    """The chosen slices as pictures, in their order; none when both masks are empty."""
+def draw_slices(opened: Opened, slices: Sequence[int]) -> dict[int, Shown]:
+    """Those of the slices that the volume has; none when both masks are empty."""
     frame = _Frame.around(opened)
-    return tuple(
-        Picture(
-            case, choice.slice, uri, width, height, f"slice {choice.slice}: {choice.words}" if choice.words else f"slice {choice.slice}"
-        )
-        for choice in choices
-        for uri, width, height in ([_picture(opened, frame, choice.slice)] if frame and 0 <= choice.slice < opened.slice_count else [])
-    )
+    return {k: _picture(opened, frame, k) for k in slices if frame is not None and 0 <= k < opened.slice_count}
+
+
+def captioned(case: str, choices: Sequence[Choice], drawn: Mapping[int, Shown]) -> tuple[Picture, ...]:
+    """The chosen slices that were drawn, in the order of the choices."""
+    there = [(choice, drawn[choice.slice]) for choice in choices if choice.slice in drawn]
+    return tuple(Picture(case, choice.slice, shown.uri, shown.width, shown.height, _caption(choice)) for choice, shown in there)
+
+
+def _caption(choice: Choice) -> str:
+    return f"slice {choice.slice}: {choice.words}" if choice.words else f"slice {choice.slice}"
 
 
 def cohort_sheet(shown: Mapping[str, Sequence[tuple[float, Picture]]], most: int = 24, a_case: int = 2) -> tuple[Picture, ...]:
@@ -146,8 +159,11 @@ class _Frame:
 
 def _silhouettes(opened: Opened) -> Iterator[Array]:
     """For each mask, where any slice holds something, facing the reader."""
-    for mask in opened.masks:
-        yield opened.facing(np.asarray(mask.any(axis=opened.axis)))
+    box = [slice(*span) for span in opened.box or ()]
+    for mask in opened.masks if box else ():
+        plane = np.zeros([n for a, n in enumerate(mask.shape) if a != opened.axis], bool)
+        plane[tuple(side for a, side in enumerate(box) if a != opened.axis)] = mask[tuple(box)].any(axis=opened.axis)
+        yield opened.facing(plane)
 
 
 def _silhouettes_shape(opened: Opened) -> tuple[int, ...]:
@@ -159,14 +175,14 @@ def _widened(span: tuple[int, int], size: int, mm: float) -> tuple[int, int]:
     return max(0, span[0] - margin), min(size, span[1] + margin)
 
 
-def _picture(opened: Opened, frame: _Frame, k: int) -> tuple[str, int, int]:
-    """(data URI, width, height) of one slice."""
+def _picture(opened: Opened, frame: _Frame, k: int) -> Shown:
+    """One slice."""
     outlines = [
         None if mask is None else _outline(_enlarged(_plane(opened, frame, mask, k), frame)) for mask in (opened.truth, opened.prediction)
     ]
     canvas = np.repeat(_background(opened, frame, k)[..., None], 3, axis=2)
     _paint(canvas, *outlines)
-    return f"data:image/webp;base64,{base64.b64encode(_webp(canvas)).decode()}", frame.width, frame.height
+    return Shown(f"data:image/webp;base64,{base64.b64encode(_webp(canvas)).decode()}", frame.width, frame.height)
 
 
 def _webp(canvas: NDArray[np.uint8]) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from slmsam2_cli.evaluation.floors import Floor, floors_of, shortfalls
 from slmsam2_cli.evaluation.inputs import Predicted, Truth, dataset_root, names_of, predicted_in, truth_of
 from slmsam2_cli.evaluation.manifest import Manifest
 from slmsam2_cli.evaluation.pairing import Pairing, case_name, group_of, relative_name
-from slmsam2_cli.evaluation.scoring import CaseScore, Job, score_all, with_labels
+from slmsam2_cli.evaluation.scoring import HELD_BYTES, CaseScore, Job, score_all, with_labels
 from slmsam2_cli.evaluation.summary import TOOL, About, Json, summarise
 from slmsam2_cli.report import writing
 from slmsam2_cli.report.contents import Report, Table
+from slmsam2_cli.report.drawn import Drawing
 from slmsam2_cli.report.evaluated import of_evaluation
-from slmsam2_cli.report.looks import Beside
+from slmsam2_cli.report.looks import MOST_CASES, Beside
 from slmsam2_cli.report.opened import Sources
 from slmsam2_cli.version import VERSION
 from slmsam2_cli.workspace import Workspace
@@ -51,11 +52,12 @@ BESIDE = "evaluation"  # within the folder of masks, whose own report.html is pr
 
 @dataclass(frozen=True)
 class Options:
-    """How to score and what to leave out."""
+    """How to score and what to leave out. held_bytes: of what is drawn while scoring."""
 
     workers: int | None = None
     resample: bool = False
     report: bool = True
+    held_bytes: int = HELD_BYTES
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +94,7 @@ def evaluate(
     _refuse_targets(outs, target, truth)
     for warning in truth.warnings:
         console.warn(warning)
+    options = replace(options, held_bytes=HELD_BYTES // len(outs))
     evaluated = [_evaluate(predicted_in(folder, truth), truth, one, options) for one, folder in outs.items()]
     comparison = compare({one.out.name: one.summary for one in evaluated}) if len(evaluated) > 1 else None
     for one in evaluated:
@@ -162,16 +165,18 @@ def _refuse_nothing_to_score(predicted: Predicted, truth: Truth) -> None:
 def _scores(predicted: Predicted, truth: Truth, options: Options) -> tuple[list[CaseScore], Mapping[Structure, str]]:
     """All cases, those that cannot be used included, and the structures that were scored."""
     declared = truth.references.labels
-    jobs = [_job(predicted, truth, options.resample, *found) for found in predicted.pairing.pairs]
+    pairs = predicted.pairing.pairs
+    draws = options.report and len(pairs) <= MOST_CASES
+    jobs = [_job(predicted, truth, options.resample, draws, *found) for found in pairs]
     with console.progress("evaluate", len(jobs)) as advance:
-        scored = score_all(jobs, options.workers, advance)
+        scored = score_all(jobs, options.workers, advance, options.held_bytes)
     occurring = {value: "" for value in sorted({v for score in scored for v in score.labels if isinstance(v, int)})}
     structures = declared if declared is not None else dict[Structure, str](occurring.items())
     refused = [_refused(predicted, truth, problem) for problem in (*truth.references.problems, *predicted.pairing.problems)]
     return [*refused, *with_labels(scored, list(structures))], structures
 
 
-def _job(predicted: Predicted, truth: Truth, resample: bool, case: str, reference: Path, prediction: Path | None) -> Job:
+def _job(predicted: Predicted, truth: Truth, resample: bool, draws: bool, case: str, reference: Path, prediction: Path | None) -> Job:
     references, manifest = truth.references, predicted.manifest
     entry = manifest.cases.get(case) if manifest is not None else None
     given = entry.prompted_slices if entry is not None else {} if manifest is not None and prediction is None else None
@@ -188,6 +193,7 @@ def _job(predicted: Predicted, truth: Truth, resample: bool, case: str, referenc
         prompted=given,
         tolerance_mm=truth.tolerance_mm,
         resample=resample,
+        afterwards=Drawing(_sources(predicted, truth, False, case, reference, prediction)) if draws else None,
     )
 
 
@@ -260,7 +266,10 @@ def _write(one: Evaluated, truth: Truth, comparison: Json | None, options: Optio
 def _report(one: Evaluated, truth: Truth, comparison: Json | None, beside: Beside, advance: Callable[..., None]) -> Report:
     """The page; volumes that are too large for it go through `beside`."""
     resampled = {score.case for score in one.scores if score.resampled}
-    sources = {case: _sources(one, truth, case, label, mask, case in resampled) for case, label, mask in one.predicted.pairing.pairs}
+    sources = {
+        case: _sources(one.predicted, truth, case in resampled, case, reference, prediction)
+        for case, reference, prediction in one.predicted.pairing.pairs
+    }
     hints = {score.case: score.hints for score in one.scores}
     return of_evaluation(
         one.summary,
@@ -274,9 +283,9 @@ def _report(one: Evaluated, truth: Truth, comparison: Json | None, beside: Besid
     )
 
 
-def _sources(one: Evaluated, truth: Truth, case: str, reference: Path, prediction: Path | None, resampled: bool) -> Sources:
-    entry = one.predicted.manifest.cases.get(case) if one.predicted.manifest is not None else None
-    axis = entry.array_axis if entry is not None else None
+def _sources(predicted: Predicted, truth: Truth, resampled: bool, case: str, reference: Path, prediction: Path | None) -> Sources:
+    entry = predicted.manifest.cases.get(case) if predicted.manifest is not None else None
+    axis = entry.array_axis if entry is not None and not resampled else None  # else it is one of another grid
     images = truth.images.get(case) or (truth.images.get(case_name(prediction), ()) if prediction is not None else ())
     return Sources(prediction, images, reference, truth.references.root, axis, truth.references.ignore, resample=resampled)
 

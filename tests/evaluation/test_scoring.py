@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import nibabel
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from slmsam2_cli.evaluation import scoring
+from slmsam2_cli.evaluation import processes, scoring
 from slmsam2_cli.evaluation.scoring import Job, score_all, score_case, with_labels
 
 SHAPE = (6, 5, 4)
@@ -182,7 +183,7 @@ def test_other_processes_are_started_only_when_the_rest_is_worth_it(job, monkeyp
     jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}") for i in range(4)]
     handed_over = []
     monkeypatch.setattr(scoring, "_pooled", lambda rest, workers: handed_over.append(len(rest)) or map(score_case, rest))
-    for seconds_a_case, expected in ((0.1, []), (0.4, []), (0.6, [3]), (60.0, [3])):
+    for seconds_a_case, expected in ((0.01, []), (0.09, []), (0.11, [3]), (60.0, [3])):
         clock = iter(seconds_a_case * i for i in range(100))
         monkeypatch.setattr(scoring.time, "monotonic", lambda clock=clock: next(clock))
         handed_over.clear()
@@ -197,6 +198,39 @@ def test_a_process_that_scores_imports_nothing_slow_that_it_does_not_need():
     assert not loaded & {"torch", "pydantic", "typer", "SimpleITK", "PIL", "rich", "jinja2", "sam2"}
 
 
+@dataclass(frozen=True)
+class Weighing:
+    """Makes something of 100 bytes of every pair of masks, and keeps what it saw."""
+
+    size: int = 100
+    seen: tuple = ()
+
+    def __call__(self, score, compared):
+        prediction = None if compared.prediction is None else int(compared.prediction.sum())
+        return Weighing(seen=(score.status, int(compared.truth.sum()), prediction, compared.box, compared.resampled))
+
+
+def test_what_is_made_of_the_masks_comes_back_with_the_scores(job, monkeypatch):
+    jobs = [
+        job(labels(v1=(1, 2)), labels(v1=(2, 4)), case="a", afterwards=Weighing()),
+        job(labels(v1=(1, 2), v3=(5, 5)), None, case="b", afterwards=Weighing(), ignore=3),
+        job(labels(), labels(), case="c", afterwards=Weighing()),
+        job(labels(v1=(1, 2)), labels(v1=(1, 2)), case="d", grid={"spacing": (2.0, 1.0, 3.0)}, afterwards=Weighing()),
+    ]
+    monkeypatch.setattr(scoring, "ALONE_SECONDS", -1.0)
+    monkeypatch.setattr(processes, "START_METHOD", "fork")  # a forked process knows this file
+    a, b, c, d = score_all(jobs, workers=2)
+    assert a.made.seen == ("ok", 8, 12, ((1, 5), (1, 3), (1, 3)), False)
+    assert b.made.seen == ("pred_missing", 8, None, ((1, 3), (1, 3), (1, 3)), False)
+    assert c.made.seen == ("ok", 0, 0, None, False)
+    assert (d.status, d.made) == ("failed", None)
+
+
+def test_no_more_is_held_of_it_than_allowed(job):
+    jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}", afterwards=Weighing()) for i in range(4)]
+    assert [score.made is not None for score in score_all(jobs, workers=1, held_bytes=250)] == [True, True, False, False]
+
+
 def killing(job):
     """Stands in for a case whose process the kernel ends."""
     if job.case == "c1":
@@ -207,7 +241,7 @@ def killing(job):
 def test_a_killed_process_fails_its_own_case_only(job, monkeypatch):
     jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}") for i in range(3)]
     monkeypatch.setattr(scoring, "ALONE_SECONDS", -1.0)
-    monkeypatch.setattr(scoring, "START_METHOD", "fork")  # a forked process knows the stand-in
+    monkeypatch.setattr(processes, "START_METHOD", "fork")  # a forked process knows the stand-in
     monkeypatch.setattr(scoring, "score_case", killing)
     found = score_all(jobs, workers=2)
     assert [(s.case, s.status) for s in found] == [("c0", "ok"), ("c1", "failed"), ("c2", "ok")]

@@ -11,7 +11,7 @@ from PIL import Image
 from report.cases import block, opened
 
 from slmsam2_cli.report.contents import Picture, SliceMark, Structure
-from slmsam2_cli.report.pictures import PREDICTION, TRUTH, Choice, cohort_sheet, pictures, worst_slices
+from slmsam2_cli.report.pictures import PREDICTION, TRUTH, Choice, captioned, cohort_sheet, draw_slices, worst_slices
 
 
 def structure(*marks, name="liver"):
@@ -20,6 +20,10 @@ def structure(*marks, name="liver"):
 
 def mark(k, dice, reference=100, prediction=100, **more):
     return SliceMark(k, prediction, reference, dice, **more)
+
+
+def pictures(case, found, choices):
+    return captioned(case, choices, draw_slices(found, [choice.slice for choice in choices]))
 
 
 def chosen(*structures, most=4):
