@@ -12,6 +12,8 @@ import typer
 
 from slmsam2_cli import console
 from slmsam2_cli.cli_command import commands_of, examples_in_help
+from slmsam2_cli.cli_pretrain import EXAMPLES as PRETRAIN_EXAMPLES
+from slmsam2_cli.cli_pretrain import pretrain
 from slmsam2_cli.cli_weights import weights as weights_commands
 from slmsam2_cli.device import DeviceName
 from slmsam2_cli.errors import UsageError
@@ -354,3 +356,6 @@ def import_model(
     from slmsam2_cli.stages import portable as stage
 
     return stage.import_model(archive, out, overwrite=overwrite)
+
+
+command(*PRETRAIN_EXAMPLES)(pretrain)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -141,11 +142,15 @@ def save_weights(
     plan: Plan | None = None,
     calibration: Calibration | None = None,
     needs: Needs | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> str:
-    """Write contiguous tensors, without a plan where they were made for none. Like `save_checkpoint`."""
+    """Write contiguous tensors, without a plan where they were made for none. Like `save_checkpoint`.
+
+    notes: more entries of the header, which no reader relies on.
+    """
     digest = digest_of(state)
     parts = {"network": network, "provenance": provenance, "plan": plan, "calibration": calibration, "needs": needs}
-    header = {"format_version": str(FORMAT_VERSION), "tool_version": VERSION, "digest": digest}
+    header = dict(notes or {}) | {"format_version": str(FORMAT_VERSION), "tool_version": VERSION, "digest": digest}
     header |= {name: part.model_dump_json() for name, part in parts.items() if part is not None}
     header |= {"warning": RANDOM_WARNING} if provenance.random else {}
     store.write_bytes(path, save(state, header))

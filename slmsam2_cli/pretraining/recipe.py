@@ -1,0 +1,131 @@
+"""The recipe of a base model: one JSON file that, with this version of the code, makes the same weights again.
+
+Unknown keys, impossible values and files written by a newer format are refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from slmsam2_cli.data import store
+from slmsam2_cli.errors import PlanError
+from slmsam2_cli.planning.network import NetworkPlan, PolicyName
+from slmsam2_cli.planning.plan import Frozen, digest_of, explain
+from slmsam2_cli.pretraining.volumes import VolumesRecipe
+
+_ASSETS = Path(__file__).parents[1] / "assets"
+NANO = _ASSETS / "nano.json"
+SMOKE = _ASSETS / "nano-smoke.json"
+_BUDGET = {"steps", "minutes"}
+
+
+class Phase(Frozen):
+    """A part of the run."""
+
+    until: float = Field(description="share of the run at which it ends", gt=0, le=1)
+    lengths: tuple[int, ...] = Field(description="slices per clip, all equally likely; 1: single images", min_length=1)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Phase:
+        if not all(1 <= length <= 64 for length in self.lengths):
+            raise ValueError("lengths: a clip has 1 to 64 slices")
+        return self
+
+
+class Prompts(Frozen):
+    """How often the first slice is given as what; mask takes the rest. Single images are never given as a mask."""
+
+    box: float = Field(default=0.15, description="share of steps with a box", ge=0, le=1)
+    points: float = Field(default=0.15, description="share of steps with points", ge=0, le=1)
+    most_points: int = Field(default=3, description="1 to so many points, the first of them inside", ge=1, le=16)
+    jitter: float = Field(default=0.1, description="shift of a box's corners, at most this share of its edges", ge=0, le=0.5)
+
+    @model_validator(mode="after")
+    def _shares(self) -> Prompts:
+        if self.box + self.points > 1:
+            raise ValueError(f"box and points are {self.box + self.points:g} of all steps together")
+        return self
+
+
+class Reading(Frozen):
+    """How memory is read and what of it is missing, so that no policy and no single memory is relied upon."""
+
+    policies: dict[PolicyName, float] = Field(description="memory policy -> how often a step reads by it, relative to the others")
+    drop_tracked: float = Field(default=0.15, description="share of tracked memories that cannot be read", ge=0, le=1)
+    drop_carried: float = Field(default=0.15, description="share of slices to which no mask is carried", ge=0, le=1)
+    drop_all: float = Field(default=0.05, description="share of slices that have the carried mask alone", ge=0, le=1)
+    two_anchors: float = Field(default=0.15, description="share of clips of at least 4 slices whose last one is annotated too", ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _some(self) -> Reading:
+        if not self.policies or min(self.policies.values()) < 0 or sum(self.policies.values()) <= 0:
+            raise ValueError("policies: at least one has to be read by, none less often than never")
+        return self
+
+
+class Checks(Frozen):
+    """What is measured during the run, on clips it never learns from."""
+
+    every_minutes: float = Field(default=5.0, description="minutes of training between two checks", gt=0)
+    windows: int = Field(default=12, description="windows of slices", ge=1, le=1024)
+    length: int = Field(default=16, description="slices per window", ge=2, le=256)
+    seed: int = Field(default=1_000_003, description="seed of their volumes", ge=0, lt=2**32)
+
+
+class Recipe(Frozen):
+    """Everything that decides how a base model comes out."""
+
+    format_version: Literal[1] = Field(default=1, description="major version of this file's format")
+    network: NetworkPlan = Field(default_factory=NetworkPlan, description="which network; its policy decides which stacks it has")
+    frame_px: int = Field(default=128, description="edge of the slices in pixels, a multiple of 32", ge=32, le=1024, multiple_of=32)
+    steps: int = Field(description="optimiser steps, at most", ge=1, le=10_000_000)
+    minutes: float | None = Field(default=None, description="minutes of training, at most; null: no limit", gt=0)
+    seed: int = Field(default=0, description="seed of the weights and of every draw", ge=0, lt=2**32)
+    slices_per_step: int = Field(default=64, description="slices in one step: long clips are few, short ones many", ge=1, le=8192)
+    most_windows: int = Field(default=24, description="windows in one step, at most", ge=1, le=1024)
+    tracks_per_window: float = Field(default=2.0, description="objects tracked per window", gt=0, le=16)
+    learning_rate: float = Field(default=1e-3, description="peak learning rate of AdamW", gt=0, le=1)
+    warmup_steps: int = Field(default=200, description="steps over which it rises to its peak", ge=0)
+    weight_decay: float = Field(default=0.05, description="decoupled weight decay of AdamW", ge=0, le=1)
+    average: float = Field(default=0.999, description="how much of the moving average a step keeps, at most", ge=0, lt=1)
+    compile: bool = Field(default=False, description="compile the larger modules on a GPU")
+    phases: tuple[Phase, ...] = Field(description="single images, short clips, long clips", min_length=1)
+    prompts: Prompts = Field(default_factory=Prompts)
+    reading: Reading
+    checks: Checks = Field(default_factory=Checks)
+    volumes: VolumesRecipe = Field(default=VolumesRecipe(), description="the procedural volumes")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        ends = [phase.until for phase in self.phases]
+        if ends != sorted(set(ends)) or ends[-1] != 1:
+            raise ValueError(f"phases: until has to rise to 1, found {', '.join(f'{end:g}' for end in ends)}")
+        short = [name for name in self.reading.policies if name.startswith("shortlong")]
+        if short and not self.network.has_short_stream:
+            raise ValueError(f"reading.policies: {short[0]} needs a short stack, which network.policy {self.network.policy} has not")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of what may not change between two parts of a run; only its length may."""
+        return digest_of(self.model_dump(mode="json", exclude=_BUDGET))
+
+    def phase(self, done: float) -> Phase:
+        """The phase at this share of the run."""
+        return next((phase for phase in self.phases if done < phase.until), self.phases[-1])
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a file. PlanError names the file and the key."""
+    if not path.is_file():
+        raise PlanError(f"no recipe at {path}. Name one with --recipe, or leave it out for the packaged one")
+    try:
+        return Recipe.model_validate_json(json.dumps(store.read_json(path, "recipe")))
+    except store.JsonError as error:
+        raise PlanError(f"{error}. Correct it, or leave --recipe out for the packaged one") from None
+    except ValidationError as error:
+        raise PlanError(f"{path.name} (recipe): {explain(error)}. Correct it, or leave --recipe out for the packaged one") from None

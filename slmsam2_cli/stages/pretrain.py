@@ -1,0 +1,175 @@
+"""Before everything: recipe -> base weights.   Reads a recipe.   Writes RUN/{recipe.json,log.csv,checks.csv,nano.safetensors,state}.
+
+Needs no data: the volumes are procedural. An interrupted run leaves usable weights and goes on with --continue.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from slmsam2_cli import console
+from slmsam2_cli.data import store
+from slmsam2_cli.device import DeviceName, choose_device, describe
+from slmsam2_cli.errors import DONE, DeviceError, UsageError
+from slmsam2_cli.finetuning.learner import share_done
+from slmsam2_cli.finetuning.log import COLUMNS, Log
+from slmsam2_cli.finetuning.resume import load_state, previous_of, save_state
+from slmsam2_cli.finetuning.stopping import stoppable
+from slmsam2_cli.model.checkpoint import Provenance, save_weights
+from slmsam2_cli.pretraining.checks import Check, check, held_out
+from slmsam2_cli.pretraining.loop import Pretrainer, Step, new_learner, train
+from slmsam2_cli.pretraining.recipe import NANO, SMOKE, Recipe, read_recipe
+
+SAVE_EVERY_S = 120.0
+WEIGHTS, RECIPE, STATE = "nano.safetensors", "recipe.json", "state.safetensors"
+LICENCE, BASE = "Apache-2.0", "procedural volumes"
+_LOG = (*COLUMNS[:2], "phase", "length", "clips", *COLUMNS[2:], "clips_per_s")
+_CHECKS = ("step", "seconds", *Check.__dataclass_fields__)
+
+
+def pretrain(
+    run: Path,
+    *,
+    recipe: Path | None = None,
+    smoke: bool = False,
+    minutes: float | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+    commit: str = "",
+    resume: bool = False,
+    device: DeviceName = "auto",
+    overwrite: bool = False,
+) -> int:
+    """Train base weights by a recipe, into the folder `run`. The exit code: 0.
+
+    commit: of the code, as a note in the weights' header. Raises PlanError (recipe), WeightsError (nothing to continue),
+    TrainingError, DeviceError, OutputError, LockError, UsageError.
+    """
+    if recipe is not None and smoke:
+        raise UsageError("--recipe and --smoke both name a recipe. Give one of them")
+    if resume and overwrite:
+        raise UsageError("--continue and --overwrite contradict each other. Give one of them")
+    if resume and (recipe is not None or smoke or seed is not None):
+        raise UsageError("--continue goes on by the recipe and seed that the run was started with. Leave --recipe, --smoke and --seed out")
+    chosen = choose_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with store.one_writer(run):
+        wanted = _kept(run) if resume else read_recipe(recipe or (SMOKE if smoke else NANO))
+        wanted = _adjusted(wanted, minutes, steps, seed)
+        if not resume and not overwrite:
+            _refuse_to_replace(run)
+        try:
+            _train(run, wanted, chosen, resume, commit)
+        except torch.OutOfMemoryError:
+            raise DeviceError("out of memory. Set slices_per_step lower in the recipe, or use --device cpu") from None
+    return DONE
+
+
+def _kept(run: Path) -> Recipe:
+    if not (run / RECIPE).is_file():
+        raise UsageError(f"nothing to continue in {run}. Run slmsam2 pretrain without --continue")
+    return read_recipe(run / RECIPE)
+
+
+def _adjusted(recipe: Recipe, minutes: float | None, steps: int | None, seed: int | None) -> Recipe:
+    """The recipe with what the command line says. --steps alone lifts the recipe's limit in minutes, so that a run can be repeated."""
+    changes = {"steps": steps, "minutes": minutes, "seed": seed}
+    kept = recipe.model_dump() | ({"minutes": None} if steps is not None and minutes is None else {})
+    return Recipe.model_validate(kept | {name: value for name, value in changes.items() if value is not None})
+
+
+def _refuse_to_replace(run: Path) -> None:
+    if (run / STATE).exists() or previous_of(run / STATE).exists():
+        raise UsageError(f"{run}: holds an unfinished run. Go on with slmsam2 pretrain --continue, or start anew with --overwrite")
+    if (run / WEIGHTS).exists():
+        raise UsageError(f"{run}: holds the weights of another run. Choose another folder with -o, or add --overwrite")
+
+
+def _train(run: Path, recipe: Recipe, device: torch.device, resume: bool, commit: str) -> None:
+    learner, state = new_learner(recipe, device), run / STATE
+    if resume and (warning := load_state(state, learner, recipe.digest)):
+        console.warn(warning)
+    if not resume:
+        for old in (state, previous_of(state)):
+            old.unlink(missing_ok=True)
+    store.write_json(run / RECIPE, recipe.model_dump(mode="json"))
+    parameters = sum(p.numel() for p in learner.model.parameters())
+    console.say(f"training {recipe.network.size} ({parameters / 1e6:.2f} million parameters, {recipe.frame_px} px) on {describe(device)}")
+    log, checks = Log(run / "log.csv", learner.step, _LOG), Log(run / "checks.csv", learner.step, _CHECKS)
+    with stoppable() as stopped:
+        _follow(learner, recipe, state, log, checks, stopped)
+        log.write()
+        finished = share_done(learner, recipe) >= 1
+        if finished:
+            _check(learner, recipe, checks)
+        else:
+            save_state(state, learner, recipe.digest)
+        _save(run / WEIGHTS, learner, recipe, commit)
+        if not finished:
+            console.say(f"stopped at step {learner.step}; state and weights so far are saved. Go on with slmsam2 pretrain --continue")
+    if finished:
+        state.unlink(missing_ok=True)
+        previous_of(state).unlink(missing_ok=True)
+
+
+def _follow(learner: Pretrainer, recipe: Recipe, state: Path, log: Log, checks: Log, stopped: Callable[[], bool]) -> None:
+    """Train with a progress bar; save the state and check the model every few minutes."""
+    saved, checked, whole = time.monotonic(), learner.seconds, 1000
+    with console.progress("training", whole) as advance:
+        bar = 0
+        for step in train(learner, recipe, stopped):
+            log.add(_row(learner, recipe, step))
+            now_at = int(step.done * whole)
+            advance(
+                now_at - bar, f"step {step.step}, {step.length} slices, loss {log.recent():.3f}, {step.clips / step.seconds:.1f} clips/s"
+            )
+            bar = now_at
+            if learner.seconds - checked >= 60 * recipe.checks.every_minutes and step.done < 1:
+                _check(learner, recipe, checks)
+                checked = learner.seconds
+            if time.monotonic() - saved > SAVE_EVERY_S:
+                save_state(state, learner, recipe.digest)
+                log.write()
+                saved = time.monotonic()
+
+
+def _row(learner: Pretrainer, recipe: Recipe, step: Step) -> dict[str, float]:
+    row = {"step": step.step, "seconds": round(learner.seconds, 2), "phase": recipe.phases.index(recipe.phase(step.done)) + 1}
+    row |= {"length": step.length, "clips": step.clips, "learning_rate": step.learning_rate, "clips_per_s": step.clips / step.seconds}
+    return row | step.losses
+
+
+def _check(learner: Pretrainer, recipe: Recipe, checks: Log) -> None:
+    """Measure the average on clips that nothing is learned from, and say so."""
+    found = check(learner.average, held_out(recipe, learner.average.device))
+    checks.add({"step": learner.step, "seconds": round(learner.seconds, 1)} | asdict(found))
+    checks.write()
+    console.say(
+        f"step {learner.step}, {learner.seconds / 60:.1f} min: Dice {found.dice:.3f} (first mask copied {found.copy:.3f}, "
+        f"memory emptied {found.carried:.3f}), presence {found.presence:.3f}, beyond ends {found.beyond:.3f}, missed {found.missed:.3f}"
+    )
+
+
+def _save(path: Path, learner: Pretrainer, recipe: Recipe, commit: str) -> None:
+    """The averaged weights in half precision, with everything that is needed to make them again."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in learner.average.state_dict().items()}
+    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    provenance = Provenance(
+        base=BASE,
+        licence=LICENCE,
+        seed=recipe.seed,
+        steps=learner.step,
+        seconds=round(learner.seconds, 1),
+        versions={name: version(name) for name in ("torch", "sam2", "numpy")},
+    )
+    notes = {"recipe": recipe.model_dump_json()} | ({"commit": commit} if commit else {})
+    digest = save_weights(path, half, recipe.network, provenance, notes=notes)
+    console.say(f"weights: {path} ({learner.step} steps, {learner.seconds:.0f} s, {path.stat().st_size / 1e6:.1f} MB, {digest[:12]})")

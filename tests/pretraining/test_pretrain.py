@@ -1,0 +1,99 @@
+"""Training from nothing as a stage: what it writes, how it goes on, and that others can use what it wrote."""
+
+import json
+import signal
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from slmsam2_cli.errors import PlanError, UsageError, WeightsError
+from slmsam2_cli.model.checkpoint import fit, read_checkpoint
+from slmsam2_cli.model.slmsam2 import SlmSam2
+from slmsam2_cli.planning.network import NetworkPlan
+from slmsam2_cli.pretraining.recipe import SMOKE
+from slmsam2_cli.stages import pretrain as stage
+from slmsam2_cli.stages.pretrain import pretrain
+
+TINY = {"frame_px": 32, "slices_per_step": 4, "most_windows": 2, "steps": 4, "minutes": None, "checks": {"windows": 2, "length": 4}}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """Four steps of two images or one short clip, at 32 px."""
+    path = tmp_path_factory.mktemp("recipe") / "tiny.json"
+    path.write_text(json.dumps(json.loads(SMOKE.read_text()) | TINY))
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(recipe, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    assert pretrain(run, recipe=recipe, commit="abc", device="cpu") == 0
+    return run
+
+
+def test_it_writes_exactly_these_files(done):
+    assert {p.name for p in done.iterdir() if not p.name.startswith(".")} == {"recipe.json", "log.csv", "checks.csv", "nano.safetensors"}
+    assert len((done / "log.csv").read_text().splitlines()) == 1 + 4
+    assert len((done / "checks.csv").read_text().splitlines()) == 1 + 1
+
+
+def test_the_weights_are_half_as_large_carry_their_recipe_and_load_as_full_precision(done):
+    read = read_checkpoint(done / "nano.safetensors")
+    with safe_open(done / "nano.safetensors", framework="pt") as file:
+        header = file.metadata()
+    assert {t.dtype for t in read.state.values()} == {torch.float16}
+    assert json.loads(header["recipe"]) == json.loads((done / "recipe.json").read_text()) and header["commit"] == "abc"
+    assert (read.provenance.licence, read.provenance.steps, read.provenance.random) == ("Apache-2.0", 4, False)
+    model = SlmSam2(read.network, 64)
+    fit(model, read)
+    assert model.carry_gain.dtype == torch.float32
+    assert model.network == NetworkPlan(size="nano", policy="shortlong") and not read.warnings
+
+
+def test_an_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(done, recipe, tmp_path, monkeypatch):
+    """SIGINT after the second of four steps."""
+    train = stage.train
+
+    def interrupted(learner, *rest):
+        for step in train(learner, *rest):
+            if step.step == 2:
+                signal.raise_signal(signal.SIGINT)
+            yield step
+
+    monkeypatch.setattr(stage, "train", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tmp_path / "run", recipe=recipe, device="cpu")
+    signal.signal(signal.SIGINT, before)
+    monkeypatch.setattr(stage, "train", train)
+    assert read_checkpoint(tmp_path / "run" / "nano.safetensors").provenance.steps == 2
+    with pytest.raises(UsageError, match="--continue"):
+        pretrain(tmp_path / "run", recipe=recipe, device="cpu")
+    torch.manual_seed(99)
+    assert pretrain(tmp_path / "run", resume=True, device="cpu") == 0
+    assert read_checkpoint(tmp_path / "run" / "nano.safetensors").digest == read_checkpoint(done / "nano.safetensors").digest
+    assert not (tmp_path / "run" / "state.safetensors").exists()
+
+
+def test_a_finished_run_is_not_replaced_without_being_asked(done, recipe):
+    with pytest.raises(UsageError, match="--overwrite"):
+        pretrain(done, recipe=recipe)
+
+
+def test_continuing_nothing_is_an_error(tmp_path):
+    with pytest.raises(UsageError, match="nothing to continue"):
+        pretrain(tmp_path / "run", resume=True)
+
+
+def test_continuing_a_finished_run_is_an_error(done):
+    with pytest.raises(WeightsError, match="nothing to continue"):
+        pretrain(done, resume=True, device="cpu")
+
+
+def test_a_key_that_no_recipe_has_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(json.loads(SMOKE.read_text()) | {"learning_speed": 1}))
+    with pytest.raises(PlanError, match="mine.json.*learning_speed: unknown key"):
+        pretrain(tmp_path / "run", recipe=path)
