@@ -21,7 +21,7 @@ from slmsam2_cli.outcome import Terminated, exit_code_of
 from slmsam2_cli.version import VERSION
 from slmsam2_cli.workspace import Workspace
 
-COMMANDS = ("plan", "preprocess", "finetune", "predict", "evaluate", "demo", "export-model", "import-model", "weights")
+COMMANDS = ("plan", "preprocess", "finetune", "predict", "evaluate", "demo", "export-model", "import-model", "pretrain", "weights")
 WEIGHTS = ("weights list", "weights get", "weights verify", "weights import")
 HEAVY = ("torch", "sam2", "SimpleITK", "nibabel", "scipy", "pandas", "numpy")
 ROOT = Path(cli.__file__).parents[1]
@@ -380,4 +380,4 @@ def test_the_shell_completes_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMP_WORDS", "slmsam2 pre")
     monkeypatch.setenv("COMP_CWORD", "1")
     completed = in_a_process("import sys; from slmsam2_cli import cli; sys.argv = ['slmsam2']; cli.main()")
-    assert set(completed.stdout.split()) == {"preprocess", "predict"}
+    assert set(completed.stdout.split()) == {"preprocess", "predict", "pretrain"}
