@@ -1,7 +1,7 @@
 """Clips of imaginary volumes: anatomy-like label maps with the grey values of many scanners, drawn as fast as they are learnt from.
 
 After the idea of SynthSeg (Billot et al. 2023, arXiv:2107.09559): a network that has seen every appearance needs to know none.
-Here the geometry is drawn too, with what propagation stumbles over: ends, look-alikes, branches and invisible borders.
+Here the forms are drawn too, with what propagation stumbles over: ends, look-alikes, branches and invisible borders.
 """
 
 from __future__ import annotations
@@ -13,28 +13,31 @@ from torch import Tensor
 from slmsam2_cli.finetuning.clips import Clips
 from slmsam2_cli.planning.plan import Frozen
 from slmsam2_cli.pretraining.anatomy import PAINTED, STRUCTURES, Anatomy, AnatomyRecipe, draw_anatomy
-from slmsam2_cli.pretraining.appearance import AppearanceRecipe, scan
+from slmsam2_cli.pretraining.appearance import AppearanceRecipe, draw_looks, filled
 from slmsam2_cli.pretraining.draw import Draw, Range, smooth_field
+from slmsam2_cli.pretraining.scanner import PIXELS, ScannerRecipe, Scanners, draw_scanners, scanned
 from slmsam2_cli.pretraining.shapes import cut, joined, paint, paint_around, pixel_centres, poses
 from slmsam2_cli.pretraining.tracks import Tracks, areas, choose
 
-AIR, FAT, TISSUE, FIRST = 0, 1, 2, 6  # labels: four tissues, then two labels for every structure
-_BACKGROUND = 2 * STRUCTURES
+AIR, FAT, TISSUE, SEPTUM, FIRST = 0, 1, 2, 6, 7  # labels: four tissues from TISSUE on, two labels for every structure from FIRST on
+NO_TARGET = 2 * STRUCTURES
 
 
 class VolumesRecipe(Frozen):
     """What the generator draws from: every range and every probability."""
 
-    anatomy: AnatomyRecipe = Field(default=AnatomyRecipe(), description="structures and how they relate")
-    appearance: AppearanceRecipe = Field(default=AppearanceRecipe(), description="what scanners make of them")
+    anatomy: AnatomyRecipe = Field(default=AnatomyRecipe(), description="structures and what they are to each other")
+    appearance: AppearanceRecipe = Field(default=AppearanceRecipe(), description="grey values and textures")
+    scanner: ScannerRecipe = Field(default=ScannerRecipe(), description="kinds of scanners and their faults")
     air: float = Field(default=0.5, description="share of windows in which the body's outline may be seen")
-    warp: Range = Field(default=(0.05, 0.25), description="coarse deformation, in sizes of the first structure")
+    septa: float = Field(default=0.5, description="share of windows with thin layers between tissues")
+    warp: Range = Field(default=(0.04, 0.2), description="coarse deformation, in sizes of the first structure")
     rough: Range = Field(default=(0.01, 0.06), description="fine deformation, in sizes of the first structure")
-    padded: float = Field(
-        default=0.5, description="share of windows padded with zeros below or to the right, as slices that are not square"
-    )
-    cropped: float = Field(default=0.12, description="share of windows that reach beyond the volume on some side")
-    eager: float = Field(default=3.0, description="how much likelier a structure that ends within the clip is to be followed")
+    padded: float = Field(default=0.5, description="share of windows with zeros below or to the right, as slices that are not square")
+    cropped: float = Field(default=0.12, description="share of windows that reach beyond the volume at the left or the top")
+    blocky: float = Field(default=0.6, description="share of masks drawn on the scanner's pixels, where these are coarser than the frame's")
+    colours: float = Field(default=0.05, description="share of windows whose three channels differ")
+    eager: float = Field(default=5.0, description="how much likelier a structure that ends within the clip is to be followed")
     slices: tuple[int, int] = Field(default=(8, 80), description="length of the imaginary volumes")
 
 
@@ -47,18 +50,23 @@ def draw_clips(
     frame_px: int,
     device: torch.device = torch.device("cpu"),  # noqa: B008  a value
 ) -> Clips:
-    """W windows of `length` slices and at most `tracks` tracks through them; at least one. All randomness comes from `rng`."""
+    """W windows of `length` slices and at most `tracks` tracks through them; at least one.
+
+    All randomness comes from `rng`, of the device or of the CPU. frame_px: a multiple of 16.
+    """
     draw = Draw.on(device, rng)
     while True:
         view = _view(recipe, draw, windows)
-        anatomy = draw_anatomy(recipe.anatomy, draw, windows, length, view)
-        labels = _labels(recipe, draw, anatomy, length, frame_px)
+        anatomy = draw_anatomy(recipe.anatomy, draw, length, view)
+        scanners = draw_scanners(recipe.scanner, draw, windows)
+        labels = _blocky(draw, scanners, draw.chance(recipe.blocky, windows), _labels(recipe, draw, anatomy, length, frame_px))
         seen = _seen(view, frame_px)
         targets = _targets(labels, anatomy, seen)
-        chosen = choose(draw, areas(targets, _BACKGROUND + 1), tracks, recipe.eager)
+        area = areas(targets, NO_TARGET)
+        chosen = choose(draw, area, _weights(recipe, area), tracks)
         if len(chosen.window):
             break
-    frames = _frames(recipe.appearance, draw, labels, anatomy) * seen[:, None]
+    frames = _frames(recipe, draw, labels, anatomy, scanners) * seen[:, None]
     slices = max(length, int(draw.spread((float(recipe.slices[0]), float(recipe.slices[1])), 1)))
     return Clips(frames, _masks(targets, chosen), chosen.window, chosen.reverse, slices)
 
@@ -66,13 +74,11 @@ def draw_clips(
 def _view(recipe: VolumesRecipe, draw: Draw, windows: int) -> Tensor:
     """(W, 4): left, top, width and height of what is not padding, frame widths."""
     view = torch.tensor([0.0, 0.0, 1.0, 1.0], device=draw.device).repeat(windows, 1)
-    side = 2 + draw.chance(0.5, windows).long()
+    side = draw.chance(0.5, windows).long()[:, None]
     shorter = torch.where(draw.chance(recipe.padded, windows), draw.uniform((0.5, 1.0), windows), 1.0)
-    view.scatter_(1, side[:, None], shorter[:, None])
     beyond = draw.uniform((0.0, 0.3), windows) * draw.chance(recipe.cropped, windows)
-    view.scatter_(1, side[:, None] - 2, beyond[:, None])
-    view[:, 2:] = torch.minimum(view[:, 2:], 1 - view[:, :2])
-    return view
+    view.scatter_(1, side + 2, (shorter - beyond)[:, None])
+    return view.scatter_(1, side, beyond[:, None])
 
 
 def _seen(view: Tensor, frame_px: int) -> Tensor:
@@ -86,13 +92,8 @@ def _seen(view: Tensor, frame_px: int) -> Tensor:
 def _labels(recipe: VolumesRecipe, draw: Draw, anatomy: Anatomy, length: int, frame_px: int) -> Tensor:
     """Label maps (T, W, px, px) uint8."""
     windows = len(anatomy.size)
-    warp, rough = (draw.uniform(between, windows) * anatomy.size for between in (recipe.warp, recipe.rough))
-    moved = smooth_field(draw, length, anatomy.pace, 2, 5, frame_px) * warp[:, None, None, None]
-    moved += smooth_field(draw, length, anatomy.pace, 2, 16, frame_px) * rough[:, None, None, None]
-    coarse, fine = (smooth_field(draw, length, anatomy.pace, 1, cells, frame_px) for cells in (4, 10))
-    level = draw.normal(2, windows, 1, 1)
-    labels = ((coarse[:, :, 0] > level[0]).to(torch.uint8) + 2 * (fine[:, :, 0] > level[1]).to(torch.uint8)) + TISSUE
-    tiles = cut(pixel_centres(frame_px, draw.device) + moved, labels)
+    where = pixel_centres(frame_px, draw.device) + _displacement(recipe, draw, anatomy, length, frame_px)
+    tiles = cut(where, _tissues(recipe, draw, anatomy, length, frame_px))
     pose = poses(anatomy.structures, length)
     for k in PAINTED:
         paint(anatomy.structures, pose, k, tiles, FIRST + 2 * k)
@@ -100,13 +101,53 @@ def _labels(recipe: VolumesRecipe, draw: Draw, anatomy: Anatomy, length: int, fr
     return joined(tiles.labels, length, windows)
 
 
+def _displacement(recipe: VolumesRecipe, draw: Draw, anatomy: Anatomy, length: int, frame_px: int) -> Tensor:
+    """(T, W, 2, px, px): how far every pixel is moved, the same for everything in it, frame widths."""
+    windows = len(anatomy.size)
+    warp, rough = (draw.uniform(between, windows) * anatomy.size for between in (recipe.warp, recipe.rough))
+    coarse, fine = (smooth_field(draw, length, anatomy.pace, 2, cells, frame_px) for cells in (5, 16))
+    return coarse.mul_(warp[:, None, None, None]).addcmul_(fine, rough[:, None, None, None])
+
+
+def _tissues(recipe: VolumesRecipe, draw: Draw, anatomy: Anatomy, length: int, frame_px: int) -> Tensor:
+    """(T, W, px, px) uint8: what lies between the structures: four tissues, and thin layers where one gives way to another."""
+    windows = len(anatomy.size)
+    coarse, fine = (smooth_field(draw, length, anatomy.pace, 1, cells, frame_px)[:, :, 0] for cells in (4, 11))
+    coarse.sub_(draw.normal(windows, 1, 1))
+    fine.sub_(draw.normal(windows, 1, 1))
+    tissue = (coarse > 0).to(torch.uint8).add_(TISSUE).add_((fine > 0).to(torch.uint8), alpha=2)
+    thickness = draw.uniform((0.02, 0.12), windows, 1, 1) * draw.chance(recipe.septa, windows, 1, 1)
+    return tissue.masked_fill_(coarse.abs_() < thickness, SEPTUM)
+
+
+def _blocky(draw: Draw, scanners: Scanners, chosen: Tensor, labels: Tensor) -> Tensor:
+    """Labels (T, W, px, px) drawn on the scanner's pixels in the windows chosen (W,), in place."""
+    px = labels.shape[-1]
+    for choice, share in enumerate(PIXELS):
+        some = (chosen & (scanners.pixels == choice)).nonzero()[:, 0]
+        if share < 1 and len(some):
+            count = round(px * share)
+            pixel = torch.arange(px, device=draw.device) * count // px
+            centre = ((pixel + 0.5) * (px / count)).long()
+            labels[:, some] = labels[:, some][..., centre, :][..., centre]
+    return labels
+
+
 def _targets(labels: Tensor, anatomy: Anatomy, seen: Tensor) -> Tensor:
-    """(T, W, px, px) int64: the target every pixel belongs to, or _BACKGROUND."""
+    """(T, W, px, px) uint8: the target every pixel belongs to, or NO_TARGET."""
     windows = labels.shape[1]
-    table = torch.full((windows, FIRST + 2 * STRUCTURES), _BACKGROUND, dtype=torch.uint8, device=labels.device)
-    table[:, FIRST:] = anatomy.target
+    table = torch.full((windows, FIRST + 2 * STRUCTURES), NO_TARGET, dtype=torch.uint8, device=labels.device)
+    table[:, FIRST:] = anatomy.target.flatten(1)
     offset = torch.arange(windows, device=labels.device)[:, None, None] * table.shape[1]
-    return torch.where(seen > 0, table.flatten()[labels.long() + offset], _BACKGROUND)
+    return table.flatten()[labels + offset].masked_fill_(seen == 0, NO_TARGET)
+
+
+def _weights(recipe: VolumesRecipe, area: Tensor) -> Tensor:
+    """(W, targets): what the window is about comes first, small things last, and ends are wanted."""
+    ends = torch.where((area == 0).any(0), recipe.eager, 1.0)
+    ends[:, :4] *= 4
+    ends[:, -8:] /= 4
+    return ends
 
 
 def _masks(targets: Tensor, tracks: Tracks) -> Tensor:
@@ -116,16 +157,18 @@ def _masks(targets: Tensor, tracks: Tracks) -> Tensor:
     return (targets[slices, tracks.window] == tracks.target.to(torch.uint8)[:, None, None]).float()[:, :, None]
 
 
-def _frames(recipe: AppearanceRecipe, draw: Draw, labels: Tensor, anatomy: Anatomy) -> Tensor:
+def _frames(recipe: VolumesRecipe, draw: Draw, labels: Tensor, anatomy: Anatomy, scanners: Scanners) -> Tensor:
     """(T, W, 3, px, px): one grey image three times, or for some windows three of them."""
     windows = labels.shape[1]
-    own = torch.arange(FIRST, device=labels.device).repeat(windows, 1)
-    pairs = 2 * anatomy.like[..., None] + torch.arange(2, device=labels.device)
-    alike = torch.cat([own, FIRST + pairs.flatten(1)], 1)
+    everyone = torch.arange(windows, device=labels.device)
+    tissues = torch.arange(FIRST, device=labels.device).repeat(windows, 1)
+    alike = torch.cat([tissues, FIRST + anatomy.like.flatten(1)], 1)
     coloured = draw.chance(recipe.colours, windows).nonzero()[:, 0]
-    source = torch.cat([torch.arange(windows, device=labels.device), coloured, coloured])
-    grey = scan(recipe, draw, labels[:, source], alike[source])
-    frames = grey[:, :windows].repeat(1, 1, 3, 1, 1)
-    frames[:, coloured, 1] = grey[:, windows : windows + len(coloured), 0]
-    frames[:, coloured, 2] = grey[:, windows + len(coloured) :, 0]
-    return frames
+    source = torch.cat([everyone, coloured, coloured])
+    if len(coloured):
+        labels, alike, scanners = labels[:, source], alike[source], scanners.of(source)
+    looks = draw_looks(recipe.appearance, draw, scanners.kind, alike, SEPTUM, FIRST)
+    grey = scanned(recipe.scanner, draw, scanners, filled(draw, looks, labels))
+    channels = torch.stack([everyone] * 3, 1)
+    channels[coloured, 1:] = windows + torch.arange(2 * len(coloured), device=labels.device).view(2, -1).T
+    return grey[:, channels]

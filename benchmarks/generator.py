@@ -1,0 +1,141 @@
+"""How fast imaginary volumes are drawn, what is in them, and what they look like.
+
+    python benchmarks/generator.py [--threads 1] [--repeats 5] [--device cpu] [--statistics] [--picture docs/images/procedural.png]
+
+Speed: windows per second at clips of 1, 3 and 8 slices, 128 and 256 px, as many windows per call as training asks for, four
+tracks each; lengths take turns, medians over the repeats. On a CPU also per second of processor time, which neighbours on the
+machine disturb less. Statistics: copying a mask to its neighbours, absent slices, ends and sizes, over many clips of 8 slices.
+Picture: one window a row, tracks in colour.
+"""
+
+import argparse
+import statistics
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from slmsam2_cli.finetuning.clips import Clips
+from slmsam2_cli.pretraining.volumes import VolumesRecipe, draw_clips
+
+SETTINGS = [(length, windows, px) for px in (128, 256) for length, windows in ((1, 32), (3, 16), (8, 8))]
+COLOURS = torch.tensor([[255, 64, 64], [64, 255, 64], [80, 150, 255], [255, 224, 0]], dtype=torch.uint8)
+SIZES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 1.01)
+
+
+def speed(device: torch.device, repeats: int) -> None:
+    """Print the table of windows per second."""
+    rng, recipe = torch.Generator(device).manual_seed(0), VolumesRecipe()
+    taken: dict[tuple[int, int, int], list[tuple[float, float]]] = {setting: [] for setting in SETTINGS}
+    for repeat in range(repeats + 1):
+        for length, windows, px in SETTINGS:
+            wall, cpu = time.perf_counter(), time.process_time()
+            draw_clips(recipe, rng, windows, length, 4 * windows, px, device)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat:  # the first round warms up
+                taken[length, windows, px].append((time.perf_counter() - wall, time.process_time() - cpu))
+    print("| px | slices | windows per call | windows/s | per second of processor time |\n|---|---|---|---|---|")
+    for (length, windows, px), times in taken.items():
+        wall, cpu = (windows / statistics.median(column) for column in zip(*times))
+        print(f"| {px} | {length} | {windows} | {wall:.0f} | {cpu:.0f} |")
+
+
+def copy_dice(masks: Tensor, distance: int) -> Tensor:
+    """Dice of every mask with the one `distance` slices on, where both are there. masks (T, M, px, px)."""
+    first, second = masks[:-distance].flatten(2), masks[distance:].flatten(2)
+    both = first.any(2) & second.any(2)
+    return (2 * (first * second).sum(2) / (first.sum(2) + second.sum(2)))[both]
+
+
+def sides(masks: Tensor) -> Tensor:
+    """Longest side of the box around each of (M, px, px) masks, frame widths."""
+    spans = []
+    for axis in (1, 2):
+        held = masks.any(axis)
+        place = torch.arange(held.shape[1], device=masks.device)
+        low, high = torch.where(held, place, held.shape[1]).amin(1), torch.where(held, place, -1).amax(1)
+        spans.append(high - low + 1)
+    return torch.maximum(*spans) / masks.shape[-1]
+
+
+def quantiles(values: Tensor) -> str:
+    low, middle, high = values.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+    return f"{values.mean():.2f} | {low:.2f} | {middle:.2f} | {high:.2f}"
+
+
+def census(calls: int, px: int) -> None:
+    """Print what `calls` draws of 8 windows hold."""
+    rng, recipe = torch.Generator().manual_seed(1), VolumesRecipe()
+    drawn = [draw_clips(recipe, rng, 8, 8, 32, px) for _ in range(calls)]
+    masks = [clips.masks[:, :, 0].bool() for clips in drawn]
+    there = torch.cat([m.flatten(2).any(2) for m in masks], 1)
+    print(f"{there.shape[1]} tracks in {8 * calls} windows of 8 slices at {px} px", end="\n\n")
+    print("| copy Dice | mean | p10 | median | p90 |", "|---|---|---|---|---|", sep="\n")
+    for distance in (1, 2, 3, 4):
+        print(f"| distance {distance} | {quantiles(torch.cat([copy_dice(m.float(), distance) for m in masks]))} |")
+    size = torch.cat([sides(m[0]) for m in masks])
+    for low, high in ((0.0, 0.1), (0.1, 0.3), (0.3, 1.0)):
+        sized = torch.cat([copy_dice(m[:, (low < sides(m[0])) & (sides(m[0]) <= high)].float(), 1) for m in masks])
+        print(f"| distance 1, {100 * low:.0f}-{100 * high:.0f} % of the frame | {quantiles(sized)} |")
+    counts = torch.histogram(size, torch.tensor(SIZES)).hist / len(size)
+    returns = (there[1:] & ~there[:-1]).any(0)
+    facts = {
+        "slices without the tracked structure": ~there,
+        "first slice after the last": there[:-1] & ~there[1:],
+        "tracks whose structure ends within the clip": ~there[-1],
+        "tracks whose structure is on the first slice alone": ~there[1:].any(0),
+        "tracks whose structure comes back": returns,
+        "tracks from the last slice": torch.cat([clips.reverse for clips in drawn]),
+    }
+    print("\n| share of | |\n|---|---|")
+    for name, happened in facts.items():
+        print(f"| {name} | {100 * happened.float().mean():.0f} % |")
+    spans = [f"{100 * low:.0f}-{min(100 * high, 100):.0f} %" for low, high in pairwise(SIZES)]
+    print("\n| longest side, of the frame | " + " | ".join(spans) + " |\n" + "|---" * len(SIZES) + "|")
+    print("| share of tracks | " + " | ".join(f"{100 * count:.0f} %" for count in counts) + " |")
+
+
+def outlined(clips: Clips, window: int) -> Tensor:
+    """One window as a strip of slices with its tracks' outlines, (px, T * px, 3) uint8."""
+    strip = (255 * clips.frames[:, window]).to(torch.uint8).permute(0, 2, 3, 1).clone()
+    for n, m in enumerate((clips.window == window).nonzero()[:, 0].tolist()):
+        mask = clips.masks[:, m] if not clips.reverse[m] else clips.masks[:, m].flip(0)
+        inner = -torch.nn.functional.max_pool2d(-mask, 3, 1, 1)
+        strip[(mask > inner)[:, 0]] = COLOURS[n % len(COLOURS)]
+    return strip.permute(1, 0, 2, 3).flatten(1, 2)
+
+
+def picture(path: Path, windows: int, seed: int, px: int) -> None:
+    """A sheet of clips of 8 slices, one window a row."""
+    clips = draw_clips(VolumesRecipe(), torch.Generator().manual_seed(seed), windows, 8, 3 * windows, px)
+    sheet = torch.cat([outlined(clips, window) for window in range(windows)])
+    Image.fromarray(sheet.numpy()).quantize(128).save(path, optimize=True)
+    print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--statistics", type=int, metavar="CALLS", help="count what is in so many calls of 8 windows")
+    parser.add_argument("--picture", type=Path, metavar="FILE")
+    parser.add_argument("--windows", type=int, default=10, help="rows of the picture")
+    parser.add_argument("--seed", type=int, default=0, help="of the picture")
+    parser.add_argument("--px", type=int, default=128, help="of the picture and the statistics")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.statistics:
+        census(options.statistics, options.px)
+    if options.picture:
+        picture(options.picture, options.windows, options.seed, options.px)
+    if not options.statistics and not options.picture:
+        speed(torch.device(options.device), options.repeats)
+
+
+if __name__ == "__main__":
+    main()
