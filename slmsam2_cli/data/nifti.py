@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import gzip
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import nibabel
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,14 +21,26 @@ from slmsam2_cli.data.forms import Forms, geometry
 from slmsam2_cli.data.grid import Grid
 from slmsam2_cli.data.streams import GZIP_MAGIC, DeflateStream, PlainStream, Stream, expect_end, read_exactly, skip
 
-nib: Any = nibabel  # untyped
-_LAYOUTS = {348: np.dtype(nib.nifti1.header_dtype), 540: np.dtype(nib.nifti2.header_dtype)}
 _MAGIC = {348: b"n+1", 540: b"n+2"}
 _TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 _REFUSED_TYPES = {32: "complex numbers", 1792: "complex numbers", 2048: "complex numbers", 128: "RGB colours", 2304: "RGBA colours"}
 _GEOMETRY = ("qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
 _ROWS = ("srow_x", "srow_y", "srow_z")
 _EXPORT = "Export the file again from its source"
+
+
+@cache
+def _nibabel() -> Any:
+    import nibabel  # slow to import, and much that knows of volumes reads none
+
+    return nibabel
+
+
+@cache
+def _layout(length: int) -> Any:
+    """The NumPy dtype of a header of 348 (NIfTI-1) or 540 (NIfTI-2) bytes."""
+    nib = _nibabel()
+    return np.dtype(nib.nifti1.header_dtype if length == 348 else nib.nifti2.header_dtype)
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,7 @@ def _stream(file: BinaryIO) -> Stream:
         return DeflateStream(file)
     if start[128:132] == b"DICM":
         raise InputError("a DICOM file, not a NIfTI", "Give the folder of the DICOM series, or convert it to NIfTI")
-    if not any(int(size).to_bytes(4, order) == start[:4] for size in _LAYOUTS for order in ("little", "big")):
+    if not any(int(size).to_bytes(4, order) == start[:4] for size in _MAGIC for order in ("little", "big")):
         raise InputError("not a gzip or NIfTI file", _EXPORT)
     return PlainStream(file)
 
@@ -87,7 +99,7 @@ def _fields(stream: Stream) -> Any:
     """The header as a numpy record in its own byte order."""
     block = _header_bytes(stream, 348, b"")
     length, order = next(
-        ((n, o) for n in _LAYOUTS for o in "<>" if np.frombuffer(block, f"{o}i4", 1)[0] == n),
+        ((n, o) for n in _MAGIC for o in "<>" if np.frombuffer(block, f"{o}i4", 1)[0] == n),
         (0, ""),
     )
     if not length:
@@ -95,7 +107,7 @@ def _fields(stream: Stream) -> Any:
             raise InputError("a DICOM file, not a NIfTI", "Give the folder of the DICOM series, or convert it to NIfTI")
         raise InputError("not a NIfTI file (its header does not say 348 or 540)", _EXPORT)
     block = _header_bytes(stream, length, block)
-    fields = np.frombuffer(block, _LAYOUTS[length].newbyteorder(order), 1)[0]
+    fields = np.frombuffer(block, _layout(length).newbyteorder(order), 1)[0]
     _check_magic(fields, length)
     return fields
 
@@ -179,7 +191,7 @@ def _forms(fields: Any) -> Forms:
 def _geometry_only(fields: Any) -> bytes:
     """A blank little-endian header with the geometry copied and nothing else: no text of the source survives."""
     length = fields.dtype.itemsize
-    blank = np.zeros((), _LAYOUTS[length].newbyteorder("<"))
+    blank = np.zeros((), _layout(length).newbyteorder("<"))
     blank["pixdim"][:4] = fields["pixdim"][:4]
     for name in (*_GEOMETRY, *_ROWS):
         blank[name] = fields[name]
@@ -190,6 +202,7 @@ def _geometry_only(fields: Any) -> bytes:
 def template_for(grid: Grid) -> bytes:
     """The geometry header of a grid that did not come from NIfTI: sform and qform the same, mm, code 1 (scanner)."""
     length = 348 if max(grid.shape) < 2**15 else 540
+    nib = _nibabel()
     header = (nib.Nifti1Header if length == 348 else nib.Nifti2Header)()
     ras = np.diag([-1.0, -1.0, 1.0, 1.0]) @ grid.affine()
     header.set_data_shape(grid.shape[::-1])
@@ -201,7 +214,7 @@ def template_for(grid: Grid) -> bytes:
 
 def write_nifti(file: BinaryIO, labels: NDArray[Any], template: bytes, compressed: bool) -> None:
     """labels (Z, Y, X) uint8 or uint16 with the geometry of `template`; the bytes depend on nothing else."""
-    layout = _LAYOUTS[len(template)].newbyteorder("<")
+    layout = _layout(len(template)).newbyteorder("<")
     fields = np.frombuffer(bytearray(template), layout, 1)[0]
     fields["sizeof_hdr"], fields["magic"] = len(template), _MAGIC[len(template)]
     fields["dim"] = [3, *labels.shape[::-1], 1, 1, 1, 1]

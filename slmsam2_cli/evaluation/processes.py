@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 MOST = 8  # processes
 START_METHOD = "forkserver"  # a copy of this process, which has threads, may hang; a new one for each loads everything again
-_LOADED = ("slmsam2_cli.cli", "slmsam2_cli.evaluation.scoring", "scipy.ndimage", "scipy.spatial")
+_LOADED = ("slmsam2_cli.cli", "slmsam2_cli.evaluation.scoring", "nibabel", "scipy.ndimage", "scipy.spatial")
 
 
 def count(wanted: int | None) -> int:

@@ -5,7 +5,6 @@ One bad case never stops another, and the scores do not depend on the number of 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -27,7 +26,6 @@ if TYPE_CHECKING:  # what a data set is need not be known to a process that only
     from slmsam2_cli.evaluation.pairing import Group
 
 CaseStatus = Literal["ok", "pred_missing", "failed"]
-ALONE_SECONDS = 0.3  # what it takes to start other processes: not for less work than this
 HELD_BYTES = 2**28  # of what `afterwards` made; what is beyond is dropped, to be made again from the files
 
 Boxes = Mapping[int, tuple[slice, ...]]
@@ -135,29 +133,18 @@ def score_all(
     """Scores in the order of the jobs. workers: processes, None for one a core (at most 8); held_bytes: of what `afterwards` made."""
     scores: list[CaseScore] = []
     held = 0
-    for score in _serially_then_pooled(jobs, processes.count(workers)):
+    count = min(processes.count(workers), len(jobs))
+    for score in _pooled(jobs, count) if count > 1 else map(score_case, jobs):
         held += score.made.size if score.made is not None else 0
         scores.append(score if held <= held_bytes else replace(score, made=None))
         advance()
     return scores
 
 
-def _serially_then_pooled(jobs: Sequence[Job], workers: int) -> Iterator[CaseScore]:
-    """Other processes are started as soon as the rest, at the pace so far, is worth it."""
-    started = time.monotonic()
-    for i, job in enumerate(jobs):
-        left = len(jobs) - i
-        expected = left * (time.monotonic() - started) / i if i else 0.0
-        if workers > 1 and left > 1 and expected > ALONE_SECONDS:
-            yield from _pooled(jobs[i:], workers)
-            return
-        yield score_case(job)
-
-
 def _pooled(jobs: Sequence[Job], workers: int) -> Iterator[CaseScore]:
     """A process that dies takes its pool with it: what it left undone is tried again, each case in a process of its own."""
     done = 0
-    with processes.pool(min(workers, len(jobs))) as pool:
+    with processes.pool(workers) as pool:
         try:
             for score in pool.map(score_case, jobs):
                 yield score

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import nibabel
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,7 +20,6 @@ from slmsam2_cli.data.volume import Grid
 from slmsam2_cli.report.contents import ViewerVolumes
 from slmsam2_cli.report.opened import Opened, grey
 
-nib: Any = nibabel  # untyped
 Array = NDArray[Any]
 MAX_VOXELS = 4_000_000
 MAX_EDGE = 2**15 - 1  # of a NIfTI-1
@@ -114,6 +112,9 @@ def _nifti(voxels: Array, affine: NDArray[np.float64], window: tuple[float, floa
 
     Masks are packed by runs alone: in two fifths of the time, and 6 % larger.
     """
+    import nibabel  # slow to import, and often another process draws
+
+    nib: Any = nibabel  # untyped
     header = nib.Nifti1Header()
     header.set_data_dtype(voxels.dtype)
     header.set_data_shape(voxels.shape[::-1])

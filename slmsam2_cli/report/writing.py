@@ -13,7 +13,6 @@ from slmsam2_cli.data.files import InputError, open_regular
 from slmsam2_cli.errors import OutputError
 from slmsam2_cli.report.contents import Report, ViewerVolumes
 from slmsam2_cli.report.looks import FOLDER, Beside
-from slmsam2_cli.report.page import render, volumes_script
 
 NAME = "report.html"
 PAGE_BEGINS = b"<!doctype html>\n<!-- slmsam2 report -->"
@@ -25,6 +24,8 @@ def write_report(folder: Path, make: Callable[[Beside], Report]) -> Report:
 
     OutputError when a file cannot be written, or one of somebody else's is in the way: then nothing of theirs has changed.
     """
+    from slmsam2_cli.report.page import render  # its templates are slow to import, and wanted last
+
     refuse_foreign(folder / NAME, PAGE_BEGINS)
     report = make(lambda name, case, volumes: _write_volumes(folder / name, case, volumes))
     store.write_text(folder / NAME, render(report))
@@ -48,6 +49,8 @@ def is_ours(path: Path, begins: bytes) -> bool:
 
 
 def _write_volumes(path: Path, case: str, volumes: ViewerVolumes) -> None:
+    from slmsam2_cli.report.page import volumes_script
+
     refuse_foreign(path, VOLUMES_BEGIN)
     store.write_text(path, volumes_script(case, volumes))
 

@@ -169,26 +169,13 @@ def test_a_prompted_slice_outside_the_volume_means_the_manifest_belongs_elsewher
     assert "prompted slice 6, the volume has slices 0 to 5" in found.problem
 
 
-def test_any_number_of_processes_gives_the_same_scores(job, monkeypatch):
+def test_any_number_of_processes_gives_the_same_scores(job):
     jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2 + i % 3)), case=f"c{i}", prompted={1: (1,)}) for i in range(5)]
     alone = score_all(jobs, workers=1)
-    monkeypatch.setattr(scoring, "ALONE_SECONDS", -1.0)
     together = score_all(jobs, workers=2)
     assert [(s.case, s.labels[1].all, s.labels[1].unprompted) for s in alone] == [
         (s.case, s.labels[1].all, s.labels[1].unprompted) for s in together
     ]
-
-
-def test_other_processes_are_started_only_when_the_rest_is_worth_it(job, monkeypatch):
-    jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}") for i in range(4)]
-    handed_over = []
-    monkeypatch.setattr(scoring, "_pooled", lambda rest, workers: handed_over.append(len(rest)) or map(score_case, rest))
-    for seconds_a_case, expected in ((0.01, []), (0.09, []), (0.11, [3]), (60.0, [3])):
-        clock = iter(seconds_a_case * i for i in range(100))
-        monkeypatch.setattr(scoring.time, "monotonic", lambda clock=clock: next(clock))
-        handed_over.clear()
-        assert [s.case for s in score_all(jobs, workers=2)] == ["c0", "c1", "c2", "c3"]
-        assert handed_over == expected
 
 
 def test_a_process_that_scores_imports_nothing_slow_that_it_does_not_need():
@@ -217,7 +204,6 @@ def test_what_is_made_of_the_masks_comes_back_with_the_scores(job, monkeypatch):
         job(labels(), labels(), case="c", afterwards=Weighing()),
         job(labels(v1=(1, 2)), labels(v1=(1, 2)), case="d", grid={"spacing": (2.0, 1.0, 3.0)}, afterwards=Weighing()),
     ]
-    monkeypatch.setattr(scoring, "ALONE_SECONDS", -1.0)
     monkeypatch.setattr(processes, "START_METHOD", "fork")  # a forked process knows this file
     a, b, c, d = score_all(jobs, workers=2)
     assert a.made.seen == ("ok", 8, 12, ((1, 5), (1, 3), (1, 3)), False)
@@ -240,7 +226,6 @@ def killing(job):
 
 def test_a_killed_process_fails_its_own_case_only(job, monkeypatch):
     jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}") for i in range(3)]
-    monkeypatch.setattr(scoring, "ALONE_SECONDS", -1.0)
     monkeypatch.setattr(processes, "START_METHOD", "fork")  # a forked process knows the stand-in
     monkeypatch.setattr(scoring, "score_case", killing)
     found = score_all(jobs, workers=2)

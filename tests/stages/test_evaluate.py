@@ -13,7 +13,6 @@ import SimpleITK as sitk
 
 from slmsam2_cli import console
 from slmsam2_cli.errors import SlmSam2Error, UsageError
-from slmsam2_cli.evaluation import scoring
 from slmsam2_cli.evaluation.inputs import names_of
 from slmsam2_cli.stages.evaluate import Options, evaluate
 from slmsam2_cli.stages.plan import plan
@@ -484,11 +483,10 @@ def test_the_report_is_written_unless_it_is_not_wanted(folders):
     assert (folders / "out" / "report.html").read_text().startswith("<!doctype html>\n<!-- slmsam2 report -->")
 
 
-def test_the_page_is_the_same_whether_it_is_drawn_while_scoring_or_from_the_files(data, monkeypatch):
+def test_the_page_is_the_same_whether_it_is_drawn_while_scoring_or_from_the_files(data):
     root = data
     images, masks, truth = root / "imagesTr", Workspace.of(root, None).predictions, root / "labelsTr"
     save(masks / "c.nii.gz", np.concatenate([HALF, HALF]), (1.0, 1.0, 1.5))  # another grid
-    monkeypatch.setattr(scoring, "ALONE_SECONDS", -1.0)
     for name, held in (("scoring", 2**28), ("some", 2500), ("files", 0)):
         wanted = Options(workers=2, resample=True, held_bytes=held)
         evaluate([masks], truth, None, root / name, dataset=None, images=images, options=wanted)
