@@ -19,6 +19,7 @@ LAYERS = (
     ("outcome",),
     ("demo",),
     ("stages",),
+    ("api",),
     ("report",),
     ("pretraining",),
     ("finetuning",),
@@ -122,8 +123,9 @@ def test_torchvision_is_used_nowhere() -> None:
     assert not [module for module in CODE if "torchvision" in foreign_imports(module)]
 
 
-def test_packages_hold_no_code_of_their_own() -> None:
+def test_packages_hold_no_code_of_their_own_but_the_outermost_names_the_python_api() -> None:
     bodies = {name: ast.parse(path.read_text(encoding="utf-8")).body for name, path in MODULES.items() if path.name == "__init__.py"}
+    assert bodies.pop("") and own_imports("") == {"api"}
     (docstring,) = bodies.pop("stages")
     assert isinstance(docstring, ast.Expr)
     assert {name: len(body) for name, body in bodies.items() if body} == {}

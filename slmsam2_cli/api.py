@@ -1,0 +1,199 @@
+"""SLM-SAM 2 from Python: build or load a model, encode slices, propagate masks through arrays, files and sets of images.
+
+Nothing is printed, and nothing is written unless asked for. What is wrong with an argument is a ValueError of one line that
+names it; what is wrong with a file is the error that the command line would show (errors.py). docs/how-to/python.md shows it all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from slmsam2_cli.data.cases import Case
+from slmsam2_cli.data.listing import stem
+from slmsam2_cli.device import DeviceName, choose_device
+from slmsam2_cli.inference import arrays, engine, folder
+from slmsam2_cli.inference import images as one_prompt
+from slmsam2_cli.inference.arrays import Array, Match, Track, Window
+from slmsam2_cli.inference.drawn import Drawn
+from slmsam2_cli.inference.folder import Segmented
+from slmsam2_cli.inference.ready import build_model
+from slmsam2_cli.model import slmsam2, zoo
+from slmsam2_cli.model.calibration import Calibration
+from slmsam2_cli.model.checkpoint import RANDOM_WARNING, Checkpoint, fit, read_checkpoint, with_its_base
+from slmsam2_cli.model.portable import model_in
+from slmsam2_cli.model.slmsam2 import SliceFeatures
+from slmsam2_cli.planning.network import NetworkPlan, NetworkSize
+from slmsam2_cli.planning.plan import Plan, explain, read_plan
+
+FilePath = str | PathLike[str]
+Numbers = Array | Tensor
+Label = TypeVar("Label", bound=Hashable)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SlmSam2:
+    """A network ready to segment, and what it knows of the images it was made for; from `build` or `load`.
+
+    network: the torch module, in evaluation mode, on its device; plan: the decisions it was tuned by, None where there are none;
+    calibration: the table from its confidence to Dice, if there is one; warnings: what whatever is made with it has to say.
+    """
+
+    network: slmsam2.SlmSam2
+    plan: Plan | None = None
+    calibration: Calibration | None = None
+    warnings: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        made_of, tuned = self.network.network, f", tuned on {self.plan.dataset_name}" if self.plan else ""
+        return f"SlmSam2({made_of.size}, {made_of.policy}, {self.frame_px} px, {self.network.device}{tuned})"
+
+    @property
+    def frame_px(self) -> int:
+        """Edge of the square that the network sees, in pixels."""
+        return self.network.frame_px
+
+    def encode(self, slices: Numbers, *, window: Window | None = None) -> SliceFeatures:
+        """What the image encoder says of slices (T, H, W) or (T, C, H, W), all at once; sizes and window as in `propagate`.
+
+        SliceFeatures on the network's device: top (T, C, px/16, px/16), fine (T, C/8, px/4, px/4) and (T, C/4, px/8, px/8).
+        ValueError.
+        """
+        _, frames = arrays.frame(slices, self.frame_px, window)
+        with torch.no_grad():
+            return self.network.encode(frames.to(self.network.device))
+
+
+def build(size: NetworkSize = "nano", *, frame_px: int, seed: int = 0, device: DeviceName = "auto", **options: Any) -> SlmSam2:
+    """A network with random weights, to be trained: what it predicts is noise.
+
+    size: nano, tiny, small, base_plus or large; frame_px: edge of its input, a multiple of 32; options: further keys of
+    `network` in plan.json, such as policy="fifo". ValueError, DeviceError.
+    """
+    try:
+        made_of = NetworkPlan(size=size, **options)
+    except ValidationError as error:
+        raise ValueError(explain(error)) from None
+    chosen = choose_device(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        network = slmsam2.SlmSam2(made_of, frame_px)
+    return SlmSam2(network.to(chosen).eval(), warnings=(RANDOM_WARNING,))
+
+
+def load(
+    path: FilePath,
+    *,
+    base: FilePath | None = None,
+    plan: FilePath | Plan | None = None,
+    frame_px: int | None = None,
+    device: DeviceName = "auto",
+) -> SlmSam2:
+    """The model in a file: tuned by `slmsam2 finetune` (or the folder it wrote), an adapter, or SAM 2.1 and its kin.
+
+    path may also be a name of `slmsam2 weights list`. base: the weights that an adapter belongs on, where they are not found by
+    themselves. plan: a plan or the path of a plan.json in place of the one inside. frame_px: for weights that carry no plan and
+    get none: the edge of the input, a multiple of 32. ValueError, WeightsError, PlanError, DeviceError.
+    """
+    checkpoint = _checkpoint(path, base)
+    decided = checkpoint.plan if plan is None else _plan_for(checkpoint, plan)
+    if decided is not None and frame_px is not None:
+        raise ValueError(f"frame_px: {frame_px}, but the plan says {decided.geometry.frame_px}; leave it out")
+    chosen = choose_device(device)
+    network = build_model(checkpoint, decided) if decided is not None else _without_plan(checkpoint, frame_px)
+    table = checkpoint.calibration_for(decided.modality) if decided is not None else None
+    return SlmSam2(network.to(chosen).eval(), decided, table, checkpoint.warnings)
+
+
+def _checkpoint(path: FilePath, base: FilePath | None) -> Checkpoint:
+    file = zoo.locate(str(path))
+    checkpoint = read_checkpoint(model_in(file) if file.is_dir() else file)
+    if checkpoint.needs is None and base is not None:
+        raise ValueError(f"base: {checkpoint.name} is no adapter but a whole model; leave it out")
+    return with_its_base(checkpoint, None if base is None else str(base))
+
+
+def _plan_for(checkpoint: Checkpoint, plan: FilePath | Plan) -> Plan:
+    """The plan that was given; where the weights carry none, with the network that they are of."""
+    given = plan if isinstance(plan, Plan) else read_plan(Path(plan))
+    return given if checkpoint.plan is not None else given.model_copy(update={"network": checkpoint.network})
+
+
+def _without_plan(checkpoint: Checkpoint, frame_px: int | None) -> slmsam2.SlmSam2:
+    if frame_px is None or checkpoint.network is None:
+        raise ValueError(f"frame_px: {checkpoint.name} carries no plan; give the edge of its input in pixels, or a plan")
+    network = slmsam2.SlmSam2(checkpoint.network, frame_px)
+    fit(network, checkpoint)
+    return network
+
+
+def propagate(
+    model: SlmSam2, slices: Numbers, prompts: Mapping[Label, Mapping[int, Numbers]], *, window: Window | None = None
+) -> dict[Label, Track]:
+    """Masks of every object on every slice, from a few annotated slices of each.
+
+    slices: (T, H, W) or (T, C, H, W), any size: the longer edge of a slice fills the frame, pixels are taken for squares.
+    prompts: label (any name or number) -> slice index -> mask (H, W), 0 where the object is not; an empty mask says that the
+    object has ended there. window: the grey values that become 0 and 1, or "percentile" for the 0.5th and 99.5th of the
+    non-zero ones; None: the values are from 0 to 1 already. ValueError.
+
+    A Track for each label. Labels are found by themselves, so their masks may overlap; annotated slices come back exactly.
+    """
+    view, frames = arrays.frame(slices, model.frame_px, window)
+    if not isinstance(prompts, Mapping) or not prompts:
+        raise ValueError("prompts: give {label: {slice index: mask}}, one label at least")
+    drawn = [arrays.drawn_on(masks, view, f"prompts[{label!r}]") for label, masks in prompts.items()]
+    objects = {n: arrays.anchors_on(one, view, model.frame_px) for n, one in enumerate(drawn)}
+    found = engine.propagate(model.network, frames, objects)
+    return {label: arrays.track_of(found[n], drawn[n], view, model.frame_px) for n, label in enumerate(prompts)}
+
+
+def segment(
+    model: SlmSam2,
+    image: FilePath | Sequence[FilePath],
+    prompts: FilePath | Numbers | Mapping[int | str, FilePath | Numbers],
+    *,
+    annotated_slices: Sequence[int] | None = None,
+) -> Segmented:
+    """A whole volume as `slmsam2 predict` segments it, by the plan of the model; the same prompts give the same mask.
+
+    image: a volume's file, a folder with one DICOM series, or one file a channel. prompts: a mask with the plan's label values,
+    or label (value or name) -> mask; each a file or an array (Z, Y, X) on the image's grid. A slice with anything painted on it
+    is annotated, for all labels. annotated_slices: further slices, which are empty because nothing is there, as in
+    CASE.prompts.json. ValueError for the arguments, CaseError for files that cannot be used.
+
+    Segmented: labels (Z, Y, X) on the image's grid, confidence (label -> slice -> 0 to 1, the Dice to expect where the model has
+    a calibration), warnings, and write(path).
+    """
+    if model.plan is None:
+        raise ValueError("model: carries no plan, so nothing is known of millimetres and grey values; load it with plan=")
+    paths = tuple(Path(path) for path in ((image,) if isinstance(image, str | PathLike) else image))
+    if not paths:
+        raise ValueError("image: give one file at least")
+    case = Case(stem(paths[0]).removesuffix("_0000"), paths, None)
+    return folder.segment(case, paths[0].parent, Drawn(prompts, annotated_slices), model.network, model.plan, model.calibration)
+
+
+def segment_images(
+    model: SlmSam2, images: Numbers | Sequence[Numbers], prompts: Mapping[int, Numbers], *, window: Window | None = None
+) -> list[Match]:
+    """One object on every image of a set without order, from one annotated image or a few (MedSAM-2's workflow).
+
+    images: (N, H, W), (N, C, H, W), or a list of arrays (H, W) or (C, H, W) that may differ in size; each fills the frame by
+    itself. prompts: image index -> mask (H, W); an empty one says that the object is not on that image. window: as in
+    `propagate`, for each image. ValueError.
+
+    A Match for each image, in their order; the order has no part in what is found.
+    """
+    views, frames = arrays.images_of(images, model.frame_px, window)
+    drawn = arrays.drawn_masks(prompts, views)
+    given = {i: arrays.mask_on(mask, views[i], model.frame_px) for i, mask in drawn.items()}
+    found = one_prompt.segment_images(model.network, frames, given)
+    return [arrays.match_of(one, drawn.get(i), view, model.frame_px) for i, (one, view) in enumerate(zip(found, views, strict=True))]
