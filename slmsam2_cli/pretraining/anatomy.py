@@ -35,13 +35,13 @@ class AnatomyRecipe(Frozen):
     tiny_size: Range = Field(default=(0.025, 0.06), description="its size")
     other_size: Range = Field(default=(0.1, 0.55), description="size of other structures")
     minor_size: Range = Field(default=(0.03, 0.15), description="size of what gets in the way")
-    half_length: Range = Field(default=(4.0, 40.0), description="half the length of the first structure, slices")
+    half_length: Range = Field(default=(5.0, 45.0), description="half the length of the first structure, slices")
     still: float = Field(default=0.12, description="share of windows in which hardly anything changes from slice to slice")
     still_half_length: Range = Field(default=(60.0, 200.0), description="half_length of these")
     lean: float = Field(default=0.3, description="slope of a structure's axis, standard deviation")
     tubes: float = Field(default=0.2, description="share of structures that go on through many slices")
     slender: float = Field(default=0.3, description="share of structures that are long and thin in the slice")
-    ends: float = Field(default=0.75, description="share of structures with an end within the clip")
+    ends: float = Field(default=0.85, description="share of structures with an end within the clip")
     pairs: tuple[float, float, float, float, float] = Field(
         default=(0.25, 0.35, 0.15, 0.1, 0.15), description="shares of pairs: unrelated, look-alike, branch, return, nodule"
     )
@@ -123,7 +123,7 @@ def _structures(recipe: AnatomyRecipe, draw: Draw, first_size: Tensor, first_hal
         square=draw.uniform((0.0, 0.6), *shape),
         middle=_middles(recipe, draw, half, length),
         half=half,
-        blunt=draw.uniform((1.8, 5.0), *shape),
+        blunt=draw.spread((1.8, 8.0), *shape),
         cut_long=nothing,
         cut_short=nothing,
         cut_tilt=nothing,

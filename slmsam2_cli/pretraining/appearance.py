@@ -24,8 +24,9 @@ class AppearanceRecipe(Frozen):
     tissue_contrast: Range = Field(default=(0.02, 0.3), description="standard deviation of grey values between the tissues of a window")
     ct_contrast: Range = Field(default=(0.03, 0.15), description="standard deviation of grey values between CT's organs")
     bone: float = Field(default=0.1, description="share of labels as bright as bone or contrast agent, in CT")
+    rind: float = Field(default=0.25, description="share of walls as bright as that, in CT")
     gas: float = Field(default=0.05, description="share of labels as dark as gas or lung, in CT")
-    hot: float = Field(default=0.4, description="share of structures with uptake, in PET")
+    hot: float = Field(default=0.6, description="share of structures with uptake, in PET")
     faint: float = Field(default=0.25, description="share of structures whose grey value is nearly that of a tissue around them")
     camouflage: float = Field(default=0.2, description="share of other structures with the grey value of the first one")
     jitter: Range = Field(default=(0.003, 0.04), description="difference between labels that are meant to look alike")
@@ -50,10 +51,11 @@ def draw_looks(recipe: AppearanceRecipe, draw: Draw, kind: Tensor, alike: Tensor
     Labels 1 to `tissues` are tissue, the label `first` and those behind it are structures, label 0 is air.
     """
     shape = tuple(alike.shape)
-    grey = torch.where((kind == CT)[:, None], _ct(recipe, draw, *shape), draw.uniform((0.03, 1.0), *shape))
+    number = torch.arange(shape[1], device=draw.device)
+    structure, second = number >= first, (number - first) % 2 == 1
+    grey = torch.where((kind == CT)[:, None], _ct(recipe, draw, second, shape[0]), draw.uniform((0.03, 1.0), *shape))
     grey[:, :first] = _tissue(recipe, draw, shape[0], first)
     background = grey[:, :first].gather(1, draw.pick([0.0] + [1.0] * tissues, *shape))
-    structure = torch.arange(shape[1], device=draw.device) >= first
     grey = torch.where(draw.chance(recipe.faint, *shape) & structure, background + 0.05 * draw.normal(*shape), grey)
     grey = torch.where(draw.chance(recipe.camouflage, *shape) & structure, grey[:, first : first + 1], grey)
     grey = torch.where((kind == PET)[:, None], _pet(recipe, draw, structure, shape[0]), grey)
@@ -61,7 +63,7 @@ def draw_looks(recipe: AppearanceRecipe, draw: Draw, kind: Tensor, alike: Tensor
     coarse, fine = draw.spread(recipe.texture, *shape), draw.spread(recipe.texture, *shape)
     coarse = torch.where(draw.chance(recipe.mottled, *shape), coarse * draw.uniform((1.0, 4.0), *shape), coarse)
     lines = draw.normal(*shape) * 0.2 * draw.chance(recipe.fibres, *shape) * (kind != PET)[:, None]
-    inside = (torch.arange(shape[1], device=draw.device) > 0).float()
+    inside = (number > 0).float()
     return Looks(grey * inside, *(strength.gather(1, alike) * inside for strength in (coarse, fine, lines)))
 
 
@@ -70,11 +72,13 @@ def _tissue(recipe: AppearanceRecipe, draw: Draw, windows: int, count: int) -> T
     return draw.uniform((0.2, 0.7), windows, 1) + draw.normal(windows, count) * draw.spread(recipe.tissue_contrast, windows, 1)
 
 
-def _ct(recipe: AppearanceRecipe, draw: Draw, windows: int, labels: int) -> Tensor:
-    """(W, L): organs within some tens of Hounsfield units, and now and then bone or gas."""
-    grey = draw.uniform((0.35, 0.65), windows, 1) + draw.normal(windows, labels) * draw.spread(recipe.ct_contrast, windows, 1)
-    grey = torch.where(draw.chance(recipe.bone, windows, labels), draw.uniform((0.8, 1.6), windows, labels), grey)
-    return torch.where(draw.chance(recipe.gas, windows, labels), draw.uniform((-0.5, 0.05), windows, labels), grey)
+def _ct(recipe: AppearanceRecipe, draw: Draw, second: Tensor, windows: int) -> Tensor:
+    """(W, L): organs within some tens of Hounsfield units, and now and then bone or gas. second (L,): labels that may be walls."""
+    shape = windows, len(second)
+    grey = draw.uniform((0.35, 0.65), windows, 1) + draw.normal(*shape) * draw.spread(recipe.ct_contrast, windows, 1)
+    bone = draw.uniform((0.0, 1.0), *shape) < torch.where(second, recipe.rind, recipe.bone)
+    grey = torch.where(bone, draw.uniform((0.8, 1.6), *shape), grey)
+    return torch.where(draw.chance(recipe.gas, *shape), draw.uniform((-0.5, 0.05), *shape), grey)
 
 
 def _pet(recipe: AppearanceRecipe, draw: Draw, structure: Tensor, windows: int) -> Tensor:
@@ -88,7 +92,7 @@ def filled(draw: Draw, looks: Looks, labels: Tensor) -> Tensor:
     """Label maps (T, W, px, px) -> grey values (T, W, px, px): every label in its grey with its textures."""
     slices, windows, px, _ = labels.shape
     table = torch.stack([looks.grey, looks.coarse, looks.fine, looks.lines], -1)
-    offset = torch.arange(windows, device=labels.device)[:, None, None] * table.shape[1]
+    offset = torch.arange(windows, dtype=torch.int32, device=labels.device)[:, None, None] * table.shape[1]
     grey, coarse, fine, lines = F.embedding(labels + offset, table.flatten(0, 1)).unbind(-1)
     pace = draw.uniform((0.05, 0.6), windows)
     grain = smooth_field(draw, slices, pace, 1, max(px // 10, 4), px)[:, :, 0]

@@ -91,6 +91,8 @@ def _digital(recipe: ScannerRecipe, draw: Draw, scanners: Scanners, image: Tenso
         part = image[:, some]
         if share < 1:
             part = F.interpolate(part, (round(px * share),) * 2, mode="area")
+        else:
+            part = torch.lerp(part, F.avg_pool2d(part, 3, 1, 1, count_include_pad=False), draw.uniform((0.0, 1.0), len(some), 1, 1))
         part = _noisy(recipe, draw, scanners.kind[some], level[some, None, None], part)
         if share < 1:
             part = F.interpolate(part, (px, px), mode="bilinear", align_corners=False)

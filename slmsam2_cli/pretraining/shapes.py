@@ -139,23 +139,27 @@ def touched(pose: Poses, k: int, tiles: Tiles) -> Tensor:
     return near.nonzero()[:, 0]
 
 
+def norms(bodies: Primitives, pose: Poses, k: int, tiles: Tiles, rows: Tensor, where: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u, v and the norm of primitive k at the coordinates `where` (R, 2, P) of the given tiles, (R, P) each."""
+    slices, windows = tiles.slice[rows], tiles.window[rows]
+    turn, shift = pose.turn[slices, windows, k], pose.shift[slices, windows, k]
+    bend, square = (values[windows, k][:, None] for values in (bodies.bend, bodies.square))
+    u, v = torch.baddbmm(shift[..., None], turn, where).unbind(1)
+    squared = u * u
+    v = torch.addcmul(v, bend, 0.4 - squared)
+    return u, v, torch.lerp(squared.addcmul_(v, v).sqrt_(), torch.maximum(u.abs(), v.abs()), square)
+
+
 def section(bodies: Primitives, pose: Poses, k: int, tiles: Tiles, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Where primitive k is in the given tiles, and where it is its second label: two booleans (R, P)."""
     slices, windows = tiles.slice[rows], tiles.window[rows]
-    turn, shift = pose.turn[slices, windows, k], pose.shift[slices, windows, k]
-    u, v = torch.baddbmm(shift[..., None], turn, tiles.where[rows]).unbind(1)
-
-    def of(name: str) -> Tensor:
-        values: Tensor = getattr(bodies, name)
-        return values[windows, k][:, None]
-
-    bend = of("bend")
-    v = torch.addcmul(0.4 * bend + v, bend, u * u, value=-1)
-    norm = torch.lerp((u * u).addcmul_(v, v).sqrt_(), torch.maximum(u.abs(), v.abs()), of("square"))
+    u, v, norm = norms(bodies, pose, k, tiles, rows, tiles.where.index_select(0, rows))
     inside = norm < pose.radius[slices, windows, k][:, None]
-    hollow = (of("shell") > 0).float()
-    side = of("cut_tilt") * pose.place[slices, windows, k][:, None] - of("cut_at") - hollow * pose.inner[slices, windows, k][:, None]
-    second = torch.addcmul(torch.addcmul(side, of("cut_long"), u), of("cut_short"), v).addcmul_(norm, hollow) > 0
+    hollow = (bodies.shell[windows, k] > 0).float()
+    side = bodies.cut_tilt[windows, k] * pose.place[slices, windows, k] - bodies.cut_at[windows, k]
+    side = (side - hollow * pose.inner[slices, windows, k])[:, None]
+    across, along = bodies.cut_long[windows, k][:, None], bodies.cut_short[windows, k][:, None]
+    second = torch.addcmul(side, across, u).addcmul_(along, v).addcmul_(norm, hollow[:, None]) > 0
     return inside, second
 
 
@@ -163,12 +167,22 @@ def paint(bodies: Primitives, pose: Poses, k: int, tiles: Tiles, first: int) -> 
     """Paint primitive k over the tiles' labels: `first`, and `first` + 1 where it is its second label."""
     rows = touched(pose, k, tiles)
     inside, second = section(bodies, pose, k, tiles, rows)
-    tiles.labels[rows] = torch.where(inside, second.to(torch.uint8) + first, tiles.labels[rows])
+    painted = torch.where(inside, second.to(torch.uint8).add_(first), tiles.labels.index_select(0, rows))
+    tiles.labels.index_copy_(0, rows, painted)
 
 
 def paint_around(bodies: Primitives, pose: Poses, tiles: Tiles, windows: Tensor, outside: int, wall: int) -> None:
-    """In the windows marked True (W,), paint what is outside primitive 0, and its wall."""
+    """In the windows marked True (W,), paint what is outside primitive 0, and its wall.
+
+    What the tile's middle says, and how fast the norm can grow, settles most tiles.
+    """
     rows = windows[tiles.window].nonzero()[:, 0]
+    at = tiles.slice[rows], tiles.window[rows]
+    norm = norms(bodies, pose, 0, tiles, rows, tiles.middle[rows][..., None])[2][:, 0]
+    steep = (1 + 3 * bodies.bend.abs()) / bodies.short
+    change = 1.5 * tiles.reach[rows] * steep[:, 0][at[1]]
+    tiles.labels.index_fill_(0, rows[norm - change > pose.radius[..., 0][at]], outside)
+    rows = rows[(norm - change <= pose.radius[..., 0][at]) & (norm + change >= pose.inner[..., 0][at])]
     inside, second = section(bodies, pose, 0, tiles, rows)
-    within = torch.where(second, torch.tensor(wall, dtype=torch.uint8, device=rows.device), tiles.labels[rows])
-    tiles.labels[rows] = torch.where(inside, within, torch.tensor(outside, dtype=torch.uint8, device=rows.device))
+    painted = tiles.labels.index_select(0, rows).masked_fill_(second, wall).masked_fill_(~inside, outside)
+    tiles.labels.index_copy_(0, rows, painted)

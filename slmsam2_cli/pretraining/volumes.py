@@ -21,6 +21,7 @@ from slmsam2_cli.pretraining.tracks import Tracks, areas, choose
 
 AIR, FAT, TISSUE, SEPTUM, FIRST = 0, 1, 2, 6, 7  # labels: four tissues from TISSUE on, two labels for every structure from FIRST on
 NO_TARGET = 2 * STRUCTURES
+ABOUT = 2  # structures that a window is about
 
 
 class VolumesRecipe(Frozen):
@@ -37,7 +38,7 @@ class VolumesRecipe(Frozen):
     cropped: float = Field(default=0.12, description="share of windows that reach beyond the volume at the left or the top")
     blocky: float = Field(default=0.6, description="share of masks drawn on the scanner's pixels, where these are coarser than the frame's")
     colours: float = Field(default=0.05, description="share of windows whose three channels differ")
-    eager: float = Field(default=5.0, description="how much likelier a structure that ends within the clip is to be followed")
+    eager: float = Field(default=6.0, description="how much likelier a structure that ends within the clip is to be followed")
     slices: tuple[int, int] = Field(default=(8, 80), description="length of the imaginary volumes")
 
 
@@ -63,10 +64,10 @@ def draw_clips(
         seen = _seen(view, frame_px)
         targets = _targets(labels, anatomy, seen)
         area = areas(targets, NO_TARGET)
-        chosen = choose(draw, area, _weights(recipe, area), tracks)
+        chosen = choose(draw, area, _weights(recipe, area, frame_px), tracks)
         if len(chosen.window):
             break
-    frames = _frames(recipe, draw, labels, anatomy, scanners) * seen[:, None]
+    frames = _frames(recipe, draw, labels, anatomy, scanners, seen)
     slices = max(length, int(draw.spread((float(recipe.slices[0]), float(recipe.slices[1])), 1)))
     return Clips(frames, _masks(targets, chosen), chosen.window, chosen.reverse, slices)
 
@@ -138,26 +139,28 @@ def _targets(labels: Tensor, anatomy: Anatomy, seen: Tensor) -> Tensor:
     windows = labels.shape[1]
     table = torch.full((windows, FIRST + 2 * STRUCTURES), NO_TARGET, dtype=torch.uint8, device=labels.device)
     table[:, FIRST:] = anatomy.target.flatten(1)
-    offset = torch.arange(windows, device=labels.device)[:, None, None] * table.shape[1]
-    return table.flatten()[labels + offset].masked_fill_(seen == 0, NO_TARGET)
+    offset = torch.arange(windows, dtype=torch.int32, device=labels.device)[:, None, None] * table.shape[1]
+    found = table.flatten().index_select(0, (labels + offset).flatten())
+    return found.view(labels.shape).masked_fill_(seen == 0, NO_TARGET)
 
 
-def _weights(recipe: VolumesRecipe, area: Tensor) -> Tensor:
+def _weights(recipe: VolumesRecipe, area: Tensor, frame_px: int) -> Tensor:
     """(W, targets): what the window is about comes first, small things last, and ends are wanted."""
-    ends = torch.where((area == 0).any(0), recipe.eager, 1.0)
-    ends[:, :4] *= 4
-    ends[:, -8:] /= 4
-    return ends
+    weight = (area.amax(0) / frame_px**2).clamp(1e-3, 0.05)
+    weight[:, : 2 * ABOUT] *= 2
+    return weight * torch.where((area == 0).any(0), recipe.eager, 1.0)
 
 
 def _masks(targets: Tensor, tracks: Tracks) -> Tensor:
     """(T, M, 1, px, px) in {0, 1}, each in its track's own order."""
     step = torch.arange(len(targets), device=targets.device)[:, None]
     slices = torch.where(tracks.reverse, len(targets) - 1 - step, step)
-    return (targets[slices, tracks.window] == tracks.target.to(torch.uint8)[:, None, None]).float()[:, :, None]
+    seen = targets.flatten(0, 1).index_select(0, (slices * targets.shape[1] + tracks.window).flatten())
+    masks = seen.view(len(targets), len(tracks.window), 1, *targets.shape[2:]) == tracks.target.to(torch.uint8)[:, None, None, None]
+    return masks.float()
 
 
-def _frames(recipe: VolumesRecipe, draw: Draw, labels: Tensor, anatomy: Anatomy, scanners: Scanners) -> Tensor:
+def _frames(recipe: VolumesRecipe, draw: Draw, labels: Tensor, anatomy: Anatomy, scanners: Scanners, seen: Tensor) -> Tensor:
     """(T, W, 3, px, px): one grey image three times, or for some windows three of them."""
     windows = labels.shape[1]
     everyone = torch.arange(windows, device=labels.device)
@@ -169,6 +172,7 @@ def _frames(recipe: VolumesRecipe, draw: Draw, labels: Tensor, anatomy: Anatomy,
         labels, alike, scanners = labels[:, source], alike[source], scanners.of(source)
     looks = draw_looks(recipe.appearance, draw, scanners.kind, alike, SEPTUM, FIRST)
     grey = scanned(recipe.scanner, draw, scanners, filled(draw, looks, labels))
-    channels = torch.stack([everyone] * 3, 1)
-    channels[coloured, 1:] = windows + torch.arange(2 * len(coloured), device=labels.device).view(2, -1).T
-    return grey[:, channels]
+    frames = grey[:, :windows].mul_(seen)[:, :, None].repeat(1, 1, 3, 1, 1)
+    for channel, other in enumerate(grey[:, windows:].split(max(len(coloured), 1), dim=1), start=1):
+        frames[:, coloured, channel] = other * seen[coloured]
+    return frames
