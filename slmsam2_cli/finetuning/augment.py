@@ -43,7 +43,7 @@ def _move(stack: Tensor, affine: Tensor, mode: str) -> Tensor:
 
 
 def _shade(frames: Tensor, rng: torch.Generator) -> Tensor:
-    """Gamma, contrast, brightness and noise on (T, W, 3, H, W), one draw per window."""
+    """Gamma, contrast, brightness and noise on (T, W, C, H, W), one draw per window."""
     one = (1, frames.shape[1], 1, 1, 1)
     gamma = torch.exp(_between(-0.4, 0.4, one, rng))
     contrast = torch.exp(_between(-0.3, 0.3, one, rng))

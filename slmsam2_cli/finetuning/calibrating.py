@@ -16,7 +16,7 @@ from slmsam2_cli.data.prepared import PreparedCase
 from slmsam2_cli.data.prompts import choose_slice
 from slmsam2_cli.inference.engine import Anchor, full_resolution, propagate
 from slmsam2_cli.model.calibration import Calibration, calibrate
-from slmsam2_cli.model.slices import framed, to_rgb
+from slmsam2_cli.model.slices import framed, to_input
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import Plan
 
@@ -81,7 +81,7 @@ def _pairs(model: SlmSam2, one: _Structure, plan: Plan) -> Iterator[tuple[float,
     looked = torch.from_numpy(labels != plan.ignore)
     frames = torch.from_numpy(np.asarray(one.case.frames[:, one.start : one.stop], dtype=np.float32))
     px, given = plan.geometry.frame_px, one.given - one.start
-    found = propagate(model, framed(to_rgb(frames), px), {one.value: [Anchor(given, framed(truth[given], px))]})[one.value]
+    found = propagate(model, framed(to_input(frames), px), {one.value: [Anchor(given, framed(truth[given], px))]})[one.value]
     for t in range(len(truth)):
         mask = (full_resolution(found.logits[t : t + 1], px, *truth.shape[1:])[0] > 0) & looked[t]
         pixels = int(mask.sum()) + int(truth[t].sum())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slmsam2_cli.data.prepared import PreparedCase
 from slmsam2_cli.errors import DatasetError
-from slmsam2_cli.model.slices import framed, to_rgb
+from slmsam2_cli.model.slices import framed, to_input
 
 ENDS = 0.6
 _POINTERS = 16
@@ -26,7 +26,7 @@ _POINTERS = 16
 class Clips:
     """W windows of T slices and M tracks through them.
 
-    frames (T, W, 3, px, px) in [0, 1]; masks (T, M, 1, px, px) in the track's own order, the first slice annotated;
+    frames (T, W, C, px, px) in [0, 1]; masks (T, M, 1, px, px) in the track's own order, the first slice annotated;
     known, like masks: 0 where the ignore label says that nobody looked, or None when it never does;
     window (M,): the window a track runs through; reverse (M,): whether it runs from the last slice to the first;
     slices: length of the volumes, as far as pointers can see.
@@ -119,7 +119,7 @@ class ClipSampler:
 
     def _frames(self, structure: _Structure, start: int, length: int) -> Tensor:
         stack = torch.from_numpy(np.asarray(self.cases[structure.case].frames[:, start : start + length], dtype=np.float32))
-        return framed(to_rgb(stack), self.frame_px)
+        return framed(to_input(stack), self.frame_px)
 
     def _masks(self, structure: _Structure, start: int, length: int, value: int, reverse: bool) -> Tensor:
         labels = self.cases[structure.case].labels

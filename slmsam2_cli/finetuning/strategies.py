@@ -17,13 +17,16 @@ _TRUNK = "image_encoder.trunk."
 _NOT_DECODER_OR_MEMORY = ("image_encoder.", "sam_prompt_encoder.")
 
 
-def prepare(model: SlmSam2, plan: TrainingPlan, modality: str) -> tuple[str, ...]:
+def prepare(model: SlmSam2, plan: TrainingPlan, modality: str, channels: int = 1) -> tuple[str, ...]:
     """Let learn what the plan's strategy says, and nothing else; the seed is the plan's. Returns what is worth saying.
 
     Under `adapters` the modality's own adapter is added, or goes on learning where the base brings one. Under every other
-    strategy that one is merged first, and those of other modalities are left out. WeightsError when it cannot be merged.
+    strategy that one is merged first, and those of other modalities are left out. The projection of more than three channels
+    learns under every strategy. WeightsError when the adapter cannot be merged, or the projection is of other channels.
     """
     notes = _adapt(model, plan, modality) if plan.strategy == "adapters" else _plain(model, modality)
+    if adapters.read_channels(model, modality, channels, "the base"):
+        notes = (*notes, f"a projection of {channels} channels of {modality} to 3 is new and learns")
     learning = set(trainable_names(model, plan, modality))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in learning)
@@ -31,7 +34,7 @@ def prepare(model: SlmSam2, plan: TrainingPlan, modality: str) -> tuple[str, ...
 
 
 def _adapt(model: SlmSam2, plan: TrainingPlan, modality: str) -> tuple[str, ...]:
-    fresh = modality not in adapters.modalities(model)
+    fresh = modality not in adapters.adapted(model)
     if fresh:
         adapters.add(model, modality, plan.adapters, plan.seed)
     adapters.use(model, modality)
@@ -41,14 +44,14 @@ def _adapt(model: SlmSam2, plan: TrainingPlan, modality: str) -> tuple[str, ...]
 
 
 def _plain(model: SlmSam2, modality: str) -> tuple[str, ...]:
-    known = adapters.modalities(model)
+    known, adapted = adapters.modalities(model), modality in adapters.adapted(model)
     adapters.use(model, modality if modality in known else None)
     if not adapters.can_merge(model):
         raise WeightsError(
             f"the base holds a bottleneck adapter for {modality}, which cannot be merged. Set training.strategy to adapters in plan.json"
         )
     adapters.merge(model)
-    merged = (f"the base's adapter for {modality} was merged",) if modality in known else ()
+    merged = (f"the base's adapter for {modality} was merged",) if adapted else ()
     others = [name for name in known if name != modality]
     return (*merged, *([f"adapters for {', '.join(others)} are not carried on"] if others else []))
 
@@ -67,7 +70,8 @@ def trainable_names(model: SlmSam2, plan: TrainingPlan, modality: str) -> list[s
 
 
 def parameter_groups(model: SlmSam2, plan: TrainingPlan) -> list[dict[str, object]]:
-    """For the optimiser, what is trained: weight decay on matrices and kernels, none on biases, norms, gates and codes.
+    """For the optimiser, what is trained: weight decay on matrices and kernels, none on biases, norms, gates, codes and
+    projections of channels, which it would darken.
 
     `scale` times the plan's learning rate is the group's: unless everything is trained, adapters and fuser learn at least
     at FRESH_RATE.
@@ -76,7 +80,7 @@ def parameter_groups(model: SlmSam2, plan: TrainingPlan) -> list[dict[str, objec
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             fresh = plan.strategy != "full" and name.startswith(_FRESH)
-            found.setdefault((fresh, parameter.ndim <= 1), []).append(parameter)
+            found.setdefault((fresh, parameter.ndim <= 1 or name.endswith(f".{adapters.INPUT}")), []).append(parameter)
     boost = max(1.0, FRESH_RATE / plan.learning_rate)
     return [
         {"params": found[fresh, plain], "weight_decay": 0.0 if plain else plan.weight_decay, "scale": boost if fresh else 1.0}

@@ -81,7 +81,7 @@ def propagate(
 ) -> dict[int, Propagated]:
     """Masks of every object on every slice.
 
-    frames (T, 3, px, px) in [0, 1]; objects: label -> its annotated slices. `advance` is told how many slices were
+    frames (T, C, px, px) in [0, 1]; objects: label -> its annotated slices. `advance` is told how many slices were
     tracked. low_resolution_anchors: write a person's mask to memory as SAM 2's predictor does, through the 4x smaller
     mask; otherwise at full resolution. batch: slices encoded at a time.
     """

@@ -22,7 +22,7 @@ from slmsam2_cli.inference.anchors import anchors_of
 from slmsam2_cli.inference.engine import BATCH, Anchor, Propagated, propagate
 from slmsam2_cli.inference.restored import labels_of
 from slmsam2_cli.model.calibration import Calibration
-from slmsam2_cli.model.slices import framed, to_rgb
+from slmsam2_cli.model.slices import framed, to_input
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import Plan
 
@@ -117,7 +117,7 @@ def segment(
     view, frames = make_frames(image, plan.geometry, plan.intensity)
     prompts, warnings = prompts_from.read(case, image, view, plan)
     objects = anchors_of(prompts, view, tuple(plan.labels), plan.geometry.frame_px)
-    stack = framed(to_rgb(torch.from_numpy(frames)), plan.geometry.frame_px)
+    stack = framed(to_input(torch.from_numpy(frames)), plan.geometry.frame_px)
     found = propagate(model, stack, objects, batch=batch)
     labels = impose(_labels(found, view, plan), prompts, view)
     told = {value: _calibrated(one, objects[value], calibration) for value, one in found.items()}

@@ -61,7 +61,7 @@ def segment_images(
 ) -> list[Found]:
     """One object on every image, in the order given.
 
-    images (N, 3, px, px) in [0, 1]; prompts: index of an annotated image -> its mask (px, px) bool; an empty mask says that the
+    images (N, C, px, px) in [0, 1]; prompts: index of an annotated image -> its mask (px, px) bool; an empty mask says that the
     object is not there. policy: `bank_policy(model)` if none. `advance` is told of every segmentation, twice an image.
     ValueError when no annotated image holds the object.
     """

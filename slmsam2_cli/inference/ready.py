@@ -1,8 +1,10 @@
-"""Which model segments, by which plan, and the network that comes of them: base, adapter of the plan's modality, merged."""
+"""Which model segments, by which plan, and the network that comes of them: base, adapter of the plan's modality, merged.
+
+Weights decide what network it is, and of how many channels; a plan that says otherwise is not followed in this, or refused.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +24,26 @@ MODELS = ("model.safetensors", "adapter.safetensors")  # what a folder given as 
 def choose_model(workspace: Workspace | None, model: Path | None, weights: str | None, data: Dataset | None) -> tuple[Checkpoint, Plan]:
     """--model, else --weights, else the workspace's tuned model, else the base; and the plan that goes with it.
 
-    --model may name an adapter; --weights then is the base it belongs on. UsageError, WeightsError, PlanError.
+    --model may name an adapter; --weights then is the base it belongs on. A model follows its own plan, a base the workspace's.
+    UsageError, WeightsError, PlanError.
     """
     if model is not None:
         checkpoint = _named(model, weights)
+        plan = checkpoint.plan or _workspace_plan(workspace, checkpoint, data)
     elif weights is None and workspace is not None and workspace.model.exists():
         checkpoint = read_checkpoint(workspace.model)
+        plan = checkpoint.plan or _workspace_plan(workspace, checkpoint, data)
         if split_of(workspace).get("finished") is False:
             console.warn("the workspace's model comes from an unfinished run. Go on with slmsam2 finetune --continue")
     else:
-        base = _base(weights)
-        checkpoint = replace(base, plan=_workspace_plan(workspace, base, data) or base.plan)
-    plan = checkpoint.plan
+        checkpoint = _base(weights)
+        plan = _workspace_plan(workspace, checkpoint, data) or checkpoint.plan
     if plan is None:
-        if workspace is None or not workspace.plan.exists():
-            raise PlanError(
-                f"{checkpoint.name}: the plan is missing (weights made elsewhere carry none). "
-                "Run slmsam2 plan on a data set like these images and name its workspace with -w"
-            )
-        plan = read_plan(workspace.plan)
+        raise PlanError(
+            f"{checkpoint.name}: the plan is missing (weights made elsewhere carry none). "
+            "Run slmsam2 plan on a data set like these images and name its workspace with -w"
+        )
+    _refuse_other_channels(checkpoint, plan, data)
     console.say(
         f"model: {checkpoint.name}, weights {checkpoint.digest[:12]}, {plan.network.size} at {plan.geometry.frame_px} px, "
         f"slices along {plan.geometry.slice_axis}"
@@ -61,6 +64,20 @@ def _named(model: Path, weights: str | None) -> Checkpoint:
     return with_its_base(checkpoint, weights)
 
 
+def _refuse_other_channels(checkpoint: Checkpoint, plan: Plan, data: Dataset | None) -> None:
+    """PlanError for a data set of another number of channels; where their names differ, in a line, since their order counts."""
+    if data is None or data.channels == plan.channels:
+        return
+    theirs, ours = ", ".join(data.channels), ", ".join(plan.channels)
+    if len(data.channels) != len(plan.channels):
+        raise PlanError(
+            f"{checkpoint.name} reads {len(plan.channels)} channels ({ours}), the data set has {len(data.channels)} ({theirs}). "
+            "Choose another model, or fine-tune one on this data set"
+        )
+    if len(plan.channels) > 1:
+        console.warn(f"the channels of the data set, {theirs}, are taken for {ours}, in this order")
+
+
 def _modality_warning(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
     """One line where the model has adapters, but none for these images."""
     known = checkpoint.modalities
@@ -70,9 +87,16 @@ def _modality_warning(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
 
 
 def build_model(checkpoint: Checkpoint, plan: Plan) -> SlmSam2:
-    """The plan's network with these weights; the adapter for the plan's modality is in force, merged where it can be. WeightsError."""
+    """The plan's network with these weights and what they know of images like the plan's: adapter and projection.
+
+    The adapter for the plan's modality is in force, merged where it can be. WeightsError.
+    """
     model = SlmSam2(plan.network, plan.geometry.frame_px)
     fit(model, checkpoint, plan.modality)
+    if adapters.read_channels(model, plan.modality, len(plan.channels), checkpoint.name):
+        console.warn(
+            f"{checkpoint.name} has not learned to read {len(plan.channels)} channels: means of them are shown to it. Fine-tune it first"
+        )
     if adapters.can_merge(model):
         adapters.merge(model)
     return model

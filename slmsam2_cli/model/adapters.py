@@ -7,7 +7,8 @@ base. Nothing reaches across slices, so a slice's features may still be kept.
 
 A modality also owns its version of the small parts that are tuned as a whole (`tuned_parameters`). One modality is in use
 at a time; `use(model, None)` is the base again. Linear maps are not replaced but hooked, so the base keeps its keys, and
-what is added lies under `adapters.<modality>.`.
+what is added lies under `adapters.<modality>.`. There lies also the projection of a modality of more than three channels
+(projection.py), `input.weight`, with or without anything beside it: it cannot be merged, so it outlives the rest.
 """
 
 from __future__ import annotations
@@ -16,71 +17,54 @@ import re
 from collections.abc import Iterable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slmsam2_cli.errors import WeightsError
-from slmsam2_cli.planning.plan import AdapterPlan
+from slmsam2_cli.model.branches import Bottleneck, LowRank, bottleneck, low_rank, saved_bottleneck
+from slmsam2_cli.model.projection import Projection, fits, means
+from slmsam2_cli.planning.channels import COLOURS
+from slmsam2_cli.planning.plan import AdapterPlan, Plan
 
 PREFIX = "adapters."
+INPUT = "input.weight"
 _TUNED = "tuned."
 _STACKS = ("memory_attention", "short_memory_attention")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}\Z")
 State = dict[str, Tensor]
 
 
-class LowRank(nn.Module):
-    """y + U D x for a linear map of P parts (3 for q, k, v in one): down (P, r, in), up (P, out / P, r), which starts at 0."""
-
-    def __init__(self, down: Tensor, up: Tensor) -> None:
-        super().__init__()
-        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x (..., in), y (..., out) -> (..., out)."""
-        parts, rank, _ = self.down.shape
-        inner = F.linear(x, self.down.flatten(0, 1)).reshape(*x.shape[:-1], parts, rank)
-        return y + torch.einsum("...pr,por->...po", inner, self.up).flatten(-2)
-
-    def delta(self) -> Tensor:
-        """(out, in): what is added to the weight when merged."""
-        return torch.bmm(self.up, self.down).flatten(0, 1)
-
-
-class Bottleneck(nn.Module):
-    """y + U gelu(D y): down (h, C), up (C, h), which starts at 0; both with a bias."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.down, self.up = nn.Linear(width, inner), nn.Linear(inner, width)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """y (..., C) -> (..., C); x is not needed."""
-        change: Tensor = self.up(F.gelu(self.down(y)))
-        return y + change
-
-
 class Adapters(nn.Module):
-    """All modalities' branches by site, the one in use, and the tuned values of those that are not (None: the base's)."""
+    """All modalities' branches by site, the one in use, and the tuned values of those that are not (None: the base's).
+
+    projections: of modalities with more than three channels; shown: the one that slices go through, None where it takes none.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.active: str | None = None
         self.branches: dict[str, dict[str, nn.Module]] = {}
         self.shelf: dict[str | None, State] = {}
+        self.projections: dict[str, Projection] = {}
+        self.shown: str | None = None
 
     def put(self, modality: str, branches: Mapping[str, nn.Module]) -> None:
         """Register branches under `<modality>.<site>`."""
         for site, branch in branches.items():
-            folder: nn.Module = self
-            for part in f"{modality}.{site}".split(".")[:-1]:
-                if part not in folder._modules:
-                    folder.add_module(part, nn.Module())
-                folder = folder.get_submodule(part)
-            folder.add_module(site.rpartition(".")[2], branch)
+            self._register(f"{modality}.{site}", branch)
         self.branches[modality] = dict(branches)
+
+    def project(self, modality: str, projection: Projection) -> None:
+        """Register a projection under `<modality>.input`."""
+        self._register(f"{modality}.input", projection)
+        self.projections[modality] = projection
+
+    def _register(self, path: str, module: nn.Module) -> None:
+        folder: nn.Module = self
+        for part in path.split(".")[:-1]:
+            if part not in folder._modules:
+                folder.add_module(part, nn.Module())
+            folder = folder.get_submodule(part)
+        folder.add_module(path.rpartition(".")[2], module)
 
 
 class _Hook:
@@ -118,20 +102,6 @@ def _linear(model: nn.Module, site: str) -> nn.Linear:
     return found
 
 
-def _low_rank(linear: nn.Linear, parts: int, rank: int, rng: torch.Generator) -> LowRank:
-    """Down drawn uniformly from +-1 / sqrt(in) on the CPU, up zero."""
-    down = (2 * torch.rand(parts, rank, linear.in_features, generator=rng) - 1) / linear.in_features**0.5
-    return LowRank(down.to(linear.weight), linear.weight.new_zeros(parts, linear.out_features // parts, rank))
-
-
-def _bottleneck(linear: nn.Linear, ratio: float, rng: torch.Generator) -> Bottleneck:
-    branch = Bottleneck(linear.out_features, max(1, round(linear.out_features * ratio)))
-    with torch.no_grad():
-        branch.down.bias.zero_()
-        branch.down.weight.copy_((2 * torch.rand(branch.down.weight.shape, generator=rng) - 1) / linear.out_features**0.5)
-    return branch.to(linear.weight)
-
-
 def of(model: nn.Module) -> Adapters | None:
     """The model's adapters; None when it never had one."""
     found = model._modules.get("adapters")
@@ -139,7 +109,13 @@ def of(model: nn.Module) -> Adapters | None:
 
 
 def modalities(model: nn.Module) -> tuple[str, ...]:
-    """For which modalities there are adapters."""
+    """For which modalities there are adapters, or a projection alone."""
+    found = of(model)
+    return tuple(dict.fromkeys([*found.branches, *found.projections])) if found is not None else ()
+
+
+def adapted(model: nn.Module) -> tuple[str, ...]:
+    """For which modalities there are adapters, whatever number of channels they read."""
     found = of(model)
     return tuple(found.branches) if found is not None else ()
 
@@ -155,9 +131,52 @@ def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def branch_parameters(model: nn.Module, modality: str) -> list[nn.Parameter]:
-    """What an adapter adds, without the tuned parts."""
+    """What an adapter adds, without the tuned parts and the projection."""
     found = of(model)
     return [p for branch in found.branches[modality].values() for p in branch.parameters()] if found is not None else []
+
+
+def in_colours(model: nn.Module, frames: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, 3, H, W): through the projection in use; where there is none, C is 3. ValueError for another C."""
+    found = of(model)
+    projection = found.projections[found.shown] if found is not None and found.shown is not None else None
+    reads = projection.channels if projection is not None else COLOURS
+    if frames.shape[1] != reads:
+        raise ValueError(f"slices of {frames.shape[1]} channels, where the network reads {reads}")
+    return projection(frames) if projection is not None else frames
+
+
+def read_channels(model: nn.Module, modality: str, channels: int, source: str) -> bool:
+    """Let the model in use read so many channels of a modality; whether that took a new projection, made of means of channels.
+
+    Up to three take none. WeightsError names `source` when the modality's projection reads another number of channels.
+    """
+    found = of(model)
+    there = found.projections.get(modality) if found is not None else None
+    if there is not None and there.channels != channels:
+        raise WeightsError(
+            f"{source}: was tuned on {there.channels} channels of {modality}, the plan has {channels}. "
+            f"Choose other weights, or a data set with the same {there.channels} channels"
+        )
+    if channels <= COLOURS:
+        return False
+    if there is None:
+        _project(model, modality, means(channels))
+    _holder(model).shown = modality
+    return there is None
+
+
+def _project(model: nn.Module, modality: str, weight: Tensor) -> None:
+    _holder(model).project(checked_name(modality), Projection(weight.to(next(model.parameters()))))
+
+
+def _holder(model: nn.Module) -> Adapters:
+    """The model's adapters; made when there are none yet."""
+    found = of(model)
+    if found is None:
+        found = Adapters()
+        model.add_module("adapters", found)
+    return found
 
 
 def add(model: nn.Module, modality: str, plan: AdapterPlan, seed: int = 0) -> None:
@@ -166,14 +185,25 @@ def add(model: nn.Module, modality: str, plan: AdapterPlan, seed: int = 0) -> No
     branches: dict[str, nn.Module] = {}
     for site, parts in encoder_sites(model, plan.kind).items():
         linear = _linear(model, site)
-        branches[site] = _low_rank(linear, parts, plan.rank, rng) if plan.kind == "lora" else _bottleneck(linear, plan.ratio, rng)
+        branches[site] = low_rank(linear, parts, plan.rank, rng) if plan.kind == "lora" else bottleneck(linear, plan.ratio, rng)
     for site, parts in memory_sites(model).items():
-        branches[site] = _low_rank(_linear(model, site), parts, plan.rank, rng)
+        branches[site] = low_rank(_linear(model, site), parts, plan.rank, rng)
     _install(model, modality, branches, {})
 
 
 def attach(model: nn.Module, modality: str, state: Mapping[str, Tensor], source: str) -> None:
-    """Give the model an adapter as it was saved. WeightsError names `source` and what does not fit."""
+    """Give the model an adapter as it was saved, or a projection alone. WeightsError names `source` and what does not fit."""
+    state = dict(state)
+    weight = state.pop(INPUT, None)
+    if weight is not None and not fits(weight):
+        raise WeightsError(_unfit(source, modality, INPUT))
+    if state:
+        _attach_branches(model, modality, state, source)
+    if weight is not None:
+        _project(model, modality, weight.clone())
+
+
+def _attach_branches(model: nn.Module, modality: str, state: State, source: str) -> None:
     tuned = {name.removeprefix(_TUNED): tensor for name, tensor in state.items() if name.startswith(_TUNED)}
     known = {name: parameter.shape for name, parameter in tuned_parameters(model).items()}
     if wrong := [name for name, tensor in tuned.items() if known.get(name) != tensor.shape]:
@@ -199,17 +229,9 @@ def _saved_branch(model: nn.Module, modality: str, site: str, state: Mapping[str
         if parts == allowed[site] and width == linear.in_features and own["up"].shape == (parts, linear.out_features // parts, rank):
             branch = LowRank(own["down"].to(linear.weight), own["up"].to(linear.weight))
     elif "down.weight" in own and own["down.weight"].ndim == 2:
-        branch = _saved_bottleneck(linear, own)
+        branch = saved_bottleneck(linear, own)
     if branch is None:
         raise WeightsError(_unfit(source, modality, site))
-    return branch
-
-
-def _saved_bottleneck(linear: nn.Linear, own: State) -> Bottleneck | None:
-    branch = Bottleneck(linear.out_features, len(own["down.weight"])).to(linear.weight)
-    if {name: tensor.shape for name, tensor in branch.state_dict().items()} != {name: tensor.shape for name, tensor in own.items()}:
-        return None
-    branch.load_state_dict(own)
     return branch
 
 
@@ -218,10 +240,8 @@ def _unfit(source: str, modality: str, name: str) -> str:
 
 
 def _install(model: nn.Module, modality: str, branches: Mapping[str, nn.Module], tuned: State) -> None:
-    adapters = of(model)
-    if adapters is None:
-        adapters = Adapters()
-        model.add_module("adapters", adapters)
+    adapters = _holder(model)
+    if not adapters.branches:
         for site in encoder_sites(model, "lora") | encoder_sites(model, "bottleneck") | memory_sites(model):
             _linear(model, site).register_forward_hook(_Hook(adapters, site))
     if modality in adapters.branches:
@@ -233,7 +253,7 @@ def _install(model: nn.Module, modality: str, branches: Mapping[str, nn.Module],
 
 def checked_name(modality: str) -> str:
     """A modality as it may stand in a tensor's name; WeightsError when it may not."""
-    if not _NAME.match(modality) or hasattr(Adapters, modality) or modality in ("active", "branches", "shelf", "training"):
+    if not _NAME.match(modality) or hasattr(Adapters(), modality):
         raise WeightsError(f"modality {modality[:40]!r} cannot name an adapter. Use letters, digits, - and _, as in MR")
     return modality
 
@@ -244,19 +264,21 @@ def _values(model: nn.Module) -> State:
 
 @torch.no_grad()
 def use(model: nn.Module, modality: str | None) -> None:
-    """Put one modality's adapter in force; None: the base alone. ValueError when there is none for it."""
+    """Put in force what there is for one modality: adapter, projection or both; None: the base alone. ValueError for an unknown one."""
     adapters = of(model)
-    if adapters is None and modality is None:
-        return
-    if adapters is None or (modality is not None and modality not in adapters.branches):
+    if modality is not None and modality not in modalities(model):
         raise ValueError(f"there is no adapter for {modality}")
-    if modality == adapters.active:
+    if adapters is None:
+        return
+    adapters.shown = modality if modality in adapters.projections else None
+    wanted = modality if modality in adapters.branches else None
+    if wanted == adapters.active:
         return
     adapters.shelf[adapters.active] = _values(model)
     live = tuned_parameters(model)
-    for name, value in adapters.shelf.pop(modality).items():
+    for name, value in adapters.shelf.pop(wanted).items():
         live[name].copy_(value)
-    adapters.active = modality
+    adapters.active = wanted
 
 
 def can_merge(model: nn.Module) -> bool:
@@ -267,7 +289,10 @@ def can_merge(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Fold the adapter in use into the weights and drop all adapters: the model is a plain one again. ValueError for bottlenecks."""
+    """Fold the adapter in use into the weights and drop all adapters: the model is a plain one again, but for the projection in use.
+
+    ValueError for bottlenecks.
+    """
     adapters = of(model)
     if adapters is None:
         return
@@ -282,23 +307,31 @@ def merge(model: nn.Module) -> None:
 
 
 def drop(model: nn.Module) -> None:
-    """Forget all adapters; the tuned parts stay as they are in use."""
-    if of(model) is None:
+    """Forget all adapters; the tuned parts stay as they are in use, and the projection in use stays."""
+    found = of(model)
+    if found is None:
         return
     for module in model.modules():
         for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _Hook)]:
             del module._forward_hooks[key]
     del model._modules["adapters"]
+    if found.shown is not None:
+        left = _holder(model)
+        left.project(found.shown, found.projections[found.shown])
+        left.shown = found.shown
 
 
 def adapter_state(model: nn.Module, modality: str) -> State:
-    """An adapter's tensors: `<site>.down`, `<site>.up`, …, and `tuned.<parameter>`."""
+    """An adapter's tensors: `<site>.down`, `<site>.up`, …, `tuned.<parameter>`, and `input.weight` for more than three channels."""
     adapters = of(model)
     assert adapters is not None
+    shown = {INPUT: adapters.projections[modality].weight.detach()} if modality in adapters.projections else {}
+    if modality not in adapters.branches:
+        return shown
     branches = adapters.branches[modality]
     tuned = _values(model) if adapters.active == modality else adapters.shelf[modality]
     added = {f"{site}.{name}": tensor for site, branch in branches.items() for name, tensor in branch.state_dict().items()}
-    return added | {_TUNED + name: value for name, value in tuned.items()}
+    return shown | added | {_TUNED + name: value for name, value in tuned.items()}
 
 
 def whole_state(model: nn.Module) -> State:
@@ -309,7 +342,7 @@ def whole_state(model: nn.Module) -> State:
         return state
     if adapters.active is not None:
         state |= adapters.shelf[None]
-    return state | {f"{PREFIX}{m}.{name}": tensor for m in adapters.branches for name, tensor in adapter_state(model, m).items()}
+    return state | {f"{PREFIX}{m}.{name}": tensor for m in modalities(model) for name, tensor in adapter_state(model, m).items()}
 
 
 def split(state: Mapping[str, Tensor]) -> tuple[State, dict[str, State]]:
@@ -320,6 +353,14 @@ def split(state: Mapping[str, Tensor]) -> tuple[State, dict[str, State]]:
         modality, _, rest = name.removeprefix(PREFIX).partition(".")
         found.setdefault(checked_name(modality), {})[rest] = state[name]
     return base, found
+
+
+def other_channels(state: Mapping[str, Tensor], plan: Plan) -> str:
+    """What is wrong with a file's projection for the channels of its own plan; "" when it fits."""
+    name = f"{PREFIX}{plan.modality}.{INPUT}"
+    wanted = len(plan.channels) if len(plan.channels) > COLOURS else None
+    found = state[name].shape[1] if name in state and state[name].ndim > 1 else None
+    return f"its plan has {len(plan.channels)} channels, {name} reads {found or 'none'}" if found != wanted else ""
 
 
 def count(parameters: Iterable[Tensor]) -> int:

@@ -214,6 +214,8 @@ def _read_own(path: Path) -> Checkpoint:
         needs = Needs.model_validate_json(header["needs"]) if "needs" in header else None
     except (KeyError, ValidationError, json.JSONDecodeError) as error:
         raise WeightsError(f"{path.name}: corrupt: its header is not readable ({first_line(error)})") from None
+    if plan is not None and (wrong := adapters.other_channels(state, plan)):
+        raise WeightsError(f"{path.name}: corrupt: {wrong}. Fetch or train it again")
     return Checkpoint(path.name, state, digest, network, plan, provenance, calibration, needs)
 
 

@@ -17,6 +17,7 @@ from sam2.modeling.sam2_base import NO_OBJ_SCORE, SAM2Base
 from sam2.modeling.sam2_utils import get_1d_sine_pe
 from torch import Tensor, nn
 
+from slmsam2_cli.model import adapters
 from slmsam2_cli.model.backbone import TRAITS, DecoderSize, Traits, sam2_parts
 from slmsam2_cli.model.decoder import build_heads
 from slmsam2_cli.model.fusion import build_fuser
@@ -138,8 +139,11 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         self.short_memory_attention.load_state_dict(self.memory_attention.state_dict())
 
     def encode(self, frames: Tensor) -> SliceFeatures:
-        """Features of B slices. frames (B, 3, H, W) in [0, 1] -> SliceFeatures."""
-        output = self.forward_image((frames - self._mean) / self._std)
+        """Features of B slices. frames (B, 3, H, W) in [0, 1], or as many channels as the projection in use reads -> SliceFeatures.
+
+        ValueError for any other number of channels.
+        """
+        output = self.forward_image((adapters.in_colours(self, frames) - self._mean) / self._std)
         s0, s1, top = output["backbone_fpn"][-3:]
         return SliceFeatures(top, output["vision_pos_enc"][-1], (s0, s1))
 

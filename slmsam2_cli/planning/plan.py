@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from slmsam2_cli.data import store
 from slmsam2_cli.data.geometry import SliceAxis
 from slmsam2_cli.errors import PlanError
+from slmsam2_cli.planning.channels import MOST_CHANNELS
 from slmsam2_cli.planning.network import NetworkPlan
 
 FORMAT_VERSION = 1
@@ -104,7 +105,7 @@ class Plan(Frozen):
     tool_version: str = Field(description="the version of slmsam2 that decided")
     dataset_name: str = Field(description="name in dataset.json")
     modality: str = Field(description="CT, MR, PET, … of the first channel, after looking at the values")
-    channels: tuple[str, ...] = Field(description="channel names in order", min_length=1)
+    channels: tuple[str, ...] = Field(description="channel names in order", min_length=1, max_length=MOST_CHANNELS)
     labels: dict[Label, str] = Field(description="foreground label value -> name")
     ignore: int | None = Field(default=None, description="label value that means: not annotated; null: none", ge=1, le=65535)
     geometry: GeometryPlan

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Generic, Literal, TypeVar
 
 from slmsam2_cli.data.geometry import AXES, SliceAxis
 from slmsam2_cli.errors import DatasetError, UsageError
+from slmsam2_cli.planning.channels import COLOURS, MOST_CHANNELS, groups
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, Fingerprint
 from slmsam2_cli.planning.network import NetworkPlan, NetworkSize
 from slmsam2_cli.planning.plan import ChannelIntensity, EvaluationPlan, GeometryPlan, Plan, TrainingPlan, signed
 from slmsam2_cli.version import VERSION
 
 MANY = 20  # training cases; more do not lengthen the run
-MOST_CHANNELS = 3  # red, green, blue
 COARSE = 1.5  # an axis is coarse when its spacing is this many times that of the next
 OVERLAP_MARGIN = 0.03  # neighbouring overlaps closer than this are equal, see docs/decisions.md
 MASK_PIXEL = 4  # network pixels along the edge of one pixel of the mask the network predicts
@@ -75,7 +76,7 @@ def decide(fingerprint: Fingerprint, network: str | None = None) -> Plan:
         raise DatasetError("no training case is usable, so nothing can be planned")
     if len(fingerprint.channels) > MOST_CHANNELS:
         raise DatasetError(
-            f"{fingerprint.dataset_name}: {len(fingerprint.channels)} channels ({', '.join(fingerprint.channels)}), but the network sees "
+            f"{fingerprint.dataset_name}: {len(fingerprint.channels)} channels ({', '.join(fingerprint.channels)}), but the network reads "
             f"{MOST_CHANNELS} at most. Make a data set of the {MOST_CHANNELS} that show the structures best"
         )
     modalities = [choose_modality(fingerprint, index) for index in range(len(fingerprint.channels))]
@@ -91,6 +92,7 @@ def decide(fingerprint: Fingerprint, network: str | None = None) -> Plan:
     tolerance = choose_nsd_tolerance_mm(fingerprint, axis.value, spacing)
     reasons = {
         "modality": "; ".join(f"{name}: {kind.reason}" for name, kind in zip(fingerprint.channels, modalities, strict=True)),
+        **projection_reason(fingerprint.channels),
         "geometry.slice_axis": axis.reason,
         "geometry.crop_to_nonzero": crop.reason,
         "geometry.frame_px": frame.reason,
@@ -119,6 +121,14 @@ def decide(fingerprint: Fingerprint, network: str | None = None) -> Plan:
         fingerprint_digest=fingerprint.digest,
     )
     return signed(plan)
+
+
+def projection_reason(channels: Sequence[str]) -> dict[str, str]:
+    """What becomes of more than three channels; nothing to be said of fewer."""
+    if len(channels) <= COLOURS:
+        return {}
+    shown = " | ".join(" + ".join(channels[index] for index in group) for group in groups(len(channels)))
+    return {"channels": f"more than {COLOURS}: a projection to {COLOURS} is learned, which starts as the means of {shown}"}
 
 
 def choose_modality(fingerprint: Fingerprint, channel: int) -> Decision[str]:

@@ -36,6 +36,7 @@ from slmsam2_cli.model import zoo
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import RANDOM, Checkpoint, Provenance, base_weights, fit
 from slmsam2_cli.model.slmsam2 import SlmSam2
+from slmsam2_cli.planning.channels import COLOURS
 from slmsam2_cli.planning.fingerprint import write_fingerprint
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.plan import Plan, TrainingPlan, digest_of, read_plan, write_plan
@@ -111,7 +112,7 @@ def finetune(
     data = read_dataset(dataset)
     try:
         with store.one_writer(workspace.root):
-            plan = _plan(data, workspace, network or (base.network.size if base and base.network else None))
+            plan = _plan(data, workspace, network, base)
             _model(plan, base)
             ready = _prepare(data, plan, workspace, skip_bad)
             run = _run_of(plan, data, ready, wish, base)
@@ -141,14 +142,16 @@ def _kept_wish(workspace: Workspace, given: Wish) -> Wish:
     return wish
 
 
-def _plan(data: Dataset, workspace: Workspace, network: str | None) -> Plan:
-    """The workspace's plan, or a fresh one when there is none."""
+def _plan(data: Dataset, workspace: Workspace, network: str | None, base: Checkpoint | None) -> Plan:
+    """The workspace's plan, or a fresh one when there is none; for the network named, else the base's."""
+    network = network or (base.network.size if base and base.network else None)
     if workspace.plan.exists():
         plan = read_plan(workspace.plan)
         if data.channels != plan.channels:
             raise PlanError(f"plan.json knows the channels {plan.channels}, the data set has {data.channels}. Run slmsam2 plan --overwrite")
         if network and network != plan.network.size:
             raise PlanError(f"plan.json is for network {plan.network.size}. Run slmsam2 plan --network {network} first")
+        _mind_the_order(plan, base)
         return plan
     with console.progress("measuring", len(data.training)) as advance:
         fingerprint, problems = measure(data, advance)
@@ -158,7 +161,18 @@ def _plan(data: Dataset, workspace: Workspace, network: str | None) -> Plan:
     write_fingerprint(workspace.fingerprint, fingerprint)
     write_plan(workspace.plan, plan)
     console.say(f"planned: slices along {plan.geometry.slice_axis}, {plan.geometry.frame_px} px, {plan.modality} (slmsam2 plan says why)")
+    _mind_the_order(plan, base)
     return plan
+
+
+def _mind_the_order(plan: Plan, base: Checkpoint | None) -> None:
+    """A line where the base has learned to read as many channels, but under other names."""
+    before = base.plan if base else None
+    if before is None or before.modality != plan.modality or before.channels == plan.channels:
+        return
+    if len(before.channels) != len(plan.channels) or len(plan.channels) <= COLOURS:
+        return
+    console.warn(f"the channels {', '.join(plan.channels)} are taken for the base's {', '.join(before.channels)}, in this order")
 
 
 def _model(plan: Plan, base: Checkpoint | None, seed: int = 0) -> SlmSam2:
@@ -175,7 +189,7 @@ def _model(plan: Plan, base: Checkpoint | None, seed: int = 0) -> SlmSam2:
     model = SlmSam2(plan.network, plan.geometry.frame_px)
     if base is not None:
         fit(model, base)
-    for note in prepare(model, plan.training, plan.modality):
+    for note in prepare(model, plan.training, plan.modality, len(plan.channels)):
         console.detail(note)
     return model
 

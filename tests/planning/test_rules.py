@@ -93,10 +93,27 @@ def test_among_axes_of_like_overlap_the_one_whose_middle_slice_copies_best_is_ta
     assert choose_slice_axis(fingerprint(case(overlap=overlap, copied=copied))).value == axis
 
 
-def test_more_channels_than_the_network_can_see_are_refused_by_name():
-    four = fingerprint(case()).model_copy(update={"channels": ("FLAIR", "T1w", "t1gd", "T2w")})
-    with pytest.raises(DatasetError, match=r"4 channels \(FLAIR, T1w, t1gd, T2w\)"):
-        decide(four)
+def with_channels(*names):
+    """The fingerprint of one case with as many channels of the same values."""
+    one = case()
+    many = one.model_copy(update={"channels": one.channels * len(names)})
+    return fingerprint(many).model_copy(update={"channels": names, "foreground": (None,) * len(names)})
+
+
+def test_more_channels_than_the_network_reads_are_refused_by_name():
+    many = [f"b{value}" for value in range(17)]
+    with pytest.raises(DatasetError, match=r"17 channels \(b0, b1, .*, b16\), but the network reads 16 at most"):
+        decide(with_channels(*many))
+
+
+def test_more_than_three_channels_are_planned_each_and_the_reason_says_which_meet_at_first():
+    plan = decide(with_channels("FLAIR", "T1w", "t1gd", "T2w"))
+    assert plan.channels == ("FLAIR", "T1w", "t1gd", "T2w") == tuple(channel.name for channel in plan.intensity)
+    assert plan.modality == "MR" and plan.reasons["channels"].endswith("the means of FLAIR + T1w | t1gd | T2w")
+
+
+def test_three_channels_are_shown_as_they_are():
+    assert "channels" not in decide(with_channels("T1", "T2", "PD")).reasons
 
 
 def test_two_equally_coarse_axes_are_not_one_coarse_axis():
