@@ -2,10 +2,10 @@
 
     python benchmarks/generator.py [--threads 1] [--repeats 5] [--device cpu] [--statistics] [--picture docs/images/procedural.png]
 
-Speed: windows per second at clips of 1, 3 and 8 slices, 128 and 256 px, as many windows per call as training asks for, four
-tracks each; lengths take turns, medians over the repeats. On a CPU also per second of processor time, which neighbours on the
-machine disturb less. Statistics: copying a mask to its neighbours, absent slices, ends and sizes, over many clips of 8 slices.
-Picture: one window a row, tracks in colour.
+Speed: windows per second at clips of 1, 3 and 8 slices, 128 and 256 px, as many windows per call as training asks for, two
+tracks each; lengths take turns, medians over the repeats. Also per second of processor time, which neighbours on the machine
+disturb less. Statistics: copying a mask to its neighbours, absent slices, ends and sizes, over many clips of 8 slices.
+Picture: six slices of each window, the followed structures outlined.
 """
 
 import argparse
@@ -17,11 +17,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate, max_pool2d
 
 from slmsam2_cli.finetuning.clips import Clips
 from slmsam2_cli.pretraining.volumes import VolumesRecipe, draw_clips
 
-SETTINGS = [(length, windows, px) for px in (128, 256) for length, windows in ((1, 32), (3, 16), (8, 8))]
+SETTINGS = [(length, windows, px) for px in (128, 256) for length, windows in ((1, 24), (3, 21), (8, 8))]
+TRACKS = 2  # per window
 COLOURS = torch.tensor([[255, 64, 64], [64, 255, 64], [80, 150, 255], [255, 224, 0]], dtype=torch.uint8)
 SIZES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 1.01)
 
@@ -33,7 +35,7 @@ def speed(device: torch.device, repeats: int) -> None:
     for repeat in range(repeats + 1):
         for length, windows, px in SETTINGS:
             wall, cpu = time.perf_counter(), time.process_time()
-            draw_clips(recipe, rng, windows, length, 4 * windows, px, device)
+            draw_clips(recipe, rng, windows, length, TRACKS * windows, px, device)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if repeat:  # the first round warms up
@@ -70,7 +72,7 @@ def quantiles(values: Tensor) -> str:
 def census(calls: int, px: int) -> None:
     """Print what `calls` draws of 8 windows hold."""
     rng, recipe = torch.Generator().manual_seed(1), VolumesRecipe()
-    drawn = [draw_clips(recipe, rng, 8, 8, 32, px) for _ in range(calls)]
+    drawn = [draw_clips(recipe, rng, 8, 8, 8 * TRACKS, px) for _ in range(calls)]
     masks = [clips.masks[:, :, 0].bool() for clips in drawn]
     there = torch.cat([m.flatten(2).any(2) for m in masks], 1)
     print(f"{there.shape[1]} tracks in {8 * calls} windows of 8 slices at {px} px", end="\n\n")
@@ -99,21 +101,23 @@ def census(calls: int, px: int) -> None:
     print("| share of tracks | " + " | ".join(f"{100 * count:.0f} %" for count in counts) + " |")
 
 
-def outlined(clips: Clips, window: int) -> Tensor:
-    """One window as a strip of slices with its tracks' outlines, (px, T * px, 3) uint8."""
-    strip = (255 * clips.frames[:, window]).to(torch.uint8).permute(0, 2, 3, 1).clone()
+def outlined(clips: Clips, window: int, px: int) -> Tensor:
+    """Six slices of one window, made smaller, with its tracks' outlines: (px, 6 * px, 3) uint8."""
+    shown = [0, 1, 3, 4, 6, 7]
+    strip = interpolate(clips.frames[shown, window], (px, px), mode="area").mul(255).to(torch.uint8).permute(0, 2, 3, 1).clone()
     for n, m in enumerate((clips.window == window).nonzero()[:, 0].tolist()):
-        mask = clips.masks[:, m] if not clips.reverse[m] else clips.masks[:, m].flip(0)
-        inner = -torch.nn.functional.max_pool2d(-mask, 3, 1, 1)
-        strip[(mask > inner)[:, 0]] = COLOURS[n % len(COLOURS)]
+        mask = interpolate((clips.masks[:, m].flip(0) if clips.reverse[m] else clips.masks[:, m])[shown], (px, px))
+        strip[(mask > -max_pool2d(-mask, 3, 1, 1))[:, 0]] = COLOURS[n % len(COLOURS)]
     return strip.permute(1, 0, 2, 3).flatten(1, 2)
 
 
 def picture(path: Path, windows: int, seed: int, px: int) -> None:
-    """A sheet of clips of 8 slices, one window a row."""
-    clips = draw_clips(VolumesRecipe(), torch.Generator().manual_seed(seed), windows, 8, 3 * windows, px)
-    sheet = torch.cat([outlined(clips, window) for window in range(windows)])
-    Image.fromarray(sheet.numpy()).quantize(128).save(path, optimize=True)
+    """A sheet of clips of 8 slices, two windows a row."""
+    clips = draw_clips(VolumesRecipe(), torch.Generator().manual_seed(seed), windows, 8, 3 * windows, 128)
+    strips = [outlined(clips, window, px) for window in range(windows)]
+    gap = torch.full((px, 6, 3), 255, dtype=torch.uint8)
+    rows = [torch.cat([left, gap, right], 1) for left, right in zip(strips[::2], strips[1::2])]
+    Image.fromarray(torch.cat(rows).numpy()).quantize(64).save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
@@ -124,13 +128,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--statistics", type=int, metavar="CALLS", help="count what is in so many calls of 8 windows")
     parser.add_argument("--picture", type=Path, metavar="FILE")
-    parser.add_argument("--windows", type=int, default=10, help="rows of the picture")
+    parser.add_argument("--windows", type=int, default=16, help="windows in the picture, an even number")
     parser.add_argument("--seed", type=int, default=0, help="of the picture")
-    parser.add_argument("--px", type=int, default=128, help="of the picture and the statistics")
+    parser.add_argument("--px", type=int, default=72, help="of a slice in the picture")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.statistics:
-        census(options.statistics, options.px)
+        census(options.statistics, 128)
     if options.picture:
         picture(options.picture, options.windows, options.seed, options.px)
     if not options.statistics and not options.picture:

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from slmsam2_cli.planning.plan import Frozen
-from slmsam2_cli.pretraining.draw import Draw, Range
+from slmsam2_cli.pretraining.draw import Doublings, Draw, Five, Range, Share, Three
 from slmsam2_cli.pretraining.relations import BRANCH, LOOK_ALIKE, RETURN, relate
 from slmsam2_cli.pretraining.shapes import Primitives
 
@@ -28,27 +28,25 @@ _NOWHERE = 100.0  # a cut that is never reached
 class AnatomyRecipe(Frozen):
     """What structures look like. Sizes are in frame widths, as longest side."""
 
-    close: float = Field(default=0.5, description="share of windows that are crops around the first structure")
+    close: Share = Field(default=0.5, description="share of windows that are crops around the first structure")
     close_size: Range = Field(default=(0.35, 0.62), description="size of the first structure in a crop")
-    far_size: Range = Field(default=(0.07, 0.45), description="the same in a whole slice")
-    tiny: float = Field(default=0.08, description="share of windows about something tiny")
+    far_size: Doublings = Field(default=(0.07, 0.45), description="the same in a whole slice")
+    tiny: Share = Field(default=0.08, description="share of windows about something tiny")
     tiny_size: Range = Field(default=(0.025, 0.06), description="its size")
-    other_size: Range = Field(default=(0.1, 0.55), description="size of other structures")
-    minor_size: Range = Field(default=(0.03, 0.15), description="size of what gets in the way")
-    half_length: Range = Field(default=(5.0, 45.0), description="half the length of the first structure, slices")
-    still: float = Field(default=0.12, description="share of windows in which hardly anything changes from slice to slice")
-    still_half_length: Range = Field(default=(60.0, 200.0), description="half_length of these")
+    other_size: Doublings = Field(default=(0.1, 0.55), description="size of other structures")
+    minor_size: Doublings = Field(default=(0.03, 0.15), description="size of what gets in the way")
+    half_length: Doublings = Field(default=(5.0, 45.0), description="half the length of the first structure, slices")
+    still: Share = Field(default=0.12, description="share of windows in which hardly anything changes from slice to slice")
+    still_half_length: Doublings = Field(default=(60.0, 200.0), description="half_length of these")
     lean: float = Field(default=0.3, description="slope of a structure's axis, standard deviation")
-    tubes: float = Field(default=0.2, description="share of structures that go on through many slices")
-    slender: float = Field(default=0.3, description="share of structures that are long and thin in the slice")
-    ends: float = Field(default=0.85, description="share of structures with an end within the clip")
-    pairs: tuple[float, float, float, float, float] = Field(
-        default=(0.25, 0.35, 0.15, 0.1, 0.15), description="shares of pairs: unrelated, look-alike, branch, return, nodule"
-    )
-    interiors: tuple[float, float, float] = Field(default=(0.6, 0.22, 0.18), description="shares: whole, cut in two, wall and inside")
-    one_target: float = Field(default=0.3, description="share of cut or hollow structures that are followed as a whole")
-    faint_cut: float = Field(default=0.7, description="share of cuts with hardly a border in the image")
-    clusters: float = Field(default=0.25, description="share of windows whose small structures are one cluster, followed together")
+    tubes: Share = Field(default=0.2, description="share of structures that go on through many slices")
+    slender: Share = Field(default=0.3, description="share of structures that are long and thin in the slice")
+    ends: Share = Field(default=0.85, description="share of structures with an end within the clip")
+    pairs: Five = Field(default=(0.25, 0.35, 0.15, 0.1, 0.15), description="shares of pairs: unrelated, look-alike, branch, return, nodule")
+    interiors: Three = Field(default=(0.6, 0.22, 0.18), description="shares: whole, cut in two, wall and inside")
+    one_target: Share = Field(default=0.3, description="share of cut or hollow structures that are followed as a whole")
+    faint_cut: Share = Field(default=0.7, description="share of cuts with hardly a border in the image")
+    clusters: Share = Field(default=0.25, description="share of windows whose small structures are one cluster, followed together")
     body_size: Range = Field(default=(0.3, 0.75), description="long radius of the body")
 
 

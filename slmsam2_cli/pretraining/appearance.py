@@ -14,25 +14,25 @@ from pydantic import Field
 from torch import Tensor
 
 from slmsam2_cli.planning.plan import Frozen
-from slmsam2_cli.pretraining.draw import Draw, Range, smooth_field
+from slmsam2_cli.pretraining.draw import Doublings, Draw, Share, smooth_field
 from slmsam2_cli.pretraining.scanner import CT, PET
 
 
 class AppearanceRecipe(Frozen):
     """Grey values and textures."""
 
-    tissue_contrast: Range = Field(default=(0.02, 0.3), description="standard deviation of grey values between the tissues of a window")
-    ct_contrast: Range = Field(default=(0.03, 0.15), description="standard deviation of grey values between CT's organs")
-    bone: float = Field(default=0.1, description="share of labels as bright as bone or contrast agent, in CT")
-    rind: float = Field(default=0.25, description="share of walls as bright as that, in CT")
-    gas: float = Field(default=0.05, description="share of labels as dark as gas or lung, in CT")
-    hot: float = Field(default=0.6, description="share of structures with uptake, in PET")
-    faint: float = Field(default=0.25, description="share of structures whose grey value is nearly that of a tissue around them")
-    camouflage: float = Field(default=0.2, description="share of other structures with the grey value of the first one")
-    jitter: Range = Field(default=(0.003, 0.04), description="difference between labels that are meant to look alike")
-    texture: Range = Field(default=(0.004, 0.07), description="standard deviation of a label's texture")
-    mottled: float = Field(default=0.15, description="share of labels with a coarse texture up to four times as strong")
-    fibres: float = Field(default=0.3, description="share of labels with bright or dark lines, as fascia, vessels or sulci")
+    tissue_contrast: Doublings = Field(default=(0.02, 0.3), description="standard deviation of grey values between the tissues of a window")
+    ct_contrast: Doublings = Field(default=(0.03, 0.15), description="standard deviation of grey values between CT's organs")
+    bone: Share = Field(default=0.1, description="share of labels as bright as bone or contrast agent, in CT")
+    rind: Share = Field(default=0.25, description="share of walls as bright as that, in CT")
+    gas: Share = Field(default=0.05, description="share of labels as dark as gas or lung, in CT")
+    hot: Share = Field(default=0.6, description="share of structures with uptake, in PET")
+    faint: Share = Field(default=0.25, description="share of structures whose grey value is nearly that of a tissue around them")
+    camouflage: Share = Field(default=0.2, description="share of other structures with the grey value of the first one")
+    jitter: Doublings = Field(default=(0.003, 0.04), description="difference between labels that are meant to look alike")
+    texture: Doublings = Field(default=(0.004, 0.07), description="standard deviation of a label's texture")
+    mottled: Share = Field(default=0.15, description="share of labels with a coarse texture up to four times as strong")
+    fibres: Share = Field(default=0.3, description="share of labels with bright or dark lines, as fascia, vessels or sulci")
 
 
 @dataclass

@@ -7,11 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
-Range = tuple[float, float]
+
+def _ordered(between: tuple[float, float]) -> tuple[float, float]:
+    if between[0] > between[1]:
+        raise ValueError(f"{between[0]:g} to {between[1]:g} is no range")
+    return between
+
+
+def _positive(between: tuple[float, float]) -> tuple[float, float]:
+    if between[0] <= 0:
+        raise ValueError(f"{between[0]:g}: doublings begin above 0")
+    return _ordered(between)
+
+
+def _possible(shares: tuple[float, ...]) -> tuple[float, ...]:
+    if min(shares) < 0 or sum(shares) <= 0:
+        raise ValueError("shares are 0 or more, and not all 0")
+    return shares
+
+
+Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
+Doublings = Annotated[tuple[float, float], AfterValidator(_positive)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Three = Annotated[tuple[float, float, float], AfterValidator(_possible)]
+Four = Annotated[tuple[float, float, float, float], AfterValidator(_possible)]
+Five = Annotated[tuple[float, float, float, float, float], AfterValidator(_possible)]
 
 
 @dataclass(frozen=True)
@@ -32,11 +58,11 @@ class Draw:
     def device(self) -> torch.device:
         return self.rng.device
 
-    def uniform(self, between: Range, *shape: int) -> Tensor:
+    def uniform(self, between: tuple[float, float], *shape: int) -> Tensor:
         low, high = between
         return torch.rand(shape, generator=self.rng, device=self.device).mul_(high - low).add_(low)
 
-    def spread(self, between: Range, *shape: int) -> Tensor:
+    def spread(self, between: tuple[float, float], *shape: int) -> Tensor:
         """Log-uniform: every doubling is equally likely."""
         low, high = torch.tensor(between).log().tolist()
         return self.uniform((low, high), *shape).exp_()

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from slmsam2_cli.planning.plan import Frozen
-from slmsam2_cli.pretraining.draw import Draw, Range, smooth_field
+from slmsam2_cli.pretraining.draw import Doublings, Draw, Five, Four, Share, smooth_field
 
 CT, MR, PET, US = range(4)
 PIXELS = (1.0, 0.75, 0.5, 0.375, 0.25)  # the scanner's pixels per frame pixel, along each axis
@@ -23,16 +23,16 @@ PIXELS = (1.0, 0.75, 0.5, 0.375, 0.25)  # the scanner's pixels per frame pixel, 
 class ScannerRecipe(Frozen):
     """Kinds of scanners and their faults; strengths are in units of the window, 0 to 1."""
 
-    kinds: tuple[float, float, float, float] = Field(default=(0.32, 0.5, 0.14, 0.04), description="shares of CT, MR, PET, ultrasound")
-    pixels: tuple[float, float, float, float, float] = Field(
+    kinds: Four = Field(default=(0.32, 0.5, 0.14, 0.04), description="shares of CT, MR, PET, ultrasound")
+    pixels: Five = Field(
         default=(0.3, 0.2, 0.2, 0.2, 0.1), description=f"shares of scanners with {PIXELS} pixels per frame pixel; PET has the last two"
     )
-    noise: Range = Field(default=(0.006, 0.08), description="standard deviation of noise on the scanner's own pixels")
-    bias: Range = Field(default=(0.02, 0.35), description="standard deviation of the logarithm of MR's gain across the frame")
-    unsteady: float = Field(default=0.3, description="share of MR whose gain differs from slice to slice")
-    thick: float = Field(default=0.5, description="share of windows whose slices overlap")
-    streaks: float = Field(default=0.12, description="share of CT with streaks along the rows")
-    ghosts: float = Field(default=0.06, description="share of MR with a ghost")
+    noise: Doublings = Field(default=(0.006, 0.08), description="standard deviation of noise on the scanner's own pixels")
+    bias: Doublings = Field(default=(0.02, 0.35), description="standard deviation of the logarithm of MR's gain across the frame")
+    unsteady: Share = Field(default=0.3, description="share of MR whose gain differs from slice to slice")
+    thick: Share = Field(default=0.5, description="share of windows whose slices overlap")
+    streaks: Share = Field(default=0.12, description="share of CT with streaks along the rows")
+    ghosts: Share = Field(default=0.06, description="share of MR with a ghost")
 
 
 @dataclass(frozen=True)

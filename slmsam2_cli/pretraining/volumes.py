@@ -14,7 +14,7 @@ from slmsam2_cli.finetuning.clips import Clips
 from slmsam2_cli.planning.plan import Frozen
 from slmsam2_cli.pretraining.anatomy import PAINTED, STRUCTURES, Anatomy, AnatomyRecipe, draw_anatomy
 from slmsam2_cli.pretraining.appearance import AppearanceRecipe, draw_looks, filled
-from slmsam2_cli.pretraining.draw import Draw, Range, smooth_field
+from slmsam2_cli.pretraining.draw import Draw, Range, Share, smooth_field
 from slmsam2_cli.pretraining.scanner import PIXELS, ScannerRecipe, Scanners, draw_scanners, scanned
 from slmsam2_cli.pretraining.shapes import cut, joined, paint, paint_around, pixel_centres, poses
 from slmsam2_cli.pretraining.tracks import Tracks, areas, choose
@@ -30,14 +30,14 @@ class VolumesRecipe(Frozen):
     anatomy: AnatomyRecipe = Field(default=AnatomyRecipe(), description="structures and what they are to each other")
     appearance: AppearanceRecipe = Field(default=AppearanceRecipe(), description="grey values and textures")
     scanner: ScannerRecipe = Field(default=ScannerRecipe(), description="kinds of scanners and their faults")
-    air: float = Field(default=0.5, description="share of windows in which the body's outline may be seen")
-    septa: float = Field(default=0.5, description="share of windows with thin layers between tissues")
+    air: Share = Field(default=0.5, description="share of windows in which the body's outline may be seen")
+    septa: Share = Field(default=0.5, description="share of windows with thin layers between tissues")
     warp: Range = Field(default=(0.04, 0.2), description="coarse deformation, in sizes of the first structure")
     rough: Range = Field(default=(0.01, 0.06), description="fine deformation, in sizes of the first structure")
-    padded: float = Field(default=0.5, description="share of windows with zeros below or to the right, as slices that are not square")
-    cropped: float = Field(default=0.12, description="share of windows that reach beyond the volume at the left or the top")
-    blocky: float = Field(default=0.6, description="share of masks drawn on the scanner's pixels, where these are coarser than the frame's")
-    colours: float = Field(default=0.05, description="share of windows whose three channels differ")
+    padded: Share = Field(default=0.5, description="share of windows with zeros below or to the right, as slices that are not square")
+    cropped: Share = Field(default=0.12, description="share of windows that reach beyond the volume at the left or the top")
+    blocky: Share = Field(default=0.6, description="share of masks drawn on the scanner's pixels, where these are coarser than the frame's")
+    colours: Share = Field(default=0.05, description="share of windows whose three channels differ")
     eager: float = Field(default=6.0, description="how much likelier a structure that ends within the clip is to be followed")
     slices: tuple[int, int] = Field(default=(8, 80), description="length of the imaginary volumes")
 
@@ -173,6 +173,7 @@ def _frames(recipe: VolumesRecipe, draw: Draw, labels: Tensor, anatomy: Anatomy,
     looks = draw_looks(recipe.appearance, draw, scanners.kind, alike, SEPTUM, FIRST)
     grey = scanned(recipe.scanner, draw, scanners, filled(draw, looks, labels))
     frames = grey[:, :windows].mul_(seen)[:, :, None].repeat(1, 1, 3, 1, 1)
-    for channel, other in enumerate(grey[:, windows:].split(max(len(coloured), 1), dim=1), start=1):
+    for channel in (1, 2) if len(coloured) else ():
+        other = grey[:, windows + (channel - 1) * len(coloured) :][:, : len(coloured)]
         frames[:, coloured, channel] = other * seen[coloured]
     return frames

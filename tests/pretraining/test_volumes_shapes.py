@@ -1,0 +1,126 @@
+"""Forms whose size and place are known: discs, balls, halves and walls."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import Tensor
+
+from slmsam2_cli.pretraining.anatomy import STRUCTURES, AnatomyRecipe, draw_anatomy
+from slmsam2_cli.pretraining.draw import Draw
+from slmsam2_cli.pretraining.shapes import Primitives, Tiles, cut, joined, paint, paint_around, pixel_centres, poses, section
+
+PX, SLICES, FIRST = 64, 9, 10
+BALL = {"x": 0.5, "y": 0.5, "long": 0.25, "short": 0.25, "at": 4.0, "middle": 4.0, "half": 3.0, "blunt": 2.0, "cut_at": 100.0}
+
+
+def one(**values: float) -> Primitives:
+    """One window with one primitive: a ball in the middle of frame and stack, but for what is given."""
+    return Primitives(**{field.name: torch.tensor([[(BALL | values).get(field.name, 0.0)]]) for field in fields(Primitives)})
+
+
+def empty(windows: int = 1) -> Tiles:
+    where = pixel_centres(PX, torch.device("cpu")).expand(SLICES, windows, 2, PX, PX)
+    return cut(where, torch.zeros(SLICES, windows, PX, PX, dtype=torch.uint8))
+
+
+def painted(**values: float) -> Tensor:
+    """(T, px, px): labels, 0 where nothing is."""
+    tiles, body = empty(), one(**values)
+    paint(body, poses(body, SLICES), 0, tiles, FIRST)
+    return joined(tiles.labels, SLICES, 1)[:, 0]
+
+
+def areas(labels: Tensor, *wanted: int) -> Tensor:
+    """(T,): pixels of the wanted labels."""
+    return torch.isin(labels, torch.tensor(wanted, dtype=labels.dtype)).flatten(1).sum(1)
+
+
+def test_tiles_join_to_what_was_cut() -> None:
+    labels = torch.randint(0, 30, (SLICES, 2, PX, PX), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    where = pixel_centres(PX, torch.device("cpu")).expand(SLICES, 2, 2, PX, PX)
+    assert torch.equal(joined(cut(where, labels).labels, SLICES, 2), labels)
+
+
+def test_a_tile_keeps_the_coordinates_of_its_pixels() -> None:
+    tiles = empty()
+    x = (tiles.where[:, 0] * 255).to(torch.uint8)
+    assert torch.equal(joined(x, SLICES, 1)[0, 0], (pixel_centres(PX, torch.device("cpu"))[0] * 255).to(torch.uint8))
+
+
+def test_a_ball_is_a_disc_of_its_radius_in_the_middle() -> None:
+    assert float(areas(painted(), FIRST)[4]) == pytest.approx(math.pi * (0.25 * PX) ** 2, rel=0.02)
+
+
+def test_a_ball_ends_where_its_half_length_says() -> None:
+    assert (areas(painted(), FIRST) > 0).tolist() == [False, False, True, True, True, True, True, False, False]
+
+
+def test_a_leaning_structure_moves_by_its_drift() -> None:
+    leaning, upright = painted(half=50.0, drift_x=2 / PX), painted(half=50.0)
+    assert torch.equal(leaning[6], painted(half=50.0, x=0.5 + 4 / PX)[6]) and not torch.equal(leaning[6], upright[6])
+
+
+def test_an_ellipse_covers_less_than_its_box_and_a_rectangle_all_of_it() -> None:
+    wide = {"long": 0.4, "short": 0.1}
+    assert float(areas(painted(**wide), FIRST)[4]) == pytest.approx(math.pi / 4 * 0.8 * 0.2 * PX**2, rel=0.04)
+    assert float(areas(painted(**wide, square=1.0), FIRST)[4]) == pytest.approx(0.8 * 0.2 * PX**2, rel=0.06)
+
+
+def test_a_quarter_turn_swaps_width_and_height() -> None:
+    wide = {"long": 0.4, "short": 0.1}
+    assert torch.equal(painted(**wide, angle=math.pi / 2)[4], painted(**wide)[4].T)
+
+
+def test_two_halves_are_equal_and_make_the_whole() -> None:
+    labels = painted(cut_at=0.0, cut_long=1.0)
+    assert torch.equal(areas(labels, FIRST), areas(labels, FIRST + 1))
+    assert torch.equal(areas(labels, FIRST, FIRST + 1), areas(painted(), FIRST))
+
+
+def test_a_tilted_cut_hands_over_from_one_label_to_the_other() -> None:
+    labels = painted(cut_at=0.0, cut_tilt=1.0)
+    assert areas(labels, FIRST + 1).nonzero().min() > areas(labels, FIRST).nonzero().max()
+
+
+def test_a_wall_surrounds_the_inside_and_closes_at_both_ends() -> None:
+    labels = painted(shell=0.4, cut_at=0.0)
+    inside, wall = areas(labels, FIRST), areas(labels, FIRST + 1)
+    assert (inside > 0).tolist() == [t in (3, 4, 5) for t in range(SLICES)]
+    assert (wall > 0).tolist() == [2 <= t <= 6 for t in range(SLICES)]
+    assert float(inside[4]) == pytest.approx(math.pi * (0.6 * 0.25 * PX) ** 2, rel=0.04)
+
+
+def test_outside_the_body_is_air_and_its_wall_is_fat() -> None:
+    tiles, body = empty(), one(half=1000.0, shell=0.2, cut_at=0.0)
+    paint_around(body, poses(body, SLICES), tiles, torch.tensor([True]), 7, 8)
+    labels = joined(tiles.labels, SLICES, 1)[:, 0]
+    assert labels[4, 32, 32] == 0 and labels[4, 0, 0] == 7 and labels[4, 32, 32 + 15] == 8
+
+
+def drawn(windows: int) -> tuple[Primitives, Primitives]:
+    """Structures and bodies as training draws them."""
+    view = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(windows, 1)
+    anatomy = draw_anatomy(AnatomyRecipe(), Draw(torch.Generator().manual_seed(0)), SLICES, view)
+    return anatomy.structures, anatomy.body
+
+
+def test_no_structure_reaches_beyond_the_tiles_that_are_looked_at() -> None:
+    structures, _ = drawn(6)
+    pose, everything = poses(structures, SLICES), torch.arange(len(empty(6).where))
+    for k in range(STRUCTURES):
+        tiles, whole = empty(6), empty(6)
+        paint(structures, pose, k, tiles, FIRST)
+        inside, second = section(structures, pose, k, whole, everything)
+        assert torch.equal(tiles.labels, torch.where(inside, FIRST + second.to(torch.uint8), 0))
+
+
+def test_tiles_settled_by_their_middle_are_settled_rightly() -> None:
+    _, body = drawn(12)
+    pose, tiles, whole = poses(body, SLICES), empty(12), empty(12)
+    paint_around(body, pose, tiles, torch.ones(12, dtype=torch.bool), 7, 8)
+    inside, second = section(body, pose, 0, whole, torch.arange(len(whole.where)))
+    assert torch.equal(tiles.labels, torch.where(inside, 8 * second.to(torch.uint8), 7))
