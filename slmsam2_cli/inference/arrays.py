@@ -22,7 +22,7 @@ from slmsam2_cli.inference.anchors import anchors_of
 from slmsam2_cli.inference.engine import Anchor, Propagated
 from slmsam2_cli.inference.images import Found
 from slmsam2_cli.inference.restored import labels_of
-from slmsam2_cli.model.slices import framed, to_rgb
+from slmsam2_cli.model.slices import framed, to_input
 from slmsam2_cli.planning.rules import PERCENTILES
 
 Array = np.ndarray[Any, Any]
@@ -95,7 +95,7 @@ def mask_of(value: object, shape: tuple[int, ...], name: str) -> Array:
 
 
 def frame(slices: object, frame_px: int, window: Window | None, name: str = "slices") -> tuple[View, Tensor]:
-    """How a stack (T, H, W) or (T, C, H, W) fits the frame, and what the network sees of it: (T, 3, px, px) in [0, 1].
+    """How a stack (T, H, W) or (T, C, H, W) fits the frame, and what the network sees of it: (T, C, px, px) in [0, 1], C at least 3.
 
     window: the grey values that become 0 and 1; "percentile": the stack's own, as plans have it for all but CT; None: the values
     are from 0 to 1 already. ValueError.
@@ -106,7 +106,7 @@ def frame(slices: object, frame_px: int, window: Window | None, name: str = "sli
     stack = stack[None] if stack.ndim == 3 else stack.swapaxes(0, 1)
     view = _filling(stack.shape[1:], frame_px)
     frames = view.frames(_scaled(stack, window, name))
-    return view, framed(to_rgb(torch.from_numpy(frames)), frame_px)
+    return view, framed(to_input(torch.from_numpy(frames)), frame_px)
 
 
 def _filling(shape: tuple[int, ...], frame_px: int) -> View:

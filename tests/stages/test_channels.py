@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from slmsam2_cli import api
 from slmsam2_cli.data.phantom import nifti_bytes, phantom_volume
 from slmsam2_cli.errors import PlanError, WeightsError
 from slmsam2_cli.model.checkpoint import read_checkpoint
@@ -114,6 +115,15 @@ def test_a_model_for_four_channels_is_refused_on_a_data_set_of_five(four, five, 
     with pytest.raises(PlanError, match=r"model\.safetensors reads 4 channels \(T1, T2, FLAIR, T1c\), the data set has 5 \(PET, T1"):
         predict(None, tmp_path / "masks", dataset=five[0], model=four[1].model, workspace=five[1])
     assert not (tmp_path / "masks").exists()
+
+
+def test_arrays_of_four_channels_are_propagated_from_python_and_others_refused(four):
+    model, frames = api.load(four[1].model), np.random.default_rng(0).random((3, 4, 24, 32), np.float32)
+    drawn = np.zeros((24, 32), bool)
+    drawn[8:16, 8:20] = True
+    assert api.propagate(model, frames, {"organ": {1: drawn}})["organ"].mask.shape == (3, 24, 32)
+    with pytest.raises(ValueError, match="slices of 3 channels, where the network reads 4"):
+        api.propagate(model, frames[:, :3], {"organ": {1: drawn}})
 
 
 def test_learning_from_five_channels_of_a_modality_of_which_the_base_knows_four_is_refused(four, tmp_path):
