@@ -1,7 +1,7 @@
 """SLM-SAM 2 from Python: build or load a model, encode slices, propagate masks through arrays, files and sets of images.
 
-Nothing is printed, and nothing is written unless asked for. What is wrong with an argument is a ValueError of one line that
-names it; what is wrong with a file is the error that the command line would show (errors.py). docs/how-to/python.md shows it all.
+Nothing is written unless asked for. What is wrong with an argument is a ValueError of one line that names it; what is wrong with a
+file is the error that the command line would show (errors.py). docs/how-to/python.md shows it all.
 """
 
 from __future__ import annotations

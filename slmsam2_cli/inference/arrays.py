@@ -176,12 +176,14 @@ def track_of(found: Propagated, prompts: Prompts, view: View, frame_px: int) -> 
 
 
 def images_of(images: object, frame_px: int, window: Window | None) -> tuple[list[View], Tensor]:
-    """How each image (H, W) or (C, H, W) fits the frame, and what the network sees of them: (N, 3, px, px). ValueError."""
+    """How each image (H, W) or (C, H, W) fits the frame, and what the network sees of them: (N, C, px, px), C at least 3. ValueError."""
     if isinstance(images, np.ndarray | Tensor):
         images = [*numbers(images, "images")] if images.ndim in (3, 4) else None
     if not isinstance(images, Sequence) or isinstance(images, str) or not images:
         raise ValueError("images: give an array (N, H, W) or (N, C, H, W), or a list of arrays (H, W) or (C, H, W)")
     views, frames = zip(*(_image(image, frame_px, window, f"images[{i}]") for i, image in enumerate(images)))
+    if len(seen := sorted({one.shape[1] for one in frames})) > 1:
+        raise ValueError(f"images: some of {seen[0]} channels or fewer, some of {seen[-1]}; give as many channels of each")
     return list(views), torch.cat(frames)
 
 
