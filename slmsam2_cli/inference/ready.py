@@ -50,8 +50,8 @@ def choose_model(workspace: Workspace | None, model: Path | None, weights: str |
     )
     for warning in (*checkpoint.warnings, *_modality_warning(checkpoint, plan)):
         console.warn(warning)
-    if checkpoint.calibration_for(plan.modality) is None:
-        console.say("confidence is uncalibrated: the model carries no table for images like these")
+    if told := _about_confidence(checkpoint, plan):
+        console.say(told)
     return checkpoint, plan
 
 
@@ -86,8 +86,17 @@ def _modality_warning(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
     return (f"{checkpoint.name} has adapters for {', '.join(known)}, none for {plan.modality}: its base is used as it is",)
 
 
+def _about_confidence(checkpoint: Checkpoint, plan: Plan) -> str:
+    """Whether confidence is calibrated, and whether memory goes by it; "" when it is and memory does not ask."""
+    asks = plan.network.has_bank or plan.network.presence_gate
+    if checkpoint.calibration_for(plan.modality) is None:
+        memory = ", and memory admits slices by raw values" if asks else ""
+        return f"confidence is uncalibrated: the model carries no table for images like these{memory}"
+    return "confidence is calibrated, and memory admits slices by it" if asks else ""
+
+
 def build_model(checkpoint: Checkpoint, plan: Plan) -> SlmSam2:
-    """The plan's network with these weights and what they know of images like the plan's: adapter and projection.
+    """The plan's network with these weights and what they know of images like the plan's: adapter, projection, calibration.
 
     The adapter for the plan's modality is in force, merged where it can be. WeightsError.
     """
@@ -99,6 +108,7 @@ def build_model(checkpoint: Checkpoint, plan: Plan) -> SlmSam2:
         )
     if adapters.can_merge(model):
         adapters.merge(model)
+    model.calibration = checkpoint.calibration_for(plan.modality)
     return model
 
 

@@ -48,6 +48,10 @@ class Calibration(BaseModel):
         """Expected Dice of raw confidences, any shape; beyond the table its ends."""
         return np.interp(confidence, self.confidence, self.dice)
 
+    def of(self, confidence: float) -> float:
+        """Expected Dice of one raw confidence."""
+        return float(np.interp(confidence, self.confidence, self.dice))
+
 
 def calibrate(confidence: Sequence[float] | Array, dice: Sequence[float] | Array, note: str = ON_TRAINING) -> Calibration | None:
     """Fit on as many raw confidences as true Dice, one a slice, all from 0 to 1.

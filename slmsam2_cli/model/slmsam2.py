@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from slmsam2_cli.model import adapters
 from slmsam2_cli.model.backbone import TRAITS, DecoderSize, Traits, sam2_parts
+from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.decoder import build_heads
 from slmsam2_cli.model.fusion import build_fuser
 from slmsam2_cli.model.memory.choice import policy_of
@@ -110,6 +111,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
     """SAM 2.1 plus, under `shortlong` policies, a short memory-attention stack and a fuser.
 
     With `fifo` and `selfsort` the state dict has exactly SAM 2.1's keys (plus `carry_gain` where the size carries masks).
+    calibration: what these weights' confidence is worth, for policies that weigh it; None while nobody knows, as in training.
     """
 
     def __init__(self, network: NetworkPlan, frame_px: int, traits: Traits | None = None) -> None:
@@ -119,6 +121,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         self._decoder_size: DecoderSize = self.traits.decoder
         super().__init__(**sam2_parts(network.size, frame_px, self.traits.widths))
         self.network = network
+        self.calibration: Calibration | None = None
         self.policy = policy_of(network, self.num_maskmem, self.max_obj_ptrs_in_encoder)
         self.carry_gain = nn.Parameter(torch.tensor(0.5)) if self.traits.carry_mask else None
         if network.has_short_stream:
@@ -181,15 +184,17 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         back = torch.tensor([i for objects in groups for i in objects], device=features.top.device).argsort()
         return torch.cat(parts)[back]
 
-    @staticmethod
-    def _told(policy: MemoryPolicy, bank: MemoryBank, moment: Moment, features: SliceFeatures | None = None) -> list[Moment]:
-        """The moment as each object sees it; once, for all, where the policy weighs no evidence."""
+    def _told(self, policy: MemoryPolicy, bank: MemoryBank, moment: Moment, features: SliceFeatures | None = None) -> list[Moment]:
+        """The moment as each object sees it; once, for all, where the policy weighs no evidence. A person's slices need no calibration."""
         if not policy.weighs:
             return [moment]
         traces = {s: bank[s].traces for s in (*bank.anchors, *bank.tracked)}
         top = features.top if features is not None else None
         objects = len(next(iter(traces.values())).presence)
-        return [replace(moment, evidence=evidence_of(traces, of, top)) for of in range(objects)]
+        told = [evidence_of(traces, of, top) for of in range(objects)]
+        if self.calibration is not None:
+            told = [one.calibrated(bank.tracked, self.calibration.of) for one in told]
+        return [replace(moment, evidence=one) for one in told]
 
     def _fused(self, features: SliceFeatures, bank: MemoryBank, streams: Sequence[Stream], slices: int) -> Tensor:
         """One stream, or two and the fuser. Returns (B, C, h, w)."""

@@ -31,13 +31,23 @@ class NetworkPlan(BaseModel):
     two_sided: bool = Field(default=False, description="a pass may read what the passes in the other direction have written, as in SAM 2")
     bank_slices: int = Field(default=16, description="selfsort: tracked slices in the bank, at most", ge=1, le=1024)
     bank_read: int = Field(default=6, description="selfsort: slices read from the bank, the most similar ones", ge=1, le=64)
-    bank_confidence: float = Field(default=0.5, description="selfsort: predicted IoU from which on a slice may enter the bank", ge=0, le=1)
+    bank_confidence: float = Field(
+        default=0.5,
+        description="selfsort: confidence, calibrated or else predicted IoU, from which on a slice may enter the bank",
+        ge=0,
+        le=1,
+    )
     bank_similarity: float = Field(default=0.5, description="selfsort: similarity to an anchor from which on it may enter", ge=-1, le=1)
 
     @property
     def has_short_stream(self) -> bool:
         """Whether the network carries a short memory-attention stack and a fuser."""
         return self.policy.startswith("shortlong")
+
+    @property
+    def has_bank(self) -> bool:
+        """Whether the long stream reads a self-sorting bank."""
+        return self.policy.endswith("selfsort")
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """MedSAM-2's bank: who is admitted, who leaves, who is read. Numbers alone, then the network around them."""
 
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from slmsam2_cli.finetuning.clips import Clips
 from slmsam2_cli.finetuning.loop import clip_losses
 from slmsam2_cli.inference.engine import Anchor, propagate
-from slmsam2_cli.model.memory.policy import Evidence, Moment
+from slmsam2_cli.model.calibration import Calibration
+from slmsam2_cli.model.memory.policy import Evidence, Moment, gated
 from slmsam2_cli.model.memory.selfsort import NEIGHBOUR, SelfSort
 from slmsam2_cli.model.memory.shortlong_selfsort import ShortLongSelfSort
 from slmsam2_cli.model.memory.traces import evidence_of, similarity, traces_of
@@ -39,6 +41,40 @@ def test_behind_the_gate_a_slice_has_to_be_certain_too():
     barely, well = (1, 0.01, 1.0, 0), (2, 0.1, 1.0, 0)
     assert SelfSort(presence_gate=True).members(moment(3, barely, well)) == [2]
     assert SelfSort().members(moment(3, barely, well)) == [1, 2]
+
+
+def table(*knots):
+    """A calibration that says the second number of each pair where the model says the first."""
+    said, true = zip(*knots, strict=True)
+    return Calibration(method="isotonic", confidence=said, dice=true, slices=99, error_before=0.3, error_after=0.1)
+
+
+def calibrated(at, calibration):
+    """The moment with the table's word for its tracked slices."""
+    return replace(at, evidence=at.evidence.calibrated(at.tracked, calibration.of))
+
+
+def test_a_slice_that_the_table_trusts_less_is_not_admitted_and_one_that_it_trusts_more_is():
+    sure, unsure = moment(2, (1, 50.0, 0.9, 0)), moment(2, (1, 50.0, 0.3, 0))
+    assert SelfSort().members(sure) == [1] and SelfSort().members(unsure) == []
+    assert SelfSort().members(calibrated(sure, table((0.0, 0.0), (0.9, 0.2)))) == []
+    assert SelfSort().members(calibrated(unsure, table((0.3, 0.8), (1.0, 1.0)))) == [1]
+    assert ShortLongSelfSort().keep(calibrated(moment(2, (1, 50.0, 0.9, 0), (2, 50.0, 0.9, 0)), table((0.9, 0.2)))) == [2]
+
+
+def test_the_table_is_asked_about_presence_times_predicted_iou():
+    """At a logit of 0 the object is there with probability one half, so 0.8 counts as 0.4; the anchor is a person's word."""
+    told = calibrated(moment(2, (1, 0.0, 0.8, 0)), table((0.4, 0.1), (0.8, 0.9))).evidence
+    assert told.confidence == {ANCHOR: 1.0, 1: pytest.approx(0.1)}
+    assert moment(2, (1, -1000.0, 0.8, 0)).evidence.calibrated([1], table((0.0, 0.05), (1.0, 1.0)).of).confidence[1] == 0.05
+
+
+def test_the_gate_goes_by_the_table_too():
+    """Certainty has to exceed 0.01."""
+    at = moment(9, (1, 50.0, 0.9, 0), (2, 50.0, 0.005, 0), (8, 50.0, 0.9, 0))
+    assert list(gated(at).tracked) == [1, 8]
+    assert list(gated(calibrated(at, table((0.005, 0.5), (0.9, 0.6)))).tracked) == [1, 2, 8]
+    assert list(gated(calibrated(at, table((0.9, 0.005)))).tracked) == [8]
 
 
 def test_the_least_different_of_too_many_leaves():
@@ -135,7 +171,8 @@ def test_evidence_is_not_rounded_where_the_network_computes_in_half_precision():
 
 def build(name, px=PX, **options):
     torch.manual_seed(0)
-    model = SlmSam2(NetworkPlan(size="nano", policy=name, bank_confidence=0.0, bank_similarity=-1.0, **options), px).eval()
+    lenient = {"bank_confidence": 0.0, "bank_similarity": -1.0}
+    model = SlmSam2(NetworkPlan(size="nano", policy=name, **lenient | options), px).eval()
     torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 5.0)
     return model
 
@@ -186,6 +223,26 @@ def test_a_slice_reads_the_bank_by_likeness_wherever_it_lies(frames):
         patch.setattr(SelfSort, "long", lambda self, at: read.setdefault(at.slice, rule(self, at)))
         propagate(model, frames, {1: [Anchor(0, square())]})
     assert [s for s, _ in read[9].spatial] == [0, 3]
+
+
+@pytest.mark.parametrize(("says", "reads"), [(0.2, [0]), (0.8, [0, 2, 1])])
+def test_the_network_sends_confidence_through_its_table_before_the_bank_sees_it(frames, says, reads):
+    """A table that says the same of every slice: either nothing but the anchor is read, or all that was tracked."""
+    model, read = build("selfsort", bank_confidence=0.5), {}
+    model.calibration, rule = table((0.0, says)), SelfSort.long
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SelfSort, "long", lambda self, at: read.setdefault(at.slice, rule(self, at)))
+        propagate(model, frames[:4], {1: [Anchor(0, square())]})
+    assert sorted(s for s, _ in read[3].spatial) == sorted(reads)
+
+
+@pytest.mark.parametrize("name", ["fifo", "shortlong"])
+def test_policies_that_weigh_nothing_are_blind_to_the_table(frames, name):
+    model = build(name)
+    before = propagate(model, frames[:4], {1: [Anchor(0, square())]})[1]
+    model.calibration = table((0.0, 0.2))
+    after = propagate(model, frames[:4], {1: [Anchor(0, square())]})[1]
+    assert torch.equal(before.logits, after.logits) and torch.equal(before.confidence, after.confidence)
 
 
 @pytest.mark.parametrize("name", ["fifo", "shortlong", "selfsort", "shortlong+selfsort"])

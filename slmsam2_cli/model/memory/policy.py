@@ -7,7 +7,7 @@ SAM 2's memory: Ravi et al., "SAM 2" (arXiv:2408.00714); the two views as in Che
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -34,8 +34,8 @@ class Stream:
 class Evidence:
     """What is known of one object on the stored slices.
 
-    presence: object-score logit; confidence: predicted IoU, 0 to 1; here: similarity to the slice to be segmented;
-    alike: similarity of two stored slices, under either order of the two. Similarities are cosines, -1 to 1.
+    presence: object-score logit; confidence: predicted IoU, or the Dice to expect (`calibrated`), 0 to 1; here: similarity to the
+    slice to be segmented; alike: similarity of two stored slices, under either order of the two. Similarities are cosines, -1 to 1.
     """
 
     presence: Mapping[int, float] = field(default_factory=dict)
@@ -46,6 +46,11 @@ class Evidence:
     def certainty(self, slice_: int) -> float:
         """max(0, 2 sigmoid(presence) - 1) * confidence: 0 where the object is rather absent, 1 where it surely is as drawn."""
         return max(0.0, math.tanh(self.presence[slice_] / 2)) * self.confidence[slice_]
+
+    def calibrated(self, slices: Iterable[int], table: Callable[[float], float]) -> Evidence:
+        """The same, but for the confidence of these slices: what the table makes of presence probability times predicted IoU."""
+        told = {s: table((1 + math.tanh(self.presence[s] / 2)) / 2 * self.confidence[s]) for s in slices}
+        return replace(self, confidence={**self.confidence, **told})
 
 
 @dataclass(frozen=True)
