@@ -126,7 +126,23 @@ def _workspace_plan(workspace: Workspace | None, base: Checkpoint, data: Dataset
         )
         return None
     console.detail(f"{base.name} follows the workspace's plan.json")
-    return plan.model_copy(update={"network": base.network}) if base.network is not None else plan
+    if base.network is None:
+        return plan
+    if base.network.size != plan.network.size:
+        console.warn(
+            f"plan.json is for network {plan.network.size}: its {plan.geometry.frame_px} px may not suit {base.name}, which is of network "
+            f"{base.network.size}. Run slmsam2 plan --network {base.network.size} --overwrite"
+        )
+    return with_fuser_of(plan, base).model_copy(update={"network": base.network})
+
+
+def with_fuser_of(plan: Plan, weights: Checkpoint) -> Plan:
+    """The plan with the fuser that the weights bring, which no other one fits; said where the plan names another."""
+    theirs = weights.network
+    if theirs is None or not theirs.has_short_stream or not plan.network.has_short_stream or theirs.fuser == plan.network.fuser:
+        return plan
+    console.warn(f"plan.json says network.fuser {plan.network.fuser}, but {weights.name} has {theirs.fuser}: {theirs.fuser} is used")
+    return plan.model_copy(update={"network": plan.network.model_copy(update={"fuser": theirs.fuser})})
 
 
 def split_of(workspace: Workspace) -> dict[str, Any]:

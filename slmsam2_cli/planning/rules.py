@@ -13,7 +13,7 @@ from slmsam2_cli.data.geometry import AXES, SliceAxis
 from slmsam2_cli.errors import DatasetError, UsageError
 from slmsam2_cli.planning.channels import COLOURS, MOST_CHANNELS, groups
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, Fingerprint
-from slmsam2_cli.planning.network import NetworkPlan, NetworkSize
+from slmsam2_cli.planning.network import FuserName, NetworkPlan, NetworkSize
 from slmsam2_cli.planning.plan import ChannelIntensity, EvaluationPlan, GeometryPlan, Plan, TrainingPlan, signed
 from slmsam2_cli.version import VERSION
 
@@ -69,8 +69,10 @@ class Decision(Generic[T]):
     reason: str
 
 
-def decide(fingerprint: Fingerprint, network: str | None = None) -> Plan:
-    """The plan for a data set. DatasetError when no case is usable, UsageError when the network is unknown."""
+def decide(fingerprint: Fingerprint, network: str | None = None, fuser: FuserName = "gated") -> Plan:
+    """The plan for a data set; fuser: that of the weights it starts from. DatasetError when no case is usable, UsageError when the
+    network is unknown.
+    """
     cases = fingerprint.cases
     if not cases:
         raise DatasetError("no training case is usable, so nothing can be planned")
@@ -114,7 +116,7 @@ def decide(fingerprint: Fingerprint, network: str | None = None) -> Plan:
             slice_axis=axis.value, in_plane_mm=pixel.value, through_plane_mm=None, frame_px=frame.value, crop_to_nonzero=crop.value
         ),
         intensity=tuple(chosen.value for chosen in intensity),
-        network=NetworkPlan(size=size.value, policy="shortlong", fuser="gated"),
+        network=NetworkPlan(size=size.value, policy="shortlong", fuser=fuser),
         training=training.value,
         evaluation=EvaluationPlan(nsd_tolerance_mm=tolerance.value),
         reasons=reasons,

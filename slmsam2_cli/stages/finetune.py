@@ -32,6 +32,7 @@ from slmsam2_cli.finetuning.loop import Learner, new_learner, train
 from slmsam2_cli.finetuning.resume import load_state, previous_of, save_state
 from slmsam2_cli.finetuning.stopping import stoppable
 from slmsam2_cli.finetuning.strategies import prepare
+from slmsam2_cli.inference.ready import with_fuser_of
 from slmsam2_cli.model import zoo
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import RANDOM, Checkpoint, Provenance, base_weights, fit
@@ -143,7 +144,7 @@ def _kept_wish(workspace: Workspace, given: Wish) -> Wish:
 
 
 def _plan(data: Dataset, workspace: Workspace, network: str | None, base: Checkpoint | None) -> Plan:
-    """The workspace's plan, or a fresh one when there is none; for the network named, else the base's."""
+    """The workspace's plan, or a fresh one when there is none; for the network named, else the base's, and with the base's fuser."""
     network = network or (base.network.size if base and base.network else None)
     if workspace.plan.exists():
         plan = read_plan(workspace.plan)
@@ -152,12 +153,12 @@ def _plan(data: Dataset, workspace: Workspace, network: str | None, base: Checkp
         if network and network != plan.network.size:
             raise PlanError(f"plan.json is for network {plan.network.size}. Run slmsam2 plan --network {network} first")
         _mind_the_order(plan, base)
-        return plan
+        return with_fuser_of(plan, base) if base else plan
     with console.progress("measuring", len(data.training)) as advance:
         fingerprint, problems = measure(data, advance)
     if not fingerprint.cases:
         raise DatasetError(f"{data.name}: none of its {len(problems)} training cases is usable", problems)
-    plan = decide(fingerprint, network)
+    plan = decide(fingerprint, network, base.network.fuser if base and base.network else "gated")
     write_fingerprint(workspace.fingerprint, fingerprint)
     write_plan(workspace.plan, plan)
     console.say(f"planned: slices along {plan.geometry.slice_axis}, {plan.geometry.frame_px} px, {plan.modality} (slmsam2 plan says why)")

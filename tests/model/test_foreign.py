@@ -10,6 +10,7 @@ import sam2.sam2_video_predictor as stock
 import torch
 from golden.sam2_keys import GOLDEN, SIZES, compact, configuration, stock_shapes, text
 from omegaconf import OmegaConf
+from published import as_the_authors_name_them
 
 from slmsam2_cli.errors import WeightsError
 from slmsam2_cli.inference.engine import ABSENT, Anchor, propagate
@@ -34,17 +35,6 @@ def build(size="nano", seed=0, **others):
 def unallocated(size="tiny", **others):
     """A state of the right shapes that holds no memory."""
     return {name: torch.empty(shape, device="meta") for name, shape in layout(network(size, **others)).items()}
-
-
-def as_the_authors_name_them(state, scale="gamma", layers="layers."):
-    """Our published-form model under the keys of a tuned SLM-SAM 2, with the tensor that it carries and does not use."""
-    renamed = {}
-    for name, tensor in state.items():
-        key = name.replace("short_memory_attention.", "recent_memory_attention.").replace(
-            "stream_fuser.blocks.", f"recent_memory_fuser.{layers}"
-        )
-        renamed[key.replace("gamma", scale) if key.startswith("recent_memory_fuser.") else key] = tensor
-    return renamed | {"rec_maskmem_tpos_enc": torch.zeros(7, 1, 1, 64)}
 
 
 # The contract: SAM 2's own tensors

@@ -116,6 +116,11 @@ def test_three_channels_are_shown_as_they_are():
     assert "channels" not in decide(with_channels("T1", "T2", "PD")).reasons
 
 
+def test_a_plan_for_weights_that_bring_a_fuser_names_it():
+    assert decide(fingerprint(case()), None, "sum").network.fuser == "sum"
+    assert decide(fingerprint(case())).network.fuser == "gated"
+
+
 def test_two_equally_coarse_axes_are_not_one_coarse_axis():
     assert choose_slice_axis(fingerprint(case(spacing=(3.0, 5.0, 5.0), overlap=(0.8, 0.6, 0.7)))).value == "SI"
 

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from published import tuned_slm_sam2
 from safetensors import safe_open
 
+from slmsam2_cli.data.dataset import read_dataset
 from slmsam2_cli.data.phantom import write_phantom_dataset
 from slmsam2_cli.errors import DatasetError, PlanError, UsageError, WeightsError
 from slmsam2_cli.model.checkpoint import on_base, read_checkpoint
@@ -183,6 +185,26 @@ def test_a_persons_own_training_settings_are_kept_and_the_rules_own_are_fitted_t
 def test_continue_and_overwrite_together_are_refused(dataset, tmp_path):
     with pytest.raises(UsageError, match="contradict"):
         finetune(dataset, Workspace(tmp_path), cases=1, weights="random", resume=True, overwrite=True)
+
+
+def test_a_published_slm_sam2_is_tuned_further_with_its_own_fuser_whatever_the_plan_says(dataset, tuned, tmp_path, capsys):
+    workspace, base = Workspace(tmp_path / "space"), tuned_slm_sam2(tmp_path / "slm.pt")
+    workspace.root.mkdir()
+    workspace.plan.write_bytes(tuned.plan.read_bytes())
+    finetune(dataset, workspace, cases=1, weights=str(base), steps=1)
+    assert "warning: plan.json says network.fuser gated, but slm.pt has sum: sum is used" in capsys.readouterr().err
+    model = read_checkpoint(workspace.model)
+    assert model.network.fuser == model.plan.network.fuser == "sum" and "stream_fuser.gate" not in model.state
+
+
+def test_a_fresh_plan_names_the_fuser_of_the_weights_it_is_made_for(dataset, tmp_path, capsys):
+    from slmsam2_cli.stages.finetune import _plan
+
+    workspace, base = Workspace(tmp_path / "space"), read_checkpoint(tuned_slm_sam2(tmp_path / "slm.pt"))
+    workspace.root.mkdir()
+    assert _plan(read_dataset(dataset), workspace, None, base).network.fuser == "sum"
+    assert _plan(read_dataset(dataset), workspace, None, base).network.fuser == read_plan(workspace.plan).network.fuser == "sum"
+    assert "network.fuser" not in capsys.readouterr().err
 
 
 # Strategies
