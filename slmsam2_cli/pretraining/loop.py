@@ -20,6 +20,8 @@ from slmsam2_cli.finetuning.clips import Clips
 from slmsam2_cli.finetuning.learner import PATIENCE, SKIPPED, Learner, Progress, average_of, descend, learning_rate, share_done
 from slmsam2_cli.finetuning.loop import followed
 from slmsam2_cli.finetuning.losses import SliceLoss, slice_loss
+from slmsam2_cli.model.faster import make_faster
+from slmsam2_cli.model.framing import set_frame
 from slmsam2_cli.model.slmsam2 import Memory, MemoryBank, SliceFeatures, SlmSam2
 from slmsam2_cli.pretraining.prompting import box_of, points_of, prompted
 from slmsam2_cli.pretraining.reading import Reader
@@ -59,6 +61,7 @@ def new_learner(recipe: Recipe, device: torch.device) -> Pretrainer:
     """A learner at step 0, with random weights drawn from the recipe's seed."""
     torch.manual_seed(recipe.seed)
     model = SlmSam2(recipe.network, recipe.frame_px).to(device)
+    make_faster(model)
     average = average_of(model)
     if recipe.compile and device.type == "cuda":
         for name in _COMPILED:
@@ -100,11 +103,19 @@ def train(learner: Pretrainer, recipe: Recipe, stop: Callable[[], bool]) -> Iter
 
 def drawn(recipe: Recipe, step: int, done: float, device: torch.device) -> Clips:
     """The clips of a step."""
-    length = random.Random(seed_of(recipe.seed, step, 0)).choice(recipe.phase(done).lengths)
-    windows = max(1, min(recipe.most_windows, recipe.slices_per_step // length))
+    chance = random.Random(seed_of(recipe.seed, step, 0))
+    length, frame_px = chance.choice(recipe.phase(done).lengths), _frame_px(recipe, chance)
+    slices = recipe.slices_per_step * recipe.frame_px**2 // frame_px**2  # as many pixels, whatever the frame
+    windows = max(1, min(recipe.most_windows, slices // length))
     rng = torch.Generator(device).manual_seed(seed_of(recipe.seed, step, 1))
     tracks = max(1, round(windows * recipe.tracks_per_window))
-    return draw_clips(recipe.volumes, rng, windows, length, tracks, recipe.frame_px, device)
+    return draw_clips(recipe.volumes, rng, windows, length, tracks, frame_px, device)
+
+
+def _frame_px(recipe: Recipe, chance: random.Random) -> int:
+    others = recipe.other_frames
+    (frame_px,) = chance.choices([recipe.frame_px, *others], [1 - sum(others.values()), *others.values()])
+    return frame_px
 
 
 def _step(learner: Pretrainer, clips: Clips, recipe: Recipe, rate: float) -> dict[str, float]:
@@ -119,6 +130,7 @@ def _step(learner: Pretrainer, clips: Clips, recipe: Recipe, rate: float) -> dic
 def clip_losses(model: SlmSam2, clips: Clips, recipe: Recipe, chance: random.Random, rng: torch.Generator) -> list[SliceLoss]:
     """Give the first slice, track the others; one loss per slice that the model had to draw."""
     length = len(clips.masks)
+    set_frame(model, clips.frames.shape[-1])
     features = model.encode(clips.frames.flatten(0, 1))
     memory, losses = _first(model, features.at(clips.feature_index(0)), clips, _given(recipe, length, chance), rng)
     bank = MemoryBank({0: memory})

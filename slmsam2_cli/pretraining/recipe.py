@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -21,6 +21,7 @@ _ASSETS = Path(__file__).parents[1] / "assets"
 NANO = _ASSETS / "nano.json"
 SMOKE = _ASSETS / "nano-smoke.json"
 _BUDGET = {"steps", "minutes"}
+Frame = Annotated[int, Field(ge=32, le=1024, multiple_of=32)]
 
 
 class Phase(Frozen):
@@ -81,7 +82,10 @@ class Recipe(Frozen):
 
     format_version: Literal[1] = Field(default=1, description="major version of this file's format")
     network: NetworkPlan = Field(default_factory=NetworkPlan, description="which network; its policy decides which stacks it has")
-    frame_px: int = Field(default=128, description="edge of the slices in pixels, a multiple of 32", ge=32, le=1024, multiple_of=32)
+    frame_px: Frame = Field(default=128, description="edge of the slices in pixels, a multiple of 32")
+    other_frames: dict[Frame, float] = Field(
+        default_factory=dict, description="other edges in pixels -> share of the steps with slices of that size, which are fewer"
+    )
     steps: int = Field(description="optimiser steps, at most", ge=1, le=10_000_000)
     minutes: float | None = Field(default=None, description="minutes of training, at most; null: no limit", gt=0)
     seed: int = Field(default=0, description="seed of the weights and of every draw", ge=0, lt=2**32)
@@ -104,6 +108,8 @@ class Recipe(Frozen):
         ends = [phase.until for phase in self.phases]
         if ends != sorted(set(ends)) or ends[-1] != 1:
             raise ValueError(f"phases: until has to rise to 1, found {', '.join(f'{end:g}' for end in ends)}")
+        if min(self.other_frames.values(), default=0) < 0 or sum(self.other_frames.values()) > 1:
+            raise ValueError("other_frames: shares of all steps, together at most 1")
         short = [name for name in self.reading.policies if name.startswith("shortlong")]
         if short and not self.network.has_short_stream:
             raise ValueError(f"reading.policies: {short[0]} needs a short stack, which network.policy {self.network.policy} has not")
