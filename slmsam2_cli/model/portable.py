@@ -92,6 +92,7 @@ def _readme(checkpoint: Checkpoint, name: str) -> str:
         f"A model of slmsam2 {VERSION}, for {plan.modality}: {', '.join(plan.labels[value] for value in sorted(plan.labels))}.",
         "",
         f"network     {network.size}, {network.policy}, {plan.geometry.frame_px} px, slices along {plan.geometry.slice_axis}",
+        *([f"channels    {', '.join(plan.channels)}, in this order"] if len(plan.channels) > 1 else []),
         f"learned     {provenance.steps} steps on {len(provenance.training)} case(s), from {provenance.base}",
         f"weights     {checkpoint.digest}",
         f"confidence  {f'calibrated on {table.slices} slices, {table.note}' if table else 'uncalibrated'}",
