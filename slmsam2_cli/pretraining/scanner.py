@@ -115,7 +115,7 @@ def _noisy(recipe: ScannerRecipe, draw: Draw, kind: Tensor, level: Tensor, image
     streaky = ((kind == CT) & draw.chance(recipe.streaks, windows)).nonzero()[:, 0]
     if len(streaky):
         across = F.interpolate(draw.normal(len(image), len(streaky), n, 6), (n, n), mode="bilinear", align_corners=False)
-        image[:, streaky] = image[:, streaky] + across * draw.uniform((0.03, 0.15), len(streaky), 1, 1)
+        image[:, streaky] = image[:, streaky] + across * draw.uniform((0.02, 0.1), len(streaky), 1, 1)
     return image
 
 

@@ -14,7 +14,7 @@ from slmsam2_cli.finetuning.clips import Clips
 from slmsam2_cli.planning.plan import Frozen
 from slmsam2_cli.pretraining.anatomy import PAINTED, STRUCTURES, Anatomy, AnatomyRecipe, draw_anatomy
 from slmsam2_cli.pretraining.appearance import AppearanceRecipe, draw_looks, filled
-from slmsam2_cli.pretraining.draw import Draw, Range, Share, smooth_field
+from slmsam2_cli.pretraining.draw import Doublings, Draw, Range, Share, smooth_field
 from slmsam2_cli.pretraining.scanner import PIXELS, ScannerRecipe, Scanners, draw_scanners, scanned
 from slmsam2_cli.pretraining.shapes import cut, joined, paint, paint_around, pixel_centres, poses
 from slmsam2_cli.pretraining.tracks import Tracks, areas, choose
@@ -34,6 +34,10 @@ class VolumesRecipe(Frozen):
     septa: Share = Field(default=0.5, description="share of windows with thin layers between tissues")
     warp: Range = Field(default=(0.04, 0.2), description="coarse deformation, in sizes of the first structure")
     rough: Range = Field(default=(0.01, 0.06), description="fine deformation, in sizes of the first structure")
+    unsteady: Share = Field(default=0.1, description="share of windows whose slices are shifted against each other, as by breathing")
+    shift: Doublings = Field(default=(0.002, 0.01), description="standard deviation of these shifts, frame widths")
+    misplaced: Share = Field(default=0.1, description="share of windows whose masks lie beside what is seen, as if drawn on another image")
+    beside: Range = Field(default=(-0.025, 0.025), description="how far beside, along each axis, frame widths")
     padded: Share = Field(default=0.5, description="share of windows with zeros below or to the right, as slices that are not square")
     cropped: Share = Field(default=0.12, description="share of windows that reach beyond the volume at the left or the top")
     blocky: Share = Field(default=0.6, description="share of masks drawn on the scanner's pixels, where these are coarser than the frame's")
@@ -67,7 +71,7 @@ def draw_clips(
         chosen = choose(draw, area, _weights(recipe, area, frame_px), tracks)
         if len(chosen.window):
             break
-    frames = _frames(recipe, draw, labels, anatomy, scanners, seen)
+    frames = _frames(recipe, draw, _misplaced(recipe, draw, labels), anatomy, scanners, seen)
     slices = max(length, int(draw.spread((float(recipe.slices[0]), float(recipe.slices[1])), 1)))
     return Clips(frames, _masks(targets, chosen), chosen.window, chosen.reverse, slices)
 
@@ -107,7 +111,9 @@ def _displacement(recipe: VolumesRecipe, draw: Draw, anatomy: Anatomy, length: i
     windows = len(anatomy.size)
     warp, rough = (draw.uniform(between, windows) * anatomy.size for between in (recipe.warp, recipe.rough))
     coarse, fine = (smooth_field(draw, length, anatomy.pace, 2, cells, frame_px) for cells in (5, 16))
-    return coarse.mul_(warp[:, None, None, None]).addcmul_(fine, rough[:, None, None, None])
+    moved = coarse.mul_(warp[:, None, None, None]).addcmul_(fine, rough[:, None, None, None])
+    shift = draw.spread(recipe.shift, windows, 1) * draw.chance(recipe.unsteady, windows, 1)
+    return moved.add_((draw.normal(length, windows, 2) * shift)[..., None, None])
 
 
 def _tissues(recipe: VolumesRecipe, draw: Draw, anatomy: Anatomy, length: int, frame_px: int) -> Tensor:
@@ -132,6 +138,19 @@ def _blocky(draw: Draw, scanners: Scanners, chosen: Tensor, labels: Tensor) -> T
             centre = ((pixel + 0.5) * (px / count)).long()
             labels[:, some] = labels[:, some][..., centre, :][..., centre]
     return labels
+
+
+def _misplaced(recipe: VolumesRecipe, draw: Draw, labels: Tensor) -> Tensor:
+    """Label maps (T, W, px, px) as the scanner sees them: in some windows not quite where the masks are."""
+    px = labels.shape[-1]
+    some = draw.chance(recipe.misplaced, labels.shape[1]).nonzero()[:, 0]
+    beside = (draw.uniform(recipe.beside, 2, len(some), 1) * px).round().long()
+    rows, columns = (torch.arange(px, device=draw.device) + beside).clamp(0, px - 1)
+    if not len(some):
+        return labels
+    moved = labels.clone()
+    moved[:, some] = labels[:, some[:, None, None], rows[:, :, None], columns[:, None]]
+    return moved
 
 
 def _targets(labels: Tensor, anatomy: Anatomy, seen: Tensor) -> Tensor:
