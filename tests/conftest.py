@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 
@@ -9,6 +10,9 @@ import pytest
 from hypothesis import settings
 
 from slmsam2_cli import console
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several at a time: a core each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -21,7 +22,7 @@ from slmsam2_cli.data import download, store
 from slmsam2_cli.data.download import DigestError, DownloadError, Wanted, fetch
 from slmsam2_cli.errors import OutputError
 
-CONTENT = os.urandom(3 * 2**20 + 7)
+CONTENT = random.Random(0).randbytes(3 * 2**20 + 7)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
