@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 
 MOST = 8  # processes
 START_METHOD = "forkserver"  # a copy of this process, which has threads, may hang; a new one for each loads everything again
+_REFUSED = (OSError, EOFError, ImportError, NotImplementedError)  # no /dev/shm, no place for a socket, no more processes
+_SAFE_PATH = "PYTHONSAFEPATH"  # heeded from Python 3.11 on
 _LOADED = ("slmsam2_cli.cli", "slmsam2_cli.evaluation.scoring", "nibabel", "scipy.ndimage", "scipy.spatial")
 
 
@@ -25,14 +29,46 @@ def count(wanted: int | None) -> int:
 
 
 def prepare(also: Sequence[str] = ()) -> None:
-    """Begin to load what scoring needs, and these modules, in the process that others will be copied from; returns at once."""
+    """Begin to load what scoring needs, and these modules, in the process that others will be copied from; returns at once.
+
+    Where that cannot be, `pool` will find out.
+    """
     multiprocessing.get_context(START_METHOD).set_forkserver_preload([*_LOADED, *also])
-    multiprocessing.forkserver.ensure_running()
+    with suppress(*_REFUSED), _undisturbed():
+        multiprocessing.forkserver.ensure_running()
 
 
-def pool(processes: int) -> ProcessPoolExecutor:
-    """Processes that leave Ctrl-C to this one."""
-    return ProcessPoolExecutor(processes, multiprocessing.get_context(START_METHOD), initializer=_leave_interrupts_to_the_parent)
+def pool(processes: int) -> ProcessPoolExecutor | None:
+    """Processes that leave Ctrl-C to this one; None where the system does not let them be made."""
+    made = None
+    try:
+        made = ProcessPoolExecutor(processes, multiprocessing.get_context(START_METHOD), initializer=_leave_interrupts_to_the_parent)
+        with _undisturbed():
+            made.submit(os.getpid)  # starts the first process
+    except _REFUSED:
+        if made is not None:
+            made.shutdown(wait=False)
+        return None
+    return made
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A Python started meanwhile leaves Ctrl-C to this one from the beginning, and imports nothing from the working directory."""
+    before = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        multiprocessing.resource_tracker.ensure_running()  # first: where it is started, it lets Ctrl-C through again
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    finally:
+        if before is None:
+            del os.environ[_SAFE_PATH]
+        else:
+            os.environ[_SAFE_PATH] = before
 
 
 def _leave_interrupts_to_the_parent() -> None:

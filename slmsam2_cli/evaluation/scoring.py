@@ -6,7 +6,9 @@ One bad case never stops another, and the scores do not depend on the number of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -131,34 +133,51 @@ def score_all(
     held_bytes: int = HELD_BYTES,
 ) -> list[CaseScore]:
     """Scores in the order of the jobs. workers: processes, None for one a core (at most 8); held_bytes: of what `afterwards` made."""
-    scores: list[CaseScore] = []
+    scores: dict[int, CaseScore] = {}
     held = 0
     count = min(processes.count(workers), len(jobs))
-    for score in _pooled(jobs, count) if count > 1 else map(score_case, jobs):
+    for place, score in _pooled(jobs, count) if count > 1 else enumerate(map(score_case, jobs)):
         held += score.made.size if score.made is not None else 0
-        scores.append(score if held <= held_bytes else replace(score, made=None))
+        scores[place] = score if held <= held_bytes else replace(score, made=None)
         advance()
-    return scores
+    return [scores[place] for place in range(len(jobs))]
 
 
-def _pooled(jobs: Sequence[Job], workers: int) -> Iterator[CaseScore]:
-    """A process that dies takes its pool with it: what it left undone is tried again, each case in a process of its own."""
-    done = 0
-    with processes.pool(workers) as pool:
+def _pooled(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, CaseScore]]:
+    """(place of the job, score) as they come, so that none waits for a slow one with all that was made of it.
+
+    A process that dies takes its pool with it: what it left undone is tried again, each case in a process of its own.
+    """
+    left = dict(enumerate(jobs))
+    pool = processes.pool(workers)
+    if pool is None:
+        yield from enumerate(map(score_case, jobs))
+        return
+    running: dict[Future[CaseScore], int] = {}
+    with pool:
         try:
-            for score in pool.map(score_case, jobs):
-                yield score
-                done += 1
-        except BrokenProcessPool:
-            pass
+            with suppress(BrokenProcessPool, OSError, EOFError):  # the next process cannot be had
+                for place, job in left.items():
+                    running[pool.submit(score_case, job)] = place
+            for future in as_completed(running):
+                place = running.pop(future)
+                if isinstance(future.exception(), BrokenProcessPool):
+                    continue
+                del left[place]
+                yield place, future.result()
         finally:
             pool.shutdown(cancel_futures=True)
-    for job in jobs[done:]:
-        yield _on_its_own(job)
+    for place, job in left.items():
+        yield place, _on_its_own(job)
 
 
 def _on_its_own(job: Job) -> CaseScore:
-    with processes.pool(1) as pool:
+    """Without anything made of the masks: that may be what took too much memory."""
+    job = replace(job, afterwards=None)
+    pool = processes.pool(1)
+    if pool is None:
+        return score_case(job)
+    with pool:
         try:
             return pool.submit(score_case, job).result()
         except BrokenProcessPool:

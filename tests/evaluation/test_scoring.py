@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 
 import nibabel
 import numpy as np
@@ -231,6 +232,47 @@ def test_a_killed_process_fails_its_own_case_only(job, monkeypatch):
     found = score_all(jobs, workers=2)
     assert [(s.case, s.status) for s in found] == [("c0", "ok"), ("c1", "failed"), ("c2", "ok")]
     assert "the process scoring it was ended" in found[1].problem
+
+
+@dataclass(frozen=True)
+class Deadly:
+    """Takes the process with it that it is called in."""
+
+    size: int = 0
+
+    def __call__(self, score, compared):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_case_that_was_too_much_together_with_its_pictures_is_scored_without(job, monkeypatch):
+    jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}", afterwards=Deadly() if i else None) for i in range(2)]
+    monkeypatch.setattr(processes, "START_METHOD", "fork")  # a forked process knows this file
+    assert [(s.case, s.status, s.made) for s in score_all(jobs, workers=2)] == [("c0", "ok", None), ("c1", "ok", None)]
+
+
+def waiting(job):
+    """Stands in for a case that takes until another is counted."""
+    counted = job.reference_root.parent / "counted"
+    for _ in range(100 if job.case == "c0" else 0):
+        time.sleep(0 if counted.exists() else 0.01)
+    return replace(score_case(job), problem="nobody came" if job.case == "c0" and not counted.exists() else None)
+
+
+def test_a_slow_case_does_not_keep_what_is_made_of_the_others_from_being_counted(job, monkeypatch, tmp_path):
+    jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}") for i in range(2)]
+    monkeypatch.setattr(processes, "START_METHOD", "fork")  # a forked process knows the stand-in
+    monkeypatch.setattr(scoring, "score_case", waiting)
+    found = score_all(jobs, workers=2, advance=(tmp_path / "counted").touch)
+    assert [(s.case, s.problem) for s in found] == [("c0", None), ("c1", None)]
+
+
+def test_where_no_process_can_be_made_this_one_scores(job, monkeypatch):
+    def refused(*args, **kwargs):
+        raise FileNotFoundError(2, "No such file or directory")  # what a system without /dev/shm says
+
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", refused)
+    jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}") for i in range(2)]
+    assert [(s.case, s.status) for s in score_all(jobs, workers=2)] == [("c0", "ok"), ("c1", "ok")]
 
 
 @settings(max_examples=60)
