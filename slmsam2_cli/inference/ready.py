@@ -14,11 +14,10 @@ from slmsam2_cli.data.dataset import Dataset
 from slmsam2_cli.errors import PlanError, UsageError, WeightsError
 from slmsam2_cli.model import adapters
 from slmsam2_cli.model.checkpoint import Checkpoint, base_weights, fit, read_checkpoint, with_its_base
+from slmsam2_cli.model.portable import model_in
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import Plan, read_plan
 from slmsam2_cli.workspace import Workspace
-
-MODELS = ("model.safetensors", "adapter.safetensors")  # what a folder given as a model may hold, the first one counts
 
 
 def choose_model(workspace: Workspace | None, model: Path | None, weights: str | None, data: Dataset | None) -> tuple[Checkpoint, Plan]:
@@ -57,8 +56,7 @@ def choose_model(workspace: Workspace | None, model: Path | None, weights: str |
 
 def _named(model: Path, weights: str | None) -> Checkpoint:
     """The model in a file or folder; an adapter comes with its base."""
-    inside = [model / name for name in MODELS if (model / name).is_file()] or [model / MODELS[0]]
-    checkpoint = read_checkpoint(inside[0] if model.is_dir() else model)
+    checkpoint = read_checkpoint(model_in(model) if model.is_dir() else model)
     if checkpoint.needs is None and weights is not None:
         raise UsageError("--model and --weights both name a model. Give one of them")
     return with_its_base(checkpoint, weights)

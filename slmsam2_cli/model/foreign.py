@@ -69,10 +69,6 @@ def read_pt(path: Path) -> State:
     return dict(state)
 
 
-def _plain(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-
-
 def first_line(error: Exception) -> str:
     """An error of a library, short enough for a message."""
     return (str(error).splitlines() or [type(error).__name__])[0][:160]
