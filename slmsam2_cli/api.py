@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -24,7 +25,7 @@ from slmsam2_cli.inference import images as one_prompt
 from slmsam2_cli.inference.arrays import Array, Match, Track, Window
 from slmsam2_cli.inference.drawn import Drawn
 from slmsam2_cli.inference.folder import Segmented
-from slmsam2_cli.inference.ready import build_model
+from slmsam2_cli.inference.ready import build_model, warnings_of
 from slmsam2_cli.model import slmsam2, zoo
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import RANDOM_WARNING, Checkpoint, fit, read_checkpoint, with_its_base
@@ -77,6 +78,7 @@ def build(size: NetworkSize = "nano", *, frame_px: int, seed: int = 0, device: D
     size: nano, tiny, small, base_plus or large; frame_px: edge of its input, a multiple of 32; options: further keys of
     `network` in plan.json, such as policy="fifo". ValueError, DeviceError.
     """
+    frame_px, seed = _whole(frame_px, "frame_px"), _whole(seed, "seed")
     try:
         made_of = NetworkPlan(size=size, **options)
     except ValidationError as error:
@@ -108,8 +110,10 @@ def load(
         raise ValueError(f"frame_px: {frame_px}, but the plan says {decided.geometry.frame_px}; leave it out")
     chosen = choose_device(device)
     network = build_model(checkpoint, decided) if decided is not None else _without_plan(checkpoint, frame_px)
-    table = checkpoint.calibration_for(decided.modality) if decided is not None else None
-    return SlmSam2(network.to(chosen).eval(), decided, table, checkpoint.warnings)
+    if decided is None:
+        return SlmSam2(network.to(chosen).eval(), warnings=checkpoint.warnings)
+    table = checkpoint.calibration_for(decided.modality)
+    return SlmSam2(network.to(chosen).eval(), decided, table, warnings_of(checkpoint, decided))
 
 
 def _checkpoint(path: FilePath, base: FilePath | None) -> Checkpoint:
@@ -129,9 +133,17 @@ def _plan_for(checkpoint: Checkpoint, plan: FilePath | Plan) -> Plan:
 def _without_plan(checkpoint: Checkpoint, frame_px: int | None) -> slmsam2.SlmSam2:
     if frame_px is None or checkpoint.network is None:
         raise ValueError(f"frame_px: {checkpoint.name} carries no plan; give the edge of its input in pixels, or a plan")
-    network = slmsam2.SlmSam2(checkpoint.network, frame_px)
+    network = slmsam2.SlmSam2(checkpoint.network, _whole(frame_px, "frame_px"))
     fit(network, checkpoint)
     return network
+
+
+def _whole(value: SupportsIndex, name: str) -> int:
+    """A whole number of whatever type. ValueError."""
+    try:
+        return index(value)
+    except TypeError:
+        raise ValueError(f"{name}: {value!r}; give a whole number") from None
 
 
 def propagate(
@@ -174,9 +186,14 @@ def segment(
     """
     if model.plan is None:
         raise ValueError("model: carries no plan, so nothing is known of millimetres and grey values; load it with plan=")
-    paths = tuple(Path(path) for path in ((image,) if isinstance(image, str | PathLike) else image))
-    if not paths:
-        raise ValueError("image: give one file at least")
+    given = (image,) if isinstance(image, str | PathLike) else image
+    if not isinstance(given, Sequence) or not given or not all(isinstance(path, str | PathLike) for path in given):
+        raise ValueError("image: give the path of a file, or a list of paths, one a channel")
+    if len(given) > 1 and len(given) != len(model.plan.channels):
+        raise ValueError(
+            f"image: {len(given)} files, but the plan has the channels {', '.join(model.plan.channels)}; give one file of each"
+        )
+    paths = tuple(map(Path, given))
     case = Case(stem(paths[0]).removesuffix("_0000"), paths, None)
     return folder.segment(case, paths[0].parent, Drawn(prompts, annotated_slices), model.network, model.plan, model.calibration)
 

@@ -19,6 +19,8 @@ def choose_device(name: DeviceName = "auto") -> torch.device:
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
+    if name not in available:
+        raise DeviceError(f"--device {name}: unknown. Use auto, cpu, cuda or mps")
     if not available[name]:
         reason = "this torch was built without CUDA" if name == "cuda" and torch.version.cuda is None else "no such device was found"
         raise DeviceError(f"--device {name}: {reason}. Use --device auto, or install a torch build for it")

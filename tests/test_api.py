@@ -13,7 +13,7 @@ from made_models import planned, save_adapter_alone, save_model, sure
 import slmsam2_cli
 from slmsam2_cli import build, load, propagate, segment, segment_images
 from slmsam2_cli.data.phantom import write_phantom_dataset
-from slmsam2_cli.errors import CaseError, PlanError, WeightsError
+from slmsam2_cli.errors import CaseError, DeviceError, PlanError, WeightsError
 from slmsam2_cli.inference.engine import Anchor, full_resolution
 from slmsam2_cli.inference.engine import propagate as through_the_engine
 from slmsam2_cli.model.calibration import Calibration
@@ -97,6 +97,9 @@ def test_a_built_network_is_what_was_asked_for_and_says_that_it_is_random():
         ({"frame_px": 100}, "frame_px is 100; it must be a positive multiple of 32"),
         ({"polcy": "fifo"}, "polcy: unknown key"),
         ({"policy": "lifo"}, "policy: .*found 'lifo'"),
+        ({"frame_px": "64"}, "frame_px: '64'; give a whole number"),
+        ({"frame_px": 64.0}, "frame_px: 64.0; give a whole number"),
+        ({"seed": None}, "seed: None; give a whole number"),
     ],
 )
 def test_an_impossible_network_is_refused_in_one_line(options, message):
@@ -198,6 +201,10 @@ NAN = np.full((3, 40, 56), np.nan, np.float32)
         (noise(3, 5, 40, 56), None, None, "slices of 5 channels, where the network reads 3"),
         (None, None, (5, 5), "window: 5 to 5; the second value must be above the first"),
         (None, None, "percent", "window: 'percent'; give"),
+        (None, None, (-np.inf, np.inf), "window: -inf to inf; give finite values"),
+        (None, None, (0, np.inf), "window: 0 to inf; give finite values"),
+        (np.ma.masked_less(noise(3, 40, 56), 0.5), None, None, "slices: a masked array"),
+        (torch.rand(3, 40, 56).to_sparse(), None, None, "slices: a sparse tensor; give a dense one"),
         (None, None, (1, 2, 3), "window: .*give the grey values that become 0 and 1"),
         (None, {}, None, "prompts: give {label: {slice index: mask}}"),
         (None, {1: square()}, None, r"prompts\[1\]: give {slice index: mask}"),
@@ -274,6 +281,18 @@ def test_an_adapter_is_put_on_the_base_that_is_named(folder, adapter):
         load(adapter)
     with pytest.raises(ValueError, match=r"^base: model.safetensors is no adapter but a whole model; leave it out$"):
         load(folder / "model.safetensors", base=adapter)
+
+
+def test_a_model_that_has_not_learned_to_read_its_plan_s_channels_has_it_among_its_warnings(sam, folder, capsys):
+    plan = planned(folder)
+    four = plan.model_copy(update={"channels": ("T1", "T2", "FLAIR", "T1c"), "intensity": plan.intensity * 4})
+    assert "sam2.1.pt has not learned to read 4 channels" in load(sam, plan=four, device="cpu").warnings[0]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_device_that_nobody_knows_is_refused(sam):
+    with pytest.raises(DeviceError, match="--device gpu: unknown. Use auto, cpu, cuda or mps"):
+        load(sam, frame_px=PX, device="gpu")
 
 
 def test_files_that_are_no_models_are_refused_as_the_command_does_it(folder):
@@ -373,6 +392,7 @@ SHAPE = (8, 40, 36)
         (lambda t: t * 0, None, "prompts: nothing is painted"),
         (lambda t: {}, None, "prompts: nothing is painted"),
         (lambda t: None, None, "prompts: a NoneType; give"),
+        (sparse, 3, "annotated_slices: 3; give a list of slice numbers"),
         (sparse, [99], "annotated_slices: no slice 99; they are numbered from 0 to"),
     ],
 )
@@ -387,10 +407,11 @@ def test_what_is_wrong_with_a_file_is_what_the_command_says(folder, tuned, model
         segment(tuned, folder / "absent.nii.gz", truth(folder))
     with pytest.raises(CaseError, match="case phantom_000: phantom_001.nii.gz: the prompt's grid differs"):
         segment(tuned, image, {1: folder / "labelsTr" / other.name})
-    with pytest.raises(CaseError, match="2 image files"):
+    with pytest.raises(ValueError, match="^image: 2 files, but the plan has the channels MRI; give one file of each"):
         segment(tuned, [image, image], truth(folder))
-    with pytest.raises(ValueError, match="^image: give one file at least"):
-        segment(tuned, [], truth(folder))
+    for nothing in ([], None, [None]):
+        with pytest.raises(ValueError, match="^image: give the path of a file"):
+            segment(tuned, nothing, truth(folder))
     with pytest.raises(ValueError, match="^model: carries no plan"):
         segment(model, image, truth(folder))
 

@@ -70,9 +70,13 @@ class _Scheme:
 def numbers(value: object, name: str) -> Array:
     """A NumPy array or torch tensor of finite numbers or booleans as a NumPy array. ValueError."""
     if isinstance(value, Tensor):
+        if value.layout != torch.strided:
+            raise ValueError(f"{name}: a sparse tensor; give a dense one")
         value = (value.float() if value.dtype is torch.bfloat16 else value).detach().cpu().numpy()
     if not isinstance(value, np.ndarray):
         raise ValueError(f"{name}: a {type(value).__name__}; give a NumPy array or a torch tensor")
+    if isinstance(value, np.ma.MaskedArray):
+        raise ValueError(f"{name}: a masked array; put a value where it is masked, with its method filled")
     if value.dtype.kind not in "buif":
         raise ValueError(f"{name}: values of type {value.dtype}; give numbers")
     if value.size == 0:
@@ -137,6 +141,8 @@ def _scheme_of(window: Window) -> _Scheme:
         lower, upper = (float(edge) for edge in window)
     except (TypeError, ValueError):
         raise ValueError(f"window: {window!r}; give the grey values that become 0 and 1") from None
+    if not np.isfinite(upper - lower):
+        raise ValueError(f"window: {lower:g} to {upper:g}; give finite values")
     if not lower < upper:
         raise ValueError(f"window: {lower:g} to {upper:g}; the second value must be above the first")
     return _Scheme("ct", lower, upper)

@@ -65,6 +65,8 @@ class Drawn:
     def _listed(self, view: View) -> tuple[int, ...] | None:
         if self.annotated_slices is None:
             return None
+        if not isinstance(self.annotated_slices, Sequence | np.ndarray):
+            raise ValueError(f"annotated_slices: {self.annotated_slices!r}; give a list of slice numbers")
         count = view.native_slices()
         return tuple(view.file_index(number(index, count, "annotated_slices", "slice")) for index in self.annotated_slices)
 

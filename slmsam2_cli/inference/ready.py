@@ -16,6 +16,7 @@ from slmsam2_cli.model import adapters
 from slmsam2_cli.model.checkpoint import Checkpoint, base_weights, fit, read_checkpoint, with_its_base
 from slmsam2_cli.model.portable import model_in
 from slmsam2_cli.model.slmsam2 import SlmSam2
+from slmsam2_cli.planning.channels import COLOURS
 from slmsam2_cli.planning.plan import Plan, read_plan
 from slmsam2_cli.workspace import Workspace
 
@@ -47,7 +48,7 @@ def choose_model(workspace: Workspace | None, model: Path | None, weights: str |
         f"model: {checkpoint.name}, weights {checkpoint.digest[:12]}, {plan.network.size} at {plan.geometry.frame_px} px, "
         f"slices along {plan.geometry.slice_axis}"
     )
-    for warning in (*checkpoint.warnings, *_modality_warning(checkpoint, plan)):
+    for warning in warnings_of(checkpoint, plan):
         console.warn(warning)
     if told := _about_confidence(checkpoint, plan):
         console.say(told)
@@ -76,6 +77,19 @@ def _refuse_other_channels(checkpoint: Checkpoint, plan: Plan, data: Dataset | N
         console.warn(f"the channels of the data set, {theirs}, are taken for {ours}, in this order")
 
 
+def warnings_of(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
+    """What is to be said of masks that these weights make by this plan, one line each."""
+    return (*checkpoint.warnings, *_modality_warning(checkpoint, plan), *_channels_warning(checkpoint, plan))
+
+
+def _channels_warning(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
+    """One line where more than three channels are to be read, and the weights have learned no projection of them."""
+    count = len(plan.channels)
+    if count <= COLOURS or f"{adapters.PREFIX}{plan.modality}.{adapters.INPUT}" in checkpoint.state:
+        return ()
+    return (f"{checkpoint.name} has not learned to read {count} channels: means of them are shown to it. Fine-tune it first",)
+
+
 def _modality_warning(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
     """One line where the model has adapters, but none for these images."""
     known = checkpoint.modalities
@@ -100,10 +114,7 @@ def build_model(checkpoint: Checkpoint, plan: Plan) -> SlmSam2:
     """
     model = SlmSam2(plan.network, plan.geometry.frame_px)
     fit(model, checkpoint, plan.modality)
-    if adapters.read_channels(model, plan.modality, len(plan.channels), checkpoint.name):
-        console.warn(
-            f"{checkpoint.name} has not learned to read {len(plan.channels)} channels: means of them are shown to it. Fine-tune it first"
-        )
+    adapters.read_channels(model, plan.modality, len(plan.channels), checkpoint.name)
     if adapters.can_merge(model):
         adapters.merge(model)
     model.calibration = checkpoint.calibration_for(plan.modality)
