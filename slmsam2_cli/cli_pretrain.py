@@ -30,7 +30,7 @@ def pretrain(
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Of weights and draws.  [default: what the recipe says]")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads on the CPU.  [default: as torch chooses]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="Cores of the CPU to use.  [default: all]")] = None,
     commit: Annotated[str, typer.Option(metavar="TEXT", help="Version of the code, noted in the weights.", show_default=False)] = "",
     resume: Annotated[bool, typer.Option("--continue", help="Go on where an interrupted run stopped.")] = False,
     device: Annotated[DeviceName, typer.Option("--device", help="Where the network runs; auto takes the fastest there is.")] = "auto",

@@ -92,21 +92,36 @@ def learning_rate(step: int, done: float, peak: float, warmup_steps: int) -> flo
 
 def descend(learner: Learner, losses: Sequence[SliceLoss], rate: float, most_average: float) -> dict[str, float]:
     """One optimiser step on the mean of the losses; returns each of their means, or that the step was skipped."""
-    for group in learner.optimiser.param_groups:
-        group["lr"] = rate * group.get("scale", 1.0)
-    total = torch.stack([loss.total for loss in losses]).mean()
+    total = total_of(losses)
     if not torch.isfinite(total):
         return {SKIPPED: 1.0}
     learner.optimiser.zero_grad(set_to_none=True)
     total.backward()  # type: ignore[no-untyped-call]
+    return means(losses) if take_step(learner, rate, most_average) else {SKIPPED: 1.0}
+
+
+def total_of(losses: Sequence[SliceLoss]) -> Tensor:
+    """What is minimised: the mean over slices of the weighted sum."""
+    return torch.stack([loss.total for loss in losses]).mean()
+
+
+def means(losses: Sequence[SliceLoss]) -> dict[str, float]:
+    """Every part of the loss and their weighted sum, as means over slices."""
+    names = ("focal", "dice", "iou", "presence", "total")
+    found = torch.stack([torch.stack([getattr(loss, name).detach() for loss in losses]).mean() for name in names])
+    return dict(zip(names, found.tolist()))
+
+
+def take_step(learner: Learner, rate: float, most_average: float) -> bool:
+    """Follow the gradient and let the average follow; False, and nothing is changed, when the gradient is not finite."""
+    for group in learner.optimiser.param_groups:
+        group["lr"] = rate * group.get("scale", 1.0)
     norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), _CLIP_NORM)
     if not torch.isfinite(norm):  # one such step would make every weight NaN
-        return {SKIPPED: 1.0}
+        return False
     learner.optimiser.step()
     _average(learner, most_average)
-    names = ("focal", "dice", "iou", "presence", "total")
-    means = torch.stack([torch.stack([getattr(loss, name).detach() for loss in losses]).mean() for name in names])
-    return dict(zip(names, means.tolist()))
+    return True
 
 
 @torch.no_grad()

@@ -90,6 +90,7 @@ class Recipe(Frozen):
     minutes: float | None = Field(default=None, description="minutes of training, at most; null: no limit", gt=0)
     seed: int = Field(default=0, description="seed of the weights and of every draw", ge=0, lt=2**32)
     slices_per_step: int = Field(default=64, description="slices in one step: long clips are few, short ones many", ge=1, le=8192)
+    parts: int = Field(default=2, description="parts of a step, each with a length, prompt and policy of its own", ge=1, le=64)
     most_windows: int = Field(default=24, description="windows in one step, at most", ge=1, le=1024)
     tracks_per_window: float = Field(default=2.0, description="objects tracked per window", gt=0, le=16)
     learning_rate: float = Field(default=1e-3, description="peak learning rate of AdamW", gt=0, le=1)

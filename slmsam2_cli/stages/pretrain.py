@@ -6,7 +6,7 @@ Needs no data: the volumes are procedural. An interrupted run leaves usable weig
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -59,18 +59,26 @@ def pretrain(
     if resume and (recipe is not None or smoke or seed is not None):
         raise UsageError("--continue goes on by the recipe and seed that the run was started with. Leave --recipe, --smoke and --seed out")
     chosen = choose_device(device)
-    if threads is not None:
-        torch.set_num_threads(threads)
     with store.one_writer(run):
         wanted = _kept(run) if resume else read_recipe(recipe or (SMOKE if smoke else NANO))
         wanted = _adjusted(wanted, minutes, steps, seed)
         if not resume and not overwrite:
             _refuse_to_replace(run)
         try:
-            _train(run, wanted, chosen, resume, commit)
+            _train(run, wanted, chosen, resume, commit, _side_by_side(wanted, chosen, threads))
         except torch.OutOfMemoryError:
             raise DeviceError("out of memory. Set slices_per_step lower in the recipe, or use --device cpu") from None
     return DONE
+
+
+def _side_by_side(recipe: Recipe, device: torch.device, threads: int | None) -> bool:
+    """Whether there are threads enough for a process a part; sets those of this one."""
+    if device.type != "cpu":
+        return False
+    threads = threads if threads is not None else torch.get_num_threads()
+    several = 1 < recipe.parts <= threads
+    torch.set_num_threads(1 if several else threads)
+    return several
 
 
 def _kept(run: Path) -> Recipe:
@@ -93,7 +101,7 @@ def _refuse_to_replace(run: Path) -> None:
         raise UsageError(f"{run}: holds the weights of another run. Choose another folder with -o, or add --overwrite")
 
 
-def _train(run: Path, recipe: Recipe, device: torch.device, resume: bool, commit: str) -> None:
+def _train(run: Path, recipe: Recipe, device: torch.device, resume: bool, commit: str, side_by_side: bool) -> None:
     learner, state = new_learner(recipe, device), run / STATE
     if resume and (warning := load_state(state, learner, recipe.digest)):
         console.warn(warning)
@@ -101,11 +109,12 @@ def _train(run: Path, recipe: Recipe, device: torch.device, resume: bool, commit
         for old in (state, previous_of(state)):
             old.unlink(missing_ok=True)
     store.write_json(run / RECIPE, recipe.model_dump(mode="json"))
+    where = f"cpu ({recipe.parts} processes)" if side_by_side else describe(device)
     parameters = sum(p.numel() for p in learner.model.parameters())
-    console.say(f"training {recipe.network.size} ({parameters / 1e6:.2f} million parameters, {recipe.frame_px} px) on {describe(device)}")
+    console.say(f"training {recipe.network.size} ({parameters / 1e6:.2f} million parameters, {recipe.frame_px} px) on {where}")
     log, checks = Log(run / "log.csv", learner.step, _LOG), Log(run / "checks.csv", learner.step, _CHECKS)
     with stoppable() as stopped:
-        _follow(learner, recipe, state, log, checks, stopped)
+        _follow(learner, recipe, state, log, checks, train(learner, recipe, stopped, side_by_side))
         log.write()
         finished = share_done(learner, recipe) >= 1
         if finished:
@@ -120,12 +129,12 @@ def _train(run: Path, recipe: Recipe, device: torch.device, resume: bool, commit
         previous_of(state).unlink(missing_ok=True)
 
 
-def _follow(learner: Pretrainer, recipe: Recipe, state: Path, log: Log, checks: Log, stopped: Callable[[], bool]) -> None:
+def _follow(learner: Pretrainer, recipe: Recipe, state: Path, log: Log, checks: Log, steps: Iterator[Step]) -> None:
     """Train with a progress bar; save the state and check the model every few minutes."""
     saved, checked, whole = time.monotonic(), learner.seconds, 1000
     with console.progress("training", whole) as advance:
         bar = 0
-        for step in train(learner, recipe, stopped):
+        for step in steps:
             log.add(_row(learner, recipe, step))
             now_at = int(step.done * whole)
             advance(

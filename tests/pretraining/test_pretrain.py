@@ -77,6 +77,15 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(done, recip
     assert not (tmp_path / "run" / "state.safetensors").exists()
 
 
+def test_parts_computed_side_by_side_leave_the_weights_of_parts_computed_one_after_another(recipe, tmp_path):
+    path = tmp_path / "two.json"
+    path.write_text(json.dumps(json.loads(recipe.read_text()) | {"parts": 2, "steps": 3}))
+    pretrain(tmp_path / "one", recipe=path, device="cpu", threads=1)
+    pretrain(tmp_path / "both", recipe=path, device="cpu", threads=2)
+    one, both = (read_checkpoint(tmp_path / name / "nano.safetensors") for name in ("one", "both"))
+    assert one.digest == both.digest
+
+
 def test_a_finished_run_is_not_replaced_without_being_asked(done, recipe):
     with pytest.raises(UsageError, match="--overwrite"):
         pretrain(done, recipe=recipe)
