@@ -17,6 +17,7 @@ from slmsam2_cli.model.checkpoint import Checkpoint, base_weights, fit, read_che
 from slmsam2_cli.model.portable import model_in
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.channels import COLOURS
+from slmsam2_cli.planning.network import FuserName
 from slmsam2_cli.planning.plan import Plan, read_plan
 from slmsam2_cli.workspace import Workspace
 
@@ -147,11 +148,16 @@ def _workspace_plan(workspace: Workspace | None, base: Checkpoint, data: Dataset
 
 def with_fuser_of(plan: Plan, weights: Checkpoint) -> Plan:
     """The plan with the fuser that the weights bring, which no other one fits; said where the plan names another."""
-    theirs = weights.network
-    if theirs is None or not theirs.has_short_stream or not plan.network.has_short_stream or theirs.fuser == plan.network.fuser:
+    theirs = fuser_of(weights)
+    if theirs is None or not plan.network.has_short_stream or theirs == plan.network.fuser:
         return plan
-    console.warn(f"plan.json says network.fuser {plan.network.fuser}, but {weights.name} has {theirs.fuser}: {theirs.fuser} is used")
-    return plan.model_copy(update={"network": plan.network.model_copy(update={"fuser": theirs.fuser})})
+    console.warn(f"plan.json says network.fuser {plan.network.fuser}, but {weights.name} has {theirs}: {theirs} is used")
+    return plan.model_copy(update={"network": plan.network.model_copy(update={"fuser": theirs})})
+
+
+def fuser_of(weights: Checkpoint) -> FuserName | None:
+    """The fuser that the weights bring; None where they bring none."""
+    return weights.network.fuser if weights.network is not None and weights.network.has_short_stream else None
 
 
 def split_of(workspace: Workspace) -> dict[str, Any]:

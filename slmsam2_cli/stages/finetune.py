@@ -32,7 +32,7 @@ from slmsam2_cli.finetuning.loop import Learner, new_learner, train
 from slmsam2_cli.finetuning.resume import load_state, previous_of, save_state
 from slmsam2_cli.finetuning.stopping import stoppable
 from slmsam2_cli.finetuning.strategies import prepare
-from slmsam2_cli.inference.ready import with_fuser_of
+from slmsam2_cli.inference.ready import fuser_of, with_fuser_of
 from slmsam2_cli.model import zoo
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import RANDOM, Checkpoint, Provenance, base_weights, fit
@@ -158,7 +158,7 @@ def _plan(data: Dataset, workspace: Workspace, network: str | None, base: Checkp
         fingerprint, problems = measure(data, advance)
     if not fingerprint.cases:
         raise DatasetError(f"{data.name}: none of its {len(problems)} training cases is usable", problems)
-    plan = decide(fingerprint, network, base.network.fuser if base and base.network else "gated")
+    plan = decide(fingerprint, network, (fuser_of(base) if base else None) or "gated")
     write_fingerprint(workspace.fingerprint, fingerprint)
     write_plan(workspace.plan, plan)
     console.say(f"planned: slices along {plan.geometry.slice_axis}, {plan.geometry.frame_px} px, {plan.modality} (slmsam2 plan says why)")

@@ -7,9 +7,9 @@ import torch
 from published import tuned_slm_sam2
 
 from slmsam2_cli.errors import PlanError, WeightsError
-from slmsam2_cli.inference.ready import build_model, choose_model
+from slmsam2_cli.inference.ready import build_model, choose_model, fuser_of
 from slmsam2_cli.model.calibration import Calibration
-from slmsam2_cli.model.checkpoint import Provenance, save_checkpoint
+from slmsam2_cli.model.checkpoint import Provenance, read_checkpoint, save_checkpoint
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.network import NetworkPlan
 from slmsam2_cli.planning.plan import ChannelIntensity, GeometryPlan, Plan, TrainingPlan, write_plan
@@ -78,6 +78,12 @@ def test_a_published_slm_sam2_predicts_with_its_own_fuser_whatever_the_plan_says
     assert followed.network.fuser == "sum"
     assert "warning: plan.json says network.fuser gated, but slm.pt has sum: sum is used" in capsys.readouterr().err
     assert not hasattr(build_model(checkpoint, followed).stream_fuser, "gate")
+
+
+def test_weights_without_a_short_memory_bring_no_fuser_whatever_their_network_says(tmp_path):
+    fifo, both = ({"policy": policy, "fuser": "sum"} for policy in ("fifo", "shortlong"))
+    assert fuser_of(read_checkpoint(model_file(tmp_path, network(**fifo), plan(**fifo)))) is None
+    assert fuser_of(read_checkpoint(model_file(tmp_path, network(**both), plan(**both)))) == "sum"
 
 
 def test_weights_made_elsewhere_without_a_plan_anywhere_name_the_way_out(tmp_path):
