@@ -1,5 +1,6 @@
 """Training from nothing as a stage: what it writes, how it goes on, and that others can use what it wrote."""
 
+import csv
 import json
 import signal
 
@@ -75,6 +76,16 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(done, recip
     assert pretrain(tmp_path / "run", resume=True, device="cpu") == 0
     assert read_checkpoint(tmp_path / "run" / "nano.safetensors").digest == read_checkpoint(done / "nano.safetensors").digest
     assert not (tmp_path / "run" / "state.safetensors").exists()
+
+
+def test_the_loss_falls(recipe, tmp_path):
+    path = tmp_path / "images.json"
+    changes = {"steps": 50, "slices_per_step": 6, "most_windows": 6, "phases": [{"until": 1.0, "lengths": [1]}]}
+    path.write_text(json.dumps(json.loads(recipe.read_text()) | changes))
+    pretrain(tmp_path / "run", recipe=path, device="cpu")
+    rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
+    totals = [float(row["total"]) for row in rows]
+    assert sum(totals[-10:]) < 0.75 * sum(totals[:10])
 
 
 def test_parts_computed_side_by_side_leave_the_weights_of_parts_computed_one_after_another(recipe, tmp_path):

@@ -1,0 +1,74 @@
+"""The recipe: the packaged one is whole, and what cannot be is refused by name in one line."""
+
+import json
+
+import pytest
+
+from slmsam2_cli.errors import PlanError
+from slmsam2_cli.pretraining.recipe import NANO, SMOKE, read_recipe
+
+
+def changed(tmp_path, **changes):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(json.loads(NANO.read_text()) | changes))
+    return path
+
+
+@pytest.mark.parametrize("path", [NANO, SMOKE], ids=lambda path: path.stem)
+def test_the_packaged_recipes_train_nano_by_every_policy_from_images_to_long_clips(path):
+    recipe = read_recipe(path)
+    assert recipe.network.size == "nano" and recipe.network.has_short_stream
+    assert set(recipe.reading.policies) == {"fifo", "shortlong", "selfsort", "shortlong+selfsort"}
+    assert recipe.phases[0].lengths == (1,) and max(recipe.phases[-1].lengths) >= 6
+
+
+def test_a_recipe_that_was_written_down_is_the_same_recipe(tmp_path):
+    recipe = read_recipe(NANO)
+    path = tmp_path / "again.json"
+    path.write_text(recipe.model_dump_json())
+    assert read_recipe(path) == recipe
+
+
+def test_phases_follow_each_other_by_their_share_of_the_run(tmp_path):
+    phases = [{"until": 0.25, "lengths": [1]}, {"until": 0.5, "lengths": [2]}, {"until": 1.0, "lengths": [8]}]
+    recipe = read_recipe(changed(tmp_path, phases=phases))
+    assert [recipe.phase(done).lengths[0] for done in (0.0, 0.24, 0.25, 0.5, 0.99, 1.0)] == [1, 1, 2, 8, 8, 8]
+
+
+def test_only_the_length_of_a_run_may_change_when_it_goes_on(tmp_path):
+    recipe = read_recipe(NANO)
+    assert read_recipe(changed(tmp_path, steps=7, minutes=1.0)).digest == recipe.digest
+    assert read_recipe(changed(tmp_path, seed=1)).digest != recipe.digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"learning_speed": 1}, "learning_speed: unknown key"),
+        ({"prompts": {"boxes": 1}}, "prompts.boxes: unknown key"),
+        ({"volumes": {"bones": 1}}, "volumes.bones: unknown key"),
+        ({"frame_px": 100}, "frame_px: .*multiple of 32"),
+        ({"other_frames": {"100": 0.1}}, "other_frames.100: .*multiple of 32"),
+        ({"other_frames": {"64": 0.6, "96": 0.6}}, "other_frames: shares"),
+        ({"learning_rate": 0}, "learning_rate: .*greater than 0"),
+        ({"phases": [{"until": 0.5, "lengths": [1]}]}, "phases: until has to rise to 1, found 0.5"),
+        ({"phases": [{"until": 1.0, "lengths": [0]}]}, "a clip has 1 to 64 slices"),
+        ({"prompts": {"box": 0.8, "points": 0.4}}, "box and points are 1.2"),
+        ({"reading": {"policies": {}}}, "at least one has to be read by"),
+        ({"network": {"size": "nano", "policy": "fifo"}}, "shortlong needs a short stack, which network.policy fifo has not"),
+        ({"format_version": 2}, "format_version"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_is_refused_in_one_line(tmp_path, changes, said):
+    with pytest.raises(PlanError, match=said) as refused:
+        read_recipe(changed(tmp_path, **changes))
+    assert "\n" not in str(refused.value) and "mine.json" in str(refused.value)
+
+
+def test_a_recipe_that_is_not_there_or_no_json_is_refused(tmp_path):
+    with pytest.raises(PlanError, match="no recipe at"):
+        read_recipe(tmp_path / "absent.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(PlanError, match="broken.json.*not valid JSON"):
+        read_recipe(tmp_path / "broken.json")
