@@ -92,8 +92,8 @@ class Checkpoint:
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """For which modalities there are adapters inside."""
-        return tuple(adapters.split(self.state)[1])
+        """For which modalities there are adapters inside; a projection of channels alone is none."""
+        return tuple(modality for modality, own in adapters.split(self.state)[1].items() if set(own) != {adapters.INPUT})
 
     def calibration_for(self, modality: str) -> Calibration | None:
         """The table, where it was fitted on images of this modality."""

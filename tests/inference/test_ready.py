@@ -113,6 +113,15 @@ def test_weights_tuned_on_four_channels_are_refused_for_a_plan_of_five(tmp_path)
         build_model(*choose_model(workspace_with(tmp_path, five), None, str(base), None))
 
 
+def test_how_weights_read_four_channels_of_a_modality_is_no_adapter_for_it(tmp_path, capsys):
+    four = plan(channels=("T1", "T2", "FLAIR", "T1c"))
+    tuned = build_model(*choose_model(workspace_with(tmp_path, four), None, str(model_file(tmp_path, network(), plan())), None))
+    base = model_file(tmp_path, tuned, four)
+    assert read_checkpoint(base).modalities == ()
+    choose_model(workspace_with(tmp_path, plan(modality="CT")), None, str(base), None)
+    assert "has adapters" not in capsys.readouterr().err
+
+
 # Confidence
 
 
