@@ -277,7 +277,7 @@ def evaluate(
     ] = None,
     resample: Annotated[bool, typer.Option("--resample", help="Bring masks on another grid onto the label's, nearest voxel.")] = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html, a page to look at.")] = True,
-    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes that score and draw, 8 at most.  [default: one a core]")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes that score, 8 at most.  [default: one a core]")] = None,
 ) -> int:
     """Score masks against labels: Dice and HD95.
 
