@@ -11,9 +11,11 @@ import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
 
 MOST = 8  # processes
 START_METHOD = "forkserver"  # a copy of this process, which has threads, may hang; a new one for each loads everything again
@@ -39,10 +41,10 @@ def prepare(also: Sequence[str] = ()) -> None:
 
 
 def pool(processes: int) -> ProcessPoolExecutor | None:
-    """Processes that leave Ctrl-C to this one; None where the system does not let them be made."""
+    """Processes that leave Ctrl-C to this one and end with it; None where the system does not let them be made."""
     made = None
     try:
-        made = ProcessPoolExecutor(processes, multiprocessing.get_context(START_METHOD), initializer=_leave_interrupts_to_the_parent)
+        made = ProcessPoolExecutor(processes, multiprocessing.get_context(START_METHOD), initializer=_follow_the_parent)
         with _undisturbed():
             made.submit(os.getpid)  # starts the first process
     except _REFUSED:
@@ -71,5 +73,12 @@ def _undisturbed() -> Iterator[None]:
             os.environ[_SAFE_PATH] = before
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def _follow_the_parent() -> None:
+    """Leave Ctrl-C to it, and end when it has ended, however that came."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_after, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_after(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -21,6 +22,12 @@ def made(folder, **environment):
     """(what a process of the pool answers, what was said) in a program that runs in a folder."""
     done = subprocess.run([sys.executable, "-c", _MADE], cwd=folder, env=os.environ | environment, capture_output=True, text=True)
     return done.stdout.strip(), done.stderr
+
+
+def test_processes_end_with_a_command_that_is_killed(tmp_path):
+    killed = _MADE + "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    done = subprocess.run([sys.executable, "-c", killed], cwd=tmp_path, stdout=subprocess.PIPE, timeout=20)  # until all have closed it
+    assert done.returncode == -signal.SIGKILL
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python looks there first")
