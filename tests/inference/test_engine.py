@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from slmsam2_cli.inference.engine import ABSENT, Anchor, full_resolution, propagate
+from slmsam2_cli.model.memory.choice import policy_of
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.network import NetworkPlan
 
@@ -209,6 +210,22 @@ def test_under_every_policy_annotated_slices_come_back_and_ends_are_kept(policy,
     assert (found.logits[[0, 9]] == ABSENT).all()
     assert all((found.logits[t] > ABSENT).any() for t in (2, 4, 5, 7))
     assert not found.disagreement[[4, 5]].isnan().any()
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base_plus", "large"])
+def test_every_policy_runs_on_every_size(size):
+    """One network with both stacks; each policy reads its memories in its own way, so no two find the same masks."""
+    torch.manual_seed(0)
+    network = NetworkPlan(size=size, bank_confidence=0.0, bank_similarity=-1.0)
+    model = SlmSam2(network, PX).eval()
+    torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 5.0)
+    torch.nn.init.constant_(model.stream_fuser.gate, 0.5)
+    found = []
+    for policy in POLICIES:
+        model.policy = policy_of(network.model_copy(update={"policy": policy}), model.num_maskmem, model.max_obj_ptrs_in_encoder)
+        found.append(propagate(model, stack(4), {1: [Anchor(0, square())]})[1].logits)
+    assert all(torch.isfinite(logits).all() and (logits[1:] > ABSENT).any() for logits in found)
+    assert all(torch.equal(one, two) == (one is two) for one in found for two in found)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
