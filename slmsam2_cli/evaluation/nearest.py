@@ -16,7 +16,7 @@ import numpy as np
 NEIGHBOURS = 4000  # how many are looked at before a voxel counts as far: about a ball 20 voxels across
 FARTHEST = 200  # voxels along one axis, where voxels are needles or leaves
 FEW = 2048  # so few voxels look at many neighbours in one step
-LOOKS = 1 << 16  # that they take together in it
+LOOKS = 1 << 16  # that they take together in it, or a sixteenth of the volume's voxels if that is less
 # What the tree costs, counted in looks at one neighbour (about 2 ns): per voxel it is built of, and per voxel it is asked about.
 TREE_BUILT, TREE_ASKED = 100, 1000
 
@@ -46,9 +46,10 @@ def _look_around(
     strides = np.array([padded.shape[1] * padded.shape[2], padded.shape[2], 1])
     at = (np.stack(np.unravel_index(voxels[left], other.shape), axis=1) + air) @ strides
     steps, flat, done, looks = offsets @ strides, padded.ravel(), 0, 0
+    together = min(LOOKS, max(FEW, padded.size // 16))
     while len(left) and done < len(steps) and looks < afford + TREE_ASKED * len(left):
         if len(left) < FEW:
-            end = done + LOOKS // len(left)
+            end = done + together // len(left)
             first, found = _first_of_many(flat, at, steps[done:end])
             distances[left[found]] = lengths_mm[done + first]
         else:
@@ -86,11 +87,13 @@ def _neighbours(flat: tuple[bool, ...], spacing_mm: tuple[float, ...]) -> tuple[
     radius_mm = (NEIGHBOURS * math.prod(spacing_mm) * 3 / (4 * math.pi)) ** (1 / 3)
     reach = [0 if only else min(int(radius_mm / s), FARTHEST) for only, s in zip(flat, spacing_mm, strict=True)]
     beyond_mm = min((s * (r + 1) for only, s, r in zip(flat, spacing_mm, reach, strict=True) if not only), default=0.0)
-    offsets = np.stack(np.meshgrid(*(np.arange(-r, r + 1) for r in reach), indexing="ij"), axis=-1).reshape(-1, 3)
-    lengths_mm = np.sqrt(((offsets * np.array(spacing_mm)) ** 2).sum(axis=1))
-    order = np.argsort(lengths_mm, kind="stable")[1 : NEIGHBOURS + 1]  # without the voxel itself
-    order = order[lengths_mm[order] < beyond_mm]
-    return offsets[order], lengths_mm[order]
+    squares = [(np.arange(-r, r + 1) * s) ** 2 for r, s in zip(reach, spacing_mm, strict=True)]
+    lengths_mm = np.sqrt(squares[0][:, np.newaxis, np.newaxis] + squares[1][:, np.newaxis] + squares[2])
+    order = np.argsort(lengths_mm, axis=None, kind="stable")[1 : NEIGHBOURS + 1]  # without the voxel itself
+    ordered = lengths_mm.ravel()[order]
+    near = ordered < beyond_mm
+    places = np.unravel_index(order[near], lengths_mm.shape)
+    return np.stack([(place - r).astype(np.int16) for place, r in zip(places, reach, strict=True)], axis=1), ordered[near]
 
 
 def _ask_tree(voxels: np.ndarray, others: np.ndarray, shape: tuple[int, ...], spacing_mm: Sequence[float]) -> np.ndarray:
