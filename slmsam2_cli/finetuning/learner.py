@@ -107,7 +107,7 @@ def total_of(losses: Sequence[SliceLoss]) -> Tensor:
 
 def means(losses: Sequence[SliceLoss]) -> dict[str, float]:
     """Every part of the loss and their weighted sum, as means over slices."""
-    names = ("focal", "dice", "iou", "presence", "total")
+    names = ("pixels", "dice", "iou", "presence", "total")
     found = torch.stack([torch.stack([getattr(loss, name).detach() for loss in losses]).mean() for name in names])
     return dict(zip(names, found.tolist()))
 

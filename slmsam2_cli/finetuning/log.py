@@ -9,7 +9,7 @@ import numpy as np
 
 from slmsam2_cli.data import store
 
-COLUMNS = ("step", "seconds", "learning_rate", "focal", "dice", "iou", "presence", "total")
+COLUMNS = ("step", "seconds", "learning_rate", "pixels", "dice", "iou", "presence", "total")
 
 
 class Log:

@@ -20,7 +20,7 @@ from slmsam2_cli.finetuning import learner as learning
 from slmsam2_cli.finetuning.augment import augment
 from slmsam2_cli.finetuning.clips import Clips, ClipSampler
 from slmsam2_cli.finetuning.learner import PATIENCE, SKIPPED, Progress, average_of, descend, learning_rate, share_done
-from slmsam2_cli.finetuning.losses import SliceLoss, slice_loss
+from slmsam2_cli.finetuning.losses import SAM2, SliceLoss, Weights, slice_loss
 from slmsam2_cli.finetuning.strategies import parameter_groups
 from slmsam2_cli.model.memory.policy import Moment
 from slmsam2_cli.model.slmsam2 import MemoryBank, SliceFeatures, SliceOutput, SlmSam2
@@ -110,7 +110,9 @@ def clip_losses(model: SlmSam2, clips: Clips, device: torch.device) -> list[Slic
     return followed(model, clips, features, bank, track, len(clips.masks))
 
 
-def followed(model: SlmSam2, clips: Clips, features: SliceFeatures, bank: MemoryBank, track: Track, until: int) -> list[SliceLoss]:
+def followed(
+    model: SlmSam2, clips: Clips, features: SliceFeatures, bank: MemoryBank, track: Track, until: int, weights: Weights = SAM2
+) -> list[SliceLoss]:
     """One loss per slice 1 ... until - 1, each tracked by `track`; its memory goes into the bank.
 
     features: of all T * W slices, as `Clips.feature_index` numbers them.
@@ -119,7 +121,7 @@ def followed(model: SlmSam2, clips: Clips, features: SliceFeatures, bank: Memory
     for t in range(1, until):
         here = features.at(clips.feature_index(t))
         output = track(here, bank, t)
-        losses.append(slice_loss(output, clips.masks[t], clips.known[t] if clips.known is not None else None))
+        losses.append(slice_loss(output, clips.masks[t], clips.known[t] if clips.known is not None else None, weights))
         if t + 1 < until:
             bank.tracked[t] = model.remember(here, output)
     return losses

@@ -4,6 +4,9 @@ Dice and IoU count only where the object is present; with several candidates the
 (Ravi et al., "SAM 2", arXiv:2408.00714; Chen et al., arXiv:2505.01854, section III). Published training drops the
 focal term too where the object is absent; here it stays, so that a mask learns to vanish by itself and a wrong
 presence score is not the only thing that can end a structure.
+
+From nothing, the focal term teaches the empty mask: most pixels are background, and its weight on the others is a quarter. So
+pre-training replaces it by a cross-entropy in which inside and outside count alike (docs/explanation/pretraining.md).
 """
 
 from __future__ import annotations
@@ -16,22 +19,42 @@ from torch import Tensor
 
 from slmsam2_cli.model.slmsam2 import SliceOutput
 
-FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT, PRESENCE_WEIGHT = 20.0, 1.0, 1.0, 1.0
 _ALPHA, _GAMMA = 0.25, 2.0
+_SMALLEST = 1e-3  # share of a slice below which an object counts no more than that share
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What each term counts. pixels: of the term over pixels, which is focal, or balanced cross-entropy when `balanced`.
+
+    absent: how many times that where the object is not, and Dice says nothing.
+    """
+
+    pixels: float = 20.0
+    dice: float = 1.0
+    iou: float = 1.0
+    presence: float = 1.0
+    balanced: bool = False
+    absent: float = 1.0
+
+
+SAM2 = Weights()
 
 
 @dataclass(frozen=True)
 class SliceLoss:
     """Mean losses over the B objects of one slice; `total` is what is minimised."""
 
-    focal: Tensor
+    pixels: Tensor
     dice: Tensor
     iou: Tensor
     presence: Tensor
+    weights: Weights = SAM2
 
     @property
     def total(self) -> Tensor:
-        return FOCAL_WEIGHT * self.focal + DICE_WEIGHT * self.dice + IOU_WEIGHT * self.iou + PRESENCE_WEIGHT * self.presence
+        w = self.weights
+        return w.pixels * self.pixels + w.dice * self.dice + w.iou * self.iou + w.presence * self.presence
 
 
 def focal(logits: Tensor, target: Tensor, known: Tensor | None = None) -> Tensor:
@@ -44,6 +67,16 @@ def focal(logits: Tensor, target: Tensor, known: Tensor | None = None) -> Tensor
     if known is None:
         return each.mean(dim=(-2, -1))
     return (each * known).sum(dim=(-2, -1)) / known.sum(dim=(-2, -1)).clamp(min=1)
+
+
+def balanced(logits: Tensor, target: Tensor, known: Tensor | None = None) -> Tensor:
+    """Cross-entropy per mask over the known pixels; inside and outside count one half each, whatever their size. (..., H, W) -> (...)."""
+    wrong = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    seen = torch.ones_like(target) if known is None else known
+    all_ = seen.sum(dim=(-2, -1), keepdim=True).clamp(min=1)
+    inside = (target * seen).sum(dim=(-2, -1), keepdim=True) / all_
+    weight = target / (2 * inside.clamp(min=_SMALLEST)) + (1 - target) / (2 * (1 - inside).clamp(min=_SMALLEST))
+    return (weight * wrong * seen / all_).sum(dim=(-2, -1))
 
 
 def soft_dice(logits: Tensor, target: Tensor, known: Tensor | None = None) -> Tensor:
@@ -62,7 +95,7 @@ def true_iou(logits: Tensor, target: Tensor, known: Tensor | None = None) -> Ten
     return torch.where(union > 0, (predicted & real).sum(dim=(-2, -1)) / union.clamp(min=1), torch.ones_like(union, dtype=torch.float32))
 
 
-def slice_loss(output: SliceOutput, target: Tensor, known: Tensor | None = None) -> SliceLoss:
+def slice_loss(output: SliceOutput, target: Tensor, known: Tensor | None = None, weights: Weights = SAM2) -> SliceLoss:
     """Loss of B objects on one slice. target (B, 1, H, W) in {0, 1}; candidates are brought to its size.
 
     known (B, 1, H, W): 0 where nobody looked (the ignore label), where no term counts; presence counts where the object was
@@ -72,15 +105,17 @@ def slice_loss(output: SliceOutput, target: Tensor, known: Tensor | None = None)
     truth = target.expand_as(candidates)
     present = (target.flatten(1).amax(dim=1) > 0).float()
     seen = known.expand_as(candidates) if known is not None else None
-    focals, dices = focal(candidates, truth, seen), soft_dice(candidates, truth, seen)
-    rows, best = torch.arange(len(truth), device=truth.device), (FOCAL_WEIGHT * focals + DICE_WEIGHT * dices).argmin(dim=1)
+    pixels = (balanced if weights.balanced else focal)(candidates, truth, seen)
+    dices = soft_dice(candidates, truth, seen)
+    rows, best = torch.arange(len(truth), device=truth.device), (weights.pixels * pixels + weights.dice * dices).argmin(dim=1)
     iou_error = (output.iou.float() - true_iou(candidates.detach(), truth, seen)).abs().mean(dim=1)
     held = present.sum().clamp(min=1)
     return SliceLoss(
-        focal=focals[rows, best].mean(),
+        pixels=(pixels[rows, best] * torch.where(present > 0, 1.0, weights.absent)).mean(),
         dice=(dices[rows, best] * present).sum() / held,
         iou=(iou_error * present).sum() / held,
         presence=_presence(output.presence.float().squeeze(1), present, known),
+        weights=weights,
     )
 
 

@@ -13,14 +13,15 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from slmsam2_cli.finetuning.clips import Clips
 from slmsam2_cli.finetuning.learner import means, total_of
 from slmsam2_cli.finetuning.loop import followed
-from slmsam2_cli.finetuning.losses import SliceLoss, slice_loss
+from slmsam2_cli.finetuning.losses import SliceLoss, Weights, slice_loss
 from slmsam2_cli.model.framing import set_frame
-from slmsam2_cli.model.slmsam2 import Memory, MemoryBank, SliceFeatures, SlmSam2
-from slmsam2_cli.pretraining.prompting import box_of, points_of, prompted
+from slmsam2_cli.model.slmsam2 import Memory, MemoryBank, SliceFeatures, SliceOutput, SlmSam2
+from slmsam2_cli.pretraining.prompting import box_of, boxed, improved, nearly, pointed, points_of
 from slmsam2_cli.pretraining.reading import Reader
 from slmsam2_cli.pretraining.recipe import Recipe
 from slmsam2_cli.pretraining.volumes import draw_clips
@@ -37,13 +38,7 @@ class Part:
     losses: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Given:
-    """How the first slice is given: as what, and by how many points."""
-
-    kind: Literal["mask", "box", "points"]
-    points: int
-    jitter: float
+Kind = Literal["mask", "nearly", "box", "points"]
 
 
 def seed_of(*numbers: int) -> int:
@@ -57,7 +52,8 @@ def compute(model: SlmSam2, recipe: Recipe, step: int, part: int, done: float) -
     chance = random.Random(seed_of(recipe.seed, step, part, _CHANCE))
     rng = torch.Generator(model.device).manual_seed(seed_of(recipe.seed, step, part, _PROMPTS))
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-        losses = clip_losses(model, clips, recipe, chance, rng)
+        given = given_as(recipe, len(clips.masks), done, chance)
+        losses = clip_losses(model, clips, recipe, given, chance, rng)
     total = total_of(losses)
     length, windows = clips.frames.shape[:2]
     if not torch.isfinite(total):
@@ -83,37 +79,50 @@ def _frame_px(recipe: Recipe, chance: random.Random) -> int:
     return frame_px
 
 
-def clip_losses(model: SlmSam2, clips: Clips, recipe: Recipe, chance: random.Random, rng: torch.Generator) -> Sequence[SliceLoss]:
+def clip_losses(
+    model: SlmSam2, clips: Clips, recipe: Recipe, given: Kind, chance: random.Random, rng: torch.Generator
+) -> Sequence[SliceLoss]:
     """Give the first slice, track the others; one loss per slice that the model had to draw."""
     length = len(clips.masks)
     set_frame(model, clips.frames.shape[-1])
     features = model.encode(clips.frames.flatten(0, 1))
-    memory, losses = _first(model, features.at(clips.feature_index(0)), clips, _given(recipe, length, chance), rng)
-    bank = MemoryBank({0: memory})
+    first, weights, losses = features.at(clips.feature_index(0)), Weights(balanced=True, **recipe.losses.model_dump()), []
+    if given == "mask":
+        bank = MemoryBank({0: _annotated(model, first, clips, 0)})
+    else:
+        output = _prompted(model, first, clips.masks[0], given, recipe, chance, rng)
+        losses.append(slice_loss(output, clips.masks[0], weights=weights))
+        if length == 1:
+            return losses
+        bank = MemoryBank({0: model.remember(first, output)})
     until = length
     if length >= 4 and chance.random() < recipe.reading.two_anchors:
         until = length - 1
         bank.anchors[until] = _annotated(model, features.at(clips.feature_index(until)), clips, until)
     reader = Reader(model, recipe, clips.slices, chance)
-    return losses + followed(model, clips, features, bank, reader.track, until)
+    return losses + followed(model, clips, features, bank, reader.track, until, weights)
 
 
-def _given(recipe: Recipe, length: int, chance: random.Random) -> Given:
+def given_as(recipe: Recipe, length: int, done: float, chance: random.Random) -> Kind:
+    """What the first of `length` slices is given as. done: share of the run."""
     prompts, draw = recipe.prompts, chance.random()
-    if length == 1:  # a mask would be the answer
-        draw *= prompts.box + prompts.points
-    kind: Literal["mask", "box", "points"] = "box" if draw < prompts.box else "points" if draw < prompts.box + prompts.points else "mask"
-    return Given(kind, chance.randint(1, prompts.most_points), prompts.jitter)
+    if length > 1 and recipe.phase(done).masks_only:
+        return "mask"
+    if draw < prompts.box + prompts.points:
+        return "box" if draw < prompts.box else "points"
+    return "mask" if length > 1 else "nearly"  # of a single image, the mask would be the answer
 
 
-def _first(model: SlmSam2, here: SliceFeatures, clips: Clips, given: Given, rng: torch.Generator) -> tuple[Memory, list[SliceLoss]]:
-    """What is remembered of the first slice, and what the model got wrong where it had to draw the mask itself."""
-    if given.kind == "mask":
-        return _annotated(model, here, clips, 0), []
-    truth = clips.masks[0]
-    points, labels = box_of(truth, rng, given.jitter) if given.kind == "box" else points_of(truth, given.points, rng)
-    output = prompted(model, here, points, labels)
-    return model.remember(here, output), [slice_loss(output, truth)]
+def _prompted(
+    model: SlmSam2, here: SliceFeatures, truth: Tensor, given: Kind, recipe: Recipe, chance: random.Random, rng: torch.Generator
+) -> SliceOutput:
+    """What the model makes of a prompt drawn from the masks (M, 1, H, W)."""
+    prompts = recipe.prompts
+    if given == "nearly":
+        return improved(model, here, nearly(truth, rng, prompts.shift, prompts.scale))
+    if given == "box":
+        return boxed(model, here, box_of(truth, rng, prompts.jitter))
+    return pointed(model, here, *points_of(truth, chance.randint(1, prompts.most_points), rng))
 
 
 def _annotated(model: SlmSam2, here: SliceFeatures, clips: Clips, t: int) -> Memory:

@@ -29,6 +29,7 @@ class Phase(Frozen):
 
     until: float = Field(description="share of the run at which it ends", gt=0, le=1)
     lengths: tuple[int, ...] = Field(description="slices per clip, all equally likely; 1: single images", min_length=1)
+    masks_only: bool = Field(default=False, description="whether the first of several slices is always given as a mask")
 
     @model_validator(mode="after")
     def _possible(self) -> Phase:
@@ -38,10 +39,12 @@ class Phase(Frozen):
 
 
 class Prompts(Frozen):
-    """How often the first slice is given as what; mask takes the rest. Single images are never given as a mask."""
+    """How often the first slice is given as what; its mask takes the rest, or, of single images, another mask nearly like it."""
 
-    box: float = Field(default=0.15, description="share of steps with a box", ge=0, le=1)
-    points: float = Field(default=0.15, description="share of steps with points", ge=0, le=1)
+    box: float = Field(default=0.15, description="share of parts with a box", ge=0, le=1)
+    points: float = Field(default=0.1, description="share of parts with points", ge=0, le=1)
+    shift: float = Field(default=0.25, description="shift of a mask nearly like the true one, at most this share of its size", ge=0, le=1)
+    scale: float = Field(default=1.4, description="its scale, at most this many times larger or smaller", ge=1, le=4)
     most_points: int = Field(default=3, description="1 to so many points, the first of them inside", ge=1, le=16)
     jitter: float = Field(default=0.1, description="shift of a box's corners, at most this share of its edges", ge=0, le=0.5)
 
@@ -77,6 +80,16 @@ class Checks(Frozen):
     seed: int = Field(default=1_000_003, description="seed of their volumes", ge=0, lt=2**32)
 
 
+class Losses(Frozen):
+    """What each term of the loss counts."""
+
+    pixels: float = Field(default=0.3, description="of the cross-entropy in which inside and outside count alike", ge=0)
+    absent: float = Field(default=10.0, description="how many times that where the object is not", ge=0)
+    dice: float = Field(default=1.0, description="of soft Dice, where the object is", ge=0)
+    iou: float = Field(default=1.0, description="of the error of the predicted IoU, where the object is", ge=0)
+    presence: float = Field(default=1.0, description="of the cross-entropy of presence", ge=0)
+
+
 class Recipe(Frozen):
     """Everything that decides how a base model comes out."""
 
@@ -101,6 +114,7 @@ class Recipe(Frozen):
     phases: tuple[Phase, ...] = Field(description="single images, short clips, long clips", min_length=1)
     prompts: Prompts = Field(default_factory=Prompts)
     reading: Reading
+    losses: Losses = Field(default=Losses())
     checks: Checks = Field(default_factory=Checks)
     volumes: VolumesRecipe = Field(default=VolumesRecipe(), description="the procedural volumes")
 

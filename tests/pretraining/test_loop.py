@@ -12,7 +12,7 @@ from slmsam2_cli.pretraining.checks import check, held_out
 from slmsam2_cli.pretraining.helpers import gather_gradients, share
 from slmsam2_cli.pretraining.loop import new_learner, train
 from slmsam2_cli.pretraining.model import build
-from slmsam2_cli.pretraining.parts import clip_losses, compute, drawn, seed_of
+from slmsam2_cli.pretraining.parts import clip_losses, compute, drawn, given_as, seed_of
 from slmsam2_cli.pretraining.reading import Anywhere, Reader
 from slmsam2_cli.pretraining.recipe import NANO, Recipe
 
@@ -37,7 +37,9 @@ def losses_of(chosen, seed=0):
     model = build(chosen, CPU)
     model.train()
     clips = drawn(chosen, 0, 0, 0.0, CPU)
-    return clip_losses(model, clips, chosen, random.Random(seed), torch.Generator().manual_seed(seed)), model
+    chance = random.Random(seed)
+    given = given_as(chosen, len(clips.masks), 0.0, chance)
+    return clip_losses(model, clips, chosen, given, chance, torch.Generator().manual_seed(seed)), model
 
 
 def test_every_step_and_part_has_clips_of_its_own_and_always_the_same():
@@ -60,10 +62,15 @@ def test_a_slice_costs_where_the_model_drew_it_and_not_where_its_mask_was_given(
     assert len(losses) == slices
 
 
-def test_a_single_image_is_never_given_as_its_own_mask():
-    for seed in range(5):
-        losses, _ = losses_of(recipe(phases=of_length(1)), seed)
-        assert len(losses) == 1
+def test_a_single_image_is_given_as_another_mask_a_box_or_points_and_never_as_its_own_mask():
+    chosen = recipe(phases=of_length(1))
+    assert {given_as(chosen, 1, 0.0, random.Random(seed)) for seed in range(50)} == {"nearly", "box", "points"}
+    assert all(len(losses_of(chosen, seed)[0]) == 1 for seed in range(5))
+
+
+def test_a_phase_may_ask_for_masks_only():
+    chosen = recipe(prompts={"box": 1.0, "points": 0.0}, phases=[{"until": 0.5, "lengths": [2], "masks_only": True}, *of_length(2)])
+    assert [given_as(chosen, 2, done, random.Random(0)) for done in (0.0, 0.5)] == ["mask", "box"]
 
 
 def test_a_last_slice_that_is_annotated_too_is_not_tracked():

@@ -5,7 +5,7 @@ import torch
 
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.network import NetworkPlan
-from slmsam2_cli.pretraining.prompting import box_of, points_of, prompted
+from slmsam2_cli.pretraining.prompting import box_of, boxed, filled, improved, nearly, pointed, points_of, quartered
 
 PX = 64
 
@@ -21,13 +21,14 @@ def rectangle(left=10, top=20, right=29, bottom=35):
 
 
 def test_the_box_of_a_rectangle_is_its_two_corners():
-    points, labels = box_of(rectangle(), rng(), jitter=0.0)
-    assert points.tolist() == [[[10, 20], [29, 35]]] and labels.tolist() == [[2, 3]]
+    box = box_of(rectangle(), rng(), jitter=0.0)
+    assert box.tolist() == [[[10, 20], [29, 35]]]
+    assert torch.equal(filled(box, PX), rectangle())
 
 
 def test_a_shifted_box_stays_in_the_frame_and_near_the_mask():
     masks = rectangle(0, 0, 63, 9).expand(50, -1, -1, -1)
-    points, _ = box_of(masks, rng(), jitter=0.1)
+    points = box_of(masks, rng(), jitter=0.1)
     assert points.min() >= 0 and points.max() <= PX - 1
     assert (points[:, 1, 1] - 9).abs().max() <= 1.0 and points[:, 1, 1].std() > 0
 
@@ -49,22 +50,32 @@ def test_where_everything_is_inside_no_point_is_outside():
 def test_one_point_may_mean_three_things_and_several_mean_one(points, candidates):
     model = SlmSam2(NetworkPlan(size="nano"), PX).eval()
     with torch.no_grad():
-        output = prompted(model, model.encode(torch.rand(2, 3, PX, PX)), *points_of(rectangle().expand(2, -1, -1, -1), points, rng()))
+        output = pointed(model, model.encode(torch.rand(2, 3, PX, PX)), *points_of(rectangle().expand(2, -1, -1, -1), points, rng()))
     assert output.candidates.shape == (2, candidates, PX // 4, PX // 4) and output.iou.shape == (2, candidates)
 
 
-def test_a_model_learns_where_a_box_is():
-    """Noise shows nothing: only the prompt can tell the two rectangles apart."""
+def test_a_mask_that_is_nearly_right_keeps_its_shape_and_stays_near():
+    masks = rectangle().expand(50, -1, -1, -1)
+    others = nearly(masks, rng(), shift=0.25, scale=1.4)
+    shared = (others * masks).sum(dim=(1, 2, 3)) / torch.maximum(others, masks).sum(dim=(1, 2, 3))
+    assert shared.min() > 0.2 and shared.max() < 1.01 and shared.std() > 0.05
+    assert set(others.unique().tolist()) == {0.0, 1.0}
+
+
+def test_a_mask_that_is_neither_moved_nor_scaled_is_itself():
+    assert torch.equal(nearly(rectangle(), rng(), shift=0.0, scale=1.0), rectangle())
+
+
+def test_what_would_leave_the_frame_altogether_stays():
+    pixel = rectangle(63, 63, 63, 63).expand(20, -1, -1, -1)
+    assert nearly(pixel, rng(), shift=1.0, scale=4.0).flatten(1).any(dim=1).all()
+
+
+@torch.no_grad()
+def test_before_it_has_learned_anything_a_model_that_carries_masks_says_the_box_or_the_mask_it_was_given():
     torch.manual_seed(0)
-    model, masks = SlmSam2(NetworkPlan(size="nano"), PX), torch.cat([rectangle(4, 4, 23, 23), rectangle(40, 36, 59, 55)])
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    frames, target = torch.rand(2, 3, PX, PX), torch.nn.functional.max_pool2d(masks, 4)
-    for _ in range(25):
-        output = prompted(model, model.encode(frames), *box_of(masks, rng(), 0.0))
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(output.candidates, target)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    drawn = output.candidates > 0
-    assert ((drawn & (target > 0)).sum(dim=(1, 2, 3)) > 0.5 * target.sum(dim=(1, 2, 3))).all()
-    assert not torch.equal(drawn[0], drawn[1])
+    model = SlmSam2(NetworkPlan(size="nano"), PX).eval()
+    features, box = model.encode(torch.rand(1, 3, PX, PX)), torch.tensor([[[8.0, 8.0], [39.0, 31.0]]])
+    given = quartered(filled(box, PX)) > 0
+    assert torch.equal(boxed(model, features, box).chosen > 0, given)
+    assert torch.equal(improved(model, features, filled(box, PX)).chosen > 0, given)

@@ -1,0 +1,110 @@
+"""Where the time of a pre-training step goes on this machine's CPU, and what quicker routes and several processes bring.
+
+    python benchmarks/pretraining.py [--repeats 5] [--windows 8] [--length 8] [--steps 6]
+
+First one thread: the phases of a step, with SAM 2's modules as they are and by quicker routes (model/faster.py), taking turns on
+the same clips; the least of the repeats, in seconds of CPU time, which other programs disturb less than the clock. Then whole
+steps of that length by the clock: one process of one thread, one of two threads, two of one; medians.
+"""
+
+import argparse
+import itertools
+import random
+import statistics
+import time
+
+import torch
+
+from slmsam2_cli.finetuning.learner import take_step, total_of
+from slmsam2_cli.finetuning.loop import followed
+from slmsam2_cli.model import faster
+from slmsam2_cli.model.slmsam2 import MemoryBank
+from slmsam2_cli.pretraining import loop
+from slmsam2_cli.pretraining import model as models
+from slmsam2_cli.pretraining.helpers import gather_gradients
+from slmsam2_cli.pretraining.parts import drawn
+from slmsam2_cli.pretraining.reading import Reader
+from slmsam2_cli.pretraining.recipe import NANO, Recipe, read_recipe
+
+CPU = torch.device("cpu")
+NAMES = ("draw", "encode", "annotate", "track", "backward", "optimise")
+PROCESSES = {"1 process, 1 thread": (1, 1, False), "1 process, 2 threads": (1, 2, False), "2 processes, 1 thread each": (2, 1, True)}
+
+
+def fixed(windows: int, length: int, parts: int = 1, policy: str = "shortlong") -> Recipe:
+    """The packaged recipe with nothing left to chance but the volumes."""
+    changes = {"parts": parts, "most_windows": windows, "slices_per_step": windows * length, "other_frames": {}, "minutes": None}
+    changes |= {"phases": ({"until": 1.0, "lengths": (length,)},), "prompts": {"box": 0.0, "points": 0.0}}
+    changes |= {"reading": {"policies": {policy: 1.0}, "drop_tracked": 0.0, "drop_carried": 0.0, "drop_all": 0.0, "two_anchors": 0.0}}
+    return Recipe.model_validate(read_recipe(NANO).model_dump() | changes)
+
+
+def one_step(learner: loop.Pretrainer, recipe: Recipe, gradients: torch.Tensor, step: int) -> list[float]:
+    """Seconds of CPU time of every phase."""
+    model, marks = learner.model, [time.process_time()]
+    gradients.zero_()
+    clips = drawn(recipe, step, 0, 0.5, CPU)
+    marks.append(time.process_time())
+    features = model.encode(clips.frames.flatten(0, 1))
+    marks.append(time.process_time())
+    first = features.at(clips.feature_index(0))
+    bank = MemoryBank({0: model.remember(first, model.anchor(first, clips.masks[0]), clips.masks[0])})
+    marks.append(time.process_time())
+    reader = Reader(model, recipe, clips.slices, random.Random(0))
+    total = total_of(followed(model, clips, features, bank, reader.track, len(clips.masks)))
+    marks.append(time.process_time())
+    total.backward()
+    marks.append(time.process_time())
+    take_step(learner, 1e-5, recipe.average)
+    marks.append(time.process_time())
+    return [after - before for before, after in itertools.pairwise(marks)]
+
+
+def phases(windows: int, length: int, repeats: int) -> None:
+    """The first table."""
+    recipe = fixed(windows, length)
+    quick = loop.new_learner(recipe, CPU)
+    route, models.make_faster = models.make_faster, lambda model: None
+    plain = loop.new_learner(recipe, CPU)
+    models.make_faster = route
+    assert any(type(module) is faster.PointwiseConv2d for module in quick.model.modules())
+    arms = {"as in sam2": plain, "quicker routes": quick}
+    gradients = {name: gather_gradients(arm.model) for name, arm in arms.items()}
+    found: dict[str, list[list[float]]] = {name: [] for name in arms}
+    for repeat in range(repeats + 1):
+        for name, arm in arms.items():
+            found[name].append(one_step(arm, recipe, gradients[name], repeat % 2))
+    print(f"| {windows} clips of {length} slices, {recipe.frame_px} px | " + " | ".join(NAMES) + " | sum | clips/s |")
+    print("|" + "---|" * (len(NAMES) + 3))
+    for name, rows in found.items():
+        least = [min(column) for column in zip(*rows[1:])]
+        print(f"| {name} | " + " | ".join(f"{s:.2f}" for s in least) + f" | {sum(least):.2f} | {windows / sum(least):.1f} |")
+
+
+def processes(windows: int, length: int, steps: int) -> None:
+    """The second table."""
+    print("\n| | seconds a step | clips/s |\n|---|---|---|")
+    for name, (parts, threads, side_by_side) in PROCESSES.items():
+        torch.set_num_threads(threads)
+        recipe = fixed(windows, length, parts)
+        seconds = [
+            step.seconds for step in itertools.islice(loop.train(loop.new_learner(recipe, CPU), recipe, bool, side_by_side), steps + 1)
+        ]
+        median = statistics.median(seconds[1:])
+        print(f"| {name} | {median:.2f} | {windows / median:.1f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=6)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    phases(options.windows, options.length, options.repeats)
+    processes(options.windows, options.length, options.steps)
+
+
+if __name__ == "__main__":
+    main()
