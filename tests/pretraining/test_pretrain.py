@@ -8,13 +8,17 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from slmsam2_cli.data.phantom import write_phantom_dataset
 from slmsam2_cli.errors import PlanError, UsageError, WeightsError
-from slmsam2_cli.model.checkpoint import fit, read_checkpoint
+from slmsam2_cli.model.checkpoint import base_weights, fit, read_checkpoint
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.network import NetworkPlan
 from slmsam2_cli.pretraining.recipe import SMOKE
 from slmsam2_cli.stages import pretrain as stage
+from slmsam2_cli.stages.finetune import finetune
+from slmsam2_cli.stages.predict import predict
 from slmsam2_cli.stages.pretrain import pretrain
+from slmsam2_cli.workspace import Workspace
 
 TINY = {"frame_px": 32, "slices_per_step": 4, "most_windows": 2, "steps": 4, "minutes": None, "checks": {"windows": 2, "length": 4}}
 
@@ -51,6 +55,23 @@ def test_the_weights_are_half_as_large_carry_their_recipe_and_load_as_full_preci
     fit(model, read)
     assert model.carry_gain.dtype == torch.float32
     assert model.network == NetworkPlan(size="nano", policy="shortlong") and not read.warnings
+
+
+def test_finetune_starts_from_them_and_predict_uses_them_as_they_are(done, tmp_path):
+    write_phantom_dataset(tmp_path / "data", cases=2, test_cases=0, seed=3, shape=(6, 32, 32))
+    workspace, weights = Workspace(tmp_path / "workspace"), str(done / "nano.safetensors")
+    assert finetune(tmp_path / "data", workspace, cases=1, weights=weights, steps=1) == 0
+    tuned = read_checkpoint(workspace.model)
+    assert tuned.provenance.base_digest == read_checkpoint(done / "nano.safetensors").digest and not tuned.provenance.random
+    labels = tmp_path / "data" / "labelsTr"
+    images = tmp_path / "data" / "imagesTr"
+    assert predict(images, tmp_path / "masks", prompts_from=labels, weights=weights, workspace=workspace, report=False) == 0
+    assert {p.name for p in (tmp_path / "masks").glob("*.nii.gz")} == {p.name for p in labels.iterdir()}
+
+
+def test_the_packaged_base_is_read_from_such_a_file(done, monkeypatch):
+    monkeypatch.setattr("slmsam2_cli.model.checkpoint.EMBEDDED", done / "nano.safetensors")
+    assert base_weights("auto").digest == read_checkpoint(done / "nano.safetensors").digest
 
 
 def test_an_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(done, recipe, tmp_path, monkeypatch):
