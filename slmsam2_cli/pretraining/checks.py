@@ -22,14 +22,17 @@ from slmsam2_cli.pretraining.volumes import draw_clips
 
 @dataclass(frozen=True)
 class Check:
-    """Means over tracks or slices. dice: of the model; copy: of the first mask on every slice; carried: of the model with no memory
-    but the carried mask; presence: share of slices on which it was right about whether the object is there; beyond, missed:
-    share of empty slices with a mask, of slices of the object without one.
+    """Means over tracks or slices.
+
+    dice: of the model; copy: of the first mask on every slice; carried: of the model with no memory but the carried mask;
+    told: of the model, had it been told on which slices the object is; presence: share of slices on which it was right about
+    whether the object is there; beyond, missed: share of empty slices with a mask, of slices of the object without one.
     """
 
     dice: float
     copy: float
     carried: float
+    told: float
     presence: float
     beyond: float
     missed: float
@@ -47,13 +50,16 @@ def held_out(recipe: Recipe, device: torch.device) -> Clips:
 def check(model: SlmSam2, clips: Clips) -> Check:
     """Measure a model, which has to be in evaluation mode."""
     truth = clips.masks[1:, :, 0] > 0.5
-    masks, presence = _tracked(model, clips)
     there = truth.flatten(2).any(dim=2)
+    chosen, presence = _tracked(model, clips)
+    masks = chosen & presence[..., None, None]
+    carried, still = _tracked(model, clips, only_carried=True)
     drawn = masks.flatten(2).any(dim=2)
     return Check(
         dice=_dice(masks, truth),
+        told=_dice(chosen & there[..., None, None], truth),
         copy=_dice((clips.masks[:1, :, 0] > 0.5).expand_as(truth), truth),
-        carried=_dice(_tracked(model, clips, only_carried=True)[0], truth),
+        carried=_dice(carried & still[..., None, None], truth),
         presence=_share(presence == there),
         beyond=_share(drawn[~there]),
         missed=_share(~drawn[there]),
@@ -61,7 +67,7 @@ def check(model: SlmSam2, clips: Clips) -> Check:
 
 
 def _tracked(model: SlmSam2, clips: Clips, only_carried: bool = False) -> tuple[Tensor, Tensor]:
-    """Masks (T - 1, M, H, W) and presence (T - 1, M), both bool, of the slices after the first."""
+    """Of the slices after the first: masks (T - 1, M, H, W), as if the object were there, and presence (T - 1, M); both bool."""
     length = len(clips.masks)
     features = model.encode(clips.frames.flatten(0, 1))
     first = features.at(clips.feature_index(0))
@@ -76,7 +82,7 @@ def _tracked(model: SlmSam2, clips: Clips, only_carried: bool = False) -> tuple[
         model.forget(bank, moment)
         outputs.append(output)
     size = clips.masks.shape[-2:]
-    masks = [F.interpolate(o.logits.float(), size=size, mode="bilinear", align_corners=False)[:, 0] > 0 for o in outputs]
+    masks = [F.interpolate(o.chosen.float(), size=size, mode="bilinear", align_corners=False)[:, 0] > 0 for o in outputs]
     return torch.stack(masks), torch.stack([o.presence[:, 0] > 0 for o in outputs])
 
 

@@ -162,8 +162,9 @@ def _check(learner: Pretrainer, recipe: Recipe, checks: Log) -> None:
     checks.add({"step": learner.step, "seconds": round(learner.seconds, 1)} | asdict(found))
     checks.write()
     console.say(
-        f"step {learner.step}, {learner.seconds / 60:.1f} min: Dice {found.dice:.3f} (first mask copied {found.copy:.3f}, "
-        f"memory emptied {found.carried:.3f}), presence {found.presence:.3f}, beyond ends {found.beyond:.3f}, missed {found.missed:.3f}"
+        f"step {learner.step}, {learner.seconds / 60:.1f} min: Dice {found.dice:.3f} "
+        f"(first mask copied {found.copy:.3f}, memory emptied {found.carried:.3f}, ends told {found.told:.3f}), "
+        f"presence {found.presence:.3f}, beyond ends {found.beyond:.3f}, missed {found.missed:.3f}"
     )
 
 
