@@ -198,6 +198,9 @@ def predict(
         Path | None, typer.Option("--prompts-from", metavar="LABELS", help="Whole masks of which one slice a label is taken, as a trial.")
     ] = None,
     where: Annotated[Literal["middle", "largest", "quarter"], typer.Option("--slice", help="Which slice --prompts-from takes.")] = "middle",
+    end_stops: Annotated[
+        bool, typer.Option("--end-stops", help="From whole masks take, too, that the slices just beyond each label's ends are empty.")
+    ] = False,
     dataset: DatasetOption = None,
     workspace: WorkspaceOption = None,
     model: Annotated[
@@ -231,6 +234,7 @@ def predict(
         prompts=prompts,
         prompts_from=prompts_from,
         where=where,
+        end_stops=end_stops,
         dataset=root,
         workspace=Workspace.of(root, workspace) if root is not None else Workspace(workspace) if workspace is not None else None,
         model=model,

@@ -65,7 +65,7 @@ def settings_digest(geometry: GeometryPlanLike, intensity: Sequence[ChannelInten
         "slice_axis": geometry.slice_axis,
         "in_plane_mm": geometry.in_plane_mm,
         "through_plane_mm": geometry.through_plane_mm,
-        "frame_px": geometry.frame_px,
+        "frame_px": geometry.stack_px,
         "crop_to_nonzero": geometry.crop_to_nonzero,
         "intensity": [[channel.scheme, channel.lower, channel.upper] for channel in intensity],
     }

@@ -174,18 +174,28 @@ def _listed(path: Path, case_id: str, view: View) -> tuple[int, ...]:
     return tuple(view.file_index(index) for index in listed)
 
 
-def simulate_prompts(labels: Array, view: View, values: Sequence[int], where: Where) -> Prompts:
-    """One slice for each label, cut out of a full mask (Z, Y, X). A label that does not occur is annotated nowhere."""
+def simulate_prompts(labels: Array, view: View, values: Sequence[int], where: Where, end_stops: bool = False) -> Prompts:
+    """One slice for each label, cut out of a full mask (Z, Y, X). A label that does not occur is annotated nowhere.
+
+    end_stops: the slices just before its first and just behind its last one, where there are such, say that it is not there.
+    """
     stack = view.oriented(labels)
     sparse = np.zeros_like(labels)
     kept = view.oriented(sparse)
     annotated: dict[int, tuple[int, ...]] = {}
     for value in values:
         area = (stack == value).sum(axis=(1, 2))
-        annotated[value] = (choose_slice(area, where),) if area.any() else ()
-        for t in annotated[value]:
+        given = (choose_slice(area, where),) if area.any() else ()
+        for t in given:
             kept[t][stack[t] == value] = value
+        annotated[value] = tuple(sorted({*given, *(_beyond(area) if end_stops else ())}))
     return Prompts(sparse, annotated, ())
+
+
+def _beyond(area: Array) -> list[int]:
+    """The slices just beyond either end of a label, given its area (T,) on each slice."""
+    held = np.flatnonzero(area)
+    return [t for t in (int(held[0]) - 1, int(held[-1]) + 1) if 0 <= t < len(area)] if held.size else []
 
 
 def choose_slice(area: Array, where: Where) -> int:

@@ -14,7 +14,7 @@ import torch
 
 from slmsam2_cli.data.prepared import PreparedCase
 from slmsam2_cli.data.prompts import choose_slice
-from slmsam2_cli.inference.engine import Anchor, full_resolution, propagate
+from slmsam2_cli.inference.engine import Anchor, propagate
 from slmsam2_cli.model.calibration import Calibration, calibrate
 from slmsam2_cli.model.slices import framed, to_input
 from slmsam2_cli.model.slmsam2 import SlmSam2
@@ -80,10 +80,11 @@ def _pairs(model: SlmSam2, one: _Structure, plan: Plan) -> Iterator[tuple[float,
     truth = torch.from_numpy(labels == one.value)
     looked = torch.from_numpy(labels != plan.ignore)
     frames = torch.from_numpy(np.asarray(one.case.frames[:, one.start : one.stop], dtype=np.float32))
-    px, given = plan.geometry.frame_px, one.given - one.start
-    found = propagate(model, framed(to_input(frames), px), {one.value: [Anchor(given, framed(truth[given], px))]})[one.value]
+    px, given = plan.geometry.stack_px, one.given - one.start
+    objects = {one.value: [Anchor(given, framed(truth[given], px))]}
+    found = propagate(model, framed(to_input(frames), px), objects, focus=plan.geometry.focus)[one.value]
     for t in range(len(truth)):
-        mask = (full_resolution(found.logits[t : t + 1], px, *truth.shape[1:])[0] > 0) & looked[t]
+        mask = (found.plane(t, px, *truth.shape[1:]) > 0) & looked[t]
         pixels = int(mask.sum()) + int(truth[t].sum())
         if t != given and pixels:
             yield float(found.confidence[t]), 2 * int((mask & truth[t]).sum()) / pixels

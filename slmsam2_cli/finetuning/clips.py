@@ -16,7 +16,9 @@ from torch import Tensor
 
 from slmsam2_cli.data.prepared import PreparedCase
 from slmsam2_cli.errors import DatasetError
+from slmsam2_cli.model.focus import Square, around, box_of
 from slmsam2_cli.model.slices import framed, to_input
+from slmsam2_cli.planning.plan import GeometryPlan
 
 ENDS = 0.6
 _POINTERS = 16
@@ -62,8 +64,8 @@ class _Structure:
 class ClipSampler:
     """Draws clips from prepared cases; all randomness comes from the generator given to `draw`."""
 
-    def __init__(self, cases: Sequence[PreparedCase], values: Sequence[int], frame_px: int, ignore: int | None = None) -> None:
-        self.cases, self.frame_px, self.ignore = [case for case in cases if case.frames.shape[1] > 1], frame_px, ignore
+    def __init__(self, cases: Sequence[PreparedCase], values: Sequence[int], geometry: GeometryPlan, ignore: int | None = None) -> None:
+        self.cases, self.geometry, self.ignore = [case for case in cases if case.frames.shape[1] > 1], geometry, ignore
         self.structures = [s for i, case in enumerate(self.cases) for s in _structures(i, case, values, ignore)]
         if not self.structures:
             raise DatasetError("no training case holds a labelled structure over at least two slices. Annotate one, or check the labels")
@@ -75,11 +77,12 @@ class ClipSampler:
         starts = [self._start(rng, s, length) for s in chosen]
         runs = [(w, value, reverse) for w, (s, start) in enumerate(zip(chosen, starts)) for value, reverse in self._runs(s, start, length)]
         runs = [runs[i] for i in sorted(rng.permutation(len(runs))[:tracks])]
-        frames = torch.stack([self._frames(s, start, length) for s, start in zip(chosen, starts)], dim=1)
-        masks = torch.stack([self._masks(chosen[w], starts[w], length, value, reverse) for w, value, reverse in runs], dim=1)
+        squares = [self._square(s, start, length) for s, start in zip(chosen, starts)]
+        frames = torch.stack([self._frames(s, start, length, square) for s, start, square in zip(chosen, starts, squares)], dim=1)
+        masks = torch.stack([self._masks(chosen[w], starts[w], length, value, reverse, squares[w]) for w, value, reverse in runs], dim=1)
         known = None
         if self.ignore is not None:
-            ignored = [self._masks(chosen[w], starts[w], length, self.ignore, reverse) for w, _, reverse in runs]
+            ignored = [self._masks(chosen[w], starts[w], length, self.ignore, reverse, squares[w]) for w, _, reverse in runs]
             known = 1 - torch.stack(ignored, dim=1)
         window, reverse = torch.tensor([w for w, _, _ in runs]), torch.tensor([r for _, _, r in runs])
         return Clips(frames, masks, window, reverse, self._slices(chosen[0]), known)
@@ -117,15 +120,27 @@ class ClipSampler:
         edges = ((start, False), (start + length - 1, True))
         return [(s.label, reverse) for s in siblings for edge, reverse in edges if edge in s.slices]
 
-    def _frames(self, structure: _Structure, start: int, length: int) -> Tensor:
-        stack = torch.from_numpy(np.asarray(self.cases[structure.case].frames[:, start : start + length], dtype=np.float32))
-        return framed(to_input(stack), self.frame_px)
+    def _square(self, structure: _Structure, start: int, length: int) -> Square | None:
+        """Where the network looks: around the structure on the edge of the window that holds it; None: at whole slices."""
+        if self.geometry.focus is None:
+            return None
+        labels = self.cases[structure.case].labels
+        assert labels is not None
+        edges = [edge for edge in (start, start + length - 1) if edge in structure.slices]
+        given = framed(torch.from_numpy(np.asarray(labels[edges[0]]) == structure.label), self.geometry.stack_px)
+        return around(box_of([given]), self.geometry.focus, self.geometry.stack_px)
 
-    def _masks(self, structure: _Structure, start: int, length: int, value: int, reverse: bool) -> Tensor:
+    def _frames(self, structure: _Structure, start: int, length: int, square: Square | None) -> Tensor:
+        stack = torch.from_numpy(np.asarray(self.cases[structure.case].frames[:, start : start + length], dtype=np.float32))
+        slices = framed(to_input(stack), self.geometry.stack_px)
+        return square.cut(slices, self.geometry.frame_px) if square is not None else slices
+
+    def _masks(self, structure: _Structure, start: int, length: int, value: int, reverse: bool, square: Square | None) -> Tensor:
         labels = self.cases[structure.case].labels
         assert labels is not None
         mask = torch.from_numpy(np.asarray(labels[start : start + length]) == value).float()
-        return framed((mask.flip(0) if reverse else mask).unsqueeze(1), self.frame_px)
+        slices = framed((mask.flip(0) if reverse else mask).unsqueeze(1), self.geometry.stack_px)
+        return square.cut_masks(slices, self.geometry.frame_px) if square is not None else slices
 
 
 def _structures(index: int, case: PreparedCase, values: Sequence[int], ignore: int | None) -> list[_Structure]:

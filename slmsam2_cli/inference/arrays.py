@@ -177,7 +177,7 @@ def anchors_on(prompts: Prompts, view: View, frame_px: int) -> list[Anchor]:
 
 def track_of(found: Propagated, prompts: Prompts, view: View, frame_px: int) -> Track:
     """What was found, at the stack's own size; annotated slices exactly as drawn."""
-    mask = impose(labels_of({_OBJECT: found.logits}, view, frame_px), prompts, view) == _OBJECT
+    mask = impose(labels_of({_OBJECT: found}, view, frame_px), prompts, view) == _OBJECT
     return Track(mask, found.confidence.numpy(), found.disagreement.numpy())
 
 
@@ -219,5 +219,6 @@ def mask_on(mask: Array, view: View, frame_px: int) -> Tensor:
 
 def match_of(found: Found, drawn: Array | None, view: View, frame_px: int) -> Match:
     """What was found on one image, at its own size; an annotated image exactly as drawn."""
-    mask = drawn if drawn is not None else labels_of({_OBJECT: found.logits[None]}, view, frame_px)[0] == _OBJECT
+    alone = Propagated(found.logits[None], torch.tensor([found.confidence]), torch.tensor([torch.nan]))
+    mask = drawn if drawn is not None else labels_of({_OBJECT: alone}, view, frame_px)[0] == _OBJECT
     return Match(mask, found.confidence, found.nearest, found.similarity, found.warning)

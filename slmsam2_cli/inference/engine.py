@@ -4,10 +4,14 @@ Every annotated slice that holds an object starts a pass in each direction. A pa
 where a person's word begins; between two annotated slices the passes from both sides, no surer than SURE, are blended by
 distance. The passes are independent (docs/explanation/propagation.md), unless the memory policy is two-sided: then all passes
 share one store, as in SAM 2's predictor, first all forwards, then all backwards.
+
+With a focus the network sees, of every slice, a square around what is annotated (model/focus.py). An object whose mask reaches the
+edge of its square is tracked once more in a larger one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -15,12 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slmsam2_cli.model.focus import Square, around, box_of
 from slmsam2_cli.model.memory.policy import Moment
 from slmsam2_cli.model.slmsam2 import Memory, MemoryBank, SliceFeatures, SliceOutput, SlmSam2
 
 ABSENT = -20.0  # logit of "nothing here" in results
 SURE = 10.0  # the most one of two passes counts where they are blended; "nothing here" would outvote the other from afar
 BATCH = 8  # slices encoded at a time
+ATTEMPTS = 3  # squares tried, each larger than the one before
+RIM = 1  # mask pixels along the edge of a square that a mask has to leave free
 
 
 @dataclass(frozen=True)
@@ -35,14 +42,21 @@ class Anchor:
 class Propagated:
     """One object on every slice.
 
-    logits (T, 4h, 4w) float32, below 0 where absent; confidence (T,): presence probability times predicted IoU, 1 on
-    annotated slices, 0 where no pass came by; disagreement (T,): where passes from both sides came by, 1 - Dice of their two
-    masks (0 when both are empty), NaN elsewhere.
+    logits (T, 4h, 4w) float32, below 0 where absent: of `square`, or of whole slices; confidence (T,): presence probability
+    times predicted IoU, 1 on annotated slices, 0 where no pass came by; disagreement (T,): where passes from both sides came
+    by, 1 - Dice of their two masks (0 when both are empty), NaN elsewhere.
     """
 
     logits: Tensor
     confidence: Tensor
     disagreement: Tensor
+    square: Square | None = None
+
+    def plane(self, t: int, slice_px: int, height: int, width: int) -> Tensor:
+        """(H, W) logits of slice t on the stack's pixels; slice_px: edge of the frame that the stack's slices are padded to."""
+        if self.square is None:
+            return full_resolution(self.logits[t : t + 1], slice_px, height, width)[0]
+        return self.square.paste(self.logits[t], slice_px, ABSENT)[:height, :width]
 
 
 class Features:
@@ -78,16 +92,60 @@ def propagate(
     advance: Callable[[int], None] = lambda slices: None,
     low_resolution_anchors: bool = False,
     batch: int = BATCH,
+    focus: float | None = None,
 ) -> dict[int, Propagated]:
     """Masks of every object on every slice.
 
-    frames (T, C, px, px) in [0, 1]; objects: label -> its annotated slices. `advance` is told how many slices were
+    frames (T, C, px, px) in [0, 1], of the network's size, or of any with a focus: the network then sees a square so many times
+    as wide as what is annotated, each object in its own. objects: label -> its annotated slices. `advance` is told how many slices were
     tracked. low_resolution_anchors: write a person's mask to memory as SAM 2's predictor does, through the 4x smaller
     mask; otherwise at full resolution. batch: slices encoded at a time.
     """
     model.eval()
-    features = Features(model, frames, batch)
-    return {label: _object(model, features, anchors, advance, low_resolution_anchors) for label, anchors in objects.items()}
+    if focus is None:
+        features = Features(model, frames, batch)
+        return {label: _object(model, features, anchors, advance, low_resolution_anchors) for label, anchors in objects.items()}
+    return {label: _focused(model, frames, anchors, focus, advance, low_resolution_anchors, batch) for label, anchors in objects.items()}
+
+
+def _focused(
+    model: SlmSam2, frames: Tensor, anchors: list[Anchor], focus: float, advance: Callable[[int], None], low: bool, batch: int
+) -> Propagated:
+    """One object in a square around what is annotated; in a larger one where that turns out too small."""
+    slice_px, px = frames.shape[-1], model.frame_px
+    square = around(box_of([a.mask for a in anchors if bool(a.mask.any())]), focus, slice_px)
+    for attempt in range(1, ATTEMPTS + 1):
+        features = Features(model, square.cut(frames, px), batch)
+        seen = [Anchor(a.slice, square.cut_masks(a.mask, px)) for a in anchors]
+        found = replace(_object(model, features, seen, advance if attempt == 1 else _quietly, low), square=square)
+        larger = _larger(found, focus, slice_px)
+        if larger is None:
+            break
+        square = larger
+    return found
+
+
+def _quietly(slices: int) -> None:
+    """Slices tracked once more are no progress."""
+
+
+def _larger(found: Propagated, focus: float, slice_px: int) -> Square | None:
+    """A square that leaves the mask room; None where it has room enough, or there is no larger one."""
+    assert found.square is not None
+    square, held = found.square, (found.logits > 0).any(dim=0)
+    if square.edge >= slice_px or not held.any():
+        return None
+    top, left, bottom, right = box_of([held])
+    count = held.shape[-1]
+    ends = (top, square.row > 0), (left, square.column > 0)
+    tails = (bottom, square.row + square.edge < slice_px), (right, square.column + square.edge < slice_px)
+    if not (any(place < RIM and open_ for place, open_ in ends) or any(place > count - RIM and open_ for place, open_ in tails)):
+        return None
+    scale = square.edge / count
+    low = [offset + int(place * scale) for offset, place in ((square.row, top), (square.column, left))]
+    high = [offset + math.ceil(place * scale) for offset, place in ((square.row, bottom), (square.column, right))]
+    wanted = around((low[0], low[1], high[0], high[1]), focus, slice_px)
+    return wanted if wanted != square else None
 
 
 def _object(model: SlmSam2, features: Features, anchors: list[Anchor], advance: Callable[[int], None], low: bool) -> Propagated:

@@ -41,12 +41,14 @@ class GivesPrompts(Protocol):
 class PromptSource:
     """Where prompts come from: a folder of sparse masks, or full masks from which one slice per label is cut.
 
-    own_labels: the full masks are those that the data set names for its cases, wherever they lie below `folder`.
+    own_labels: the full masks are those that the data set names for its cases, wherever they lie below `folder`; end_stops: from
+    full masks also the empty slices just beyond either end of a label.
     """
 
     folder: Path
     simulated: Where | None = None
     own_labels: bool = False
+    end_stops: bool = False
 
     def file(self, case: Case) -> Path | None:
         """The mask that holds this case's prompts, if there is one."""
@@ -59,7 +61,7 @@ class PromptSource:
 
     def words(self) -> str:
         """What the manifest says of them."""
-        return f"simulated: {self.simulated}" if self.simulated else "given"
+        return f"simulated: {self.simulated}{', ends marked' if self.end_stops else ''}" if self.simulated else "given"
 
     def read(self, case: Case, image: Volume, view: View, plan: Plan) -> tuple[Prompts, tuple[str, ...]]:
         """The prompts of one case, and warnings. CaseError when there are none, or they do not fit the image.
@@ -70,7 +72,7 @@ class PromptSource:
         if self.simulated is not None and path is not None:
             labels = read_labels(path, case=case.id, root=self.folder)
             warnings = check_mask(image, labels, plan.labels, plan.ignore, case=case.id, file=path.name)
-            return simulate_prompts(labels.voxels, view, tuple(plan.labels), self.simulated), (*labels.warnings, *warnings)
+            return simulate_prompts(labels.voxels, view, tuple(plan.labels), self.simulated, self.end_stops), (*labels.warnings, *warnings)
         prompts = read_prompts(self.folder, case.id, view, tuple(plan.labels), plan.ignore, image) if self.simulated is None else None
         if prompts is None or not any(prompts.annotated.values()):
             raise CaseError(
@@ -116,9 +118,9 @@ def segment(
     image = read_image(case.images, case=case.id, root=root, channels=len(plan.channels))
     view, frames = make_frames(image, plan.geometry, plan.intensity)
     prompts, warnings = prompts_from.read(case, image, view, plan)
-    objects = anchors_of(prompts, view, tuple(plan.labels), plan.geometry.frame_px)
-    stack = framed(to_input(torch.from_numpy(frames)), plan.geometry.frame_px)
-    found = propagate(model, stack, objects, batch=batch)
+    objects = anchors_of(prompts, view, tuple(plan.labels), plan.geometry.stack_px)
+    stack = framed(to_input(torch.from_numpy(frames)), plan.geometry.stack_px)
+    found = propagate(model, stack, objects, batch=batch, focus=plan.geometry.focus)
     labels = impose(_labels(found, view, plan), prompts, view)
     told = {value: _calibrated(one, objects[value], calibration) for value, one in found.items()}
     account = _account(prompts, view, told, time.monotonic() - started) | {"calibrated": calibration is not None}
@@ -139,7 +141,7 @@ def _labels(found: dict[int, Propagated], view: View, plan: Plan) -> np.ndarray:
     """(Z, Y, X) labels on the native grid."""
     if not found:
         return np.zeros(view.grid.shape, dtype=np.uint8 if max(plan.labels) < 256 else np.uint16)
-    labels = labels_of({value: one.logits for value, one in found.items()}, view, plan.geometry.frame_px)
+    labels = labels_of(found, view, plan.geometry.stack_px)
     return labels if max(plan.labels) < 256 else labels.astype(np.uint16)
 
 

@@ -45,8 +45,9 @@ def choose_model(workspace: Workspace | None, model: Path | None, weights: str |
             "Run slmsam2 plan on a data set like these images and name its workspace with -w"
         )
     _refuse_other_channels(checkpoint, plan, data)
+    sees = f", squares {plan.geometry.focus:g} times as wide as the prompt" if plan.geometry.focus else ""
     console.say(
-        f"model: {checkpoint.name}, weights {checkpoint.digest[:12]}, {plan.network.size} at {plan.geometry.frame_px} px, "
+        f"model: {checkpoint.name}, weights {checkpoint.digest[:12]}, {plan.network.size} at {plan.geometry.frame_px} px{sees}, "
         f"slices along {plan.geometry.slice_axis}"
     )
     for warning in warnings_of(checkpoint, plan):

@@ -6,20 +6,19 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from slmsam2_cli.data.geometry import View
-from slmsam2_cli.inference.engine import full_resolution
+from slmsam2_cli.inference.engine import Propagated
 
 
-def labels_of(logits: Mapping[int, Tensor], view: View, frame_px: int) -> np.ndarray:
-    """Label -> (T, 4h, 4w) logits of every slice of the stack, one label at least -> labels (Z, Y, X), uint8 or uint16.
+def labels_of(found: Mapping[int, Propagated], view: View, slice_px: int) -> np.ndarray:
+    """What was found of one label at least, on every slice of the stack -> labels (Z, Y, X), uint8 or uint16.
 
     A voxel gets the label with the largest logit above 0, and 0 where there is none.
     """
     _, height, width = view.stack_shape
 
     def planes(t: int) -> np.ndarray:
-        return full_resolution(torch.stack([one[t] for one in logits.values()]), frame_px, height, width).numpy()
+        return torch.stack([one.plane(t, slice_px, height, width) for one in found.values()]).numpy()
 
-    return view.restore(planes, tuple(logits))
+    return view.restore(planes, tuple(found))

@@ -89,12 +89,13 @@ class Traits:
     native_px: int
     decoder: DecoderSize
     carry_mask: bool
+    refine: bool = False
     widths: Widths = Widths()
 
 
 _STOCK = Traits(native_px=1024, decoder=DecoderSize(), carry_mask=False)
 TRAITS = {size: _STOCK for size in get_args(NetworkSize)} | {
-    "nano": Traits(native_px=256, decoder=DecoderSize(mlp=512, heads=4, iou_hidden=128), carry_mask=True)
+    "nano": Traits(native_px=256, decoder=DecoderSize(mlp=512, heads=4, iou_hidden=128), carry_mask=True, refine=True)
 }
 
 

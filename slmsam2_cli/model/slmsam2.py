@@ -25,6 +25,7 @@ from slmsam2_cli.model.fusion import build_fuser
 from slmsam2_cli.model.memory.choice import policy_of
 from slmsam2_cli.model.memory.policy import MemoryPolicy, Moment, Stream
 from slmsam2_cli.model.memory.traces import Traces, evidence_of, traces_of
+from slmsam2_cli.model.refiner import Detail, Refiner, Sight
 from slmsam2_cli.planning.network import NetworkPlan
 
 MASK_LOGIT = 10.0  # a person's mask enters as logits of +-10, as in SAM 2
@@ -35,16 +36,19 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class SliceFeatures:
     """What the image encoder says of B slices.
 
-    top (B, C, h, w) at stride 16 with its position code; fine = (B, C/8, 4h, 4w) and (B, C/4, 2h, 2w) for the decoder.
+    top (B, C, h, w) at stride 16 with its position code; fine = (B, C/8, 4h, 4w) and (B, C/4, 2h, 2w) for the decoder;
+    detail: for the refiner, where there is one.
     """
 
     top: Tensor
     top_position: Tensor
     fine: tuple[Tensor, Tensor]
+    detail: Detail | None = None
 
     def at(self, index: Tensor | slice) -> SliceFeatures:
         """The features of some of the B slices."""
-        return SliceFeatures(self.top[index], self.top_position[index], (self.fine[0][index], self.fine[1][index]))
+        detail = self.detail.at(index) if self.detail is not None else None
+        return SliceFeatures(self.top[index], self.top_position[index], (self.fine[0][index], self.fine[1][index]), detail)
 
 
 @dataclass
@@ -67,16 +71,27 @@ class SliceOutput:
 
 @dataclass
 class Memory:
-    """What is remembered of one slice: spatial (B, C_mem, h, w), pointer (B, C), chosen mask logits (B, 1, 4h, 4w), and traces."""
+    """What is remembered of one slice: spatial (B, C_mem, h, w), pointer (B, C), chosen mask logits (B, 1, 4h, 4w), and traces.
+
+    detail: of the slice, for the refiner, where there is one.
+    """
 
     spatial: Tensor
     pointer: Tensor
     chosen: Tensor
     traces: Traces
+    detail: Detail | None = None
 
     def at(self, index: Tensor) -> Memory:
         """The memory of some of the B objects."""
-        return Memory(self.spatial[index], self.pointer[index], self.chosen[index], self.traces.at(index))
+        detail = self.detail.at(index) if self.detail is not None else None
+        return Memory(self.spatial[index], self.pointer[index], self.chosen[index], self.traces.at(index), detail)
+
+    def sight(self) -> Sight | None:
+        """Where the objects were on the slice, for the refiner; None where there is none."""
+        if self.detail is None:
+            return None
+        return Sight(self.detail, self.chosen.detach().float().sigmoid(), self.traces.presence.float().sigmoid()[:, None])
 
 
 @dataclass
@@ -107,6 +122,23 @@ class MemoryBank:
             del self.tracked[other]
 
 
+@dataclass
+class Seen:
+    """What the refiner looks at: this slice, the one passed, the annotated ones."""
+
+    here: Detail
+    passed: Sight
+    annotated: list[Sight]
+
+
+def _seen(features: SliceFeatures, passed: Memory, bank: MemoryBank) -> Seen | None:
+    """None where the network has no refiner."""
+    just, known = passed.sight(), [sight for memory in bank.anchors.values() if (sight := memory.sight()) is not None]
+    if features.detail is None or just is None or not known:
+        return None
+    return Seen(features.detail, just, known)
+
+
 class SlmSam2(SAM2Base):  # type: ignore[misc]
     """SAM 2.1 plus, under `shortlong` policies, a short memory-attention stack and a fuser.
 
@@ -124,6 +156,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         self.calibration: Calibration | None = None
         self.policy = policy_of(network, self.num_maskmem, self.max_obj_ptrs_in_encoder)
         self.carry_gain = nn.Parameter(torch.tensor(0.5)) if self.traits.carry_mask else None
+        self.refiner = Refiner(self.hidden_dim // 8, self.hidden_dim) if self.traits.refine else None
         if network.has_short_stream:
             self.short_memory_attention = copy.deepcopy(self.memory_attention)
             self.stream_fuser = build_fuser(network.fuser, self.hidden_dim)
@@ -146,9 +179,11 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
 
         ValueError for any other number of channels.
         """
-        output = self.forward_image((adapters.in_colours(self, frames) - self._mean) / self._std)
+        seen = (adapters.in_colours(self, frames) - self._mean) / self._std
+        output = self.forward_image(seen)
         s0, s1, top = output["backbone_fpn"][-3:]
-        return SliceFeatures(top, output["vision_pos_enc"][-1], (s0, s1))
+        detail = self.refiner.detail(seen, s0) if self.refiner is not None else None
+        return SliceFeatures(top, output["vision_pos_enc"][-1], (s0, s1), detail)
 
     def anchor(self, features: SliceFeatures, masks: Tensor) -> SliceOutput:
         """A person's masks as output. masks (B, 1, H, W) in {0, 1}."""
@@ -159,8 +194,14 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         """Segment B objects on one slice from memory alone; another policy than the network's reads with the same weights."""
         conditioned = self.condition(features, bank, moment, policy)
         just_passed = moment.slice - moment.step
-        carried = bank[just_passed].chosen if self.carry_gain is not None and just_passed in bank else None
-        return self.decode(conditioned, features.fine, carried)
+        passed = bank[just_passed] if self.carry_gain is not None and just_passed in bank else None
+        return self.decode_after(conditioned, features, bank, passed)
+
+    def decode_after(self, conditioned: Tensor, features: SliceFeatures, bank: MemoryBank, passed: Memory | None) -> SliceOutput:
+        """Masks after the slice `passed`, whose mask is carried, refined by what was annotated; without it, neither."""
+        if passed is None:
+            return self.decode(conditioned, features.fine, None)
+        return self.decode(conditioned, features.fine, passed.chosen, _seen(features, passed, bank))
 
     def forget(self, bank: MemoryBank, moment: Moment, policy: MemoryPolicy | None = None) -> None:
         """Drop what no slice will read once `moment.slice` is stored, so that memory does not grow with the volume."""
@@ -243,8 +284,8 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         positions = self.obj_ptr_tpos_proj(code).unsqueeze(1).expand(-1, batch, self.mem_dim)
         return tokens, positions.repeat_interleave(split, dim=0)
 
-    def decode(self, conditioned: Tensor, fine: tuple[Tensor, Tensor], carried: Tensor | None) -> SliceOutput:
-        """Masks, IoU, presence and pointer. conditioned (B, C, h, w); carried (B, 1, 4h, 4w) previous logits or None."""
+    def decode(self, conditioned: Tensor, fine: tuple[Tensor, Tensor], carried: Tensor | None, seen: Seen | None = None) -> SliceOutput:
+        """Masks, IoU, presence and pointer. conditioned (B, C, h, w); carried (B, 1, 4h, 4w): previous logits; seen: to refine by."""
         batch = len(conditioned)
         previous = (2 * carried.detach().sigmoid() - 1).to(conditioned.dtype) * MASK_LOGIT if carried is not None else None
         sparse, dense = self.sam_prompt_encoder(points=self._no_points(batch, conditioned.device), boxes=None, masks=previous)
@@ -260,6 +301,10 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         candidates = candidates.float()
         if previous is not None and self.carry_gain is not None:
             candidates = candidates + self.carry_gain * previous.float()
+        if seen is not None and self.refiner is not None:
+            delta, present, quality = self.refiner(seen.here, conditioned, candidates, seen.passed, seen.annotated)
+            candidates, presence = candidates + delta.float(), presence + present
+            iou = (torch.logit(iou.float(), eps=1e-4) + quality.float()).sigmoid()
         return self._choose(candidates, iou, tokens, presence)
 
     @staticmethod
@@ -289,4 +334,4 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         cover = masks if masks is not None else output.logits.detach().sigmoid()
         confidence = output.iou.detach().gather(1, output.best[:, None]).squeeze(1)
         traces = traces_of(features.top.detach(), cover, output.presence.detach(), confidence)
-        return Memory(spatial, output.pointer, output.chosen, traces)
+        return Memory(spatial, output.pointer, output.chosen, traces, features.detail)

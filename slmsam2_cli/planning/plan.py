@@ -57,6 +57,32 @@ class GeometryPlan(Frozen):
     through_plane_mm: float | None = Field(description="distance between slices after resampling in mm; null: as stored", gt=1e-3, le=1000)
     frame_px: int = Field(description="edge of the network's square input in pixels, a multiple of 32", ge=32, le=2048, multiple_of=32)
     crop_to_nonzero: bool = Field(description="cut away the border where every channel is 0")
+    focus: float | None = Field(
+        default=None, description="the network sees a square so many times as wide as what is annotated; null: whole slices", ge=1.1, le=16
+    )
+    slice_px: int | None = Field(
+        default=None,
+        description="edge of the slices from which these squares are cut, in pixels, a multiple of 32; null: frame_px",
+        ge=32,
+        le=2048,
+        multiple_of=32,
+    )
+
+    @property
+    def stack_px(self) -> int:
+        """Edge of the slices as they are stored, in pixels."""
+        return self.slice_px or self.frame_px
+
+    @model_validator(mode="after")
+    def _slices(self) -> GeometryPlan:
+        if self.focus is None and self.slice_px not in (None, self.frame_px):
+            raise ValueError(f"slice_px is {self.slice_px}, but without focus the network sees whole slices of frame_px, {self.frame_px}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Focus and slice_px are written only where somebody chose them."""
+        return {name: value for name, value in whole(self).items() if name not in ("focus", "slice_px") or value is not None}
 
 
 class AdapterPlan(Frozen):

@@ -23,6 +23,8 @@ OVERLAP_MARGIN = 0.03  # neighbouring overlaps closer than this are equal, see d
 MASK_PIXEL = 4  # network pixels along the edge of one pixel of the mask the network predicts
 MASK_PIXEL_IN_VOXELS = 1.5  # the most voxels one such pixel should span
 SMALLEST_FRAME = 128
+FOCUS, FOCUSED_PX = 2.0, 128  # nano's square, in widths of what is annotated, and the size at which it sees it
+MOST_STORED_PX = 512
 NATIVE_PX: dict[NetworkSize, int] = {"nano": 256, "tiny": 1024, "small": 1024, "base_plus": 1024, "large": 1024}
 PERCENTILES = (0.5, 99.5)
 NARROWEST_WINDOW_HU = 400.0
@@ -87,8 +89,10 @@ def decide(fingerprint: Fingerprint, network: str | None = None, fuser: FuserNam
     crop = choose_crop(cases, modalities[0].value)
     fov = field_of_view_mm(cases, axis.value, crop.value)
     spacing = in_plane_spacing_mm(cases, axis.value)
-    frame = choose_frame_px(fov, spacing, size.value)
-    pixel = choose_in_plane_mm(fov, spacing, frame.value)
+    focus = choose_focus(size.value)
+    slices = choose_slice_px(fov, spacing) if focus.value else None
+    frame = choose_frame_px(fov, spacing, size.value) if slices is None else Decision(FOCUSED_PX, "what nano has learned on most")
+    pixel = choose_in_plane_mm(fov, spacing, frame.value) if slices is None else choose_stored_mm(fov, spacing, slices.value)
     intensity = [choose_intensity(fingerprint, index, kind.value) for index, kind in enumerate(modalities)]
     training = choose_training(size.value, len(cases))
     tolerance = choose_nsd_tolerance_mm(fingerprint, axis.value, spacing)
@@ -97,6 +101,8 @@ def decide(fingerprint: Fingerprint, network: str | None = None, fuser: FuserNam
         **projection_reason(fingerprint.channels),
         "geometry.slice_axis": axis.reason,
         "geometry.crop_to_nonzero": crop.reason,
+        "geometry.focus": focus.reason,
+        **({"geometry.slice_px": slices.reason} if slices is not None else {}),
         "geometry.frame_px": frame.reason,
         "geometry.in_plane_mm": pixel.reason,
         "geometry.through_plane_mm": "slices are left as stored, so that a person's slice is a slice of the network",
@@ -113,7 +119,13 @@ def decide(fingerprint: Fingerprint, network: str | None = None, fuser: FuserNam
         labels=fingerprint.labels,
         ignore=fingerprint.ignore,
         geometry=GeometryPlan(
-            slice_axis=axis.value, in_plane_mm=pixel.value, through_plane_mm=None, frame_px=frame.value, crop_to_nonzero=crop.value
+            slice_axis=axis.value,
+            in_plane_mm=pixel.value,
+            through_plane_mm=None,
+            frame_px=frame.value,
+            crop_to_nonzero=crop.value,
+            focus=focus.value,
+            slice_px=slices.value if slices is not None else None,
         ),
         intensity=tuple(chosen.value for chosen in intensity),
         network=NetworkPlan(size=size.value, policy="shortlong", fuser=fuser),
@@ -221,6 +233,27 @@ def field_of_view_mm(cases: tuple[CaseFingerprint, ...], axis: SliceAxis, crop: 
 def in_plane_spacing_mm(cases: tuple[CaseFingerprint, ...], axis: SliceAxis) -> float:
     """Median over cases of the finer in-plane spacing."""
     return median(min(case.spacing_mm[index] for index in in_plane(case, axis)) for case in cases)
+
+
+def choose_focus(size: NetworkSize) -> Decision[float | None]:
+    """nano looks at a square around what is annotated; the others, made for whole pictures of 1024 px, at whole slices."""
+    if size != "nano":
+        return Decision(None, f"{size} sees whole slices")
+    return Decision(FOCUS, f"nano sees a square {FOCUS:g} times as wide as what is annotated, so that a structure has pixels enough")
+
+
+def choose_slice_px(fov_mm: float, spacing_mm: float) -> Decision[int]:
+    """The smallest multiple of 32 in which a slice keeps its voxels, at most MOST_STORED_PX."""
+    wanted = 32 * math.ceil(round(fov_mm / spacing_mm, 6) / 32)
+    basis = f"{fov_mm:.4g} mm wide slices of {spacing_mm:.3g} mm voxels are stored at {min(wanted, MOST_STORED_PX)} px"
+    return Decision(min(wanted, MOST_STORED_PX), basis + (", the most that is stored" if wanted > MOST_STORED_PX else ""))
+
+
+def choose_stored_mm(fov_mm: float, spacing_mm: float, slice_px: int) -> Decision[float]:
+    """A voxel a pixel; fewer only where the slice would not fit. Rounded up, so that all fits."""
+    filling = fov_mm / slice_px
+    reason = "a voxel a pixel" if filling <= spacing_mm else f"the largest training slice fills {slice_px} px"
+    return Decision(round_up(max(filling, spacing_mm)), reason)
 
 
 def choose_frame_px(fov_mm: float, spacing_mm: float, size: NetworkSize) -> Decision[int]:

@@ -28,8 +28,8 @@ _NOWHERE = 100.0  # a cut that is never reached
 class AnatomyRecipe(Frozen):
     """What structures look like. Sizes are in frame widths, as longest side."""
 
-    close: Share = Field(default=0.5, description="share of windows that are crops around the first structure")
-    close_size: Range = Field(default=(0.35, 0.62), description="size of the first structure in a crop")
+    close: Share = Field(default=0.75, description="share of windows that are crops around the first structure")
+    close_size: Range = Field(default=(0.38, 0.68), description="size of the first structure in a crop")
     far_size: Doublings = Field(default=(0.07, 0.45), description="the same in a whole slice")
     tiny: Share = Field(default=0.08, description="share of windows about something tiny")
     tiny_size: Range = Field(default=(0.025, 0.06), description="its size")

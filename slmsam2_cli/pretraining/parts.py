@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -70,7 +70,7 @@ def drawn(recipe: Recipe, step: int, part: int, done: float, device: torch.devic
     windows = max(1, min(recipe.most_windows // recipe.parts, slices // length))
     rng = torch.Generator(device).manual_seed(seed_of(recipe.seed, step, part, _VOLUMES))
     tracks = max(1, round(windows * recipe.tracks_per_window))
-    return draw_clips(recipe.volumes, rng, windows, length, tracks, frame_px, device)
+    return draw_clips(recipe.volumes_at(done), rng, windows, length, tracks, frame_px, device)
 
 
 def _frame_px(recipe: Recipe, chance: random.Random) -> int:
@@ -91,9 +91,9 @@ def clip_losses(
         bank = MemoryBank({0: _annotated(model, first, clips, 0)})
     else:
         output = _prompted(model, first, clips.masks[0], given, recipe, chance, rng)
+        if length == 1:  # always there, of which nothing is to be learned but that it always is
+            return [slice_loss(output, clips.masks[0], weights=replace(weights, presence=0.0))]
         losses.append(slice_loss(output, clips.masks[0], weights=weights))
-        if length == 1:
-            return losses
         bank = MemoryBank({0: model.remember(first, output)})
     until = length
     if length >= 4 and chance.random() < recipe.reading.two_anchors:

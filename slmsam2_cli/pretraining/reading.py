@@ -61,11 +61,11 @@ class Reader:
         """Segment all objects on slice `t` from what of the memory can be read."""
         only_carried = self.chance.random() < self.reading.drop_all
         carries = only_carried or self.chance.random() >= self.reading.drop_carried
-        carried = bank[t - 1].chosen if carries and self.model.carry_gain is not None else None
-        if only_carried and carried is not None:
-            return self.model.decode(without_memory(self.model, here), here.fine, carried)
+        passed = bank[t - 1] if carries and self.model.carry_gain is not None else None
+        if only_carried and passed is not None:
+            return self.model.decode(without_memory(self.model, here), here.fine, passed.chosen)
         moment = Moment(t, 1, bank.anchors, self._readable(list(bank.tracked), t), self.slices)
-        return self.model.decode(self.model.condition(here, bank, moment, self.policy), here.fine, carried)
+        return self.model.decode_after(self.model.condition(here, bank, moment, self.policy), here, bank, passed)
 
     def _readable(self, tracked: Sequence[int], t: int) -> list[int]:
         """The tracked slices without those that are missing; a short stack always has the one just passed."""

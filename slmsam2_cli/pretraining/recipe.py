@@ -30,6 +30,12 @@ class Phase(Frozen):
     until: float = Field(description="share of the run at which it ends", gt=0, le=1)
     lengths: tuple[int, ...] = Field(description="slices per clip, all equally likely; 1: single images", min_length=1)
     masks_only: bool = Field(default=False, description="whether the first of several slices is always given as a mask")
+    ends: float | None = Field(
+        default=None,
+        description="share of structures with an end within the clip, then not preferred; null: as in volumes",
+        ge=0,
+        le=1,
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> Phase:
@@ -134,6 +140,14 @@ class Recipe(Frozen):
     def digest(self) -> str:
         """SHA-256 (hex) of what may not change between two parts of a run; only its length may."""
         return digest_of(self.model_dump(mode="json", exclude=_BUDGET))
+
+    def volumes_at(self, done: float) -> VolumesRecipe:
+        """What volumes are drawn from at this share of the run."""
+        ends = self.phase(done).ends
+        if ends is None:
+            return self.volumes
+        anatomy = self.volumes.anatomy.model_copy(update={"ends": ends})
+        return self.volumes.model_copy(update={"anatomy": anatomy, "eager": 1.0})
 
     def phase(self, done: float) -> Phase:
         """The phase at this share of the run."""

@@ -165,8 +165,8 @@ def _targets(labels: Tensor, anatomy: Anatomy, seen: Tensor) -> Tensor:
 
 def _weights(recipe: VolumesRecipe, area: Tensor, frame_px: int) -> Tensor:
     """(W, targets): what the window is about comes first, small things last, and ends are wanted."""
-    weight = (area.amax(0) / frame_px**2).clamp(1e-3, 0.05)
-    weight[:, : 2 * ABOUT] *= 2
+    weight = (area.amax(0) / frame_px**2).clamp(1e-3, 0.1)
+    weight[:, : 2 * ABOUT] *= 3
     return weight * torch.where((area == 0).any(0), recipe.eager, 1.0)
 
 

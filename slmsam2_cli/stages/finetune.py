@@ -273,7 +273,7 @@ def _tune(run: Run, ready: Outcome, workspace: Workspace, device: torch.device, 
     if run.base is None:
         console.warn("--weights random: everything is learned from these volumes alone; for trials and tests, not for clinical data")
     used = [case for case in ready.cases if case.id in run.cases]
-    sampler = ClipSampler(used, tuple(run.plan.labels), run.plan.geometry.frame_px, run.plan.ignore)
+    sampler = ClipSampler(used, tuple(run.plan.labels), run.plan.geometry, run.plan.ignore)
     learner = new_learner(model.to(device), run.plan.training, run.base is None)
     state = _state(workspace)
     if resume and (warning := load_state(state, learner, run.digest)):

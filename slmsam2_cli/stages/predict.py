@@ -72,7 +72,7 @@ class Job:
     def key(self, case: Case) -> str:
         """Digest of everything that shapes this case's mask."""
         table = self.calibration.model_dump_json() if self.calibration else ""
-        settings = f"{VERSION} {self.checkpoint.digest} {self.plan.digest} {self.prompts.simulated} {table}"
+        settings = f"{VERSION} {self.checkpoint.digest} {self.plan.digest} {self.prompts.words()} {table}"
         return key_of(hashlib.sha256(settings.encode()).hexdigest(), [*case.images, *self.prompts.files(case)])
 
     def learned_from(self, case: Case) -> bool:
@@ -109,6 +109,7 @@ def predict(
     prompts: Path | None = None,
     prompts_from: Path | None = None,
     where: Where = "middle",
+    end_stops: bool = False,
     workspace: Workspace | None = None,
     model: Path | None = None,
     weights: str | None = None,
@@ -129,7 +130,7 @@ def predict(
     checkpoint, plan = choose_model(workspace, model, weights, data)
     found = _cases(images, data, workspace)
     masks = _masks_folder(masks, workspace, images)
-    source = _prompt_source(prompts, prompts_from, where, data)
+    source = _prompt_source(prompts, prompts_from, where, end_stops, data)
     files = [file for case in found.cases for file in (*case.images, *([case.label] if case.label else []))]
     _refuse_overlap(masks, [found.root, source.folder, *(file.parent for file in files)])
     chosen = choose_device(device)
@@ -183,10 +184,12 @@ def _masks_folder(masks: Path | None, workspace: Workspace | None, images: Path 
     raise UsageError("-o MASKS is missing: name a folder for the masks")
 
 
-def _prompt_source(prompts: Path | None, prompts_from: Path | None, where: Where, data: Dataset | None) -> PromptSource:
+def _prompt_source(prompts: Path | None, prompts_from: Path | None, where: Where, end_stops: bool, data: Dataset | None) -> PromptSource:
     """Where prompts come from; without a word about it, a slice of each label of the data set's own masks."""
     if prompts is not None and prompts_from is not None:
         raise UsageError("-p and --prompts-from both give prompts. Give one of them")
+    if prompts is not None and end_stops:
+        raise UsageError("--end-stops is for --prompts-from. Beside masks of your own, list the empty slices in CASE.prompts.json")
     folder = prompts if prompts is not None else prompts_from
     if folder is None and data is None:
         raise UsageError(
@@ -194,10 +197,10 @@ def _prompt_source(prompts: Path | None, prompts_from: Path | None, where: Where
         )
     if folder is None:
         assert data is not None
-        return PromptSource(data.root, where, own_labels=True)
+        return PromptSource(data.root, where, own_labels=True, end_stops=end_stops)
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder of prompts")
-    return PromptSource(folder, where if prompts is None else None)
+    return PromptSource(folder, where if prompts is None else None, end_stops=end_stops)
 
 
 def _refuse_overlap(masks: Path, inputs: Sequence[Path]) -> None:

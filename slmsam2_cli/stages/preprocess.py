@@ -35,6 +35,6 @@ def preprocess(dataset: Path, workspace: Workspace, *, overwrite: bool = False) 
         console.error(str(problem))
     for case in outcome.cases:
         if case.view.shrink < 1:
-            console.warn(f"case {case.id}: slices were shrunk to {case.view.shrink:.0%} to fit {plan.geometry.frame_px} px")
+            console.warn(f"case {case.id}: slices were shrunk to {case.view.shrink:.0%} to fit {plan.geometry.stack_px} px")
     console.say(f"{len(outcome.cases)} cases ready, {outcome.fresh} of them prepared now")
     return SOME_FAILED if outcome.problems else DONE

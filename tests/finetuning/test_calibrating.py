@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from stacks import case
+from stacks import case, whole
 
 from slmsam2_cli.finetuning import calibrating
 from slmsam2_cli.inference.engine import Propagated
@@ -13,7 +13,7 @@ PX = 32
 
 
 def plan(labels=None, ignore=None):
-    return SimpleNamespace(labels=labels or {1: "organ"}, ignore=ignore, geometry=SimpleNamespace(frame_px=PX))
+    return SimpleNamespace(labels=labels or {1: "organ"}, ignore=ignore, geometry=whole(PX))
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def copying(monkeypatch):
     """A model that copies the given slice to all others and is 0.7 sure; says which stacks it was shown."""
     shown = []
 
-    def propagate(model, frames, objects):
+    def propagate(model, frames, objects, focus):
         ((value, (anchor,)),) = objects.items()
         shown.append((len(frames), anchor.slice))
         logits = torch.where(anchor.mask[None, ::4, ::4], 10.0, -10.0).expand(len(frames), -1, -1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from stacks import case
+from stacks import case, whole
 
 from slmsam2_cli.errors import DatasetError
 from slmsam2_cli.finetuning.augment import augment
@@ -22,13 +22,13 @@ def draws(sampler, count=60, windows=2, length=8, seed=0):
 
 
 def test_every_track_starts_on_an_annotated_slice():
-    for clips in draws(ClipSampler([case()], [1], PX)):
+    for clips in draws(ClipSampler([case()], [1], whole(PX))):
         assert (clips.masks[0].flatten(1).sum(dim=1) > 0).all()
 
 
 def test_tracks_run_over_consecutive_slices_both_ways():
     steps = set()
-    for clips in draws(ClipSampler([case()], [1], PX)):
+    for clips in draws(ClipSampler([case()], [1], whole(PX))):
         for track in range(len(clips.window)):
             numbers = slice_numbers(clips, track)
             steps |= set(np.diff(numbers).tolist())
@@ -37,7 +37,7 @@ def test_tracks_run_over_consecutive_slices_both_ways():
 
 
 def test_masks_belong_to_the_slices_a_track_sees():
-    for clips in draws(ClipSampler([case()], [1], PX), count=20):
+    for clips in draws(ClipSampler([case()], [1], whole(PX)), count=20):
         for track in range(len(clips.window)):
             present = clips.masks[:, track].flatten(1).sum(dim=1) > 0
             assert present.tolist() == [6 <= number < 14 for number in slice_numbers(clips, track)]
@@ -46,35 +46,35 @@ def test_masks_belong_to_the_slices_a_track_sees():
 def test_at_least_half_of_the_windows_hold_an_end_of_the_structure():
     ends = [
         bool((clips.masks.flatten(2).sum(dim=2) == 0).any())
-        for clips in draws(ClipSampler([case(slices=60, held=range(15, 45))], [1], PX), 200, windows=1)
+        for clips in draws(ClipSampler([case(slices=60, held=range(15, 45))], [1], whole(PX)), 200, windows=1)
     ]
     assert np.mean(ends) >= 0.5
 
 
 def test_a_volume_shorter_than_the_clip_shortens_it():
-    (clips,) = draws(ClipSampler([case(slices=3, held=range(3))], [1], PX), count=1)
+    (clips,) = draws(ClipSampler([case(slices=3, held=range(3))], [1], whole(PX)), count=1)
     assert len(clips.masks) == 3 and clips.slices == 3
 
 
 @pytest.mark.parametrize(("slices", "held"), [(10, range(3, 7)), (8, range(2, 6)), (3, [1]), (2, [1]), (40, range(20, 22)), (60, [5, 50])])
 def test_every_window_holds_a_track_however_small_the_structure_and_far_from_the_ends(slices, held):
-    for clips in draws(ClipSampler([case(slices=slices, held=held)], [1], PX)):
+    for clips in draws(ClipSampler([case(slices=slices, held=held)], [1], whole(PX))):
         assert set(clips.window.tolist()) == {0, 1}
         assert len(clips.masks) >= 2 and (clips.masks[0].flatten(1).sum(dim=1) > 0).all()
 
 
 def test_the_same_seed_draws_the_same_clips():
-    one, other = (draws(ClipSampler([case()], [1], PX), 5, seed=7) for _ in range(2))
+    one, other = (draws(ClipSampler([case()], [1], whole(PX)), 5, seed=7) for _ in range(2))
     assert all(torch.equal(a.frames, b.frames) and torch.equal(a.masks, b.masks) for a, b in zip(one, other))
 
 
 def test_one_slice_volumes_cannot_teach_propagation():
     with pytest.raises(DatasetError, match="at least two slices"):
-        ClipSampler([case(slices=1, held=[0])], [1], PX)
+        ClipSampler([case(slices=1, held=[0])], [1], whole(PX))
 
 
 def test_augmentation_keeps_shapes_binary_masks_and_grey_values_in_range():
-    (clips,) = draws(ClipSampler([case()], [1], PX), count=1)
+    (clips,) = draws(ClipSampler([case()], [1], whole(PX)), count=1)
     changed = augment(clips, torch.Generator().manual_seed(0))
     assert changed.frames.shape == clips.frames.shape and changed.masks.shape == clips.masks.shape
     assert set(changed.masks.unique().tolist()) <= {0.0, 1.0}
@@ -82,7 +82,7 @@ def test_augmentation_keeps_shapes_binary_masks_and_grey_values_in_range():
 
 
 def test_augmentation_moves_all_slices_of_a_window_alike():
-    (clips,) = draws(ClipSampler([case(held=range(20))], [1], PX), count=1)
+    (clips,) = draws(ClipSampler([case(held=range(20))], [1], whole(PX)), count=1)
     changed = augment(clips, torch.Generator().manual_seed(3))
     assert all(torch.equal(changed.masks[0], changed.masks[t]) for t in range(len(changed.masks)))
 
@@ -98,7 +98,7 @@ def partly_annotated():
 
 
 def test_ignored_slices_are_unknown_in_the_clips_and_never_annotated():
-    for clips in draws(ClipSampler([partly_annotated()], [1], PX, IGNORED), count=30):
+    for clips in draws(ClipSampler([partly_annotated()], [1], whole(PX), IGNORED), count=30):
         for track in range(len(clips.window)):
             numbers = slice_numbers(clips, track)
             looked_at = clips.known[:, track, 0, :24, :32].flatten(1).amin(dim=1)
@@ -107,7 +107,7 @@ def test_ignored_slices_are_unknown_in_the_clips_and_never_annotated():
 
 
 def test_without_an_ignore_label_everything_is_known():
-    (clips,) = draws(ClipSampler([case()], [1], PX), count=1)
+    (clips,) = draws(ClipSampler([case()], [1], whole(PX)), count=1)
     assert clips.known is None
 
 
@@ -115,7 +115,7 @@ def test_a_track_whose_annotated_slice_was_moved_out_of_sight_is_dropped():
     made = case(held=range(20))
     made.labels[:] = 0
     made.labels[:, 0:3, 0:3] = 1
-    sampler = ClipSampler([made], [1], PX)
+    sampler = ClipSampler([made], [1], whole(PX))
     dropped = 0
     for seed, clips in enumerate(draws(sampler, count=30)):
         changed = augment(clips, torch.Generator().manual_seed(seed))

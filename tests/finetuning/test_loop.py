@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from stacks import case
+from stacks import case, whole
 
 from slmsam2_cli.errors import TrainingError, WeightsError
 from slmsam2_cli.finetuning.clips import ClipSampler
@@ -29,7 +29,7 @@ def learner(steps=4, from_scratch=False):
 
 
 def sampler():
-    return ClipSampler([case(slices=8, held=range(2, 6), size=(PX, PX))], [1], PX)
+    return ClipSampler([case(slices=8, held=range(2, 6), size=(PX, PX))], [1], whole(PX))
 
 
 def run(one, until=None, steps=4):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stacks import case
+from stacks import case, whole
 
 from slmsam2_cli.errors import WeightsError
 from slmsam2_cli.finetuning.clips import ClipSampler
@@ -35,7 +35,7 @@ def learner(settings):
 
 
 def run(one, settings, until=None):
-    sampler = ClipSampler([case(slices=8, held=range(2, 6), size=(PX, PX))], [1], PX)
+    sampler = ClipSampler([case(slices=8, held=range(2, 6), size=(PX, PX))], [1], whole(PX))
     return list(train(one, sampler, settings, lambda: until is not None and one.step >= until))
 
 

@@ -256,3 +256,60 @@ def test_the_store_of_one_object_is_not_that_of_another(monkeypatch):
     monkeypatch.setattr(SlmSam2, "track", noted)
     propagate(built("selfsort", two_sided=True), stack(5), {1: [Anchor(2, square())], 2: [Anchor(4, square(4, 12))]})
     assert [(list(bank.anchors), seen) for bank, seen in stores.values()] == [([2], [3, 4, 1, 0]), ([4], [3, 2, 1, 0])]
+
+
+FOCUS = 2.0
+
+
+def large_square(low=40, high=64, px=128):
+    mask = torch.zeros(px, px, dtype=torch.bool)
+    mask[low:high, low:high] = True
+    return mask
+
+
+def large_stack(slices=5, px=128):
+    return torch.rand(slices, 3, px, px, generator=torch.Generator().manual_seed(0))
+
+
+def test_with_a_focus_an_object_is_seen_in_a_square_around_its_annotation(model):
+    found = propagate(model, large_stack(), {1: [Anchor(2, large_square())]}, focus=FOCUS)[1]
+    assert found.square is not None and found.logits.shape == (5, PX // 4, PX // 4)
+    shown = found.plane(2, 128, 128, 128) > 0
+    assert (shown & large_square()).sum() / (shown | large_square()).sum() > 0.9
+
+
+def test_what_lies_outside_of_the_square_has_no_part_in_the_result(one_sided_nothing):
+    stack = large_stack()
+    before = propagate(one_sided_nothing, stack, {1: [Anchor(2, large_square())]}, focus=FOCUS)[1]
+    stack[:, :, :20] = 0.0
+    after = propagate(one_sided_nothing, stack, {1: [Anchor(2, large_square())]}, focus=FOCUS)[1]
+    assert (before.square.row, before.square.edge) == (28, 48)
+    assert torch.equal(before.logits, after.logits)
+
+
+@pytest.fixture
+def one_sided_nothing(model, monkeypatch):
+    """A model whose masks never reach the edge of what it sees."""
+    track = SlmSam2.track
+
+    def says(self, features, bank, moment):
+        output = track(self, features, bank, moment)
+        return replace(output, logits=output.logits.clamp(max=-1.0))
+
+    monkeypatch.setattr(SlmSam2, "track", says)
+    return model
+
+
+def test_a_mask_that_reaches_the_edge_of_its_square_is_tracked_again_in_a_larger_one(one_sided):
+    """This model fills whatever it sees."""
+    visited = []
+    found = propagate(one_sided, large_stack(), {1: [Anchor(2, large_square())]}, advance=visited.append, focus=FOCUS)[1]
+    assert found.square.edge == 128  # 48, then 96, then all
+    assert sum(visited) == 4  # tracking again is no progress
+
+
+def test_slices_of_the_size_of_the_square_are_seen_as_without_a_focus(one_sided_nothing):
+    mask = torch.zeros(PX, PX, dtype=torch.bool)
+    mask[2:60, 2:60] = True
+    seen, whole = (propagate(one_sided_nothing, stack(4), {1: [Anchor(1, mask)]}, focus=f)[1] for f in (FOCUS, None))
+    assert torch.equal(seen.logits, whole.logits)

@@ -7,11 +7,14 @@ import pytest
 from slmsam2_cli.errors import DatasetError, UsageError
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint, Extent, Fingerprint, LabelFingerprint, Statistics
 from slmsam2_cli.planning.rules import (
+    FOCUS,
     choose_frame_px,
     choose_in_plane_mm,
     choose_modality,
     choose_nsd_tolerance_mm,
     choose_slice_axis,
+    choose_slice_px,
+    choose_stored_mm,
     choose_training,
     ct_window,
     decide,
@@ -196,8 +199,22 @@ def test_mr_is_scaled_volume_by_volume_and_cropped():
 
 def test_the_field_of_view_is_the_largest_after_the_crop():
     plan = decide(fingerprint(case(shape=(20, 300, 300), content=(20.0, 48.0, 30.0)), case("b", content=(20.0, 40.0, 60.0))))
+    assert plan.geometry.slice_px == 64 and plan.geometry.in_plane_mm == 1.0
+    plan = decide(fingerprint(case(shape=(20, 300, 300), content=(20.0, 48.0, 30.0)), case("b", content=(20.0, 40.0, 60.0))), "tiny")
     assert plan.geometry.frame_px == 160
     assert plan.geometry.in_plane_mm == pytest.approx(60 / 160)
+
+
+def test_nano_sees_squares_of_slices_that_keep_their_voxels_and_the_others_see_whole_slices():
+    nano, tiny = (decide(fingerprint(case()), size).geometry for size in ("nano", "tiny"))
+    assert (nano.focus, nano.frame_px, nano.slice_px, nano.in_plane_mm) == (FOCUS, 128, 128, 1.0)  # 100 voxels of 1 mm
+    assert (tiny.focus, tiny.slice_px) == (None, None)
+
+
+def test_slices_too_large_to_be_stored_voxel_by_voxel_are_made_smaller():
+    assert (choose_slice_px(1024.0, 1.0).value, choose_slice_px(512.0, 1.0).value, choose_slice_px(513.0, 2.0).value) == (512, 512, 288)
+    assert choose_stored_mm(1024.0, 1.0, 512).value == 2.0
+    assert choose_stored_mm(300.0, 0.7, 448).value == 0.7
 
 
 def test_every_decision_has_a_reason():
@@ -206,6 +223,8 @@ def test_every_decision_has_a_reason():
         "modality",
         "geometry.slice_axis",
         "geometry.crop_to_nonzero",
+        "geometry.focus",
+        "geometry.slice_px",
         "geometry.frame_px",
         "geometry.in_plane_mm",
         "geometry.through_plane_mm",
