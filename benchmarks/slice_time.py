@@ -17,7 +17,7 @@ from slmsam2_cli.model.memory.policy import Moment
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
 from slmsam2_cli.planning.network import NetworkPlan
 
-SETTINGS = [("nano", 128), ("nano", 160), ("nano", 256), ("tiny", 128), ("tiny", 256), ("tiny", 512)]
+SETTINGS = [("nano", 128), ("nano", 160), ("nano", 256), ("tiny", 128), ("tiny", 256), ("tiny", 512), ("tiny", 1024)]
 CANDIDATES = {  # what nano might have been, at 160 px
     "nano, trunk 32, neck 96, memory 32": Widths(32, 96, 32),
     "nano, trunk 48, neck 128, memory 32": Widths(48, 128, 32),

@@ -42,7 +42,7 @@ class Anchor:
 class Propagated:
     """One object on every slice.
 
-    logits (T, 4h, 4w) float32, below 0 where absent: of `square`, or of whole slices; confidence (T,): presence probability
+    logits (T, n, n) float32, below 0 where absent: of `square`, or of whole slices; confidence (T,): presence probability
     times predicted IoU, 1 on annotated slices, 0 where no pass came by; disagreement (T,): where passes from both sides came
     by, 1 - Dice of their two masks (0 when both are empty), NaN elsewhere.
     """
@@ -149,7 +149,7 @@ def _larger(found: Propagated, focus: float, slice_px: int) -> Square | None:
 
 
 def _object(model: SlmSam2, features: Features, anchors: list[Anchor], advance: Callable[[int], None], low: bool) -> Propagated:
-    count, edge = len(features.frames), model.frame_px // 4
+    count, edge = len(features.frames), model.mask_px
     logits = torch.full((count, edge, edge), ABSENT, dtype=torch.float32)
     confidence = torch.zeros(count)
     said = {anchor.slice: anchor for anchor in anchors}

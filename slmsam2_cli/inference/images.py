@@ -34,7 +34,7 @@ BankPolicy = SelfSort | ShortLongSelfSort
 class Found:
     """One object on one image.
 
-    logits (4h, 4w) float32, below 0 where absent; confidence: presence probability times predicted IoU, 1 on annotated images;
+    logits (n, n) float32, below 0 where absent; confidence: presence probability times predicted IoU, 1 on annotated images;
     nearest: the annotated image whose object it is most similar to; similarity: to that one, -1 to 1; warning: "" if all is well.
     """
 

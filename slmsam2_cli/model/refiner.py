@@ -1,9 +1,11 @@
-"""A last look at mask logits: a small U-Net per object that sees this slice and the one just passed, both at stride 4.
+"""A last look at mask logits: a small U-Net per object that sees this slice and the one just passed, and draws every pixel.
 
-SAM 2 compares slices at stride 16, where a slice of 128 px has 8 x 8 places, too few to follow a border. The refiner reads,
-per object, the mask of the slice just passed, the decoder's logits, and where this slice looks like the inside of what is
-known: of the slice just passed and of the annotated ones (matching as in Voigtlaender et al., "FEELVOS", arXiv:1902.09513).
-It adds to the logits, to presence and to the predicted IoU. What depends on the slice alone is computed once per slice.
+SAM 2 compares slices at stride 16, where a slice of 128 px has 8 x 8 places, too few to follow a border, and draws at stride
+4, which alone costs small structures a tenth of their Dice (docs/explanation/nano.md). The refiner works at stride 4, on four
+by four pixels a place. It reads, per object, the mask of the slice just passed, the decoder's logits, and where this slice
+looks like the inside of what is known: of the slice just passed and of the annotated ones (matching as in Voigtlaender et al.,
+"FEELVOS", arXiv:1902.09513). It adds to the logits, to presence and to the predicted IoU. What depends on the slice alone is
+computed once per slice.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import torch.nn.functional as F
 from sam2.modeling.sam2_utils import LayerNorm2d
 from torch import Tensor, nn
 
-_MAPS = 7  # carried mask, logits, two matches, likeness to inside and outside, whether the object was there
+FINER = 4  # pixels of a refined mask along the edge of one of the decoder's
+_MAPS = 2 * FINER**2 + 5  # carried mask, logits; two matches, likeness to inside and outside, whether the object was there
 _NEAR = 1.0  # a logit of this size is half a certainty, for the network's input
 _FEW = 1e-3
 
@@ -40,7 +43,7 @@ class Detail:
 
 @dataclass
 class Sight:
-    """Where B objects were on a slice. inside (B, 1, 4h, 4w), present (B, 1): probabilities."""
+    """Where B objects were on a slice. inside (B, 1, H, W), present (B, 1): probabilities."""
 
     detail: Detail
     inside: Tensor
@@ -69,7 +72,7 @@ class Refiner(nn.Module):
         self.merge = _block(3 * width, 3 * width)
         self.up = nn.ModuleList([nn.Conv2d(3 * width, 2 * width, 1), nn.Conv2d(2 * width, width, 1)])
         self.leave = nn.ModuleList([_block(2 * width, 2 * width), _block(width, width)])
-        self.logits = nn.Conv2d(width, 1, 3, padding=1)
+        self.logits = nn.Conv2d(width, FINER**2, 3, padding=1)
         scores = nn.Linear(64, 2)
         self.scores = nn.Sequential(nn.Linear(6 * width + 3, 64), nn.GELU(), scores)
         for parameter in (*self.logits.parameters(), *scores.parameters()):  # at first it changes nothing
@@ -84,23 +87,22 @@ class Refiner(nn.Module):
     def forward(
         self, here: Detail, top: Tensor, logits: Tensor, passed: Sight, annotated: Sequence[Sight]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What to add to logits (B, 1, 4h, 4w), presence (B, 1) and the logit of the IoU (B, 1). top (B, C, h, w)."""
+        """What to add to logits (B, 1, H, W), presence (B, 1) and the logit of the IoU (B, 1). top (B, C, h, w)."""
         nearby, known = self._matched(here, [passed], 0), self._matched(here, annotated, 1)
         inside, outside = _likeness(here, annotated)
         before = 2 * passed.present - 1
-        there = before[:, :, None, None].expand_as(logits)
-        maps = torch.cat(
-            [2 * passed.inside - 1, (logits / (2 * _NEAR)).tanh(), 2 * nearby - 1, 2 * known - 1, inside, outside, there], dim=1
-        )
+        there = before[:, :, None, None].expand_as(nearby)
+        drawn, carried = (F.pixel_unshuffle(one, FINER) for one in ((logits / (2 * _NEAR)).tanh(), 2 * passed.inside - 1))
+        maps = torch.cat([carried, drawn, 2 * nearby - 1, 2 * known - 1, inside, outside, there], dim=1)
         x = self.enter(here.here + passed.detail.passed + self.maps(maps))
         middle = self.down(x)
         low = self.merge(self.bottom(middle) + self.top(top))
         above = low
         for skip, up, leave in zip((middle, x), self.up, self.leave):
             above = leave(F.interpolate(up(above), scale_factor=2.0) + skip)
-        delta: Tensor = self.logits(above)
-        drawn = (logits + delta).sigmoid()
-        told = [low.mean((2, 3)), low.amax((2, 3)), drawn.mean((2, 3)), drawn.amax((2, 3)), before]
+        delta: Tensor = F.pixel_shuffle(self.logits(above), FINER)
+        inside = (logits + delta).sigmoid()
+        told = [low.mean((2, 3)), low.amax((2, 3)), inside.mean((2, 3)), inside.amax((2, 3)), before]
         presence, iou = self.scores(torch.cat(told, dim=1)).split(1, dim=1)
         return delta, presence, iou
 
@@ -111,7 +113,7 @@ class Refiner(nn.Module):
         near = (place[:, None] - place[None]).square().sum(-1) * -self.nearness[kind].exp()
         query = here.coarse.flatten(2).transpose(1, 2) * self.sharpness[kind].exp()
         keys = torch.cat([sight.detail.coarse.flatten(2) for sight in sights], dim=2)
-        values = torch.cat([F.avg_pool2d(sight.inside, 2).flatten(2) for sight in sights], dim=2)
+        values = torch.cat([F.avg_pool2d(sight.inside, 2 * FINER).flatten(2) for sight in sights], dim=2)
         weight = torch.softmax(query @ keys + near.repeat(1, len(sights)), dim=2)
         found = (weight @ values.transpose(1, 2)).transpose(1, 2).reshape(batch, 1, height, width)
         return F.interpolate(found, scale_factor=2.0, mode="bilinear", align_corners=False)
@@ -120,7 +122,7 @@ class Refiner(nn.Module):
 def _likeness(here: Detail, annotated: Sequence[Sight]) -> tuple[Tensor, Tensor]:
     """Cosine of every place's code with the mean code inside and outside of what was annotated. Each (B, 1, 4h, 4w)."""
     codes = torch.cat([sight.detail.codes.flatten(2) for sight in annotated], dim=2)
-    inside = torch.cat([sight.inside.flatten(2) for sight in annotated], dim=2)
+    inside = torch.cat([F.avg_pool2d(sight.inside, FINER).flatten(2) for sight in annotated], dim=2)
     found = []
     for share in (inside, 1 - inside):
         mean = (codes * share).sum(2) / share.sum(2).clamp(min=_FEW)

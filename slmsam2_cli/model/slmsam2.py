@@ -25,7 +25,7 @@ from slmsam2_cli.model.fusion import build_fuser
 from slmsam2_cli.model.memory.choice import policy_of
 from slmsam2_cli.model.memory.policy import MemoryPolicy, Moment, Stream
 from slmsam2_cli.model.memory.traces import Traces, evidence_of, traces_of
-from slmsam2_cli.model.refiner import Detail, Refiner, Sight
+from slmsam2_cli.model.refiner import FINER, Detail, Refiner, Sight
 from slmsam2_cli.planning.network import NetworkPlan
 
 MASK_LOGIT = 10.0  # a person's mask enters as logits of +-10, as in SAM 2
@@ -55,9 +55,9 @@ class SliceFeatures:
 class SliceOutput:
     """What the decoder says of B objects on one slice.
 
-    candidates (B, M, 4h, 4w): raw mask logits; iou (B, M): predicted IoU of each; best (B,): the candidate chosen;
-    presence (B, 1): object-score logit; chosen (B, 1, 4h, 4w): the best candidate; logits (B, 1, 4h, 4w): the same,
-    emptied where the object is absent; pointer (B, C).
+    candidates (B, M, n, n): raw mask logits, n = 4h, or 16h where there is a refiner; iou (B, M): predicted IoU of each;
+    best (B,): the candidate chosen; presence (B, 1): object-score logit; chosen (B, 1, n, n): the best candidate; logits
+    (B, 1, n, n): the same, emptied where the object is absent; pointer (B, C).
     """
 
     candidates: Tensor
@@ -71,7 +71,7 @@ class SliceOutput:
 
 @dataclass
 class Memory:
-    """What is remembered of one slice: spatial (B, C_mem, h, w), pointer (B, C), chosen mask logits (B, 1, 4h, 4w), and traces.
+    """What is remembered of one slice: spatial (B, C_mem, h, w), pointer (B, C), chosen mask logits (B, 1, n, n), and traces.
 
     detail: of the slice, for the refiner, where there is one.
     """
@@ -170,6 +170,11 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
     def frame_px(self) -> int:
         return int(self.image_size)
 
+    @property
+    def mask_px(self) -> int:
+        """Edge of the masks it draws, in their own pixels."""
+        return self.frame_px // 4 * (FINER if self.refiner is not None else 1)
+
     def copy_long_to_short(self) -> None:
         """Start the short stack as an exact copy of the long one."""
         self.short_memory_attention.load_state_dict(self.memory_attention.state_dict())
@@ -188,6 +193,10 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
     def anchor(self, features: SliceFeatures, masks: Tensor) -> SliceOutput:
         """A person's masks as output. masks (B, 1, H, W) in {0, 1}."""
         low, _, iou, _, _, pointer, presence = self._use_mask_as_output(features.top, list(features.fine), masks.float())
+        if self.refiner is not None:
+            size = (self.mask_px, self.mask_px)
+            share = F.interpolate(masks.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
+            low = (2 * share - 1) * MASK_LOGIT
         return SliceOutput(low, iou, low.new_zeros(len(low), dtype=torch.long), presence, low, low, pointer)
 
     def track(self, features: SliceFeatures, bank: MemoryBank, moment: Moment, policy: MemoryPolicy | None = None) -> SliceOutput:
@@ -285,10 +294,11 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         return tokens, positions.repeat_interleave(split, dim=0)
 
     def decode(self, conditioned: Tensor, fine: tuple[Tensor, Tensor], carried: Tensor | None, seen: Seen | None = None) -> SliceOutput:
-        """Masks, IoU, presence and pointer. conditioned (B, C, h, w); carried (B, 1, 4h, 4w): previous logits; seen: to refine by."""
+        """Masks, IoU, presence and pointer. conditioned (B, C, h, w); carried (B, 1, n, n): previous logits; seen: to refine by."""
         batch = len(conditioned)
         previous = (2 * carried.detach().sigmoid() - 1).to(conditioned.dtype) * MASK_LOGIT if carried is not None else None
-        sparse, dense = self.sam_prompt_encoder(points=self._no_points(batch, conditioned.device), boxes=None, masks=previous)
+        rough = self.coarse(previous) if previous is not None else None
+        sparse, dense = self.sam_prompt_encoder(points=self._no_points(batch, conditioned.device), boxes=None, masks=rough)
         candidates, iou, tokens, presence = self.sam_mask_decoder(
             image_embeddings=conditioned,
             image_pe=self.sam_prompt_encoder.get_dense_pe(),
@@ -298,7 +308,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
             repeat_image=False,
             high_res_features=list(fine),
         )
-        candidates = candidates.float()
+        candidates = self.finer(candidates.float())
         if previous is not None and self.carry_gain is not None:
             candidates = candidates + self.carry_gain * previous.float()
         if seen is not None and self.refiner is not None:
@@ -306,6 +316,16 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
             candidates, presence = candidates + delta.float(), presence + present
             iou = (torch.logit(iou.float(), eps=1e-4) + quality.float()).sigmoid()
         return self._choose(candidates, iou, tokens, presence)
+
+    def finer(self, logits: Tensor) -> Tensor:
+        """The decoder's logits (B, M, 4h, 4w) at the size at which this network draws."""
+        if self.refiner is None:
+            return logits
+        return F.interpolate(logits, scale_factor=float(FINER), mode="bilinear", align_corners=False)
+
+    def coarse(self, logits: Tensor) -> Tensor:
+        """Logits at the size at which this network draws, at the decoder's."""
+        return F.avg_pool2d(logits, FINER) if self.refiner is not None else logits
 
     @staticmethod
     def _no_points(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ class AnatomyRecipe(Frozen):
     tiny_size: Range = Field(default=(0.025, 0.06), description="its size")
     other_size: Doublings = Field(default=(0.1, 0.55), description="size of other structures")
     minor_size: Doublings = Field(default=(0.03, 0.15), description="size of what gets in the way")
-    half_length: Doublings = Field(default=(6.0, 50.0), description="half the length of the first structure, slices")
+    half_length: Doublings = Field(default=(4.0, 45.0), description="half the length of the first structure, slices")
     still: Share = Field(default=0.12, description="share of windows in which hardly anything changes from slice to slice")
     still_half_length: Doublings = Field(default=(60.0, 200.0), description="half_length of these")
     lean: float = Field(default=0.3, description="slope of a structure's axis, standard deviation")

@@ -29,17 +29,18 @@ def pointed(model: SlmSam2, features: SliceFeatures, points: Tensor, labels: Ten
 def boxed(model: SlmSam2, features: SliceFeatures, boxes: Tensor) -> SliceOutput:
     """Segment B objects on one slice from a box each, without memory. boxes (B, 2, 2): left top, right bottom."""
     labels = torch.tensor([CORNERS], device=boxes.device).expand(len(boxes), 2)
-    inside = quartered(filled(boxes, model.frame_px)) if model.carry_gain is not None else None
+    inside = reduced(model, filled(boxes, model.frame_px)) if model.carry_gain is not None else None
     return _prompted(model, features, boxes, labels, inside)
 
 
 def improved(model: SlmSam2, features: SliceFeatures, masks: Tensor) -> SliceOutput:
     """Segment B objects on one slice from masks that are nearly right, without memory. masks (B, 1, H, W)."""
-    return model.decode(without_memory(model, features), features.fine, quartered(masks))
+    return model.decode(without_memory(model, features), features.fine, reduced(model, masks))
 
 
 def _prompted(model: SlmSam2, features: SliceFeatures, points: Tensor, labels: Tensor, rough: Tensor | None) -> SliceOutput:
-    sparse, dense = model.sam_prompt_encoder(points=(points, labels), boxes=None, masks=rough)
+    coarse = model.coarse(rough) if rough is not None else None
+    sparse, dense = model.sam_prompt_encoder(points=(points, labels), boxes=None, masks=coarse)
     candidates, iou, tokens, presence = model.sam_mask_decoder(
         image_embeddings=without_memory(model, features),
         image_pe=model.sam_prompt_encoder.get_dense_pe(),
@@ -49,7 +50,7 @@ def _prompted(model: SlmSam2, features: SliceFeatures, points: Tensor, labels: T
         repeat_image=False,
         high_res_features=list(features.fine),
     )
-    candidates = candidates.float()
+    candidates = model.finer(candidates.float())
     if rough is not None and model.carry_gain is not None:
         candidates = candidates + model.carry_gain * rough
     return model._choose(candidates, iou, tokens, presence)
@@ -61,9 +62,9 @@ def without_memory(model: SlmSam2, features: SliceFeatures) -> Tensor:
     return conditioned
 
 
-def quartered(masks: Tensor) -> Tensor:
-    """Masks (B, 1, H, W) as logits of +-10 at the size of predicted ones, (B, 1, H / 4, W / 4)."""
-    size = (masks.shape[-2] // 4, masks.shape[-1] // 4)
+def reduced(model: SlmSam2, masks: Tensor) -> Tensor:
+    """Masks (B, 1, H, W) as logits of +-10 at the size of those that the network draws."""
+    size = (model.mask_px, model.mask_px)
     return F.interpolate(masks * (2 * MASK_LOGIT) - MASK_LOGIT, size=size, mode="bilinear", align_corners=False, antialias=True)
 
 

@@ -114,7 +114,7 @@ def _train(run: Path, recipe: Recipe, device: torch.device, resume: bool, commit
     console.say(f"training {recipe.network.size} ({parameters / 1e6:.2f} million parameters, {recipe.frame_px} px) on {where}")
     log, checks = Log(run / "log.csv", learner.step, _LOG), Log(run / "checks.csv", learner.step, _CHECKS)
     with stoppable() as stopped:
-        _follow(learner, recipe, state, log, checks, train(learner, recipe, stopped, side_by_side))
+        _follow(learner, recipe, run, commit, log, checks, train(learner, recipe, stopped, side_by_side))
         log.write()
         finished = share_done(learner, recipe) >= 1
         if finished:
@@ -129,8 +129,9 @@ def _train(run: Path, recipe: Recipe, device: torch.device, resume: bool, commit
         previous_of(state).unlink(missing_ok=True)
 
 
-def _follow(learner: Pretrainer, recipe: Recipe, state: Path, log: Log, checks: Log, steps: Iterator[Step]) -> None:
-    """Train with a progress bar; save the state and check the model every few minutes."""
+def _follow(learner: Pretrainer, recipe: Recipe, run: Path, commit: str, log: Log, checks: Log, steps: Iterator[Step]) -> None:
+    """Train with a progress bar; save the state every few minutes, and the weights so far whenever they are checked."""
+    state = run / STATE
     saved, checked, whole = time.monotonic(), learner.seconds, 1000
     with console.progress("training", whole) as advance:
         bar = 0
@@ -143,6 +144,7 @@ def _follow(learner: Pretrainer, recipe: Recipe, state: Path, log: Log, checks: 
             bar = now_at
             if learner.seconds - checked >= 60 * recipe.checks.every_minutes and step.done < 1:
                 _check(learner, recipe, checks)
+                _save(run / WEIGHTS, learner, recipe, commit)
                 checked = learner.seconds
             if time.monotonic() - saved > SAVE_EVERY_S:
                 save_state(state, learner, recipe.digest)

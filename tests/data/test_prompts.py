@@ -56,6 +56,22 @@ def test_the_slice_to_annotate(where, area, chosen):
     assert choose_slice(np.array(area), where) == chosen
 
 
+def test_ends_are_marked_on_the_slices_just_beyond_them():
+    labels = mask_with((8, 4, 4), (np.s_[2:6, 0], 1), (np.s_[5:, 2], 2))
+    found = simulate_prompts(labels, view_of((8, 4, 4)), (1, 2, 3), "middle", end_stops=True)
+    assert found.annotated == {1: (1, 3, 6), 2: (4, 6), 3: ()}  # label 2 ends where the volume does
+    assert [int((found.labels == value).any(axis=(1, 2)).sum()) for value in (1, 2)] == [1, 1]
+
+
+def test_what_a_label_s_end_stops_say_is_no_word_about_other_labels():
+    labels = mask_with((8, 4, 4), (np.s_[2:6, 0], 1), (np.s_[5:, 2], 2))
+    view = view_of((8, 4, 4))
+    found = simulate_prompts(labels, view, (1, 2), "middle", end_stops=True)
+    whole = np.full((8, 4, 4), 2, np.uint8)
+    imposed = impose(whole, found, view)
+    assert (imposed[1] == 2).all() and (imposed[4] == 0).all()  # slice 1: beyond label 1; slice 4: before label 2
+
+
 def test_two_labels_are_prompted_on_one_slice_without_disturbing_each_other():
     labels = mask_with((3, 4, 4), (np.s_[:, 0], 1), (np.s_[:, 2], 2))
     prompts = simulate_prompts(labels, view_of((3, 4, 4)), [1, 2, 3], "middle")

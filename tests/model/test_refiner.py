@@ -42,11 +42,12 @@ def wake(refiner):
 def test_a_fresh_refiner_changes_nothing():
     model = network()
     features = model.encode(frames())
-    with_it = tracked(model, annotated(model, features), features)
-    model.refiner = None
-    without = tracked(model, annotated(model, features), features)
-    assert torch.allclose(with_it.candidates, without.candidates, atol=1e-5)
-    assert torch.allclose(with_it.presence, without.presence, atol=1e-5) and torch.allclose(with_it.iou, without.iou, atol=1e-4)
+    bank, here = annotated(model, features), features.at(slice(1, 2))
+    conditioned = model.condition(here, bank, Moment(1, 1, bank.anchors, bank.tracked, 3))
+    refined = model.decode_after(conditioned, here, bank, bank[0])
+    plain = model.decode(conditioned, here.fine, bank[0].chosen)
+    assert torch.allclose(refined.candidates, plain.candidates, atol=1e-5)
+    assert torch.allclose(refined.presence, plain.presence, atol=1e-5) and torch.allclose(refined.iou, plain.iou, atol=1e-4)
 
 
 @torch.no_grad()
@@ -83,12 +84,12 @@ def test_a_place_that_looks_like_nothing_else_finds_itself_on_the_slice_passed()
     """Codes that say where they are from: every place of the slice matches the same place of the other."""
     refiner, edge = Refiner(16, 128), 8
     codes = torch.eye(edge * edge).reshape(1, edge * edge, edge, edge)
-    inside = torch.zeros(1, 1, 2 * edge, 2 * edge)
-    inside[..., 4:10, 6:12] = 1
+    inside = torch.zeros(1, 1, 8 * edge, 8 * edge)
+    inside[..., 16:40, 24:48] = 1
     detail = Detail(codes, codes, codes, codes)
     refiner.sharpness.fill_(6.0)
     found = refiner._matched(detail, [Sight(detail, inside, torch.ones(1, 1))], 0)
-    assert torch.equal(found > 0.5, inside > 0.5)
+    assert torch.equal(found > 0.5, inside[..., ::4, ::4] > 0.5)
 
 
 @torch.no_grad()
@@ -97,9 +98,9 @@ def test_without_a_slice_passed_there_is_nothing_to_refine_by():
     wake(model.refiner)
     features = model.encode(frames())
     bank = annotated(model, features)
-    apart = tracked(model, bank, features, t=2).candidates
-    model.refiner = None
-    assert torch.equal(apart, tracked(model, bank, features, t=2).candidates)
+    moment, here = Moment(2, 1, bank.anchors, bank.tracked, 3), features.at(slice(2, 3))
+    plain = model.decode(model.condition(here, bank, moment), here.fine, None)
+    assert torch.equal(model.track(here, bank, moment).candidates, plain.candidates)
 
 
 @pytest.mark.parametrize("size", ["tiny", "small"])

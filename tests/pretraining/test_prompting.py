@@ -5,7 +5,7 @@ import torch
 
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.network import NetworkPlan
-from slmsam2_cli.pretraining.prompting import box_of, boxed, filled, improved, nearly, pointed, points_of, quartered
+from slmsam2_cli.pretraining.prompting import box_of, boxed, filled, improved, nearly, pointed, points_of, reduced
 
 PX = 64
 
@@ -51,7 +51,7 @@ def test_one_point_may_mean_three_things_and_several_mean_one(points, candidates
     model = SlmSam2(NetworkPlan(size="nano"), PX).eval()
     with torch.no_grad():
         output = pointed(model, model.encode(torch.rand(2, 3, PX, PX)), *points_of(rectangle().expand(2, -1, -1, -1), points, rng()))
-    assert output.candidates.shape == (2, candidates, PX // 4, PX // 4) and output.iou.shape == (2, candidates)
+    assert output.candidates.shape == (2, candidates, PX, PX) and output.iou.shape == (2, candidates)
 
 
 def test_a_mask_that_is_nearly_right_keeps_its_shape_and_stays_near():
@@ -76,6 +76,6 @@ def test_before_it_has_learned_anything_a_model_that_carries_masks_says_the_box_
     torch.manual_seed(0)
     model = SlmSam2(NetworkPlan(size="nano"), PX).eval()
     features, box = model.encode(torch.rand(1, 3, PX, PX)), torch.tensor([[[8.0, 8.0], [39.0, 31.0]]])
-    given = quartered(filled(box, PX)) > 0
+    given = reduced(model, filled(box, PX)) > 0
     assert torch.equal(boxed(model, features, box).chosen > 0, given)
     assert torch.equal(improved(model, features, filled(box, PX)).chosen > 0, given)

@@ -35,6 +35,15 @@ def test_phases_follow_each_other_by_their_share_of_the_run(tmp_path):
     assert [recipe.phase(done).lengths[0] for done in (0.0, 0.24, 0.25, 0.5, 0.99, 1.0)] == [1, 1, 2, 8, 8, 8]
 
 
+def test_a_phase_may_have_fewer_ends_than_the_volumes_it_draws_from(tmp_path):
+    phases = [{"until": 0.5, "lengths": [3], "ends": 0.2}, {"until": 1.0, "lengths": [8]}]
+    recipe = read_recipe(changed(tmp_path, phases=phases))
+    early, late = recipe.volumes_at(0.0), recipe.volumes_at(0.5)
+    assert (early.anatomy.ends, early.eager) == (0.2, 1.0)
+    assert late == recipe.volumes
+    assert early.model_copy(update={"anatomy": late.anatomy, "eager": late.eager}) == late
+
+
 def test_only_the_length_of_a_run_may_change_when_it_goes_on(tmp_path):
     recipe = read_recipe(NANO)
     assert read_recipe(changed(tmp_path, steps=7, minutes=1.0)).digest == recipe.digest
