@@ -5,6 +5,7 @@ Weights decide what network it is, and of how many channels; a plan that says ot
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,21 @@ from slmsam2_cli.model.checkpoint import Checkpoint, base_weights, fit, read_che
 from slmsam2_cli.model.portable import model_in
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.channels import COLOURS
-from slmsam2_cli.planning.network import FuserName
+from slmsam2_cli.planning.network import FuserName, NetworkPlan
 from slmsam2_cli.planning.plan import Plan, read_plan
 from slmsam2_cli.workspace import Workspace
 
 
-def choose_model(workspace: Workspace | None, model: Path | None, weights: str | None, data: Dataset | None) -> tuple[Checkpoint, Plan]:
+def choose_model(
+    workspace: Workspace | None,
+    model: Path | None,
+    weights: str | None,
+    data: Dataset | None,
+    otherwise: Callable[[NetworkPlan], Plan] | None = None,
+) -> tuple[Checkpoint, Plan]:
     """--model, else --weights, else the workspace's tuned model, else the base; and the plan that goes with it.
+
+    otherwise: makes a plan for weights of a known network where there is none.
 
     --model may name an adapter; --weights then is the base it belongs on. A model follows its own plan, a base the workspace's.
     UsageError, WeightsError, PlanError.
@@ -39,6 +48,8 @@ def choose_model(workspace: Workspace | None, model: Path | None, weights: str |
     else:
         checkpoint = _base(weights)
         plan = _workspace_plan(workspace, checkpoint, data) or checkpoint.plan
+    if plan is None and otherwise is not None and checkpoint.network is not None:
+        plan = otherwise(checkpoint.network)
     if plan is None:
         raise PlanError(
             f"{checkpoint.name}: the plan is missing (weights made elsewhere carry none). "

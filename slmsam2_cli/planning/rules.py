@@ -71,9 +71,11 @@ class Decision(Generic[T]):
     reason: str
 
 
-def decide(fingerprint: Fingerprint, network: str | None = None, fuser: FuserName = "gated") -> Plan:
-    """The plan for a data set; fuser: that of the weights it starts from. DatasetError when no case is usable, UsageError when the
-    network is unknown.
+def decide(
+    fingerprint: Fingerprint, network: str | None = None, fuser: FuserName = "gated", axis: Decision[SliceAxis] | None = None
+) -> Plan:
+    """The plan for a data set; fuser: that of the weights it starts from; axis: where that is settled already. DatasetError when no
+    case is usable, UsageError when the network is unknown.
     """
     cases = fingerprint.cases
     if not cases:
@@ -85,7 +87,7 @@ def decide(fingerprint: Fingerprint, network: str | None = None, fuser: FuserNam
         )
     modalities = [choose_modality(fingerprint, index) for index in range(len(fingerprint.channels))]
     size = choose_network(network)
-    axis = choose_slice_axis(fingerprint)
+    axis = axis or choose_slice_axis(fingerprint)
     crop = choose_crop(cases, modalities[0].value)
     fov = field_of_view_mm(cases, axis.value, crop.value)
     spacing = in_plane_spacing_mm(cases, axis.value)

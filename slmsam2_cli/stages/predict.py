@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from slmsam2_cli.inference.engine import BATCH
 from slmsam2_cli.inference.folder import PromptSource, Segmented, segment
 from slmsam2_cli.inference.ready import build_model, choose_model, split_of
 from slmsam2_cli.inference.records import Records, key_of, whole
+from slmsam2_cli.inference.unplanned import plan_for
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import Checkpoint
 from slmsam2_cli.planning.plan import Plan
@@ -127,12 +129,13 @@ def predict(
     if not 0 <= part_id < num_parts:
         raise UsageError(f"--part-id {part_id} --num-parts {num_parts}: parts are numbered from 0 to {num_parts - 1}")
     data = read_dataset(dataset) if images is None and dataset is not None else None
-    checkpoint, plan = choose_model(workspace, model, weights, data)
     found = _cases(images, data, workspace)
     masks = _masks_folder(masks, workspace, images)
     source = _prompt_source(prompts, prompts_from, where, end_stops, data)
     files = [file for case in found.cases for file in (*case.images, *([case.label] if case.label else []))]
     _refuse_overlap(masks, [found.root, source.folder, *(file.parent for file in files)])
+    unplanned = partial(plan_for, found.cases, source, masks=masks) if data is None else None
+    checkpoint, plan = choose_model(workspace, model, weights, data, unplanned)
     chosen = choose_device(device)
     shown = {case.id: case.images for case in found.cases} if report else None
     job = Job(found.root, masks, source, plan, checkpoint, found.learned_from, overwrite, shown)
