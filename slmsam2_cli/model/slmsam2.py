@@ -155,7 +155,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         self.network = network
         self.calibration: Calibration | None = None
         self.policy = policy_of(network, self.num_maskmem, self.max_obj_ptrs_in_encoder)
-        self.carry_gain = nn.Parameter(torch.tensor(0.5)) if self.traits.carry_mask else None
+        self.carry_gain = nn.Parameter(torch.tensor(0.25)) if self.traits.carry_mask else None
         self.refiner = Refiner(self.hidden_dim // 8, self.hidden_dim) if self.traits.refine else None
         if network.has_short_stream:
             self.short_memory_attention = copy.deepcopy(self.memory_attention)

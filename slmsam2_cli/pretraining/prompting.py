@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slmsam2_cli.model.slmsam2 import MASK_LOGIT, SliceFeatures, SliceOutput, SlmSam2
+from slmsam2_cli.model.refiner import Sight
+from slmsam2_cli.model.slmsam2 import MASK_LOGIT, Seen, SliceFeatures, SliceOutput, SlmSam2
 
 OUTSIDE, INSIDE, CORNERS = 0, 1, (2, 3)
 
@@ -34,8 +35,15 @@ def boxed(model: SlmSam2, features: SliceFeatures, boxes: Tensor) -> SliceOutput
 
 
 def improved(model: SlmSam2, features: SliceFeatures, masks: Tensor) -> SliceOutput:
-    """Segment B objects on one slice from masks that are nearly right, without memory. masks (B, 1, H, W)."""
-    return model.decode(without_memory(model, features), features.fine, reduced(model, masks))
+    """Segment B objects on one slice from masks that are nearly right, without memory. masks (B, 1, H, W).
+
+    A refiner takes them for masks of a slice just passed that looks the same: so it learns to find borders where they are.
+    """
+    carried, seen = reduced(model, masks), None
+    if features.detail is not None:
+        sight = Sight(features.detail, carried.sigmoid(), torch.ones(len(masks), 1, device=masks.device))
+        seen = Seen(features.detail, sight, [sight])
+    return model.decode(without_memory(model, features), features.fine, carried, seen)
 
 
 def _prompted(model: SlmSam2, features: SliceFeatures, points: Tensor, labels: Tensor, rough: Tensor | None) -> SliceOutput:

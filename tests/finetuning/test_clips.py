@@ -123,3 +123,30 @@ def test_a_track_whose_annotated_slice_was_moved_out_of_sight_is_dropped():
         assert changed.masks.shape[1] == len(changed.window) == len(changed.reverse)
         dropped += len(clips.window) - len(changed.window)
     assert dropped > 0
+
+
+def focused(slices=12, held=range(3, 9)):
+    """A structure of 8 x 8 px in slices of 64 px, seen at 32 px in squares of 16."""
+    made = case(slices=slices, held=held, size=(64, 64))
+    return ClipSampler([made], [1], whole(PX, focus=2.0, slice_px=64))
+
+
+def test_with_a_focus_a_clip_shows_a_square_around_the_structure():
+    for clips in draws(focused(), count=20):
+        assert clips.frames.shape[-2:] == (PX, PX)
+        for track in range(len(clips.window)):
+            mask = clips.masks[0, track, 0]
+            rows, columns = (torch.nonzero(mask.any(dim=axis))[:, 0] for axis in (1, 0))
+            assert (rows[0], rows[-1], columns[0], columns[-1]) == (8, 23, 8, 23)  # 8 of 16 px, twice as large
+
+
+def test_with_a_focus_every_slice_of_a_window_is_cut_alike():
+    made = case(slices=12, held=range(12), size=(64, 64))
+    made.labels[6:, 4:12, 4:12], made.labels[6:, 10:18, 4:12] = 0, 1  # the structure moves down by six pixels
+    sampler = ClipSampler([made], [1], whole(PX, focus=2.0, slice_px=64))
+    tops = set()
+    for clips in draws(sampler, count=40):
+        for track in range(len(clips.window)):
+            firsts = [int(torch.nonzero(mask[0].any(dim=1))[0]) for mask in clips.masks[:, track] if mask.any()]
+            tops |= set(np.diff(firsts).tolist())
+    assert tops == {0, 12, -12}  # by six of 16 px, which are 12 of 32, forwards and backwards
