@@ -20,6 +20,9 @@ EXAMPLES = (
 def pretrain(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="RUN", help="Folder of this run.", show_default=False)],
     recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="How to train.  [default: the recipe of the packaged base]")] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="Weights to start from.  [default: random ones]", show_default=False)
+    ] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="A recipe of two minutes, to see that it learns.")] = False,
     minutes: Annotated[
         float | None, typer.Option(min=0.01, metavar="M", help="Stop after so many minutes.  [default: what the recipe says]")
@@ -46,6 +49,7 @@ def pretrain(
     return stage.pretrain(
         output,
         recipe=recipe,
+        weights=weights,
         smoke=smoke,
         minutes=minutes,
         steps=steps,

@@ -43,9 +43,9 @@ class AnatomyRecipe(Frozen):
     slender: Share = Field(default=0.3, description="share of structures that are long and thin in the slice")
     ends: Share = Field(default=0.85, description="share of structures with an end within the clip")
     pairs: Five = Field(default=(0.25, 0.35, 0.15, 0.1, 0.15), description="shares of pairs: unrelated, look-alike, branch, return, nodule")
-    interiors: Three = Field(default=(0.6, 0.22, 0.18), description="shares: whole, cut in two, wall and inside")
+    interiors: Three = Field(default=(0.68, 0.18, 0.14), description="shares: whole, cut in two, wall and inside")
     one_target: Share = Field(default=0.3, description="share of cut or hollow structures that are followed as a whole")
-    faint_cut: Share = Field(default=0.7, description="share of cuts with hardly a border in the image")
+    faint_cut: Share = Field(default=0.5, description="share of cuts with hardly a border in the image")
     clusters: Share = Field(default=0.25, description="share of windows whose small structures are one cluster, followed together")
     body_size: Range = Field(default=(0.3, 0.75), description="long radius of the body")
 

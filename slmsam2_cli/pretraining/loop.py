@@ -12,6 +12,7 @@ import torch
 
 from slmsam2_cli.errors import TrainingError
 from slmsam2_cli.finetuning.learner import PATIENCE, SKIPPED, Learner, Progress, average_of, learning_rate, share_done, take_step
+from slmsam2_cli.model.checkpoint import Checkpoint, fit
 from slmsam2_cli.pretraining.helpers import Helpers, gather_gradients, helpers
 from slmsam2_cli.pretraining.model import build
 from slmsam2_cli.pretraining.parts import Part, compute
@@ -37,9 +38,11 @@ class Step(Progress):
     seconds: float
 
 
-def new_learner(recipe: Recipe, device: torch.device) -> Pretrainer:
-    """A learner at step 0, with random weights drawn from the recipe's seed."""
+def new_learner(recipe: Recipe, device: torch.device, start: Checkpoint | None = None) -> Pretrainer:
+    """A learner at step 0, with random weights drawn from the recipe's seed, or with those of `start`. WeightsError."""
     model = build(recipe, device)
+    if start is not None:
+        fit(model, start)
     average = average_of(model)
     if recipe.compile and device.type == "cuda":
         for name in _COMPILED:

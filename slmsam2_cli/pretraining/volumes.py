@@ -36,7 +36,7 @@ class VolumesRecipe(Frozen):
     rough: Range = Field(default=(0.01, 0.06), description="fine deformation, in sizes of the first structure")
     unsteady: Share = Field(default=0.1, description="share of windows whose slices are shifted against each other, as by breathing")
     shift: Doublings = Field(default=(0.002, 0.01), description="standard deviation of these shifts, frame widths")
-    misplaced: Share = Field(default=0.1, description="share of windows whose masks lie beside what is seen, as if drawn on another image")
+    misplaced: Share = Field(default=0.05, description="share of windows whose masks lie beside what is seen, as if drawn on another image")
     beside: Range = Field(default=(-0.025, 0.025), description="how far beside, along each axis, frame widths")
     padded: Share = Field(default=0.5, description="share of windows with zeros below or to the right, as slices that are not square")
     cropped: Share = Field(default=0.12, description="share of windows that reach beyond the volume at the left or the top")

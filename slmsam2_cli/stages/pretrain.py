@@ -1,4 +1,5 @@
-"""Before everything: recipe -> base weights.   Reads a recipe.   Writes RUN/{recipe.json,log.csv,checks.csv,nano.safetensors,state}.
+"""Before everything: recipe -> base weights.   Reads a recipe.   Writes RUN/{recipe.json,log.csv,checks.csv,nano.safetensors,state}, and
+started_from.json where it did not start from random weights.
 
 Needs no data: the volumes are procedural. An interrupted run leaves usable weights and goes on with --continue.
 """
@@ -21,13 +22,13 @@ from slmsam2_cli.finetuning.learner import share_done
 from slmsam2_cli.finetuning.log import COLUMNS, Log
 from slmsam2_cli.finetuning.resume import load_state, previous_of, save_state
 from slmsam2_cli.finetuning.stopping import stoppable
-from slmsam2_cli.model.checkpoint import Provenance, save_weights
+from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, base_weights, save_weights
 from slmsam2_cli.pretraining.checks import Check, check, held_out
 from slmsam2_cli.pretraining.loop import Pretrainer, Step, new_learner, train
 from slmsam2_cli.pretraining.recipe import NANO, SMOKE, Recipe, read_recipe
 
 SAVE_EVERY_S = 120.0
-WEIGHTS, RECIPE, STATE = "nano.safetensors", "recipe.json", "state.safetensors"
+WEIGHTS, RECIPE, STATE, STARTED_FROM = "nano.safetensors", "recipe.json", "state.safetensors", "started_from.json"
 LICENCE, BASE = "Apache-2.0", "procedural volumes"
 _LOG = (*COLUMNS[:2], "phase", "length", "clips", *COLUMNS[2:], "clips_per_s")
 _CHECKS = ("step", "seconds", *Check.__dataclass_fields__)
@@ -37,6 +38,7 @@ def pretrain(
     run: Path,
     *,
     recipe: Path | None = None,
+    weights: str | None = None,
     smoke: bool = False,
     minutes: float | None = None,
     steps: int | None = None,
@@ -49,6 +51,7 @@ def pretrain(
 ) -> int:
     """Train base weights by a recipe, into the folder `run`. The exit code: 0.
 
+    weights: to start from, a name or a file, instead of random ones; their digest goes into the header of what comes of them.
     commit: of the code, as a note in the weights' header. Raises PlanError (recipe), WeightsError (nothing to continue),
     TrainingError, DeviceError, OutputError, LockError, UsageError.
     """
@@ -56,8 +59,12 @@ def pretrain(
         raise UsageError("--recipe and --smoke both name a recipe. Give one of them")
     if resume and overwrite:
         raise UsageError("--continue and --overwrite contradict each other. Give one of them")
-    if resume and (recipe is not None or smoke or seed is not None):
-        raise UsageError("--continue goes on by the recipe and seed that the run was started with. Leave --recipe, --smoke and --seed out")
+    if resume and (recipe is not None or smoke or seed is not None or weights is not None):
+        raise UsageError(
+            "--continue goes on by the recipe, seed and weights that the run was started with. "
+            "Leave --recipe, --smoke, --seed and --weights out"
+        )
+    start = base_weights(weights) if weights is not None else None
     chosen = choose_device(device)
     with store.one_writer(run):
         wanted = _kept(run) if resume else read_recipe(recipe or (SMOKE if smoke else NANO))
@@ -65,7 +72,7 @@ def pretrain(
         if not resume and not overwrite:
             _refuse_to_replace(run)
         try:
-            _train(run, wanted, chosen, resume, commit, _side_by_side(wanted, chosen, threads))
+            _train(run, wanted, chosen, resume, start, commit, _side_by_side(wanted, chosen, threads))
         except torch.OutOfMemoryError:
             raise DeviceError("out of memory. Set slices_per_step lower in the recipe, or use --device cpu") from None
     return DONE
@@ -101,13 +108,18 @@ def _refuse_to_replace(run: Path) -> None:
         raise UsageError(f"{run}: holds the weights of another run. Choose another folder with -o, or add --overwrite")
 
 
-def _train(run: Path, recipe: Recipe, device: torch.device, resume: bool, commit: str, side_by_side: bool) -> None:
-    learner, state = new_learner(recipe, device), run / STATE
+def _train(
+    run: Path, recipe: Recipe, device: torch.device, resume: bool, start: Checkpoint | None, commit: str, side_by_side: bool
+) -> None:
+    learner, state = new_learner(recipe, device, start), run / STATE
     if resume and (warning := load_state(state, learner, recipe.digest)):
         console.warn(warning)
     if not resume:
         for old in (state, previous_of(state)):
             old.unlink(missing_ok=True)
+        (run / STARTED_FROM).unlink(missing_ok=True)
+    if start is not None:
+        store.write_json(run / STARTED_FROM, {"name": start.name, "digest": start.digest})
     store.write_json(run / RECIPE, recipe.model_dump(mode="json"))
     where = f"cpu ({recipe.parts} processes)" if side_by_side else describe(device)
     parameters = sum(p.numel() for p in learner.model.parameters())
@@ -174,8 +186,10 @@ def _save(path: Path, learner: Pretrainer, recipe: Recipe, commit: str) -> None:
     """The averaged weights in half precision, with everything that is needed to make them again."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in learner.average.state_dict().items()}
     half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    started = store.read_json(path.parent / STARTED_FROM, "ancestor") if (path.parent / STARTED_FROM).exists() else {}
     provenance = Provenance(
         base=BASE,
+        base_digest=started.get("digest", "") if isinstance(started, dict) else "",
         licence=LICENCE,
         seed=recipe.seed,
         steps=learner.step,

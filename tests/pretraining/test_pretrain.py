@@ -118,6 +118,21 @@ def test_parts_computed_side_by_side_leave_the_weights_of_parts_computed_one_aft
     assert one.digest == both.digest
 
 
+def test_it_goes_on_from_other_weights_and_says_from_which(done, recipe, tmp_path):
+    given = done / "nano.safetensors"
+    assert pretrain(tmp_path / "run", recipe=recipe, weights=str(given), steps=1, device="cpu") == 0
+    found, before = read_checkpoint(tmp_path / "run" / "nano.safetensors"), read_checkpoint(given)
+    assert found.provenance.base_digest == before.digest != found.digest
+    assert json.loads((tmp_path / "run" / "started_from.json").read_text()) == {"name": before.name, "digest": before.digest}
+    apart = max(float((found.state[name].float() - tensor.float()).abs().max()) for name, tensor in before.state.items())
+    assert 0 < apart < 0.01  # one step away; random weights would be farther
+
+
+def test_weights_to_start_from_are_no_choice_when_a_run_goes_on(done, tmp_path):
+    with pytest.raises(UsageError, match="--weights out"):
+        pretrain(tmp_path / "run", weights=str(done / "nano.safetensors"), resume=True)
+
+
 def test_a_finished_run_is_not_replaced_without_being_asked(done, recipe):
     with pytest.raises(UsageError, match="--overwrite"):
         pretrain(done, recipe=recipe)
