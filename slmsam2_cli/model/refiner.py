@@ -2,10 +2,10 @@
 
 SAM 2 compares slices at stride 16, where a slice of 128 px has 8 x 8 places, too few to follow a border, and draws at stride
 4, which alone costs small structures a tenth of their Dice (docs/explanation/nano.md). The refiner works at stride 4, on four
-by four pixels a place. It reads, per object, the mask of the slice just passed, the decoder's logits, and where this slice
-looks like the inside of what is known: of the slice just passed and of the annotated ones (matching as in Voigtlaender et al.,
-"FEELVOS", arXiv:1902.09513). It adds to the logits, to presence and to the predicted IoU. What depends on the slice alone is
-computed once per slice.
+by four pixels a place. It reads, per object, the mask of the slice just passed, moved to where block matching finds it; how grey
+values go with the inside of that mask and of the annotated ones (evidence.py); the decoder's logits; and where the slice's codes
+resemble the inside of what is known (as in Voigtlaender et al., "FEELVOS", arXiv:1902.09513). It adds to the logits, to presence
+and to the predicted IoU. What depends on the slice alone is computed once per slice.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from sam2.modeling.sam2_utils import LayerNorm2d
 from torch import Tensor, nn
 
+from slmsam2_cli.model.evidence import likely
+
 FINER = 4  # pixels of a refined mask along the edge of one of the decoder's
-_MAPS = 2 * FINER**2 + 5  # carried mask, logits; two matches, likeness to inside and outside, whether the object was there
+_MAPS = 3 * FINER**2 + 7  # carried mask, two likelihoods; the mask unmoved, logits, two matches, two likenesses, presence
 _NEAR = 1.0  # a logit of this size is half a certainty, for the network's input
 _FEW = 1e-3
 
@@ -28,17 +30,18 @@ _FEW = 1e-3
 class Detail:
     """What the refiner keeps of B slices: maps to add up, for the slice looked at and for the one passed, and codes to compare.
 
-    here, passed (B, C, 4h, 4w); codes (B, K, 4h, 4w) and coarse (B, K, 2h, 2w), of unit length.
+    here, passed (B, C, 4h, 4w); codes (B, K, 4h, 4w) and coarse (B, K, 2h, 2w), of unit length; grey (B, 1, H, W).
     """
 
     here: Tensor
     passed: Tensor
     codes: Tensor
     coarse: Tensor
+    grey: Tensor
 
     def at(self, index: Tensor | slice) -> Detail:
         """The same of some of the slices."""
-        return Detail(self.here[index], self.passed[index], self.codes[index], self.coarse[index])
+        return Detail(self.here[index], self.passed[index], self.codes[index], self.coarse[index], self.grey[index])
 
 
 @dataclass
@@ -78,22 +81,28 @@ class Refiner(nn.Module):
         for parameter in (*self.logits.parameters(), *scores.parameters()):  # at first it changes nothing
             nn.init.zeros_(parameter)
 
-    def detail(self, frames: Tensor, fine: Tensor) -> Detail:
-        """frames (B, 3, H, W) as the encoder sees them; fine (B, C, H / 4, W / 4)."""
+    def detail(self, frames: Tensor, fine: Tensor, grey: Tensor) -> Detail:
+        """frames (B, 3, H, W) as the encoder sees them; fine (B, C, H / 4, W / 4); grey (B, 1, H, W) in [0, 1]."""
         seen = torch.cat([fine, self.stem(frames)], dim=1)
         code = self.code(seen)
-        return Detail(self.here(seen), self.passed(seen), F.normalize(code, dim=1), F.normalize(F.avg_pool2d(code, 2), dim=1))
+        coarse = F.normalize(F.avg_pool2d(code, 2), dim=1)
+        return Detail(self.here(seen), self.passed(seen), F.normalize(code, dim=1), coarse, grey)
 
     def forward(
-        self, here: Detail, top: Tensor, logits: Tensor, passed: Sight, annotated: Sequence[Sight]
+        self, here: Detail, top: Tensor, logits: Tensor, carried: Tensor, passed: Sight, annotated: Sequence[Sight]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What to add to logits (B, 1, H, W), presence (B, 1) and the logit of the IoU (B, 1). top (B, C, h, w)."""
+        """What to add to logits (B, 1, H, W), presence (B, 1) and the logit of the IoU (B, 1).
+
+        top (B, C, h, w); carried (B, 1, H, W): probability, of the mask of the slice passed where it has moved to.
+        """
         nearby, known = self._matched(here, [passed], 0), self._matched(here, annotated, 1)
         inside, outside = _likeness(here, annotated)
         before = 2 * passed.present - 1
         there = before[:, :, None, None].expand_as(nearby)
-        drawn, carried = (F.pixel_unshuffle(one, FINER) for one in ((logits / (2 * _NEAR)).tanh(), 2 * passed.inside - 1))
-        maps = torch.cat([carried, drawn, 2 * nearby - 1, 2 * known - 1, inside, outside, there], dim=1)
+        alike = [likely(here.grey, *_beneath(sights)) for sights in ([passed], annotated)]
+        fine = [F.pixel_unshuffle(2 * one - 1, FINER) for one in (carried, *alike)]
+        drawn, unmoved = F.avg_pool2d((logits / (2 * _NEAR)).tanh(), FINER), F.avg_pool2d(passed.inside, FINER)
+        maps = torch.cat([*fine, 2 * unmoved - 1, drawn, 2 * nearby - 1, 2 * known - 1, inside, outside, there], dim=1)
         x = self.enter(here.here + passed.detail.passed + self.maps(maps))
         middle = self.down(x)
         low = self.merge(self.bottom(middle) + self.top(top))
@@ -101,8 +110,8 @@ class Refiner(nn.Module):
         for skip, up, leave in zip((middle, x), self.up, self.leave):
             above = leave(F.interpolate(up(above), scale_factor=2.0) + skip)
         delta: Tensor = F.pixel_shuffle(self.logits(above), FINER)
-        inside = (logits + delta).sigmoid()
-        told = [low.mean((2, 3)), low.amax((2, 3)), inside.mean((2, 3)), inside.amax((2, 3)), before]
+        share = (logits + delta).sigmoid()
+        told = [low.mean((2, 3)), low.amax((2, 3)), share.mean((2, 3)), share.amax((2, 3)), before]
         presence, iou = self.scores(torch.cat(told, dim=1)).split(1, dim=1)
         return delta, presence, iou
 
@@ -117,6 +126,11 @@ class Refiner(nn.Module):
         weight = torch.softmax(query @ keys + near.repeat(1, len(sights)), dim=2)
         found = (weight @ values.transpose(1, 2)).transpose(1, 2).reshape(batch, 1, height, width)
         return F.interpolate(found, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+
+def _beneath(sights: Sequence[Sight]) -> tuple[Tensor, Tensor]:
+    """Grey values and masks of several slices, one below the other."""
+    return torch.cat([sight.detail.grey for sight in sights], dim=2), torch.cat([sight.inside for sight in sights], dim=2)
 
 
 def _likeness(here: Detail, annotated: Sequence[Sight]) -> tuple[Tensor, Tensor]:

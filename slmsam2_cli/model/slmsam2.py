@@ -21,6 +21,7 @@ from slmsam2_cli.model import adapters
 from slmsam2_cli.model.backbone import TRAITS, DecoderSize, Traits, sam2_parts
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.decoder import build_heads
+from slmsam2_cli.model.evidence import moved
 from slmsam2_cli.model.fusion import build_fuser
 from slmsam2_cli.model.memory.choice import policy_of
 from slmsam2_cli.model.memory.policy import MemoryPolicy, Moment, Stream
@@ -184,10 +185,11 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
 
         ValueError for any other number of channels.
         """
-        seen = (adapters.in_colours(self, frames) - self._mean) / self._std
+        coloured = adapters.in_colours(self, frames)
+        seen = (coloured - self._mean) / self._std
         output = self.forward_image(seen)
         s0, s1, top = output["backbone_fpn"][-3:]
-        detail = self.refiner.detail(seen, s0) if self.refiner is not None else None
+        detail = self.refiner.detail(seen, s0, coloured.detach().mean(1, keepdim=True)) if self.refiner is not None else None
         return SliceFeatures(top, output["vision_pos_enc"][-1], (s0, s1), detail)
 
     def anchor(self, features: SliceFeatures, masks: Tensor) -> SliceOutput:
@@ -296,7 +298,10 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
     def decode(self, conditioned: Tensor, fine: tuple[Tensor, Tensor], carried: Tensor | None, seen: Seen | None = None) -> SliceOutput:
         """Masks, IoU, presence and pointer. conditioned (B, C, h, w); carried (B, 1, n, n): previous logits; seen: to refine by."""
         batch = len(conditioned)
-        previous = (2 * carried.detach().sigmoid() - 1).to(conditioned.dtype) * MASK_LOGIT if carried is not None else None
+        inside = carried.detach().sigmoid() if carried is not None else None
+        if seen is not None and inside is not None:
+            inside = moved(seen.here.grey, seen.passed.detail.grey, inside)
+        previous = (2 * inside - 1).to(conditioned.dtype) * MASK_LOGIT if inside is not None else None
         rough = self.coarse(previous) if previous is not None else None
         sparse, dense = self.sam_prompt_encoder(points=self._no_points(batch, conditioned.device), boxes=None, masks=rough)
         candidates, iou, tokens, presence = self.sam_mask_decoder(
@@ -311,8 +316,8 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         candidates = self.finer(candidates.float())
         if previous is not None and self.carry_gain is not None:
             candidates = candidates + self.carry_gain * previous.float()
-        if seen is not None and self.refiner is not None:
-            delta, present, quality = self.refiner(seen.here, conditioned, candidates, seen.passed, seen.annotated)
+        if seen is not None and self.refiner is not None and inside is not None:
+            delta, present, quality = self.refiner(seen.here, conditioned, candidates, inside, seen.passed, seen.annotated)
             candidates, presence = candidates + delta.float(), presence + present
             iou = (torch.logit(iou.float(), eps=1e-4) + quality.float()).sigmoid()
         return self._choose(candidates, iou, tokens, presence)

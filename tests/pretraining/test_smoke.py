@@ -1,0 +1,47 @@
+"""Two minutes of pre-training on a CPU: the loss falls, and one slice of a made-up patient becomes more than its copies."""
+
+import csv
+
+import nibabel
+import numpy as np
+import pytest
+
+from slmsam2_cli.data.dataset import read_dataset
+from slmsam2_cli.data.phantom import write_phantom_dataset
+from slmsam2_cli.data.prompts import choose_slice
+from slmsam2_cli.evaluation.metrics import dice
+from slmsam2_cli.stages.predict import predict
+from slmsam2_cli.stages.pretrain import pretrain
+
+LABELS = (1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smoke") / "run"
+    assert pretrain(folder, smoke=True, device="cpu", threads=1) == 0
+    return folder
+
+
+def test_the_loss_falls_with_single_images_and_with_clips(run):
+    rows = list(csv.DictReader((run / "log.csv").open()))
+    for phase in ("1", "3"):
+        totals = [float(row["total"]) for row in rows if row["phase"] == phase]
+        count = len(totals) // 4
+        assert count >= 4 and np.mean(totals[-count:]) < np.mean(totals[:count])
+
+
+def test_one_slice_of_a_made_up_patient_becomes_more_than_copies_of_it(run, tmp_path):
+    write_phantom_dataset(tmp_path / "data", cases=4, test_cases=0, shape=(24, 48, 48))
+    data, masks = read_dataset(tmp_path / "data"), tmp_path / "masks"
+    weights = str(run / "nano.safetensors")
+    assert predict(data.root / "imagesTr", masks, prompts_from=data.root / "labelsTr", weights=weights, report=False, device="cpu") == 0
+    found, copied = [], []
+    for case in data.training:
+        truth, predicted = (np.asarray(nibabel.load(path).dataobj).T for path in (case.label, masks / case.label.name))
+        for value in LABELS:
+            mask = truth == value
+            middle = mask[choose_slice(mask.sum(axis=(1, 2)), "middle")]
+            found.append(dice(mask, predicted == value))
+            copied.append(dice(mask, np.broadcast_to(middle, mask.shape)))
+    assert np.mean(found) > np.mean(copied)
