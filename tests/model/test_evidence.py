@@ -1,0 +1,87 @@
+"""What is known without learning: where a pattern has moved to, and which grey values go with the inside."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slmsam2_cli.model.evidence import likely, moved
+
+PX = 64
+
+
+def pattern(seed=0, batch=1):
+    """Noise that is smooth over a few pixels, as tissue is, with room to be shifted in."""
+    noise = torch.rand(batch, 1, PX // 4 + 8, PX // 4 + 8, generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(noise, scale_factor=4.0, mode="bicubic", align_corners=False)
+
+
+def window(image, down=0, across=0):
+    return image[..., 16 - down : 16 - down + PX, 16 - across : 16 - across + PX]
+
+
+def block(top=24, left=24, edge=16, batch=1):
+    mask = torch.zeros(batch, 1, PX, PX)
+    mask[..., top : top + edge, left : left + edge] = 1
+    return mask
+
+
+def overlap(one, other):
+    return float((one * other).sum() / torch.maximum(one, other).sum())
+
+
+@settings(max_examples=25)
+@given(st.integers(-5, 5), st.integers(-5, 5), st.integers(0, 100))
+def test_a_mask_goes_where_its_slice_has_moved_to(down, across, seed):
+    image = pattern(seed)
+    found = (moved(window(image, down, across), window(image), block()) > 0.5).float()
+    assert overlap(found, block(24 + down, 24 + across)) > 0.8
+
+
+def test_a_mask_stays_on_a_slice_that_is_the_same():
+    image = window(pattern())
+    assert overlap((moved(image, image, block()) > 0.5).float(), block()) == 1.0
+
+
+def test_a_mask_stays_where_there_is_nothing_to_go_by():
+    flat = torch.full((1, 1, PX, PX), 0.5)
+    assert overlap((moved(flat, flat, block()) > 0.5).float(), block()) == 1.0
+
+
+def test_every_slice_moves_by_itself():
+    image, other = pattern(0), pattern(1)
+    here, before = torch.cat([window(image, 4), window(other)]), torch.cat([window(image), window(other)])
+    found = (moved(here, before, block(batch=2)) > 0.5).float()
+    assert overlap(found[:1], block(28)) > 0.8 and overlap(found[1:], block()) == 1.0
+
+
+def test_grey_values_of_the_inside_are_likely_and_those_of_the_outside_are_not():
+    known = torch.where(block() > 0, 0.8, 0.2)
+    here = torch.where(block(8, 8) > 0, 0.8, 0.2)
+    found = likely(here, known, block())
+    assert found[..., 10:22, 10:22].min() > 0.95 and found[..., 40:, 40:].max() < 0.05
+
+
+def test_what_is_inside_as_often_as_outside_is_neither():
+    image = window(pattern()).clamp(0, 1)
+    half = torch.zeros(1, 1, PX, PX)
+    half[..., ::2, :] = 1  # every second row, so both sides see the same grey values
+    assert (likely(image, image, half) - 0.5).abs().mean() < 0.1
+
+
+def test_a_grey_value_that_was_never_seen_says_nothing():
+    known = torch.where(block() > 0, 0.5, 0.1)
+    assert float(likely(torch.full((1, 1, PX, PX), 0.95), known, block()).mean()) == pytest.approx(0.5, abs=0.01)
+
+
+def test_several_known_slices_are_taken_together():
+    bright, dark = (torch.where(block() > 0, inside, 0.5) for inside in (0.9, 0.1))
+    both, masks = torch.cat([bright, dark], dim=2), torch.cat([block(), block()], dim=2)
+    for value in (0.9, 0.1):
+        assert float(likely(torch.full((1, 1, PX, PX), value), both, masks).mean()) > 0.95
+
+
+def test_a_mask_that_covers_nothing_makes_nothing_likely():
+    image = window(pattern()).clamp(0, 1)
+    assert float(likely(image, image, torch.zeros(1, 1, PX, PX)).max()) <= 0.5
