@@ -19,8 +19,8 @@ _LEAST = 1e-4
 
 
 @torch.no_grad()
-def moved(here: Tensor, before: Tensor, masks: Tensor) -> Tensor:
-    """Masks (B, 1, H, W) of the slices `before`, brought to where they are on the slices `here`, both (B, 1, H, W) grey values."""
+def moved(here: Tensor, before: Tensor, planes: Tensor) -> Tensor:
+    """Planes (B, C, H, W) of the slices `before`, brought to where they are on the slices `here`, both (B, 1, H, W) grey values."""
     one, other = F.avg_pool2d(here, 2), F.avg_pool2d(before, 2)
     height, width = one.shape[-2:]
     around = F.pad(other, (REACH,) * 4, mode="replicate")
@@ -33,11 +33,11 @@ def moved(here: Tensor, before: Tensor, masks: Tensor) -> Tensor:
     weight = cost.mul_(-SHARPNESS / scale).sub_(stiff[:, None, None]).softmax(dim=1)
     flow = _averaged(torch.einsum("bkhw,dk->bdhw", weight, away.flip(0)))  # across, down
     flow = F.interpolate(flow, scale_factor=4.0, mode="bilinear", align_corners=False) * 2
-    size = masks.shape[-2:]
+    size = planes.shape[-2:]
     places = [(torch.arange(n, device=here.device, dtype=here.dtype) * 2 + 1) / n - 1 for n in size]
     y, x = torch.meshgrid(*places, indexing="ij")
     grid = torch.stack([x + flow[:, 0] * (2 / size[1]), y + flow[:, 1] * (2 / size[0])], dim=-1)
-    found: Tensor = F.grid_sample(masks, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    found: Tensor = F.grid_sample(planes, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return found
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from slmsam2_cli.model.evidence import likely
 
 FINER = 4  # pixels of a refined mask along the edge of one of the decoder's
-_MAPS = 3 * FINER**2 + 7  # carried mask, two likelihoods; the mask unmoved, logits, two matches, two likenesses, presence
+_MAPS = 3 * FINER**2 + 8  # carried mask, two likelihoods; the mask unmoved, logits, change, two matches, two likenesses, presence
 _NEAR = 1.0  # a logit of this size is half a certainty, for the network's input
 _FEW = 1e-3
 
@@ -77,7 +77,7 @@ class Refiner(nn.Module):
         self.leave = nn.ModuleList([_block(2 * width, 2 * width), _block(width, width)])
         self.logits = nn.Conv2d(width, FINER**2, 3, padding=1)
         scores = nn.Linear(64, 2)
-        self.scores = nn.Sequential(nn.Linear(6 * width + 3, 64), nn.GELU(), scores)
+        self.scores = nn.Sequential(nn.Linear(8 * width + 2 * _MAPS + 3, 64), nn.GELU(), scores)
         for parameter in (*self.logits.parameters(), *scores.parameters()):  # at first it changes nothing
             nn.init.zeros_(parameter)
 
@@ -93,16 +93,19 @@ class Refiner(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What to add to logits (B, 1, H, W), presence (B, 1) and the logit of the IoU (B, 1).
 
-        top (B, C, h, w); carried (B, 1, H, W): probability, of the mask of the slice passed where it has moved to.
+        top (B, C, h, w); carried (B, 2, H, W): the mask of the slice passed, as probability, and its grey values, where they have
+        moved to.
         """
         nearby, known = self._matched(here, [passed], 0), self._matched(here, annotated, 1)
         inside, outside = _likeness(here, annotated)
         before = 2 * passed.present - 1
         there = before[:, :, None, None].expand_as(nearby)
+        carried, grey = carried[:, :1], carried[:, 1:]
         alike = [likely(here.grey, *_beneath(sights)) for sights in ([passed], annotated)]
         fine = [F.pixel_unshuffle(2 * one - 1, FINER) for one in (carried, *alike)]
         drawn, unmoved = F.avg_pool2d((logits / (2 * _NEAR)).tanh(), FINER), F.avg_pool2d(passed.inside, FINER)
-        maps = torch.cat([*fine, 2 * unmoved - 1, drawn, 2 * nearby - 1, 2 * known - 1, inside, outside, there], dim=1)
+        change = 4 * F.avg_pool2d((here.grey - grey).abs(), FINER)
+        maps = torch.cat([*fine, 2 * unmoved - 1, drawn, change, 2 * nearby - 1, 2 * known - 1, inside, outside, there], dim=1)
         x = self.enter(here.here + passed.detail.passed + self.maps(maps))
         middle = self.down(x)
         low = self.merge(self.bottom(middle) + self.top(top))
@@ -111,7 +114,9 @@ class Refiner(nn.Module):
             above = leave(F.interpolate(up(above), scale_factor=2.0) + skip)
         delta: Tensor = F.pixel_shuffle(self.logits(above), FINER)
         share = (logits + delta).sigmoid()
-        told = [low.mean((2, 3)), low.amax((2, 3)), share.mean((2, 3)), share.amax((2, 3)), before]
+        seen = torch.cat([above, maps], dim=1)
+        within = [_within(seen, F.avg_pool2d(mask, FINER)) for mask in (carried, share)]
+        told = [low.mean((2, 3)), low.amax((2, 3)), *within, share.mean((2, 3)), share.amax((2, 3)), before]
         presence, iou = self.scores(torch.cat(told, dim=1)).split(1, dim=1)
         return delta, presence, iou
 
@@ -126,6 +131,12 @@ class Refiner(nn.Module):
         weight = torch.softmax(query @ keys + near.repeat(1, len(sights)), dim=2)
         found = (weight @ values.transpose(1, 2)).transpose(1, 2).reshape(batch, 1, height, width)
         return F.interpolate(found, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+
+def _within(seen: Tensor, masks: Tensor) -> Tensor:
+    """Means of (B, C, 4h, 4w) inside of masks (B, 1, 4h, 4w); (B, C)."""
+    means: Tensor = (seen * masks).sum((2, 3)) / masks.sum((2, 3)).clamp(min=1.0)
+    return means
 
 
 def _beneath(sights: Sequence[Sight]) -> tuple[Tensor, Tensor]:

@@ -300,7 +300,9 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         batch = len(conditioned)
         inside = carried.detach().sigmoid() if carried is not None else None
         if seen is not None and inside is not None:
-            inside = moved(seen.here.grey, seen.passed.detail.grey, inside)
+            grey = seen.passed.detail.grey
+            follows = moved(seen.here.grey, grey, torch.cat([inside, grey], dim=1))
+            inside = follows[:, :1]
         previous = (2 * inside - 1).to(conditioned.dtype) * MASK_LOGIT if inside is not None else None
         rough = self.coarse(previous) if previous is not None else None
         sparse, dense = self.sam_prompt_encoder(points=self._no_points(batch, conditioned.device), boxes=None, masks=rough)
@@ -317,7 +319,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         if previous is not None and self.carry_gain is not None:
             candidates = candidates + self.carry_gain * previous.float()
         if seen is not None and self.refiner is not None and inside is not None:
-            delta, present, quality = self.refiner(seen.here, conditioned, candidates, inside, seen.passed, seen.annotated)
+            delta, present, quality = self.refiner(seen.here, conditioned, candidates, follows, seen.passed, seen.annotated)
             candidates, presence = candidates + delta.float(), presence + present
             iou = (torch.logit(iou.float(), eps=1e-4) + quality.float()).sigmoid()
         return self._choose(candidates, iou, tokens, presence)
