@@ -91,10 +91,10 @@ def decide(
     crop = choose_crop(cases, modalities[0].value)
     fov = field_of_view_mm(cases, axis.value, crop.value)
     spacing = in_plane_spacing_mm(cases, axis.value)
-    focus = choose_focus(size.value)
-    slices = choose_slice_px(fov, spacing) if focus.value else None
+    focus, finest = choose_focus(size.value), finest_in_plane_mm(cases, axis.value)
+    slices = choose_slice_px(fov, finest) if focus.value else None
     frame = choose_frame_px(fov, spacing, size.value) if slices is None else Decision(FOCUSED_PX, "what nano has learned on most")
-    pixel = choose_in_plane_mm(fov, spacing, frame.value) if slices is None else choose_stored_mm(fov, spacing, slices.value)
+    pixel = choose_in_plane_mm(fov, spacing, frame.value) if slices is None else choose_stored_mm(fov, finest, slices.value)
     intensity = [choose_intensity(fingerprint, index, kind.value) for index, kind in enumerate(modalities)]
     training = choose_training(size.value, len(cases))
     tolerance = choose_nsd_tolerance_mm(fingerprint, axis.value, spacing)
@@ -235,6 +235,11 @@ def field_of_view_mm(cases: tuple[CaseFingerprint, ...], axis: SliceAxis, crop: 
 def in_plane_spacing_mm(cases: tuple[CaseFingerprint, ...], axis: SliceAxis) -> float:
     """Median over cases of the finer in-plane spacing."""
     return median(min(case.spacing_mm[index] for index in in_plane(case, axis)) for case in cases)
+
+
+def finest_in_plane_mm(cases: tuple[CaseFingerprint, ...], axis: SliceAxis) -> float:
+    """The finest in-plane spacing of any case, so that none loses voxels."""
+    return min(case.spacing_mm[index] for case in cases for index in in_plane(case, axis))
 
 
 def choose_focus(size: NetworkSize) -> Decision[float | None]:

@@ -211,6 +211,11 @@ def test_nano_sees_squares_of_slices_that_keep_their_voxels_and_the_others_see_w
     assert (tiny.focus, tiny.slice_px) == (None, None)
 
 
+def test_slices_are_stored_as_finely_as_the_finest_case():
+    plan = decide(fingerprint(case(), case("fine", spacing=(1.0, 0.5, 0.5)), case("b")))
+    assert (plan.geometry.in_plane_mm, plan.geometry.slice_px) == (0.5, 224)  # 100 mm at 0.5 mm
+
+
 def test_slices_too_large_to_be_stored_voxel_by_voxel_are_made_smaller():
     assert (choose_slice_px(1024.0, 1.0).value, choose_slice_px(512.0, 1.0).value, choose_slice_px(513.0, 2.0).value) == (512, 512, 288)
     assert choose_stored_mm(1024.0, 1.0, 512).value == 2.0

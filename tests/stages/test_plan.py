@@ -134,18 +134,22 @@ def test_a_read_only_data_set_says_how_to_go_on(data):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared volumes are not beside this checkout")
 @pytest.mark.parametrize(
-    ("name", "modality", "axis", "frame_px"),
+    ("name", "modality", "axis", "slice_px", "whole_px"),
     [
-        ("Sarcoma_CT", "CT", "SI", 256),
-        ("Sarcoma_MR_T1", "MR", "SI", 256),
-        ("Sarcoma_PET", "PET", "SI", 128),
-        ("SpinalCord_MRI", "MR", "SI", 256),
-        ("SpinalGM_T2star", "MR", "SI", 160),
-        ("Task04_Hippocampus", "MR", "LR", 160),
-        ("Task09_Spleen_crop", "CT", "SI", 256),
+        ("Sarcoma_CT", "CT", "SI", 224, 544),
+        ("Sarcoma_MR_T1", "MR", "SI", 192, 480),
+        ("Sarcoma_PET", "PET", "SI", 64, 128),
+        ("SpinalCord_MRI", "MR", "SI", 288, 384),
+        ("SpinalGM_T2star", "MR", "SI", 64, 160),
+        ("Task04_Hippocampus", "MR", "LR", 64, 160),
+        ("Task09_Spleen_crop", "CT", "SI", 192, 448),
     ],
 )
-def test_the_decisions_on_real_data_sets(workspace, name, modality, axis, frame_px):
+def test_the_decisions_on_real_data_sets(workspace, name, modality, axis, slice_px, whole_px):
+    """slice_px: of nano, which sees squares at 128 px; whole_px: of tiny, which sees whole slices."""
     assert plan(SHARED / name, workspace) == 0
     decided = read_plan(workspace.plan)
-    assert (decided.modality, decided.geometry.slice_axis, decided.geometry.frame_px) == (modality, axis, frame_px)
+    assert (decided.modality, decided.geometry.slice_axis, decided.geometry.slice_px) == (modality, axis, slice_px)
+    assert (decided.geometry.focus, decided.geometry.frame_px) == (2.0, 128)
+    assert plan(SHARED / name, workspace, network="tiny", overwrite=True) == 0
+    assert read_plan(workspace.plan).geometry.frame_px == whole_px

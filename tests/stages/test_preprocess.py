@@ -64,13 +64,13 @@ def test_no_usable_case_is_an_error_with_every_problem(data, workspace):
 def test_an_edited_plan_is_followed_and_said(data, workspace, capsys):
     preprocess(data, workspace)
     value = json.loads(workspace.plan.read_text())
-    value["geometry"]["frame_px"] = 64
+    value["geometry"]["in_plane_mm"] = 0.25
     workspace.plan.write_text(json.dumps(value))
     assert preprocess(data, workspace) == 0
     said = capsys.readouterr().err
     assert said.count("prepared again: the plan's geometry or intensities changed") == 3
-    assert said.count("to fit 64 px") == 3
-    assert open_prepared(workspace.prepared, "phantom_000").frames.shape[-1] <= 64
+    assert said.count("to fit 32 px") == 3
+    assert open_prepared(workspace.prepared, "phantom_000").frames.shape[-1] <= 32
 
 
 def test_a_plan_for_other_channels_is_refused(data, workspace):
