@@ -1,6 +1,6 @@
 """How long one slice takes on this machine's CPU: encoding it, and tracking one object through it, at several sizes.
 
-    python benchmarks/slice_time.py [--threads 2] [--repeats 5]
+    python benchmarks/slice_time.py [--threads 2] [--repeats 5] [--only nano:128 tiny:1024]
 
 Sizes alternate within one process; medians over the repeats. Random weights: time does not depend on the values.
 """
@@ -47,11 +47,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs="+", metavar="SIZE:PX", help="these settings alone")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    models = {(size, px): SlmSam2(NetworkPlan(size=size), px).eval() for size, px in SETTINGS}
-    for name, widths in CANDIDATES.items():
+    settings = SETTINGS if options.only is None else [(s, int(px)) for s, _, px in (one.partition(":") for one in options.only)]
+    models = {(size, px): SlmSam2(NetworkPlan(size=size), px).eval() for size, px in settings}
+    for name, widths in CANDIDATES.items() if options.only is None else ():
         models[name, 160] = SlmSam2(NetworkPlan(size="nano"), 160, replace(TRAITS["nano"], widths=widths)).eval()
     frames = {px: torch.rand(SLICES, 3, px, px) for _, px in models}
     times: dict[tuple[str, int], list[tuple[float, float]]] = {setting: [] for setting in models}
