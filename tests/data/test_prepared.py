@@ -18,7 +18,7 @@ from slmsam2_cli.data.phantom import write_phantom_dataset
 from slmsam2_cli.data.prepared import open_prepared, prepare, prepare_all, settings_digest
 from slmsam2_cli.errors import CaseError, OutputError
 
-GEOMETRY = SimpleNamespace(slice_axis="SI", in_plane_mm=1.0, through_plane_mm=None, frame_px=64, crop_to_nonzero=True)
+GEOMETRY = SimpleNamespace(slice_axis="SI", in_plane_mm=1.0, through_plane_mm=None, stack_px=64, crop_to_nonzero=True)
 INTENSITY = (SimpleNamespace(scheme="percentile", lower=0.5, upper=99.5),)
 
 
@@ -92,7 +92,7 @@ def test_new_voxels_behind_an_unchanged_header_are_noticed(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"frame_px": 32}, {"slice_axis": "AP"}, {"in_plane_mm": 2.0}, {"through_plane_mm": 1.0}, {"crop_to_nonzero": False}]
+    "change", [{"stack_px": 32}, {"slice_axis": "AP"}, {"in_plane_mm": 2.0}, {"through_plane_mm": 1.0}, {"crop_to_nonzero": False}]
 )
 def test_a_changed_plan_prepares_everything_again(data, tmp_path, change):
     again(data, tmp_path / "out")

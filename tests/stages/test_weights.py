@@ -288,7 +288,7 @@ def test_verify_shows_digest_layout_and_tensors(site: Site, cache: Path, content
     get("known")
     assert verify("known") == 0
     out = capsys.readouterr().out
-    assert hashlib.sha256(content).hexdigest() in out and "SAM 2.1" in out and "372" in out and "the published one" in out
+    assert hashlib.sha256(content).hexdigest() in out and "SAM 2.1" in out and "436" in out and "the published one" in out
 
 
 def test_verify_of_all_goes_on_after_a_bad_one(site: Site, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
