@@ -221,7 +221,7 @@ def predict(
     Takes a folder of volumes, or one. Writes a mask for each, on the volume's own grid and under its name, manifest.json with what was
     given and used, and report.html, a page that shows which to look at first. A person's slices come back exactly as they were painted.
     Inside a data set and without -i, predicts the labelled cases that fine-tuning has not seen (all, if it has seen all), each from one
-    slice a label.
+    slice a label. Where there is no plan, one is made from the images and the paint, and kept beside the masks.
     """
     from slmsam2_cli.stages import predict as stage
 

@@ -30,13 +30,13 @@ MOST_MEASURED = 20  # images; more would not change a decision
 FILE = "plan.json"
 
 
-def plan_for(cases: Sequence[Case], prompts: PromptSource, network: NetworkPlan, masks: Path) -> Plan:
-    """The plan by which an earlier run into the folder `masks` went, or one measured on these cases, written there.
+def plan_for(cases: Sequence[Case], prompts: PromptSource, network: NetworkPlan, masks: Path, anew: bool = False) -> Plan:
+    """The plan by which an earlier run into the folder `masks` went, or, `anew`, one measured on these cases, written there.
 
     DatasetError when no case can be measured, PlanError for a plan that cannot be read, OutputError.
     """
-    if (masks / FILE).exists():
-        console.say(f"plan: {masks / FILE}, as before")
+    if (masks / FILE).exists() and not anew:
+        console.say(f"plan: {masks / FILE}, as before (--overwrite plans anew)")
         return read_plan(masks / FILE)
     prompted = [replace(case, label=file) for case in cases if (file := prompts.file(case)) is not None][:MOST_MEASURED]
     plan = _decided(prompted, prompts, network)

@@ -134,7 +134,7 @@ def predict(
     source = _prompt_source(prompts, prompts_from, where, end_stops, data)
     files = [file for case in found.cases for file in (*case.images, *([case.label] if case.label else []))]
     _refuse_overlap(masks, [found.root, source.folder, *(file.parent for file in files)])
-    unplanned = partial(plan_for, found.cases, source, masks=masks) if data is None else None
+    unplanned = partial(plan_for, found.cases, source, masks=masks, anew=overwrite) if data is None else None
     checkpoint, plan = choose_model(workspace, model, weights, data, unplanned)
     chosen = choose_device(device)
     shown = {case.id: case.images for case in found.cases} if report else None

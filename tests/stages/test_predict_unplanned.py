@@ -87,6 +87,16 @@ def test_a_second_run_into_the_same_folder_follows_the_first_one_s_plan(scans, d
     assert {one.name, other.name} <= {path.name for path in masks.iterdir()}
 
 
+def test_a_label_that_is_new_is_known_once_everything_is_planned_anew(scans, dataset, weights, tmp_path):
+    masks, prompts = tmp_path / "masks", painted(tmp_path / "prompts", dataset)
+    predict(scans, masks, prompts=prompts, weights=weights, report=False)
+    for path in prompts.iterdir():
+        mask = nibabel.load(path)
+        nibabel.save(nibabel.Nifti1Image(np.asarray(mask.dataobj) * 2, mask.affine), path)
+    assert predict(scans, masks, prompts=prompts, weights=weights, overwrite=True, report=False) == 0
+    assert read_plan(masks / "plan.json").labels == {2: "label 2"}
+
+
 def test_whole_masks_give_the_plan_what_a_data_set_would(scans, dataset, weights, tmp_path):
     assert predict(scans, tmp_path / "masks", prompts_from=dataset / "labelsTr", weights=weights, report=False) == 0
     assert len(read_plan(tmp_path / "masks" / "plan.json").labels) > 1
