@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -90,14 +90,22 @@ def learning_rate(step: int, done: float, peak: float, warmup_steps: int) -> flo
     return peak * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def descend(learner: Learner, losses: Sequence[SliceLoss], rate: float, most_average: float) -> dict[str, float]:
-    """One optimiser step on the mean of the losses; returns each of their means, or that the step was skipped."""
-    total = total_of(losses)
+def descend(
+    learner: Learner, losses: Sequence[SliceLoss], rate: float, most_average: float, beside: Mapping[str, Tensor] | None = None
+) -> dict[str, float]:
+    """One optimiser step on the mean of the losses; returns each of their means, or that the step was skipped.
+
+    beside: other losses, by name, that are added to it, but not to the total that is returned.
+    """
+    others = dict(beside or {})
+    total = total_of(losses) + sum(others.values())
     if not torch.isfinite(total):
         return {SKIPPED: 1.0}
     learner.optimiser.zero_grad(set_to_none=True)
     total.backward()  # type: ignore[no-untyped-call]
-    return means(losses) if take_step(learner, rate, most_average) else {SKIPPED: 1.0}
+    if not take_step(learner, rate, most_average):
+        return {SKIPPED: 1.0}
+    return means(losses) | {name: float(loss.detach()) for name, loss in others.items()}
 
 
 def total_of(losses: Sequence[SliceLoss]) -> Tensor:

@@ -9,7 +9,8 @@ import numpy as np
 
 from slmsam2_cli.data import store
 
-COLUMNS = ("step", "seconds", "learning_rate", "pixels", "dice", "iou", "presence", "total")
+RECOGNISED = "recogniser"
+COLUMNS = ("step", "seconds", "learning_rate", "pixels", "dice", "iou", "presence", "total", RECOGNISED)
 
 
 class Log:

@@ -20,7 +20,9 @@ from slmsam2_cli.finetuning import learner as learning
 from slmsam2_cli.finetuning.augment import augment
 from slmsam2_cli.finetuning.clips import Clips, ClipSampler
 from slmsam2_cli.finetuning.learner import PATIENCE, SKIPPED, Progress, average_of, descend, learning_rate, share_done
-from slmsam2_cli.finetuning.losses import SAM2, SliceLoss, Weights, slice_loss
+from slmsam2_cli.finetuning.log import RECOGNISED
+from slmsam2_cli.finetuning.losses import NANO, SAM2, SliceLoss, Weights, slice_loss
+from slmsam2_cli.finetuning.recognising import SliceSampler, recogniser_loss
 from slmsam2_cli.finetuning.strategies import parameter_groups
 from slmsam2_cli.model.memory.policy import Moment
 from slmsam2_cli.model.slmsam2 import MemoryBank, SliceFeatures, SliceOutput, SlmSam2
@@ -67,9 +69,12 @@ def clip_slices(done: float, plan: TrainingPlan, from_scratch: bool) -> int:
     return min([plan.clip_slices, *limits])
 
 
-def train(learner: Learner, sampler: ClipSampler, plan: TrainingPlan, stop: Callable[[], bool]) -> Iterator[Progress]:
+def train(
+    learner: Learner, sampler: ClipSampler, plan: TrainingPlan, stop: Callable[[], bool], slices: SliceSampler | None = None
+) -> Iterator[Progress]:
     """Train until the plan's steps or minutes are used up or `stop` says so; yields after every step.
 
+    slices: for the model's recogniser, where it has one, which learns beside it, step by step.
     A step without a finite loss and gradient changes nothing; after 20 such steps in a row TrainingError is raised.
     """
     device, skipped = learner.model.device, 0
@@ -80,7 +85,7 @@ def train(learner: Learner, sampler: ClipSampler, plan: TrainingPlan, stop: Call
         windows = plan.clips_per_step * max(1, min(4, plan.clip_slices // (2 * length)))
         clips = augment(sampler.draw(learner.clip_rng, windows, length, windows * TRACKS_PER_WINDOW), learner.augment_rng)
         rate = learning_rate(learner.step, done, plan.learning_rate, plan.warmup_steps)
-        losses = _step(learner, clips, rate, device)
+        losses = _step(learner, clips, slices, rate, device)
         skipped = skipped + 1 if SKIPPED in losses else 0
         if skipped >= PATIENCE:
             raise TrainingError(
@@ -91,10 +96,19 @@ def train(learner: Learner, sampler: ClipSampler, plan: TrainingPlan, stop: Call
         yield Progress(learner.step, share_done(learner, plan), losses, rate)
 
 
-def _step(learner: Learner, clips: Clips, rate: float, device: torch.device) -> dict[str, float]:
+def _step(learner: Learner, clips: Clips, slices: SliceSampler | None, rate: float, device: torch.device) -> dict[str, float]:
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         losses = clip_losses(learner.model, clips, device)
-    return descend(learner, losses, rate, _EMA)
+        beside = _recogniser_loss(learner, slices, device)
+    return descend(learner, losses, rate, _EMA, beside)
+
+
+def _recogniser_loss(learner: Learner, slices: SliceSampler | None, device: torch.device) -> dict[str, Tensor]:
+    recogniser = learner.model.recogniser
+    if slices is None or recogniser is None:
+        return {}
+    seen, truth = slices.draw(learner.clip_rng, learner.augment_rng, recogniser.px)
+    return {RECOGNISED: recogniser_loss(recogniser(seen.to(device)).float(), truth.to(device))}
 
 
 def clip_losses(model: SlmSam2, clips: Clips, device: torch.device) -> list[SliceLoss]:
@@ -107,7 +121,7 @@ def clip_losses(model: SlmSam2, clips: Clips, device: torch.device) -> list[Slic
     def track(here: SliceFeatures, bank: MemoryBank, t: int) -> SliceOutput:
         return model.track(here, bank, Moment(t, 1, bank.anchors, bank.tracked, clips.slices))
 
-    return followed(model, clips, features, bank, track, len(clips.masks))
+    return followed(model, clips, features, bank, track, len(clips.masks), NANO if model.network.size == "nano" else SAM2)
 
 
 def followed(

@@ -39,6 +39,7 @@ class Weights:
 
 
 SAM2 = Weights()
+NANO = Weights(pixels=0.3, balanced=True, absent=2.0)  # as nano was pre-trained
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from slmsam2_cli.errors import WeightsError
 from slmsam2_cli.model import adapters
+from slmsam2_cli.model.recogniser import PREFIX as RECOGNISER
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import TrainingPlan
 
+RECOGNISER_RATE = 1e-3  # peak; it starts from nothing
 FRESH_RATE = 1e-4  # what starts at zero moves at least at this rate
 _FRESH = (adapters.PREFIX, "stream_fuser.")
 _TRUNK = "image_encoder.trunk."
@@ -74,15 +76,22 @@ def parameter_groups(model: SlmSam2, plan: TrainingPlan) -> list[dict[str, objec
     projections of channels, which it would darken.
 
     `scale` times the plan's learning rate is the group's: unless everything is trained, adapters and fuser learn at least
-    at FRESH_RATE.
+    at FRESH_RATE; a recogniser learns at RECOGNISER_RATE.
     """
-    found: dict[tuple[bool, bool], list[object]] = {}
+    found: dict[tuple[float, bool], list[object]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            fresh = plan.strategy != "full" and name.startswith(_FRESH)
-            found.setdefault((fresh, parameter.ndim <= 1 or name.endswith(f".{adapters.INPUT}")), []).append(parameter)
-    boost = max(1.0, FRESH_RATE / plan.learning_rate)
+            plain = parameter.ndim <= 1 or name.endswith(f".{adapters.INPUT}")
+            found.setdefault((_scale(name, plan), plain), []).append(parameter)
     return [
-        {"params": found[fresh, plain], "weight_decay": 0.0 if plain else plan.weight_decay, "scale": boost if fresh else 1.0}
-        for fresh, plain in sorted(found)
+        {"params": found[scale, plain], "weight_decay": 0.0 if plain else plan.weight_decay, "scale": scale}
+        for scale, plain in sorted(found)
     ]
+
+
+def _scale(name: str, plan: TrainingPlan) -> float:
+    """How many times the plan's learning rate a parameter moves at."""
+    if name.startswith(RECOGNISER):
+        return RECOGNISER_RATE / plan.learning_rate
+    fresh = plan.strategy != "full" and name.startswith(_FRESH)
+    return max(1.0, FRESH_RATE / plan.learning_rate) if fresh else 1.0

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slmsam2_cli.inference.recognised import Hint, recognised
 from slmsam2_cli.model.focus import Square, around, box_of
 from slmsam2_cli.model.memory.policy import Moment
 from slmsam2_cli.model.slmsam2 import Memory, MemoryBank, SliceFeatures, SliceOutput, SlmSam2
@@ -44,13 +45,15 @@ class Propagated:
 
     logits (T, n, n) float32, below 0 where absent: of `square`, or of whole slices; confidence (T,): presence probability
     times predicted IoU, 1 on annotated slices, 0 where no pass came by; disagreement (T,): where passes from both sides came
-    by, 1 - Dice of their two masks (0 when both are empty), NaN elsewhere.
+    by, 1 - Dice of their two masks (0 when both are empty), NaN elsewhere; agreement: Dice of what the recogniser finds with what was
+    annotated, None where there is no recogniser.
     """
 
     logits: Tensor
     confidence: Tensor
     disagreement: Tensor
     square: Square | None = None
+    agreement: float | None = None
 
     def plane(self, t: int, slice_px: int, height: int, width: int) -> Tensor:
         """(H, W) logits of slice t on the stack's pixels; slice_px: edge of the frame that the stack's slices are padded to."""
@@ -93,23 +96,41 @@ def propagate(
     low_resolution_anchors: bool = False,
     batch: int = BATCH,
     focus: float | None = None,
+    recognise: bool = False,
 ) -> dict[int, Propagated]:
     """Masks of every object on every slice.
 
     frames (T, C, px, px) in [0, 1], of the network's size, or of any with a focus: the network then sees a square so many times
     as wide as what is annotated, each object in its own. objects: label -> its annotated slices. `advance` is told how many slices were
     tracked. low_resolution_anchors: write a person's mask to memory as SAM 2's predictor does, through the 4x smaller
-    mask; otherwise at full resolution. batch: slices encoded at a time.
+    mask; otherwise at full resolution. batch: slices encoded at a time. recognise: the objects are the labels that the model was
+    tuned on, so its recogniser, where it has one, is heeded as far as it agrees with what is annotated.
     """
     model.eval()
+    hints = _hints(model, frames, objects) if recognise else {}
+    low = low_resolution_anchors
     if focus is None:
         features = Features(model, frames, batch)
-        return {label: _object(model, features, anchors, advance, low_resolution_anchors) for label, anchors in objects.items()}
-    return {label: _focused(model, frames, anchors, focus, advance, low_resolution_anchors, batch) for label, anchors in objects.items()}
+        return {label: _object(model, features, anchors, advance, low, hints.get(label)) for label, anchors in objects.items()}
+    return {label: _focused(model, frames, anchors, focus, advance, low, batch, hints.get(label)) for label, anchors in objects.items()}
+
+
+def _hints(model: SlmSam2, frames: Tensor, objects: Mapping[int, list[Anchor]]) -> dict[int, Hint]:
+    """What the model's recogniser says of each object; nothing where it has none."""
+    if model.recogniser is None:
+        return {}
+    return recognised(model.recogniser, frames, {label: [(a.slice, a.mask) for a in anchors] for label, anchors in objects.items()})
 
 
 def _focused(
-    model: SlmSam2, frames: Tensor, anchors: list[Anchor], focus: float, advance: Callable[[int], None], low: bool, batch: int
+    model: SlmSam2,
+    frames: Tensor,
+    anchors: list[Anchor],
+    focus: float,
+    advance: Callable[[int], None],
+    low: bool,
+    batch: int,
+    hint: Hint | None,
 ) -> Propagated:
     """One object in a square around what is annotated; in a larger one where that turns out too small."""
     slice_px, px = frames.shape[-1], model.frame_px
@@ -117,7 +138,7 @@ def _focused(
     for attempt in range(1, ATTEMPTS + 1):
         features = Features(model, square.cut(frames, px), batch)
         seen = [Anchor(a.slice, square.cut_masks(a.mask, px)) for a in anchors]
-        found = replace(_object(model, features, seen, advance if attempt == 1 else _quietly, low), square=square)
+        found = replace(_object(model, features, seen, advance if attempt == 1 else _quietly, low, hint, square), square=square)
         larger = _larger(found, focus, slice_px)
         if larger is None:
             break
@@ -148,7 +169,15 @@ def _larger(found: Propagated, focus: float, slice_px: int) -> Square | None:
     return wanted if wanted != square else None
 
 
-def _object(model: SlmSam2, features: Features, anchors: list[Anchor], advance: Callable[[int], None], low: bool) -> Propagated:
+def _object(
+    model: SlmSam2,
+    features: Features,
+    anchors: list[Anchor],
+    advance: Callable[[int], None],
+    low: bool,
+    hint: Hint | None,
+    square: Square | None = None,
+) -> Propagated:
     count, edge = len(features.frames), model.mask_px
     logits = torch.full((count, edge, edge), ABSENT, dtype=torch.float32)
     confidence = torch.zeros(count)
@@ -160,8 +189,8 @@ def _object(model: SlmSam2, features: Features, anchors: list[Anchor], advance: 
     shared = MemoryBank(memories)
     for start, step in _passes(memories, model.policy.two_sided):
         bank = shared if model.policy.two_sided else MemoryBank(memories)
-        _run(model, features, bank, start, step, said, logits, confidence, weight, disagreement, advance)
-    return Propagated(logits, confidence, disagreement)
+        _run(model, features, bank, start, step, said, logits, confidence, weight, disagreement, advance, hint, square)
+    return Propagated(logits, confidence, disagreement, agreement=hint.agreement if hint is not None else None)
 
 
 def _passes(starts: Iterable[int], two_sided: bool) -> list[tuple[int, int]]:
@@ -200,6 +229,8 @@ def _run(
     weight: Tensor,
     disagreement: Tensor,
     advance: Callable[[int], None],
+    hint: Hint | None,
+    square: Square | None,
 ) -> None:
     """One pass from an anchor up to the next annotated slice or the end of the volume."""
     count = len(features.frames)
@@ -208,6 +239,7 @@ def _run(
     for t in range(start + step, stop, step):
         moment = Moment(t, step, bank.anchors, bank.tracked, count)
         output = model.track(features[t], bank, moment)
+        output = hint.heeded(output, t, square) if hint is not None else output
         bank.write(t, stored(model.remember(features[t], output)))
         model.forget(bank, moment)
         share = abs(stop - t) / abs(stop - start) if between else 1.0

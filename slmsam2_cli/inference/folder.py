@@ -120,7 +120,7 @@ def segment(
     prompts, warnings = prompts_from.read(case, image, view, plan)
     objects = anchors_of(prompts, view, tuple(plan.labels), plan.geometry.stack_px)
     stack = framed(to_input(torch.from_numpy(frames)), plan.geometry.stack_px)
-    found = propagate(model, stack, objects, batch=batch, focus=plan.geometry.focus)
+    found = propagate(model, stack, objects, batch=batch, focus=plan.geometry.focus, recognise=True)
     labels = impose(_labels(found, view, plan), prompts, view)
     told = {value: _calibrated(one, objects[value], calibration) for value, one in found.items()}
     account = _account(prompts, view, told, time.monotonic() - started) | {"calibrated": calibration is not None}
@@ -163,6 +163,7 @@ def _account(prompts: Prompts, view: View, found: dict[int, Propagated], seconds
         "prompted_slices": {str(v): sorted(view.file_index(s) for s in slices) for v, slices in prompts.annotated.items() if slices},
         "confidence": shown,
         "disagreement": {value: slices for value, slices in disagreement.items() if slices},
+        "recognised": {str(v): round(one.agreement, _SHARE_DIGITS) for v, one in found.items() if one.agreement is not None},
         "seconds": round(seconds, 3),
     }
 

@@ -14,8 +14,9 @@ from slmsam2_cli.data import store
 from slmsam2_cli.data.dataset import Dataset
 from slmsam2_cli.errors import PlanError, UsageError, WeightsError
 from slmsam2_cli.model import adapters
-from slmsam2_cli.model.checkpoint import Checkpoint, base_weights, fit, read_checkpoint, with_its_base
+from slmsam2_cli.model.checkpoint import Checkpoint, base_weights, fit, read_checkpoint, recogniser_of, with_its_base
 from slmsam2_cli.model.portable import model_in
+from slmsam2_cli.model.recogniser import Recogniser
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.channels import COLOURS
 from slmsam2_cli.planning.network import FuserName, NetworkPlan
@@ -131,7 +132,15 @@ def build_model(checkpoint: Checkpoint, plan: Plan) -> SlmSam2:
     if adapters.can_merge(model):
         adapters.merge(model)
     model.calibration = checkpoint.calibration_for(plan.modality)
+    model.recogniser = _recogniser(checkpoint, plan)
     return model
+
+
+def _recogniser(checkpoint: Checkpoint, plan: Plan) -> Recogniser | None:
+    """The weights' own, where the plan is of the labels and channels that it was learned from."""
+    found, theirs = recogniser_of(checkpoint), checkpoint.plan
+    same = theirs is not None and (theirs.labels, theirs.channels) == (plan.labels, plan.channels)
+    return found if same else None
 
 
 def _workspace_plan(workspace: Workspace | None, base: Checkpoint, data: Dataset | None) -> Plan | None:

@@ -21,6 +21,8 @@ from slmsam2_cli.errors import PlanError, WeightsError
 from slmsam2_cli.model import adapters, foreign, zoo
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.foreign import State, first_line
+from slmsam2_cli.model.recogniser import PREFIX as RECOGNISER
+from slmsam2_cli.model.recogniser import Recogniser, recogniser_in, without_recogniser
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.model.zoo import EMBEDDED as EMBEDDED
 from slmsam2_cli.planning.network import NetworkPlan
@@ -86,9 +88,9 @@ class Checkpoint:
 
     @property
     def base_digest(self) -> str:
-        """The digest of the weights without adapters."""
-        base, own = adapters.split(self.state)
-        return digest_of(base) if own else self.digest
+        """The digest of the weights without adapters and recogniser."""
+        base = without_recogniser(adapters.split(self.state)[0])
+        return digest_of(base) if len(base) < len(self.state) else self.digest
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -125,8 +127,10 @@ def save_checkpoint(path: Path, model: SlmSam2, plan: Plan, provenance: Provenan
 def save_adapter(
     path: Path, model: SlmSam2, modality: str, plan: Plan, provenance: Provenance, needs: Needs, calibration: Calibration | None = None
 ) -> str:
-    """Write one modality's adapter alone, to be put on its base by `on_base`. Like `save_checkpoint`."""
+    """Write one modality's adapter alone, to be put on its base by `on_base`, and the recogniser. Like `save_checkpoint`."""
     state = {f"{adapters.PREFIX}{modality}.{name}": tensor for name, tensor in adapters.adapter_state(model, modality).items()}
+    own = model.recogniser.state_dict() if model.recogniser is not None else {}
+    state |= {f"{RECOGNISER}{name}": tensor for name, tensor in own.items()}
     return save_weights(path, _plain(state), model.network, provenance, plan, calibration, needs)
 
 
@@ -227,26 +231,34 @@ def _of_others(name: str, state: State) -> Checkpoint:
 
 
 def fit(model: SlmSam2, checkpoint: Checkpoint, modality: str | None = None) -> None:
-    """Load weights strictly, and all adapters; the one for `modality` is put in force where there is one.
+    """Load weights strictly, and all adapters; the one for `modality` is put in force where there is one. No recogniser.
 
     From weights without a short memory, the short stack starts as a copy of the long one. WeightsError names the first
     tensors that are missing, unexpected or of another shape.
     """
     if checkpoint.needs is not None:
         raise WeightsError(f"{checkpoint.name}: {_which_base(checkpoint.needs)}. Name that base with --weights")
-    given, added = adapters.split(checkpoint.state)
-    wanted = model.state_dict()
+    given, added = adapters.split(without_recogniser(checkpoint.state))
+    wanted = without_recogniser(model.state_dict())
     fresh = not any(name.startswith(_SHORT) for name in given)
     needed = {name: tensor.shape for name, tensor in wanted.items() if not (fresh and name.startswith(_SHORT))}
     if wrong := foreign.misfit(needed, given):
         raise WeightsError(_which_network(checkpoint, model.network, wrong))
-    model.load_state_dict(wanted | given)
+    model.load_state_dict(wanted | given, strict=model.recogniser is None)
     if fresh and hasattr(model, "short_memory_attention"):
         model.copy_long_to_short()
     for name, state in added.items():
         adapters.attach(model, name, state, checkpoint.name)
     if modality in added:
         adapters.use(model, modality)
+
+
+def recogniser_of(checkpoint: Checkpoint) -> Recogniser | None:
+    """What knows the labels these weights were tuned on, if anything does. WeightsError when it is damaged."""
+    try:
+        return recogniser_in(checkpoint.state)
+    except ValueError as error:
+        raise WeightsError(f"{checkpoint.name}: corrupt: {error}. Fetch or train it again") from None
 
 
 def _which_network(checkpoint: Checkpoint, network: NetworkPlan, wrong: str) -> str:
@@ -272,7 +284,7 @@ def on_base(adapter: Checkpoint, base: Checkpoint) -> Checkpoint:
             f"{adapter.name}: {_which_base(needs)}; {base.name} has the weights {base.base_digest[:12]}. "
             f"Give the base that it was made for with --weights"
         )
-    state = base.state | adapter.state
+    state = without_recogniser(base.state) | adapter.state
     return replace(adapter, state=state, digest=digest_of(state), needs=None)
 
 

@@ -26,9 +26,11 @@ from slmsam2_cli.model.fusion import build_fuser
 from slmsam2_cli.model.memory.choice import policy_of
 from slmsam2_cli.model.memory.policy import MemoryPolicy, Moment, Stream
 from slmsam2_cli.model.memory.traces import Traces, evidence_of, traces_of
+from slmsam2_cli.model.recogniser import Recogniser
 from slmsam2_cli.model.refiner import FINER, Detail, Refiner, Sight
 from slmsam2_cli.planning.network import NetworkPlan
 
+ABSENT_LOGIT = float(NO_OBJ_SCORE)  # of every pixel where an object is absent
 MASK_LOGIT = 10.0  # a person's mask enters as logits of +-10, as in SAM 2
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -145,6 +147,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
 
     With `fifo` and `selfsort` the state dict has exactly SAM 2.1's keys (plus `carry_gain` where the size carries masks).
     calibration: what these weights' confidence is worth, for policies that weigh it; None while nobody knows, as in training.
+    recogniser: of a data set's labels, where it was tuned on one; tracking does not ask it, inference/recognised.py does.
     """
 
     def __init__(self, network: NetworkPlan, frame_px: int, traits: Traits | None = None) -> None:
@@ -155,6 +158,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         super().__init__(**sam2_parts(network.size, frame_px, self.traits.widths))
         self.network = network
         self.calibration: Calibration | None = None
+        self.recogniser: Recogniser | None = None
         self.policy = policy_of(network, self.num_maskmem, self.max_obj_ptrs_in_encoder)
         self.carry_gain = nn.Parameter(torch.tensor(0.25)) if self.traits.carry_mask else None
         self.refiner = Refiner(self.hidden_dim // 8, self.hidden_dim) if self.traits.refine else None

@@ -110,11 +110,12 @@ class TrainingPlan(Frozen):
         default="full", description="what is trained: full, frozen-encoder, decoder+memory, or adapters for the plan's modality"
     )
     adapters: AdapterPlan = Field(default_factory=AdapterPlan, description="their kind and size")
+    recogniser: bool = Field(default=True, description="whether a second, small network learns what the labels look like")
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Strategy and adapters are written only where somebody chose them."""
-        usual = {"strategy": "full", "adapters": AdapterPlan().model_dump()}
+        """Strategy, adapters and recogniser are written only where somebody chose them."""
+        usual = {"strategy": "full", "adapters": AdapterPlan().model_dump(), "recogniser": True}
         return {name: value for name, value in whole(self).items() if name not in usual or value != usual[name]}
 
 

@@ -331,7 +331,7 @@ def choose_training(size: NetworkSize, cases: int, from_scratch: bool = False) -
     """
     counted = min(cases, MANY)
     if size == "nano":
-        steps, clips, rate, decay = (1500, 2, 6e-4, 0.01) if from_scratch else (200 + 80 * counted, 2, 3e-4, 0.01)
+        steps, clips, rate, decay = (1500, 2, 6e-4, 0.01) if from_scratch else (360 + 48 * counted, 1, 1e-4, 0.01)
     else:
         steps, clips, rate, decay = 100 * counted, 1, 1e-4, 0.1
     plan = TrainingPlan(steps=steps, clips_per_step=clips, learning_rate=rate, warmup_steps=max(5, steps // 20), weight_decay=decay)

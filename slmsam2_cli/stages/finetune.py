@@ -29,6 +29,7 @@ from slmsam2_cli.finetuning.keeping import keep
 from slmsam2_cli.finetuning.learner import share_done
 from slmsam2_cli.finetuning.log import Log
 from slmsam2_cli.finetuning.loop import Learner, new_learner, train
+from slmsam2_cli.finetuning.recognising import SliceSampler, new_recogniser
 from slmsam2_cli.finetuning.resume import load_state, previous_of, save_state
 from slmsam2_cli.finetuning.stopping import stoppable
 from slmsam2_cli.finetuning.strategies import prepare
@@ -237,7 +238,7 @@ def _image_digests(prepared: PreparedCase, data: Dataset) -> list[str]:
 
 def _training(plan: Plan, used: int, from_scratch: bool) -> TrainingPlan:
     """A person's own training settings, or the rule's for the number of volumes that are really used."""
-    chosen = {"strategy": plan.training.strategy, "adapters": plan.training.adapters}
+    chosen = {name: getattr(plan.training, name) for name in ("strategy", "adapters", "recogniser")}
     by_rule = [choose_training(plan.network.size, count).value for count in range(1, MANY + 1)]
     is_by_rule = plan.training in [rule.model_copy(update=chosen) for rule in by_rule]
     return choose_training(plan.network.size, used, from_scratch).value.model_copy(update=chosen) if is_by_rule else plan.training
@@ -274,6 +275,10 @@ def _tune(run: Run, ready: Outcome, workspace: Workspace, device: torch.device, 
         console.warn("--weights random: everything is learned from these volumes alone; for trials and tests, not for clinical data")
     used = [case for case in ready.cases if case.id in run.cases]
     sampler = ClipSampler(used, tuple(run.plan.labels), run.plan.geometry, run.plan.ignore)
+    slices = None
+    if run.plan.training.recogniser:
+        slices = SliceSampler(used, tuple(run.plan.labels), run.plan.geometry.stack_px, run.plan.ignore)
+        model.recogniser = new_recogniser(slices, len(run.plan.channels), run.plan.training.seed)
     learner = new_learner(model.to(device), run.plan.training, run.base is None)
     state = _state(workspace)
     if resume and (warning := load_state(state, learner, run.digest)):
@@ -283,7 +288,7 @@ def _tune(run: Run, ready: Outcome, workspace: Workspace, device: torch.device, 
     _write_split(workspace, run, wish, skipped, finished=False)
     log = Log(workspace.finetuned / "log.csv", from_step=learner.step)
     with stoppable() as stopped:
-        _follow(learner, sampler, run, state, log, stopped)
+        _follow(learner, sampler, slices, run, state, log, stopped)
         _save(workspace, run, learner)
         log.write()
         finished = share_done(learner, run.plan.training) >= 1
@@ -298,13 +303,21 @@ def _tune(run: Run, ready: Outcome, workspace: Workspace, device: torch.device, 
         previous_of(state).unlink(missing_ok=True)
 
 
-def _follow(learner: Learner, sampler: ClipSampler, run: Run, state: Path, log: Log, stopped: Callable[[], bool]) -> None:
+def _follow(
+    learner: Learner,
+    sampler: ClipSampler,
+    slices: SliceSampler | None,
+    run: Run,
+    state: Path,
+    log: Log,
+    stopped: Callable[[], bool],
+) -> None:
     """Train with a progress bar; save the state every few minutes."""
     saved, shown = time.monotonic(), learner.step
     whole = 1000
     with console.progress("training", whole) as advance:
         bar = 0
-        for progress in train(learner, sampler, run.plan.training, stopped):
+        for progress in train(learner, sampler, run.plan.training, stopped, slices):
             row = {"step": progress.step, "seconds": round(learner.seconds, 2), "learning_rate": progress.learning_rate}
             log.add(row | progress.losses)
             now_at = int(progress.done * whole)

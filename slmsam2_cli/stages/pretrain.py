@@ -19,7 +19,7 @@ from slmsam2_cli.data import store
 from slmsam2_cli.device import DeviceName, choose_device, describe
 from slmsam2_cli.errors import DONE, DeviceError, UsageError
 from slmsam2_cli.finetuning.learner import share_done
-from slmsam2_cli.finetuning.log import COLUMNS, Log
+from slmsam2_cli.finetuning.log import COLUMNS, RECOGNISED, Log
 from slmsam2_cli.finetuning.resume import load_state, previous_of, save_state
 from slmsam2_cli.finetuning.stopping import stoppable
 from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, base_weights, save_weights
@@ -30,7 +30,7 @@ from slmsam2_cli.pretraining.recipe import NANO, SMOKE, Recipe, read_recipe
 SAVE_EVERY_S = 120.0
 WEIGHTS, RECIPE, STATE, STARTED_FROM = "nano.safetensors", "recipe.json", "state.safetensors", "started_from.json"
 LICENCE, BASE = "Apache-2.0", "procedural volumes"
-_LOG = (*COLUMNS[:2], "phase", "length", "clips", *COLUMNS[2:], "clips_per_s")
+_LOG = (*COLUMNS[:2], "phase", "length", "clips", *(name for name in COLUMNS[2:] if name != RECOGNISED), "clips_per_s")
 _CHECKS = ("step", "seconds", *Check.__dataclass_fields__)
 
 

@@ -9,6 +9,7 @@ from slmsam2_cli.errors import TrainingError, WeightsError
 from slmsam2_cli.finetuning.clips import ClipSampler
 from slmsam2_cli.finetuning.learner import share_done
 from slmsam2_cli.finetuning.loop import clip_losses, clip_slices, new_learner, train
+from slmsam2_cli.finetuning.recognising import SliceSampler, new_recogniser
 from slmsam2_cli.finetuning.resume import load_state, previous_of, save_state
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.network import NetworkPlan
@@ -25,15 +26,25 @@ def plan(steps=4, **changes):
 
 def learner(steps=4, from_scratch=False):
     torch.manual_seed(0)
-    return new_learner(SlmSam2(NetworkPlan(size="nano"), PX), plan(steps), from_scratch)
+    model = SlmSam2(NetworkPlan(size="nano"), PX)
+    model.recogniser = new_recogniser(slices(), 1, 0)
+    return new_learner(model, plan(steps), from_scratch)
+
+
+def annotated():
+    return case(slices=8, held=range(2, 6), size=(PX, PX))
+
+
+def slices():
+    return SliceSampler([annotated()], [1], PX)
 
 
 def sampler():
-    return ClipSampler([case(slices=8, held=range(2, 6), size=(PX, PX))], [1], whole(PX))
+    return ClipSampler([annotated()], [1], whole(PX))
 
 
 def run(one, until=None, steps=4):
-    return list(train(one, sampler(), plan(steps), lambda: until is not None and one.step >= until))
+    return list(train(one, sampler(), plan(steps), lambda: until is not None and one.step >= until, slices()))
 
 
 def weights(one):

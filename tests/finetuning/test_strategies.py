@@ -10,6 +10,7 @@ from slmsam2_cli.finetuning.loop import new_learner, train
 from slmsam2_cli.finetuning.resume import load_state, save_state
 from slmsam2_cli.finetuning.strategies import parameter_groups, prepare, trainable_names
 from slmsam2_cli.model import adapters
+from slmsam2_cli.model.recogniser import Recogniser
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.network import NetworkPlan
 from slmsam2_cli.planning.plan import AdapterPlan, TrainingPlan
@@ -95,6 +96,18 @@ def test_what_starts_at_zero_learns_at_a_ten_thousandth_at_least_unless_everythi
     fast = parameter_groups(prepared(plan("adapters", learning_rate=1e-3)), plan("adapters", learning_rate=1e-3))
     assert {group["scale"] for group in fast} == {1.0}
     assert {group["scale"] for group in parameter_groups(prepared(plan("full")), plan("full", learning_rate=1e-5))} == {1.0}
+
+
+@pytest.mark.parametrize("strategy", ["full", "frozen-encoder", "decoder+memory", "adapters"])
+def test_a_recogniser_learns_at_its_own_rate_under_every_strategy(strategy):
+    model = prepared(plan(strategy, learning_rate=1e-4))
+    model.recogniser = Recogniser(1, [1], 32, width=8)
+    (fast,) = (
+        group["scale"]
+        for group in parameter_groups(model, plan(strategy, learning_rate=1e-4))
+        if group["weight_decay"] and group["scale"] > 1
+    )
+    assert fast * 1e-4 == pytest.approx(1e-3)
 
 
 def test_an_adapter_of_the_base_goes_on_learning_and_others_stay_with_it():

@@ -10,6 +10,7 @@ from slmsam2_cli.errors import PlanError, WeightsError
 from slmsam2_cli.inference.ready import build_model, choose_model, fuser_of
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import Provenance, read_checkpoint, save_checkpoint
+from slmsam2_cli.model.recogniser import Recogniser
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.network import NetworkPlan
 from slmsam2_cli.planning.plan import ChannelIntensity, GeometryPlan, Plan, TrainingPlan, write_plan
@@ -147,3 +148,15 @@ def test_a_table_for_another_modality_is_none(tmp_path, capsys):
     workspace, base = workspace_with(tmp_path, plan(modality="CT")), model_file(tmp_path, network(), plan(modality="MR"), TABLE)
     assert build_model(*choose_model(workspace, None, str(base), None)).calibration is None
     assert "confidence is uncalibrated" in capsys.readouterr().err
+
+
+# What recognises the labels
+
+
+def test_a_model_s_recogniser_is_asked_only_about_the_labels_and_channels_it_has_learned(tmp_path):
+    tuned = SlmSam2(NetworkPlan(size="nano"), PX)
+    tuned.recogniser = Recogniser(1, [1], 32, width=8)
+    checkpoint = read_checkpoint(model_file(tmp_path, tuned, plan()))
+    assert build_model(checkpoint, plan()).recogniser.values == [1]
+    assert build_model(checkpoint, plan().model_copy(update={"labels": {1: "another"}})).recogniser is None
+    assert build_model(checkpoint, plan(channels=("T2",))).recogniser is None

@@ -5,6 +5,7 @@ import json
 import pickle
 import struct
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,10 +23,12 @@ from slmsam2_cli.model.checkpoint import (
     fit,
     on_base,
     read_checkpoint,
+    recogniser_of,
     save_adapter,
     save_checkpoint,
     with_its_base,
 )
+from slmsam2_cli.model.recogniser import Recogniser
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.network import NetworkPlan
 from slmsam2_cli.planning.plan import AdapterPlan, ChannelIntensity, GeometryPlan, Plan
@@ -278,3 +281,46 @@ def test_calibration_travels_in_the_header(tmp_path, plan):
     path, found = tmp_path / "model.safetensors", calibrate([k / 40 for k in range(40)], [k / 50 for k in range(40)])
     save_checkpoint(path, build(), plan, Provenance(base="base0"), found)
     assert read_checkpoint(path).calibration == found
+
+
+def tuned_on(labels, seed=0):
+    """A model with a recogniser of these labels."""
+    model = build(seed)
+    model.recogniser = Recogniser(1, labels, 32, width=8)
+    return model
+
+
+def test_a_recogniser_is_saved_with_the_model_and_read_back(tmp_path, plan):
+    made, path = tuned_on([1]), tmp_path / "model.safetensors"
+    save_checkpoint(path, made, plan, Provenance(base="nano"))
+    found = recogniser_of(read_checkpoint(path))
+    assert found.values == [1]
+    assert all(torch.equal(tensor, made.recogniser.state_dict()[name]) for name, tensor in found.state_dict().items())
+
+
+def test_what_a_base_recognises_is_not_taken_over_and_not_part_of_its_digest(tmp_path, plan):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, tuned_on([1]), plan, Provenance(base="nano"))
+    base, fresh = read_checkpoint(path), tuned_on([5], seed=1)
+    before = {name: tensor.clone() for name, tensor in fresh.recogniser.state_dict().items()}
+    fit(fresh, base)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.recogniser.state_dict().items())
+    assert base.base_digest == digest_of(build().state_dict()) != base.digest
+
+
+def test_an_adapter_brings_its_own_recogniser_to_a_base_that_has_another(tmp_path, plan):
+    base_path, path = tmp_path / "base.safetensors", tmp_path / "adapter.safetensors"
+    save_checkpoint(base_path, tuned_on([1]), plan, Provenance(base="nano"))
+    base, model = read_checkpoint(base_path), tuned_on([7])
+    adapters.add(model, "MR", AdapterPlan(), 0)
+    save_adapter(path, model, "MR", plan, Provenance(base="nano"), Needs(name="base", digest=base.base_digest))
+    assert recogniser_of(on_base(read_checkpoint(path), base)).values == [7]
+
+
+def test_a_damaged_recogniser_is_refused_with_the_file_s_name(tmp_path, plan):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, tuned_on([1]), plan, Provenance(base="nano"))
+    whole = read_checkpoint(path)
+    broken = replace(whole, state={name: tensor for name, tensor in whole.state.items() if name != "recogniser.labels"})
+    with pytest.raises(WeightsError, match="model.safetensors: corrupt: its recogniser is not whole"):
+        recogniser_of(broken)
