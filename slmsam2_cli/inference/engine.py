@@ -1,9 +1,9 @@
 """One volume: from annotated slices to mask logits on every slice.
 
 Every annotated slice that holds an object starts a pass in each direction. A pass stops at the next annotated slice,
-where a person's word begins; between two annotated slices the passes from both sides, no surer than SURE, are blended by
-distance. The passes are independent (docs/explanation/propagation.md), unless the memory policy is two-sided: then all passes
-share one store, as in SAM 2's predictor, first all forwards, then all backwards.
+where a person's word begins. Between two that hold the object the passes from both sides, no surer than SURE, are blended by
+distance; towards one that does not the mask tapers (tapering.py). The passes are independent (docs/explanation/propagation.md),
+unless the memory policy is two-sided: then all passes share one store, as in SAM 2's predictor, first all forwards, then all backwards.
 
 With a focus the network sees, of every slice, a square around what is annotated (model/focus.py). An object whose mask reaches the
 edge of its square is tracked once more in a larger one.
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slmsam2_cli.inference.recognised import Hint, recognised
+from slmsam2_cli.inference.tapering import Taper
 from slmsam2_cli.model.focus import Square, around, box_of
 from slmsam2_cli.model.memory.policy import Moment
 from slmsam2_cli.model.slmsam2 import Memory, MemoryBank, SliceFeatures, SliceOutput, SlmSam2
@@ -235,11 +236,13 @@ def _run(
     """One pass from an anchor up to the next annotated slice or the end of the volume."""
     count = len(features.frames)
     stop = next((s for s in range(start + step, count if step > 0 else -1, step) if s in said), count if step > 0 else -1)
-    between = stop in bank.anchors
+    between, ends = stop in bank.anchors, stop in said and not bool(said[stop].mask.any())
+    taper = Taper(said[start].mask, start, stop, model.mask_px) if ends else None
     for t in range(start + step, stop, step):
         moment = Moment(t, step, bank.anchors, bank.tracked, count)
         output = model.track(features[t], bank, moment)
         output = hint.heeded(output, t, square) if hint is not None else output
+        output = taper.followed(output, t) if taper is not None else output
         bank.write(t, stored(model.remember(features[t], output)))
         model.forget(bank, moment)
         share = abs(stop - t) / abs(stop - start) if between else 1.0
