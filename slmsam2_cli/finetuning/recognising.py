@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import label
 from torch import Tensor
 
 from slmsam2_cli.data.prepared import PreparedCase
@@ -27,6 +28,7 @@ _LEAST_PX, _FEW_PX, _MOST_PX = 48, 64, 128
 _WIDTH = 32
 _TURN, _SCALE, _SHIFT = math.radians(20), 0.25, 0.15
 _NOT_SEEN = -1
+_NEARLY_ALL = 0.99
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class _Source:
     case: PreparedCase
     square: Square
     held: tuple[np.ndarray, ...]  # per label, the slices that hold it
+    one_piece: tuple[bool, ...]  # per label, whether it is one; also where it is not there
 
 
 class SliceSampler:
@@ -61,7 +64,13 @@ class SliceSampler:
         ]
         if not middles:
             return None
-        return _Source(case, view_of(middles, self.slice_px), tuple(np.flatnonzero(area) for area in areas))
+        held = tuple(np.flatnonzero(area) for area in areas)
+        return _Source(case, view_of(middles, self.slice_px), held, tuple(is_one_piece(labels == value) for value in self.values))
+
+    @property
+    def one_piece(self) -> list[bool]:
+        """Per label, whether it is one connected piece in every volume."""
+        return [all(one) for one in zip(*(source.one_piece for source in self.sources), strict=True)]
 
     def draw(self, rng: np.random.Generator, torch_rng: torch.Generator, px: int, count: int = BATCH) -> tuple[Tensor, Tensor]:
         """Slices (B, C * SLICES, px, px) and which label each pixel is, (B, px, px): 0 none, 1 the first, -1 nobody looked."""
@@ -94,6 +103,13 @@ class SliceSampler:
         whole = framed(torch.from_numpy(truth), self.slice_px)
         part = whole[square.row : square.row + square.edge, square.column : square.column + square.edge]
         return shown, F.interpolate(part[None, None].float(), size=(px, px), mode="nearest-exact")[0, 0].long()
+
+
+def is_one_piece(mask: np.ndarray) -> bool:
+    """Whether nearly all of a mask (T, H, W) is connected, corners included; an empty one is."""
+    pieces, count = label(mask, structure=np.ones((3, 3, 3)))
+    sizes = np.bincount(pieces.ravel())[1:]
+    return count < 2 or bool(sizes.max() >= _NEARLY_ALL * sizes.sum())
 
 
 def _jittered(square: Square, rng: np.random.Generator, slice_px: int) -> Square:
@@ -129,4 +145,6 @@ def new_recogniser(sampler: SliceSampler, channels: int, seed: int) -> Recognise
     """One with random weights, as fine as these volumes ask for; thinner where it sees more pixels, for the same cost."""
     torch.manual_seed(seed)
     px = sampler.px
-    return Recogniser(channels, sampler.values, px, _WIDTH if px <= _FEW_PX else _WIDTH // 2)
+    made = Recogniser(channels, sampler.values, px, _WIDTH if px <= _FEW_PX else _WIDTH // 2)
+    made.one_piece.copy_(torch.tensor(sampler.one_piece))
+    return made

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from slmsam2_cli.model.focus import Square
@@ -21,6 +22,7 @@ SURE = 10.0  # the most a logit counts
 MOST = 0.5  # what the recogniser counts at most; propagation counts the rest
 GOOD = 0.7  # Dice with what was drawn from which on it counts that much
 LEAST_AREA = 0.1  # share of what was drawn that has to be recognised for the structure to be there
+ZOOMS = (1.0, 0.87, 1.15)  # at which it is asked; one answer is worth less than their mean
 _BATCH = 16
 _FEW = 4  # pixels
 
@@ -84,7 +86,23 @@ def recognised(recogniser: Recogniser, frames: Tensor, drawn: Mapping[int, Seque
 
 
 def _margins(recogniser: Recogniser, stack: Tensor, values: Sequence[int]) -> dict[int, Tensor]:
-    """Label -> (T, px, px) float16 on the CPU: log p - log(1 - p)."""
+    """Label -> (T, px, px) float16 on the CPU: log p - log(1 - p), none beyond ±SURE, mean of what it says at every zoom."""
+    told = [_told(recogniser, _zoomed(stack, zoom), values) for zoom in ZOOMS]
+    back = {value: [_zoomed(one[value][:, None], 1 / zoom)[:, 0] for one, zoom in zip(told, ZOOMS, strict=True)] for value in values}
+    return {value: torch.stack(ones).mean(dim=0).half() for value, ones in back.items()}
+
+
+def _zoomed(slices: Tensor, zoom: float) -> Tensor:
+    """Slices (T, C, px, px) with everything `zoom` times as large around their middle; what comes from outside repeats the rim."""
+    if zoom == 1:
+        return slices
+    matrix = torch.tensor([[1 / zoom, 0.0, 0.0], [0.0, 1 / zoom, 0.0]], device=slices.device).expand(len(slices), -1, -1)
+    grid = F.affine_grid(matrix, list(slices.shape), align_corners=False)
+    return F.grid_sample(slices, grid, padding_mode="border", align_corners=False)
+
+
+def _told(recogniser: Recogniser, stack: Tensor, values: Sequence[int]) -> dict[int, Tensor]:
+    """Label -> (T, px, px) on the CPU, of one stack."""
     device = recogniser.labels.device
     found: dict[int, list[Tensor]] = {value: [] for value in values}
     for start in range(0, len(stack), _BATCH):
@@ -93,7 +111,7 @@ def _margins(recogniser: Recogniser, stack: Tensor, values: Sequence[int]) -> di
         for value in values:
             row = 1 + recogniser.values.index(value)
             others = torch.cat([logits[:, :row], logits[:, row + 1 :]], dim=1)
-            found[value].append((logits[:, row] - others.logsumexp(dim=1)).half().cpu())
+            found[value].append((logits[:, row] - others.logsumexp(dim=1)).clamp(-SURE, SURE).cpu())
     return {value: torch.cat(parts) for value, parts in found.items()}
 
 

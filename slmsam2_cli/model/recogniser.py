@@ -35,6 +35,7 @@ class Recogniser(nn.Module):
     multiple of 8."""
 
     labels: Tensor
+    one_piece: Tensor
     px_seen: Tensor
 
     def __init__(self, channels: int, labels: Sequence[int], px: int, width: int = 32) -> None:
@@ -46,6 +47,7 @@ class Recogniser(nn.Module):
         self.up = nn.ModuleList([_block(low + skip, skip // 2 if i < 2 else skip) for i, (low, skip) in enumerate(_steps(widths))])
         self.logits = nn.Conv2d(width, len(labels) + 1, 1)
         self.register_buffer("labels", torch.tensor(list(labels), dtype=torch.int64))
+        self.register_buffer("one_piece", torch.zeros(len(labels), dtype=torch.bool))
         self.register_buffer("px_seen", torch.tensor(px, dtype=torch.int64))
 
     @property
@@ -63,6 +65,11 @@ class Recogniser(nn.Module):
     def values(self) -> list[int]:
         """The label values it tells apart."""
         return [int(value) for value in self.labels]
+
+    @property
+    def pieces(self) -> list[int]:
+        """The labels that are one connected piece in every volume it has learned from."""
+        return [int(value) for value in self.labels[self.one_piece]]
 
     def forward(self, slices: Tensor) -> Tensor:
         """(B, C * SLICES, px, px), as `neighbours` stacks them -> logits (B, 1 + K, px, px), background first."""

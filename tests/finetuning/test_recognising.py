@@ -1,11 +1,13 @@
 """What the recogniser is shown: slices as at inference, with the labels that are on them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from stacks import case
 
-from slmsam2_cli.finetuning.recognising import SliceSampler, new_recogniser, recogniser_loss
+from slmsam2_cli.finetuning.recognising import SliceSampler, is_one_piece, new_recogniser, recogniser_loss
 from slmsam2_cli.model.focus import Square
 
 PX = 64
@@ -57,7 +59,7 @@ def test_large_squares_are_seen_smaller_and_by_fewer_channels():
     small, large = made(), made()
     large.labels[4, :, :] = 1
     few, many = SliceSampler([small], [1], PX), SliceSampler([large], [1], PX)
-    many.sources = [source.__class__(source.case, Square(0, 0, 300), source.held) for source in many.sources]
+    many.sources = [replace(source, square=Square(0, 0, 300)) for source in many.sources]
     assert (few.px, many.px) == (48, 128)
     assert new_recogniser(few, 1, 0).logits.in_channels == 2 * new_recogniser(many, 1, 0).logits.in_channels
 
@@ -83,3 +85,26 @@ def test_it_learns_a_label_that_can_be_seen():
         optimiser.step()
         losses.append(loss.item())
     assert np.mean(losses[-3:]) < 0.6 * losses[0]
+
+
+def test_a_label_is_one_piece_where_it_is_one_in_every_volume():
+    one, two = made(), made(name="b")
+    assert SliceSampler([one], [1], PX).one_piece == [True]
+    two.labels[3, 40:44, 40:44] = 1  # 16 of 400 voxels lie apart
+    assert SliceSampler([one, two], [1], PX).one_piece == [False]
+    assert new_recogniser(SliceSampler([one], [1], PX), 1, 0).pieces == [1]
+
+
+@pytest.mark.parametrize(("apart", "expected"), [(0, True), (1, True), (20, False)])
+def test_a_speck_apart_makes_no_second_piece(apart, expected):
+    mask = np.zeros((4, 20, 20), bool)
+    mask[:, :10, :10] = True  # 400 voxels, of which one percent may lie apart
+    mask[0, 15, :apart] = True
+    assert is_one_piece(mask) is expected
+
+
+def test_an_empty_mask_is_one_piece_and_corners_connect():
+    mask = np.zeros((2, 3, 3), bool)
+    assert is_one_piece(mask)
+    mask[0, 0, 0] = mask[1, 1, 1] = True
+    assert is_one_piece(mask)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from slmsam2_cli.inference.engine import ABSENT, Anchor, full_resolution, propagate
+from slmsam2_cli.inference.tapering import SHARE, Taper
 from slmsam2_cli.model.memory.choice import policy_of
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.network import NetworkPlan
@@ -84,7 +85,7 @@ def one_sided(model, monkeypatch):
     def says(self, features, bank, moment):
         output, up = track(self, features, bank, moment), moment.step > 0
         filled = torch.full_like(output.logits, 4.0 if up else 8.0)
-        return replace(output, logits=filled, iou=torch.tensor([[0.8 if up else 0.4]]), presence=torch.zeros(1, 1))
+        return replace(output, logits=filled, chosen=filled, iou=torch.tensor([[0.8 if up else 0.4]]), presence=torch.zeros(1, 1))
 
     monkeypatch.setattr(SlmSam2, "track", says)
     return model
@@ -140,7 +141,8 @@ def test_from_one_side_alone_there_is_no_disagreement(model, anchors):
 
 def test_towards_an_end_stop_only_the_side_of_the_object_counts(one_sided):
     found = propagate(one_sided, stack(9), {1: [Anchor(2, square()), Anchor(6, EMPTY)]})[1]
-    assert [float(found.logits[t].mean()) for t in (1, 3, 4, 5)] == pytest.approx([8, 4, 4, 4])
+    tapered = [float((4 + SHARE * (Taper(square(), 2, 6, one_sided.mask_px).logits(t) - 4)).mean()) for t in (3, 4, 5)]
+    assert [float(found.logits[t].mean()) for t in (1, 3, 4, 5)] == pytest.approx([8, *tapered], rel=1e-4)
     assert found.confidence[7:].tolist() == [0, 0]
 
 

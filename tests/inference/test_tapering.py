@@ -1,0 +1,71 @@
+"""Towards a marked end a mask tapers as an ellipsoid would."""
+
+import math
+
+import pytest
+import torch
+
+from slmsam2_cli.inference.engine import Anchor, propagate
+from slmsam2_cli.inference.tapering import SHARE, SURE, Taper
+from slmsam2_cli.model.slmsam2 import SliceOutput, SlmSam2
+from slmsam2_cli.planning.network import NetworkPlan
+
+PX, RADIUS = 96, 32
+
+
+def disc():
+    place = torch.arange(PX) - PX / 2 + 0.5
+    return place[:, None] ** 2 + place[None] ** 2 <= RADIUS**2
+
+
+def radius(logits):
+    return math.sqrt(int((logits > 0).sum()) / math.pi)
+
+
+@pytest.mark.parametrize("t", [0, 3, 6, 8, 9])
+def test_a_disc_becomes_the_sections_of_a_sphere(t):
+    found = Taper(disc(), 0, 10, PX).logits(t)
+    assert radius(found) == pytest.approx(RADIUS * math.sqrt(1 - (t / 10) ** 2), abs=1.0)
+
+
+def test_it_tapers_the_same_backwards():
+    assert torch.equal(Taper(disc(), 20, 10, PX).logits(14), Taper(disc(), 0, 10, PX).logits(6))
+
+
+def test_at_the_end_nothing_is_left():
+    assert not (Taper(disc(), 0, 10, PX).logits(10) > 0).any()
+
+
+def test_no_logit_is_surer_than_sure():
+    assert Taper(disc(), 0, 10, PX).logits(1).abs().max() == SURE
+
+
+def test_a_single_pixel_can_taper():
+    dot = torch.zeros(PX, PX, dtype=torch.bool)
+    dot[5, 5] = True
+    assert torch.isfinite(Taper(dot, 0, 3, PX).logits(1)).all()
+
+
+def output(logit, presence):
+    mask, one = torch.full((1, 1, PX, PX), logit), torch.ones(1, 1)
+    return SliceOutput(mask, one, torch.zeros(1, dtype=torch.long), presence * one, mask, mask, torch.zeros(1, 8))
+
+
+def test_it_counts_by_its_share_and_the_network_by_the_rest():
+    mixed = Taper(disc(), 0, 10, PX).followed(output(-4.0, -1.0), 1)
+    assert mixed.chosen.max().item() == pytest.approx(SHARE * SURE - (1 - SHARE) * 4)
+    assert mixed.presence.item() == pytest.approx(SHARE * SURE - (1 - SHARE) * 1)
+
+
+def test_a_network_that_is_sure_of_absence_is_believed():
+    assert (Taper(disc(), 0, 10, PX).followed(output(-SURE, -SURE), 1).logits < 0).all()
+
+
+def test_only_a_pass_towards_a_marked_end_tapers():
+    torch.manual_seed(0)
+    model = SlmSam2(NetworkPlan(size="nano"), PX).eval()
+    torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, -2.0)  # it sees nothing anywhere
+    frames, nothing = torch.rand(9, 3, PX, PX, generator=torch.Generator().manual_seed(0)), torch.zeros(PX, PX, dtype=torch.bool)
+    found = propagate(model, frames, {1: [Anchor(4, disc()), Anchor(8, nothing)]})[1]
+    shown = [bool((plane > 0).any()) for plane in found.logits]
+    assert shown[5] and not any(shown[:4]) and not shown[8]
