@@ -1,5 +1,6 @@
 # make demo    the whole pipeline on made-up patients, in demo/
 # make test    what continuous integration runs
+# make nano    the packaged base, trained as it was, in nano/; two hours
 #
 # Needs make, bash and Python 3.10 or newer; everything else goes into .venv, once.
 
@@ -16,7 +17,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export SAM2_BUILD_CUDA := 0
 
-.PHONY: demo test install
+.PHONY: demo test install nano
 
 demo: $(VENV)/installed
 	$(VENV)/bin/slmsam2 demo -o demo
@@ -26,6 +27,16 @@ test: $(VENV)/installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest -n auto --dist loadfile
+
+# In two parts. May be interrupted and called again.
+NANO_FIRST := nano/first/nano.safetensors
+
+nano: $(VENV)/installed
+	test -e nano/first.done || $(VENV)/bin/slmsam2 pretrain -o nano/first $(if $(wildcard nano/first/recipe.json),--continue)
+	touch nano/first.done
+	test -e nano/second.done || $(VENV)/bin/slmsam2 pretrain -o nano/second $(if $(wildcard nano/second/recipe.json),--continue,\
+		--recipe slmsam2_cli/assets/nano-longer.json --weights $(NANO_FIRST))
+	touch nano/second.done
 
 install: $(VENV)/installed
 
