@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from slmsam2_cli.finetuning.losses import SliceLoss
+from slmsam2_cli.model.recogniser import PREFIX as RECOGNISER
 from slmsam2_cli.model.slmsam2 import SlmSam2
 
 PATIENCE = 20  # steps in a row without a finite gradient after which a run has diverged
@@ -124,9 +125,11 @@ def take_step(learner: Learner, rate: float, most_average: float) -> bool:
     """Follow the gradient and let the average follow; False, and nothing is changed, when the gradient is not finite."""
     for group in learner.optimiser.param_groups:
         group["lr"] = rate * group.get("scale", 1.0)
-    norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), _CLIP_NORM)
-    if not torch.isfinite(norm):  # one such step would make every weight NaN
-        return False
+    named = list(learner.model.named_parameters())
+    for own in (True, False):  # apart: a loss that shares no weights shall not shorten the other's step
+        norm = torch.nn.utils.clip_grad_norm_([p for n, p in named if n.startswith(RECOGNISER) == own], _CLIP_NORM)
+        if not torch.isfinite(norm):  # one such step would make every weight NaN
+            return False
     learner.optimiser.step()
     _average(learner, most_average)
     return True

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import label
 from torch import Tensor
 
 from slmsam2_cli.data.prepared import PreparedCase
 from slmsam2_cli.data.prompts import choose_slice
+from slmsam2_cli.inference.pieces import is_one_piece
 from slmsam2_cli.model.focus import Square
 from slmsam2_cli.model.recogniser import REACH, Recogniser, view_of
 from slmsam2_cli.model.slices import framed
@@ -28,7 +28,6 @@ _LEAST_PX, _FEW_PX, _MOST_PX = 48, 64, 128
 _WIDTH = 32
 _TURN, _SCALE, _SHIFT = math.radians(20), 0.25, 0.15
 _NOT_SEEN = -1
-_NEARLY_ALL = 0.99
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class _Source:
     case: PreparedCase
     square: Square
     held: tuple[np.ndarray, ...]  # per label, the slices that hold it
-    one_piece: tuple[bool, ...]  # per label, whether it is one; also where it is not there
+    one_piece: tuple[bool | None, ...]  # per label, whether it is one; None: not there, or not all of the volume was looked at
 
 
 class SliceSampler:
@@ -65,12 +64,18 @@ class SliceSampler:
         if not middles:
             return None
         held = tuple(np.flatnonzero(area) for area in areas)
-        return _Source(case, view_of(middles, self.slice_px), held, tuple(is_one_piece(labels == value) for value in self.values))
+        return _Source(case, view_of(middles, self.slice_px), held, self._pieces(labels))
 
     @property
     def one_piece(self) -> list[bool]:
-        """Per label, whether it is one connected piece in every volume."""
-        return [all(one) for one in zip(*(source.one_piece for source in self.sources), strict=True)]
+        """Per label, whether it is one connected piece in every volume that can tell; False where none can."""
+        told = [[one for one in ones if one is not None] for ones in zip(*(source.one_piece for source in self.sources), strict=True)]
+        return [bool(ones) and all(ones) for ones in told]
+
+    def _pieces(self, labels: np.ndarray) -> tuple[bool | None, ...]:
+        if self.ignore is not None and (labels == self.ignore).any():
+            return (None,) * len(self.values)
+        return tuple(is_one_piece(mask) if (mask := labels == value).any() else None for value in self.values)
 
     def draw(self, rng: np.random.Generator, torch_rng: torch.Generator, px: int, count: int = BATCH) -> tuple[Tensor, Tensor]:
         """Slices (B, C * SLICES, px, px) and which label each pixel is, (B, px, px): 0 none, 1 the first, -1 nobody looked."""
@@ -103,13 +108,6 @@ class SliceSampler:
         whole = framed(torch.from_numpy(truth), self.slice_px)
         part = whole[square.row : square.row + square.edge, square.column : square.column + square.edge]
         return shown, F.interpolate(part[None, None].float(), size=(px, px), mode="nearest-exact")[0, 0].long()
-
-
-def is_one_piece(mask: np.ndarray) -> bool:
-    """Whether nearly all of a mask (T, H, W) is connected, corners included; an empty one is."""
-    pieces, count = label(mask, structure=np.ones((3, 3, 3)))
-    sizes = np.bincount(pieces.ravel())[1:]
-    return count < 2 or bool(sizes.max() >= _NEARLY_ALL * sizes.sum())
 
 
 def _jittered(square: Square, rng: np.random.Generator, slice_px: int) -> Square:

@@ -17,8 +17,8 @@ def anchors_of(prompts: Prompts, view: View, values: Sequence[int], frame_px: in
     """Label value -> its annotated slices, ascending; labels that nobody annotated with anything are left out.
 
     Slices outside the crop hold nothing the network could see, so they anchor nothing (they still come back exact). A slice
-    without the label is an end-stop only where all of it was looked at. Where several native slices meet in one stack slice, a
-    painted one counts.
+    without the label is an end-stop only where all of it was looked at, and marks an end only where nothing at all is painted on it.
+    Where several native slices meet in one stack slice, a painted one counts.
     """
     found: dict[int, list[Anchor]] = {}
     for value in values:
@@ -26,8 +26,15 @@ def anchors_of(prompts: Prompts, view: View, values: Sequence[int], frame_px: in
         empty_first = sorted((s for s in masks if masks[s].any() or _seen_whole(prompts, view, s)), key=lambda s: bool(masks[s].any()))
         by_slice = {view.to_stack(s): masks[s] for s in empty_first}
         if any(mask.any() for mask in by_slice.values()):
-            found[value] = [Anchor(s, framed(torch.from_numpy(mask), frame_px)) for s, mask in sorted(by_slice.items())]
+            bare = {view.to_stack(s): not _painted(prompts, view, s) for s in empty_first}
+            found[value] = [Anchor(s, framed(torch.from_numpy(mask), frame_px), bare[s]) for s, mask in sorted(by_slice.items())]
     return found
+
+
+def _painted(prompts: Prompts, view: View, native_slice: int) -> bool:
+    """Whether anything, of whichever label, is painted on the slice: then it may have been annotated for the sake of that."""
+    plane = view.oriented(prompts.labels)[native_slice]
+    return bool(((plane != 0) & (plane != (prompts.ignore or 0))).any())
 
 
 def _inside(view: View, native_slice: int) -> bool:

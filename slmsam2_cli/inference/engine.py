@@ -2,7 +2,7 @@
 
 Every annotated slice that holds an object starts a pass in each direction. A pass stops at the next annotated slice,
 where a person's word begins. Between two that hold the object the passes from both sides, no surer than SURE, are blended by
-distance; towards one that does not the mask tapers (tapering.py). The passes are independent (docs/explanation/propagation.md),
+distance; towards one that marks its end the mask tapers (tapering.py). The passes are independent (docs/explanation/propagation.md),
 unless the memory policy is two-sided: then all passes share one store, as in SAM 2's predictor, first all forwards, then all backwards.
 
 With a focus the network sees, of every slice, a square around what is annotated (model/focus.py). An object whose mask reaches the
@@ -34,10 +34,14 @@ RIM = 1  # mask pixels along the edge of a square that a mask has to leave free
 
 @dataclass(frozen=True)
 class Anchor:
-    """One annotated slice of one object. mask (px, px) bool; an empty mask is an end-stop."""
+    """One annotated slice of one object. mask (px, px) bool; an empty mask is an end-stop.
+
+    end: whether an empty one marks the object's end, not only that it is not there, as a slice painted for the sake of others.
+    """
 
     slice: int
     mask: Tensor
+    end: bool = True
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def _focused(
     square = around(box_of([a.mask for a in anchors if bool(a.mask.any())]), focus, slice_px)
     for attempt in range(1, ATTEMPTS + 1):
         features = Features(model, square.cut(frames, px), batch)
-        seen = [Anchor(a.slice, square.cut_masks(a.mask, px)) for a in anchors]
+        seen = [replace(a, mask=square.cut_masks(a.mask, px)) for a in anchors]
         found = replace(_object(model, features, seen, advance if attempt == 1 else _quietly, low, hint, square), square=square)
         larger = _larger(found, focus, slice_px)
         if larger is None:
@@ -236,7 +240,7 @@ def _run(
     """One pass from an anchor up to the next annotated slice or the end of the volume."""
     count = len(features.frames)
     stop = next((s for s in range(start + step, count if step > 0 else -1, step) if s in said), count if step > 0 else -1)
-    between, ends = stop in bank.anchors, stop in said and not bool(said[stop].mask.any())
+    between, ends = stop in bank.anchors, stop in said and said[stop].end and not bool(said[stop].mask.any())
     taper = Taper(said[start].mask, start, stop, model.mask_px) if ends else None
     for t in range(start + step, stop, step):
         moment = Moment(t, step, bank.anchors, bank.tracked, count)

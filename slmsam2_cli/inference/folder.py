@@ -21,6 +21,7 @@ from slmsam2_cli.errors import CaseError
 from slmsam2_cli.inference.anchors import anchors_of
 from slmsam2_cli.inference.engine import BATCH, Anchor, Propagated, propagate
 from slmsam2_cli.inference.pieces import attached
+from slmsam2_cli.inference.recognised import GOOD
 from slmsam2_cli.inference.restored import labels_of
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.slices import framed, to_input
@@ -122,8 +123,10 @@ def segment(
     objects = anchors_of(prompts, view, tuple(plan.labels), plan.geometry.stack_px)
     stack = framed(to_input(torch.from_numpy(frames)), plan.geometry.stack_px)
     found = propagate(model, stack, objects, batch=batch, focus=plan.geometry.focus, recognise=True)
-    one_piece = [v for v, one in found.items() if one.agreement is not None and model.recogniser and v in model.recogniser.pieces]
-    labels = impose(attached(_labels(found, view, plan), prompts.labels, one_piece), prompts, view)
+    known = model.recogniser.pieces if model.recogniser is not None else []
+    one_piece = [value for value, one in found.items() if value in known and (one.agreement or 0) >= GOOD]
+    labels = impose(_labels(found, view, plan), prompts, view)
+    labels = attached(labels, prompts.labels, one_piece, view.orientation.order[0])
     told = {value: _calibrated(one, objects[value], calibration) for value, one in found.items()}
     account = _account(prompts, view, told, time.monotonic() - started) | {"calibrated": calibration is not None}
     return Segmented(labels, image, (*image.warnings, *warnings), account)

@@ -8,7 +8,7 @@ stays mended. Shares and bounds were chosen on the cases that docs/decisions.md 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slmsam2_cli.model.focus import Square
 from slmsam2_cli.model.recogniser import Recogniser, neighbours, view_of
-from slmsam2_cli.model.slmsam2 import ABSENT_LOGIT, SliceOutput
+from slmsam2_cli.model.slmsam2 import SliceOutput, revised
 
 SURE = 10.0  # the most a logit counts
 MOST = 0.5  # what the recogniser counts at most; propagation counts the rest
@@ -52,14 +52,14 @@ class Hint:
             return output
         place = square or Square(0, 0, self.slice_px)
         margins, seen = self._at(t, place, output.chosen.shape[-1])
+        if not seen.any():
+            return output
         margins, share = margins.to(output.chosen), self.share * seen.to(output.chosen)
         chosen = torch.lerp(output.chosen.clamp(-SURE, SURE), margins, share)
         pixels = max(_FEW, int(LEAST_AREA * self.area * (chosen.shape[-1] / place.edge) ** 2))
-        there = margins.flatten().topk(min(pixels, margins.numel())).values.mean()
-        presence = torch.lerp(output.presence.clamp(-SURE, SURE), there.expand_as(output.presence), self.share)
-        presence = torch.where((chosen > 0).any(), presence, presence.clamp(max=-1.0))
-        logits = torch.where((presence > 0)[..., None, None], chosen, ABSENT_LOGIT)
-        return replace(output, chosen=chosen, logits=logits, presence=presence)
+        there = torch.where(seen.to(share) > 0, margins, -SURE).flatten().topk(min(pixels, margins.numel())).values.mean()
+        presence = torch.lerp(output.presence.float().clamp(-SURE, SURE), there.float().expand_as(output.presence), self.share)
+        return revised(output, chosen, presence)
 
     def _at(self, t: int, place: Square, edge: int) -> tuple[Tensor, Tensor]:
         """(1, 1, n, n) each: margins of slice t in a square of the slice, and 1 where the recogniser looked, else 0."""
@@ -87,9 +87,13 @@ def recognised(recogniser: Recogniser, frames: Tensor, drawn: Mapping[int, Seque
 
 def _margins(recogniser: Recogniser, stack: Tensor, values: Sequence[int]) -> dict[int, Tensor]:
     """Label -> (T, px, px) float16 on the CPU: log p - log(1 - p), none beyond ±SURE, mean of what it says at every zoom."""
-    told = [_told(recogniser, _zoomed(stack, zoom), values) for zoom in ZOOMS]
-    back = {value: [_zoomed(one[value][:, None], 1 / zoom)[:, 0] for one, zoom in zip(told, ZOOMS, strict=True)] for value in values}
-    return {value: torch.stack(ones).mean(dim=0).half() for value, ones in back.items()}
+    found: dict[int, list[Tensor]] = {value: [] for value in values}
+    for start in range(0, len(stack), _BATCH):
+        slices = torch.stack([neighbours(stack, t) for t in range(start, min(start + _BATCH, len(stack)))])
+        told = [_zoomed(_told(recogniser, _zoomed(slices, zoom), values), 1 / zoom) for zoom in ZOOMS]
+        for row, value in enumerate(values):
+            found[value].append(torch.stack([one[:, row] for one in told]).mean(dim=0).half())
+    return {value: torch.cat(parts) for value, parts in found.items()}
 
 
 def _zoomed(slices: Tensor, zoom: float) -> Tensor:
@@ -101,18 +105,14 @@ def _zoomed(slices: Tensor, zoom: float) -> Tensor:
     return F.grid_sample(slices, grid, padding_mode="border", align_corners=False)
 
 
-def _told(recogniser: Recogniser, stack: Tensor, values: Sequence[int]) -> dict[int, Tensor]:
-    """Label -> (T, px, px) on the CPU, of one stack."""
-    device = recogniser.labels.device
-    found: dict[int, list[Tensor]] = {value: [] for value in values}
-    for start in range(0, len(stack), _BATCH):
-        slices = torch.stack([neighbours(stack, t) for t in range(start, min(start + _BATCH, len(stack)))])
-        logits = recogniser(slices.to(device)).float()
-        for value in values:
-            row = 1 + recogniser.values.index(value)
-            others = torch.cat([logits[:, :row], logits[:, row + 1 :]], dim=1)
-            found[value].append((logits[:, row] - others.logsumexp(dim=1)).clamp(-SURE, SURE).cpu())
-    return {value: torch.cat(parts) for value, parts in found.items()}
+def _told(recogniser: Recogniser, slices: Tensor, values: Sequence[int]) -> Tensor:
+    """(B, labels, px, px) on the CPU, in the order of `values`, of slices with their neighbours."""
+    logits, known = recogniser(slices.to(recogniser.labels.device)).float(), recogniser.values
+    margins = []
+    for row in (1 + known.index(value) for value in values):
+        others = torch.cat([logits[:, :row], logits[:, row + 1 :]], dim=1)
+        margins.append(logits[:, row] - others.logsumexp(dim=1))
+    return torch.stack(margins, dim=1).clamp(-SURE, SURE).cpu()
 
 
 def _hint(margins: Tensor, view: Square, slice_px: int, masks: Sequence[tuple[int, Tensor]]) -> Hint:

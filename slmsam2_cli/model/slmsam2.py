@@ -60,7 +60,8 @@ class SliceOutput:
 
     candidates (B, M, n, n): raw mask logits, n = 4h, or 16h where there is a refiner; iou (B, M): predicted IoU of each;
     best (B,): the candidate chosen; presence (B, 1): object-score logit; chosen (B, 1, n, n): the best candidate; logits
-    (B, 1, n, n): the same, emptied where the object is absent; pointer (B, C).
+    (B, 1, n, n): the same, emptied where the object is absent; pointer (B, C); pointers: what it is of an absent and of a present
+    object, None where it is settled.
     """
 
     candidates: Tensor
@@ -70,6 +71,17 @@ class SliceOutput:
     chosen: Tensor
     logits: Tensor
     pointer: Tensor
+    pointers: tuple[Tensor, Tensor] | None = None
+
+
+def revised(output: SliceOutput, chosen: Tensor, presence: Tensor) -> SliceOutput:
+    """The output with other mask logits (B, 1, n, n) and presence (B, 1), and all that follows from them; an empty mask is no object."""
+    empty = (chosen <= 0).flatten(1).all(dim=1, keepdim=True)
+    presence = torch.where(empty, presence.clamp(max=-1.0), presence).to(output.presence)
+    present = presence > 0
+    logits = torch.where(present[..., None, None], chosen, ABSENT_LOGIT)
+    pointer = torch.where(present, output.pointers[1], output.pointers[0]) if output.pointers is not None else output.pointer
+    return replace(output, chosen=chosen, logits=logits, presence=presence, pointer=pointer)
 
 
 @dataclass
@@ -348,10 +360,11 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         best = iou.argmax(dim=-1)
         token = tokens[rows, best] if tokens.size(1) > 1 else tokens[:, 0]
         present = (presence > 0).to(token.dtype)
-        pointer = present * self.obj_ptr_proj(token) + (1 - present) * self.no_obj_ptr
+        object_pointer = self.obj_ptr_proj(token)
+        pointer = present * object_pointer + (1 - present) * self.no_obj_ptr
         chosen = candidates[rows, best].unsqueeze(1)
         logits = torch.where((presence > 0)[..., None, None], chosen, NO_OBJ_SCORE)
-        return SliceOutput(candidates, iou, best, presence, chosen, logits, pointer)
+        return SliceOutput(candidates, iou, best, presence, chosen, logits, pointer, (self.no_obj_ptr.expand_as(pointer), object_pointer))
 
     def remember(self, features: SliceFeatures, output: SliceOutput, masks: Tensor | None = None) -> Memory:
         """Write a memory of this slice. masks (B, 1, H, W): a person's, at full resolution, instead of the logits."""

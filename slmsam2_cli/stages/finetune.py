@@ -68,7 +68,8 @@ class Run:
     @property
     def digest(self) -> str:
         base = self.base.digest if self.base else self.weights
-        return digest_of({"plan": self.plan.model_dump(mode="json", exclude={"reasons"}), "cases": list(self.cases), "base": base})
+        plan = self.plan.model_dump(mode="json", exclude={"reasons"})
+        return digest_of({"plan": plan, "cases": list(self.cases), "base": base, "recogniser": self.plan.training.recogniser})
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ def _training(plan: Plan, used: int, from_scratch: bool) -> TrainingPlan:
     """A person's own training settings, or the rule's for the number of volumes that are really used."""
     chosen = {name: getattr(plan.training, name) for name in ("strategy", "adapters", "recogniser")}
     by_rule = [choose_training(plan.network.size, count).value for count in range(1, MANY + 1)]
-    is_by_rule = plan.training in [rule.model_copy(update=chosen) for rule in by_rule]
+    is_by_rule = not plan.edited or plan.training in [rule.model_copy(update=chosen) for rule in by_rule]
     return choose_training(plan.network.size, used, from_scratch).value.model_copy(update=chosen) if is_by_rule else plan.training
 
 

@@ -37,6 +37,13 @@ def test_an_empty_annotated_slice_is_an_end_stop():
     assert (anchor.slice, bool(anchor.mask.any())) == (2, True)
 
 
+def test_a_slice_painted_for_another_label_stops_this_one_but_does_not_mark_its_end():
+    labels = drawn() + drawn(slice_=4, value=2)
+    first, second = anchors_of(prompts(labels, {1: (0, 2, 4), 2: (0, 2, 4)}), view(), [1, 2], 32).values()
+    assert [(anchor.slice, anchor.end) for anchor in first if not anchor.mask.any()] == [(0, True), (4, False)]
+    assert [(anchor.slice, anchor.end) for anchor in second if not anchor.mask.any()] == [(0, True), (2, False)]
+
+
 IGNORE = 9
 
 

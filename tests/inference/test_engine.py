@@ -45,6 +45,7 @@ def square(low=16, high=40):
 
 
 EMPTY = torch.zeros(PX, PX, dtype=torch.bool)
+FILLED = ~EMPTY
 
 
 def test_an_annotated_slice_comes_back_as_drawn_with_full_confidence(model):
@@ -141,7 +142,7 @@ def test_from_one_side_alone_there_is_no_disagreement(model, anchors):
 
 def test_towards_an_end_stop_only_the_side_of_the_object_counts(one_sided):
     found = propagate(one_sided, stack(9), {1: [Anchor(2, square()), Anchor(6, EMPTY)]})[1]
-    tapered = [float((4 + SHARE * (Taper(square(), 2, 6, one_sided.mask_px).logits(t) - 4)).mean()) for t in (3, 4, 5)]
+    tapered = [float((4 + SHARE * (Taper(square(), 2, 6, one_sided.mask_px).logits(t, FILLED) - 4)).mean()) for t in (3, 4, 5)]
     assert [float(found.logits[t].mean()) for t in (1, 3, 4, 5)] == pytest.approx([8, *tapered], rel=1e-4)
     assert found.confidence[7:].tolist() == [0, 0]
 

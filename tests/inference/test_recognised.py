@@ -1,5 +1,7 @@
 """A recogniser is heeded as far as it agrees with what was drawn on this volume, and no further."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -95,6 +97,41 @@ def test_where_it_did_not_look_the_mask_stays_as_it_was():
     mixed = hint(view=Square(0, 0, 32)).heeded(output(-3.0, 1.0), 0, None)
     assert (mixed.chosen[..., :31, :31] > 0).all()
     assert torch.equal(mixed.chosen[..., 33:, :], torch.full((1, 1, 31, 64), -3.0))
+
+
+def test_what_lies_outside_of_its_view_is_no_reason_to_believe_in_the_structure():
+    mixed = hint(margin=-SURE, view=Square(16, 16, 32)).heeded(output(3.0, 3.0), 0, None)
+    assert mixed.presence.item() == pytest.approx(-3.5)
+    assert (mixed.logits < 0).all()
+
+
+def test_where_it_did_not_look_at_all_nothing_changes():
+    seen = output(3.0, 3.0)
+    assert hint(margin=-SURE, view=Square(0, 0, 16)).heeded(seen, 0, Square(32, 32, 32)) is seen
+
+
+def test_the_pointer_follows_the_presence():
+    absent, present = torch.zeros(1, 8), torch.ones(1, 8)
+    lost = replace(output(-2.0, -1.0), pointer=absent, pointers=(absent, present))
+    assert torch.equal(hint(margin=SURE).heeded(lost, 0, None).pointer, present)
+    held = replace(output(2.0, 1.0), pointer=present, pointers=(absent, present))
+    assert torch.equal(hint(margin=-SURE).heeded(held, 0, None).pointer, absent)
+
+
+def test_of_several_channels_it_reads_its_own():
+    class Second(Bright):
+        """Two channels, of which the second one counts."""
+
+        def __init__(self):
+            Recogniser.__init__(self, 2, [4], PX, width=8)
+
+        def forward(self, slices):
+            sure = 20 * (slices[:, 2 * REACH + 1 : 2 * REACH + 2] - 0.5)
+            return torch.cat([-sure, sure], dim=1)
+
+    frames = torch.zeros(7, 3, PX, PX)
+    frames[:, 1] = stack()[:, 0]
+    assert recognised(Second(), frames, {4: [(3, drawn())]})[4].agreement == pytest.approx(1.0)
 
 
 def test_a_speck_is_not_the_structure():

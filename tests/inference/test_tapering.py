@@ -40,10 +40,44 @@ def test_no_logit_is_surer_than_sure():
     assert Taper(disc(), 0, 10, PX).logits(1).abs().max() == SURE
 
 
-def test_a_single_pixel_can_taper():
-    dot = torch.zeros(PX, PX, dtype=torch.bool)
-    dot[5, 5] = True
-    assert torch.isfinite(Taper(dot, 0, 3, PX).logits(1)).all()
+@pytest.mark.parametrize("wide", [1, 2, 3, 4])
+@pytest.mark.parametrize("start", [20, 21, 22, 23])
+def test_a_thin_line_can_taper_also_where_masks_are_drawn_in_larger_pixels(wide, start):
+    line = torch.zeros(PX, PX, dtype=torch.bool)
+    line[start : start + wide, 10:60] = True
+    assert (Taper(line, 0, 10, PX // 4).logits(3) > 0).any()
+
+
+def test_where_the_mask_meets_the_edge_of_the_frame_its_outline_stays():
+    half = torch.zeros(PX, PX, dtype=torch.bool)
+    half[:40] = True
+    kept = Taper(half, 0, 10, PX).logits(6)[0, 0] > 0  # a fifth of the way from the outline to the edge is gone: 8 rows
+    assert kept[:31].all() and not kept[33:].any()
+    assert (Taper(torch.ones(PX, PX, dtype=torch.bool), 0, 10, PX).logits(6) > 0).all()
+
+
+def test_an_empty_mask_is_no_object():
+    mixed = Taper(disc(), 0, 10, PX).followed(output(-SURE, -4.0), 1)
+    assert mixed.presence.item() < 0
+
+
+def test_it_lies_where_the_network_s_mask_lies():
+    aside = torch.roll(disc(), (5, -9), (0, 1))
+    moved, still = Taper(disc(), 0, 10, PX).logits(6, aside), Taper(disc(), 0, 10, PX).logits(6)
+    assert torch.equal(moved > 0, torch.roll(still > 0, (5, -9), (-2, -1)))
+
+
+def test_a_speck_does_not_say_where_the_structure_is():
+    speck = torch.zeros(PX, PX, dtype=torch.bool)
+    speck[3:8, 3:8] = True
+    assert torch.equal(Taper(disc(), 0, 10, PX).logits(6, speck), Taper(disc(), 0, 10, PX).logits(6))
+
+
+def test_it_does_not_come_in_again_at_the_other_side():
+    rim = torch.zeros(PX, PX, dtype=torch.bool)
+    rim[:, 60:] = True
+    moved = Taper(disc(), 0, 10, PX).logits(1, rim) > 0
+    assert not moved[..., :20].any()
 
 
 def output(logit, presence):
@@ -68,4 +102,6 @@ def test_only_a_pass_towards_a_marked_end_tapers():
     frames, nothing = torch.rand(9, 3, PX, PX, generator=torch.Generator().manual_seed(0)), torch.zeros(PX, PX, dtype=torch.bool)
     found = propagate(model, frames, {1: [Anchor(4, disc()), Anchor(8, nothing)]})[1]
     shown = [bool((plane > 0).any()) for plane in found.logits]
+    elsewhere = propagate(model, frames, {1: [Anchor(4, disc()), Anchor(8, nothing, end=False)]})[1]
+    assert not (elsewhere.logits[5] > 0).any()
     assert shown[5] and not any(shown[:4]) and not shown[8]
