@@ -9,9 +9,11 @@ from safetensors import safe_open
 from slmsam2_cli.data.dataset import read_dataset
 from slmsam2_cli.data.phantom import write_phantom_dataset
 from slmsam2_cli.errors import DatasetError, PlanError, UsageError, WeightsError
-from slmsam2_cli.model.checkpoint import on_base, read_checkpoint
-from slmsam2_cli.planning.plan import read_plan, write_plan
-from slmsam2_cli.stages.finetune import finetune
+from slmsam2_cli.model.checkpoint import on_base, read_checkpoint, recogniser_of
+from slmsam2_cli.planning.plan import read_plan, signed, write_plan
+from slmsam2_cli.planning.rules import choose_training
+from slmsam2_cli.stages.finetune import _training, finetune
+from slmsam2_cli.stages.predict import predict
 from slmsam2_cli.workspace import Workspace
 
 SHAPE = (10, 40, 40)
@@ -173,9 +175,6 @@ def test_a_run_killed_before_its_first_model_is_not_started_anew_in_silence(data
 
 
 def test_a_persons_own_training_settings_are_kept_and_the_rules_own_are_fitted_to_the_run(dataset, tmp_path):
-    from slmsam2_cli.planning.rules import choose_training
-    from slmsam2_cli.stages.finetune import _training
-
     planned = read_plan(Workspace(dataset / "slmsam2").plan)
     assert _training(planned, 2, from_scratch=True) == choose_training("nano", 2, from_scratch=True).value
     own = planned.model_copy(update={"training": planned.training.model_copy(update={"learning_rate": 1e-5})})
@@ -205,6 +204,31 @@ def test_a_fresh_plan_names_the_fuser_of_the_weights_it_is_made_for(dataset, tmp
     assert _plan(read_dataset(dataset), workspace, None, base).network.fuser == "sum"
     assert _plan(read_dataset(dataset), workspace, None, base).network.fuser == read_plan(workspace.plan).network.fuser == "sum"
     assert "network.fuser" not in capsys.readouterr().err
+
+
+# What the labels look like
+
+
+def test_the_model_knows_the_labels_and_predict_says_how_far_it_agrees_with_what_was_drawn(tuned, dataset, tmp_path):
+    known = recogniser_of(read_checkpoint(tuned.model))
+    assert known.values == list(read_plan(tuned.plan).labels)
+    assert predict(None, tmp_path / "masks", dataset=dataset, workspace=tuned, report=False) == 0
+    cases = json.loads((tmp_path / "masks" / "manifest.json").read_text(encoding="utf-8"))["cases"]
+    shares = [share for case in cases.values() for share in case["recognised"].values()]
+    assert shares and all(0 <= share <= 1 for share in shares)
+
+
+def test_a_plan_may_leave_the_recogniser_out(tuned, dataset, tmp_path):
+    workspace, planned = Workspace(tmp_path), read_plan(tuned.plan)
+    write_plan(workspace.plan, planned.model_copy(update={"training": planned.training.model_copy(update={"recogniser": False})}))
+    finetune(dataset, workspace, cases=2, weights="random", steps=1)
+    assert recogniser_of(read_checkpoint(workspace.model)) is None
+
+
+def test_a_plan_that_nobody_edited_is_trained_by_today_s_rule_also_where_an_earlier_one_made_it(tuned):
+    planned = read_plan(tuned.plan)
+    earlier = signed(planned.model_copy(update={"training": planned.training.model_copy(update={"steps": 520, "clips_per_step": 2})}))
+    assert _training(earlier, 2, from_scratch=False) == choose_training("nano", 2).value
 
 
 # Strategies
