@@ -6,7 +6,7 @@ distance; towards one that marks its end the mask tapers (tapering.py). The pass
 unless the memory policy is two-sided: then all passes share one store, as in SAM 2's predictor, first all forwards, then all backwards.
 
 With a focus the network sees, of every slice, a square around what is annotated (model/focus.py). An object whose mask reaches the
-edge of its square is tracked once more in a larger one; and what no recogniser knows is tracked in slices turned by half a turn, too.
+edge of its square is tracked once more in a larger one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ ABSENT = -20.0  # logit of "nothing here" in results
 SURE = 10.0  # the most one of two passes counts where they are blended; "nothing here" would outvote the other from afar
 BATCH = 8  # slices encoded at a time
 ATTEMPTS = 3  # squares tried, each larger than the one before
-TURN = (-2, -1)  # axes reversed by half a turn
 RIM = 1  # mask pixels along the edge of a square that a mask has to leave free
 
 
@@ -138,10 +137,7 @@ def _focused(
     batch: int,
     hint: Hint | None,
 ) -> Propagated:
-    """One object in a square around what is annotated; in a larger one where that turns out too small.
-
-    Without a hint of a recogniser there is a second opinion: the same network's, of slices turned by half a turn; their mean counts.
-    """
+    """One object in a square around what is annotated; in a larger one where that turns out too small."""
     slice_px, px = frames.shape[-1], model.frame_px
     square = around(box_of([a.mask for a in anchors if bool(a.mask.any())]), focus, slice_px)
     for attempt in range(1, ATTEMPTS + 1):
@@ -152,19 +148,7 @@ def _focused(
         if larger is None:
             break
         square = larger
-    if hint is not None:
-        return found
-    turned = Features(model, features.frames.flip(TURN), batch)
-    again = _object(model, turned, [replace(a, mask=a.mask.flip(TURN)) for a in seen], _quietly, low, None)
-    return _mean(found, replace(again, logits=again.logits.flip(TURN)))
-
-
-def _mean(one: Propagated, other: Propagated) -> Propagated:
-    """Both halves of an opinion; logits limited to ±SURE, so that neither outvotes the other, but where both say that nothing is there."""
-    mean = (one.logits.clamp(-SURE, SURE) + other.logits.clamp(-SURE, SURE)) / 2
-    logits = torch.where(mean > -SURE, mean, torch.minimum(one.logits, other.logits))
-    confidence, disagreement = ((getattr(one, name) + getattr(other, name)) / 2 for name in ("confidence", "disagreement"))
-    return replace(one, logits=logits, confidence=confidence, disagreement=disagreement)
+    return found
 
 
 def _quietly(slices: int) -> None:
