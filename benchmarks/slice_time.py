@@ -2,8 +2,7 @@
 
     python benchmarks/slice_time.py [--threads 2] [--repeats 5] [--only nano:128 tiny:1024]
 
-Sizes alternate within one process; medians over the repeats. Random weights: time does not depend on the values. nano is timed as
-predict uses it where there is no recogniser: twice, in the slices as they are and turned by half a turn.
+Sizes alternate within one process; medians over the repeats. Random weights: time does not depend on the values.
 """
 
 import argparse
@@ -13,7 +12,6 @@ from dataclasses import replace
 
 import torch
 
-from slmsam2_cli.inference.engine import TURN
 from slmsam2_cli.model.backbone import TRAITS, Widths
 from slmsam2_cli.model.memory.policy import Moment
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
@@ -62,9 +60,6 @@ def main() -> None:
     for repeat in range(options.repeats + 1):
         for setting, model in models.items():
             taken = once(model, frames[setting[1]])
-            if setting[0].startswith("nano"):
-                again = once(model, frames[setting[1]].flip(TURN))
-                taken = taken[0] + again[0], taken[1] + again[1]
             if repeat:  # the first round warms up
                 times[setting].append(taken)
     print("| network | px | parameters (M) | encode ms/slice | track ms/slice and object | ratio of the sum to nano 128 |")
