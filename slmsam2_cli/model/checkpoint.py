@@ -314,8 +314,8 @@ def base_weights(name: str) -> Checkpoint | None:
     if name == "auto":
         if not EMBEDDED.is_file():
             raise WeightsError(
-                "this release embeds no base weights yet. Start from SAM 2.1 (slmsam2 weights get sam2.1-tiny, "
-                "then --weights sam2.1-tiny), from a checkpoint with --weights FILE, or from nothing with --weights random"
+                "the base that comes with the package is missing. Install slmsam2 again, or start from SAM 2.1 (slmsam2 weights get "
+                "sam2.1-tiny, then --weights sam2.1-tiny), from a checkpoint with --weights FILE, or from nothing with --weights random"
             )
         return read_checkpoint(EMBEDDED)
     entry = zoo.find(name)
