@@ -21,7 +21,8 @@ def copying(monkeypatch):
     """A model that copies the given slice to all others and is 0.7 sure; says which stacks it was shown."""
     shown = []
 
-    def propagate(model, frames, objects, focus):
+    def propagate(model, frames, objects, focus, recognise):
+        assert recognise  # as predict does
         ((value, (anchor,)),) = objects.items()
         shown.append((len(frames), anchor.slice))
         logits = torch.where(anchor.mask[None, ::4, ::4], 10.0, -10.0).expand(len(frames), -1, -1)

@@ -575,7 +575,7 @@ def adapter_at(folder, dataset, modality=None):
             parameter.add_(0.05)
     whole, small = folder / "model.safetensors", folder / "small" / "adapter.safetensors"
     save_checkpoint(whole, model, tuned.plan, tuned.provenance)
-    save_adapter(small, model, modality, tuned.plan, tuned.provenance, Needs(name=tuned.name, digest=tuned.digest))
+    save_adapter(small, model, modality, tuned.plan, tuned.provenance, Needs(name=tuned.name, digest=tuned.base_digest))
     return whole, small
 
 
