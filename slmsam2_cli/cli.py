@@ -157,7 +157,8 @@ def finetune(
     """Adapt the network to a data set by a few labelled cases.
 
     Plans and preprocesses first if need be. Writes finetuned/ into the workspace: the model, split.json with the cases it learned from
-    (the others count as unseen), and a log.
+    (the others count as unseen), and a log. Two networks learn: the one that propagates, and a small one that learns what the labels
+    look like and is heeded as far as it agrees with the slices that you annotate.
     """
     from slmsam2_cli.stages import finetune as stage
 

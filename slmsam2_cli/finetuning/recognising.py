@@ -130,7 +130,7 @@ def _shaded(slices: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def recogniser_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Cross-entropy + soft Dice of every label over the batch. logits (B, 1 + K, h, w), truth (B, h, w)."""
+    """Cross-entropy + soft Dice of every label over the batch, one number. logits (B, 1 + K, h, w); truth (B, h, w): 0 to K, or -1."""
     seen = (truth != _NOT_SEEN).float()[:, None]
     entropy = F.cross_entropy(logits, truth, ignore_index=_NOT_SEEN, reduction="sum") / seen.sum().clamp(min=1)
     said = logits.softmax(1)[:, 1:] * seen

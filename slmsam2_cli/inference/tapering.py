@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
+from slmsam2_cli.inference.recognised import SURE
 from slmsam2_cli.model.slmsam2 import SliceOutput, revised
 
-SURE = 10.0  # the most a logit counts
 SHARE = 0.35  # what the taper counts; the network counts the rest
 STEEP = 40.0  # logits from the outline to the middle
 ENOUGH = 0.25  # area of the network's mask over what is expected, from which on it says where the structure is

@@ -244,7 +244,7 @@ def fit(model: SlmSam2, checkpoint: Checkpoint, modality: str | None = None) -> 
     needed = {name: tensor.shape for name, tensor in wanted.items() if not (fresh and name.startswith(_SHORT))}
     if wrong := foreign.misfit(needed, given):
         raise WeightsError(_which_network(checkpoint, model.network, wrong))
-    model.load_state_dict(wanted | given, strict=model.recogniser is None)
+    model.load_state_dict(model.state_dict() | given)
     if fresh and hasattr(model, "short_memory_attention"):
         model.copy_long_to_short()
     for name, state in added.items():

@@ -31,8 +31,8 @@ def _block(read: int, write: int) -> nn.Sequential:
 
 
 class Recogniser(nn.Module):
-    """channels: of the images; labels: values it tells apart; px: edge of what it sees; width: channels at full resolution, a
-    multiple of 8."""
+    """channels: of the images; labels: values it tells apart; px: edge of what it sees, a multiple of 8; width: channels at full
+    resolution, a multiple of 8. ValueError."""
 
     labels: Tensor
     one_piece: Tensor
@@ -44,7 +44,7 @@ class Recogniser(nn.Module):
             raise ValueError(f"px {px} and width {width} must be multiples of 8 above 0, px at most {MOST_PX}")
         widths = [width, 2 * width, 4 * width, 4 * width]
         self.down = nn.ModuleList([_block(read, write) for read, write in zip([channels * SLICES, *widths[:-1]], widths, strict=True)])
-        self.up = nn.ModuleList([_block(low + skip, skip // 2 if i < 2 else skip) for i, (low, skip) in enumerate(_steps(widths))])
+        self.up = nn.ModuleList([_block(8 * width, 2 * width), _block(4 * width, width), _block(2 * width, width)])  # from below, and skip
         self.logits = nn.Conv2d(width, len(labels) + 1, 1)
         self.register_buffer("labels", torch.tensor(list(labels), dtype=torch.int64))
         self.register_buffer("one_piece", torch.zeros(len(labels), dtype=torch.bool))
@@ -83,16 +83,6 @@ class Recogniser(nn.Module):
             x = block(torch.cat([F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False), kept.pop()], dim=1))
         found: Tensor = self.logits(x)
         return found
-
-
-def _steps(widths: Sequence[int]) -> list[tuple[int, int]]:
-    """(channels from below, channels of the skip) of each step up."""
-    skips = list(widths[-2::-1])
-    low, found = widths[-1], []
-    for i, skip in enumerate(skips):
-        found.append((low, skip))
-        low = skip // 2 if i < 2 else skip
-    return found
 
 
 def neighbours(stack: Tensor, t: int) -> Tensor:
