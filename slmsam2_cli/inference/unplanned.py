@@ -49,19 +49,14 @@ def _decided(cases: Sequence[Case], prompts: PromptSource, network: NetworkPlan)
     problems: list[CaseError] = []
     labels = _labels(cases, prompts.folder, problems)
     if not labels:
-        raise DatasetError(
-            f"{prompts.folder}: no image has a painted mask of its own name, so nothing can be planned. Save each mask under its image's name",
-            tuple(problems),
-        )
+        why = f"{prompts.folder}: no image has a painted mask of its own name, so nothing can be planned"
+        raise DatasetError(f"{why}. Save each mask under its image's name", tuple(problems))
     channels = tuple(f"channel {i}" if i else "image" for i in range(len(cases[0].images)))
     data = Dataset(prompts.folder, prompts.folder.resolve().name, channels, labels, None, ".nii.gz", tuple(cases), (), (), ())
     with console.progress("measuring", len(cases)) as advance:
         fingerprint, found = measure(data, advance)
     if not fingerprint.cases:
-        raise DatasetError(
-            f"{prompts.folder}: no image has a painted mask of its own name, so nothing can be planned. Save each mask under its image's name",
-            tuple(problems),
-        )
+        raise DatasetError(f"{prompts.folder}: none of the {len(found)} prompted images can be measured", found)
     painted = None if prompts.simulated else _painted_axis(fingerprint, cases, prompts.folder)
     plan = decide(fingerprint, network.size, axis=painted)
     return signed(plan.model_copy(update={"network": network}))
