@@ -38,6 +38,9 @@ class AnatomyRecipe(Frozen):
     half_length: Doublings = Field(default=(4.0, 45.0), description="half the length of the first structure, slices")
     still: Share = Field(default=0.12, description="share of windows in which hardly anything changes from slice to slice")
     still_half_length: Doublings = Field(default=(60.0, 200.0), description="half_length of these")
+    through: Share = Field(default=0.0, description="share of windows of thick slices, through which the first structure goes on")
+    thicker: Doublings = Field(default=(1.0, 4.0), description="how many times thicker their slices are")
+    further: Doublings = Field(default=(5.0, 40.0), description="how many times longer than its half_length that structure is")
     lean: float = Field(default=0.3, description="slope of a structure's axis, standard deviation")
     tubes: Share = Field(default=0.2, description="share of structures that go on through many slices")
     slender: Share = Field(default=0.3, description="share of structures that are long and thin in the slice")
@@ -70,7 +73,8 @@ def draw_anatomy(recipe: AnatomyRecipe, draw: Draw, length: int, view: Tensor) -
     """view (W, 4): left, top, width and height of what is not padding, frame widths."""
     windows = len(view)
     size, half = _scale(recipe, draw, view)
-    structures = _structures(recipe, draw, size, half, length, view)
+    half, further = _through(recipe, draw, half)
+    structures = _structures(recipe, draw, size, half, further, length, view)
     role = draw.pick(recipe.pairs, windows, GROUPS)
     relate(draw, structures, role, view)
     cluster = draw.chance(recipe.clusters, windows)
@@ -92,7 +96,19 @@ def _scale(recipe: AnatomyRecipe, draw: Draw, view: Tensor) -> tuple[Tensor, Ten
     return size * view[:, 2:].amin(1).clamp(min=0.6), half
 
 
-def _structures(recipe: AnatomyRecipe, draw: Draw, first_size: Tensor, first_half: Tensor, length: int, view: Tensor) -> Primitives:
+def _through(recipe: AnatomyRecipe, draw: Draw, half: Tensor) -> tuple[Tensor, Tensor]:
+    """(W,) each: half lengths by the distance of the slices, and how many times longer the first structure is; 1 where it is not."""
+    further = torch.ones_like(half)
+    if not recipe.through:  # drawing nothing, it leaves the clips of older recipes as they were
+        return half, further
+    through = draw.chance(recipe.through, len(half))
+    thinner = (half / draw.spread(recipe.thicker, len(half))).clamp(min=2.0)
+    return torch.where(through, thinner, half), torch.where(through, draw.spread(recipe.further, len(half)), further)
+
+
+def _structures(
+    recipe: AnatomyRecipe, draw: Draw, first_size: Tensor, first_half: Tensor, further: Tensor, length: int, view: Tensor
+) -> Primitives:
     """All structures, as if none of them had anything to do with another."""
     shape = len(view), STRUCTURES
     size = _sizes(recipe, draw, first_size)
@@ -103,7 +119,7 @@ def _structures(recipe: AnatomyRecipe, draw: Draw, first_size: Tensor, first_hal
     step = (first_size / (2 * first_half))[:, None]  # slice distance, frame widths
     half = (long * short).sqrt() * draw.spread((0.9, 2.2), *shape) / step
     half = torch.where(draw.chance(recipe.tubes, *shape), half * draw.spread((2.0, 8.0), *shape), half).clamp(min=0.6)
-    half[:, 0] = first_half
+    half[:, 0] = first_half * further
     slope = draw.normal(2, *shape) * (recipe.lean * step * (short / long).sqrt())
     x, y = _places(draw, size, view)
     nothing = torch.zeros(shape, device=draw.device)
@@ -119,7 +135,7 @@ def _structures(recipe: AnatomyRecipe, draw: Draw, first_size: Tensor, first_hal
         twist=0.5 * draw.normal(*shape) / half.clamp(min=2.0),
         bend=0.3 * draw.normal(*shape) * (long / short).clamp(max=4.0),
         square=draw.uniform((0.0, 0.6), *shape),
-        middle=_middles(recipe, draw, half, length),
+        middle=_middles(recipe, draw, half, length, further > 1),
         half=half,
         blunt=draw.spread((1.8, 8.0), *shape),
         cut_long=nothing,
@@ -153,14 +169,19 @@ def _places(draw: Draw, size: Tensor, view: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(beside, x[:, :1] + away * turn.cos(), x), torch.where(beside, y[:, :1] + away * turn.sin(), y)
 
 
-def _middles(recipe: AnatomyRecipe, draw: Draw, half: Tensor, length: int) -> Tensor:
-    """Centres through the slices: some structures end within the clip, the others are met on a random slice of it."""
+def _middles(recipe: AnatomyRecipe, draw: Draw, half: Tensor, length: int, through: Tensor) -> Tensor:
+    """Centres (W, K) through the slices: some structures end within the clip, the others are met on a random slice of it.
+
+    through (W,): where the first one does not end.
+    """
     shape = tuple(half.shape)
     met = draw.uniform((0.0, length - 1.0), *shape) + half * draw.uniform((-0.85, 0.85), *shape)
     if length == 1:
         return met
     ending = draw.uniform((0.4, length - 1.4), *shape) + half * draw.sign(*shape)
-    return torch.where(draw.chance(recipe.ends, *shape), ending, met)
+    ends = draw.chance(recipe.ends, *shape)
+    ends[:, 0] &= ~through
+    return torch.where(ends, ending, met)
 
 
 def _gather(draw: Draw, structures: Primitives, cluster: Tensor) -> None:

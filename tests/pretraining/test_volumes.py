@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from slmsam2_cli.finetuning.clips import Clips
+from slmsam2_cli.pretraining.anatomy import AnatomyRecipe, draw_anatomy
+from slmsam2_cli.pretraining.draw import Draw
 from slmsam2_cli.pretraining.volumes import VolumesRecipe, draw_clips
 
 WINDOWS, LENGTH, TRACKS, PX = 24, 8, 96, 64
@@ -91,3 +93,33 @@ def test_tracks_run_both_ways(clips: Clips) -> None:
 
 def test_the_imaginary_volume_is_at_least_as_long_as_the_clip() -> None:
     assert min(drawn(seed, windows=1, length=12, px=32).slices for seed in range(10)) >= 12
+
+
+def first_structures(recipe: AnatomyRecipe, windows: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """(W,) each: first and last slice, of 16, that the first structure of a window may reach."""
+    whole = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(windows, 1)
+    drawn = draw_anatomy(recipe, Draw(torch.Generator().manual_seed(3)), 16, whole).structures
+    return drawn.middle[:, 0] - drawn.half[:, 0], drawn.middle[:, 0] + drawn.half[:, 0]
+
+
+def test_where_thick_slices_are_asked_for_the_first_structure_ends_in_hardly_any_clip() -> None:
+    recipe = AnatomyRecipe(through=1.0, half_length=(8.0, 45.0), thicker=(1.0, 1.0), further=(40.0, 40.0), ends=1.0)
+    begin, end = first_structures(recipe)
+    # half lengths of 320 and more, met within 0.85 of one: more than 48 slices from either end
+    assert (begin < 0).all() and (end > 15).all()
+
+
+def test_without_them_it_ends_where_ends_are_asked_for() -> None:
+    begin, end = first_structures(AnatomyRecipe(half_length=(8.0, 45.0), still=0.0, ends=1.0))
+    assert (((begin > 0) & (begin < 15)) | ((end > 0) & (end < 15))).all()
+
+
+def test_thick_slices_differ_more_from_each_other() -> None:
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(256, 1)
+    pace = {
+        through: draw_anatomy(
+            AnatomyRecipe(through=through, thicker=(4.0, 4.0)), Draw(torch.Generator().manual_seed(3)), 16, whole
+        ).pace.median()
+        for through in (0.0, 1.0)
+    }
+    assert pace[1.0] > 2 * pace[0.0]
