@@ -100,19 +100,43 @@ def _needed(dataset: Path | None) -> Path:
     return found
 
 
-@command("slmsam2 plan", "slmsam2 plan -d Task09_Spleen -w /scratch/spleen", "slmsam2 plan --network tiny --overwrite")
+@command(
+    "slmsam2 plan",
+    "slmsam2 plan -d Task09_Spleen -w /scratch/spleen",
+    "slmsam2 plan --axis LR",
+    "slmsam2 plan --diff",
+    "slmsam2 plan --against colleagues_plan.json",
+    "slmsam2 plan --network tiny --overwrite",
+)
 def plan(
-    dataset: DatasetOption = None, workspace: WorkspaceOption = None, network: NetworkOption = None, overwrite: OverwriteOption = False
+    dataset: DatasetOption = None,
+    workspace: WorkspaceOption = None,
+    network: NetworkOption = None,
+    axis: Annotated[
+        Literal["auto", "SI", "AP", "LR"] | None,
+        typer.Option(help="Cut slices along this axis; auto lets the data decide again.  [default: what the plan was asked, else auto]"),
+    ] = None,
+    diff: Annotated[
+        bool, typer.Option("--diff", help="Write nothing; say where plan.json differs from what would be decided now.")
+    ] = False,
+    against: Annotated[Path | None, typer.Option(metavar="FILE", help="As --diff, for the plan in this file.")] = None,
+    overwrite: OverwriteOption = False,
 ) -> int:
     """Measure a data set and decide how to treat it.
 
     Writes fingerprint.json (what was measured) and plan.json (what was decided, and why) into the workspace. plan.json may be edited:
-    the edit is kept as long as the data stay the same. Reports all bad cases at once.
+    the edit is kept as long as the data stay the same. Says which slices to annotate, and which cases to look at. Reports all bad cases
+    at once.
     """
     from slmsam2_cli.stages import plan as stage
 
     root = _needed(dataset)
-    return stage.plan(root, Workspace.of(root, workspace), overwrite=overwrite, network=network)
+    space = Workspace.of(root, workspace)
+    if diff or against is not None:
+        if overwrite:
+            raise UsageError("--diff writes nothing, so there is nothing to --overwrite. Leave one of them out")
+        return stage.compare(root, against or space.plan, network=network, axis=axis)
+    return stage.plan(root, space, overwrite=overwrite, network=network, axis=axis)
 
 
 @command("slmsam2 preprocess", "slmsam2 preprocess -d Task09_Spleen")

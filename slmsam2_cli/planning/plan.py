@@ -19,7 +19,7 @@ from slmsam2_cli.planning.channels import MOST_CHANNELS
 from slmsam2_cli.planning.network import NetworkPlan
 
 FORMAT_VERSION = 1
-_NO_DECISION = {"reasons", "decided_digest", "tool_version"}
+_NO_DECISION = {"reasons", "asked", "decided_digest", "tool_version"}
 Strategy = Literal["full", "frozen-encoder", "decoder+memory", "adapters"]
 Label = Annotated[int, Field(ge=1, le=65535)]
 
@@ -141,6 +141,7 @@ class Plan(Frozen):
     training: TrainingPlan
     evaluation: EvaluationPlan = Field(default_factory=EvaluationPlan)
     reasons: dict[str, str] = Field(default_factory=dict, description="decision key -> why; not part of the digest")
+    asked: tuple[str, ...] = Field(default=(), description="decision keys that an option settled; kept when planning anew")
     fingerprint_digest: str = Field(description="SHA-256 of the measurements the decisions rest on")
     decided_digest: str = Field(default="", description="digest of the tool's own decisions; differs from the plan's digest after an edit")
 
@@ -149,6 +150,11 @@ class Plan(Frozen):
         if len(self.intensity) != len(self.channels):
             raise ValueError(f"intensity: {len(self.intensity)} entries for {len(self.channels)} channels")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What was asked for is written only where something was."""
+        return {name: value for name, value in whole(self).items() if name != "asked" or value}
 
     @property
     def digest(self) -> str:

@@ -72,10 +72,14 @@ class Decision(Generic[T]):
 
 
 def decide(
-    fingerprint: Fingerprint, network: str | None = None, fuser: FuserName = "gated", axis: Decision[SliceAxis] | None = None
+    fingerprint: Fingerprint,
+    network: str | None = None,
+    fuser: FuserName = "gated",
+    axis: Decision[SliceAxis] | None = None,
+    asked: tuple[str, ...] = (),
 ) -> Plan:
-    """The plan for a data set; fuser: that of the weights it starts from; axis: where that is settled already. DatasetError when no
-    case is usable, UsageError when the network is unknown.
+    """The plan for a data set; fuser: that of the weights it starts from; axis: where that is settled already; asked: the keys that an
+    option settled. DatasetError when no case is usable, UsageError when the network is unknown.
     """
     cases = fingerprint.cases
     if not cases:
@@ -134,6 +138,7 @@ def decide(
         training=training.value,
         evaluation=EvaluationPlan(nsd_tolerance_mm=tolerance.value),
         reasons=reasons,
+        asked=asked,
         fingerprint_digest=fingerprint.digest,
     )
     return signed(plan)
@@ -176,6 +181,13 @@ def hounsfield_evidence(fingerprint: Fingerprint, channel: int) -> tuple[bool, s
     low, high = min(v.min for v in values), max(v.max for v in values)
     seen = f"values from {low:g} to {high:g}, {len(fitting)} of {len(values)} cases reach from fat or air upwards"
     return 2 * len(fitting) >= len(values), seen
+
+
+def asked_axis(fingerprint: Fingerprint, axis: SliceAxis) -> Decision[SliceAxis]:
+    """What was asked for, and what the measurements say to it."""
+    own = choose_slice_axis(fingerprint)
+    agree = "the measurements agree" if own.value == axis else f"the measurements speak for {own.value}: {own.reason}"
+    return Decision(axis, f"asked for; {agree}")
 
 
 def choose_slice_axis(fingerprint: Fingerprint) -> Decision[SliceAxis]:

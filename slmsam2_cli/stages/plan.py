@@ -4,43 +4,101 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 from slmsam2_cli import console
 from slmsam2_cli.data.dataset import Dataset, read_dataset
-from slmsam2_cli.data.geometry import AXES
+from slmsam2_cli.data.geometry import AXES, SliceAxis
 from slmsam2_cli.data.store import one_writer
 from slmsam2_cli.errors import DONE, SOME_FAILED, DatasetError, OutputError, PlanError
+from slmsam2_cli.planning.advice import advise
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, Fingerprint, write_fingerprint
 from slmsam2_cli.planning.measure import measure
+from slmsam2_cli.planning.oddities import oddities
 from slmsam2_cli.planning.plan import Plan, differences, leaves, read_plan, settle, write_plan
-from slmsam2_cli.planning.rules import decide
+from slmsam2_cli.planning.rules import asked_axis, decide
 from slmsam2_cli.workspace import Workspace
 
+AxisName = Literal["auto"] | SliceAxis
+AXIS_KEY = "geometry.slice_axis"
 LABEL_COLUMNS = ["label", "cases", "voxels", *(f"slices {axis}" for axis in AXES), *(f"copy Dice {axis}" for axis in AXES)]
 
 
-def plan(dataset: Path, workspace: Workspace, *, overwrite: bool = False, network: str | None = None) -> int:
+def plan(dataset: Path, workspace: Workspace, *, overwrite: bool = False, network: str | None = None, axis: AxisName | None = None) -> int:
     """Measure a data set, decide how to treat it, and say why. The exit code: 0, or 1 when some cases are unusable.
 
-    Raises DatasetError with all problems when no case is usable, PlanError for an edited plan that cannot be kept, OutputError.
+    network and axis are kept when planning anew; axis "auto" takes the choice back. Raises DatasetError with all problems when no case
+    is usable, PlanError for an edited plan that cannot be kept, OutputError.
     """
-    data = read_dataset(dataset)
-    for warning in data.warnings:
-        console.warn(warning)
+    data = _read(dataset)
     previous = read_plan(workspace.plan) if workspace.plan.exists() and not overwrite else None
     try:
         with one_writer(workspace.root):
             fingerprint, failed = _measure(data)
-            decided = decide(fingerprint, network or (previous.network.size if previous else None))
+            decided = _decide(fingerprint, previous, network, axis)
             settled = settle(previous, decided)
-            if network and settled.network.size != network:
-                raise PlanError(f"plan.json was edited by hand and keeps its network: set network.size {network} there, or add --overwrite")
+            _mind_the_edits(settled, network, axis)
             write_fingerprint(workspace.fingerprint, fingerprint)
             write_plan(workspace.plan, settled)
     except OutputError as error:
         raise OutputError(f"{error}. Choose a workspace you can write to with -w") from None
     _show(fingerprint, previous, settled, decided)
     return SOME_FAILED if failed else DONE
+
+
+def compare(dataset: Path, path: Path, *, network: str | None = None, axis: AxisName | None = None) -> int:
+    """Say in what the plan in a file differs from what would be decided now; nothing is written. The exit code as of `plan`.
+
+    Raises DatasetError, PlanError when there is no such plan or it is not one.
+    """
+    mine = read_plan(path)
+    fingerprint, failed = _measure(_read(dataset))
+    fresh = _decide(fingerprint, mine, network, axis)
+    differing = differences(mine, fresh)
+    rows = [[key, shown(before), shown(now), fresh.reasons.get(_reason_key(key, fresh), "-")] for key, before, now in differing]
+    if mine.fingerprint_digest != fresh.fingerprint_digest:
+        console.say(f"{path.name} rests on other measurements: the data have changed since, or it was made for other data")
+    if rows:
+        console.table(f"{path.name} against what would be decided now", ["decision", path.name, "now", "because"], rows)
+    else:
+        console.result(f"{path.name}: every decision is as it would be made now")
+    return SOME_FAILED if failed else DONE
+
+
+def _read(dataset: Path) -> Dataset:
+    data = read_dataset(dataset)
+    for warning in data.warnings:
+        console.warn(warning)
+    return data
+
+
+def _decide(fingerprint: Fingerprint, previous: Plan | None, network: str | None, axis: AxisName | None) -> Plan:
+    """Fresh decisions, with what was asked for, now or for the previous plan."""
+    if axis is None and previous is not None and AXIS_KEY in previous.asked:
+        axis = previous.geometry.slice_axis
+    network = network or (previous.network.size if previous else None)
+    if axis is None or axis == "auto":
+        return decide(fingerprint, network)
+    return decide(fingerprint, network, axis=asked_axis(fingerprint, axis), asked=(AXIS_KEY,))
+
+
+def _mind_the_edits(settled: Plan, network: str | None, axis: AxisName | None) -> None:
+    """PlanError where an edited plan is kept that says otherwise than an option."""
+    remedy = "there, or add --overwrite"
+    if network and settled.network.size != network:
+        raise PlanError(f"plan.json was edited by hand and keeps its network: set network.size {network} {remedy}")
+    if axis not in (None, "auto", settled.geometry.slice_axis):
+        raise PlanError(f"plan.json was edited by hand and keeps its axis: set geometry.slice_axis {axis} {remedy}")
+
+
+def _reason_key(key: str, plan: Plan) -> str:
+    """The key under which the plan gives the reason for a decision: its own, or that of the group it belongs to."""
+    return next((name for name in plan.reasons if key == name or key.startswith(f"{name}.")), key)
+
+
+def shown(value: object) -> str:
+    """A decision's value in a table; "-" where there is none."""
+    return "-" if value is None else str(value)
 
 
 def _measure(data: Dataset) -> tuple[Fingerprint, bool]:
@@ -62,6 +120,10 @@ def _show(fingerprint: Fingerprint, previous: Plan | None, settled: Plan, decide
     console.table(f"{fingerprint.dataset_name}: what was measured", ["what", "lowest", "median", "highest"], facts(fingerprint.cases))
     console.table("labels", LABEL_COLUMNS, label_facts(fingerprint))
     console.table("what was decided", ["decision", "value", "because"], decisions(settled))
+    axis = settled.geometry.slice_axis
+    console.table("what to annotate on a new volume", ["label", f"slices along {axis}"], advice_rows(fingerprint, axis))
+    for line in oddities(fingerprint):
+        console.warn(line)
     for key, mine, theirs in differences(settled, decided):
         console.warn(f"plan.json was edited by hand and is kept: {key} is {mine}; the tool would take {theirs} (--overwrite to do so)")
     if previous is not None and not previous.edited:
@@ -95,6 +157,11 @@ def label_facts(fingerprint: Fingerprint) -> list[list[str]]:
         scores = [f"{median(scores):.3f}" if scores else "-" for scores in copies]
         rows.append([f"{value} {name}", f"{len(found)} of {len(fingerprint.cases)}", *sizes, *spans, *scores])
     return rows
+
+
+def advice_rows(fingerprint: Fingerprint, axis: SliceAxis) -> list[list[str]]:
+    """One row a label: which slices to annotate."""
+    return [[f"{one.label} {one.name}", one.words(axis)] for one in advise(fingerprint, axis)]
 
 
 def decisions(settled: Plan) -> list[list[str]]:

@@ -8,6 +8,7 @@ from slmsam2_cli.errors import DatasetError, UsageError
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint, Extent, Fingerprint, LabelFingerprint, Statistics
 from slmsam2_cli.planning.rules import (
     FOCUS,
+    asked_axis,
     choose_frame_px,
     choose_in_plane_mm,
     choose_modality,
@@ -278,3 +279,22 @@ def test_the_tolerance_of_nsd_is_2_mm_and_less_for_thin_structures_but_never_bel
 
 def test_without_a_measured_label_the_tolerance_is_2_mm():
     assert choose_nsd_tolerance_mm(fingerprint(case()), "SI", 1.0).value == 2.0
+
+
+def test_everything_else_follows_an_axis_that_was_asked_for():
+    wide = fingerprint(case(shape=(20, 100, 300), spacing=(3.0, 1.0, 1.0)))
+    assert (decide(wide).geometry.slice_axis, decide(wide).geometry.slice_px) == ("SI", 320)  # 300 mm of 1 mm
+    turned = decide(wide, axis=asked_axis(wide, "LR"), asked=("geometry.slice_axis",))
+    assert (turned.geometry.slice_axis, turned.geometry.slice_px) == ("LR", 128)  # 100 mm of 1 mm
+
+
+def test_an_axis_that_was_asked_for_hears_what_the_measurements_say():
+    thick = fingerprint(case(spacing=(3.0, 1.0, 1.0)))
+    assert asked_axis(thick, "SI").reason == "asked for; the measurements agree"
+    assert asked_axis(thick, "AP").reason.startswith("asked for; the measurements speak for SI: the coarse axis")
+
+
+def test_what_was_asked_for_is_no_decision_of_its_own():
+    plain = fingerprint(case())
+    assert decide(plain, asked=("geometry.slice_axis",)).digest == decide(plain).digest
+    assert "asked" not in decide(plain).model_dump(mode="json")

@@ -11,7 +11,7 @@ import pytest
 from slmsam2_cli.data.phantom import write_phantom_dataset
 from slmsam2_cli.errors import DatasetError, OutputError, PlanError
 from slmsam2_cli.planning.plan import read_plan
-from slmsam2_cli.stages.plan import plan
+from slmsam2_cli.stages.plan import compare, plan
 from slmsam2_cli.workspace import Workspace
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -153,3 +153,62 @@ def test_the_decisions_on_real_data_sets(workspace, name, modality, axis, slice_
     assert (decided.geometry.focus, decided.geometry.frame_px) == (2.0, 128)
     assert plan(SHARED / name, workspace, network="tiny", overwrite=True) == 0
     assert read_plan(workspace.plan).geometry.frame_px == whole_px
+
+
+def test_an_axis_that_was_asked_for_is_kept_when_planning_anew(data, workspace):
+    plan(data, workspace, axis="LR")
+    plan(data, workspace)
+    settled = read_plan(workspace.plan)
+    assert (settled.geometry.slice_axis, settled.asked, settled.edited) == ("LR", ("geometry.slice_axis",), False)
+    assert settled.reasons["geometry.slice_axis"].startswith("asked for; the measurements speak for SI")
+
+
+def test_auto_takes_the_axis_back(data, workspace):
+    plan(data, workspace, axis="LR")
+    plan(data, workspace, axis="auto")
+    settled = read_plan(workspace.plan)
+    assert (settled.geometry.slice_axis, settled.asked) == ("SI", ())
+
+
+def test_an_edited_plan_is_not_turned_by_an_option(data, workspace):
+    plan(data, workspace)
+    edit(workspace, frame_px=96)
+    with pytest.raises(PlanError, match="set geometry.slice_axis LR there, or add --overwrite"):
+        plan(data, workspace, axis="LR")
+    assert read_plan(workspace.plan).geometry.frame_px == 96
+
+
+def test_a_comparison_shows_an_edit_beside_what_would_be_decided_and_writes_nothing(data, workspace, capsys):
+    plan(data, workspace)
+    edit(workspace, frame_px=96)
+    before = {path: path.read_bytes() for path in workspace.root.iterdir() if path.is_file()}
+    capsys.readouterr()
+    assert compare(data, workspace.plan) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("geometry.frame_px"))
+    assert row.split()[1:3] == ["96", "128"]
+    assert {path: path.read_bytes() for path in workspace.root.iterdir() if path.is_file()} == before
+
+
+def test_a_plan_that_nobody_touched_differs_in_nothing(data, workspace, capsys):
+    plan(data, workspace)
+    capsys.readouterr()
+    compare(data, workspace.plan)
+    assert capsys.readouterr().out == "plan.json: every decision is as it would be made now\n"
+
+
+def test_a_comparison_says_that_the_data_have_changed(data, workspace, capsys):
+    plan(data, workspace)
+    value = json.loads(workspace.plan.read_text())
+    value["fingerprint_digest"] = "0" * 64
+    workspace.plan.write_text(json.dumps(value))
+    compare(data, workspace.plan)
+    assert "rests on other measurements" in capsys.readouterr().err
+
+
+def test_what_to_annotate_and_what_looks_odd_is_said(data, workspace, capsys):
+    for folder in ("imagesTr", "labelsTr"):
+        (data / folder / "phantom_001.nii.gz").write_bytes((data / folder / "phantom_000.nii.gz").read_bytes())
+    plan(data, workspace)
+    shown = capsys.readouterr()
+    assert "what to annotate on a new volume" in shown.out
+    assert "cases phantom_000, phantom_001: the same image, and their masks" in shown.err
