@@ -1,0 +1,36 @@
+"""A data set on disk whose cases are a bright block in a dark box, and its plan."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from slmsam2_cli.data import store
+from slmsam2_cli.data.dataset import read_dataset
+from slmsam2_cli.data.phantom import nifti_bytes
+from slmsam2_cli.planning.measure import measure
+from slmsam2_cli.planning.rules import Decision, decide
+
+
+def case_of(name, spacing=(3.0, 1.0, 1.0)):
+    """Grey values (8, 20, 24): 100, but 300 where labelled, on slices 3 to 5. spacing: mm (z, y, x)."""
+    labels = np.zeros((8, 20, 24), np.uint8)
+    labels[3:6, 5:15, 6:18] = 1
+    return SimpleNamespace(id=name, image=100.0 + 200 * labels, labels=labels, spacing=spacing)
+
+
+def dataset(root, *cases, label="organ", modality="MRI"):
+    """(the data set, its fingerprint)."""
+    for case in cases:
+        store.write_bytes(root / "imagesTr" / f"{case.id}.nii.gz", nifti_bytes(case.image, case.spacing))
+        store.write_bytes(root / "labelsTr" / f"{case.id}.nii.gz", nifti_bytes(case.labels, case.spacing))
+    head = {"name": "Blocks", "modality": {"0": modality}, "labels": {"0": "background", "1": label}}
+    entries = [{"image": f"./imagesTr/{case.id}.nii.gz", "label": f"./labelsTr/{case.id}.nii.gz"} for case in cases]
+    store.write_json(root / "dataset.json", {**head, "tensorImageSize": "3D", "numTraining": len(cases), "training": entries, "test": []})
+    data = read_dataset(root)
+    return data, measure(data)[0]
+
+
+def plan_of(fingerprint, axis=None):
+    return decide(fingerprint, axis=Decision(axis, "") if axis else None)
