@@ -120,11 +120,13 @@ def plan(
         bool, typer.Option("--diff", help="Write nothing; say where plan.json differs from what would be decided now.")
     ] = False,
     against: Annotated[Path | None, typer.Option(metavar="FILE", help="As --diff, for the plan in this file.")] = None,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Write plan.html, which shows every case under the plan.")] = True,
     overwrite: OverwriteOption = False,
 ) -> int:
     """Measure a data set and decide how to treat it.
 
-    Writes fingerprint.json (what was measured) and plan.json (what was decided, and why) into the workspace. plan.json may be edited:
+    Writes fingerprint.json (what was measured), plan.json (what was decided, and why) and plan.html (the same with pictures) into the
+    workspace. plan.json may be edited:
     the edit is kept as long as the data stay the same. Says which slices to annotate, and which cases to look at. Reports all bad cases
     at once.
     """
@@ -136,7 +138,7 @@ def plan(
         if overwrite:
             raise UsageError("--diff writes nothing, so there is nothing to --overwrite. Leave one of them out")
         return stage.compare(root, against or space.plan, network=network, axis=axis)
-    return stage.plan(root, space, overwrite=overwrite, network=network, axis=axis)
+    return stage.plan(root, space, overwrite=overwrite, network=network, axis=axis, report=report)
 
 
 @command("slmsam2 preprocess", "slmsam2 preprocess -d Task09_Spleen")

@@ -21,6 +21,10 @@ class Workspace:
         return self.root / "plan.json"
 
     @property
+    def plan_page(self) -> Path:
+        return self.root / "plan.html"
+
+    @property
     def prepared(self) -> Path:
         return self.root / "prepared"
 

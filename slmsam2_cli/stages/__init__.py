@@ -2,7 +2,7 @@
 
 dataset.json, images, labels
     │
-    ├─ plan ────────▶ fingerprint.json, plan.json     what the data are; every decision with its reason
+    ├─ plan ────────▶ fingerprint.json, plan.json, plan.html     what the data are; every decision with its reason
     │                     │
     ├─ preprocess ◀───────┤
     │      └────────▶ prepared/<case>/                each labelled volume as a stack of slices

@@ -1,4 +1,6 @@
-"""Stage 1: dataset -> measurements and decisions.   Reads dataset.json, images, labels.   Writes fingerprint.json, plan.json."""
+"""Stage 1: dataset -> measurements and decisions.   Reads dataset.json, images, labels.   Writes fingerprint.json, plan.json,
+plan.html.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +19,29 @@ from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.oddities import oddities
 from slmsam2_cli.planning.plan import Plan, differences, leaves, read_plan, settle, write_plan
 from slmsam2_cli.planning.rules import asked_axis, decide
+from slmsam2_cli.report.contents import Table
+from slmsam2_cli.report.planned import PlanNotes, steps, write_plan_page
 from slmsam2_cli.workspace import Workspace
 
 AxisName = Literal["auto"] | SliceAxis
 AXIS_KEY = "geometry.slice_axis"
-LABEL_COLUMNS = ["label", "cases", "voxels", *(f"slices {axis}" for axis in AXES), *(f"copy Dice {axis}" for axis in AXES)]
+FACT_COLUMNS = ("what", "lowest", "median", "highest")
+LABEL_COLUMNS = ("label", "cases", "voxels", *(f"slices {axis}" for axis in AXES), *(f"copy Dice {axis}" for axis in AXES))
 
 
-def plan(dataset: Path, workspace: Workspace, *, overwrite: bool = False, network: str | None = None, axis: AxisName | None = None) -> int:
+def plan(
+    dataset: Path,
+    workspace: Workspace,
+    *,
+    overwrite: bool = False,
+    network: str | None = None,
+    axis: AxisName | None = None,
+    report: bool = True,
+) -> int:
     """Measure a data set, decide how to treat it, and say why. The exit code: 0, or 1 when some cases are unusable.
 
-    network and axis are kept when planning anew; axis "auto" takes the choice back. Raises DatasetError with all problems when no case
-    is usable, PlanError for an edited plan that cannot be kept, OutputError.
+    network and axis are kept when planning anew; axis "auto" takes the choice back. report: also draw plan.html.
+    Raises DatasetError with all problems when no case is usable, PlanError for an edited plan that cannot be kept, OutputError.
     """
     data = _read(dataset)
     previous = read_plan(workspace.plan) if workspace.plan.exists() and not overwrite else None
@@ -40,6 +53,8 @@ def plan(dataset: Path, workspace: Workspace, *, overwrite: bool = False, networ
             _mind_the_edits(settled, network, axis)
             write_fingerprint(workspace.fingerprint, fingerprint)
             write_plan(workspace.plan, settled)
+            if report:
+                _draw(workspace.plan_page, data, fingerprint, settled)
     except OutputError as error:
         raise OutputError(f"{error}. Choose a workspace you can write to with -w") from None
     _show(fingerprint, previous, settled, decided)
@@ -115,9 +130,31 @@ def _measure(data: Dataset) -> tuple[Fingerprint, bool]:
     return fingerprint, bool(problems)
 
 
+def _draw(path: Path, data: Dataset, fingerprint: Fingerprint, settled: Plan) -> None:
+    """plan.html: what the terminal says, and pictures."""
+    axis = settled.geometry.slice_axis
+    measured = (
+        Table("What was measured", FACT_COLUMNS, tuple(tuple(row) for row in facts(fingerprint.cases))),
+        Table("Labels", LABEL_COLUMNS, tuple(tuple(row) for row in label_facts(fingerprint))),
+    )
+    notes = PlanNotes(
+        decisions=tuple((key, value, why) for key, value, why in decisions(settled)),
+        warnings=(*(f"case {case.id}: {line}" for case in fingerprint.cases for line in case.warnings), *oddities(fingerprint)),
+        advice=tuple((f"{one.label} {one.name}", one.words(axis)) for one in advise(fingerprint, axis)),
+        measured=measured,
+    )
+    try:
+        with console.progress("drawing", steps(data)) as advance:
+            write_plan_page(path, data, fingerprint, settled, notes, advance)
+        console.say(f"wrote {path}: every case as the network will see it")
+    except Exception as error:  # noqa: BLE001 - the plan is written; nothing about a page may make the run fail
+        console.warn(f"{path.name} could not be made: {error or type(error).__name__}")
+        console.trace(error)
+
+
 def _show(fingerprint: Fingerprint, previous: Plan | None, settled: Plan, decided: Plan) -> None:
     """The facts and the decisions, as tables; then what differs from before."""
-    console.table(f"{fingerprint.dataset_name}: what was measured", ["what", "lowest", "median", "highest"], facts(fingerprint.cases))
+    console.table(f"{fingerprint.dataset_name}: what was measured", FACT_COLUMNS, facts(fingerprint.cases))
     console.table("labels", LABEL_COLUMNS, label_facts(fingerprint))
     console.table("what was decided", ["decision", "value", "because"], decisions(settled))
     axis = settled.geometry.slice_axis

@@ -36,7 +36,11 @@ def edit(workspace, **geometry):
 
 def test_the_files_written_are_these(data, workspace):
     assert plan(data, workspace) == 0
-    assert sorted(p.name for p in workspace.root.iterdir() if not p.name.startswith(".")) == ["fingerprint.json", "plan.json"]
+    assert sorted(p.name for p in workspace.root.iterdir() if not p.name.startswith(".")) == [
+        "fingerprint.json",
+        "plan.html",
+        "plan.json",
+    ]
 
 
 def test_the_decisions_are_shown_with_their_reasons(data, workspace, capsys):
@@ -212,3 +216,24 @@ def test_what_to_annotate_and_what_looks_odd_is_said(data, workspace, capsys):
     shown = capsys.readouterr()
     assert "what to annotate on a new volume" in shown.out
     assert "cases phantom_000, phantom_001: the same image, and their masks" in shown.err
+
+
+def test_the_page_tells_what_the_terminal_tells(data, workspace, capsys):
+    plan(data, workspace)
+    page, shown = workspace.plan_page.read_text(), capsys.readouterr()
+    for said in ("annotate its middle slice", "geometry.slice_axis", "phantom_002"):
+        assert said in page
+    assert f"wrote {workspace.plan_page}" in shown.err
+
+
+def test_a_page_that_cannot_be_written_is_a_warning_and_the_plan_stands(data, workspace, capsys):
+    workspace.plan_page.parent.mkdir()
+    workspace.plan_page.write_text("mine")
+    assert plan(data, workspace) == 0
+    assert read_plan(workspace.plan) and workspace.plan_page.read_text() == "mine"
+    assert "warning: plan.html could not be made" in capsys.readouterr().err
+
+
+def test_without_a_report_no_page_is_written(data, workspace):
+    plan(data, workspace, report=False)
+    assert read_plan(workspace.plan) and not workspace.plan_page.exists()
