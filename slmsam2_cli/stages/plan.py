@@ -12,8 +12,10 @@ from slmsam2_cli import console
 from slmsam2_cli.data.dataset import Dataset, read_dataset
 from slmsam2_cli.data.geometry import AXES, SliceAxis
 from slmsam2_cli.data.store import one_writer
+from slmsam2_cli.device import choose_device, describe
 from slmsam2_cli.errors import DONE, SOME_FAILED, DatasetError, OutputError, PlanError
 from slmsam2_cli.planning.advice import advise
+from slmsam2_cli.planning.cost import KNOWN, cost_of_predicting, cost_of_tuning, in_words
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, Fingerprint, write_fingerprint
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.oddities import oddities
@@ -25,6 +27,8 @@ from slmsam2_cli.workspace import Workspace
 
 AxisName = Literal["auto"] | SliceAxis
 AXIS_KEY = "geometry.slice_axis"
+Rows = tuple[tuple[str, str, str], ...]
+COST_COLUMNS = ("run", "time", "memory")
 FACT_COLUMNS = ("what", "lowest", "median", "highest")
 LABEL_COLUMNS = ("label", "cases", "voxels", *(f"slices {axis}" for axis in AXES), *(f"copy Dice {axis}" for axis in AXES))
 
@@ -53,11 +57,12 @@ def plan(
             _mind_the_edits(settled, network, axis)
             write_fingerprint(workspace.fingerprint, fingerprint)
             write_plan(workspace.plan, settled)
+            costs = _costs(settled, fingerprint)
             if report:
-                _draw(workspace.plan_page, data, fingerprint, settled)
+                _draw(workspace.plan_page, data, fingerprint, settled, costs)
     except OutputError as error:
         raise OutputError(f"{error}. Choose a workspace you can write to with -w") from None
-    _show(fingerprint, previous, settled, decided)
+    _show(fingerprint, previous, settled, decided, costs)
     return SOME_FAILED if failed else DONE
 
 
@@ -130,7 +135,22 @@ def _measure(data: Dataset) -> tuple[Fingerprint, bool]:
     return fingerprint, bool(problems)
 
 
-def _draw(path: Path, data: Dataset, fingerprint: Fingerprint, settled: Plan) -> None:
+def _costs(settled: Plan, fingerprint: Fingerprint) -> Rows:
+    """A row for each run that is likely to follow; a line where memory is short. Nothing where the network's needs are not known."""
+    if settled.network.size != KNOWN:
+        return ()
+    from slmsam2_cli.model.pace import pace_s  # torch takes seconds to load, and a comparison needs none
+
+    device = choose_device()
+    pace = pace_s(settled.network, settled.geometry.frame_px, device)
+    console.detail(f"{1000 * pace:.0f} ms to encode and track a slice on {describe(device)}")
+    count = len(fingerprint.cases)
+    runs = {f"finetune -n {n}": cost_of_tuning(settled, fingerprint, n, pace) for n in sorted({1, min(5, count)})}
+    runs[f"predict {count} volume{'s' if count != 1 else ''}"] = cost_of_predicting(settled, fingerprint.cases, pace)
+    return tuple((name, *in_words(cost)) for name, cost in runs.items() if cost is not None)
+
+
+def _draw(path: Path, data: Dataset, fingerprint: Fingerprint, settled: Plan, costs: Rows) -> None:
     """plan.html: what the terminal says, and pictures."""
     axis = settled.geometry.slice_axis
     measured = (
@@ -141,6 +161,7 @@ def _draw(path: Path, data: Dataset, fingerprint: Fingerprint, settled: Plan) ->
         decisions=tuple((key, value, why) for key, value, why in decisions(settled)),
         warnings=(*(f"case {case.id}: {line}" for case in fingerprint.cases for line in case.warnings), *oddities(fingerprint)),
         advice=tuple((f"{one.label} {one.name}", one.words(axis)) for one in advise(fingerprint, axis)),
+        costs=costs,
         measured=measured,
     )
     try:
@@ -152,13 +173,15 @@ def _draw(path: Path, data: Dataset, fingerprint: Fingerprint, settled: Plan) ->
         console.trace(error)
 
 
-def _show(fingerprint: Fingerprint, previous: Plan | None, settled: Plan, decided: Plan) -> None:
+def _show(fingerprint: Fingerprint, previous: Plan | None, settled: Plan, decided: Plan, costs: Rows) -> None:
     """The facts and the decisions, as tables; then what differs from before."""
     console.table(f"{fingerprint.dataset_name}: what was measured", FACT_COLUMNS, facts(fingerprint.cases))
     console.table("labels", LABEL_COLUMNS, label_facts(fingerprint))
     console.table("what was decided", ["decision", "value", "because"], decisions(settled))
     axis = settled.geometry.slice_axis
     console.table("what to annotate on a new volume", ["label", f"slices along {axis}"], advice_rows(fingerprint, axis))
+    if costs:
+        console.table("what it will take on this machine, roughly", COST_COLUMNS, costs)
     for line in oddities(fingerprint):
         console.warn(line)
     for key, mine, theirs in differences(settled, decided):

@@ -1,0 +1,128 @@
+"""What a run will need, before it runs: bytes of memory and seconds, from the plan and the fingerprint alone.
+
+The constants were measured on nano (benchmarks/cost.py prints them against what a run really takes); of other networks nothing is
+foretold. A pace is the seconds that this machine takes to encode and track one slice of one object (model/pace.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from slmsam2_cli.data.geometry import AXES
+from slmsam2_cli.planning.fingerprint import CaseFingerprint, Fingerprint
+from slmsam2_cli.planning.plan import Plan
+from slmsam2_cli.planning.rules import choose_training, in_plane
+
+MIB = 2**20
+KNOWN = "nano"
+KNOWN_PX = 128  # the frame at which the constants were measured; what is kept of a slice grows with its area
+RUNTIME_BYTES = 440 * MIB  # interpreter, libraries and nano's weights
+VOXEL_BYTES, CHANNEL_BYTES = 11, 8  # of a volume and its mask, and of every channel of it, as read, normalised and brought into view
+KEPT_BYTES = int(1.64 * MIB)  # features and memory of one slice
+MOST_KEPT_BYTES = 2**31  # as inference/engine.py
+LEARNED_BYTES = 94 * MIB  # gradients, two moments and the moving average of nano's weights
+ENCODED_BYTES, TRACKED_BYTES = 40 * MIB, 18 * MIB  # of a slice that is encoded, or tracked, for the way back through the network
+MAPS, NUMBER_BYTES, BATCH = 25, 4, 16  # feature maps that the recogniser keeps at full size, for so many slices
+TRACKS = 4  # at most, through each clip
+MOST_SEEN_PX, LEAST_SEEN_PX, FEW_SEEN_PX = 128, 48, 64  # as finetuning/recognising.py
+SEEN = 2.0  # the recogniser's square, in widths of everything that is annotated
+START_S = 4.0  # libraries and weights
+VOXEL_S = 1.5e-7  # to read, bring into view and back, and write; a second for some seven million voxels
+STEP_PACES = 1.0  # to learn from one slice and track, forwards and backwards, in paces
+SEEN_PACES = 1.5e-6  # to learn from a channel and pixel that the recogniser sees
+CHECKED = 2  # times a volume that was learned from is segmented, to calibrate confidence
+
+
+@dataclass(frozen=True)
+class Cost:
+    """memory_bytes: peak of the process, or of the device where that is not the CPU; seconds: None where the pace is not known."""
+
+    memory_bytes: int
+    seconds: float | None = None
+
+
+def cost_of_predicting(plan: Plan, cases: Sequence[CaseFingerprint], pace_s: float | None = None) -> Cost | None:
+    """Of all these cases, one after the other; memory is that of the largest. None for a network that nothing is known of."""
+    if plan.network.size != KNOWN or not cases:
+        return None
+    seconds = None if pace_s is None else START_S + sum(_predicting_s(plan, case, pace_s) for case in cases)
+    return Cost(max(_predicting_bytes(plan, case) for case in cases), seconds)
+
+
+def cost_of_tuning(plan: Plan, fingerprint: Fingerprint, count: int, pace_s: float | None = None) -> Cost | None:
+    """Of fine-tuning on `count` of the cases, by the plan's settings but the rule's steps, and of preparing all of them.
+
+    None for a network that nothing is known of.
+    """
+    cases = fingerprint.cases
+    if plan.network.size != KNOWN or not cases:
+        return None
+    training, area = plan.training, (plan.geometry.frame_px / KNOWN_PX) ** 2
+    tracks = min(TRACKS, 2 * len(plan.labels))
+    encoded, tracked = training.clip_slices, (training.clip_slices - 1) * tracks
+    px, width = recogniser_size(plan, cases)
+    maps = BATCH * width * px**2 if training.recogniser else 0
+    clips = training.clips_per_step * area
+    learning = RUNTIME_BYTES + LEARNED_BYTES + clips * (encoded * ENCODED_BYTES + tracked * TRACKED_BYTES) + MAPS * NUMBER_BYTES * maps
+    calibrating = LEARNED_BYTES + max(_predicting_bytes(plan, case) for case in cases)
+    seconds = None
+    if pace_s is not None:
+        steps = training.steps if plan.edited else choose_training(plan.network.size, count).value.steps
+        step = pace_s * (clips * (encoded + tracked) * STEP_PACES + maps * SEEN_PACES)
+        apart = sum(_predicting_s(plan, case, pace_s) for case in cases) / len(cases)
+        seconds = START_S + sum(math.prod(case.shape) for case in cases) * VOXEL_S + steps * step + CHECKED * count * apart
+        seconds = min(seconds, training.minutes * 60) if training.minutes is not None else seconds
+    return Cost(int(max(learning, calibrating)), seconds)
+
+
+def longest_clip(plan: Plan, fingerprint: Fingerprint, room_bytes: int) -> int | None:
+    """training.clip_slices with which fine-tuning fits, at most the plan's; None where even two slices do not, or nothing is known."""
+    for slices in range(plan.training.clip_slices, 1, -1):
+        shorter = plan.model_copy(update={"training": plan.training.model_copy(update={"clip_slices": slices})})
+        cost = cost_of_tuning(shorter, fingerprint, 1)
+        if cost is not None and cost.memory_bytes <= room_bytes:
+            return slices
+    return None
+
+
+def in_words(cost: Cost) -> tuple[str, str]:
+    """Time and memory, as roughly as they are known."""
+    if cost.seconds is None:
+        span = "-"
+    elif cost.seconds < 90:
+        span = f"{max(1, float(f'{cost.seconds:.1g}')):.0f} s"
+    else:
+        span = f"{cost.seconds / 60:.0f} min" if cost.seconds < 5400 else f"{cost.seconds / 3600:.1f} h"
+    return span, f"{cost.memory_bytes / 1e9:.1f} GB"
+
+
+def _predicting_s(plan: Plan, case: CaseFingerprint, pace_s: float) -> float:
+    through = case.shape[AXES.index(case.axis(plan.geometry.slice_axis))]
+    return through * len(case.labels) * pace_s + math.prod(case.shape) * VOXEL_S
+
+
+def _predicting_bytes(plan: Plan, case: CaseFingerprint) -> int:
+    through = case.shape[AXES.index(case.axis(plan.geometry.slice_axis))]
+    area = (plan.geometry.frame_px / KNOWN_PX) ** 2
+    kept = min(through * KEPT_BYTES * area, MOST_KEPT_BYTES)
+    return int(RUNTIME_BYTES + math.prod(case.shape) * (VOXEL_BYTES + CHANNEL_BYTES * len(plan.channels)) + kept)
+
+
+def recogniser_size(plan: Plan, cases: Sequence[CaseFingerprint]) -> tuple[int, int]:
+    """Edge in pixels and width in channels, from the extent of all labels together; that of one slice may be a little less."""
+    edges = []
+    for case in cases:
+        spans = []
+        for index in in_plane(case, plan.geometry.slice_axis):
+            extents = [label.extents[AXES[index]] for label in case.labels.values() if AXES[index] in label.extents]
+            if extents:
+                span = max(extent.last for extent in extents) - min(extent.first for extent in extents) + 1
+                spans.append(span * case.spacing_mm[index] / plan.geometry.in_plane_mm)
+        if spans:
+            edges.append(min(SEEN * max(spans), plan.geometry.stack_px))
+    edge = 16 * math.ceil(median(edges) / 16) if edges else LEAST_SEEN_PX
+    px = min(MOST_SEEN_PX, max(LEAST_SEEN_PX, edge))
+    return px, 32 if px <= FEW_SEEN_PX else 16
