@@ -104,6 +104,7 @@ def _needed(dataset: Path | None) -> Path:
     "slmsam2 plan",
     "slmsam2 plan -d Task09_Spleen -w /scratch/spleen",
     "slmsam2 plan --axis LR",
+    "slmsam2 plan --memory 1.2 --minutes 10",
     "slmsam2 plan --diff",
     "slmsam2 plan --against colleagues_plan.json",
     "slmsam2 plan --network tiny --overwrite",
@@ -115,6 +116,10 @@ def plan(
     axis: Annotated[
         Literal["auto", "SI", "AP", "LR"] | None,
         typer.Option(help="Cut slices along this axis; auto lets the data decide again.  [default: what the plan was asked, else auto]"),
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.01, metavar="M", help="Let fine-tuning take so many minutes at most.")] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=0.01, metavar="GB", help="Let fine-tuning take so much memory at most, by shorter clips.")
     ] = None,
     diff: Annotated[
         bool, typer.Option("--diff", help="Write nothing; say where plan.json differs from what would be decided now.")
@@ -138,7 +143,7 @@ def plan(
         if overwrite:
             raise UsageError("--diff writes nothing, so there is nothing to --overwrite. Leave one of them out")
         return stage.compare(root, against or space.plan, network=network, axis=axis)
-    return stage.plan(root, space, overwrite=overwrite, network=network, axis=axis, report=report)
+    return stage.plan(root, space, overwrite=overwrite, network=network, axis=axis, minutes=minutes, memory_gb=memory, report=report)
 
 
 @command("slmsam2 preprocess", "slmsam2 preprocess -d Task09_Spleen")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Generic, Literal, TypeVar
@@ -353,6 +353,17 @@ def choose_training(size: NetworkSize, cases: int, from_scratch: bool = False) -
         else f"and {cases} training case{'s' if cases != 1 else ''}; fine-tuning with fewer takes fewer steps"
     )
     return Decision(plan, f"for {size} {basis}")
+
+
+def with_training(plan: Plan, asked: Mapping[str, float]) -> Plan:
+    """The plan with training settings that an option settled, by their names, as the tool's own decisions."""
+    if not asked:
+        return plan
+    settings = TrainingPlan.model_validate(plan.training.model_dump() | dict(asked))
+    reason = f"{plan.reasons['training']}; asked for: {', '.join(f'{name} {value:g}' for name, value in asked.items())}"
+    keys = tuple(f"training.{name}" for name in sorted(asked))
+    changed = {"training": settings, "asked": (*plan.asked, *keys), "reasons": plan.reasons | {"training": reason}}
+    return signed(plan.model_copy(update=changed))
 
 
 def choose_nsd_tolerance_mm(fingerprint: Fingerprint, axis: SliceAxis, pixel_mm: float) -> Decision[float]:

@@ -262,7 +262,8 @@ def _image_digests(prepared: PreparedCase, data: Dataset) -> list[str]:
 
 def _training(plan: Plan, used: int, from_scratch: bool) -> TrainingPlan:
     """A person's own training settings, or the rule's for the number of volumes that are really used."""
-    chosen = {name: getattr(plan.training, name) for name in ("strategy", "adapters", "recogniser")}
+    asked = [key.removeprefix("training.") for key in plan.asked if key.startswith("training.")]
+    chosen = {name: getattr(plan.training, name) for name in ("strategy", "adapters", "recogniser", *asked)}
     by_rule = [choose_training(plan.network.size, count).value for count in range(1, MANY + 1)]
     is_by_rule = not plan.edited or plan.training in [rule.model_copy(update=chosen) for rule in by_rule]
     return choose_training(plan.network.size, used, from_scratch).value.model_copy(update=chosen) if is_by_rule else plan.training

@@ -4,6 +4,7 @@ plan.html.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -13,20 +14,20 @@ from slmsam2_cli.data.dataset import Dataset, read_dataset
 from slmsam2_cli.data.geometry import AXES, SliceAxis
 from slmsam2_cli.data.store import one_writer
 from slmsam2_cli.device import choose_device, describe
-from slmsam2_cli.errors import DONE, SOME_FAILED, DatasetError, OutputError, PlanError
+from slmsam2_cli.errors import DONE, SOME_FAILED, DatasetError, OutputError, PlanError, UsageError
 from slmsam2_cli.planning.advice import advise
-from slmsam2_cli.planning.cost import KNOWN, cost_of_predicting, cost_of_tuning, in_words
+from slmsam2_cli.planning.cost import KNOWN, cost_of_predicting, cost_of_tuning, in_words, longest_clip
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, Fingerprint, write_fingerprint
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.oddities import oddities
 from slmsam2_cli.planning.plan import Plan, differences, leaves, read_plan, settle, write_plan
-from slmsam2_cli.planning.rules import asked_axis, decide
+from slmsam2_cli.planning.rules import asked_axis, decide, with_training
 from slmsam2_cli.report.contents import Table
 from slmsam2_cli.report.planned import PlanNotes, steps, write_plan_page
 from slmsam2_cli.workspace import Workspace
 
 AxisName = Literal["auto"] | SliceAxis
-AXIS_KEY = "geometry.slice_axis"
+AXIS_KEY, TRAINING = "geometry.slice_axis", "training."
 Rows = tuple[tuple[str, str, str], ...]
 COST_COLUMNS = ("run", "time", "memory")
 FACT_COLUMNS = ("what", "lowest", "median", "highest")
@@ -40,21 +41,24 @@ def plan(
     overwrite: bool = False,
     network: str | None = None,
     axis: AxisName | None = None,
+    minutes: float | None = None,
+    memory_gb: float | None = None,
     report: bool = True,
 ) -> int:
     """Measure a data set, decide how to treat it, and say why. The exit code: 0, or 1 when some cases are unusable.
 
-    network and axis are kept when planning anew; axis "auto" takes the choice back. report: also draw plan.html.
+    network, axis, minutes and memory_gb, of fine-tuning, are kept when planning anew; axis "auto" takes that choice back. report: also
+    draw plan.html.
     Raises DatasetError with all problems when no case is usable, PlanError for an edited plan that cannot be kept, OutputError.
     """
-    data = _read(dataset)
+    data, wish = _read(dataset), Wish(network, axis, minutes, memory_gb)
     previous = read_plan(workspace.plan) if workspace.plan.exists() and not overwrite else None
     try:
         with one_writer(workspace.root):
             fingerprint, failed = _measure(data)
-            decided = _decide(fingerprint, previous, network, axis)
+            decided = _decide(fingerprint, previous, wish)
             settled = settle(previous, decided)
-            _mind_the_edits(settled, network, axis)
+            _mind_the_edits(settled, decided, wish)
             write_fingerprint(workspace.fingerprint, fingerprint)
             write_plan(workspace.plan, settled)
             costs = _costs(settled, fingerprint)
@@ -73,7 +77,7 @@ def compare(dataset: Path, path: Path, *, network: str | None = None, axis: Axis
     """
     mine = read_plan(path)
     fingerprint, failed = _measure(_read(dataset))
-    fresh = _decide(fingerprint, mine, network, axis)
+    fresh = _decide(fingerprint, mine, Wish(network, axis))
     differing = differences(mine, fresh)
     rows = [[key, shown(before), shown(now), fresh.reasons.get(_reason_key(key, fresh), "-")] for key, before, now in differing]
     if mine.fingerprint_digest != fresh.fingerprint_digest:
@@ -92,23 +96,52 @@ def _read(dataset: Path) -> Dataset:
     return data
 
 
-def _decide(fingerprint: Fingerprint, previous: Plan | None, network: str | None, axis: AxisName | None) -> Plan:
-    """Fresh decisions, with what was asked for, now or for the previous plan."""
-    if axis is None and previous is not None and AXIS_KEY in previous.asked:
-        axis = previous.geometry.slice_axis
-    network = network or (previous.network.size if previous else None)
+@dataclass(frozen=True)
+class Wish:
+    """The options that decide; None: as the previous plan was asked, else as the data say."""
+
+    network: str | None = None
+    axis: AxisName | None = None
+    minutes: float | None = None
+    memory_gb: float | None = None
+
+
+def _decide(fingerprint: Fingerprint, previous: Plan | None, wish: Wish) -> Plan:
+    """Fresh decisions, with what was asked for, now or for the previous plan. UsageError where the memory is too little for any."""
+    before = previous.asked if previous is not None else ()
+    axis = previous.geometry.slice_axis if previous is not None and wish.axis is None and AXIS_KEY in before else wish.axis
+    network = wish.network or (previous.network.size if previous else None)
     if axis is None or axis == "auto":
-        return decide(fingerprint, network)
-    return decide(fingerprint, network, axis=asked_axis(fingerprint, axis), asked=(AXIS_KEY,))
+        plan = decide(fingerprint, network)
+    else:
+        plan = decide(fingerprint, network, axis=asked_axis(fingerprint, axis), asked=(AXIS_KEY,))
+    training: dict[str, float] = {}
+    if wish.minutes is not None:
+        training["minutes"] = wish.minutes
+    if wish.memory_gb is not None:
+        training["clip_slices"] = _clip_that_fits(plan, fingerprint, wish.memory_gb)
+    kept = {key.removeprefix(TRAINING) for key in before if key.startswith(TRAINING)} - set(training)
+    return with_training(plan, {name: getattr(previous.training, name) for name in kept} | training if previous else training)
 
 
-def _mind_the_edits(settled: Plan, network: str | None, axis: AxisName | None) -> None:
+def _clip_that_fits(plan: Plan, fingerprint: Fingerprint, memory_gb: float) -> int:
+    """The longest clips that fine-tuning can learn from in so much memory."""
+    if (least := longest_clip(plan, fingerprint, int(memory_gb * 1e9))) is not None:
+        return least
+    if plan.network.size != KNOWN:
+        raise UsageError(f"--memory: what network {plan.network.size} needs is not known. Set training.clip_slices in plan.json yourself")
+    need = cost_of_tuning(with_training(plan, {"clip_slices": 2}), fingerprint, 1)
+    assert need is not None
+    raise UsageError(f"--memory {memory_gb:g}: even clips of 2 slices need {need.memory_bytes / 1e9:.1f} GB")
+
+
+def _mind_the_edits(settled: Plan, decided: Plan, wish: Wish) -> None:
     """PlanError where an edited plan is kept that says otherwise than an option."""
-    remedy = "there, or add --overwrite"
-    if network and settled.network.size != network:
-        raise PlanError(f"plan.json was edited by hand and keeps its network: set network.size {network} {remedy}")
-    if axis not in (None, "auto", settled.geometry.slice_axis):
-        raise PlanError(f"plan.json was edited by hand and keeps its axis: set geometry.slice_axis {axis} {remedy}")
+    told: dict[str, object] = {"network.size": wish.network, AXIS_KEY: None if wish.axis == "auto" else wish.axis}
+    told |= {f"{TRAINING}minutes": wish.minutes, f"{TRAINING}clip_slices": wish.memory_gb}
+    kept, fresh = leaves(settled), leaves(decided)
+    for key in (key for key, value in told.items() if value is not None and kept[key] != fresh[key]):
+        raise PlanError(f"plan.json was edited by hand and keeps its {key}: set it to {fresh[key]} there, or add --overwrite")
 
 
 def _reason_key(key: str, plan: Plan) -> str:

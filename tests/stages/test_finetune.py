@@ -11,7 +11,7 @@ from slmsam2_cli.data.phantom import write_phantom_dataset
 from slmsam2_cli.errors import DatasetError, PlanError, UsageError, WeightsError
 from slmsam2_cli.model.checkpoint import on_base, read_checkpoint, recogniser_of
 from slmsam2_cli.planning.plan import read_plan, signed, write_plan
-from slmsam2_cli.planning.rules import choose_training
+from slmsam2_cli.planning.rules import choose_training, with_training
 from slmsam2_cli.stages.finetune import _training, finetune
 from slmsam2_cli.stages.predict import predict
 from slmsam2_cli.workspace import Workspace
@@ -296,3 +296,20 @@ def test_the_header_says_what_the_confidence_is_worth_and_on_which_volumes(tuned
     found = read_checkpoint(tuned.model).calibration
     assert found is not None and found.slices >= 20 and "volumes it learned from" in found.note
     assert found.error_after < found.error_before
+
+
+def test_what_an_option_of_plan_settled_holds_for_any_number_of_cases(tuned):
+    asked = with_training(read_plan(tuned.plan), {"minutes": 7.0, "clip_slices": 4})
+    settled = _training(asked, 3, from_scratch=False)
+    assert (settled.minutes, settled.clip_slices) == (7.0, 4)
+    assert settled.steps == choose_training("nano", 3).value.steps
+
+
+@pytest.mark.parametrize(
+    ("free", "told"), [(10e9, None), (0.9e9, "Set training.clip_slices to "), (0.01e9, "Close other programs, or use a machine with more")]
+)
+def test_where_memory_is_short_the_setting_that_fits_is_told(dataset, tmp_path, capsys, monkeypatch, free, told):
+    monkeypatch.setattr("slmsam2_cli.stages.finetune.free_bytes", lambda: int(free))
+    assert finetune(dataset, Workspace(tmp_path), cases=1, weights="random", steps=1) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "of memory are needed" in line]
+    assert (told in lines[0]) if told else not lines

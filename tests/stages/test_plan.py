@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from slmsam2_cli.data.phantom import write_phantom_dataset
-from slmsam2_cli.errors import DatasetError, OutputError, PlanError
+from slmsam2_cli.errors import DatasetError, OutputError, PlanError, UsageError
 from slmsam2_cli.planning.plan import read_plan
 from slmsam2_cli.stages.plan import compare, plan
 from slmsam2_cli.workspace import Workspace
@@ -116,7 +116,7 @@ def test_a_network_asked_for_once_is_kept(data, workspace):
 def test_a_network_does_not_drop_a_person_s_edits(data, workspace):
     plan(data, workspace)
     edit(workspace, frame_px=224)
-    with pytest.raises(PlanError, match=r"keeps its network: set network.size tiny there"):
+    with pytest.raises(PlanError, match=r"keeps its network.size: set it to tiny there"):
         plan(data, workspace, network="tiny")
 
 
@@ -177,7 +177,7 @@ def test_auto_takes_the_axis_back(data, workspace):
 def test_an_edited_plan_is_not_turned_by_an_option(data, workspace):
     plan(data, workspace)
     edit(workspace, frame_px=96)
-    with pytest.raises(PlanError, match="set geometry.slice_axis LR there, or add --overwrite"):
+    with pytest.raises(PlanError, match="keeps its geometry.slice_axis: set it to LR there, or add --overwrite"):
         plan(data, workspace, axis="LR")
     assert read_plan(workspace.plan).geometry.frame_px == 96
 
@@ -237,3 +237,23 @@ def test_a_page_that_cannot_be_written_is_a_warning_and_the_plan_stands(data, wo
 def test_without_a_report_no_page_is_written(data, workspace):
     plan(data, workspace, report=False)
     assert read_plan(workspace.plan) and not workspace.plan_page.exists()
+
+
+def test_a_time_limit_and_a_memory_limit_are_kept_when_planning_anew(data, workspace):
+    plan(data, workspace, minutes=7.0, memory_gb=1.2)
+    first = read_plan(workspace.plan)
+    plan(data, workspace)
+    again = read_plan(workspace.plan)
+    assert again.training == first.training and first.training.minutes == 7.0 and 2 <= first.training.clip_slices < 8
+    assert set(again.asked) == {"training.minutes", "training.clip_slices"} and not again.edited
+
+
+def test_a_memory_limit_that_nothing_fits_is_refused_with_the_least(data, workspace):
+    with pytest.raises(UsageError, match=r"--memory 0.3: even clips of 2 slices need \d\.\d GB"):
+        plan(data, workspace, memory_gb=0.3)
+    assert not workspace.plan.exists()
+
+
+def test_of_other_networks_no_memory_limit_can_be_kept(data, workspace):
+    with pytest.raises(UsageError, match="what network tiny needs is not known"):
+        plan(data, workspace, network="tiny", memory_gb=8.0)

@@ -1,0 +1,89 @@
+"""What slmsam2 plan foretells of a run's memory and time, against what the run takes.
+
+    python benchmarks/cost.py ../shared/data [--sets Task04_Hippocampus Sarcoma_CT SpinalCord_MRI] [-n 1] [--steps 60]
+
+For every set: slmsam2 plan, then slmsam2 predict on all its cases and slmsam2 finetune -n N, each in a process of its own; peak resident
+memory and seconds by the clock. --steps shortens the tuning; what is foretold is then for so many steps. The pace is tried out once,
+before the first run. Linux only.
+"""
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from slmsam2_cli.model.pace import pace_s
+from slmsam2_cli.planning.cost import Cost, cost_of_predicting, cost_of_tuning
+from slmsam2_cli.planning.fingerprint import read_fingerprint
+from slmsam2_cli.planning.network import NetworkPlan
+from slmsam2_cli.planning.plan import read_plan
+from slmsam2_cli.stages.plan import plan
+from slmsam2_cli.workspace import Workspace
+
+SLMSAM2 = str(Path(sys.executable).with_name("slmsam2"))
+
+
+def measured(command: list[str]) -> tuple[float, float]:
+    """(seconds, peak bytes) of a run: a process in between, so that the peak is of this run alone."""
+    reading, writing = os.pipe()
+    started, child = time.perf_counter(), os.fork()
+    if child == 0:
+        failed = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        os.write(writing, f"{failed} {peak}".encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    failed, peak = map(int, os.read(reading, 100).split())
+    if failed:
+        raise SystemExit(f"{' '.join(command)} ended with {failed}")
+    return time.perf_counter() - started, float(peak)
+
+
+def line(name: str, run: str, foretold: Cost | None, took: tuple[float, float]) -> str:
+    assert foretold is not None and foretold.seconds is not None
+    memory, seconds = foretold.memory_bytes / took[1], foretold.seconds / took[0]
+    shown = (
+        f"{foretold.memory_bytes / 1e6:.0f} | {took[1] / 1e6:.0f} | {memory:.2f} | {foretold.seconds:.0f} | {took[0]:.0f} | {seconds:.2f}"
+    )
+    return f"| {name} | {run} | {shown} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--sets", nargs="+", default=["Task04_Hippocampus", "Sarcoma_CT", "SpinalCord_MRI"])
+    parser.add_argument("-n", "--cases", type=int, default=1)
+    parser.add_argument("--steps", type=int)
+    options = parser.parse_args()
+    pace = pace_s(NetworkPlan(), 128, torch.device("cpu"))
+    print(f"pace: {1000 * pace:.1f} ms a slice\n", flush=True)
+    print(
+        "| set | run | MB foretold | MB taken | ratio | seconds foretold | seconds taken | ratio |\n|---|---|---|---|---|---|---|---|",
+        flush=True,
+    )
+    for name in options.sets:
+        root = options.data / name
+        with tempfile.TemporaryDirectory() as folder:
+            space = Workspace(Path(folder) / "workspace")
+            plan(root, space, report=False)
+            settled, fingerprint = read_plan(space.plan), read_fingerprint(space.fingerprint)
+            common = ["-d", str(root), "-w", str(space.root), "--quiet", "--disable-progress"]
+            took = measured([SLMSAM2, "predict", "-o", str(Path(folder) / "masks"), "--weights", "nano", "--no-report", *common])
+            count = len(fingerprint.cases)
+            print(line(name, f"predict {count} volumes", cost_of_predicting(settled, fingerprint.cases, pace), took), flush=True)
+            steps = ["--steps", str(options.steps)] if options.steps else []
+            took = measured([SLMSAM2, "finetune", "-n", str(options.cases), "--weights", "nano", *steps, *common])
+            if options.steps:  # as an edit, which is foretold by its own steps
+                settled = settled.model_copy(update={"training": settled.training.model_copy(update={"steps": options.steps})})
+            tuning = cost_of_tuning(settled, fingerprint, options.cases, pace)
+            print(line(name, f"finetune -n {options.cases}{f', {options.steps} steps' * bool(options.steps)}", tuning, took), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""What the planned size costs and what it is worth, against the stock pipeline and against other sizes.
+
+    python benchmarks/plan_size.py ../shared/data [--sets Task04_Hippocampus Sarcoma_MR_T1] [--repeats 3]
+    python benchmarks/plan_size.py ../shared/data --accuracy [-n 5] [--steps 300] [--settings 128:2 96:2 160:2 160:whole]
+
+Cost, seconds a volume on this CPU: the planned pipeline, the plan for tiny, and stock SAM 2, which blows every slice up to 1024 x 1024
+(tiny, random weights: time does not depend on them). One volume a set, its middle slice given, CLIP slices of it, times its slices; the
+three alternate; medians. Accuracy: the packaged base tuned on n volumes at several sizes, each PX:WIDTH, the square's edge in pixels and
+in widths of what is annotated, or whole slices; Dice on the cases not learned from, over labels. One seed.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from strategies import mean_dice
+
+from slmsam2_cli.data.dataset import read_dataset
+from slmsam2_cli.data.prepared import make_frames
+from slmsam2_cli.data.prompts import simulate_prompts
+from slmsam2_cli.data.store import read_json
+from slmsam2_cli.data.volume import read_image, read_labels
+from slmsam2_cli.inference.anchors import anchors_of
+from slmsam2_cli.inference.engine import Anchor, propagate
+from slmsam2_cli.model.slices import framed, to_input
+from slmsam2_cli.model.slmsam2 import SlmSam2
+from slmsam2_cli.planning.fingerprint import Fingerprint
+from slmsam2_cli.planning.measure import measure
+from slmsam2_cli.planning.plan import Plan, write_plan
+from slmsam2_cli.planning.rules import decide
+from slmsam2_cli.stages.finetune import finetune
+from slmsam2_cli.stages.predict import predict
+from slmsam2_cli.workspace import Workspace
+
+STOCK_PX, CLIP = 1024, 6
+
+
+def stock(plan: Plan) -> Plan:
+    """The plan for a SAM 2 network, at the size that SAM 2 always takes."""
+    geometry, px = plan.geometry, STOCK_PX
+    larger = geometry.model_copy(update={"frame_px": px, "in_plane_mm": geometry.in_plane_mm * geometry.frame_px / px})
+    return plan.model_copy(update={"geometry": larger})
+
+
+class Pipeline:
+    """One volume made ready under a plan, cut to CLIP slices around the slice that is given."""
+
+    def __init__(self, root: Path, plan: Plan) -> None:
+        data = read_dataset(root)
+        case = data.training[0]
+        image = read_image(case.images, case=case.id, root=root, channels=len(data.channels))
+        view, frames = make_frames(image, plan.geometry, plan.intensity)
+        labels = read_labels(case.label, case=case.id, root=root)
+        objects = anchors_of(
+            simulate_prompts(labels.voxels, view, tuple(plan.labels), "middle"), view, tuple(plan.labels), plan.geometry.stack_px
+        )
+        given = next(anchor.slice for anchors in objects.values() for anchor in anchors)
+        start = max(0, min(given - CLIP // 2, len(frames) - CLIP))
+        self.plan, self.slices, self.objects = plan, len(frames), len(objects)
+        self.anchors = {
+            value: [Anchor(a.slice - start, a.mask) for a in one if start <= a.slice < start + CLIP] for value, one in objects.items()
+        }
+        self.stack = framed(to_input(torch.from_numpy(frames[start : start + CLIP])), plan.geometry.stack_px)
+        self.model = SlmSam2(plan.network, plan.geometry.frame_px).eval()
+
+    def seconds(self) -> float:
+        """A volume's worth."""
+        started = time.perf_counter()
+        propagate(self.model, self.stack, {v: a for v, a in self.anchors.items() if a}, focus=self.plan.geometry.focus)
+        return (time.perf_counter() - started) * self.slices / len(self.stack)
+
+
+def cost(root: Path, repeats: int) -> list[str]:
+    fingerprint, _ = measure(read_dataset(root))
+    tiny = decide(fingerprint, "tiny")
+    plans = {"planned": decide(fingerprint), "planned for tiny": tiny, "stock": stock(tiny)}
+    pipelines = {name: Pipeline(root, plan) for name, plan in plans.items()}
+    times: dict[str, list[float]] = {name: [] for name in plans}
+    for repeat in range(repeats + 1):
+        for name, pipeline in pipelines.items():
+            taken = pipeline.seconds()
+            if repeat:  # the first round warms up
+                times[name].append(taken)
+    slowest = statistics.median(times["stock"])
+    lines = []
+    for name, pipeline in pipelines.items():
+        took, geometry = statistics.median(times[name]), pipeline.plan.geometry
+        seen = f"{geometry.frame_px} px" + (f", {geometry.focus:g} widths" if geometry.focus else "")
+        about = f"| {root.name} | {name}: {pipeline.plan.network.size} | {seen} | {pipeline.slices} x {pipeline.objects}"
+        lines.append(f"{about} | {took:.1f} | {slowest / took:.0f} |")
+    return lines
+
+
+def accuracy(root: Path, settings: list[str], count: int, steps: int | None) -> list[str]:
+    fingerprint, _ = measure(read_dataset(root))
+    lines = []
+    for setting in settings:
+        with tempfile.TemporaryDirectory() as folder:
+            space = Workspace(Path(folder))
+            write_plan(space.plan, at(fingerprint, setting))
+            started = time.perf_counter()
+            finetune(root, space, cases=count, weights="nano", steps=steps)
+            tuned = time.perf_counter()
+            predict(None, None, dataset=root, workspace=space, report=False)
+            split: Any = read_json(space.split, "split")
+            took = (time.perf_counter() - tuned) / len(split["unseen"])
+            score = mean_dice(root, space.predictions, split["unseen"])
+        lines.append(f"| {root.name} | {setting} | {score:.3f} | {(tuned - started) / 60:.1f} | {took:.1f} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def at(fingerprint: Fingerprint, setting: str) -> Plan:
+    """The plan, but for the size of what nano sees."""
+    px, _, width = setting.partition(":")
+    plan = decide(fingerprint)
+    geometry = plan.geometry
+    if width == "whole":
+        scale = geometry.stack_px / int(px)
+        changed: dict[str, object] = {"focus": None, "slice_px": None, "in_plane_mm": geometry.in_plane_mm * scale}
+    else:
+        changed = {"focus": float(width)}
+    return plan.model_copy(update={"geometry": geometry.model_copy(update={"frame_px": int(px), **changed})})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--sets", nargs="+")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--accuracy", action="store_true")
+    parser.add_argument("-n", "--cases", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="of fine-tuning; the rule's if left out")
+    parser.add_argument("--settings", nargs="+", default=["128:2", "96:2", "160:2", "128:3", "160:whole"])
+    options = parser.parse_args()
+    if options.accuracy:
+        rows = [
+            accuracy(options.data / name, options.settings, options.cases, options.steps) for name in options.sets or ["Task04_Hippocampus"]
+        ]
+        print("| set | px:widths | Dice, unseen | minutes of tuning | seconds a volume |\n|---|---|---|---|---|")
+    else:
+        rows = [cost(options.data / name, options.repeats) for name in options.sets or ["Task04_Hippocampus", "Sarcoma_MR_T1"]]
+        print(
+            "| set | pipeline | network sees | slices x labels | seconds a volume | stock takes times as long |\n|---|---|---|---|---|---|"
+        )
+    print("\n".join(line for lines in rows for line in lines))
+
+
+if __name__ == "__main__":
+    main()
