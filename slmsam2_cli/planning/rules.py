@@ -57,7 +57,10 @@ NAMES = {
     },
     "PET": {"pet", "pt", "suv"},
     "US": {"us", "ultrasound"},
+    "XR": {"xr", "xray", "ray", "cr", "dx", "radiograph"},
+    "RGB": {"rgb", "red", "green", "blue"},
 }
+UNKNOWN = "unknown"
 
 
 T = TypeVar("T")
@@ -159,13 +162,13 @@ def choose_modality(fingerprint: Fingerprint, channel: int) -> Decision[str]:
     declared = next((kind for kind, known in NAMES.items() if words & known), None)
     hounsfield, evidence = hounsfield_evidence(fingerprint, channel)
     if declared == "CT" and not hounsfield:
-        return Decision("unknown", f"named CT, but not in Hounsfield units ({evidence}), so every volume is scaled by itself")
+        return Decision(UNKNOWN, f"named CT, but not in Hounsfield units ({evidence}), so every volume is scaled by itself")
     if declared:
         return Decision(declared, "by its name" + (f"; {evidence}" if declared == "CT" else ""))
     said = f"the name {name!r} does not settle it" if name.strip() else "the name is blank"
     if hounsfield:
         return Decision("CT", f"{said}; taken for CT: {evidence}")
-    return Decision("unknown", f"{said}; not Hounsfield units: {evidence}")
+    return Decision(UNKNOWN, f"{said}; not Hounsfield units: {evidence}")
 
 
 def hounsfield_evidence(fingerprint: Fingerprint, channel: int) -> tuple[bool, str]:
@@ -305,7 +308,7 @@ def choose_intensity(fingerprint: Fingerprint, channel: int, modality: str) -> D
     name = fingerprint.channels[channel]
     low, high = PERCENTILES
     if modality != "CT":
-        whose = "these values" if modality == "unknown" else f"{modality} values"
+        whose = "these values" if modality == UNKNOWN else f"{modality} values"
         reason = f"{whose} carry no unit: percentiles {low:g} to {high:g} of each volume's non-zero voxels become 0 to 1"
         return Decision(ChannelIntensity(name=name, scheme="percentile", lower=low, upper=high), reason)
     tissue = fingerprint.foreground[channel]

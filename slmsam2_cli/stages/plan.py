@@ -21,7 +21,7 @@ from slmsam2_cli.planning.fingerprint import CaseFingerprint, Fingerprint, write
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.oddities import oddities
 from slmsam2_cli.planning.plan import Plan, differences, leaves, read_plan, settle, write_plan
-from slmsam2_cli.planning.rules import asked_axis, decide, with_training
+from slmsam2_cli.planning.rules import NAMES, UNKNOWN, asked_axis, decide, with_training
 from slmsam2_cli.report.contents import Table
 from slmsam2_cli.report.planned import PlanNotes, steps, write_plan_page
 from slmsam2_cli.workspace import Workspace
@@ -192,7 +192,7 @@ def _draw(path: Path, data: Dataset, fingerprint: Fingerprint, settled: Plan, co
     )
     notes = PlanNotes(
         decisions=tuple((key, value, why) for key, value, why in decisions(settled)),
-        warnings=(*(f"case {case.id}: {line}" for case in fingerprint.cases for line in case.warnings), *oddities(fingerprint)),
+        warnings=(*(f"case {case.id}: {line}" for case in fingerprint.cases for line in case.warnings), *warnings_of(fingerprint, settled)),
         advice=tuple((f"{one.label} {one.name}", one.words(axis)) for one in advise(fingerprint, axis)),
         costs=costs,
         measured=measured,
@@ -215,13 +215,22 @@ def _show(fingerprint: Fingerprint, previous: Plan | None, settled: Plan, decide
     console.table("what to annotate on a new volume", ["label", f"slices along {axis}"], advice_rows(fingerprint, axis))
     if costs:
         console.table("what it will take on this machine, roughly", COST_COLUMNS, costs)
-    for line in oddities(fingerprint):
+    for line in warnings_of(fingerprint, settled):
         console.warn(line)
     for key, mine, theirs in differences(settled, decided):
         console.warn(f"plan.json was edited by hand and is kept: {key} is {mine}; the tool would take {theirs} (--overwrite to do so)")
     if previous is not None and not previous.edited:
         for key, before, now in differences(previous, settled):
             console.say(f"changed since the last plan: {key} was {before}, now {now}")
+
+
+def warnings_of(fingerprint: Fingerprint, settled: Plan) -> tuple[str, ...]:
+    """What to look at before going on."""
+    unsure = (
+        f"{settled.reasons.get('modality', 'nothing tells the modality')}. If you know better, name the channel in dataset.json after it"
+    )
+    asked = (f"{unsure} ({', '.join(NAMES)}), and plan again",) if settled.modality == UNKNOWN else ()
+    return (*asked, *oddities(fingerprint))
 
 
 def facts(cases: tuple[CaseFingerprint, ...]) -> list[list[str]]:

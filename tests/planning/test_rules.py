@@ -298,3 +298,11 @@ def test_what_was_asked_for_is_no_decision_of_its_own():
     plain = fingerprint(case())
     assert decide(plain, asked=("geometry.slice_axis",)).digest == decide(plain).digest
     assert "asked" not in decide(plain).model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("X-Ray", "XR"), ("CR chest", "XR"), ("red", "RGB"), ("PT", "PET"), ("us", "US"), ("T2_FLAIR", "MR"), ("dose", "unknown")],
+)
+def test_a_modality_is_known_by_the_words_of_the_channel_s_name(name, kind):
+    assert choose_modality(fingerprint(case(), channel=name), 0).value == kind

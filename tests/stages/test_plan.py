@@ -257,3 +257,13 @@ def test_a_memory_limit_that_nothing_fits_is_refused_with_the_least(data, worksp
 def test_of_other_networks_no_memory_limit_can_be_kept(data, workspace):
     with pytest.raises(UsageError, match="what network tiny needs is not known"):
         plan(data, workspace, network="tiny", memory_gb=8.0)
+
+
+def test_where_the_modality_is_not_known_a_person_is_asked_to_name_it(data, workspace, capsys):
+    described = json.loads((data / "dataset.json").read_text())
+    key = "modality" if "modality" in described else "channel_names"
+    described[key] = {"0": "scan"}
+    (data / "dataset.json").write_text(json.dumps(described))
+    plan(data, workspace)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "name the channel in dataset.json" in line]
+    assert len(warnings) == 1 and "CT, MR, PET, US, XR, RGB" in warnings[0]
