@@ -306,7 +306,9 @@ def _tune(run: Run, ready: Outcome, workspace: Workspace, device: torch.device, 
         model.recogniser = new_recogniser(slices, len(run.plan.channels), run.plan.training.seed)
     learner = new_learner(model.to(device), run.plan.training, run.base is None)
     state = _state(workspace)
-    if resume and (warning := load_state(state, learner, run.digest)):
+    if not resume:
+        save_state(state, learner, run.digest)  # from here on, however it ends, there is something to continue
+    elif warning := load_state(state, learner, run.digest):
         console.warn(warning)
     console.say(f"training on {len(run.cases)} volume(s) on {describe(device)}: {', '.join(run.cases)}")
     skipped = tuple(problem.case for problem in ready.problems)
