@@ -1,7 +1,8 @@
-"""Rows of numbers about a run, one per step or check, as a CSV file."""
+"""Rows of numbers about a run, one per step or check, as a CSV file, and as one JSON object a line for scripts."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,6 +32,23 @@ class Log:
         """The mean loss of the last steps; NaN when none was finite."""
         return float(np.nanmean(self.losses)) if np.isfinite(self.losses).any() else float("nan")
 
+    def values(self) -> list[list[str]]:
+        """Every row, as text by column; empty where there is no value."""
+        return [row.split(",") for row in self.rows]
+
     def write(self) -> None:
-        """Write all rows. OutputError."""
+        """Write all rows, NAME.csv and NAME.jsonl. OutputError."""
         store.write_text(self.path, "\n".join([",".join(self.columns), *self.rows]) + "\n")
+        objects = ({name: _number(value) for name, value in zip(self.columns, row, strict=False) if value} for row in self.values())
+        store.write_text(self.path.with_suffix(".jsonl"), "".join(json.dumps(each) + "\n" for each in objects))
+
+
+def _number(text: str) -> float | str | None:
+    """As JSON has it: whole numbers whole, null for what is not finite, text as it is."""
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    if not np.isfinite(value):
+        return None
+    return int(value) if value.is_integer() else value

@@ -1,6 +1,7 @@
 """Stage 3: data set + plan -> tuned model.   Reads plan.json, prepared/.
 
-Writes finetuned/{split.json,model.safetensors,log.csv,state}, and adapter.safetensors when the plan asks for adapters.
+Writes finetuned/{split.json,model.safetensors,log.csv,log.jsonl,progress.png,state}, and adapter.safetensors when the plan asks for
+adapters.
 
 Plans and prepares by itself what has not been planned or prepared. An interrupted run leaves a usable model and goes on
 with --continue.
@@ -26,6 +27,7 @@ from slmsam2_cli.device import DeviceName, choose_device, describe
 from slmsam2_cli.errors import DONE, DatasetError, DeviceError, OutputError, PlanError, UsageError
 from slmsam2_cli.finetuning.calibrating import calibrated_on
 from slmsam2_cli.finetuning.clips import ClipSampler
+from slmsam2_cli.finetuning.curves import draw_progress
 from slmsam2_cli.finetuning.keeping import keep
 from slmsam2_cli.finetuning.learner import share_done
 from slmsam2_cli.finetuning.log import Log
@@ -317,7 +319,7 @@ def _tune(run: Run, ready: Outcome, workspace: Workspace, device: torch.device, 
     with stoppable() as stopped:
         _follow(learner, sampler, slices, run, state, log, stopped)
         _save(workspace, run, learner)
-        log.write()
+        _note(log, run)
         finished = share_done(learner, run.plan.training) >= 1
         if not finished:
             save_state(state, learner, run.digest)
@@ -352,10 +354,18 @@ def _follow(
             bar = now_at
             if time.monotonic() - saved > SAVE_EVERY_S:
                 save_state(state, learner, run.digest)
-                log.write()
+                _note(log, run)
                 saved = time.monotonic()
     if learner.step == shown:
         console.say("nothing was left to train")
+
+
+def _note(log: Log, run: Run) -> None:
+    """The log so far, and its picture."""
+    log.write()
+    if log.rows:
+        title = f"{run.plan.dataset_name}: {run.plan.network.size}, {len(run.cases)} volume{'s' * (len(run.cases) > 1)}"
+        draw_progress(log.path.with_name("progress.png"), log.columns, log.values(), title)
 
 
 def _write_split(workspace: Workspace, run: Run, wish: Wish, skipped: tuple[str, ...], finished: bool) -> None:

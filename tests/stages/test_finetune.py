@@ -35,7 +35,7 @@ def tuned(dataset):
 
 def test_it_plans_prepares_and_trains_and_writes_exactly_these_files(tuned):
     assert tuned.plan.exists() and tuned.fingerprint.exists()
-    assert {p.name for p in tuned.finetuned.iterdir()} == {"split.json", "model.safetensors", "log.csv"}
+    assert {p.name for p in tuned.finetuned.iterdir()} == {"split.json", "model.safetensors", "log.csv", "log.jsonl", "progress.png"}
 
 
 def test_the_split_names_training_and_unseen_cases_and_they_do_not_overlap(tuned):
