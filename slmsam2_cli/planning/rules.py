@@ -304,13 +304,18 @@ def round_up(value: float, digits: int = 5) -> float:
 
 
 def choose_intensity(fingerprint: Fingerprint, channel: int, modality: str) -> Decision[ChannelIntensity]:
-    """CT: one window around the labelled tissue. Others: each volume by its own percentiles."""
+    """CT: one window around the labelled tissue. Others: each volume by its own percentiles.
+
+    Of PET, whose highest values are no artefacts but what is looked for, nothing is cut off above where that would be labelled tissue.
+    """
     name = fingerprint.channels[channel]
     low, high = PERCENTILES
     if modality != "CT":
         whose = "these values" if modality == UNKNOWN else f"{modality} values"
-        reason = f"{whose} carry no unit: percentiles {low:g} to {high:g} of each volume's non-zero voxels become 0 to 1"
-        return Decision(ChannelIntensity(name=name, scheme="percentile", lower=low, upper=high), reason)
+        hottest = modality == "PET" and cut_off(fingerprint, channel)
+        upper, why = (100.0, "; no more is cut off above, where what is labelled is the hottest") if hottest else (high, "")
+        reason = f"{whose} carry no unit: percentiles {low:g} to {upper:g} of each volume's non-zero voxels become 0 to 1{why}"
+        return Decision(ChannelIntensity(name=name, scheme="percentile", lower=low, upper=upper), reason)
     tissue = fingerprint.foreground[channel]
     if tissue is None:
         window = ChannelIntensity(name=name, scheme="ct", lower=-160.0, upper=240.0)
@@ -321,6 +326,12 @@ def choose_intensity(fingerprint: Fingerprint, channel: int, modality: str) -> D
         f"at least {NARROWEST_WINDOW_HU:g} HU in all"
     )
     return Decision(ChannelIntensity(name=name, scheme="ct", lower=lower, upper=upper), reason)
+
+
+def cut_off(fingerprint: Fingerprint, channel: int) -> bool:
+    """Whether the usual upper percentile of the volume lies below that of the labelled voxels, in half of the cases that have any."""
+    pairs = [(c.whole, c.foreground) for c in (case.channels[channel] for case in fingerprint.cases) if c.whole and c.foreground]
+    return bool(pairs) and 2 * sum(foreground.p99_5 > whole.p99_5 for whole, foreground in pairs) >= len(pairs)
 
 
 def ct_window(low_hu: float, high_hu: float) -> tuple[float, float]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from slmsam2_cli.data import workers
 from slmsam2_cli.data.dataset import Case, Dataset
 from slmsam2_cli.data.grid import Grid
 from slmsam2_cli.data.phantom import nifti_bytes
+from slmsam2_cli.planning import measure as module
 from slmsam2_cli.planning.fingerprint import read_fingerprint, write_fingerprint
-from slmsam2_cli.planning.measure import copy_overlap, evenly, measure, measure_label, neighbour_overlap, orientation_code, statistics
+from slmsam2_cli.planning.measure import measure, measure_case, orientation_code, worthwhile
 
 
 def dataset(root, *pairs, spacing=(3.0, 1.0, 1.0), labels=None):
@@ -58,29 +62,6 @@ def test_a_label_that_does_not_occur_is_not_listed(tmp_path):
     assert set(measure(dataset(tmp_path, block()))[0].cases[0].labels) == {1}
 
 
-def test_a_label_at_the_border_does_not_vanish_there():
-    assert neighbour_overlap(np.ones((3, 2, 2), bool), ends=0) == 1
-    assert neighbour_overlap(np.ones((3, 2, 2), bool), ends=2) == 0.5
-
-
-def test_a_gap_counts_as_vanishing_twice():
-    stack = np.array([1, 1, 0, 1], bool)[:, None, None]
-    assert neighbour_overlap(stack, ends=0) == pytest.approx(1 / 3)
-
-
-def test_copying_the_middle_slice_scores_what_it_covers():
-    assert copy_overlap(np.ones((2, 3, 3), bool), slices=2) == 1
-    assert copy_overlap(np.ones((2, 3, 3), bool), slices=6) == 0.5  # 2 * 18 / (18 + 54)
-
-
-def test_an_empty_mask_has_no_measurements():
-    assert measure_label(np.zeros((2, 3, 4), bool)) is None
-
-
-def test_a_single_slice_has_no_overlap_across_slices():
-    assert set(measure_label(np.ones((1, 3, 4), bool)).overlap) == {"AP", "LR"}
-
-
 def test_an_ignored_voxel_is_neither_label_nor_foreground(tmp_path):
     image, mask = block()
     mask[0] = 9
@@ -118,24 +99,57 @@ def test_progress_is_told_once_a_case(tmp_path):
     assert told == ["c0", "c1"]
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_number_of_processes_changes_nothing(tmp_path, workers):
+    small, large = block(), (np.full((4, 10, 12), 10.0), np.ones((4, 10, 12)))
+    data = dataset(tmp_path, small, large, small, large)
+    data.training[1].images[0].write_bytes(b"nonsense")
+    data.training[2].label.unlink()
+    here, there = measure(data, workers=0), measure(data, workers=workers)
+    assert there[0] == here[0]
+    assert [str(problem) for problem in there[1]] == [str(problem) for problem in here[1]]
+    assert [problem.case for problem in there[1]] == ["c1", "c2"]
+
+
+def killing(case, dataset):
+    """Stands in for a case whose process the kernel ends."""
+    if case.id == "c1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return measure_case(case, dataset)
+
+
+def test_a_killed_process_is_its_own_case_s_problem_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "START_METHOD", "fork")  # a forked process knows the stand-in
+    monkeypatch.setattr(module, "measure_case", killing)
+    fingerprint, problems = measure(dataset(tmp_path, block(), block(), block()), workers=2)
+    assert [case.id for case in fingerprint.cases] == ["c0", "c2"]
+    assert [problem.case for problem in problems] == ["c1"]
+
+
+def test_want_of_memory_is_the_case_s_problem(tmp_path, monkeypatch):
+    def hungry(case, dataset):
+        raise MemoryError
+
+    monkeypatch.setattr(module, "read_pair", hungry)
+    _, problems = measure(dataset(tmp_path, block()))
+    assert "case c0: not enough memory" in str(problems[0])
+
+
+def test_a_small_data_set_is_measured_without_other_processes(tmp_path):
+    assert worthwhile(dataset(tmp_path, block(), block(), block()).training) == 0
+
+
+def test_a_large_data_set_gets_a_process_a_core_but_no_more_than_cases(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "WORTH_BYTES", 1)
+    monkeypatch.setattr(module, "cores", lambda: 2)
+    cases = dataset(tmp_path, block(), block(), block()).training
+    assert [worthwhile(cases[:count]) for count in (1, 2, 3)] == [1, 2, 2]
+
+
 def test_the_foreground_is_pooled_over_all_cases(tmp_path):
     small, large = block(), (np.full((4, 10, 12), 10.0), np.ones((4, 10, 12)))
     pooled = measure(dataset(tmp_path, small, large))[0].foreground[0]
     assert (pooled.min, pooled.max) == (10, 100)
-
-
-def test_a_sample_is_evenly_spread_and_needs_no_chance():
-    assert evenly(np.arange(100)[::-1], 4).tolist() == [12, 37, 62, 87]
-    assert evenly(np.array([3, 1, 2]), 4).tolist() == [1, 2, 3]
-
-
-def test_statistics_of_nothing_are_none():
-    assert statistics(np.empty(0)) is None
-
-
-def test_statistics_survive_extreme_values():
-    found = statistics(np.array([3e38, 3e38, 1], np.float32))
-    assert found.max == pytest.approx(3e38) and found.mean == pytest.approx(2e38)
 
 
 @pytest.mark.parametrize(

@@ -306,3 +306,19 @@ def test_what_was_asked_for_is_no_decision_of_its_own():
 )
 def test_a_modality_is_known_by_the_words_of_the_channel_s_name(name, kind):
     assert choose_modality(fingerprint(case(), channel=name), 0).value == kind
+
+
+def hot(name, above):
+    """A case whose labelled voxels reach 100, or 10 more, while 99.5 % of all voxels lie below 100."""
+    return case(name).model_copy(
+        update={"channels": (ChannelFingerprint(whole=values(high=100.0), foreground=values(high=110.0 if above else 100.0)),)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("channel", "cases", "upper"),
+    [("PET", (True, True, False), 100.0), ("PET", (True, False), 100.0), ("PET", (True, False, False), 99.5), ("MRI", (True, True), 99.5)],
+)
+def test_of_pet_nothing_is_cut_off_above_where_that_would_be_what_is_labelled(channel, cases, upper):
+    plan = decide(fingerprint(*(hot(f"c{i}", above) for i, above in enumerate(cases)), channel=channel))
+    assert plan.intensity[0].upper == upper
