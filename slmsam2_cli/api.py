@@ -31,8 +31,9 @@ from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import RANDOM_WARNING, Checkpoint, fit, read_checkpoint, with_its_base
 from slmsam2_cli.model.portable import model_in
 from slmsam2_cli.model.slmsam2 import SliceFeatures
+from slmsam2_cli.planning.explaining import explain
 from slmsam2_cli.planning.network import NetworkPlan, NetworkSize
-from slmsam2_cli.planning.plan import Plan, explain, read_plan
+from slmsam2_cli.planning.plan import Plan, read_plan
 
 FilePath = str | PathLike[str]
 Numbers = Array | Tensor
@@ -82,7 +83,7 @@ def build(size: NetworkSize = "nano", *, frame_px: int, seed: int = 0, device: D
     try:
         made_of = NetworkPlan(size=size, **options)
     except ValidationError as error:
-        raise ValueError(explain(error)) from None
+        raise ValueError(explain(error, NetworkPlan)) from None
     chosen = choose_device(device)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

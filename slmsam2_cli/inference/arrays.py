@@ -23,7 +23,7 @@ from slmsam2_cli.inference.engine import Anchor, Propagated
 from slmsam2_cli.inference.images import Found
 from slmsam2_cli.inference.restored import labels_of
 from slmsam2_cli.model.slices import framed, to_input
-from slmsam2_cli.planning.rules import PERCENTILES
+from slmsam2_cli.planning.modality import PERCENTILES
 
 Array = np.ndarray[Any, Any]
 Window = tuple[float, float] | Literal["percentile"]

@@ -20,11 +20,12 @@ from slmsam2_cli.data.geometry import AXES, SliceAxis
 from slmsam2_cli.data.volume import read_labels
 from slmsam2_cli.errors import CaseError, DatasetError, SlmSam2Error
 from slmsam2_cli.inference.folder import PromptSource
+from slmsam2_cli.planning.decision import Decision
 from slmsam2_cli.planning.fingerprint import Fingerprint
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.network import NetworkPlan
 from slmsam2_cli.planning.plan import Plan, read_plan, signed, write_plan
-from slmsam2_cli.planning.rules import Decision, decide
+from slmsam2_cli.planning.rules import decide
 
 MOST_MEASURED = 20  # images; more would not change a decision
 FILE = "plan.json"

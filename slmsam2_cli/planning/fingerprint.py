@@ -11,7 +11,8 @@ from pydantic import Field, ValidationError
 from slmsam2_cli.data import store
 from slmsam2_cli.data.geometry import AXES, SliceAxis
 from slmsam2_cli.errors import PlanError
-from slmsam2_cli.planning.plan import Frozen, digest_of, explain, read_document
+from slmsam2_cli.planning.explaining import explain
+from slmsam2_cli.planning.plan import Frozen, digest_of, read_document
 
 Triple = tuple[float, float, float]
 
@@ -105,7 +106,7 @@ def read_fingerprint(path: Path) -> Fingerprint:
     try:
         return Fingerprint.model_validate_json(json.dumps(value))
     except ValidationError as error:
-        raise PlanError(f"{path.name}: {explain(error)}. Run slmsam2 plan to measure again") from None
+        raise PlanError(f"{path.name}: {explain(error, Fingerprint)}. Run slmsam2 plan to measure again") from None
 
 
 def write_fingerprint(path: Path, fingerprint: Fingerprint) -> None:

@@ -1,138 +1,120 @@
-"""Measuring a data set: one case in memory at a time, every problem of every case found in one pass.
+"""Measuring a data set: a few cases in memory at a time, every problem of every case found in one pass.
 
-All measurements are made on the oriented volume and do not depend on the order in which its voxels were stored.
+What is measured depends neither on the order in which voxels are stored nor on the number of processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from slmsam2_cli.data.dataset import Case, Dataset
-from slmsam2_cli.data.geometry import AXES, SliceAxis, nonzero_box, orient, oriented_size
+from slmsam2_cli.data.footprint import bytes_on_disk, bytes_to_read, free_bytes
+from slmsam2_cli.data.geometry import orient, oriented_size
 from slmsam2_cli.data.grid import Grid
 from slmsam2_cli.data.prepared import read_pair
-from slmsam2_cli.data.prompts import choose_slice
+from slmsam2_cli.data.workers import cores, spread
 from slmsam2_cli.errors import CaseError
-from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint, Extent, Fingerprint, LabelFingerprint, Statistics
+from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint, Fingerprint
+from slmsam2_cli.planning.greys import PIECE, Greys, evenly, short, statistics
+from slmsam2_cli.planning.ranks import Array
+from slmsam2_cli.planning.structures import box_of, measure_labels
 from slmsam2_cli.version import VERSION
 
 SAMPLE = 10_000  # foreground voxels a case gives to the data set's statistics
-Array = np.ndarray[Any, Any]
+WORTH_BYTES = 1 << 26  # on disk: one process takes a second and more to measure them, and half a second to start others
+PROCESS_BYTES = 1 << 27  # what a process takes beside the case it measures
+SHARE = 0.7  # of the free memory, for cases measured at one time
+LOADED = ("slmsam2_cli.planning.measure", "nibabel")
 
 
-def measure(dataset: Dataset, advance: Callable[..., None] = lambda steps=1, note="": None) -> tuple[Fingerprint, tuple[CaseError, ...]]:
-    """The fingerprint of all usable training cases, and the problems of the others. advance() is called after each case."""
-    cases: list[CaseFingerprint] = []
-    samples: list[list[Array]] = [[] for _ in dataset.channels]
-    problems = list(dataset.problems)
-    for case in dataset.training:
-        try:
-            measured, sampled = measure_case(case, dataset)
-            cases.append(measured)
-            for pool, sample in zip(samples, sampled, strict=True):
-                pool.append(sample)
-        except CaseError as problem:
-            problems.append(problem)
-        advance(1, case.id)
+def measure(
+    dataset: Dataset, advance: Callable[..., None] = lambda steps=1, note="": None, workers: int | None = None
+) -> tuple[Fingerprint, tuple[CaseError, ...]]:
+    """The fingerprint of all usable training cases, and the problems of the others. advance(1, case id) is called after each case.
+
+    workers: processes, 0 for none but this one, None for as many as are worth their start.
+    """
+    answers = spread(
+        partial(measure_case, dataset=replace(dataset, training=(), test=(), problems=())),
+        {case.id: case for case in dataset.training},
+        worthwhile(dataset.training) if workers is None else workers,
+        bytes_of=lambda case: PROCESS_BYTES + bytes_to_read(case),
+        room=int(SHARE * free_bytes()),
+        advance=advance,
+        loaded=LOADED,
+    )
+    measured = [answer for answer in answers if not isinstance(answer, CaseError)]
+    samples = zip(*(sampled for _, sampled in measured), strict=True) if measured else [()] * len(dataset.channels)
     fingerprint = Fingerprint(
         tool_version=VERSION,
         dataset_name=dataset.name,
         channels=dataset.channels,
         labels=dataset.labels,
         ignore=dataset.ignore,
-        cases=tuple(cases),
-        foreground=tuple(statistics(np.concatenate([*pool, np.empty(0)])) for pool in samples),
+        cases=tuple(case for case, _ in measured),
+        foreground=tuple(statistics(Greys(partial(_as_doubles, pool))) for pool in samples),
     )
-    return fingerprint, tuple(problems)
+    return fingerprint, (*dataset.problems, *(answer for answer in answers if isinstance(answer, CaseError)))
+
+
+def worthwhile(cases: Sequence[Case]) -> int:
+    """How many processes measure these cases soonest: one a core, but none for what is measured before they would have started."""
+    return min(cores(), len(cases)) if sum(map(bytes_on_disk, cases)) >= WORTH_BYTES else 0
 
 
 def measure_case(case: Case, dataset: Dataset) -> tuple[CaseFingerprint, list[Array]]:
     """One training case, and per channel at most SAMPLE of its foreground's grey values. CaseError when it is unusable."""
+    try:
+        return _measure_case(case, dataset)
+    except MemoryError:
+        raise CaseError(case.id, "", "not enough memory to measure it", "Close other programs, or use a machine with more memory") from None
+
+
+def _measure_case(case: Case, dataset: Dataset) -> tuple[CaseFingerprint, list[Array]]:
     volume, mask, warnings = read_pair(case, dataset)
     if mask is None:
         raise CaseError(case.id, "", "has no label", "Add its mask to labelsTr, or drop the case from dataset.json")
-    orientation = orient(volume.grid.direction)
-    voxels, labels = orientation.apply(volume.voxels), orientation.apply(mask.voxels)
+    voxels, labels, orientation = volume.voxels, mask.voxels, orient(volume.grid.direction)
     shape, spacing = oriented_size(volume.grid)
-    foreground = (labels != 0) & (labels != (dataset.ignore or 0))
-    picked = [channel[foreground] for channel in voxels]
-    box = nonzero_box(voxels)
+    box = box_of(labels.shape, lambda planes: (voxels[:, planes] != 0).any(axis=0)) or [(0, length) for length in labels.shape]
+    content = [box[stored][1] - box[stored][0] for stored in orientation.order]
+    foreground = [Greys(partial(labelled, channel, labels, dataset.ignore)) for channel in voxels]
     fingerprint = CaseFingerprint(
         id=case.id,
         stored_shape=volume.grid.shape,
         orientation=orientation_code(volume.grid),
         shape=shape,
         spacing_mm=_rounded(spacing),
-        content_mm=_rounded((end - start) * mm for (start, end), mm in zip(box, spacing, strict=True)),
+        content_mm=_rounded(length * mm for length, mm in zip(content, spacing, strict=True)),
         channels=tuple(
-            ChannelFingerprint(whole=statistics(channel[channel != 0]), foreground=statistics(values))
-            for channel, values in zip(voxels, picked, strict=True)
+            ChannelFingerprint(whole=statistics(Greys(partial(nonzero, channel))), foreground=statistics(inside))
+            for channel, inside in zip(voxels, foreground, strict=True)
         ),
-        labels={value: measured for value in dataset.labels if (measured := measure_label(labels == value))},
+        labels=measure_labels(labels, dataset.labels, orientation),
         warnings=warnings,
     )
-    return fingerprint, [evenly(values, SAMPLE) for values in picked]
+    return fingerprint, [evenly(inside, SAMPLE) for inside in foreground]
 
 
-def measure_label(mask: Array) -> LabelFingerprint | None:
-    """One label's mask (S, P, L), bool; None when it is empty."""
-    box = nonzero_box(mask[None])
-    cut = mask[tuple(slice(start, end) for start, end in box)]
-    if not cut.any():
-        return None
-    extents: dict[SliceAxis, Extent] = {}
-    overlap: dict[SliceAxis, float] = {}
-    copied: dict[SliceAxis, float] = {}
-    for index, axis in enumerate(AXES):
-        stack = np.moveaxis(cut, index, 0)
-        start, end = box[index]
-        extents[axis] = Extent(first=start, last=end - 1, slices=int(stack.any(axis=(1, 2)).sum()))
-        if mask.shape[index] > 1:
-            overlap[axis] = round(neighbour_overlap(stack, ends=(start > 0) + (end < mask.shape[index])), 6)
-            copied[axis] = round(copy_overlap(stack, mask.shape[index]), 6)
-    return LabelFingerprint(voxels=int(cut.sum()), extents=extents, overlap=overlap, copied=copied)
+def nonzero(channel: Array) -> Iterator[Array]:
+    """The values of a channel (Z, Y, X) that are not 0, in pieces."""
+    flat = channel.reshape(-1)
+    for start in range(0, flat.size, PIECE):
+        piece = flat[start : start + PIECE]
+        yield piece.compress(piece != 0)
 
 
-def neighbour_overlap(stack: Array, ends: int) -> float:
-    """Mean Dice of neighbouring slices (T, R, C) of which at least one is not empty.
-
-    ends: how many of the stack's two ends border on an empty slice of the volume; such a pair overlaps by 0, so a label that often
-    vanishes scores low.
-    """
-    area = stack.sum(axis=(1, 2), dtype=np.int64)
-    common = (stack[1:] & stack[:-1]).sum(axis=(1, 2), dtype=np.int64)
-    both = area[1:] + area[:-1]
-    pairs = int((both > 0).sum()) + ends
-    return float((2 * common[both > 0] / both[both > 0]).sum() / pairs) if pairs else 0.0
-
-
-def copy_overlap(stack: Array, slices: int) -> float:
-    """Dice of a label (T, R, C) with its middle slice copied to all `slices` slices of the volume."""
-    area = stack.sum(axis=(1, 2), dtype=np.int64)
-    middle = stack[choose_slice(area, "middle")]
-    common = int((stack & middle).sum())
-    return 2 * common / (int(area.sum()) + slices * int(middle.sum()))
-
-
-def statistics(values: Array) -> Statistics | None:
-    """Of any number of grey values; None when there are none."""
-    if values.size == 0:
-        return None
-    low, median, high = np.percentile(values, [0.5, 50, 99.5])
-    found = {"mean": values.mean(dtype=np.float64), "median": median, "std": values.std(dtype=np.float64), "p00_5": low, "p99_5": high}
-    numbers = {key: _short(value) for key, value in {**found, "min": values.min(), "max": values.max()}.items()}
-    return Statistics(voxels=int(values.size), **numbers)
-
-
-def evenly(values: Array, count: int) -> Array:
-    """At most `count` of the values, evenly spaced in order of size: a sample without chance, the same for every storage order."""
-    ordered: Array = np.sort(values, axis=None)
-    if ordered.size <= count:
-        return ordered
-    return np.asarray(ordered[((np.arange(count) + 0.5) * ordered.size / count).astype(int)])
+def labelled(channel: Array, labels: Array, ignore: int | None) -> Iterator[Array]:
+    """The values of a channel (Z, Y, X) under a label other than `ignore`, in pieces."""
+    flat, marks = channel.reshape(-1), labels.reshape(-1)
+    for start in range(0, flat.size, PIECE):
+        piece, mark = flat[start : start + PIECE], marks[start : start + PIECE]
+        yield piece.compress((mark != 0) & (mark != (ignore or 0)))
 
 
 def orientation_code(grid: Grid) -> str:
@@ -143,11 +125,11 @@ def orientation_code(grid: Grid) -> str:
     return letters[2] + letters[1] + letters[0]
 
 
-def _short(value: float) -> float:
-    """Seven significant digits: more would differ between machines and storage orders."""
-    return float(f"{float(value):.7g}")
+def _as_doubles(samples: Iterable[Array]) -> Iterator[Array]:
+    """What has been sampled of images that need not be of one type."""
+    return (sample.astype(np.float64) for sample in samples)
 
 
 def _rounded(values: Any) -> tuple[float, float, float]:
-    si, ap, lr = (_short(value) for value in values)
+    si, ap, lr = (short(value) for value in values)
     return si, ap, lr

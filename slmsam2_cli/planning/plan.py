@@ -16,6 +16,7 @@ from slmsam2_cli.data import store
 from slmsam2_cli.data.geometry import SliceAxis
 from slmsam2_cli.errors import PlanError
 from slmsam2_cli.planning.channels import MOST_CHANNELS
+from slmsam2_cli.planning.explaining import explain
 from slmsam2_cli.planning.network import NetworkPlan
 
 FORMAT_VERSION = 1
@@ -188,7 +189,7 @@ def parse_plan(value: object, name: str) -> Plan:
     try:
         return Plan.model_validate_json(json.dumps(checked))
     except ValidationError as error:
-        raise PlanError(f"{name}: {explain(error)}. Correct it, or run slmsam2 plan --overwrite for a fresh one") from None
+        raise PlanError(f"{name}: {explain(error, Plan)}. Correct it, or run slmsam2 plan --overwrite for a fresh one") from None
 
 
 def write_plan(path: Path, plan: Plan) -> None:
@@ -252,14 +253,3 @@ def check_document(value: object, name: str, what: str) -> dict[str, Any]:
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise PlanError(f"{name}: format_version {version} is newer than this tool's {FORMAT_VERSION}. Update slmsam2, or plan anew")
     return value
-
-
-def explain(error: ValidationError) -> str:
-    """All of pydantic's findings as one line that names each key."""
-    found = []
-    for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"] if part != "[key]") or "the whole"
-        what = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
-        seen = f" (found {item['input']!r})" if isinstance(item["input"], str | int | float | None) else ""
-        found.append(f"{key}: {what}{seen if item['type'] not in ('missing', 'extra_forbidden') else ''}")
-    return "; ".join(found)

@@ -13,8 +13,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from slmsam2_cli.data import store
 from slmsam2_cli.errors import PlanError
+from slmsam2_cli.planning.explaining import explain
 from slmsam2_cli.planning.network import NetworkPlan, PolicyName
-from slmsam2_cli.planning.plan import Frozen, digest_of, explain
+from slmsam2_cli.planning.plan import Frozen, digest_of
 from slmsam2_cli.pretraining.volumes import VolumesRecipe
 
 _ASSETS = Path(__file__).parents[1] / "assets"
@@ -163,4 +164,4 @@ def read_recipe(path: Path) -> Recipe:
     except store.JsonError as error:
         raise PlanError(f"{error}. Correct it, or leave --recipe out for the packaged one") from None
     except ValidationError as error:
-        raise PlanError(f"{path.name} (recipe): {explain(error)}. Correct it, or leave --recipe out for the packaged one") from None
+        raise PlanError(f"{path.name} (recipe): {explain(error, Recipe)}. Correct it, or leave --recipe out for the packaged one") from None

@@ -21,7 +21,6 @@ import torch
 from slmsam2_cli import console
 from slmsam2_cli.data import store
 from slmsam2_cli.data.dataset import Dataset, read_dataset
-from slmsam2_cli.data.footprint import free_bytes
 from slmsam2_cli.data.prepared import Outcome, PreparedCase, prepare_all
 from slmsam2_cli.device import DeviceName, choose_device, describe
 from slmsam2_cli.errors import DONE, DatasetError, DeviceError, OutputError, PlanError, UsageError
@@ -34,6 +33,7 @@ from slmsam2_cli.finetuning.log import Log
 from slmsam2_cli.finetuning.loop import Learner, new_learner, train
 from slmsam2_cli.finetuning.recognising import SliceSampler, new_recogniser
 from slmsam2_cli.finetuning.resume import load_state, previous_of, save_state
+from slmsam2_cli.finetuning.room import shortage
 from slmsam2_cli.finetuning.stopping import stoppable
 from slmsam2_cli.finetuning.strategies import prepare
 from slmsam2_cli.inference.ready import fuser_of, with_fuser_of
@@ -42,8 +42,7 @@ from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import RANDOM, Checkpoint, Provenance, base_weights, fit
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.channels import COLOURS
-from slmsam2_cli.planning.cost import RUNTIME_BYTES, cost_of_tuning, longest_clip
-from slmsam2_cli.planning.fingerprint import read_fingerprint, write_fingerprint
+from slmsam2_cli.planning.fingerprint import write_fingerprint
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.plan import Plan, TrainingPlan, digest_of, read_plan, write_plan
 from slmsam2_cli.planning.rules import MANY, choose_training, decide
@@ -125,7 +124,8 @@ def finetune(
             run = _run_of(plan, data, ready, wish, base)
             if _finished(workspace, run, resume, overwrite):
                 return DONE
-            _mind_the_memory(run, workspace, chosen)
+            if warning := shortage(run.plan, workspace.fingerprint, len(run.cases), chosen):
+                console.warn(warning)
             _tune(run, ready, workspace, chosen, wish, resume)
     except OutputError as error:
         raise OutputError(f"{error}. Choose a workspace you can write to with -w") from None
@@ -171,26 +171,6 @@ def _plan(data: Dataset, workspace: Workspace, network: str | None, base: Checkp
     console.say(f"planned: slices along {plan.geometry.slice_axis}, {plan.geometry.frame_px} px, {plan.modality} (slmsam2 plan says why)")
     _mind_the_order(plan, base)
     return plan
-
-
-def _mind_the_memory(run: Run, workspace: Workspace, device: torch.device) -> None:
-    """A line where the run will probably not fit, with the setting that does."""
-    if not workspace.fingerprint.exists():
-        return
-    fingerprint, room = read_fingerprint(workspace.fingerprint), _room_bytes(device)
-    cost = cost_of_tuning(run.plan, fingerprint, len(run.cases))
-    if cost is None or room is None or cost.memory_bytes <= room:
-        return
-    shorter = longest_clip(run.plan, fingerprint, room)
-    remedy = f"Set training.clip_slices to {shorter} in plan.json" if shorter else "Close other programs, or use a machine with more"
-    console.warn(f"about {cost.memory_bytes / 1e9:.1f} GB of memory are needed and {room / 1e9:.1f} GB are free. {remedy}")
-
-
-def _room_bytes(device: torch.device) -> int | None:
-    """Memory for this run, what is loaded already included; None where nobody can tell."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return free_bytes() + RUNTIME_BYTES if device.type == "cpu" else None
 
 
 def _mind_the_order(plan: Plan, base: Checkpoint | None) -> None:

@@ -19,9 +19,10 @@ from slmsam2_cli.planning.advice import advise
 from slmsam2_cli.planning.cost import KNOWN, cost_of_predicting, cost_of_tuning, in_words, longest_clip
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, Fingerprint, write_fingerprint
 from slmsam2_cli.planning.measure import measure
+from slmsam2_cli.planning.modality import NAMES, UNKNOWN
 from slmsam2_cli.planning.oddities import oddities
 from slmsam2_cli.planning.plan import Plan, differences, leaves, read_plan, settle, write_plan
-from slmsam2_cli.planning.rules import NAMES, UNKNOWN, asked_axis, decide, with_training
+from slmsam2_cli.planning.rules import asked_axis, decide, with_training
 from slmsam2_cli.report.contents import Table
 from slmsam2_cli.report.planned import PlanNotes, steps, write_plan_page
 from slmsam2_cli.workspace import Workspace

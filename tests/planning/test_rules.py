@@ -6,18 +6,17 @@ import pytest
 
 from slmsam2_cli.errors import DatasetError, UsageError
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint, Extent, Fingerprint, LabelFingerprint, Statistics
+from slmsam2_cli.planning.modality import choose_modality, ct_window
 from slmsam2_cli.planning.rules import (
     FOCUS,
     asked_axis,
     choose_frame_px,
     choose_in_plane_mm,
-    choose_modality,
     choose_nsd_tolerance_mm,
     choose_slice_axis,
     choose_slice_px,
     choose_stored_mm,
     choose_training,
-    ct_window,
     decide,
     round_up,
 )

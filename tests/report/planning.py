@@ -9,8 +9,9 @@ import numpy as np
 from slmsam2_cli.data import store
 from slmsam2_cli.data.dataset import read_dataset
 from slmsam2_cli.data.phantom import nifti_bytes
+from slmsam2_cli.planning.decision import Decision
 from slmsam2_cli.planning.measure import measure
-from slmsam2_cli.planning.rules import Decision, decide
+from slmsam2_cli.planning.rules import decide
 
 
 def case_of(name, spacing=(3.0, 1.0, 1.0)):

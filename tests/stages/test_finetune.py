@@ -246,7 +246,7 @@ def adapted(dataset, tuned, tmp_path_factory):
 
 def test_adapters_leave_a_whole_model_and_a_small_file_that_names_its_base(adapted, tuned):
     whole, small = read_checkpoint(adapted.model), read_checkpoint(adapted.finetuned / "adapter.safetensors")
-    assert {p.name for p in adapted.finetuned.iterdir()} == {"split.json", "model.safetensors", "adapter.safetensors", "log.csv"}
+    assert {p.name for p in adapted.finetuned.iterdir()} == {"split.json", "model.safetensors", "adapter.safetensors", "log.csv", "log.jsonl", "progress.png"}
     assert whole.base_digest == read_checkpoint(tuned.model).base_digest == small.needs.digest
     assert whole.modalities == small.modalities == (whole.plan.modality,)
     assert whole.plan.training.strategy == "adapters" and whole.plan.training.steps == 2
@@ -309,7 +309,7 @@ def test_what_an_option_of_plan_settled_holds_for_any_number_of_cases(tuned):
     ("free", "told"), [(10e9, None), (0.9e9, "Set training.clip_slices to "), (0.01e9, "Close other programs, or use a machine with more")]
 )
 def test_where_memory_is_short_the_setting_that_fits_is_told(dataset, tmp_path, capsys, monkeypatch, free, told):
-    monkeypatch.setattr("slmsam2_cli.stages.finetune.free_bytes", lambda: int(free))
+    monkeypatch.setattr("slmsam2_cli.finetuning.room.free_bytes", lambda: int(free))
     assert finetune(dataset, Workspace(tmp_path), cases=1, weights="random", steps=1) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "of memory are needed" in line]
     assert (told in lines[0]) if told else not lines

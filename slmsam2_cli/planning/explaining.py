@@ -1,0 +1,70 @@
+"""What is wrong with a file that a person may edit: the key, what was found there, and what is allowed, in one line."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+_SHOWN = str | int | float | bool | None
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """All of pydantic's findings on a value for `model`."""
+    return "; ".join(_finding(item, model) for item in error.errors(include_url=False))
+
+
+def _finding(item: Any, model: type[BaseModel]) -> str:
+    loc = tuple(part for part in item["loc"] if part != "[key]")
+    key = ".".join(map(str, loc)) or "the whole"
+    seen = f" (found {item['input']!r})" if isinstance(item["input"], _SHOWN) else ""
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key{seen}{_meant(str(loc[-1]), _owner(model, loc))}"
+    if item["type"] == "missing":
+        return f"{key}: {item['msg']}"
+    field = _field(model, loc)
+    allowed = _allowed(field) if field is not None else ""
+    return f"{key}: {item['msg'].removeprefix('Value error, ')}{seen}{f'; allowed: {allowed}' if allowed else ''}"
+
+
+def _meant(name: str, owner: type[BaseModel] | None) -> str:
+    close = get_close_matches(name, owner.model_fields, n=1) if owner is not None else []
+    return f"; perhaps {close[0]} is meant" if close else ""
+
+
+def _owner(model: type[BaseModel], loc: tuple[str | int, ...]) -> type[BaseModel] | None:
+    """The model whose field the last part of a place names; None where the place leads elsewhere."""
+    owner: type[BaseModel] | None = model
+    for part in loc[:-1]:
+        if isinstance(part, int):
+            continue
+        if owner is None or part not in owner.model_fields:
+            return None
+        owner = _inside(owner.model_fields[part].annotation)
+    return owner
+
+
+def _field(model: type[BaseModel], loc: tuple[str | int, ...]) -> FieldInfo | None:
+    owner = _owner(model, loc) if loc else None
+    return owner.model_fields.get(str(loc[-1])) if owner is not None else None
+
+
+def _inside(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds: itself, or within a tuple or a choice."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for each in get_args(annotation) if (found := _inside(each)) is not None), None)
+
+
+def _allowed(field: FieldInfo) -> str:
+    """ "32 to 2048, multiples of 32" or ""."""
+    bounds: dict[str, Any] = {}
+    for rule in field.metadata:
+        bounds |= {name: value for name in ("ge", "gt", "le", "lt", "multiple_of") if (value := getattr(rule, name, None)) is not None}
+    ends = [f"{bounds['ge']:g} or more"] if "ge" in bounds else [f"more than {bounds['gt']:g}"] if "gt" in bounds else []
+    ends += [f"at most {bounds['le']:g}"] if "le" in bounds else [f"less than {bounds['lt']:g}"] if "lt" in bounds else []
+    span = f"{bounds['ge']:g} to {bounds['le']:g}" if {"ge", "le"} <= set(bounds) else ", ".join(ends)
+    steps = f"multiples of {bounds['multiple_of']:g}" if "multiple_of" in bounds else ""
+    return ", ".join(part for part in (span, steps) if part)
