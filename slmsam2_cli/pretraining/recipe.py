@@ -117,6 +117,9 @@ class Recipe(Frozen):
     warmup_steps: int = Field(default=200, description="steps over which it rises to its peak", ge=0)
     weight_decay: float = Field(default=0.05, description="decoupled weight decay of AdamW", ge=0, le=1)
     average: float = Field(default=0.999, description="how much of the moving average a step keeps, at most", ge=0, lt=1)
+    presence_shift: float = Field(
+        default=0.0, description="added to the presence score of the weights that are kept: below 0, doubt counts as absent", ge=-10, le=10
+    )
     compile: bool = Field(default=False, description="compile the larger modules on a GPU")
     phases: tuple[Phase, ...] = Field(description="single images, short clips, long clips", min_length=1)
     prompts: Prompts = Field(default_factory=Prompts)

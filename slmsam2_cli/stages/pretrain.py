@@ -25,6 +25,7 @@ from slmsam2_cli.finetuning.stopping import stoppable
 from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, base_weights, save_weights
 from slmsam2_cli.pretraining.checks import Check, check, held_out
 from slmsam2_cli.pretraining.loop import Pretrainer, Step, new_learner, train
+from slmsam2_cli.pretraining.model import kept
 from slmsam2_cli.pretraining.recipe import NANO, SMOKE, Recipe, read_recipe
 
 SAVE_EVERY_S = 120.0
@@ -184,8 +185,6 @@ def _check(learner: Pretrainer, recipe: Recipe, checks: Log) -> None:
 
 def _save(path: Path, learner: Pretrainer, recipe: Recipe, commit: str) -> None:
     """The averaged weights in half precision, with everything that is needed to make them again."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in learner.average.state_dict().items()}
-    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     started = store.read_json(path.parent / STARTED_FROM, "ancestor") if (path.parent / STARTED_FROM).exists() else {}
     provenance = Provenance(
         base=BASE,
@@ -197,5 +196,5 @@ def _save(path: Path, learner: Pretrainer, recipe: Recipe, commit: str) -> None:
         versions={name: version(name) for name in ("torch", "sam2", "numpy")},
     )
     notes = {"recipe": recipe.model_dump_json()} | ({"commit": commit} if commit else {})
-    digest = save_weights(path, half, recipe.network, provenance, notes=notes)
+    digest = save_weights(path, kept(learner.average, recipe.presence_shift), recipe.network, provenance, notes=notes)
     console.say(f"weights: {path} ({learner.step} steps, {learner.seconds:.0f} s, {path.stat().st_size / 1e6:.1f} MB, {digest[:12]})")

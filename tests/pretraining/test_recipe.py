@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from slmsam2_cli.errors import PlanError
+from slmsam2_cli.pretraining.model import PRESENCE_BIAS, build, kept
 from slmsam2_cli.pretraining.recipe import NANO, SMOKE, read_recipe
 
 
@@ -81,3 +83,18 @@ def test_a_recipe_that_is_not_there_or_no_json_is_refused(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(PlanError, match="broken.json.*not valid JSON"):
         read_recipe(tmp_path / "broken.json")
+
+
+def test_a_shift_of_presence_changes_the_bias_of_its_head_and_nothing_else():
+    model = build(read_recipe(SMOKE), torch.device("cpu"))
+    plain, shifted = kept(model, 0.0), kept(model, -0.75)
+    changed = {name for name in plain if not torch.equal(plain[name], shifted[name])}
+    assert changed == {PRESENCE_BIAS} and shifted[PRESENCE_BIAS].dtype == torch.float16
+    assert float(shifted[PRESENCE_BIAS] - plain[PRESENCE_BIAS]) == pytest.approx(-0.75, abs=1e-3)
+    assert not torch.equal(model.state_dict()[PRESENCE_BIAS].half(), shifted[PRESENCE_BIAS])  # the model goes on as it was
+
+
+def test_every_packaged_recipe_is_one():
+    assets = NANO.parent
+    assert read_recipe(assets / "nano-through.json").presence_shift == -0.7
+    assert read_recipe(assets / "nano-longer.json").presence_shift == read_recipe(NANO).presence_shift == 0.0

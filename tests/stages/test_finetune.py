@@ -246,7 +246,14 @@ def adapted(dataset, tuned, tmp_path_factory):
 
 def test_adapters_leave_a_whole_model_and_a_small_file_that_names_its_base(adapted, tuned):
     whole, small = read_checkpoint(adapted.model), read_checkpoint(adapted.finetuned / "adapter.safetensors")
-    assert {p.name for p in adapted.finetuned.iterdir()} == {"split.json", "model.safetensors", "adapter.safetensors", "log.csv", "log.jsonl", "progress.png"}
+    assert {p.name for p in adapted.finetuned.iterdir()} == {
+        "split.json",
+        "model.safetensors",
+        "adapter.safetensors",
+        "log.csv",
+        "log.jsonl",
+        "progress.png",
+    }
     assert whole.base_digest == read_checkpoint(tuned.model).base_digest == small.needs.digest
     assert whole.modalities == small.modalities == (whole.plan.modality,)
     assert whole.plan.training.strategy == "adapters" and whole.plan.training.steps == 2
