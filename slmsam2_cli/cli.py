@@ -117,9 +117,12 @@ def plan(
         Literal["auto", "SI", "AP", "LR"] | None,
         typer.Option(help="Cut slices along this axis; auto lets the data decide again.  [default: what the plan was asked, else auto]"),
     ] = None,
-    minutes: Annotated[float | None, typer.Option(min=0.01, metavar="M", help="Let fine-tuning take so many minutes at most.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, max=1e6, metavar="M", help="Let fine-tuning take so many minutes at most; 0: no limit.")
+    ] = None,
     memory: Annotated[
-        float | None, typer.Option(min=0.01, metavar="GB", help="Let fine-tuning take so much memory at most, by shorter clips.")
+        float | None,
+        typer.Option(min=0, max=1e6, metavar="GB", help="Let fine-tuning take so much memory at most, by shorter clips; 0: no limit."),
     ] = None,
     diff: Annotated[
         bool, typer.Option("--diff", help="Write nothing; say where plan.json differs from what would be decided now.")
@@ -142,7 +145,7 @@ def plan(
     if diff or against is not None:
         if overwrite:
             raise UsageError("--diff writes nothing, so there is nothing to --overwrite. Leave one of them out")
-        return stage.compare(root, against or space.plan, network=network, axis=axis)
+        return stage.compare(root, against or space.plan, network=network, axis=axis, minutes=minutes, memory_gb=memory)
     return stage.plan(root, space, overwrite=overwrite, network=network, axis=axis, minutes=minutes, memory_gb=memory, report=report)
 
 

@@ -75,21 +75,22 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     """A table on stdout: rich on a terminal, aligned plain text elsewhere."""
     if settings.quiet:
         return
+    names = [printable(column) for column in columns]
     cells = [[printable(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
-        drawn = Table(title=printable(title), title_justify="left")
-        for column in columns:
-            drawn.add_column(column)
+        drawn = Table(title=Text(printable(title)), title_justify="left")
+        for column in names:
+            drawn.add_column(Text(column))
         for row in cells:
             drawn.add_row(*[Text(cell) for cell in row])
         Console().print(drawn)
         return
-    widths = [max([len(c), *(len(row[i]) for row in cells)]) for i, c in enumerate(columns)]
-    lines = [printable(title), *("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in [list(columns), *cells])]
+    widths = [max([len(c), *(len(row[i]) for row in cells)]) for i, c in enumerate(names)]
+    lines = [printable(title), *("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in [names, *cells])]
     _stream("\n".join(lines), to_stderr=False)
 
 

@@ -36,8 +36,10 @@ def free_bytes() -> int:
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = [next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))]
-    with suppress(OSError, ValueError):  # a container may have less than the machine
-        free += [int((_CONTROL_GROUP / "memory.max").read_text()) - int((_CONTROL_GROUP / "memory.current").read_text())]
+    with suppress(OSError, ValueError, KeyError):  # a container may have less than the machine
+        limit, used = (int((_CONTROL_GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        told = dict(line.split() for line in (_CONTROL_GROUP / "memory.stat").read_text().splitlines())
+        free += [limit - used + int(told["inactive_file"])]  # files read before, which give way
     return max(0, min(free))
 
 

@@ -64,7 +64,7 @@ def spread(
         answers[case] = answer
         advance(1, case)
 
-    if workers:
+    if workers and not multiprocessing.current_process().daemon:  # which may have no processes of its own
         _share(jobs, _Team(work, workers, loaded), bytes_of, room, note)
     for case in [case for case in jobs if case not in answers]:
         note(case, _attempt(work, jobs[case]))

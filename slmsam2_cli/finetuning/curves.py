@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -26,6 +28,13 @@ def draw_progress(path: Path, columns: Sequence[str], rows: Sequence[Sequence[st
 
 def picture(values: Mapping[str, NDArray[np.float64]], title: str) -> bytes:
     """A PNG of three panels over the steps: the loss, its terms, learning rate and seconds a step. The same values give the same bytes."""
+    with warnings.catch_warnings(), matplotlib.rc_context():
+        warnings.simplefilter("ignore")  # of letters that the font has not
+        matplotlib.rcdefaults()  # not what a user's own settings say
+        return _drawn(values, title)
+
+
+def _drawn(values: Mapping[str, NDArray[np.float64]], title: str) -> bytes:
     figure = Figure(figsize=_INCHES, dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     loss, terms, pace = figure.subplots(3, 1, sharex=True)
@@ -38,7 +47,7 @@ def picture(values: Mapping[str, NDArray[np.float64]], title: str) -> bytes:
     pace.plot(step, smoothed(seconds), color="C0", label="seconds a step")
     rate = pace.twinx()
     rate.plot(step, values["learning_rate"], color="C1", label="learning rate (right)")
-    loss.set_title(title)
+    loss.set_title(title, parse_math=False)
     pace.set_xlabel("step")
     for axes in (loss, terms):
         _finished(axes, axes)

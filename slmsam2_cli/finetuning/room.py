@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 
 from slmsam2_cli.data.footprint import free_bytes
+from slmsam2_cli.errors import PlanError
 from slmsam2_cli.planning.cost import RUNTIME_BYTES, cost_of_tuning, longest_clip
 from slmsam2_cli.planning.fingerprint import read_fingerprint
 from slmsam2_cli.planning.plan import Plan
@@ -15,17 +17,24 @@ from slmsam2_cli.planning.plan import Plan
 def shortage(plan: Plan, fingerprint: Path, count: int, device: torch.device) -> str | None:
     """Where fine-tuning on `count` volumes will probably not fit, a line with the setting that does.
 
-    None where it will, or where nobody can tell. PlanError when the fingerprint is not one.
+    None where it will, or where nobody can tell: there is no fingerprint, or it is damaged.
     """
     room = room_bytes(device)
-    if room is None or not fingerprint.exists():
+    if room is None:
         return None
-    measured = read_fingerprint(fingerprint)
+    try:
+        measured = read_fingerprint(fingerprint)
+    except PlanError:
+        return None
     cost = cost_of_tuning(plan, measured, count)
     if cost is None or cost.memory_bytes <= room:
         return None
     shorter = longest_clip(plan, measured, room)
-    remedy = f"Set training.clip_slices to {shorter} in plan.json" if shorter else "Close other programs, or use a machine with more"
+    remedy = (
+        f"Run slmsam2 plan --memory {math.floor(room / 1e8) / 10:g} for shorter clips"
+        if shorter
+        else "Close other programs, or use a machine with more"
+    )
     return f"about {cost.memory_bytes / 1e9:.1f} GB of memory are needed and {room / 1e9:.1f} GB are free. {remedy}"
 
 

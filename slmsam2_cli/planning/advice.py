@@ -22,8 +22,9 @@ USUALLY = 0.5  # share of cases from which on something is usual
 class Advice:
     """For one label, along the planned axis.
 
-    place: where its middle lies, from 0, the first of SIDES, to 1; slices, shortest, longest: median, least and most slices that hold it;
-    length_mm: median; pieces: whether it usually has gaps; open_: share of cases in which it reaches the volume's rim on either of SIDES.
+    place: where its middle lies, from 0, the first of SIDES, to 1; slices, shortest, longest: median, least and most slices from its
+    first to its last; length_mm: median; pieces: whether it usually has gaps; open_: share of cases in which it reaches the volume's
+    rim on either of SIDES.
     """
 
     label: int
@@ -38,13 +39,13 @@ class Advice:
 
     def words(self, axis: SliceAxis) -> str:
         """What to do, for a person in front of a volume."""
-        if self.slices == 1:
+        if self.longest == 1:
             return "lies on one slice: annotate that one"
         varies = f" ({self.shortest} to {self.longest})" if self.shortest != self.longest else ""
         length = f"{self.slices} slices{varies}, {self.length_mm:.0f} mm"
         first = f"annotate its middle slice, about {self.place:.0%} of the way from the {SIDES[axis][0]} side ({length})"
-        more = "; it has gaps, so annotate one slice in each of its pieces" if self.pieces else ""
-        ends = [side for side, share in zip(SIDES[axis], self.open_, strict=True) if share < USUALLY]
+        more = "; it has gaps, so annotate one slice in each of its pieces instead" if self.pieces else ""
+        ends = [side for side, share in zip(SIDES[axis], self.open_, strict=True) if share <= USUALLY]
         if not ends:
             return f"{first}{more}; it runs through the whole volume, so no end needs a mark"
         place = f"mark the first empty slice beyond its {' and '.join(ends)} end{'s' if len(ends) > 1 else ''}"
@@ -57,6 +58,7 @@ def advise(fingerprint: Fingerprint, axis: SliceAxis) -> tuple[Advice, ...]:
     found = []
     for value, name in fingerprint.labels.items():
         cases = [case for case in fingerprint.cases if value in case.labels and case.axis(axis) in case.labels[value].extents]
+        cases = [case for case in cases if 1 not in case.shape] or cases  # a single slice tells nothing of ends
         if cases:
             found.append(_of_label(value, name, cases, axis))
     return tuple(found)

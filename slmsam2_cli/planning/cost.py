@@ -1,7 +1,7 @@
 """What a run will need, before it runs: bytes of memory and seconds, from the plan and the fingerprint alone.
 
 The constants were measured on nano (benchmarks/cost.py prints them against what a run really takes); of other networks nothing is
-foretold. A pace is the seconds that this machine takes to encode and track one slice of one object (model/pace.py).
+foretold. A pace is the seconds that this machine takes to encode and track one slice of one object at KNOWN_PX (model/pace.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from statistics import median
 from slmsam2_cli.data.geometry import AXES
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, Fingerprint
 from slmsam2_cli.planning.plan import Plan
-from slmsam2_cli.planning.rules import choose_training, in_plane
+from slmsam2_cli.planning.rules import in_plane, training_for
 
 MIB = 2**20
 KNOWN = "nano"
@@ -31,7 +31,7 @@ MOST_SEEN_PX, LEAST_SEEN_PX, FEW_SEEN_PX = 128, 48, 64  # as finetuning/recognis
 SEEN = 2.0  # the recogniser's square, in widths of everything that is annotated
 START_S = 4.0  # libraries and weights
 VOXEL_S = 1.5e-7  # to read, bring into view and back, and write; a second for some seven million voxels
-STEP_PACES = 1.0  # to learn from one slice and track, forwards and backwards, in paces
+STEP_PACES = 1.45  # to learn from one slice and track, forwards and backwards, in paces
 SEEN_PACES = 1.5e-6  # to learn from a channel and pixel that the recogniser sees
 CHECKED = 2  # times a volume that was learned from is segmented, to calibrate confidence
 
@@ -70,7 +70,7 @@ def cost_of_tuning(plan: Plan, fingerprint: Fingerprint, count: int, pace_s: flo
     calibrating = LEARNED_BYTES + max(_predicting_bytes(plan, case) for case in cases)
     seconds = None
     if pace_s is not None:
-        steps = training.steps if plan.edited else choose_training(plan.network.size, count).value.steps
+        steps = training_for(plan, count).steps
         step = pace_s * (clips * (encoded + tracked) * STEP_PACES + maps * SEEN_PACES)
         apart = sum(_predicting_s(plan, case, pace_s) for case in cases) / len(cases)
         seconds = START_S + sum(math.prod(case.shape) for case in cases) * VOXEL_S + steps * step + CHECKED * count * apart
@@ -101,7 +101,8 @@ def in_words(cost: Cost) -> tuple[str, str]:
 
 def _predicting_s(plan: Plan, case: CaseFingerprint, pace_s: float) -> float:
     through = case.shape[AXES.index(case.axis(plan.geometry.slice_axis))]
-    return through * len(case.labels) * pace_s + math.prod(case.shape) * VOXEL_S
+    area = (plan.geometry.frame_px / KNOWN_PX) ** 2
+    return through * len(case.labels) * pace_s * area + math.prod(case.shape) * VOXEL_S
 
 
 def _predicting_bytes(plan: Plan, case: CaseFingerprint) -> int:

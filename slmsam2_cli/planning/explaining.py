@@ -8,6 +8,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+_LONGEST = 60
 _SHOWN = str | int | float | bool | None
 
 
@@ -19,7 +20,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 def _finding(item: Any, model: type[BaseModel]) -> str:
     loc = tuple(part for part in item["loc"] if part != "[key]")
     key = ".".join(map(str, loc)) or "the whole"
-    seen = f" (found {item['input']!r})" if isinstance(item["input"], _SHOWN) else ""
+    seen = f" (found {shortened(repr(item['input']))})" if isinstance(item["input"], _SHOWN) else ""
     if item["type"] == "extra_forbidden":
         return f"{key}: unknown key{seen}{_meant(str(loc[-1]), _owner(model, loc))}"
     if item["type"] == "missing":
@@ -27,6 +28,15 @@ def _finding(item: Any, model: type[BaseModel]) -> str:
     field = _field(model, loc)
     allowed = _allowed(field) if field is not None else ""
     return f"{key}: {item['msg'].removeprefix('Value error, ')}{seen}{f'; allowed: {allowed}' if allowed else ''}"
+
+
+def shortened(text: str) -> str:
+    """No more of it than helps."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else f"{value:g}"
 
 
 def _meant(name: str, owner: type[BaseModel] | None) -> str:
@@ -63,8 +73,8 @@ def _allowed(field: FieldInfo) -> str:
     bounds: dict[str, Any] = {}
     for rule in field.metadata:
         bounds |= {name: value for name in ("ge", "gt", "le", "lt", "multiple_of") if (value := getattr(rule, name, None)) is not None}
-    ends = [f"{bounds['ge']:g} or more"] if "ge" in bounds else [f"more than {bounds['gt']:g}"] if "gt" in bounds else []
-    ends += [f"at most {bounds['le']:g}"] if "le" in bounds else [f"less than {bounds['lt']:g}"] if "lt" in bounds else []
-    span = f"{bounds['ge']:g} to {bounds['le']:g}" if {"ge", "le"} <= set(bounds) else ", ".join(ends)
-    steps = f"multiples of {bounds['multiple_of']:g}" if "multiple_of" in bounds else ""
+    ends = [f"{_number(bounds['ge'])} or more"] if "ge" in bounds else [f"more than {_number(bounds['gt'])}"] if "gt" in bounds else []
+    ends += [f"at most {_number(bounds['le'])}"] if "le" in bounds else [f"less than {_number(bounds['lt'])}"] if "lt" in bounds else []
+    span = f"{_number(bounds['ge'])} to {_number(bounds['le'])}" if {"ge", "le"} <= set(bounds) else ", ".join(ends)
+    steps = f"multiples of {_number(bounds['multiple_of'])}" if "multiple_of" in bounds else ""
     return ", ".join(part for part in (span, steps) if part)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from slmsam2_cli.data.dataset import Case, Dataset
 from slmsam2_cli.data.footprint import bytes_on_disk, bytes_to_read, free_bytes
@@ -70,7 +71,10 @@ def worthwhile(cases: Sequence[Case]) -> int:
 def measure_case(case: Case, dataset: Dataset) -> tuple[CaseFingerprint, list[Array]]:
     """One training case, and per channel at most SAMPLE of its foreground's grey values. CaseError when it is unusable."""
     try:
-        return _measure_case(case, dataset)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return _measure_case(case, dataset)
+    except ValidationError:  # a spread that is no number any more
+        raise CaseError(case.id, "", "its grey values are too large to be measured", "Export the image again in its usual unit") from None
     except MemoryError:
         raise CaseError(case.id, "", "not enough memory to measure it", "Close other programs, or use a machine with more memory") from None
 

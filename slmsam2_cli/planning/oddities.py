@@ -51,9 +51,11 @@ def _sizes(cases: Sequence[CaseFingerprint]) -> Iterator[str]:
         )
         for what, values in measured:
             middle = median(values)
-            for case, value in zip(cases, values, strict=True):
-                if not middle / FAR <= value <= middle * FAR:
-                    yield f"case {case.id}: {what} {value:.3g} mm, in most cases {middle:.3g}. See that its header is right"
+            far = [(case, value) for case, value in zip(cases, values, strict=True) if not middle / FAR <= value <= middle * FAR]
+            if far and 2 * len(far) < len(cases):
+                low, high = (f"{end(value for _, value in far):.3g}" for end in (min, max))
+                span = low if low == high else f"{low} to {high}"
+                yield f"{named([case for case, _ in far])}: {what} {span} mm, in most cases {middle:.3g}. See that the header is right"
 
 
 def _missing(fingerprint: Fingerprint) -> Iterator[str]:

@@ -22,6 +22,7 @@ from slmsam2_cli.planning.network import NetworkPlan
 FORMAT_VERSION = 1
 _NO_DECISION = {"reasons", "asked", "decided_digest", "tool_version"}
 Strategy = Literal["full", "frozen-encoder", "decoder+memory", "adapters"]
+Asked = Literal["geometry.slice_axis", "training.minutes", "training.clip_slices"]
 Label = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -142,7 +143,7 @@ class Plan(Frozen):
     training: TrainingPlan
     evaluation: EvaluationPlan = Field(default_factory=EvaluationPlan)
     reasons: dict[str, str] = Field(default_factory=dict, description="decision key -> why; not part of the digest")
-    asked: tuple[str, ...] = Field(default=(), description="decision keys that an option settled; kept when planning anew")
+    asked: tuple[Asked, ...] = Field(default=(), description="decision keys that an option settled; kept when planning anew")
     fingerprint_digest: str = Field(description="SHA-256 of the measurements the decisions rest on")
     decided_digest: str = Field(default="", description="digest of the tool's own decisions; differs from the plan's digest after an edit")
 

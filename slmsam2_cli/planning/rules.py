@@ -14,7 +14,7 @@ from slmsam2_cli.planning.decision import Decision
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, Fingerprint
 from slmsam2_cli.planning.modality import choose_intensity, choose_modality
 from slmsam2_cli.planning.network import FuserName, NetworkPlan, NetworkSize
-from slmsam2_cli.planning.plan import EvaluationPlan, GeometryPlan, Plan, TrainingPlan, signed
+from slmsam2_cli.planning.plan import Asked, EvaluationPlan, GeometryPlan, Plan, TrainingPlan, signed
 from slmsam2_cli.version import VERSION
 
 MANY = 20  # training cases; more do not lengthen the run
@@ -27,6 +27,7 @@ FOCUS, FOCUSED_PX = 2.0, 128  # nano's square, in widths of what is annotated, a
 MOST_STORED_PX = 512
 NATIVE_PX: dict[NetworkSize, int] = {"nano": 256, "tiny": 1024, "small": 1024, "base_plus": 1024, "large": 1024}
 NSD_TOLERANCE_MM = 2.0
+TRAINING = "training."
 THIN = 3.0  # a tolerance of more than one part in so many of a structure's radius forgives nearly everything
 
 
@@ -35,7 +36,7 @@ def decide(
     network: str | None = None,
     fuser: FuserName = "gated",
     axis: Decision[SliceAxis] | None = None,
-    asked: tuple[str, ...] = (),
+    asked: tuple[Asked, ...] = (),
 ) -> Plan:
     """The plan for a data set; fuser: that of the weights it starts from; axis: where that is settled already; asked: the keys that an
     option settled. DatasetError when no case is usable, UsageError when the network is unknown.
@@ -256,13 +257,22 @@ def choose_training(size: NetworkSize, cases: int, from_scratch: bool = False) -
     return Decision(plan, f"for {size} {basis}")
 
 
+def training_for(plan: Plan, used: int, from_scratch: bool = False) -> TrainingPlan:
+    """A person's own training settings, or the rule's for the number of volumes that are really used, with what an option settled."""
+    asked = [key.removeprefix(TRAINING) for key in plan.asked if key.startswith(TRAINING)]
+    chosen = {name: getattr(plan.training, name) for name in ("strategy", "adapters", "recogniser", *asked)}
+    by_rule = [choose_training(plan.network.size, count).value for count in range(1, MANY + 1)]
+    is_by_rule = not plan.edited or plan.training in [rule.model_copy(update=chosen) for rule in by_rule]
+    return choose_training(plan.network.size, used, from_scratch).value.model_copy(update=chosen) if is_by_rule else plan.training
+
+
 def with_training(plan: Plan, asked: Mapping[str, float]) -> Plan:
     """The plan with training settings that an option settled, by their names, as the tool's own decisions."""
     if not asked:
         return plan
     settings = TrainingPlan.model_validate(plan.training.model_dump() | dict(asked))
-    reason = f"{plan.reasons['training']}; asked for: {', '.join(f'{name} {value:g}' for name, value in asked.items())}"
-    keys = tuple(f"training.{name}" for name in sorted(asked))
+    reason = f"{plan.reasons['training']}; asked for: {', '.join(f'{name} {value}' for name, value in asked.items())}"
+    keys = tuple(TRAINING + name for name in sorted(asked))
     changed = {"training": settings, "asked": (*plan.asked, *keys), "reasons": plan.reasons | {"training": reason}}
     return signed(plan.model_copy(update=changed))
 

@@ -143,7 +143,13 @@ class Recipe(Frozen):
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of what may not change between two parts of a run; only its length may."""
-        return digest_of(self.model_dump(mode="json", exclude=_BUDGET))
+        whole = self.model_dump(mode="json", exclude=_BUDGET)
+        if not self.presence_shift:  # what came later leaves the digests of earlier recipes as they were
+            del whole["presence_shift"]
+        if not self.volumes.anatomy.through:
+            for name in ("through", "thicker", "further"):
+                del whole["volumes"]["anatomy"][name]
+        return digest_of(whole)
 
     def volumes_at(self, done: float) -> VolumesRecipe:
         """What volumes are drawn from at this share of the run."""

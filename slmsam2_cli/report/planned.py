@@ -38,13 +38,13 @@ FACING = {
 class PlanNotes:
     """What there is to say beside the pictures, as raw text; any of it may be empty.
 
-    decisions: (decision, value, why); advice: (what, text); costs: (what, predicted time, predicted memory); measured: tables of facts.
+    decisions: (decision, value, why); advice: (what, text); costs: (what, predicted memory); measured: tables of facts.
     """
 
     decisions: tuple[tuple[str, str, str], ...] = ()
     warnings: tuple[str, ...] = ()
     advice: tuple[tuple[str, str], ...] = ()
-    costs: tuple[tuple[str, str, str], ...] = ()
+    costs: tuple[tuple[str, str], ...] = ()
     measured: tuple[Table, ...] = ()
 
 

@@ -45,7 +45,7 @@ from slmsam2_cli.planning.channels import COLOURS
 from slmsam2_cli.planning.fingerprint import write_fingerprint
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.plan import Plan, TrainingPlan, digest_of, read_plan, write_plan
-from slmsam2_cli.planning.rules import MANY, choose_training, decide
+from slmsam2_cli.planning.rules import decide, training_for
 from slmsam2_cli.workspace import Workspace
 
 SAVE_EVERY_S = 120.0
@@ -71,7 +71,7 @@ class Run:
     @property
     def digest(self) -> str:
         base = self.base.digest if self.base else self.weights
-        plan = self.plan.model_dump(mode="json", exclude={"reasons"})
+        plan = self.plan.model_dump(mode="json", exclude={"reasons", "asked"})
         return digest_of({"plan": plan, "cases": list(self.cases), "base": base, "recogniser": self.plan.training.recogniser})
 
 
@@ -228,7 +228,7 @@ def _run_of(plan: Plan, data: Dataset, ready: Outcome, wish: Wish, base: Checkpo
     known = tuple(case for case in images if case not in picked and learned & set(images[case]))
     if known:
         console.warn(f"{len(known)} more case(s) were learned from by {base.name if base else 'the base'} and do not count as unseen")
-    training = _training(plan, len(picked), base is None)
+    training = training_for(plan, len(picked), base is None)
     changes = {"seed": wish.seed, "minutes": wish.minutes or training.minutes, "steps": wish.steps or training.steps}
     settled = plan.model_copy(update={"training": TrainingPlan.model_validate(training.model_dump() | changes)})
     unseen = tuple(case for case in images if case not in {*picked, *known})
@@ -240,15 +240,6 @@ def _image_digests(prepared: PreparedCase, data: Dataset) -> list[str]:
     case = next(case for case in data.training if case.id == prepared.id)
     label = case.label.relative_to(data.root).as_posix() if case.label else ""
     return [digest for name, digest in prepared.record["inputs"].items() if name != label]
-
-
-def _training(plan: Plan, used: int, from_scratch: bool) -> TrainingPlan:
-    """A person's own training settings, or the rule's for the number of volumes that are really used."""
-    asked = [key.removeprefix("training.") for key in plan.asked if key.startswith("training.")]
-    chosen = {name: getattr(plan.training, name) for name in ("strategy", "adapters", "recogniser", *asked)}
-    by_rule = [choose_training(plan.network.size, count).value for count in range(1, MANY + 1)]
-    is_by_rule = not plan.edited or plan.training in [rule.model_copy(update=chosen) for rule in by_rule]
-    return choose_training(plan.network.size, used, from_scratch).value.model_copy(update=chosen) if is_by_rule else plan.training
 
 
 def _finished(workspace: Workspace, run: Run, resume: bool, overwrite: bool) -> bool:
@@ -272,6 +263,12 @@ def _finished(workspace: Workspace, run: Run, resume: bool, overwrite: bool) -> 
     return False
 
 
+def _unfinished(workspace: Workspace, run: Run) -> bool:
+    """Whether the split is of this run, which was ended before it had a state: it can begin where it was, at step 0."""
+    split = store.read_json(workspace.split, "the split") if workspace.split.exists() else None
+    return isinstance(split, dict) and split.get("run") == run.digest and not split.get("finished")
+
+
 def _state(workspace: Workspace) -> Path:
     return workspace.finetuned / "state.safetensors"
 
@@ -288,13 +285,14 @@ def _tune(run: Run, ready: Outcome, workspace: Workspace, device: torch.device, 
         model.recogniser = new_recogniser(slices, len(run.plan.channels), run.plan.training.seed)
     learner = new_learner(model.to(device), run.plan.training, run.base is None)
     state = _state(workspace)
-    if not resume:
-        save_state(state, learner, run.digest)  # from here on, however it ends, there is something to continue
-    elif warning := load_state(state, learner, run.digest):
+    begun = state.exists() or previous_of(state).exists() or not _unfinished(workspace, run)
+    if resume and begun and (warning := load_state(state, learner, run.digest)):
         console.warn(warning)
     console.say(f"training on {len(run.cases)} volume(s) on {describe(device)}: {', '.join(run.cases)}")
     skipped = tuple(problem.case for problem in ready.problems)
     _write_split(workspace, run, wish, skipped, finished=False)
+    if not (resume and begun):
+        save_state(state, learner, run.digest)  # from here on, however it ends, there is something to continue
     log = Log(workspace.finetuned / "log.csv", from_step=learner.step)
     with stoppable() as stopped:
         _follow(learner, sampler, slices, run, state, log, stopped)
@@ -345,7 +343,11 @@ def _note(log: Log, run: Run) -> None:
     log.write()
     if log.rows:
         title = f"{run.plan.dataset_name}: {run.plan.network.size}, {len(run.cases)} volume{'s' * (len(run.cases) > 1)}"
-        draw_progress(log.path.with_name("progress.png"), log.columns, log.values(), title)
+        try:
+            draw_progress(log.path.with_name("progress.png"), log.columns, log.values(), title)
+        except Exception as error:  # noqa: BLE001 - nothing about a picture may make a run fail
+            console.warn(f"progress.png could not be drawn: {error or type(error).__name__}")
+            console.trace(error)
 
 
 def _write_split(workspace: Workspace, run: Run, wish: Wish, skipped: tuple[str, ...], finished: bool) -> None:

@@ -4,10 +4,11 @@ plan.html.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Final, Literal
 
 from slmsam2_cli import console
 from slmsam2_cli.data.dataset import Dataset, read_dataset
@@ -16,19 +17,19 @@ from slmsam2_cli.data.store import one_writer
 from slmsam2_cli.device import choose_device, describe
 from slmsam2_cli.errors import DONE, SOME_FAILED, DatasetError, OutputError, PlanError, UsageError
 from slmsam2_cli.planning.advice import advise
-from slmsam2_cli.planning.cost import KNOWN, cost_of_predicting, cost_of_tuning, in_words, longest_clip
+from slmsam2_cli.planning.cost import KNOWN, KNOWN_PX, cost_of_predicting, cost_of_tuning, in_words, longest_clip
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, Fingerprint, write_fingerprint
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.modality import NAMES, UNKNOWN
 from slmsam2_cli.planning.oddities import oddities
 from slmsam2_cli.planning.plan import Plan, differences, leaves, read_plan, settle, write_plan
-from slmsam2_cli.planning.rules import asked_axis, decide, with_training
+from slmsam2_cli.planning.rules import TRAINING, asked_axis, decide, with_training
 from slmsam2_cli.report.contents import Table
 from slmsam2_cli.report.planned import PlanNotes, steps, write_plan_page
 from slmsam2_cli.workspace import Workspace
 
 AxisName = Literal["auto"] | SliceAxis
-AXIS_KEY, TRAINING = "geometry.slice_axis", "training."
+AXIS_KEY: Final = "geometry.slice_axis"
 Rows = tuple[tuple[str, str, str], ...]
 COST_COLUMNS = ("run", "time", "memory")
 FACT_COLUMNS = ("what", "lowest", "median", "highest")
@@ -48,8 +49,8 @@ def plan(
 ) -> int:
     """Measure a data set, decide how to treat it, and say why. The exit code: 0, or 1 when some cases are unusable.
 
-    network, axis, minutes and memory_gb, of fine-tuning, are kept when planning anew; axis "auto" takes that choice back. report: also
-    draw plan.html.
+    network, axis, minutes and memory_gb, of fine-tuning, are kept when planning anew; axis "auto" and limits of 0 take them back.
+    report: also draw plan.html.
     Raises DatasetError with all problems when no case is usable, PlanError for an edited plan that cannot be kept, OutputError.
     """
     data, wish = _read(dataset), Wish(network, axis, minutes, memory_gb)
@@ -59,26 +60,38 @@ def plan(
             fingerprint, failed = _measure(data)
             decided = _decide(fingerprint, previous, wish)
             settled = settle(previous, decided)
-            _mind_the_edits(settled, decided, wish)
+            _mind_the_edits(settled, decided, fingerprint, wish)
             write_fingerprint(workspace.fingerprint, fingerprint)
             write_plan(workspace.plan, settled)
             costs = _costs(settled, fingerprint)
             if report:
                 _draw(workspace.plan_page, data, fingerprint, settled, costs)
+            elif workspace.plan_page.exists():
+                console.say(f"{workspace.plan_page.name} was left as it is, and may show an earlier plan")
     except OutputError as error:
         raise OutputError(f"{error}. Choose a workspace you can write to with -w") from None
     _show(fingerprint, previous, settled, decided, costs)
     return SOME_FAILED if failed else DONE
 
 
-def compare(dataset: Path, path: Path, *, network: str | None = None, axis: AxisName | None = None) -> int:
+def compare(
+    dataset: Path,
+    path: Path,
+    *,
+    network: str | None = None,
+    axis: AxisName | None = None,
+    minutes: float | None = None,
+    memory_gb: float | None = None,
+) -> int:
     """Say in what the plan in a file differs from what would be decided now; nothing is written. The exit code as of `plan`.
 
     Raises DatasetError, PlanError when there is no such plan or it is not one.
     """
+    if not path.exists():
+        raise PlanError(f"no plan at {path} to compare with. Name a plan.json with --against, or run slmsam2 plan first")
     mine = read_plan(path)
     fingerprint, failed = _measure(_read(dataset))
-    fresh = _decide(fingerprint, mine, Wish(network, axis))
+    fresh = _decide(fingerprint, mine, Wish(network, axis, minutes, memory_gb))
     differing = differences(mine, fresh)
     rows = [[key, shown(before), shown(now), fresh.reasons.get(_reason_key(key, fresh), "-")] for key, before, now in differing]
     if mine.fingerprint_digest != fresh.fingerprint_digest:
@@ -116,13 +129,12 @@ def _decide(fingerprint: Fingerprint, previous: Plan | None, wish: Wish) -> Plan
         plan = decide(fingerprint, network)
     else:
         plan = decide(fingerprint, network, axis=asked_axis(fingerprint, axis), asked=(AXIS_KEY,))
-    training: dict[str, float] = {}
+    settings = {key.removeprefix(TRAINING): leaves(previous)[key] for key in before if key.startswith(TRAINING)} if previous else {}
     if wish.minutes is not None:
-        training["minutes"] = wish.minutes
+        settings["minutes"] = wish.minutes or None
     if wish.memory_gb is not None:
-        training["clip_slices"] = _clip_that_fits(plan, fingerprint, wish.memory_gb)
-    kept = {key.removeprefix(TRAINING) for key in before if key.startswith(TRAINING)} - set(training)
-    return with_training(plan, {name: getattr(previous.training, name) for name in kept} | training if previous else training)
+        settings["clip_slices"] = _clip_that_fits(plan, fingerprint, wish.memory_gb) if wish.memory_gb else None
+    return with_training(plan, {name: value for name, value in settings.items() if value is not None})
 
 
 def _clip_that_fits(plan: Plan, fingerprint: Fingerprint, memory_gb: float) -> int:
@@ -133,15 +145,18 @@ def _clip_that_fits(plan: Plan, fingerprint: Fingerprint, memory_gb: float) -> i
         raise UsageError(f"--memory: what network {plan.network.size} needs is not known. Set training.clip_slices in plan.json yourself")
     need = cost_of_tuning(with_training(plan, {"clip_slices": 2}), fingerprint, 1)
     assert need is not None
-    raise UsageError(f"--memory {memory_gb:g}: even clips of 2 slices need {need.memory_bytes / 1e9:.1f} GB")
+    raise UsageError(f"--memory {memory_gb:g}: even clips of 2 slices need {math.ceil(need.memory_bytes / 1e7) / 100:.2f} GB")
 
 
-def _mind_the_edits(settled: Plan, decided: Plan, wish: Wish) -> None:
+def _mind_the_edits(settled: Plan, decided: Plan, fingerprint: Fingerprint, wish: Wish) -> None:
     """PlanError where an edited plan is kept that says otherwise than an option."""
-    told: dict[str, object] = {"network.size": wish.network, AXIS_KEY: None if wish.axis == "auto" else wish.axis}
-    told |= {f"{TRAINING}minutes": wish.minutes, f"{TRAINING}clip_slices": wish.memory_gb}
     kept, fresh = leaves(settled), leaves(decided)
-    for key in (key for key, value in told.items() if value is not None and kept[key] != fresh[key]):
+    wanted = {"network.size": wish.network, AXIS_KEY: wish.axis, f"{TRAINING}minutes": wish.minutes}
+    against = [key for key, value in wanted.items() if value is not None and kept[key] != fresh[key]]
+    cost = cost_of_tuning(settled, fingerprint, 1) if wish.memory_gb else None
+    if cost is not None and wish.memory_gb and cost.memory_bytes > wish.memory_gb * 1e9:
+        against.append(f"{TRAINING}clip_slices")
+    for key in against:
         raise PlanError(f"plan.json was edited by hand and keeps its {key}: set it to {fresh[key]} there, or add --overwrite")
 
 
@@ -170,18 +185,28 @@ def _measure(data: Dataset) -> tuple[Fingerprint, bool]:
 
 
 def _costs(settled: Plan, fingerprint: Fingerprint) -> Rows:
-    """A row for each run that is likely to follow; a line where memory is short. Nothing where the network's needs are not known."""
+    """A row for each run that is likely to follow. Nothing where the network's needs are not known; no time where trying failed."""
     if settled.network.size != KNOWN:
         return ()
-    from slmsam2_cli.model.pace import pace_s  # torch takes seconds to load, and a comparison needs none
-
-    device = choose_device()
-    pace = pace_s(settled.network, settled.geometry.frame_px, device)
-    console.detail(f"{1000 * pace:.0f} ms to encode and track a slice on {describe(device)}")
-    count = len(fingerprint.cases)
+    pace, count = _pace(settled), len(fingerprint.cases)
     runs = {f"finetune -n {n}": cost_of_tuning(settled, fingerprint, n, pace) for n in sorted({1, min(5, count)})}
     runs[f"predict {count} volume{'s' if count != 1 else ''}"] = cost_of_predicting(settled, fingerprint.cases, pace)
     return tuple((name, *in_words(cost)) for name, cost in runs.items() if cost is not None)
+
+
+def _pace(settled: Plan) -> float | None:
+    """Seconds a slice on this machine; None, and a line, where it could not be tried out."""
+    try:
+        from slmsam2_cli.model.pace import pace_s  # torch takes seconds to load, and a comparison needs none
+
+        device = choose_device()
+        pace = pace_s(settled.network, KNOWN_PX, device)
+    except Exception as error:  # noqa: BLE001 - the plan is written; nothing about an estimate may make the run fail
+        console.detail(f"times are not foretold: {error or type(error).__name__}")
+        console.trace(error)
+        return None
+    console.detail(f"{1000 * pace:.0f} ms to encode and track a slice on {describe(device)}")
+    return pace
 
 
 def _draw(path: Path, data: Dataset, fingerprint: Fingerprint, settled: Plan, costs: Rows) -> None:
@@ -195,7 +220,7 @@ def _draw(path: Path, data: Dataset, fingerprint: Fingerprint, settled: Plan, co
         decisions=tuple((key, value, why) for key, value, why in decisions(settled)),
         warnings=(*(f"case {case.id}: {line}" for case in fingerprint.cases for line in case.warnings), *warnings_of(fingerprint, settled)),
         advice=tuple((f"{one.label} {one.name}", one.words(axis)) for one in advise(fingerprint, axis)),
-        costs=costs,
+        costs=tuple((run, memory) for run, _, memory in costs),  # not the time, which is another with every run
         measured=measured,
     )
     try:

@@ -43,3 +43,9 @@ def test_a_single_step_and_missing_values_are_drawn_too(tmp_path):
     row = ["1", "0.5", "1e-4", *[""] * (len(COLUMNS) - 3)]
     draw_progress(tmp_path / "progress.png", COLUMNS, [row], "spleen")
     assert Image.open(tmp_path / "progress.png").size[0] > 400
+
+
+def test_a_data_set_may_have_any_name(recwarn):
+    for title in ("price $5_^$", "海馬", "<b>\\frac{"):
+        assert picture(values(3), title).startswith(b"\x89PNG")
+    assert not recwarn.list

@@ -81,3 +81,16 @@ def test_the_side_is_named_after_the_axis(axis, side):
 def test_a_single_slice_in_a_set_of_stacks_is_cut_along_its_own_axis():
     one = advice(case("a", 0, 0, slices=30, shape=(30, 1, 30)))
     assert one.open_ == (1.0, 1.0)
+
+
+def test_where_one_case_of_several_is_longer_than_a_slice_there_is_something_to_propagate():
+    assert "annotate its middle slice" in advice(case("a", 7, 7), case("b", 7, 7), case("c", 3, 17)).words("SI")
+
+
+def test_a_single_slice_among_stacks_tells_nothing_of_ends():
+    words = advice(case("a", 10, 20), case("b", 0, 0, slices=1)).words("SI")
+    assert "inferior and superior ends" in words
+
+
+def test_what_reaches_the_rim_in_half_of_the_volumes_wants_a_mark():
+    assert "inferior and superior ends" in advice(case("a", 0, 39), case("b", 10, 20)).words("SI")

@@ -67,3 +67,13 @@ def test_all_findings_are_in_the_one_line():
 
 def test_a_value_of_another_kind_altogether_is_an_error_of_the_whole():
     assert line("3").startswith("the whole: Input should be an object")
+
+
+def test_long_values_are_cut_and_whole_bounds_are_whole():
+    class Large(BaseModel):
+        steps: int = Field(default=1, ge=1, le=10_000_000)
+
+    with pytest.raises(ValidationError) as caught:
+        Large.model_validate({"steps": "x" * 5000})
+    told = explain(caught.value, Large)
+    assert len(told) < 250 and told.endswith("allowed: 1 to 10000000")

@@ -59,7 +59,7 @@ def test_without_a_majority_no_orientation_is_odd():
 
 def test_a_spacing_far_from_the_others_is_named_in_mm():
     lines = said(case("a"), case("b"), case("c"), case("d", spacing=(3.0, 0.1, 1.0)))
-    assert "case d: slices along AP are apart 0.1 mm, in most cases 1. See that its header is right" in lines
+    assert "case d: slices along AP are apart 0.1 mm, in most cases 1. See that the header is right" in lines
 
 
 def test_two_cases_have_no_rest_to_differ_from():
@@ -74,3 +74,13 @@ def test_a_label_that_is_in_no_case_cannot_be_learned():
 def test_cases_that_lack_a_label_are_named_the_first_five_at_least():
     lines = said(case("z"), *(case(name, labels=()) for name in "abcdefg"))
     assert lines == ("label 1 (organ) is missing in cases a, b, c, d, e and 2 more. Fine where the structure is not there",)
+
+
+def test_cases_that_differ_alike_are_named_in_one_line():
+    usual = [case(name) for name in "abcdef"]
+    lines = said(*usual, case("y", spacing=(3.0, 0.1, 1.0)), case("z", spacing=(3.0, 0.2, 1.0)))
+    assert "cases y, z: slices along AP are apart 0.1 to 0.2 mm, in most cases 1. See that the header is right" in lines
+
+
+def test_of_two_kinds_in_equal_number_neither_is_odd():
+    assert said(case("a"), case("b"), case("y", spacing=(30.0, 9.0, 9.0)), case("z", spacing=(30.0, 9.0, 9.0))) == ()

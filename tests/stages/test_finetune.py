@@ -11,8 +11,8 @@ from slmsam2_cli.data.phantom import write_phantom_dataset
 from slmsam2_cli.errors import DatasetError, PlanError, UsageError, WeightsError
 from slmsam2_cli.model.checkpoint import on_base, read_checkpoint, recogniser_of
 from slmsam2_cli.planning.plan import read_plan, signed, write_plan
-from slmsam2_cli.planning.rules import choose_training, with_training
-from slmsam2_cli.stages.finetune import _training, finetune
+from slmsam2_cli.planning.rules import choose_training, training_for, with_training
+from slmsam2_cli.stages.finetune import finetune
 from slmsam2_cli.stages.predict import predict
 from slmsam2_cli.workspace import Workspace
 
@@ -176,9 +176,9 @@ def test_a_run_killed_before_its_first_model_is_not_started_anew_in_silence(data
 
 def test_a_persons_own_training_settings_are_kept_and_the_rules_own_are_fitted_to_the_run(dataset, tmp_path):
     planned = read_plan(Workspace(dataset / "slmsam2").plan)
-    assert _training(planned, 2, from_scratch=True) == choose_training("nano", 2, from_scratch=True).value
+    assert training_for(planned, 2, from_scratch=True) == choose_training("nano", 2, from_scratch=True).value
     own = planned.model_copy(update={"training": planned.training.model_copy(update={"learning_rate": 1e-5})})
-    assert _training(own, 2, from_scratch=True).learning_rate == 1e-5
+    assert training_for(own, 2, from_scratch=True).learning_rate == 1e-5
 
 
 def test_continue_and_overwrite_together_are_refused(dataset, tmp_path):
@@ -228,7 +228,7 @@ def test_a_plan_may_leave_the_recogniser_out(tuned, dataset, tmp_path):
 def test_a_plan_that_nobody_edited_is_trained_by_today_s_rule_also_where_an_earlier_one_made_it(tuned):
     planned = read_plan(tuned.plan)
     earlier = signed(planned.model_copy(update={"training": planned.training.model_copy(update={"steps": 520, "clips_per_step": 2})}))
-    assert _training(earlier, 2, from_scratch=False) == choose_training("nano", 2).value
+    assert training_for(earlier, 2, from_scratch=False) == choose_training("nano", 2).value
 
 
 # Strategies
@@ -307,13 +307,13 @@ def test_the_header_says_what_the_confidence_is_worth_and_on_which_volumes(tuned
 
 def test_what_an_option_of_plan_settled_holds_for_any_number_of_cases(tuned):
     asked = with_training(read_plan(tuned.plan), {"minutes": 7.0, "clip_slices": 4})
-    settled = _training(asked, 3, from_scratch=False)
+    settled = training_for(asked, 3, from_scratch=False)
     assert (settled.minutes, settled.clip_slices) == (7.0, 4)
     assert settled.steps == choose_training("nano", 3).value.steps
 
 
 @pytest.mark.parametrize(
-    ("free", "told"), [(10e9, None), (0.9e9, "Set training.clip_slices to "), (0.01e9, "Close other programs, or use a machine with more")]
+    ("free", "told"), [(10e9, None), (0.9e9, "Run slmsam2 plan --memory "), (0.01e9, "Close other programs, or use a machine with more")]
 )
 def test_where_memory_is_short_the_setting_that_fits_is_told(dataset, tmp_path, capsys, monkeypatch, free, told):
     monkeypatch.setattr("slmsam2_cli.finetuning.room.free_bytes", lambda: int(free))

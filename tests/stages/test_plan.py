@@ -249,7 +249,7 @@ def test_a_time_limit_and_a_memory_limit_are_kept_when_planning_anew(data, works
 
 
 def test_a_memory_limit_that_nothing_fits_is_refused_with_the_least(data, workspace):
-    with pytest.raises(UsageError, match=r"--memory 0.3: even clips of 2 slices need \d\.\d GB"):
+    with pytest.raises(UsageError, match=r"--memory 0.3: even clips of 2 slices need \d\.\d\d GB"):
         plan(data, workspace, memory_gb=0.3)
     assert not workspace.plan.exists()
 
@@ -267,3 +267,55 @@ def test_where_the_modality_is_not_known_a_person_is_asked_to_name_it(data, work
     plan(data, workspace)
     warnings = [line for line in capsys.readouterr().err.splitlines() if "name the channel in dataset.json" in line]
     assert len(warnings) == 1 and "CT, MR, PET, US, XR, RGB" in warnings[0]
+
+
+def test_a_limit_of_0_or_one_taken_out_by_hand_is_no_limit(data, workspace):
+    plan(data, workspace, minutes=7.0, memory_gb=1.2)
+    plan(data, workspace, memory_gb=0)
+    assert read_plan(workspace.plan).asked == ("training.minutes",)
+    value = json.loads(workspace.plan.read_text())
+    value["training"]["minutes"] = None
+    workspace.plan.write_text(json.dumps(value))
+    assert compare(data, workspace.plan) == 0
+    assert plan(data, workspace) == 0 and read_plan(workspace.plan).training.minutes is None
+
+
+def test_only_what_an_option_can_settle_can_have_been_asked(data, workspace):
+    plan(data, workspace)
+    value = json.loads(workspace.plan.read_text())
+    value["asked"] = ["training.stepz"]
+    workspace.plan.write_text(json.dumps(value))
+    with pytest.raises(PlanError, match="asked.0: Input should be 'geometry.slice_axis'"):
+        plan(data, workspace)
+
+
+def test_an_edited_plan_that_needs_more_memory_than_allowed_is_not_kept_in_silence(data, workspace):
+    plan(data, workspace)
+    value = json.loads(workspace.plan.read_text())
+    value["training"] |= {"clips_per_step": 8, "clip_slices": 4}
+    workspace.plan.write_text(json.dumps(value))
+    with pytest.raises(PlanError, match="keeps its training.clip_slices"):
+        plan(data, workspace, memory_gb=1.25)
+
+
+def test_an_axis_is_not_taken_back_from_an_edited_plan_in_silence(data, workspace):
+    plan(data, workspace, axis="LR")
+    value = json.loads(workspace.plan.read_text())
+    value["training"]["learning_rate"] = 2e-4
+    workspace.plan.write_text(json.dumps(value))
+    with pytest.raises(PlanError, match="keeps its geometry.slice_axis: set it to SI there"):
+        plan(data, workspace, axis="auto")
+
+
+def test_times_that_cannot_be_tried_out_are_left_open(data, workspace, capsys, monkeypatch):
+    monkeypatch.setattr("slmsam2_cli.model.pace._trial", lambda *_: 1 / 0)
+    assert plan(data, workspace) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("finetune -n 1"))
+    assert row.split()[3:] == ["-", row.split()[4], "GB"]
+
+
+def test_the_same_data_and_plan_give_the_same_page(data, workspace):
+    plan(data, workspace)
+    first = workspace.plan_page.read_bytes()
+    plan(data, workspace)
+    assert workspace.plan_page.read_bytes() == first
