@@ -1,6 +1,6 @@
 # make demo    the whole pipeline on made-up patients, in demo/
 # make test    what continuous integration runs
-# make nano    the packaged base, trained as it was, in nano/; two hours
+# make nano    the packaged base, trained as it was, in nano/; three and a half hours
 #
 # Needs make, bash and Python 3.10 or newer; everything else goes into .venv, once.
 
@@ -28,8 +28,9 @@ test: $(VENV)/installed-test
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest -n auto --dist loadfile
 
-# In two parts. May be interrupted and called again.
+# In three parts. May be interrupted and called again.
 NANO_FIRST := nano/first/nano.safetensors
+NANO_SECOND := nano/second/nano.safetensors
 
 nano: $(VENV)/installed
 	test -e nano/first.done || $(VENV)/bin/slmsam2 pretrain -o nano/first $(if $(wildcard nano/first/recipe.json),--continue)
@@ -37,6 +38,9 @@ nano: $(VENV)/installed
 	test -e nano/second.done || $(VENV)/bin/slmsam2 pretrain -o nano/second $(if $(wildcard nano/second/recipe.json),--continue,\
 		--recipe slmsam2_cli/assets/nano-longer.json --weights $(NANO_FIRST))
 	touch nano/second.done
+	test -e nano/third.done || $(VENV)/bin/slmsam2 pretrain -o nano/third $(if $(wildcard nano/third/recipe.json),--continue,\
+		--recipe slmsam2_cli/assets/nano-through.json --weights $(NANO_SECOND))
+	touch nano/third.done
 
 install: $(VENV)/installed
 
