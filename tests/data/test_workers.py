@@ -14,7 +14,10 @@ from slmsam2_cli.data import workers
 from slmsam2_cli.data.workers import spread
 from slmsam2_cli.errors import CaseError
 
-SLEEPING = "import time; from slmsam2_cli.data.workers import spread; spread(time.sleep, {'a': 60, 'b': 60}, 2)"
+SLEEPING = (
+    "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); "  # where the tests run in the background, it is ignored
+    "from slmsam2_cli.data.workers import spread; spread(time.sleep, {'a': 60, 'b': 60}, 2)"
+)
 
 
 def shell(folder, *scripts):

@@ -39,7 +39,14 @@ def done(recipe, tmp_path_factory):
 
 
 def test_it_writes_exactly_these_files(done):
-    assert {p.name for p in done.iterdir() if not p.name.startswith(".")} == {"recipe.json", "log.csv", "checks.csv", "nano.safetensors"}
+    assert {p.name for p in done.iterdir() if not p.name.startswith(".")} == {
+        "recipe.json",
+        "log.csv",
+        "log.jsonl",
+        "checks.csv",
+        "checks.jsonl",
+        "nano.safetensors",
+    }
     assert len((done / "log.csv").read_text().splitlines()) == 1 + 4
     assert len((done / "checks.csv").read_text().splitlines()) == 1 + 1
 
