@@ -15,7 +15,7 @@ from slmsam2_cli.data.workers import spread
 from slmsam2_cli.errors import CaseError
 
 SLEEPING = (
-    "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); "  # where the tests run in the background, it is ignored
+    "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored where the tests run in the background
     "from slmsam2_cli.data.workers import spread; spread(time.sleep, {'a': 60, 'b': 60}, 2)"
 )
 
