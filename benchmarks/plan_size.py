@@ -59,12 +59,12 @@ class Pipeline:
             simulate_prompts(labels.voxels, view, tuple(plan.labels), "middle"), view, tuple(plan.labels), plan.geometry.stack_px
         )
         given = next(anchor.slice for anchors in objects.values() for anchor in anchors)
-        start = max(0, min(given - CLIP // 2, len(frames) - CLIP))
-        self.plan, self.slices, self.objects = plan, len(frames), len(objects)
+        start = max(0, min(given - CLIP // 2, frames.shape[1] - CLIP))
+        self.plan, self.slices, self.objects = plan, frames.shape[1], len(objects)
         self.anchors = {
             value: [Anchor(a.slice - start, a.mask) for a in one if start <= a.slice < start + CLIP] for value, one in objects.items()
         }
-        self.stack = framed(to_input(torch.from_numpy(frames[start : start + CLIP])), plan.geometry.stack_px)
+        self.stack = framed(to_input(torch.from_numpy(frames[:, start : start + CLIP])), plan.geometry.stack_px)
         self.model = SlmSam2(plan.network, plan.geometry.frame_px).eval()
 
     def seconds(self) -> float:
