@@ -1,7 +1,6 @@
 """Stage 3: data set + plan -> tuned model.   Reads plan.json, prepared/.
 
-Writes finetuned/{split.json,model.safetensors,log.csv,log.jsonl,progress.png,state}, and adapter.safetensors when the plan asks for
-adapters.
+Writes finetuned/{split.json,model.safetensors,log.csv,log.jsonl,progress.png,state}, and adapter.safetensors for a plan with adapters.
 
 Plans and prepares by itself what has not been planned or prepared. An interrupted run leaves a usable model and goes on
 with --continue.
@@ -290,6 +289,8 @@ def _tune(run: Run, ready: Outcome, workspace: Workspace, device: torch.device, 
         console.warn(warning)
     console.say(f"training on {len(run.cases)} volume(s) on {describe(device)}: {', '.join(run.cases)}")
     skipped = tuple(problem.case for problem in ready.problems)
+    for old in () if resume else (state, previous_of(state)):
+        old.unlink(missing_ok=True)  # of a run that --overwrite gave up: not to be gone on with by this one's split
     _write_split(workspace, run, wish, skipped, finished=False)
     if not (resume and begun):
         save_state(state, learner, run.digest)  # from here on, however it ends, there is something to continue
@@ -305,9 +306,8 @@ def _tune(run: Run, ready: Outcome, workspace: Workspace, device: torch.device, 
         elif calibration := _calibrate(learner, used, run.plan, stopped):
             _save(workspace, run, learner, calibration)
         _write_split(workspace, run, wish, skipped, finished)
-    if finished:
-        state.unlink(missing_ok=True)
-        previous_of(state).unlink(missing_ok=True)
+    for old in (state, previous_of(state)) if finished else ():
+        old.unlink(missing_ok=True)
 
 
 def _follow(
