@@ -29,7 +29,7 @@ Job = TypeVar("Job")
 Answer = TypeVar("Answer")
 
 START_METHOD = "forkserver"  # a copy of this process, which may have threads, may hang; a new one each loads everything again
-_REFUSED = (OSError, EOFError, ImportError, NotImplementedError, ValueError)  # no place for a socket, no more processes, no such method
+REFUSED = (OSError, EOFError, ImportError, NotImplementedError, ValueError)  # no place for a socket, no more processes, no such method
 _SAFE_PATH = "PYTHONSAFEPATH"  # heeded from Python 3.11 on
 _ALONE = float("inf")  # bytes: what leaves no room for others
 _LOST = object()
@@ -148,7 +148,7 @@ class _Team:
         try:
             for _ in range(missing):
                 self.workers.append(_started(self.work, self.loaded))
-        except _REFUSED:
+        except REFUSED:
             self.size = 0
 
     def hear(self) -> Iterator[tuple[str, Any]]:
@@ -181,14 +181,14 @@ def _started(work: Callable[[Any], Any], loaded: list[str]) -> _Worker:
     context.set_forkserver_preload(loaded)
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(work, theirs), daemon=True)
-    with _undisturbed(), _without_script():
+    with undisturbed(), _without_script():
         process.start()
     theirs.close()
     return _Worker(process, ours)
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """A Python started meanwhile leaves Ctrl-C to this one from the beginning, and imports nothing from the working directory."""
     before = os.environ.get(_SAFE_PATH)
     os.environ[_SAFE_PATH] = "1"
@@ -226,9 +226,8 @@ class _Failure:
 
 
 def _serve(work: Callable[[Any], Any], line: Connection) -> None:
-    """A process's life: answer until nobody asks any more. It leaves Ctrl-C to its parent, and ends with it, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    """A process's life: answer until nobody asks any more."""
+    follow_the_parent()
     line.send("begun")
     while True:
         try:
@@ -242,6 +241,12 @@ def _serve(work: Callable[[Any], Any], line: Connection) -> None:
         line.send(answer)
 
 
-def _end_with(parent: BaseProcess) -> None:
+def follow_the_parent() -> None:
+    """Leave Ctrl-C to it, and end when it has ended, however that came."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_after, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_after(parent: BaseProcess) -> None:
     parent.join()
     os._exit(1)
