@@ -139,8 +139,8 @@ def _decide(fingerprint: Fingerprint, previous: Plan | None, wish: Wish) -> Plan
 
 def _clip_that_fits(plan: Plan, fingerprint: Fingerprint, memory_gb: float) -> int:
     """The longest clips that fine-tuning can learn from in so much memory."""
-    if (least := longest_clip(plan, fingerprint, int(memory_gb * 1e9))) is not None:
-        return least
+    if (longest := longest_clip(plan, fingerprint, int(memory_gb * 1e9))) is not None:
+        return longest
     if plan.network.size != KNOWN:
         raise UsageError(f"--memory: what network {plan.network.size} needs is not known. Set training.clip_slices in plan.json yourself")
     need = cost_of_tuning(with_training(plan, {"clip_slices": 2}), fingerprint, 1)
@@ -156,7 +156,8 @@ def _mind_the_edits(settled: Plan, decided: Plan, fingerprint: Fingerprint, wish
     cost = cost_of_tuning(settled, fingerprint, 1) if wish.memory_gb else None
     if cost is not None and wish.memory_gb and cost.memory_bytes > wish.memory_gb * 1e9:
         against.append(f"{TRAINING}clip_slices")
-    for key in against:
+    if against:
+        key = against[0]
         raise PlanError(f"plan.json was edited by hand and keeps its {key}: set it to {fresh[key]} there, or add --overwrite")
 
 
@@ -240,7 +241,7 @@ def _show(fingerprint: Fingerprint, previous: Plan | None, settled: Plan, decide
     axis = settled.geometry.slice_axis
     console.table("what to annotate on a new volume", ["label", f"slices along {axis}"], advice_rows(fingerprint, axis))
     if costs:
-        console.table("what it will take on this machine, roughly", COST_COLUMNS, costs)
+        console.table("what runs take here, roughly", COST_COLUMNS, costs)
     for line in warnings_of(fingerprint, settled):
         console.warn(line)
     for key, mine, theirs in differences(settled, decided):

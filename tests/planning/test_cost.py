@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import pytest
 from golden.data_sets import NAMES, golden_fingerprint, golden_plan
 
 from slmsam2_cli.data.geometry import AXES
+from slmsam2_cli.finetuning import loop, recognising
+from slmsam2_cli.inference import engine
+from slmsam2_cli.model import recogniser
+from slmsam2_cli.planning import cost
 from slmsam2_cli.planning.cost import MIB, Cost, cost_of_predicting, cost_of_tuning, in_words, longest_clip, recogniser_size
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint, Extent, Fingerprint, LabelFingerprint
 from slmsam2_cli.planning.rules import decide
@@ -104,6 +110,12 @@ def test_of_a_network_that_was_not_measured_nothing_is_foretold():
 )
 def test_times_are_told_as_roughly_as_they_are_known(seconds, words):
     assert in_words(Cost(1_540_000_000, seconds)) == (words, "1.5 GB")
+
+
+def test_what_the_cost_knows_of_training_and_inference_is_what_they_do():
+    assert (cost.TRACKS, cost.BATCH, cost.SEEN) == (loop.TRACKS_PER_WINDOW, recognising.BATCH, recogniser.FOCUS)
+    assert (cost.LEAST_SEEN_PX, cost.FEW_SEEN_PX, cost.MOST_SEEN_PX) == (recognising._LEAST_PX, recognising._FEW_PX, recognising._MOST_PX)
+    assert signature(engine.Features).parameters["keep_bytes"].default == cost.MOST_KEPT_BYTES
 
 
 @pytest.mark.parametrize("name", NAMES)
