@@ -1,12 +1,13 @@
 """What the planned size costs and what it is worth, against the stock pipeline and against other sizes.
 
     python benchmarks/plan_size.py ../shared/data [--sets Task04_Hippocampus Sarcoma_MR_T1] [--repeats 3]
-    python benchmarks/plan_size.py ../shared/data --accuracy [-n 5] [--steps 300] [--settings 128:2 96:2 160:2 160:whole]
+    python benchmarks/plan_size.py ../shared/data --accuracy [-n 5] [--steps 300] [--settings 128:2 160:whole 128:2:neighbours]
 
 Cost, seconds a volume on this CPU: the planned pipeline, the plan for tiny, and stock SAM 2, which blows every slice up to 1024 x 1024
 (tiny, random weights: time does not depend on them). One volume a set, its middle slice given, CLIP slices of it, times its slices; the
 three alternate; medians. Accuracy: the packaged base tuned on n volumes at several sizes, each PX:WIDTH, the square's edge in pixels and
-in widths of what is annotated, or whole slices; Dice on the cases not learned from, over labels. One seed.
+in widths of what is annotated, or whole slices; with neighbours, the slices before and after are two of its three colours. Dice on the
+cases not learned from, over labels. One seed.
 """
 
 import argparse
@@ -116,9 +117,9 @@ def accuracy(root: Path, settings: list[str], count: int, steps: int | None) -> 
 
 def at(fingerprint: Fingerprint, setting: str) -> Plan:
     """The plan, but for the size of what nano sees."""
-    px, _, width = setting.partition(":")
+    px, width, *more = setting.split(":")
     plan = decide(fingerprint)
-    geometry = plan.geometry
+    geometry = plan.geometry.model_copy(update={"neighbours": "neighbours" in more})
     if width == "whole":
         scale = geometry.stack_px / int(px)
         changed: dict[str, object] = {"focus": None, "slice_px": None, "in_plane_mm": geometry.in_plane_mm * scale}

@@ -131,8 +131,10 @@ class ClipSampler:
         return around(box_of([given]), self.geometry.focus, self.geometry.stack_px)
 
     def _frames(self, structure: _Structure, start: int, length: int, square: Square | None) -> Tensor:
-        stack = torch.from_numpy(np.asarray(self.cases[structure.case].frames[:, start : start + length], dtype=np.float32))
-        slices = framed(to_input(stack), self.geometry.stack_px)
+        first = max(start - 1, 0)  # the neighbours of a window's outer slices are seen, too
+        stack = torch.from_numpy(np.asarray(self.cases[structure.case].frames[:, first : start + length + 1], dtype=np.float32))
+        seen = to_input(stack, self.geometry.neighbours)[start - first : start - first + length]
+        slices = framed(seen, self.geometry.stack_px)
         return square.cut(slices, self.geometry.frame_px) if square is not None else slices
 
     def _masks(self, structure: _Structure, start: int, length: int, value: int, reverse: bool, square: Square | None) -> Tensor:

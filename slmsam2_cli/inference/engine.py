@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -102,6 +103,7 @@ def propagate(
     batch: int = BATCH,
     focus: float | None = None,
     recognise: bool = False,
+    patience: int | None = None,
 ) -> dict[int, Propagated]:
     """Masks of every object on every slice.
 
@@ -109,15 +111,20 @@ def propagate(
     as wide as what is annotated, each object in its own. objects: label -> its annotated slices. `advance` is told how many slices were
     tracked. low_resolution_anchors: write a person's mask to memory as SAM 2's predictor does, through the 4x smaller
     mask; otherwise at full resolution. batch: slices encoded at a time. recognise: the objects are the labels that the model was
-    tuned on, so its recogniser, where it has one, is heeded as far as it agrees with what is annotated.
+    tuned on, so its recogniser, where it has one, is heeded as far as it agrees with what is annotated. patience: a pass with no annotated
+    slice of the object ahead ends after so many slices without it; None: at the end of the volume.
     """
     model.eval()
     hints = _hints(model, frames, objects) if recognise else {}
     low = low_resolution_anchors
     if focus is None:
         features = Features(model, frames, batch)
-        return {label: _object(model, features, anchors, advance, low, hints.get(label)) for label, anchors in objects.items()}
-    return {label: _focused(model, frames, anchors, focus, advance, low, batch, hints.get(label)) for label, anchors in objects.items()}
+        each = partial(_object, model, features, advance=advance, low=low, patience=patience)
+        return {label: each(anchors, hint=hints.get(label)) for label, anchors in objects.items()}
+    return {
+        label: _focused(model, frames, anchors, focus, advance, low, batch, hints.get(label), patience)
+        for label, anchors in objects.items()
+    }
 
 
 def _hints(model: SlmSam2, frames: Tensor, objects: Mapping[int, list[Anchor]]) -> dict[int, Hint]:
@@ -136,6 +143,7 @@ def _focused(
     low: bool,
     batch: int,
     hint: Hint | None,
+    patience: int | None,
 ) -> Propagated:
     """One object in a square around what is annotated; in a larger one where that turns out too small."""
     slice_px, px = frames.shape[-1], model.frame_px
@@ -143,7 +151,8 @@ def _focused(
     for attempt in range(1, ATTEMPTS + 1):
         features = Features(model, square.cut(frames, px), batch)
         seen = [replace(a, mask=square.cut_masks(a.mask, px)) for a in anchors]
-        found = replace(_object(model, features, seen, advance if attempt == 1 else _quietly, low, hint, square), square=square)
+        told = advance if attempt == 1 else _quietly
+        found = replace(_object(model, features, seen, told, low, hint, square, patience), square=square)
         larger = _larger(found, focus, slice_px)
         if larger is None:
             break
@@ -182,6 +191,7 @@ def _object(
     low: bool,
     hint: Hint | None,
     square: Square | None = None,
+    patience: int | None = None,
 ) -> Propagated:
     count, edge = len(features.frames), model.mask_px
     logits = torch.full((count, edge, edge), ABSENT, dtype=torch.float32)
@@ -194,7 +204,7 @@ def _object(
     shared = MemoryBank(memories)
     for start, step in _passes(memories, model.policy.two_sided):
         bank = shared if model.policy.two_sided else MemoryBank(memories)
-        _run(model, features, bank, start, step, said, logits, confidence, weight, disagreement, advance, hint, square)
+        _run(model, features, bank, start, step, said, logits, confidence, weight, disagreement, advance, hint, square, patience)
     return Propagated(logits, confidence, disagreement, agreement=hint.agreement if hint is not None else None)
 
 
@@ -236,12 +246,14 @@ def _run(
     advance: Callable[[int], None],
     hint: Hint | None,
     square: Square | None,
+    patience: int | None,
 ) -> None:
-    """One pass from an anchor up to the next annotated slice or the end of the volume."""
+    """One pass from an anchor up to the next annotated slice, the end of the volume, or the end of patience."""
     count = len(features.frames)
     stop = next((s for s in range(start + step, count if step > 0 else -1, step) if s in said), count if step > 0 else -1)
     between, ends = stop in bank.anchors, stop in said and said[stop].end and not bool(said[stop].mask.any())
     taper = Taper(said[start].mask, start, stop, model.mask_px) if ends else None
+    without = 0
     for t in range(start + step, stop, step):
         moment = Moment(t, step, bank.anchors, bank.tracked, count)
         output = model.track(features[t], bank, moment)
@@ -259,6 +271,10 @@ def _run(
         logits[t], confidence[t] = torch.lerp(logits[t], seen, mix), confidence[t] + mix * (sure - confidence[t])
         weight[t] += share
         advance(1)
+        without = 0 if bool((seen > 0).any()) else without + 1
+        if not between and without == patience:
+            advance(abs(stop - t) - 1)
+            break
 
 
 def _disagreement(one: Tensor, other: Tensor) -> float:

@@ -19,7 +19,7 @@ from slmsam2_cli.data.prompts import Prompts, Where, impose, read_prompts, simul
 from slmsam2_cli.data.volume import Volume, read_image, read_labels, write_mask
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.inference.anchors import anchors_of
-from slmsam2_cli.inference.engine import BATCH, Anchor, Propagated, propagate
+from slmsam2_cli.inference.engine import Anchor, Propagated, propagate
 from slmsam2_cli.inference.pieces import attached
 from slmsam2_cli.inference.recognised import GOOD
 from slmsam2_cli.inference.restored import labels_of
@@ -110,19 +110,28 @@ def segment(
     model: SlmSam2,
     plan: Plan,
     calibration: Calibration | None = None,
-    batch: int = BATCH,
+    batch: int | None = None,
 ) -> Segmented:
-    """Propagate one case, encoding `batch` slices at a time. CaseError names what is wrong with it; nothing is written.
+    """Propagate one case. CaseError names what is wrong with it; nothing is written.
 
-    calibration: turns the confidence of slices that nobody annotated into the Dice to expect.
+    batch: slices encoded at a time, where not as many as planned. calibration: turns the confidence of slices that nobody annotated
+    into the Dice to expect.
     """
     started = time.monotonic()
     image = read_image(case.images, case=case.id, root=root, channels=len(plan.channels))
     view, frames = make_frames(image, plan.geometry, plan.intensity)
     prompts, warnings = prompts_from.read(case, image, view, plan)
     objects = anchors_of(prompts, view, tuple(plan.labels), plan.geometry.stack_px)
-    stack = framed(to_input(torch.from_numpy(frames)), plan.geometry.stack_px)
-    found = propagate(model, stack, objects, batch=batch, focus=plan.geometry.focus, recognise=True)
+    stack = framed(to_input(torch.from_numpy(frames), plan.geometry.neighbours), plan.geometry.stack_px)
+    found = propagate(
+        model,
+        stack,
+        objects,
+        batch=batch or plan.inference.batch_slices,
+        focus=plan.geometry.focus,
+        recognise=True,
+        patience=plan.inference.patience,
+    )
     known = model.recogniser.pieces if model.recogniser is not None else []
     one_piece = [value for value, one in found.items() if value in known and (one.agreement or 0) >= GOOD]
     labels = impose(_labels(found, view, plan), prompts, view)

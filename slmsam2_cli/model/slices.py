@@ -9,11 +9,15 @@ from torch import Tensor
 from slmsam2_cli.planning.channels import COLOURS
 
 
-def to_input(stack: Tensor) -> Tensor:
+def to_input(stack: Tensor, neighbours: bool = False) -> Tensor:
     """(C, T, H, W) -> (T, 3, H, W): one channel is replicated, two are joined by their mean, three are RGB.
 
-    More than three stay as they are, (T, C, H, W), for the model's own projection (projection.py).
+    More than three stay as they are, (T, C, H, W), for the model's own projection (projection.py). neighbours: of one channel, the
+    colours are the slice, the one before and the one after; at the ends of the stack, the slice itself instead.
     """
+    if neighbours and len(stack) == 1:
+        here = stack[0]
+        return torch.stack([here, torch.cat([here[:1], here[:-1]]), torch.cat([here[1:], here[-1:]])], dim=1)
     if len(stack) == 2:
         stack = torch.cat([stack, stack.mean(dim=0, keepdim=True)])
     return stack.transpose(0, 1).expand(-1, max(COLOURS, len(stack)), -1, -1)

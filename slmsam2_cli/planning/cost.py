@@ -13,6 +13,7 @@ from statistics import median
 
 from slmsam2_cli.data.geometry import AXES
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, Fingerprint
+from slmsam2_cli.planning.passes import tracked_slices
 from slmsam2_cli.planning.plan import Plan
 from slmsam2_cli.planning.rules import in_plane, training_for
 
@@ -100,9 +101,9 @@ def in_words(cost: Cost) -> tuple[str, str]:
 
 
 def _predicting_s(plan: Plan, case: CaseFingerprint, pace_s: float) -> float:
-    through = case.shape[AXES.index(case.axis(plan.geometry.slice_axis))]
+    tracked = sum(tracked_slices(case, value, plan.geometry.slice_axis, plan.inference.patience) for value in case.labels)
     area = (plan.geometry.frame_px / KNOWN_PX) ** 2
-    return through * len(case.labels) * pace_s * area + math.prod(case.shape) * VOXEL_S
+    return tracked * pace_s * area + math.prod(case.shape) * VOXEL_S
 
 
 def _predicting_bytes(plan: Plan, case: CaseFingerprint) -> int:

@@ -54,6 +54,9 @@ class LabelFingerprint(Frozen):
     copied: dict[SliceAxis, float] = Field(
         description="Dice of the label's middle slice copied to every slice: what propagation has to beat"
     )
+    borders: dict[SliceAxis, int] = Field(
+        default_factory=dict, description="voxel faces across an axis with which it borders on something else, or on the volume's rim"
+    )
 
 
 class CaseFingerprint(Frozen):

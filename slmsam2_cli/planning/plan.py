@@ -62,6 +62,9 @@ class GeometryPlan(Frozen):
     focus: float | None = Field(
         default=None, description="the network sees a square so many times as wide as what is annotated; null: whole slices", ge=1.1, le=16
     )
+    neighbours: bool = Field(
+        default=False, description="of one channel, the network is shown as its colours the slice, the one before and the one after"
+    )
     slice_px: int | None = Field(
         default=None,
         description="edge of the slices from which these squares are cut, in pixels, a multiple of 32; null: frame_px",
@@ -83,8 +86,9 @@ class GeometryPlan(Frozen):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Focus and slice_px are written only where somebody chose them."""
-        return {name: value for name, value in whole(self).items() if name not in ("focus", "slice_px") or value is not None}
+        """Focus, slice_px and neighbours are written only where somebody chose them."""
+        usual = {"focus": None, "slice_px": None, "neighbours": False}
+        return {name: value for name, value in whole(self).items() if name not in usual or value != usual[name]}
 
 
 class AdapterPlan(Frozen):
@@ -121,6 +125,15 @@ class TrainingPlan(Frozen):
         return {name: value for name, value in whole(self).items() if name not in usual or value != usual[name]}
 
 
+class InferencePlan(Frozen):
+    """How the network is walked through a volume."""
+
+    batch_slices: int = Field(default=8, description="slices encoded at a time", ge=1, le=256)
+    patience: int | None = Field(
+        default=None, description="a pass ends after so many slices without its object; null: at the end of the volume", ge=1, le=100_000
+    )
+
+
 class EvaluationPlan(Frozen):
     """How masks are judged."""
 
@@ -141,6 +154,7 @@ class Plan(Frozen):
     intensity: tuple[ChannelIntensity, ...] = Field(description="one entry a channel")
     network: NetworkPlan
     training: TrainingPlan
+    inference: InferencePlan = Field(default_factory=InferencePlan)
     evaluation: EvaluationPlan = Field(default_factory=EvaluationPlan)
     reasons: dict[str, str] = Field(default_factory=dict, description="decision key -> why; not part of the digest")
     asked: tuple[Asked, ...] = Field(default=(), description="decision keys that an option settled; kept when planning anew")
@@ -151,12 +165,15 @@ class Plan(Frozen):
     def _consistent(self) -> Plan:
         if len(self.intensity) != len(self.channels):
             raise ValueError(f"intensity: {len(self.intensity)} entries for {len(self.channels)} channels")
+        if self.geometry.neighbours and len(self.channels) > 1:
+            raise ValueError(f"geometry.neighbours is true, but {len(self.channels)} channels leave no colour free for neighbouring slices")
         return self
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What was asked for is written only where something was."""
-        return {name: value for name, value in whole(self).items() if name != "asked" or value}
+        """What was asked for is written only where something was, and inference where it is not as ever."""
+        usual: dict[str, Any] = {"asked": (), "inference": InferencePlan().model_dump()}
+        return {name: value for name, value in whole(self).items() if name not in usual or (value and value != usual[name])}
 
     @property
     def digest(self) -> str:

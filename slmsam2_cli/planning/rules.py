@@ -11,9 +11,11 @@ from slmsam2_cli.data.geometry import AXES, SliceAxis
 from slmsam2_cli.errors import DatasetError, UsageError
 from slmsam2_cli.planning.channels import COLOURS, MOST_CHANNELS, groups
 from slmsam2_cli.planning.decision import Decision
+from slmsam2_cli.planning.detail import choose_focused_px, refuse_to_lose, thinnest
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, Fingerprint
 from slmsam2_cli.planning.modality import choose_intensity, choose_modality
 from slmsam2_cli.planning.network import FuserName, NetworkPlan, NetworkSize
+from slmsam2_cli.planning.passes import choose_inference, choose_through_plane_mm
 from slmsam2_cli.planning.plan import Asked, EvaluationPlan, GeometryPlan, Plan, TrainingPlan, signed
 from slmsam2_cli.version import VERSION
 
@@ -23,7 +25,7 @@ OVERLAP_MARGIN = 0.03  # neighbouring overlaps closer than this are equal, see d
 MASK_PIXEL = 4  # network pixels along the edge of one pixel of the mask the network predicts
 MASK_PIXEL_IN_VOXELS = 1.5  # the most voxels one such pixel should span
 SMALLEST_FRAME = 128
-FOCUS, FOCUSED_PX = 2.0, 128  # nano's square, in widths of what is annotated, and the size at which it sees it
+FOCUS = 2.0  # edge of nano's square, in widths of what is annotated
 MOST_STORED_PX = 512
 NATIVE_PX: dict[NetworkSize, int] = {"nano": 256, "tiny": 1024, "small": 1024, "base_plus": 1024, "large": 1024}
 NSD_TOLERANCE_MM = 2.0
@@ -57,8 +59,10 @@ def decide(
     spacing = in_plane_spacing_mm(cases, axis.value)
     focus, finest = choose_focus(size.value), finest_in_plane_mm(cases, axis.value)
     slices = choose_slice_px(fov, finest) if focus.value else None
-    frame = choose_frame_px(fov, spacing, size.value) if slices is None else Decision(FOCUSED_PX, "what nano has learned on most")
+    frame = choose_focused_px(fingerprint, axis.value, focus.value) if focus.value else choose_frame_px(fov, spacing, size.value)
     pixel = choose_in_plane_mm(fov, spacing, frame.value) if slices is None else choose_stored_mm(fov, finest, slices.value)
+    refuse_to_lose(thinnest(fingerprint, axis.value, size.value, frame.value, focus.value, pixel.value), size.value, cases)
+    through, inference = choose_through_plane_mm(cases, axis.value), choose_inference(cases, axis.value, frame.value)
     intensity = [choose_intensity(fingerprint, index, kind.value) for index, kind in enumerate(modalities)]
     training = choose_training(size.value, len(cases))
     tolerance = choose_nsd_tolerance_mm(fingerprint, axis.value, spacing)
@@ -71,10 +75,11 @@ def decide(
         **({"geometry.slice_px": slices.reason} if slices is not None else {}),
         "geometry.frame_px": frame.reason,
         "geometry.in_plane_mm": pixel.reason,
-        "geometry.through_plane_mm": "slices are left as stored, so that a person's slice is a slice of the network",
+        "geometry.through_plane_mm": through.reason,
         "intensity": "; ".join(f"{name}: {chosen.reason}" for name, chosen in zip(fingerprint.channels, intensity, strict=True)),
         "network.size": size.reason,
         "training": training.reason,
+        "inference": inference.reason,
         "evaluation.nsd_tolerance_mm": tolerance.reason,
     }
     plan = Plan(
@@ -87,7 +92,7 @@ def decide(
         geometry=GeometryPlan(
             slice_axis=axis.value,
             in_plane_mm=pixel.value,
-            through_plane_mm=None,
+            through_plane_mm=through.value,
             frame_px=frame.value,
             crop_to_nonzero=crop.value,
             focus=focus.value,
@@ -96,6 +101,7 @@ def decide(
         intensity=tuple(chosen.value for chosen in intensity),
         network=NetworkPlan(size=size.value, policy="shortlong", fuser=fuser),
         training=training.value,
+        inference=inference.value,
         evaluation=EvaluationPlan(nsd_tolerance_mm=tolerance.value),
         reasons=reasons,
         asked=asked,

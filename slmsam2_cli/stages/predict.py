@@ -33,7 +33,6 @@ from slmsam2_cli.errors import (
     OutputError,
     UsageError,
 )
-from slmsam2_cli.inference.engine import BATCH
 from slmsam2_cli.inference.folder import PromptSource, Segmented, segment
 from slmsam2_cli.inference.ready import build_model, choose_model, split_of
 from slmsam2_cli.inference.records import Records, key_of, whole
@@ -293,7 +292,7 @@ class _Runner:
     """Holds the model for all cases. When memory runs out it takes slices one by one, then moves to the CPU if it may."""
 
     def __init__(self, job: Job, device: torch.device, may_move: bool) -> None:
-        self.job, self.device, self.may_move, self.batch = job, device, may_move, BATCH
+        self.job, self.device, self.may_move, self.batch = job, device, may_move, job.plan.inference.batch_slices
         self.model = build_model(job.checkpoint, job.plan).to(device).eval()
         console.detail(f"running on {describe(device)}")
 

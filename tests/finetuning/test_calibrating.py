@@ -8,12 +8,13 @@ from stacks import case, whole
 
 from slmsam2_cli.finetuning import calibrating
 from slmsam2_cli.inference.engine import Propagated
+from slmsam2_cli.planning.plan import InferencePlan
 
 PX = 32
 
 
 def plan(labels=None, ignore=None):
-    return SimpleNamespace(labels=labels or {1: "organ"}, ignore=ignore, geometry=whole(PX))
+    return SimpleNamespace(labels=labels or {1: "organ"}, ignore=ignore, geometry=whole(PX), inference=InferencePlan(patience=6))
 
 
 @pytest.fixture
@@ -21,8 +22,8 @@ def copying(monkeypatch):
     """A model that copies the given slice to all others and is 0.7 sure; says which stacks it was shown."""
     shown = []
 
-    def propagate(model, frames, objects, focus, recognise):
-        assert recognise  # as predict does
+    def propagate(model, frames, objects, focus, recognise, patience):
+        assert recognise and patience == 6  # as predict does
         ((value, (anchor,)),) = objects.items()
         shown.append((len(frames), anchor.slice))
         logits = torch.where(anchor.mask[None, ::4, ::4], 10.0, -10.0).expand(len(frames), -1, -1)

@@ -150,3 +150,11 @@ def test_with_a_focus_every_slice_of_a_window_is_cut_alike():
             firsts = [int(torch.nonzero(mask[0].any(dim=1))[0]) for mask in clips.masks[:, track] if mask.any()]
             tops |= set(np.diff(firsts).tolist())
     assert tops == {0, 12, -12}  # by six of 16 px, which are 12 of 32, forwards and backwards
+
+
+def test_neighbours_of_a_window_s_outer_slices_are_seen_too():
+    one = case(slices=20)
+    geometry = whole(PX).model_copy(update={"neighbours": True})
+    for clips in draws(ClipSampler([one], [1], geometry), count=30, length=4):
+        here, before, after = ((clips.frames[:, :, colour, 0, 0] * 100).round() for colour in range(3))
+        assert torch.equal(before, (here - 1).clamp(min=0)) and torch.equal(after, (here + 1).clamp(max=19))

@@ -316,3 +316,45 @@ def test_slices_of_the_size_of_the_square_are_seen_as_without_a_focus(one_sided_
     mask[2:60, 2:60] = True
     seen, whole = (propagate(one_sided_nothing, stack(4), {1: [Anchor(1, mask)]}, focus=f)[1] for f in (FOCUS, None))
     assert torch.equal(seen.logits, whole.logits)
+
+
+@pytest.fixture
+def vanishing(model, monkeypatch):
+    """A model that sees its object on slices 3 to 5 and on slice 12, nowhere else; and the slices that it was asked about."""
+    track, asked = SlmSam2.track, []
+
+    def says(self, features, bank, moment):
+        asked.append(moment.slice)
+        output = track(self, features, bank, moment)
+        logits = torch.full_like(output.logits, 5.0 if moment.slice in (3, 4, 5, 12) else -5.0)
+        return replace(output, logits=logits, chosen=logits)
+
+    monkeypatch.setattr(SlmSam2, "track", says)
+    return model, asked
+
+
+def test_a_pass_ends_when_its_object_has_been_away_for_as_long_as_its_patience(vanishing):
+    model, asked = vanishing
+    visited = []
+    found = propagate(model, stack(20), {1: [Anchor(4, square())]}, advance=visited.append, patience=3)[1]
+    assert asked == [5, 6, 7, 8, 3, 2, 1, 0]
+    assert sum(visited) == 19  # what is left out is done with
+    assert (found.logits[[9, 12, 19]] == ABSENT).all() and not found.confidence[9:].any()
+
+
+def test_a_gap_shorter_than_the_patience_is_crossed(vanishing):
+    model, asked = vanishing
+    found = propagate(model, stack(20), {1: [Anchor(4, square())]}, patience=7)[1]
+    assert (found.logits[12] > 0).all() and max(asked) == 19
+
+
+def test_towards_another_annotated_slice_patience_does_not_end(vanishing):
+    model, asked = vanishing
+    propagate(model, stack(20), {1: [Anchor(4, square()), Anchor(16, square())]}, patience=2)
+    assert set(range(5, 16)) <= set(asked) and asked.count(10) == 2
+
+
+def test_without_patience_every_slice_is_visited(vanishing):
+    model, asked = vanishing
+    propagate(model, stack(20), {1: [Anchor(4, square())]})
+    assert sorted(asked) == [t for t in range(20) if t != 4]

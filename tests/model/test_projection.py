@@ -258,3 +258,9 @@ def test_a_copy_of_the_model_has_its_own():
     with torch.no_grad():
         model.get_parameter(KEY).zero_()
     assert torch.equal(seen(other), before)
+
+
+def test_of_one_channel_the_neighbouring_slices_may_be_the_other_colours():
+    numbered = torch.arange(4.0).reshape(1, 4, 1, 1)
+    assert to_input(numbered, neighbours=True).flatten(1).tolist() == [[0, 0, 1], [1, 0, 2], [2, 1, 3], [3, 2, 3]]
+    assert to_input(torch.zeros(1, 1, 2, 2), neighbours=True).shape == (1, 3, 2, 2)

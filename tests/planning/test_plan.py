@@ -12,6 +12,7 @@ from slmsam2_cli.planning.plan import (
     ChannelIntensity,
     EvaluationPlan,
     GeometryPlan,
+    InferencePlan,
     Plan,
     TrainingPlan,
     differences,
@@ -121,9 +122,9 @@ def test_a_missing_plan_says_what_to_do(tmp_path):
 
 
 def test_every_field_says_what_it_means():
-    for model in (Plan, GeometryPlan, ChannelIntensity, NetworkPlan, TrainingPlan, EvaluationPlan):
+    for model in (Plan, GeometryPlan, ChannelIntensity, NetworkPlan, TrainingPlan, InferencePlan, EvaluationPlan):
         for name, field in model.model_fields.items():
-            nested = name in {"geometry", "network", "training", "evaluation"} and model is Plan
+            nested = name in {"geometry", "network", "training", "inference", "evaluation"} and model is Plan
             assert field.description or nested, f"{model.__name__}.{name}"
 
 

@@ -236,6 +236,7 @@ def test_every_decision_has_a_reason():
         "intensity",
         "network.size",
         "training",
+        "inference",
         "evaluation.nsd_tolerance_mm",
     }
     assert all(reasons.values())

@@ -43,6 +43,11 @@ def test_copying_the_middle_slice_scores_what_it_covers():
     assert measured(np.ones((2, 3, 3)), slices=6).copied["SI"] == 0.5  # 2 * 18 / (18 + 54)
 
 
+def test_borders_are_the_faces_towards_something_else_or_the_rim():
+    assert measured(np.ones((2, 3, 4))).borders == {"SI": 2 * 12, "AP": 2 * 8, "LR": 2 * 6}
+    assert measured(np.array([1, 1, 0, 1]).reshape(4, 1, 1)).borders == {"SI": 4, "AP": 6, "LR": 6}
+
+
 def test_an_empty_mask_has_no_measurements():
     assert measure_labels(np.zeros((2, 3, 4), np.uint8), [1], STRAIGHT) == {}
 

@@ -1,0 +1,94 @@
+"""Whether the masks that a network draws are fine enough for the structures: none may be thinner than half a pixel of them.
+
+A structure that covers less than half of every pixel it touches is nowhere more there than not, and vanishes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from slmsam2_cli.data.geometry import AXES, SliceAxis
+from slmsam2_cli.errors import DatasetError
+from slmsam2_cli.planning.decision import Decision
+from slmsam2_cli.planning.fingerprint import CaseFingerprint, Fingerprint
+from slmsam2_cli.planning.network import NetworkSize
+
+FOCUSED_PX, FINEST_PX = 128, 256  # the size at which nano has learned on most, and the largest
+DRAWN: dict[NetworkSize, int] = {"nano": 2, "tiny": 4, "small": 4, "base_plus": 4, "large": 4}  # network pixels along one of the mask
+LOST = 0.5  # in pixels of the mask
+
+
+@dataclass(frozen=True)
+class Thin:
+    """The label that needs the finest masks. width_mm: its thickness; pixel_mm: edge of a pixel of the mask that would be drawn."""
+
+    name: str
+    width_mm: float
+    pixel_mm: float
+
+    @property
+    def pixels(self) -> float:
+        return self.width_mm / self.pixel_mm
+
+    def words(self) -> str:
+        return f"{self.name}, the thinnest, is {self.width_mm:.2g} mm wide, a pixel of the mask {self.pixel_mm:.2g} mm"
+
+
+def width_mm(case: CaseFingerprint, value: int, axis: SliceAxis) -> float | None:
+    """Twice a label's area over its border on the slices, along voxel edges: the thickness of a line, 0.39 of a disc's diameter.
+
+    None where its borders were not measured.
+    """
+    label, cut = case.labels[value], case.axis(axis)
+    first, second = (one for one in AXES if one != cut)
+    if first not in label.borders or second not in label.borders:
+        return None
+    first_mm, second_mm = case.spacing_mm[AXES.index(first)], case.spacing_mm[AXES.index(second)]
+    border_mm = label.borders[first] * second_mm + label.borders[second] * first_mm
+    return 2 * label.voxels * first_mm * second_mm / border_mm
+
+
+def thinnest(
+    fingerprint: Fingerprint, axis: SliceAxis, size: NetworkSize, frame_px: int, focus: float | None, in_plane_mm: float
+) -> Thin | None:
+    """The label with the fewest pixels of the mask along its width, by the medians over cases; None where nothing was measured.
+
+    frame_px: edge of what the network sees; focus: in widths of what is annotated; without it, pixels of in_plane_mm.
+    """
+    found = []
+    for value, name in fingerprint.labels.items():
+        widths, pixels = [], []
+        for case in (case for case in fingerprint.cases if value in case.labels):
+            width = width_mm(case, value, axis)
+            if width is not None:
+                widths.append(width)
+                pixels.append(_seen_mm(case, value, axis, focus) / frame_px * DRAWN[size] if focus else in_plane_mm * DRAWN[size])
+        if widths:
+            found.append(Thin(name, median(widths), median(pixels)))
+    return min(found, key=lambda thin: thin.pixels, default=None)
+
+
+def _seen_mm(case: CaseFingerprint, value: int, axis: SliceAxis, focus: float) -> float:
+    """Edge of the square that is looked at; that of one slice may be smaller, as the extent is that of all."""
+    extents, cut = case.labels[value].extents, case.axis(axis)
+    spans = [(extents[one].last - extents[one].first + 1) * mm for one, mm in zip(AXES, case.spacing_mm) if one != cut and one in extents]
+    return focus * max(spans)
+
+
+def choose_focused_px(fingerprint: Fingerprint, axis: SliceAxis, focus: float) -> Decision[int]:
+    """What nano has learned on most; the double where a structure would be thinner than a pixel of its mask."""
+    thin = thinnest(fingerprint, axis, "nano", FOCUSED_PX, focus, 1.0)
+    if thin is None or thin.pixels >= 1:
+        return Decision(FOCUSED_PX, "what nano has learned on most" + (f"; {thin.words()}" if thin else ""))
+    return Decision(FINEST_PX, f"{thin.words()} at {FOCUSED_PX} px")
+
+
+def refuse_to_lose(thin: Thin | None, size: NetworkSize, cases: Sequence[CaseFingerprint]) -> None:
+    """DatasetError where a structure would vanish between the pixels of the mask."""
+    if thin is not None and thin.pixels < LOST and cases:
+        raise DatasetError(
+            f"{thin.name} is {thin.width_mm:.2g} mm wide, and a pixel of the mask that {size} draws of it {thin.pixel_mm:.2g} mm: it would "
+            "be lost. Crop the images to a part of it, give its parts labels of their own, or cut along another axis (--axis)"
+        )

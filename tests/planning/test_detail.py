@@ -1,0 +1,88 @@
+"""Structures thinner than what a network draws are seen beforehand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from measured_cases import known
+
+from slmsam2_cli.data.geometry import AXES, Orientation
+from slmsam2_cli.errors import DatasetError
+from slmsam2_cli.planning.detail import choose_focused_px, refuse_to_lose, thinnest, width_mm
+from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint
+from slmsam2_cli.planning.rules import decide
+from slmsam2_cli.planning.structures import measure_labels
+
+
+def holding(mask, spacing=(3.0, 1.0, 1.0)):
+    """A case whose label 1 is the mask (S, P, L)."""
+    return CaseFingerprint(
+        id="a",
+        stored_shape=mask.shape,
+        orientation="LPS",
+        shape=mask.shape,
+        spacing_mm=spacing,
+        content_mm=tuple(n * mm for n, mm in zip(mask.shape, spacing, strict=True)),
+        channels=(ChannelFingerprint(whole=None, foreground=None),),
+        labels=measure_labels(mask.astype(np.uint8), [1], Orientation((0, 1, 2), (False, False, False))),
+    )
+
+
+def bar(width, length, slices=3):
+    """`width` rows of `length` voxels."""
+    mask = np.zeros((slices, 100, 260), bool)
+    mask[:, 10 : 10 + width, 5 : 5 + length] = True
+    return mask
+
+
+def test_the_width_of_a_long_bar_is_its_width():
+    # 2 * 400 / (2 * 200 + 2 * 2): 2 mm, less its two short ends
+    assert width_mm(holding(bar(2, 200)), 1, "SI") == pytest.approx(800 / 404)
+
+
+def test_the_width_is_measured_in_millimetres_on_the_slices():
+    # rows of 0.5 mm: 2 * 400 * 0.5 / (400 * 1 + 4 * 0.5)
+    assert width_mm(holding(bar(2, 200), spacing=(3.0, 0.5, 1.0)), 1, "SI") == pytest.approx(400 / 402)
+
+
+def test_a_disc_counts_as_four_tenths_of_its_diameter():
+    rows, columns = np.ogrid[:100, :100]
+    disc = (rows - 50) ** 2 + (columns - 50) ** 2 <= 40**2
+    assert width_mm(holding(np.stack([disc, disc])), 1, "SI") == pytest.approx(0.39 * 80, rel=0.03)
+
+
+def test_several_small_pieces_are_as_wide_as_one():
+    one = bar(5, 5)
+    two = one.copy()
+    two[:, 60:65, 200:205] = True
+    assert width_mm(holding(two), 1, "SI") == width_mm(holding(one), 1, "SI") == pytest.approx(2.5)
+
+
+def test_what_is_wide_enough_is_seen_at_the_usual_size():
+    # square of 2 * 40 mm, 64 pixels of the mask: 1.25 mm each; the bar is 4 * 40 * 2 / 88 mm wide
+    found = known(holding(bar(4, 40)))
+    assert thinnest(found, "SI", "nano", 128, 2.0, 1.0).pixels == pytest.approx(320 / 88 / 1.25)
+    assert choose_focused_px(found, "SI", 2.0).value == 128
+
+
+def test_a_structure_thinner_than_a_pixel_of_the_mask_is_seen_twice_as_large():
+    decision = choose_focused_px(known(holding(bar(4, 200))), "SI", 2.0)  # 6.25 mm a pixel, and 3.9 mm wide
+    assert decision.value == 256 and "organ, the thinnest, is 3.9 mm wide, a pixel of the mask 6.2 mm" in decision.reason
+
+
+def test_a_structure_that_would_vanish_is_refused_with_what_to_do():
+    with pytest.raises(DatasetError, match=r"organ is 1 mm wide, and a pixel of the mask that nano draws of it 3.1 mm: it would"):
+        decide(known(holding(bar(1, 200, slices=3))))
+
+
+def test_a_label_without_measured_borders_is_not_judged():
+    case = holding(bar(1, 200))
+    plain = case.model_copy(update={"labels": {1: case.labels[1].model_copy(update={"borders": {}})}})
+    assert width_mm(plain, 1, "SI") is None
+    assert thinnest(known(plain), "SI", "nano", 128, 2.0, 1.0) is None
+    refuse_to_lose(None, "nano", (plain,))
+
+
+def test_every_voxel_alone_has_six_faces():
+    label = holding(np.ones((1, 1, 1), bool)).labels[1]
+    assert label.borders == dict.fromkeys(AXES, 2)
