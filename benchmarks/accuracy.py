@@ -1,0 +1,359 @@
+"""What fine-tuning brings: this package against SAM 2 and against SLM-SAM 2 as published, on the same base, volumes and prompts.
+
+    python benchmarks/accuracy.py ../shared/data RESULTS.jsonl [--sets Task04_Hippocampus ...] [--arms ours ...] [-n 1 5] [--seeds 0 1]
+    python benchmarks/accuracy.py --table RESULTS.jsonl
+    python benchmarks/accuracy.py --list
+
+Every run (set, n, seed, arm) takes the cases that `slmsam2 finetune -n N --seed S` would, learns from them, and segments all others with one
+prompt for each case and label: its middle slice. One line a run is added to RESULTS.jsonl; runs that are there are not made again, so a
+command that was stopped goes on where it was. The base is the packaged nano, planned as `slmsam2 plan` plans (128 px, squares twice as
+wide as what is annotated) for every arm. SAM 2 is that network without short memory (untuned, both score alike), reading across the
+prompt as its predictor does; SLM-SAM 2 as published starts from it, its short memory a copy of the long one, joined by a sum. Made-up
+sets (Phantom_MR, Phantom_CT) are drawn anew, from a seed of their own.
+"""
+
+import argparse
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import published
+import torch
+
+from slmsam2_cli.data import store
+from slmsam2_cli.data.dataset import read_dataset
+from slmsam2_cli.data.phantom import write_phantom_dataset
+from slmsam2_cli.data.prepared import prepare_all
+from slmsam2_cli.data.volume import read_labels
+from slmsam2_cli.evaluation.metrics import Pair, measure
+from slmsam2_cli.evaluation.statistics import interval
+from slmsam2_cli.finetuning import clips, loop
+from slmsam2_cli.finetuning.losses import slice_loss
+from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, base_weights, fit, save_checkpoint, save_weights
+from slmsam2_cli.model.slmsam2 import SlmSam2
+from slmsam2_cli.planning.measure import measure as measure_dataset
+from slmsam2_cli.planning.plan import Plan, signed, write_plan
+from slmsam2_cli.planning.rules import decide, training_for
+from slmsam2_cli.stages.finetune import finetune
+from slmsam2_cli.stages.predict import predict
+from slmsam2_cli.workspace import Workspace
+
+SETS = ("Task04_Hippocampus", "Sarcoma_MR_T1", "Sarcoma_CT", "Phantom_MR", "Phantom_CT")
+PHANTOM_CASES = 13
+SHORT = ("short_memory_attention.", "stream_fuser.")
+PLANNED, SAM2, SLM, FIFO, OURS = "untuned", "sam2-published", "slm-published", "fifo-ours", "ours"
+KEYS = ("Dice", "HD95_penalised", "assd_mm_penalised", "over_slices", "under_slices")
+COLUMNS = (
+    "arm",
+    "steps",
+    "seconds",
+    "Dice",
+    "without the given slice",
+    "HD95 mm",
+    "ASSD mm",
+    "false slices",
+    "missed",
+    "Dice - SAM 2 (95 %)",
+)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to come by a model.
+
+    network, training: changes of the plan's, as a user would edit it, but steps: times those of the rule; long: start from the base
+    without its short memory; published: by the published recipe; patches: what else is different.
+    """
+
+    title: str
+    network: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    long: bool = False
+    published: bool = False
+    patches: tuple[Callable[[], Any], ...] = ()
+
+
+def remembers_the_truth() -> Any:
+    """Training memory is written with whether the object is really there, not with what the network thinks."""
+    remember, truth = SlmSam2.remember, dict[str, torch.Tensor]()
+
+    def noted(output: Any, target: torch.Tensor, *rest: Any) -> Any:
+        truth["presence"] = 20 * (target.flatten(1).amax(dim=1, keepdim=True) > 0).float() - 10
+        return slice_loss(output, target, *rest)
+
+    def told(self: SlmSam2, features: Any, output: Any, masks: Any = None) -> Any:
+        if self.training and masks is None:
+            output = replace(output, presence=truth["presence"].to(output.presence))
+        return remember(self, features, output, masks)
+
+    patches = contextlib.ExitStack()
+    patches.enter_context(mock.patch.object(loop, "slice_loss", noted))
+    patches.enter_context(mock.patch.object(SlmSam2, "remember", told))
+    return patches
+
+
+def carries_nothing() -> Any:
+    """The mask of the slice before is shown to neither decoder nor refiner."""
+
+    def decode_after(self: SlmSam2, conditioned: Any, features: Any, bank: Any, passed: Any) -> Any:
+        return self.decode(conditioned, features.fine, None)
+
+    return mock.patch.object(SlmSam2, "decode_after", decode_after)
+
+
+ARMS = {
+    PLANNED: Arm("nano, untuned"),
+    SAM2: Arm("SAM 2, published recipe", {"policy": "fifo", "two_sided": True}, long=True, published=True),
+    SLM: Arm("SLM-SAM 2, as published", {"fuser": "sum", "two_sided": True}, long=True, published=True),
+    FIFO: Arm("SAM 2's memory, our recipe", {"policy": "fifo"}, long=True),
+    OURS: Arm("ours"),
+    "no-recogniser": Arm("ours, no recogniser", training={"recogniser": False}),
+    "published-clips": Arm(
+        "ours, no recogniser, published clips",
+        training={"recogniser": False},
+        patches=(
+            lambda: mock.patch.object(clips.ClipSampler, "_start", published.PublishedSampler._start),
+            lambda: mock.patch.object(clips.ClipSampler, "_longest", published.PublishedSampler._longest),
+            lambda: mock.patch.object(clips.ClipSampler, "_runs", upwards(clips.ClipSampler._runs)),
+        ),
+    ),
+    "sum": Arm("ours, no recogniser, summed streams", {"fuser": "sum"}, {"recogniser": False}, long=True),
+    "fifo": Arm("ours, no recogniser, SAM 2's memory", {"policy": "fifo"}, {"recogniser": False}, long=True),
+    "selfsort": Arm("ours, no recogniser, self-sorting bank", {"policy": "selfsort"}, {"recogniser": False}, long=True),
+    "no-carry": Arm("ours, no recogniser, mask before not shown", training={"recogniser": False}, patches=(carries_nothing,)),
+    "true-presence": Arm("ours, no recogniser, true presence remembered", training={"recogniser": False}, patches=(remembers_the_truth,)),
+    "frozen-encoder": Arm("ours, no recogniser, encoder frozen", training={"recogniser": False, "strategy": "frozen-encoder"}),
+    "decoder+memory": Arm("ours, no recogniser, decoder and memory", training={"recogniser": False, "strategy": "decoder+memory"}),
+    "adapters": Arm("ours, no recogniser, adapters", training={"recogniser": False, "strategy": "adapters"}),
+    "half-steps": Arm("ours, half the steps", training={"steps": 0.5}),
+    "twice-steps": Arm("ours, twice the steps", training={"steps": 2.0}),
+}
+
+
+def upwards(runs: Callable[..., list[tuple[int, bool]]]) -> Callable[..., list[tuple[int, bool]]]:
+    return lambda self, *window: [(label, reverse) for label, reverse in runs(self, *window) if not reverse]
+
+
+def base_of(arm: Arm, folder: Path) -> tuple[str, Checkpoint]:
+    """What is given as --weights, and the same as read."""
+    base = base_weights("auto")
+    assert base is not None and base.network is not None and base.provenance is not None
+    if not arm.long:
+        return "auto", base
+    state = {name: tensor for name, tensor in base.state.items() if not name.startswith(SHORT)}
+    file = folder / "long-memory.safetensors"
+    save_weights(file, state, base.network.model_copy(update={"policy": "fifo"}), base.provenance)
+    found = base_weights(str(file))
+    assert found is not None
+    return str(file), found
+
+
+def plan_of(root: Path, arm: Arm, base: Checkpoint) -> Plan:
+    """As planned, but for what the arm changes."""
+    fingerprint, _ = measure_dataset(read_dataset(root))
+    plan = decide(fingerprint, "nano")
+    assert base.network is not None
+    plan = plan.model_copy(
+        update={
+            "network": base.network.model_copy(update={"policy": "shortlong", **arm.network}),
+            "training": plan.training.model_copy(update={k: v for k, v in arm.training.items() if k != "steps"}),
+        }
+    )
+    if arm.published:  # as its predictor does
+        plan = plan.model_copy(update={"inference": plan.inference.model_copy(update={"patience": None})})
+    return signed(plan)
+
+
+def run(root: Path, arm: Arm, count: int, seed: int) -> Row:
+    """One model and its scores."""
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as patched:
+        for patch in arm.patches:
+            patched.enter_context(patch())
+        folder = Path(name)
+        weights, base = base_of(arm, folder)
+        space, plan = Workspace(folder / "workspace"), plan_of(root, arm, base)
+        write_plan(space.plan, plan)
+        data, started, steps = read_dataset(root), time.perf_counter(), 0
+        if count == 0:
+            unseen = [case.id for case in data.training]
+            predict(None, folder / "masks", dataset=root, workspace=space, weights=weights, report=False)
+        elif arm.published:
+            cases = prepare_all(data, plan.geometry, plan.intensity, space.prepared).cases
+            picked = picked_of([case.id for case in cases], count, seed)
+            unseen = [case.id for case in cases if case.id not in picked]
+            model = SlmSam2(plan.network, plan.geometry.frame_px)
+            fit(model, base)
+            steps = published.train(model, [case for case in cases if case.id in picked], plan, seed)
+            keep(space, model, plan, picked, unseen)
+        else:
+            steps = round(arm.training.get("steps", 1) * training_for(plan, count).steps)
+            finetune(root, space, cases=count, weights=weights, seed=seed, steps=steps)
+            split: Any = store.read_json(space.split, "split")
+            unseen = split["unseen"]
+        seconds = time.perf_counter() - started
+        if count:
+            predict(None, folder / "masks", dataset=root, workspace=space, report=False)
+        return {"steps": steps, "seconds": round(seconds, 1) if count else 0, "scores": list(scores(root, folder / "masks", unseen))}
+
+
+def picked_of(ids: Sequence[str], count: int, seed: int) -> set[str]:
+    """As `slmsam2 finetune` draws them."""
+    usable = sorted(ids)
+    order = np.random.default_rng(seed).permutation(len(usable))
+    return {usable[i] for i in order[:count]}
+
+
+def keep(space: Workspace, model: SlmSam2, plan: Plan, picked: set[str], unseen: list[str]) -> None:
+    provenance = Provenance(base="nano", training=tuple(sorted(picked)))
+    save_checkpoint(space.model, model, plan, provenance)
+    store.write_json(space.split, {"training": sorted(picked), "unseen": unseen, "skipped": [], "finished": True})
+
+
+def scores(root: Path, masks: Path, unseen: Sequence[str]) -> Iterator[Row]:
+    """Of every unseen case and label that it holds; `rest`: without the given slice."""
+    data: Any = read_dataset(root)
+    accounts: Any = json.loads((masks / "manifest.json").read_text(encoding="utf-8"))["cases"]
+    for case in (case for case in data.training if case.id in unseen):
+        account = accounts[case.id]
+        truth = read_labels(case.label, case=case.id, root=data.root)
+        found = read_labels(masks / account["output"], case=case.id, root=masks).voxels
+        for value in data.labels:
+            if not (truth.voxels == value).any():
+                continue
+            pair = Pair.of(truth.voxels == value, found == value, truth.grid.spacing_mm, account["array_axis"])
+            score = measure(pair, account["prompted_slices"].get(str(value), ()))
+            assert score.unprompted is not None
+            yield {"case": case.id, "label": value, "rest": score.unprompted["Dice"], **{key: rounded(score.all[key]) for key in KEYS}}
+
+
+def rounded(value: Any) -> Any:
+    return round(value, 5) if isinstance(value, float) else value
+
+
+def dataset_of(data: Path, name: str, folder: Path) -> Path:
+    if not name.startswith("Phantom_"):
+        return data / name
+    write_phantom_dataset(folder / name, cases=PHANTOM_CASES, test_cases=0, seed=7, modality=name.removeprefix("Phantom_"))
+    return folder / name
+
+
+def read(results: Path) -> list[Row]:
+    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()] if results.exists() else []
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One block for each set and n: means over labels of means over cases; differences are paired by case."""
+    lines = []
+    for name, count in dict.fromkeys((row["set"], row["n"]) for row in rows if row["n"]):
+        mine = {arm: [row for row in rows if (row["set"], row["n"], row["arm"]) == (name, count, arm)] for arm in ARMS}
+        mine[PLANNED] = [row for row in rows if (row["set"], row["arm"]) == (name, PLANNED)]
+        shared = cases_of([found for found in mine.values() if found])
+        seeds = ", ".join(sorted({str(row["seed"]) for row in mine[OURS]}))
+        lines += [
+            "",
+            f"{name}, n = {count}; {len({case for case, _ in shared})} cases, seeds {seeds}",
+            "",
+            f"| {' | '.join(COLUMNS)} |",
+            "|---" * len(COLUMNS) + "|",
+        ]
+        against = values(mine[SAM2], shared, "Dice") if mine[SAM2] else None
+        for arm, found in mine.items():
+            if not found:
+                continue
+            means = [float(np.nanmean(np.nanmean(values(found, shared, key), axis=0))) for key in ("Dice", "rest", *KEYS[1:])]
+            steps, seconds = np.mean([row["steps"] for row in found]), np.mean([row["seconds"] for row in found])
+            gain = gained(values(found, shared, "Dice"), against) if against is not None and arm != SAM2 else ""
+            shown = " | ".join(f"{mean:.{digits}f}" for mean, digits in zip(means, (3, 3, 1, 2, 2, 2)))
+            lines.append(f"| {ARMS[arm].title} | {steps:.0f} | {seconds:.0f} | {shown} | {gain} |")
+    return "\n".join([*lines, "", *overall(rows)])
+
+
+def cases_of(arms: Sequence[Sequence[Row]]) -> list[tuple[str, int]]:
+    """(case, label) that every arm has scored with some seed."""
+    each = [{(score["case"], score["label"]) for row in found for score in row["scores"]} for found in arms]
+    return sorted(set.intersection(*each))
+
+
+def values(found: Sequence[Row], shared: Sequence[tuple[str, int]], key: str) -> np.ndarray:
+    """(cases, labels), mean over seeds; NaN where a case lacks the label."""
+    cases, labels = sorted({case for case, _ in shared}), sorted({label for _, label in shared})
+    grid: dict[tuple[str, int], list[float]] = {}
+    for row in found:
+        for score in row["scores"]:
+            if score[key] is not None:
+                grid.setdefault((score["case"], score["label"]), []).append(score[key])
+    return np.array([[np.mean(grid[case, label]) if (case, label) in grid else np.nan for label in labels] for case in cases])
+
+
+def gained(mine: np.ndarray, theirs: np.ndarray) -> str:
+    gain = mine - theirs
+    bounds = interval(gain)
+    return f"{np.nanmean(np.nanmean(gain, axis=0)):+.3f}" + (f" ({bounds[0]:+.3f} to {bounds[1]:+.3f})" if bounds else "")
+
+
+def overall(rows: Sequence[Row]) -> list[str]:
+    """Differences of the arms, mean over the sets that have both."""
+    lines = ["| n | arm | against | sets | Dice | false slices, times as many |", "|---|---|---|---|---|---|"]
+    for count in sorted({row["n"] for row in rows if row["n"]}):
+        for arm, other in ((OURS, SAM2), (OURS, SLM), (OURS, FIFO), (SLM, SAM2), (FIFO, SAM2)):
+            gains, false, names = [], [], []
+            for name in dict.fromkeys(row["set"] for row in rows):
+                both = [[row for row in rows if (row["set"], row["n"], row["arm"]) == (name, count, which)] for which in (arm, other)]
+                if all(both):
+                    shared = cases_of(both)
+                    dices, slices = ([values(found, shared, key) for found in both] for key in ("Dice", "over_slices"))
+                    gains.append(float(np.nanmean(np.nanmean(dices[0] - dices[1], axis=0))))
+                    false.append([float(np.nanmean(np.nanmean(one, axis=0))) for one in slices])
+                    names.append(name)
+            if names:
+                times = np.sum(false, axis=0)
+                ratio = f"{times[0] / times[1]:.2f}" if times[1] else "-"
+                lines.append(f"| {count} | {ARMS[arm].title} | {ARMS[other].title} | {len(names)} | {np.mean(gains):+.3f} | {ratio} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("results", type=Path, nargs="?")
+    parser.add_argument("--sets", nargs="+", default=SETS)
+    parser.add_argument("--arms", nargs="+", default=[PLANNED, SAM2, SLM, FIFO, OURS], choices=list(ARMS))
+    parser.add_argument("-n", "--cases", type=int, nargs="+", default=[1, 5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--table", type=Path, help="only print the table of a file of results")
+    parser.add_argument("--list", action="store_true", help="only name the arms")
+    options = parser.parse_args()
+    if options.list:
+        print("\n".join(f"{name}: {arm.title}" for name, arm in ARMS.items()))
+        return
+    if options.table:
+        print(table(read(options.table)))
+        return
+    if options.data is None or options.results is None:
+        parser.error("name the folder of data sets and the file of results")
+    wanted = [(s, n, seed, arm) for seed in options.seeds for s in options.sets for n in options.cases for arm in options.arms]
+    with tempfile.TemporaryDirectory() as folder:
+        roots = {name: dataset_of(options.data, name, Path(folder)) for name in options.sets}
+        for name, count, seed, arm in wanted:
+            key = {"set": name, "n": count, "seed": seed, "arm": arm} if arm != PLANNED else {"set": name, "n": 0, "seed": 0, "arm": arm}
+            if any(all(row[k] == v for k, v in key.items()) for row in read(options.results)):
+                continue
+            row = key | run(roots[name], ARMS[arm], key["n"], seed)
+            with options.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            print(
+                f"{key}: {row['steps']} steps, {row['seconds']:.0f} s, Dice {np.mean([s['Dice'] for s in row['scores']]):.3f}", flush=True
+            )
+    print(table(read(options.results)))
+
+
+if __name__ == "__main__":
+    main()
