@@ -4,7 +4,7 @@
     python benchmarks/accuracy.py --table RESULTS.jsonl
     python benchmarks/accuracy.py --list
 
-Every run (set, n, seed, arm) takes the cases that `slmsam2 finetune -n N --seed S` would, learns from them, and segments all others with one
+Every run (set, n, seed, arm) learns from the cases that `slmsam2 finetune -n N --seed S` would draw, and segments all others with one
 prompt for each case and label: its middle slice. One line a run is added to RESULTS.jsonl; runs that are there are not made again, so a
 command that was stopped goes on where it was. The base is the packaged nano, planned as `slmsam2 plan` plans (128 px, squares twice as
 wide as what is annotated) for every arm. SAM 2 is that network without short memory (untuned, both score alike), reading across the
