@@ -14,6 +14,7 @@ import torch
 
 from slmsam2_cli.data.prepared import PreparedCase
 from slmsam2_cli.data.prompts import choose_slice
+from slmsam2_cli.finetuning.validating import area_of
 from slmsam2_cli.inference.engine import Anchor, propagate
 from slmsam2_cli.model.calibration import Calibration, calibrate
 from slmsam2_cli.model.slices import framed, to_input
@@ -52,19 +53,10 @@ def said_and_true(
 
 def _structures(cases: Sequence[PreparedCase], plan: Plan) -> list[_Structure]:
     """As many as the budget of slices allows, spread over the cases."""
-    found = [(case, value, area) for case in cases for value in plan.labels if (area := _area(case, value, plan.ignore)).any()]
+    found = [(case, value, area) for case in cases for value in plan.labels if (area := area_of(case, value, plan.ignore)).any()]
     each = max(LEAST_SLICES, MOST_SLICES // max(len(found), 1))
     step = max(1, -(-len(found) * each // MOST_SLICES))
     return [_around(case, value, area, each) for case, value, area in found[::step]]
-
-
-def _area(case: PreparedCase, value: int, ignore: int | None) -> np.ndarray:
-    """(T,): pixels of a label on every slice that was looked at as a whole."""
-    if case.labels is None:
-        return np.zeros(0, int)
-    labels = np.asarray(case.labels)
-    area = (labels == value).sum(axis=(1, 2))
-    return area if ignore is None else np.where((labels == ignore).any(axis=(1, 2)), 0, area)
 
 
 def _around(case: PreparedCase, value: int, area: np.ndarray, slices: int) -> _Structure:

@@ -21,7 +21,7 @@ from slmsam2_cli.finetuning.augment import augment
 from slmsam2_cli.finetuning.clips import Clips, ClipSampler
 from slmsam2_cli.finetuning.learner import PATIENCE, SKIPPED, Progress, average_of, descend, learning_rate, share_done
 from slmsam2_cli.finetuning.log import RECOGNISED
-from slmsam2_cli.finetuning.losses import NANO, SAM2, SliceLoss, Weights, slice_loss
+from slmsam2_cli.finetuning.losses import NANO, PACKAGED_NANO, SAM2, SliceLoss, Weights, slice_loss
 from slmsam2_cli.finetuning.recognising import SliceSampler, recogniser_loss
 from slmsam2_cli.finetuning.strategies import parameter_groups
 from slmsam2_cli.model.memory.policy import Moment
@@ -98,7 +98,7 @@ def train(
 
 def _step(learner: Learner, clips: Clips, slices: SliceSampler | None, rate: float, device: torch.device) -> dict[str, float]:
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        losses = clip_losses(learner.model, clips, device)
+        losses = clip_losses(learner.model, clips, device, learner.from_scratch)
         beside = _recogniser_loss(learner, slices, device)
     return descend(learner, losses, rate, _EMA, beside)
 
@@ -111,8 +111,9 @@ def _recogniser_loss(learner: Learner, slices: SliceSampler | None, device: torc
     return {RECOGNISED: recogniser_loss(recogniser(seen.to(device)).float(), truth.to(device))}
 
 
-def clip_losses(model: SlmSam2, clips: Clips, device: torch.device) -> list[SliceLoss]:
+def clip_losses(model: SlmSam2, clips: Clips, device: torch.device, from_scratch: bool = False) -> list[SliceLoss]:
     """Track M objects from their first slice; one loss per tracked slice, T - 1 in all."""
+    weights = SAM2 if model.network.size != "nano" else NANO if from_scratch else PACKAGED_NANO
     clips = clips.to(device)
     features = model.encode(clips.frames.flatten(0, 1))
     bank, first = MemoryBank(), features.at(clips.feature_index(0))
@@ -121,7 +122,7 @@ def clip_losses(model: SlmSam2, clips: Clips, device: torch.device) -> list[Slic
     def track(here: SliceFeatures, bank: MemoryBank, t: int) -> SliceOutput:
         return model.track(here, bank, Moment(t, 1, bank.anchors, bank.tracked, clips.slices))
 
-    return followed(model, clips, features, bank, track, len(clips.masks), NANO if model.network.size == "nano" else SAM2)
+    return followed(model, clips, features, bank, track, len(clips.masks), weights)
 
 
 def followed(

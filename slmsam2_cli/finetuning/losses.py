@@ -11,7 +11,7 @@ pre-training replaces it by a cross-entropy in which inside and outside count al
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,8 @@ _SMALLEST = 1e-3  # share of a slice below which an object counts no more than t
 class Weights:
     """What each term counts. pixels: of the term over pixels, which is focal, or balanced cross-entropy when `balanced`.
 
-    absent: how many times that where the object is not, and Dice says nothing.
+    absent: how many times that where the object is not, and Dice says nothing. lowered: by how much the presence score of the weights that
+    are tuned was lowered once they were made; it is compared as it was before, or tuning would raise it again.
     """
 
     pixels: float = 20.0
@@ -36,10 +37,12 @@ class Weights:
     presence: float = 1.0
     balanced: bool = False
     absent: float = 1.0
+    lowered: float = 0.0
 
 
 SAM2 = Weights()
 NANO = Weights(pixels=0.3, balanced=True, absent=2.0)  # as nano was pre-trained
+PACKAGED_NANO = replace(NANO, lowered=0.7)  # presence_shift of assets/nano-through.json
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def slice_loss(output: SliceOutput, target: Tensor, known: Tensor | None = None,
         pixels=(pixels[rows, best] * torch.where(present > 0, 1.0, weights.absent)).mean(),
         dice=(dices[rows, best] * present).sum() / held,
         iou=(iou_error * present).sum() / held,
-        presence=_presence(output.presence.float().squeeze(1), present, known),
+        presence=_presence(output.presence.float().squeeze(1) + weights.lowered, present, known),
         weights=weights,
     )
 

@@ -56,20 +56,30 @@ def load_state(path: Path, learner: Learner, settings: str) -> str:
 
     WeightsError when there is nothing to resume, or what there is belongs to other settings.
     """
+    candidate, tensors, header = _found(path, type(learner), settings)
+    _restore(learner, tensors, header)
+    if candidate == path:
+        return ""
+    path.unlink(missing_ok=True)  # or the next save would put the damaged one in place of the good one
+    return f"{path.name} is missing or damaged; going on from {candidate.name}, step {learner.step}"
+
+
+def check_state(path: Path, kind: type[Learner], settings: str) -> None:
+    """WeightsError, as `load_state` would raise it."""
+    _found(path, kind, settings)
+
+
+def _found(path: Path, kind: type[Learner], settings: str) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
+    """The latest state that can be read."""
     for candidate in (path, previous_of(path)):
         try:
             tensors, header = _read(candidate)
         except (SafetensorError, OSError, ValueError):
             continue
         if header.get("settings") != settings:
-            raise WeightsError(
-                f"{candidate.name}: was made with another {learner.settings}. Undo the change, or start anew with --overwrite"
-            )
-        _restore(learner, tensors, header)
-        if candidate != path:  # or the next save would put the damaged one in place of the good one
-            path.unlink(missing_ok=True)
-        return "" if candidate == path else f"{path.name} is missing or damaged; going on from {candidate.name}, step {learner.step}"
-    raise WeightsError(f"nothing to continue in {path.parent}. Run {learner.command} without --continue")
+            raise WeightsError(f"{candidate.name}: was made with another {kind.settings}. Undo the change, or start anew with --overwrite")
+        return candidate, tensors, header
+    raise WeightsError(f"nothing to continue in {path.parent}. Run {kind.command} without --continue")
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

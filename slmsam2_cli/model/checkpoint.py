@@ -24,6 +24,7 @@ from slmsam2_cli.model.foreign import State, first_line
 from slmsam2_cli.model.recogniser import PREFIX as RECOGNISER
 from slmsam2_cli.model.recogniser import Recogniser, recogniser_in, without_recogniser
 from slmsam2_cli.model.slmsam2 import SlmSam2
+from slmsam2_cli.model.validation import Validation
 from slmsam2_cli.model.zoo import EMBEDDED as EMBEDDED
 from slmsam2_cli.planning.network import NetworkPlan
 from slmsam2_cli.planning.plan import Plan, parse_plan
@@ -41,7 +42,7 @@ class Provenance(BaseModel):
     digest (the file's SHA-256 where it was converted) or ""; licence: what the base may be used for, as published, or "";
     random: whether any ancestor was random; seed, steps and seconds of training; training: ids of the data set's cases that
     these weights or their ancestors learned from; learned_from: SHA-256 of every image file they learned from;
-    versions of libraries.
+    versions of libraries; validation: what they and their base were worth on volumes left out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,6 +57,7 @@ class Provenance(BaseModel):
     training: tuple[str, ...] = ()
     learned_from: tuple[str, ...] = ()
     versions: dict[str, str] = {}
+    validation: Validation | None = None
 
 
 class Needs(BaseModel):

@@ -35,6 +35,8 @@ VOXEL_S = 1.5e-7  # to read, bring into view and back, and write; a second for s
 STEP_PACES = 1.45  # to learn from one slice and track, forwards and backwards, in paces
 SEEN_PACES = 1.5e-6  # to learn from a channel and pixel that the recogniser sees
 CHECKED = 2  # times a volume that was learned from is segmented, to calibrate confidence
+FOLDS, SHARE, SHARE_OF_ONE = 2, 0.3, 0.2  # short runs, and their share of the steps, as finetuning/validating.py
+JUDGED = 8  # times the volume that a fold left out is segmented: three looks with and without recogniser, before, and for a picture
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ def cost_of_tuning(plan: Plan, fingerprint: Fingerprint, count: int, pace_s: flo
         steps = training_for(plan, count).steps
         step = pace_s * (clips * (encoded + tracked) * STEP_PACES + maps * SEEN_PACES)
         apart = sum(_predicting_s(plan, case, pace_s) for case in cases) / len(cases)
-        seconds = START_S + sum(math.prod(case.shape) for case in cases) * VOXEL_S + steps * step + CHECKED * count * apart
+        folds, share = (0, 0.0) if training.validation == "none" else (1, SHARE_OF_ONE) if count == 1 else (FOLDS, SHARE)
+        looks = (CHECKED * count + JUDGED * folds) * apart
+        seconds = START_S + sum(math.prod(case.shape) for case in cases) * VOXEL_S + steps * (1 + folds * share) * step + looks
         seconds = min(seconds, training.minutes * 60) if training.minutes is not None else seconds
     return Cost(int(max(learning, calibrating)), seconds)
 

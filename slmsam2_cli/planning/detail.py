@@ -5,6 +5,7 @@ A structure that covers less than half of every pixel it touches is nowhere more
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -15,7 +16,7 @@ from slmsam2_cli.planning.decision import Decision
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, Fingerprint
 from slmsam2_cli.planning.network import NetworkSize
 
-FOCUSED_PX, FINEST_PX = 128, 256  # the size at which nano has learned on most, and the largest
+LEAST_PX, FOCUSED_PX, FINEST_PX = 96, 128, 256  # below the first nano gets worse; at the second it has learned most; the largest
 DRAWN: dict[NetworkSize, int] = {"nano": 2, "tiny": 4, "small": 4, "base_plus": 4, "large": 4}  # network pixels along one of the mask
 LOST = 0.5  # in pixels of the mask
 
@@ -78,11 +79,32 @@ def _seen_mm(case: CaseFingerprint, value: int, axis: SliceAxis, focus: float) -
 
 
 def choose_focused_px(fingerprint: Fingerprint, axis: SliceAxis, focus: float) -> Decision[int]:
-    """What nano has learned on most; the double where a structure would be thinner than a pixel of its mask."""
+    """What nano has learned on most; less where its mask would be finer than voxels, the double where a structure would be too thin."""
     thin = thinnest(fingerprint, axis, "nano", FOCUSED_PX, focus, 1.0)
-    if thin is None or thin.pixels >= 1:
-        return Decision(FOCUSED_PX, "what nano has learned on most" + (f"; {thin.words()}" if thin else ""))
-    return Decision(FINEST_PX, f"{thin.words()} at {FOCUSED_PX} px")
+    if thin is None:
+        return Decision(FOCUSED_PX, "what nano has learned on most")
+    if thin.pixels < 1:
+        return Decision(FINEST_PX, f"{thin.words()} at {FOCUSED_PX} px")
+    voxels = _seen_voxels(fingerprint, axis, focus)
+    enough = max(LEAST_PX, 32 * math.ceil(round(voxels * DRAWN["nano"] / 32, 6)))
+    if enough < FOCUSED_PX:
+        return Decision(enough, f"squares of {voxels:.3g} voxels: a pixel of the mask spans about one; {thin.words()} at {FOCUSED_PX} px")
+    return Decision(FOCUSED_PX, f"what nano has learned on most; {thin.words()}")
+
+
+def _seen_voxels(fingerprint: Fingerprint, axis: SliceAxis, focus: float) -> float:
+    """Edge of the largest label's square in voxels, the finer in-plane ones, by the medians over cases."""
+    found = []
+    for value in fingerprint.labels:
+        cases = [case for case in fingerprint.cases if value in case.labels]
+        if edges := [_seen_mm(case, value, axis, focus) / _finer_mm(case, axis) for case in cases]:
+            found.append(median(edges))
+    return max(found)
+
+
+def _finer_mm(case: CaseFingerprint, axis: SliceAxis) -> float:
+    cut = case.axis(axis)
+    return min(mm for one, mm in zip(AXES, case.spacing_mm, strict=True) if one != cut)
 
 
 def refuse_to_lose(thin: Thin | None, size: NetworkSize, cases: Sequence[CaseFingerprint]) -> None:

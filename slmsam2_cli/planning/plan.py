@@ -22,6 +22,7 @@ from slmsam2_cli.planning.network import NetworkPlan
 FORMAT_VERSION = 1
 _NO_DECISION = {"reasons", "asked", "decided_digest", "tool_version"}
 Strategy = Literal["full", "frozen-encoder", "decoder+memory", "adapters"]
+Validation = Literal["left-out", "none"]
 Asked = Literal["geometry.slice_axis", "training.minutes", "training.clip_slices"]
 Label = Annotated[int, Field(ge=1, le=65535)]
 
@@ -117,11 +118,15 @@ class TrainingPlan(Frozen):
     )
     adapters: AdapterPlan = Field(default_factory=AdapterPlan, description="their kind and size")
     recogniser: bool = Field(default=True, description="whether a second, small network learns what the labels look like")
+    validation: Validation = Field(
+        default="none",
+        description="left-out: short runs first, each without one volume, so that the worse of base and tuned model is never kept; none",
+    )
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Strategy, adapters and recogniser are written only where somebody chose them."""
-        usual = {"strategy": "full", "adapters": AdapterPlan().model_dump(), "recogniser": True}
+        """Strategy, adapters, recogniser and validation are written only where they are not as ever."""
+        usual = {"strategy": "full", "adapters": AdapterPlan().model_dump(), "recogniser": True, "validation": "none"}
         return {name: value for name, value in whole(self).items() if name not in usual or value != usual[name]}
 
 

@@ -251,10 +251,17 @@ def choose_training(size: NetworkSize, cases: int, from_scratch: bool = False) -
     """
     counted = min(cases, MANY)
     if size == "nano":
-        steps, clips, rate, decay = (1500, 2, 6e-4, 0.01) if from_scratch else (360 + 48 * counted, 1, 1e-4, 0.01)
+        steps, clips, rate, decay = (1500, 2, 6e-4, 0.01) if from_scratch else (300 + 60 * counted, 1, 1e-4, 0.01)
     else:
         steps, clips, rate, decay = 100 * counted, 1, 1e-4, 0.1
-    plan = TrainingPlan(steps=steps, clips_per_step=clips, learning_rate=rate, warmup_steps=max(5, steps // 20), weight_decay=decay)
+    plan = TrainingPlan(
+        steps=steps,
+        clips_per_step=clips,
+        learning_rate=rate,
+        warmup_steps=max(5, steps // 20),
+        weight_decay=decay,
+        validation="none" if from_scratch else "left-out",
+    )
     basis = (
         "from random weights"
         if from_scratch
@@ -266,7 +273,7 @@ def choose_training(size: NetworkSize, cases: int, from_scratch: bool = False) -
 def training_for(plan: Plan, used: int, from_scratch: bool = False) -> TrainingPlan:
     """A person's own training settings, or the rule's for the number of volumes that are really used, with what an option settled."""
     asked = [key.removeprefix(TRAINING) for key in plan.asked if key.startswith(TRAINING)]
-    chosen = {name: getattr(plan.training, name) for name in ("strategy", "adapters", "recogniser", *asked)}
+    chosen = {name: getattr(plan.training, name) for name in ("strategy", "adapters", "recogniser", "validation", *asked)}
     by_rule = [choose_training(plan.network.size, count).value for count in range(1, MANY + 1)]
     is_by_rule = not plan.edited or plan.training in [rule.model_copy(update=chosen) for rule in by_rule]
     return choose_training(plan.network.size, used, from_scratch).value.model_copy(update=chosen) if is_by_rule else plan.training

@@ -1,6 +1,7 @@
 """Stage 3: data set + plan -> tuned model.   Reads plan.json, prepared/.
 
-Writes finetuned/{split.json,model.safetensors,log.csv,log.jsonl,progress.png,state}, and adapter.safetensors for a plan with adapters.
+Writes finetuned/{split.json,model.safetensors,log.csv,log.jsonl,progress.png,validation.json,left_out_*.png,state}, and
+adapter.safetensors for a plan with adapters.
 
 Plans and prepares by itself what has not been planned or prepared. An interrupted run leaves a usable model and goes on
 with --continue.
@@ -8,9 +9,8 @@ with --continue.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,65 +24,32 @@ from slmsam2_cli.data.prepared import Outcome, PreparedCase, prepare_all
 from slmsam2_cli.device import DeviceName, choose_device, describe
 from slmsam2_cli.errors import DONE, DatasetError, DeviceError, OutputError, PlanError, UsageError
 from slmsam2_cli.finetuning.calibrating import calibrated_on
-from slmsam2_cli.finetuning.clips import ClipSampler
 from slmsam2_cli.finetuning.curves import draw_progress
+from slmsam2_cli.finetuning.folding import forget_folds, planned_folds, validate
 from slmsam2_cli.finetuning.keeping import keep
-from slmsam2_cli.finetuning.learner import share_done
+from slmsam2_cli.finetuning.learner import Progress, share_done
 from slmsam2_cli.finetuning.log import Log
-from slmsam2_cli.finetuning.loop import Learner, new_learner, train
-from slmsam2_cli.finetuning.recognising import SliceSampler, new_recogniser
-from slmsam2_cli.finetuning.resume import load_state, previous_of, save_state
+from slmsam2_cli.finetuning.loop import Learner
+from slmsam2_cli.finetuning.resume import check_state, load_state, previous_of, save_state
 from slmsam2_cli.finetuning.room import shortage
+from slmsam2_cli.finetuning.runs import Run, Wish
 from slmsam2_cli.finetuning.stopping import stoppable
-from slmsam2_cli.finetuning.strategies import prepare
+from slmsam2_cli.finetuning.tuning import Material, follow, fresh_learner, material_of, new_model
+from slmsam2_cli.finetuning.validating import after_folds
 from slmsam2_cli.inference.ready import fuser_of, with_fuser_of
 from slmsam2_cli.model import zoo
 from slmsam2_cli.model.calibration import Calibration
-from slmsam2_cli.model.checkpoint import RANDOM, Checkpoint, Provenance, base_weights, fit
-from slmsam2_cli.model.slmsam2 import SlmSam2
+from slmsam2_cli.model.checkpoint import RANDOM, Checkpoint, Provenance, base_weights
+from slmsam2_cli.model.validation import Validation
 from slmsam2_cli.planning.channels import COLOURS
 from slmsam2_cli.planning.fingerprint import write_fingerprint
 from slmsam2_cli.planning.measure import measure
-from slmsam2_cli.planning.plan import Plan, TrainingPlan, digest_of, read_plan, write_plan
+from slmsam2_cli.planning.plan import Plan, TrainingPlan, read_plan, write_plan
 from slmsam2_cli.planning.rules import decide, training_for
 from slmsam2_cli.workspace import Workspace
 
 SAVE_EVERY_S = 120.0
 _A_FILE = "file"
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one fine-tuning run is. `digest` changes when its plan, its cases or its base do.
-
-    cases: ids it learns from; known: ids that its base has learned from already; unseen: all others; images: SHA-256 of the
-    image files of `cases`.
-    """
-
-    plan: Plan
-    cases: tuple[str, ...]
-    known: tuple[str, ...]
-    unseen: tuple[str, ...]
-    images: tuple[str, ...]
-    base: Checkpoint | None
-    weights: str
-
-    @property
-    def digest(self) -> str:
-        base = self.base.digest if self.base else self.weights
-        plan = self.plan.model_dump(mode="json", exclude={"reasons", "asked"})
-        return digest_of({"plan": plan, "cases": list(self.cases), "base": base, "recogniser": self.plan.training.recogniser})
-
-
-@dataclass(frozen=True)
-class Wish:
-    """The options that decide which run it is; an interrupted run keeps them for --continue."""
-
-    cases: int
-    weights: str
-    minutes: float | None
-    steps: int | None
-    seed: int
 
 
 def finetune(
@@ -118,7 +85,7 @@ def finetune(
     try:
         with store.one_writer(workspace.root):
             plan = _plan(data, workspace, network, base)
-            _model(plan, base)
+            new_model(plan, base)
             ready = _prepare(data, plan, workspace, skip_bad)
             run = _run_of(plan, data, ready, wish, base)
             if _finished(workspace, run, resume, overwrite):
@@ -180,25 +147,6 @@ def _mind_the_order(plan: Plan, base: Checkpoint | None) -> None:
     if len(before.channels) != len(plan.channels) or len(plan.channels) <= COLOURS:
         return
     console.warn(f"the channels {', '.join(plan.channels)} are taken for the base's {', '.join(before.channels)}, in this order")
-
-
-def _model(plan: Plan, base: Checkpoint | None, seed: int = 0) -> SlmSam2:
-    """The plan's network with the base's weights, or with random ones drawn from the seed, ready for the plan's strategy.
-
-    WeightsError when the weights do not fit; PlanError when there are none for the strategy to build on.
-    """
-    if base is None and plan.training.strategy != "full":
-        raise PlanError(
-            f"training.strategy is {plan.training.strategy}, which trains a part of the network, but --weights random has no other part. "
-            "Start from trained weights, or set it to full in plan.json"
-        )
-    torch.manual_seed(seed)
-    model = SlmSam2(plan.network, plan.geometry.frame_px)
-    if base is not None:
-        fit(model, base)
-    for note in prepare(model, plan.training, plan.modality, len(plan.channels)):
-        console.detail(note)
-    return model
 
 
 def _prepare(data: Dataset, plan: Plan, workspace: Workspace, skip_bad: bool) -> Outcome:
@@ -273,69 +221,120 @@ def _state(workspace: Workspace) -> Path:
 
 
 def _tune(run: Run, ready: Outcome, workspace: Workspace, device: torch.device, wish: Wish, resume: bool) -> None:
-    model = _model(run.plan, run.base, run.plan.training.seed)
     if run.base is None:
         console.warn("--weights random: everything is learned from these volumes alone; for trials and tests, not for clinical data")
     used = [case for case in ready.cases if case.id in run.cases]
-    sampler = ClipSampler(used, tuple(run.plan.labels), run.plan.geometry, run.plan.ignore)
-    slices = None
-    if run.plan.training.recogniser:
-        slices = SliceSampler(used, tuple(run.plan.labels), run.plan.geometry.stack_px, run.plan.ignore)
-        model.recogniser = new_recogniser(slices, len(run.plan.channels), run.plan.training.seed)
-    learner = new_learner(model.to(device), run.plan.training, run.base is None)
-    state = _state(workspace)
+    material_of(used, run.plan)  # is there anything to learn from?
+    _mind_absent_labels(used, run)
+    state, folder = _state(workspace), workspace.finetuned
     begun = state.exists() or previous_of(state).exists() or not _unfinished(workspace, run)
-    if resume and begun and (warning := load_state(state, learner, run.digest)):
-        console.warn(warning)
+    if resume and begun:
+        check_state(state, Learner, run.digest)
     console.say(f"training on {len(run.cases)} volume(s) on {describe(device)}: {', '.join(run.cases)}")
     skipped = tuple(problem.case for problem in ready.problems)
-    for old in () if resume else (state, previous_of(state)):
-        old.unlink(missing_ok=True)  # of a run that --overwrite gave up: not to be gone on with by this one's split
-    _write_split(workspace, run, wish, skipped, finished=False)
-    if not (resume and begun):
-        save_state(state, learner, run.digest)  # from here on, however it ends, there is something to continue
-    log = Log(workspace.finetuned / "log.csv", from_step=learner.step)
+    if not resume:  # of a run that --overwrite gave up: not to be gone on with by this one's split
+        for old in (state, previous_of(state)):
+            old.unlink(missing_ok=True)
+        forget_folds(folder)
+    _write_split(workspace, run, wish, skipped, finished=False)  # from here on, however it ends, there is something to continue
     with stoppable() as stopped:
-        _follow(learner, sampler, slices, run, state, log, stopped)
-        _save(workspace, run, learner)
-        _note(log, run)
-        finished = share_done(learner, run.plan.training) >= 1
-        if not finished:
-            save_state(state, learner, run.digest)
-            console.say(f"stopped at step {learner.step}; the model so far is saved. Go on with slmsam2 finetune --continue")
-        elif calibration := _calibrate(learner, used, run.plan, stopped):
-            _save(workspace, run, learner, calibration)
-        _write_split(workspace, run, wish, skipped, finished)
+        validation = validate(run, used, device, folder, SAVE_EVERY_S, stopped, asked=wish.steps is not None)
+        if stopped() and validation is None:
+            console.say("stopped before the first step of tuning on everything. Go on with slmsam2 finetune --continue")
+            return
+        _on_everything(run, used, workspace, device, wish, validation, skipped, resume and begun, stopped)
+
+
+def _on_everything(
+    run: Run,
+    used: Sequence[PreparedCase],
+    workspace: Workspace,
+    device: torch.device,
+    wish: Wish,
+    validation: Validation | None,
+    skipped: tuple[str, ...],
+    begun: bool,
+    stopped: Callable[[], bool],
+) -> None:
+    """Tune on all volumes, as the folds speak for, or keep the base."""
+    state, plan = _state(workspace), run.plan
+    if validation is not None:
+        _say_validated(validation, len(used))
+        if validation.recogniser is False:
+            plan = plan.model_copy(update={"training": plan.training.model_copy(update={"recogniser": False})})
+    kept_base = validation is not None and validation.kept == "base"
+    material, training = material_of(used, plan), _training_after(validation, run, used)
+    learner = fresh_learner(plan, run.base, material, device)
+    if begun and (warning := load_state(state, learner, run.digest)):
+        console.warn(warning)
+    if not begun:
+        save_state(state, learner, run.digest)
+    log = Log(workspace.finetuned / "log.csv", from_step=learner.step)
+    if kept_base:
+        learner.average.recogniser = None
+    elif not stopped():
+        _follow(learner, material, training, run, state, log, stopped)
+    _save(workspace, run, learner, validation)
+    _note(log, run)
+    finished = kept_base or share_done(learner, training) >= 1
+    if not finished:
+        save_state(state, learner, run.digest)
+        console.say(f"stopped at step {learner.step}; the model so far is saved. Go on with slmsam2 finetune --continue")
+    elif calibration := _calibrate(learner, used, run.plan, stopped):
+        _save(workspace, run, learner, validation, calibration)
+    _write_split(workspace, run, wish, skipped, finished)
     for old in (state, previous_of(state)) if finished else ():
         old.unlink(missing_ok=True)
 
 
+def _training_after(validation: Validation | None, run: Run, used: Sequence[PreparedCase]) -> TrainingPlan:
+    """The settings of the run on everything: as many steps as the folds speak for, and the minutes that they left."""
+    folds, _ = planned_folds(run, used)
+    training = after_folds(run.plan.training, len(folds), len(used))
+    return training.model_copy(update={"steps": validation.steps}) if validation is not None else training
+
+
+def _say_validated(validation: Validation, count: int) -> None:
+    where = f"on {', '.join(validation.left_out)}, left out: Dice {validation.base:.3f} before tuning, {validation.tuned:.3f} after"
+    if validation.kept == "base":
+        console.warn(f"{where}. The base is kept as it is. Set training.validation to none in plan.json to tune it all the same")
+    else:
+        alone = ", without the recogniser, which did not help there" if validation.recogniser is False else ""
+        console.say(f"{where}. Tuning on {'all ' if count > 1 else ''}{count} for {validation.steps} steps{alone}")
+
+
+def _mind_absent_labels(used: Sequence[PreparedCase], run: Run) -> None:
+    """A line about labels that none of the volumes holds."""
+    held = {int(value) for case in used if case.labels is not None for value in np.unique(case.labels)}
+    absent = [f"{name} ({value})" for value, name in run.plan.labels.items() if value not in held]
+    if absent:
+        console.warn(
+            f"{', '.join(absent)}: in none of the volumes that are learned from, so nothing is learned of it. Another --seed draws others"
+        )
+
+
 def _follow(
-    learner: Learner,
-    sampler: ClipSampler,
-    slices: SliceSampler | None,
-    run: Run,
-    state: Path,
-    log: Log,
-    stopped: Callable[[], bool],
+    learner: Learner, material: Material, training: TrainingPlan, run: Run, state: Path, log: Log, stopped: Callable[[], bool]
 ) -> None:
-    """Train with a progress bar; save the state every few minutes."""
-    saved, shown = time.monotonic(), learner.step
-    whole = 1000
-    with console.progress("training", whole) as advance:
-        bar = 0
-        for progress in train(learner, sampler, run.plan.training, stopped, slices):
-            row = {"step": progress.step, "seconds": round(learner.seconds, 2), "learning_rate": progress.learning_rate}
-            log.add(row | progress.losses)
-            now_at = int(progress.done * whole)
-            advance(now_at - bar, f"step {progress.step}, loss {log.recent():.3f}")
-            bar = now_at
-            if time.monotonic() - saved > SAVE_EVERY_S:
-                save_state(state, learner, run.digest)
-                _note(log, run)
-                saved = time.monotonic()
-    if learner.step == shown:
-        console.say("nothing was left to train")
+    """Train on everything; the log grows with every step."""
+
+    def told(progress: Progress) -> str:
+        row = {"step": progress.step, "seconds": round(learner.seconds, 2), "learning_rate": progress.learning_rate}
+        log.add(row | progress.losses)
+        return f"step {progress.step}, loss {log.recent():.3f}"
+
+    follow(
+        learner,
+        material,
+        training,
+        stopped,
+        title="training",
+        state=state,
+        settings=run.digest,
+        every_s=SAVE_EVERY_S,
+        told=told,
+        saved=lambda: _note(log, run),
+    )
 
 
 def _note(log: Log, run: Run) -> None:
@@ -381,7 +380,7 @@ def _calibrate(learner: Learner, cases: Sequence[PreparedCase], plan: Plan, stop
     return found
 
 
-def _save(workspace: Workspace, run: Run, learner: Learner, calibration: Calibration | None = None) -> None:
+def _save(workspace: Workspace, run: Run, learner: Learner, validation: Validation | None, calibration: Calibration | None = None) -> None:
     ancestor = run.base.provenance if run.base else None
     provenance = Provenance(
         base=run.base.name if run.base else RANDOM,
@@ -394,6 +393,7 @@ def _save(workspace: Workspace, run: Run, learner: Learner, calibration: Calibra
         training=tuple(sorted([*run.cases, *run.known])),
         learned_from=tuple(sorted({*run.images, *(ancestor.learned_from if ancestor else ())})),
         versions={name: version(name) for name in ("torch", "sam2", "numpy")},
+        validation=validation,
     )
     digest = keep(workspace.model, learner.average, run.plan, provenance, run.base, calibration)
     if calibration is None:

@@ -8,7 +8,7 @@ import pytest
 from golden.data_sets import NAMES, golden_fingerprint, golden_plan
 from measured_cases import case, known
 
-from slmsam2_cli.finetuning import loop, recognising
+from slmsam2_cli.finetuning import loop, recognising, validating
 from slmsam2_cli.inference import engine
 from slmsam2_cli.model import recogniser
 from slmsam2_cli.planning import cost
@@ -65,9 +65,16 @@ def test_a_slower_machine_takes_longer_in_proportion():
 
 def test_more_volumes_take_more_steps():
     small = known(case(), case("b"))
-    # 360 + 48 n steps
+    # 300 + 60 n steps, and before them a fifth of these once, or three tenths twice
     one, two = (cost_of_tuning(decide(small), small, n, 10.0).seconds for n in (1, 2))
-    assert two / one == pytest.approx(456 / 408, rel=0.01)
+    assert two / one == pytest.approx(420 * 1.6 / (360 * 1.2), rel=0.01)
+
+
+def test_without_validation_its_time_is_saved():
+    small = known(case())
+    plan = decide(small)
+    without = plan.model_copy(update={"training": plan.training.model_copy(update={"validation": "none"})})
+    assert cost_of_tuning(plan, small, 1, 10.0).seconds / cost_of_tuning(without, small, 1, 10.0).seconds == pytest.approx(1.2, rel=0.01)
 
 
 def test_no_more_time_is_foretold_than_the_plan_allows():
@@ -92,6 +99,8 @@ def test_times_are_told_as_roughly_as_they_are_known(seconds, words):
 def test_what_the_cost_knows_of_training_and_inference_is_what_they_do():
     assert (cost.TRACKS, cost.BATCH, cost.SEEN) == (loop.TRACKS_PER_WINDOW, recognising.BATCH, recogniser.FOCUS)
     assert (cost.LEAST_SEEN_PX, cost.FEW_SEEN_PX, cost.MOST_SEEN_PX) == (recognising._LEAST_PX, recognising._FEW_PX, recognising._MOST_PX)
+    assert (cost.FOLDS, cost.SHARE, cost.SHARE_OF_ONE) == (validating.FOLDS, validating.SHARE, validating.SHARE_OF_ONE)
+    assert 2 * len(validating.LOOKS) + 2 == cost.JUDGED
     assert signature(engine.Features).parameters["keep_bytes"].default == cost.MOST_KEPT_BYTES
 
 

@@ -58,6 +58,13 @@ def test_several_small_pieces_are_as_wide_as_one():
     assert width_mm(holding(two), 1, "SI") == width_mm(holding(one), 1, "SI") == pytest.approx(2.5)
 
 
+@pytest.mark.parametrize(("edge", "px"), [(10, 96), (24, 96), (25, 128), (90, 128)])
+def test_a_structure_of_few_voxels_is_seen_at_no_more_pixels_than_its_mask_has_use_for(edge, px):
+    # square of 2 * 24 voxels, two network pixels for one of the mask: 96
+    decision = choose_focused_px(known(holding(bar(edge, edge))), "SI", 2.0)
+    assert decision.value == px and ("squares of" in decision.reason) == (px == 96)
+
+
 def test_what_is_wide_enough_is_seen_at_the_usual_size():
     # square of 2 * 40 mm, 64 pixels of the mask: 1.25 mm each; the bar is 4 * 40 * 2 / 88 mm wide
     found = known(holding(bar(4, 40)))
