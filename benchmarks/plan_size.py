@@ -125,7 +125,8 @@ def at(fingerprint: Fingerprint, setting: str) -> Plan:
         changed: dict[str, object] = {"focus": None, "slice_px": None, "in_plane_mm": geometry.in_plane_mm * scale}
     else:
         changed = {"focus": float(width)}
-    return plan.model_copy(update={"geometry": geometry.model_copy(update={"frame_px": int(px), **changed})})
+    training = plan.training.model_copy(update={"validation": "none"})
+    return plan.model_copy(update={"geometry": geometry.model_copy(update={"frame_px": int(px), **changed}), "training": training})
 
 
 def main() -> None:

@@ -114,7 +114,7 @@ def test_an_interrupted_run_goes_on_with_its_own_options_and_ends_like_an_undist
     """SIGINT after the second of four steps; --continue needs nothing but itself."""
     import signal
 
-    from slmsam2_cli.stages import finetune as stage
+    from slmsam2_cli.finetuning import tuning as stage
 
     whole, broken = Workspace(tmp_path / "whole"), Workspace(tmp_path / "broken")
     finetune(dataset, whole, cases=1, weights="random", steps=4, seed=1)
@@ -263,7 +263,7 @@ def test_adapters_leave_a_whole_model_and_a_small_file_that_names_its_base(adapt
 def test_an_interrupted_run_of_adapters_ends_like_an_undisturbed_one(adapted, dataset, tuned, tmp_path, monkeypatch):
     import signal
 
-    from slmsam2_cli.stages import finetune as stage
+    from slmsam2_cli.finetuning import tuning as stage
 
     broken = Workspace(tmp_path)
     broken.plan.write_bytes(adapted.plan.read_bytes())

@@ -1,0 +1,153 @@
+"""Short runs that leave something out: what they leave out, how it is judged, and what follows."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from stacks import case, whole
+
+from slmsam2_cli.data.prepared import PreparedCase
+from slmsam2_cli.finetuning import validating
+from slmsam2_cli.finetuning.validating import Fold, after_folds, concluded, fold_training, folds_of, judged
+from slmsam2_cli.inference.engine import Propagated
+from slmsam2_cli.planning.plan import InferencePlan
+from slmsam2_cli.planning.rules import choose_training
+
+PX = 32
+
+
+def plan(labels=None, ignore=None):
+    return SimpleNamespace(labels=labels or {1: "organ"}, ignore=ignore, geometry=whole(PX), inference=InferencePlan())
+
+
+def prepared(**options):
+    made = case(size=(PX, PX), **options)
+    return PreparedCase(made.id, made.frames, made.labels, None, {})
+
+
+# What is left out
+
+
+def test_the_volumes_in_the_middle_of_the_order_by_size_are_left_out():
+    cases = [prepared(name=name, held=range(5, 5 + count)) for name, count in (("a", 9), ("b", 3), ("c", 5), ("d", 12), ("e", 4))]
+    folds = folds_of(cases, plan())
+    assert [fold.name for fold in folds] == ["e", "c"]  # of b, e, c, a, d
+    assert [{one.id for one in fold.cases} for fold in folds] == [{"a", "b", "c", "d"}, {"a", "b", "d", "e"}]
+    assert all(fold.until is None for fold in folds)
+
+
+def test_of_two_volumes_each_is_left_out_once():
+    folds = folds_of([prepared(name="a"), prepared(name="b")], plan())
+    assert [(fold.held.id, fold.cases[0].id) for fold in folds] == [("a", "b"), ("b", "a")]
+
+
+def test_of_one_volume_the_upper_part_is_learned_from_and_the_lower_judged():
+    (fold,) = folds_of([prepared(slices=20, held=range(6, 15))], plan())
+    assert fold.until == 10 and fold.held.frames.shape[1] == 20
+    (upper,) = fold.cases
+    assert upper.frames.shape[1] == len(upper.labels) == 10 and upper.frames[0, 0, 0, 0] == np.float16(0.1)
+
+
+def test_a_single_volume_that_cannot_be_divided_is_not():
+    assert folds_of([prepared(slices=20, held=[7, 8])], plan()) == ()
+    assert folds_of([prepared(slices=20, held=[])], plan()) == ()
+
+
+# How long
+
+
+def test_a_fold_takes_its_share_of_steps_and_minutes_and_leaves_the_rest():
+    training = choose_training("nano", 5).value.model_copy(update={"minutes": 10.0})
+    short = fold_training(training, 5)
+    assert (short.steps, short.minutes) == (180, 3.0)
+    assert after_folds(training, 2, 5).minutes == pytest.approx(4.0) and after_folds(training, 2, 5).steps == 600
+    assert fold_training(training, 1).steps == 120 and after_folds(training, 1, 1).minutes == pytest.approx(8.0)
+
+
+def test_a_fold_that_is_too_short_to_tell_anything_is_left_away():
+    training = choose_training("nano", 5).value
+    assert fold_training(training.model_copy(update={"steps": 66}), 5).steps == 20
+    assert fold_training(training.model_copy(update={"steps": 63}), 5) is None
+
+
+# How it is judged
+
+
+@pytest.fixture
+def copying(monkeypatch):
+    """A model that copies the given slice to all others."""
+
+    def propagate(model, frames, objects, **options):
+        found = {}
+        for value, (anchor,) in objects.items():
+            logits = torch.where(anchor.mask[None, ::4, ::4], 10.0, -10.0).expand(len(frames), -1, -1)
+            found[value] = Propagated(logits, torch.full((len(frames),), 0.7), torch.zeros(len(frames)))
+        return found
+
+    monkeypatch.setattr(validating, "propagate", propagate)
+
+
+def test_all_slices_but_the_given_one_count_empty_ones_too(copying):
+    held = prepared(slices=12, held=range(4, 9))  # copied to 11 more: 2 * 4 / (4 + 11)
+    assert judged(None, Fold("a", (), held), plan(), tuned=False).score == pytest.approx(8 / 15, abs=0.02)
+
+
+def test_of_a_divided_volume_only_the_lower_part_counts(copying):
+    held = prepared(slices=12, held=range(4, 9))  # slices 0 to 5, of which 4 and 5 hold it: 2 * 2 / (2 + 6)
+    assert judged(None, Fold("a", (), held, until=6), plan(), tuned=False).score == pytest.approx(0.5, abs=0.02)
+
+
+def test_ignored_pixels_do_not_count(copying):
+    held = prepared(slices=12, held=range(4, 9))
+    labels = np.array(held.labels)
+    labels[9:] = 9
+    score = judged(None, Fold("a", (), PreparedCase("a", held.frames, labels, None, {})), plan(ignore=9), tuned=False).score
+    assert score == pytest.approx(2 * 4 / (4 + 8), abs=0.02)
+
+
+def test_a_volume_without_labels_says_nothing(copying):
+    assert math.isnan(judged(None, Fold("a", (), prepared(held=[])), plan(), tuned=False).score)
+
+
+# What follows
+
+
+def settled(looks, asked=False):
+    return concluded(looks, choose_training("nano", 5).value, asked)
+
+
+def test_the_better_of_base_and_tuned_is_kept_by_the_mean_over_folds():
+    better = settled({"a": {0: (0.5,), 1: (0.6,), 2: (0.7,), 3: (0.8,)}, "b": {0: (0.7,), 1: (0.6,), 2: (0.6,), 3: (0.6,)}})
+    assert (better.base, better.tuned, better.kept, better.left_out, better.recogniser) == (0.6, 0.7, "tuned", ("a", "b"), None)
+    worse = settled({"a": {0: (0.9,), 1: (0.6,), 2: (0.7,), 3: (0.8,)}})
+    assert (worse.base, worse.tuned, worse.kept) == (0.9, 0.8, "base")
+
+
+def test_where_an_earlier_look_was_better_fewer_steps_are_taken_unless_a_person_named_them():
+    looks = {"a": {0: (0.5,), 1: (0.6,), 2: (0.9,), 3: (0.8,)}}
+    assert settled(looks).steps == 400 and settled(looks, asked=True).steps == 600
+
+
+def test_of_looks_that_are_nearly_alike_the_latest_counts():
+    found = settled({"a": {0: (0.5,), 1: (0.801,), 2: (0.803,), 3: (0.8,)}})
+    assert found.steps == 600 and found.tuned == 0.8
+
+
+def test_a_recogniser_that_does_not_help_is_left_away():
+    without = settled({"a": {0: (0.5, 0.5), 1: (0.4, 0.6), 3: (0.45, 0.7)}})
+    assert without.recogniser is False and without.tuned == 0.7
+    with_it = settled({"a": {0: (0.5, 0.5), 1: (0.4, 0.6), 3: (0.697, 0.7)}})
+    assert with_it.recogniser is True and with_it.tuned == 0.697
+
+
+def test_only_looks_that_every_fold_came_to_are_compared():
+    found = settled({"a": {0: (0.5,), 1: (0.6,), 2: (0.5,)}, "b": {0: (0.5,), 1: (0.6,), 2: (0.6,), 3: (0.9,)}})
+    assert found.steps == 200 and found.tuned == 0.6
+
+
+def test_folds_that_could_not_be_judged_say_nothing():
+    assert settled({"a": {0: (math.nan,), 1: (math.nan,)}}) is None
+    assert settled({}) is None and settled({"a": {0: (0.5,)}}) is None
+    assert settled({"a": {0: (math.nan,), 1: (0.1,)}, "b": {0: (0.5,), 3: (0.6,)}}).left_out == ("b",)
