@@ -1,11 +1,11 @@
-"""How slices should be walked through: when a pass gives up, and how far apart slices should be.
+"""How slices should be walked through: when a pass gives up, how far apart slices should be, how large they should be seen.
 
     python benchmarks/plan_passes.py ../shared/data [--weights nano]
 
 The packaged base, untuned, on the cases on which things are chosen (CHOSEN_ON in zero_shot.py); the middle slice of each label given.
 Patience: slices without its object after which a pass ends. Spacing: slices as stored, and resampled to so many times their distance
 along the slice axis; 0.5 puts an interpolated slice between any two. Dice of whole volumes, mean over cases, then labels; milliseconds
-for each stored slice and label, alternating, one thread.
+for each stored slice and label, alternating, one thread. Pixels: edge of what the network sees, for every set alike.
 """
 
 import argparse
@@ -41,6 +41,10 @@ def spacing(times: float) -> Arm:
     return lambda plan, mm: plan.model_copy(update={"geometry": plan.geometry.model_copy(update={"through_plane_mm": times * mm})})
 
 
+def pixels(edge: int) -> Arm:
+    return lambda plan, _: plan.model_copy(update={"geometry": plan.geometry.model_copy(update={"frame_px": edge})})
+
+
 ARMS: dict[str, Arm] = {
     "as planned": lambda plan, _: plan,
     "patience 3": patience(3),
@@ -49,6 +53,10 @@ ARMS: dict[str, Arm] = {
     "0.5 times the spacing": spacing(0.5),
     "2 times the spacing": spacing(2.0),
     "3 times the spacing": spacing(3.0),
+    "64 px": pixels(64),
+    "96 px": pixels(96),
+    "128 px": pixels(128),
+    "160 px": pixels(160),
 }
 
 
@@ -65,7 +73,7 @@ def scores_of(root: Path, weights: str) -> dict[str, tuple[float, float]]:
     assert checkpoint is not None
     planned = decide(fingerprint, checkpoint.network.size).model_copy(update={"network": checkpoint.network})
     plans = {name: arm(planned, through_mm(fingerprint, planned)) for name, arm in ARMS.items()}
-    model = build_model(checkpoint, planned).eval()
+    models = {px: build_model(checkpoint, plan).eval() for plan in plans.values() for px in [plan.geometry.frame_px]}
     source = PromptSource(data.root, "middle", own_labels=True)
     found: dict[str, dict[int, list[float]]] = {name: {} for name in ARMS}
     seconds, slices = dict.fromkeys(ARMS, 0.0), 0
@@ -74,7 +82,7 @@ def scores_of(root: Path, weights: str) -> dict[str, tuple[float, float]]:
         held = [value for value in data.labels if (truth == value).any()]
         for name, plan in plans.items():
             started = time.perf_counter()
-            result = segment(case, data.root, source, model, plan)
+            result = segment(case, data.root, source, models[plan.geometry.frame_px], plan)
             seconds[name] += time.perf_counter() - started
             for value in held:
                 found[name].setdefault(value, []).append(dice(truth == value, result.labels == value))
