@@ -2,21 +2,22 @@
 
 Clips of 8 slices in ascending order, the first of which holds an object, up to 3 objects; one clip a step, 100 steps a volume; focal x 20,
 Dice, IoU and presence, the first three only where the object is present; AdamW, weight decay 0.1, a cosine from 5e-6 to 5e-7 (image
-encoder 3e-6, a factor of 0.9 for each block below the last), gradients cut at 0.1; the last weights are kept. What differs: prompts are
-masks alone, as in the comparison (published: also boxes and points), and augmentation is this package's (rotation up to 25 degrees,
-mirroring, scale, shift, brightness, contrast, gamma and noise; published: mirroring, rotation up to 25 degrees, shear, colour).
+encoder 3e-6, a factor of 0.9 for each block below the last), gradients cut at 0.1; the last weights are kept. Mirroring, rotation up to
+25 degrees, shear up to 20, brightness and contrast, by the amounts of SAM 2's own recipe for fine-tuning. What differs: prompts are masks
+alone, as in the comparison (published: also boxes and points).
 """
 
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from slmsam2_cli.data.prepared import PreparedCase
-from slmsam2_cli.finetuning.augment import augment
 from slmsam2_cli.finetuning.clips import Clips, ClipSampler, _Structure
 from slmsam2_cli.finetuning.loop import followed
 from slmsam2_cli.finetuning.losses import SliceLoss, Weights
@@ -46,6 +47,28 @@ class PublishedSampler(ClipSampler):
         return [(label, reverse) for label, reverse in super()._runs(structure, start, length) if not reverse]
 
 
+def changed(clips: Clips, rng: np.random.Generator) -> Clips:
+    """One draw for all slices of the one window: mirrored, turned, sheared, brighter or darker; unless the object leaves the picture."""
+    turn, shear = np.radians(rng.uniform(-25, 25)), np.tan(np.radians(rng.uniform(-20, 20)))
+    mirror = -1.0 if rng.random() < 0.5 else 1.0
+    linear = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) @ np.array([[mirror, shear], [0, 1]])
+    matrix = torch.tensor(np.column_stack([linear, [0, 0]]), dtype=torch.float32)[None]
+    masks = moved(clips.masks, matrix, "nearest")
+    if not bool(masks[0].flatten(1).any(dim=1).all()):
+        matrix, masks = torch.eye(2, 3)[None], clips.masks
+    frames = moved(clips.frames, matrix, "bilinear") * rng.uniform(0.9, 1.1)
+    frames = (frames - frames.mean()) * rng.uniform(0.97, 1.03) + frames.mean()
+    known = None if clips.known is None else 1 - moved(1 - clips.known, matrix, "nearest")
+    return replace(clips, frames=frames.clamp(0, 1), masks=masks, known=known)
+
+
+def moved(stack: Tensor, matrix: Tensor, mode: str) -> Tensor:
+    """(T, N, C, H, W), all with the same matrix (1, 2, 3)."""
+    flat = stack.flatten(0, 1)
+    grid = F.affine_grid(matrix.expand(len(flat), -1, -1), list(flat.shape), align_corners=False)
+    return F.grid_sample(flat, grid, mode=mode, align_corners=False).reshape(stack.shape)
+
+
 def groups(model: SlmSam2) -> list[dict[str, object]]:
     """Parameters with the rate at which each learns at its peak."""
     depth = 1 + max(int(found.group(1)) for name, _ in model.named_parameters() if (found := re.match(rf"{TRUNK}blocks\.(\d+)\.", name)))
@@ -72,7 +95,7 @@ def losses_of(model: SlmSam2, clips: Clips) -> list[SliceLoss]:
 def train(model: SlmSam2, cases: Sequence[PreparedCase], plan: Plan, seed: int) -> int:
     """Train in place; the number of steps."""
     sampler = PublishedSampler(cases, tuple(plan.labels), plan.geometry, plan.ignore)
-    rng, changes = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     optimiser = torch.optim.AdamW(groups(model), weight_decay=DECAY)
     steps = STEPS * len(cases)
@@ -80,7 +103,7 @@ def train(model: SlmSam2, cases: Sequence[PreparedCase], plan: Plan, seed: int) 
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = group["peak"] * (LEAST + (1 - LEAST) * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        losses = losses_of(model, augment(sampler.draw(rng, 1, SLICES, OBJECTS), changes))
+        losses = losses_of(model, changed(sampler.draw(rng, 1, SLICES, OBJECTS), rng))
         optimiser.zero_grad(set_to_none=True)
         torch.stack([loss.total for loss in losses]).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), NORM)
