@@ -88,7 +88,7 @@ def choose_focused_px(fingerprint: Fingerprint, axis: SliceAxis, focus: float) -
     voxels = _seen_voxels(fingerprint, axis, focus)
     enough = max(LEAST_PX, 32 * math.ceil(round(voxels * DRAWN["nano"] / 32, 6)))
     if enough < FOCUSED_PX:
-        return Decision(enough, f"squares of {voxels:.3g} voxels: a pixel of the mask spans about one; {thin.words()} at {FOCUSED_PX} px")
+        return Decision(enough, f"squares of {voxels:.3g} voxels have no use for more; {thin.words()} at {FOCUSED_PX} px")
     return Decision(FOCUSED_PX, f"what nano has learned on most; {thin.words()}")
 
 
