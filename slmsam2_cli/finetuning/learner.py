@@ -39,7 +39,8 @@ class Budget(Protocol):
 
 @dataclass(kw_only=True)
 class Learner:
-    """Everything a run needs to go on: model, its moving average, optimiser, step and seconds so far.
+    """Everything a run needs to go on: model, its moving average, optimiser, step and seconds so far, and how many of these the
+    device waited for data.
 
     A kind of training that draws from generators of its own says how they are stored (`draws`, `redraw`), and what to do
     about a state that does not fit (`command`, `settings`).
@@ -53,6 +54,7 @@ class Learner:
     optimiser: torch.optim.AdamW
     step: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
 
     def draws(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state of its own generators, as tensors and as text."""

@@ -84,8 +84,10 @@ def train(
         length = clip_slices(done, plan, learner.from_scratch)
         windows = plan.clips_per_step * max(1, min(4, plan.clip_slices // (2 * length)))
         clips = augment(sampler.draw(learner.clip_rng, windows, length, windows * TRACKS_PER_WINDOW), learner.augment_rng)
+        seen = _slices(learner, slices)
+        learner.waited += time.monotonic() - started
         rate = learning_rate(learner.step, done, plan.learning_rate, plan.warmup_steps)
-        losses = _step(learner, clips, slices, rate, device)
+        losses = _step(learner, clips, seen, rate, device)
         skipped = skipped + 1 if SKIPPED in losses else 0
         if skipped >= PATIENCE:
             raise TrainingError(
@@ -96,19 +98,25 @@ def train(
         yield Progress(learner.step, share_done(learner, plan), losses, rate)
 
 
-def _step(learner: Learner, clips: Clips, slices: SliceSampler | None, rate: float, device: torch.device) -> dict[str, float]:
+def _slices(learner: Learner, sampler: SliceSampler | None) -> tuple[Tensor, Tensor] | None:
+    """Slices for the recogniser and what their pixels are; None without one."""
+    recogniser = learner.model.recogniser
+    return sampler.draw(learner.clip_rng, learner.augment_rng, recogniser.px) if sampler is not None and recogniser is not None else None
+
+
+def _step(learner: Learner, clips: Clips, seen: tuple[Tensor, Tensor] | None, rate: float, device: torch.device) -> dict[str, float]:
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         losses = clip_losses(learner.model, clips, device, learner.from_scratch)
-        beside = _recogniser_loss(learner, slices, device)
+        beside = _recogniser_loss(learner, seen, device)
     return descend(learner, losses, rate, _EMA, beside)
 
 
-def _recogniser_loss(learner: Learner, slices: SliceSampler | None, device: torch.device) -> dict[str, Tensor]:
+def _recogniser_loss(learner: Learner, seen: tuple[Tensor, Tensor] | None, device: torch.device) -> dict[str, Tensor]:
     recogniser = learner.model.recogniser
-    if slices is None or recogniser is None:
+    if seen is None or recogniser is None:
         return {}
-    seen, truth = slices.draw(learner.clip_rng, learner.augment_rng, recogniser.px)
-    return {RECOGNISED: recogniser_loss(recogniser(seen.to(device)).float(), truth.to(device))}
+    slices, truth = seen
+    return {RECOGNISED: recogniser_loss(recogniser(slices.to(device)).float(), truth.to(device))}
 
 
 def clip_losses(model: SlmSam2, clips: Clips, device: torch.device, from_scratch: bool = False) -> list[SliceLoss]:

@@ -44,6 +44,7 @@ def save_state(path: Path, learner: Learner, settings: str) -> None:
         "digest": digest_of(tensors),
         "step": str(learner.step),
         "seconds": repr(learner.seconds),
+        "waited": repr(learner.waited),
     }
     content = save(tensors, header)
     if path.exists():
@@ -107,4 +108,4 @@ def _restore(learner: Learner, tensors: dict[str, Tensor], header: dict[str, str
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])
     learner.redraw(_part(tensors, "rng/"), header)
-    learner.step, learner.seconds = int(header["step"]), float(header["seconds"])
+    learner.step, learner.seconds, learner.waited = int(header["step"]), float(header["seconds"]), float(header.get("waited", 0))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from slmsam2_cli import console
@@ -38,6 +39,12 @@ def material_of(cases: Sequence[PreparedCase], plan: Plan) -> Material:
     values, px = tuple(plan.labels), plan.geometry.stack_px
     clips = ClipSampler(cases, values, plan.geometry, plan.ignore)
     return Material(clips, SliceSampler(cases, values, px, plan.ignore) if plan.training.recogniser else None)
+
+
+def absent_labels(cases: Sequence[PreparedCase], plan: Plan) -> list[str]:
+    """The plan's labels that none of the cases holds, by name and value."""
+    held = {int(value) for case in cases if case.labels is not None for value in np.unique(case.labels)}
+    return [f"{name} ({value})" for value, name in plan.labels.items() if value not in held]
 
 
 def new_model(plan: Plan, base: Checkpoint | None, seed: int = 0) -> SlmSam2:

@@ -260,7 +260,7 @@ def choose_training(size: NetworkSize, cases: int, from_scratch: bool = False) -
         learning_rate=rate,
         warmup_steps=max(5, steps // 20),
         weight_decay=decay,
-        validation="none" if from_scratch else "left-out",
+        validation="left-out",
     )
     basis = (
         "from random weights"
@@ -273,7 +273,8 @@ def choose_training(size: NetworkSize, cases: int, from_scratch: bool = False) -
 def training_for(plan: Plan, used: int, from_scratch: bool = False) -> TrainingPlan:
     """A person's own training settings, or the rule's for the number of volumes that are really used, with what an option settled."""
     asked = [key.removeprefix(TRAINING) for key in plan.asked if key.startswith(TRAINING)]
-    chosen = {name: getattr(plan.training, name) for name in ("strategy", "adapters", "recogniser", "validation", *asked)}
+    own = ("strategy", "adapters", "recogniser", "validation") if plan.edited else ()
+    chosen = {name: getattr(plan.training, name) for name in (*own, *asked)}
     by_rule = [choose_training(plan.network.size, count).value for count in range(1, MANY + 1)]
     is_by_rule = not plan.edited or plan.training in [rule.model_copy(update=chosen) for rule in by_rule]
     return choose_training(plan.network.size, used, from_scratch).value.model_copy(update=chosen) if is_by_rule else plan.training

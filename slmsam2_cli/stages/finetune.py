@@ -34,7 +34,7 @@ from slmsam2_cli.finetuning.resume import check_state, load_state, previous_of, 
 from slmsam2_cli.finetuning.room import shortage
 from slmsam2_cli.finetuning.runs import Run, Wish
 from slmsam2_cli.finetuning.stopping import stoppable
-from slmsam2_cli.finetuning.tuning import Material, follow, fresh_learner, material_of, new_model
+from slmsam2_cli.finetuning.tuning import Material, absent_labels, follow, fresh_learner, material_of, new_model
 from slmsam2_cli.finetuning.validating import after_folds
 from slmsam2_cli.inference.ready import fuser_of, with_fuser_of
 from slmsam2_cli.model import zoo
@@ -225,7 +225,10 @@ def _tune(run: Run, ready: Outcome, workspace: Workspace, device: torch.device, 
         console.warn("--weights random: everything is learned from these volumes alone; for trials and tests, not for clinical data")
     used = [case for case in ready.cases if case.id in run.cases]
     material_of(used, run.plan)  # is there anything to learn from?
-    _mind_absent_labels(used, run)
+    if absent := absent_labels(used, run.plan):
+        console.warn(
+            f"{', '.join(absent)}: in none of the volumes that are learned from, so nothing is learned of it (--seed draws others)"
+        )
     state, folder = _state(workspace), workspace.finetuned
     begun = state.exists() or previous_of(state).exists() or not _unfinished(workspace, run)
     if resume and begun:
@@ -301,16 +304,6 @@ def _say_validated(validation: Validation, count: int) -> None:
     else:
         alone = ", without the recogniser, which did not help there" if validation.recogniser is False else ""
         console.say(f"{where}. Tuning on {'all ' if count > 1 else ''}{count} for {validation.steps} steps{alone}")
-
-
-def _mind_absent_labels(used: Sequence[PreparedCase], run: Run) -> None:
-    """A line about labels that none of the volumes holds."""
-    held = {int(value) for case in used if case.labels is not None for value in np.unique(case.labels)}
-    absent = [f"{name} ({value})" for value, name in run.plan.labels.items() if value not in held]
-    if absent:
-        console.warn(
-            f"{', '.join(absent)}: in none of the volumes that are learned from, so nothing is learned of it. Another --seed draws others"
-        )
 
 
 def _follow(
@@ -397,4 +390,5 @@ def _save(workspace: Workspace, run: Run, learner: Learner, validation: Validati
     )
     digest = keep(workspace.model, learner.average, run.plan, provenance, run.base, calibration)
     if calibration is None:
-        console.say(f"model: {workspace.model} ({learner.step} steps, {learner.seconds:.0f} s, weights {digest[:12]})")
+        waited = f", {learner.waited / learner.seconds:.0%} of it waiting for data" if learner.seconds else ""
+        console.say(f"model: {workspace.model} ({learner.step} steps, {learner.seconds:.0f} s{waited}, weights {digest[:12]})")

@@ -1,6 +1,7 @@
 """Fine-tuning as a stage: what it writes, what it refuses, what it does on a second call."""
 
 import json
+import re
 
 import pytest
 from published import tuned_slm_sam2
@@ -86,6 +87,20 @@ def test_without_embedded_weights_it_names_the_way_out(dataset, tmp_path, monkey
 def test_continuing_nothing_is_an_error(dataset, tmp_path):
     with pytest.raises(WeightsError, match="nothing to continue"):
         finetune(dataset, Workspace(tmp_path), cases=1, weights="random", steps=1, resume=True)
+
+
+def test_a_label_that_no_chosen_volume_holds_is_named(tmp_path, capsys):
+    write_phantom_dataset(tmp_path / "data", cases=1, test_cases=0, seed=3, shape=SHAPE)
+    description = tmp_path / "data" / "dataset.json"
+    value = json.loads(description.read_text())
+    description.write_text(json.dumps(value | {"labels": value["labels"] | {"9": "ghost"}}))
+    assert finetune(tmp_path / "data", Workspace(tmp_path / "w"), cases=1, weights="random", steps=1) == 0
+    assert "warning: ghost (9): in none of the volumes that are learned from" in capsys.readouterr().err
+
+
+def test_how_long_the_device_waited_for_data_is_said(dataset, tmp_path, capsys):
+    finetune(dataset, Workspace(tmp_path), cases=1, weights="random", steps=1)
+    assert re.search(r"1 steps, \d+ s, \d+ % of it waiting for data|1 steps, \d+ s, \d+% of it waiting for data", capsys.readouterr().err)
 
 
 def test_zero_cases_make_no_sense(dataset, tmp_path):
