@@ -39,7 +39,7 @@ from slmsam2_cli.finetuning.losses import slice_loss
 from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, base_weights, fit, save_checkpoint, save_weights
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.measure import measure as measure_dataset
-from slmsam2_cli.planning.plan import Plan, signed, write_plan
+from slmsam2_cli.planning.plan import Plan, write_plan
 from slmsam2_cli.planning.rules import decide, training_for
 from slmsam2_cli.stages.finetune import finetune
 from slmsam2_cli.stages.predict import predict
@@ -169,7 +169,7 @@ def plan_of(root: Path, arm: Arm, base: Checkpoint) -> Plan:
     )
     if arm.published:  # as its predictor does
         plan = plan.model_copy(update={"inference": plan.inference.model_copy(update={"patience": None})})
-    return signed(plan)
+    return plan
 
 
 def run(root: Path, arm: Arm, count: int, seed: int) -> Row:
