@@ -12,6 +12,7 @@ from slmsam2_cli import console
 from slmsam2_cli.data.phantom import write_phantom_dataset
 from slmsam2_cli.device import DeviceName
 from slmsam2_cli.errors import DONE
+from slmsam2_cli.inference.ready import split_of
 from slmsam2_cli.model.checkpoint import EMBEDDED
 from slmsam2_cli.stages.evaluate import evaluate
 from slmsam2_cli.stages.finetune import finetune
@@ -21,7 +22,7 @@ from slmsam2_cli.stages.preprocess import preprocess
 from slmsam2_cli.workspace import Workspace
 
 LABELLED, LEARNED_FROM = 8, 5
-SHAPE = (24, 44, 44)  # slices, rows, columns: small enough for 128 px, to learn in minutes on two cores
+SHAPE = (24, 44, 44)  # slices, rows, columns: small enough to learn in minutes on two cores
 MINUTES = 5.0  # of training; the rest takes seconds
 
 
@@ -55,7 +56,7 @@ def _make_dataset(dataset: Path) -> None:
 
 def _finetune(dataset: Path, space: Workspace, minutes: float, device: DeviceName, overwrite: bool) -> int:
     """From the packaged base if there is one; goes on with an interrupted run, leaves a finished one alone."""
-    interrupted = (space.finetuned / "state.safetensors").exists()
+    interrupted = split_of(space).get("finished") is False
     nothing_to_lose = not interrupted and not space.model.exists()
     return finetune(
         dataset,

@@ -56,9 +56,14 @@ def read_record(path: Path, run: str) -> Record:
     return Record(path, run)
 
 
+def fold_state(folder: Path) -> Path:
+    """Where the state of a fold that is under way is kept."""
+    return folder / STATE
+
+
 def forget_folds(folder: Path) -> None:
     """Nothing of the folds of an earlier run is gone on with."""
-    state = folder / STATE
+    state = fold_state(folder)
     for old in (folder / FILE, state, previous_of(state)):
         old.unlink(missing_ok=True)
 

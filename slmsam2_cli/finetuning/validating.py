@@ -26,6 +26,7 @@ from slmsam2_cli.planning.plan import Plan, TrainingPlan
 
 FOLDS = 2
 SHARE, SHARE_OF_ONE = 0.3, 0.2  # of a run's steps, for each fold; of one volume there is only one fold
+SHARE_OF_MINUTES = 0.3  # where they are limited, all folds together
 LEAST_STEPS = 20  # of a fold; fewer tell nothing
 LOOKS = (1 / 3, 2 / 3, 1.0)  # shares of a fold at which it is judged
 NEARLY = 0.005  # Dice; of looks that score alike the latest counts
@@ -86,16 +87,15 @@ def fold_training(training: TrainingPlan, count: int) -> TrainingPlan | None:
     steps = round(training.steps * share)
     if steps < LEAST_STEPS:
         return None
-    minutes = training.minutes * share if training.minutes is not None else None
+    minutes = training.minutes * SHARE_OF_MINUTES / (1 if count == 1 else FOLDS) if training.minutes is not None else None
     return training.model_copy(update={"steps": steps, "warmup_steps": max(5, steps // 20), "minutes": minutes})
 
 
-def after_folds(training: TrainingPlan, folds: int, count: int) -> TrainingPlan:
+def after_folds(training: TrainingPlan, folds: int) -> TrainingPlan:
     """What is left for the run on everything, where minutes are limited."""
     if training.minutes is None or not folds:
         return training
-    share = SHARE_OF_ONE if count == 1 else SHARE
-    return training.model_copy(update={"minutes": training.minutes * (1 - folds * share)})
+    return training.model_copy(update={"minutes": training.minutes * (1 - SHARE_OF_MINUTES)})
 
 
 @dataclass(frozen=True)

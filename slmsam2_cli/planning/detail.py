@@ -78,33 +78,27 @@ def _seen_mm(case: CaseFingerprint, value: int, axis: SliceAxis, focus: float) -
     return focus * max(spans)
 
 
-def choose_focused_px(fingerprint: Fingerprint, axis: SliceAxis, focus: float) -> Decision[int]:
-    """What nano has learned on most; less where its mask would be finer than voxels, the double where a structure would be too thin."""
+def choose_focused_px(fingerprint: Fingerprint, axis: SliceAxis, focus: float, stored_mm: float) -> Decision[int]:
+    """What nano has learned on most; less where its mask would be finer than what is stored, the double where a structure is too thin.
+
+    stored_mm: edge of a pixel of the slices from which squares are cut.
+    """
     thin = thinnest(fingerprint, axis, "nano", FOCUSED_PX, focus, 1.0)
     if thin is None:
         return Decision(FOCUSED_PX, "what nano has learned on most")
     if thin.pixels < 1:
         return Decision(FINEST_PX, f"{thin.words()} at {FOCUSED_PX} px")
-    voxels = _seen_voxels(fingerprint, axis, focus)
-    enough = max(LEAST_PX, 32 * math.ceil(round(voxels * DRAWN["nano"] / 32, 6)))
+    edge = _seen_mm_of_largest(fingerprint, axis, focus) / stored_mm
+    enough = max(LEAST_PX, 32 * math.ceil(round(edge * DRAWN["nano"] / 32, 6)))
     if enough < FOCUSED_PX:
-        return Decision(enough, f"squares of {voxels:.3g} voxels have no use for more; {thin.words()} at {FOCUSED_PX} px")
+        return Decision(enough, f"squares of {edge:.3g} stored pixels have no use for more; {thin.words()} at {FOCUSED_PX} px")
     return Decision(FOCUSED_PX, f"what nano has learned on most; {thin.words()}")
 
 
-def _seen_voxels(fingerprint: Fingerprint, axis: SliceAxis, focus: float) -> float:
-    """Edge of the largest label's square in voxels, the finer in-plane ones, by the medians over cases."""
-    found = []
-    for value in fingerprint.labels:
-        cases = [case for case in fingerprint.cases if value in case.labels]
-        if edges := [_seen_mm(case, value, axis, focus) / _finer_mm(case, axis) for case in cases]:
-            found.append(median(edges))
-    return max(found)
-
-
-def _finer_mm(case: CaseFingerprint, axis: SliceAxis) -> float:
-    cut = case.axis(axis)
-    return min(mm for one, mm in zip(AXES, case.spacing_mm, strict=True) if one != cut)
+def _seen_mm_of_largest(fingerprint: Fingerprint, axis: SliceAxis, focus: float) -> float:
+    """Edge of the largest label's square, by the medians over cases."""
+    by_label = [[_seen_mm(case, value, axis, focus) for case in fingerprint.cases if value in case.labels] for value in fingerprint.labels]
+    return max(median(edges) for edges in by_label if edges)
 
 
 def refuse_to_lose(thin: Thin | None, size: NetworkSize, cases: Sequence[CaseFingerprint]) -> None:

@@ -59,8 +59,12 @@ def decide(
     spacing = in_plane_spacing_mm(cases, axis.value)
     focus, finest = choose_focus(size.value), finest_in_plane_mm(cases, axis.value)
     slices = choose_slice_px(fov, finest) if focus.value else None
-    frame = choose_focused_px(fingerprint, axis.value, focus.value) if focus.value else choose_frame_px(fov, spacing, size.value)
-    pixel = choose_in_plane_mm(fov, spacing, frame.value) if slices is None else choose_stored_mm(fov, finest, slices.value)
+    if focus.value and slices is not None:
+        pixel = choose_stored_mm(fov, finest, slices.value)
+        frame = choose_focused_px(fingerprint, axis.value, focus.value, pixel.value)
+    else:
+        frame = choose_frame_px(fov, spacing, size.value)
+        pixel = choose_in_plane_mm(fov, spacing, frame.value)
     refuse_to_lose(thinnest(fingerprint, axis.value, size.value, frame.value, focus.value, pixel.value), size.value, cases)
     through, inference = choose_through_plane_mm(cases, axis.value), choose_inference(cases, axis.value, frame.value)
     intensity = [choose_intensity(fingerprint, index, kind.value) for index, kind in enumerate(modalities)]

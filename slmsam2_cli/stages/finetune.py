@@ -25,7 +25,7 @@ from slmsam2_cli.device import DeviceName, choose_device, describe
 from slmsam2_cli.errors import DONE, DatasetError, DeviceError, OutputError, PlanError, UsageError
 from slmsam2_cli.finetuning.calibrating import calibrated_on
 from slmsam2_cli.finetuning.curves import draw_progress
-from slmsam2_cli.finetuning.folding import forget_folds, planned_folds, validate
+from slmsam2_cli.finetuning.folding import fold_state, forget_folds, planned_folds, validate
 from slmsam2_cli.finetuning.keeping import keep
 from slmsam2_cli.finetuning.learner import Progress, share_done
 from slmsam2_cli.finetuning.log import Log
@@ -200,7 +200,8 @@ def _finished(workspace: Workspace, run: Run, resume: bool, overwrite: bool) -> 
         return True
     if resume:
         return False
-    if _state(workspace).exists() or previous_of(_state(workspace)).exists():
+    fold = fold_state(workspace.finetuned)
+    if any(old.exists() for state in (_state(workspace), fold) for old in (state, previous_of(state))):
         raise UsageError("an unfinished run is here. Go on with slmsam2 finetune --continue, or start anew with --overwrite")
     if workspace.model.exists():
         raise UsageError(
@@ -293,7 +294,7 @@ def _on_everything(
 def _training_after(validation: Validation | None, run: Run, used: Sequence[PreparedCase]) -> TrainingPlan:
     """The settings of the run on everything: as many steps as the folds speak for, and the minutes that they left."""
     folds, _ = planned_folds(run, used)
-    training = after_folds(run.plan.training, len(folds), len(used))
+    training = after_folds(run.plan.training, len(folds))
     return training.model_copy(update={"steps": validation.steps}) if validation is not None else training
 
 

@@ -61,9 +61,10 @@ def test_a_single_volume_that_cannot_be_divided_is_not():
 def test_a_fold_takes_its_share_of_steps_and_minutes_and_leaves_the_rest():
     training = choose_training("nano", 5).value.model_copy(update={"minutes": 10.0})
     short = fold_training(training, 5)
-    assert (short.steps, short.minutes) == (180, 3.0)
-    assert after_folds(training, 2, 5).minutes == pytest.approx(4.0) and after_folds(training, 2, 5).steps == 600
-    assert fold_training(training, 1).steps == 120 and after_folds(training, 1, 1).minutes == pytest.approx(8.0)
+    assert (short.steps, short.minutes) == (180, 1.5)
+    assert after_folds(training, 2).minutes == pytest.approx(7.0) and after_folds(training, 2).steps == 600
+    assert (fold_training(training, 1).steps, fold_training(training, 1).minutes) == (120, 3.0)
+    assert after_folds(training, 0) == training
 
 
 def test_a_fold_that_is_too_short_to_tell_anything_is_left_away():

@@ -60,20 +60,25 @@ def test_several_small_pieces_are_as_wide_as_one():
 
 @pytest.mark.parametrize(("edge", "px"), [(10, 96), (24, 96), (25, 128), (90, 128)])
 def test_a_structure_of_few_voxels_is_seen_at_no_more_pixels_than_its_mask_has_use_for(edge, px):
-    # square of 2 * 24 voxels, two network pixels for one of the mask: 96
-    decision = choose_focused_px(known(holding(bar(edge, edge))), "SI", 2.0)
+    # square of 2 * 24 pixels as stored, two network pixels for one of the mask: 96
+    decision = choose_focused_px(known(holding(bar(edge, edge))), "SI", 2.0, 1.0)
     assert decision.value == px and ("squares of" in decision.reason) == (px == 96)
+
+
+def test_where_slices_are_stored_finer_because_of_some_case_the_mask_is_finer_too():
+    found = known(holding(bar(20, 20)))
+    assert (choose_focused_px(found, "SI", 2.0, 1.0).value, choose_focused_px(found, "SI", 2.0, 0.5).value) == (96, 128)
 
 
 def test_what_is_wide_enough_is_seen_at_the_usual_size():
     # square of 2 * 40 mm, 64 pixels of the mask: 1.25 mm each; the bar is 4 * 40 * 2 / 88 mm wide
     found = known(holding(bar(4, 40)))
     assert thinnest(found, "SI", "nano", 128, 2.0, 1.0).pixels == pytest.approx(320 / 88 / 1.25)
-    assert choose_focused_px(found, "SI", 2.0).value == 128
+    assert choose_focused_px(found, "SI", 2.0, 1.0).value == 128
 
 
 def test_a_structure_thinner_than_a_pixel_of_the_mask_is_seen_twice_as_large():
-    decision = choose_focused_px(known(holding(bar(4, 200))), "SI", 2.0)  # 6.25 mm a pixel, and 3.9 mm wide
+    decision = choose_focused_px(known(holding(bar(4, 200))), "SI", 2.0, 1.0)  # 6.25 mm a pixel, and 3.9 mm wide
     assert decision.value == 256 and "organ, the thinnest, is 3.9 mm wide, a pixel of the mask 6.2 mm" in decision.reason
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from slmsam2_cli.data.phantom import write_phantom_dataset
+from slmsam2_cli.errors import UsageError
 from slmsam2_cli.finetuning import folding, validating
 from slmsam2_cli.finetuning.validating import Judged
 from slmsam2_cli.model.checkpoint import base_weights, read_checkpoint, recogniser_of
@@ -116,6 +117,9 @@ def test_a_run_that_ends_in_a_fold_goes_on_there_and_ends_like_an_undisturbed_on
     monkeypatch.setattr(folding, "judged", judged)
     with pytest.raises(KeyboardInterrupt):
         finetune(dataset, broken, cases=2, steps=STEPS)
+    if moment > 1:
+        with pytest.raises(UsageError, match="an unfinished run is here. Go on with slmsam2 finetune --continue"):
+            finetune(dataset, broken, cases=2, steps=STEPS)
     assert finetune(dataset, broken, resume=True) == 0
     assert read_checkpoint(broken.model).digest == read_checkpoint(undisturbed.model).digest
     told = [(workspace.finetuned / "validation.json").read_text() for workspace in (undisturbed, broken)]
