@@ -74,8 +74,16 @@ def _pairs(model: SlmSam2, one: _Structure, plan: Plan) -> Iterator[tuple[float,
     frames = torch.from_numpy(np.asarray(one.case.frames[:, one.start : one.stop], dtype=np.float32))
     px, given = plan.geometry.stack_px, one.given - one.start
     objects = {one.value: [Anchor(given, framed(truth[given], px))]}
-    stack, focus, patience = framed(to_input(frames, plan.geometry.neighbours), px), plan.geometry.focus, plan.inference.patience
-    found = propagate(model, stack, objects, focus=focus, recognise=True, patience=patience)[one.value]
+    stack = framed(to_input(frames, plan.geometry.neighbours), px)
+    found = propagate(
+        model,
+        stack,
+        objects,
+        batch=plan.inference.batch_slices,
+        focus=plan.geometry.focus,
+        recognise=True,
+        patience=plan.inference.patience,
+    )[one.value]
     for t in range(len(truth)):
         mask = (found.plane(t, px, *truth.shape[1:]) > 0) & looked[t]
         pixels = int(mask.sum()) + int(truth[t].sum())

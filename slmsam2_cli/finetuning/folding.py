@@ -18,13 +18,16 @@ from slmsam2_cli import console
 from slmsam2_cli.data import store
 from slmsam2_cli.data.prepared import PreparedCase
 from slmsam2_cli.errors import WeightsError
+from slmsam2_cli.finetuning import validating
 from slmsam2_cli.finetuning.learner import Progress, share_done
 from slmsam2_cli.finetuning.loop import Learner
 from slmsam2_cli.finetuning.overlays import draw_overlays
 from slmsam2_cli.finetuning.resume import load_state, previous_of, save_state
 from slmsam2_cli.finetuning.runs import Run
 from slmsam2_cli.finetuning.tuning import follow, fresh_learner, material_of
-from slmsam2_cli.finetuning.validating import LOOKS, WORSE, Fold, Look, concluded, fold_training, folds_of, judged
+from slmsam2_cli.finetuning.validating import LOOKS, Fold, Look, concluded, fold_training, folds_of, given_up, judged
+from slmsam2_cli.inference.ready import known_recogniser
+from slmsam2_cli.model.recogniser import Recogniser
 from slmsam2_cli.model.validation import Validation
 from slmsam2_cli.planning.plan import Plan, TrainingPlan, digest_of
 
@@ -64,7 +67,7 @@ def fold_state(folder: Path) -> Path:
 def forget_folds(folder: Path) -> None:
     """Nothing of the folds of an earlier run is gone on with."""
     state = fold_state(folder)
-    for old in (folder / FILE, state, previous_of(state)):
+    for old in (folder / FILE, state, previous_of(state), *folder.glob("left_out_*.png")):
         old.unlink(missing_ok=True)
 
 
@@ -74,6 +77,11 @@ def planned_folds(run: Run, used: Sequence[PreparedCase]) -> tuple[tuple[Fold, .
     if run.base is None or run.plan.training.validation == "none" or training is None:
         return (), None
     return folds_of(used, run.plan), training
+
+
+def base_recogniser(run: Run) -> Recogniser | None:
+    """The base's own, where it knows the same labels."""
+    return known_recogniser(run.base, run.plan) if run.base is not None else None
 
 
 def validate(
@@ -91,7 +99,10 @@ def validate(
                 _fold(run, fold, training, device, record, every_s, stopped, f"validating {number}/{len(folds)}")
         if stopped():
             return None
-    return concluded({name: record.looks[name] for name in record.done}, run.plan.training, asked) if folds else None
+    state = fold_state(folder)
+    for old in (state, previous_of(state)):
+        old.unlink(missing_ok=True)
+    return concluded({name: record.looks[name] for name in record.done if record.looks[name]}, run.plan.training, asked)
 
 
 def _fold(
@@ -111,26 +122,25 @@ def _fold(
     looks, ways = record.looks.setdefault(fold.name, {}), (True, False) if training.recogniser else (False,)
     if not (0 in looks and _resumed(learner, state, settings)):
         looks.clear()
-        looks[0] = (judged(learner.average, fold, plan, tuned=False).score,) * len(ways)
+        looks[0] = (_base_score(run, learner, fold, plan),) * len(ways)
         record.write()
         save_state(state, learner, settings)
-    looked, worse = [share_done(learner, training)], [False]
+    looked = [share_done(learner, training)]
 
     def look(progress: Progress) -> str:
         for number, share in enumerate(LOOKS, start=1):
             if looked[0] < share <= progress.done:
-                looks[number] = tuple(judged(learner.average, fold, plan, tuned=way).score for way in ways)
-                worse[0] = max(looks[number]) < max(max(look) for at, look in looks.items() if 0 < at <= number) - WORSE
+                looks[number] = tuple(judged(learner.average, fold, plan, heeded=way).score for way in ways)
                 record.write()
         looked[0] = progress.done
         return f"without {fold.name}: Dice {looks[0][0]:.3f}" + "".join(f", {max(looks[at]):.3f}" for at in sorted(looks) if at)
 
-    if looked[0] < 1:
+    if looked[0] < 1 and not given_up(looks) and not stopped():
         follow(
             learner,
             material,
             training,
-            lambda: stopped() or worse[0],
+            lambda: stopped() or given_up(looks),
             title=title,
             state=state,
             settings=settings,
@@ -140,11 +150,25 @@ def _fold(
     if stopped():
         save_state(state, learner, settings)
         return
+    if learner.step < validating.LEAST_STEPS:  # the minutes were over
+        console.say(f"without {fold.name}: {learner.step} steps, too few to tell anything")
+        looks.clear()
+    else:
+        _draw(learner, fold, plan, record)
     record.done.append(fold.name)
     record.write()
-    _draw(learner, fold, plan, record)
     for old in (state, previous_of(state)):
         old.unlink(missing_ok=True)
+
+
+def _base_score(run: Run, learner: Learner, fold: Fold, plan: Plan) -> float:
+    """Of the base as predict would use it, before anything is learned."""
+    average, new = learner.average, learner.average.recogniser
+    known = base_recogniser(run)
+    average.recogniser = known.to(average.device) if known is not None else None
+    score = judged(average, fold, plan, heeded=known is not None).score
+    average.recogniser = new
+    return score
 
 
 def _resumed(learner: Learner, state: Path, settings: str) -> bool:
@@ -161,9 +185,9 @@ def _draw(learner: Learner, fold: Fold, plan: Plan, record: Record) -> None:
     try:
         looks = record.looks[fold.name]
         heeded = len(looks[max(looks)]) > 1 and looks[max(looks)][0] >= looks[max(looks)][1]
-        last = judged(learner.average, fold, plan, tuned=heeded)
+        last = judged(learner.average, fold, plan, heeded)
         title = f"{fold.name}, left out: Dice {looks[0][0]:.3f} before, {last.score:.3f} after"
-        draw_overlays(record.path.with_name(f"left_out_{fold.held.id}.png"), fold.held, last.masks, title)
+        draw_overlays(record.path.with_name(f"left_out_{fold.held.id}.png"), fold.held, last.labels, title)
     except Exception as error:  # noqa: BLE001 - nothing about a picture may make a run fail
         console.warn(f"the picture of {fold.name} could not be drawn: {error or type(error).__name__}")
         console.trace(error)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from slmsam2_cli.finetuning.augment import augment
 from slmsam2_cli.finetuning.clips import Clips, ClipSampler
 from slmsam2_cli.finetuning.learner import PATIENCE, SKIPPED, Progress, average_of, descend, learning_rate, share_done
 from slmsam2_cli.finetuning.log import RECOGNISED
-from slmsam2_cli.finetuning.losses import NANO, PACKAGED_NANO, SAM2, SliceLoss, Weights, slice_loss
+from slmsam2_cli.finetuning.losses import NANO, SAM2, SliceLoss, Weights, slice_loss
 from slmsam2_cli.finetuning.recognising import SliceSampler, recogniser_loss
 from slmsam2_cli.finetuning.strategies import parameter_groups
 from slmsam2_cli.model.memory.policy import Moment
@@ -36,11 +36,13 @@ Track = Callable[[SliceFeatures, MemoryBank, int], SliceOutput]
 
 @dataclass(kw_only=True)
 class Learner(learning.Learner):
-    """With the generators that draw and change clips, and whether it started from random weights."""
+    """With the generators that draw and change clips, whether it started from random weights, and by how much the presence score of
+    those it started from had been lowered."""
 
     clip_rng: np.random.Generator
     augment_rng: torch.Generator
     from_scratch: bool
+    lowered: float = 0.0
 
     def draws(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {"augment": self.augment_rng.get_state()}, {"clips": json.dumps(self.clip_rng.bit_generator.state)}
@@ -50,7 +52,7 @@ class Learner(learning.Learner):
         self.clip_rng.bit_generator.state = json.loads(texts["clips"])
 
 
-def new_learner(model: SlmSam2, plan: TrainingPlan, from_scratch: bool) -> Learner:
+def new_learner(model: SlmSam2, plan: TrainingPlan, from_scratch: bool, lowered: float = 0.0) -> Learner:
     """A learner at step 0 of what the model lets be trained (strategies.py); the seed is the plan's."""
     torch.manual_seed(plan.seed)  # dropout
     return Learner(
@@ -60,6 +62,7 @@ def new_learner(model: SlmSam2, plan: TrainingPlan, from_scratch: bool) -> Learn
         clip_rng=np.random.default_rng(plan.seed),
         augment_rng=torch.Generator().manual_seed(plan.seed),
         from_scratch=from_scratch,
+        lowered=lowered,
     )
 
 
@@ -106,7 +109,7 @@ def _slices(learner: Learner, sampler: SliceSampler | None) -> tuple[Tensor, Ten
 
 def _step(learner: Learner, clips: Clips, seen: tuple[Tensor, Tensor] | None, rate: float, device: torch.device) -> dict[str, float]:
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        losses = clip_losses(learner.model, clips, device, learner.from_scratch)
+        losses = clip_losses(learner.model, clips, device, learner.lowered)
         beside = _recogniser_loss(learner, seen, device)
     return descend(learner, losses, rate, _EMA, beside)
 
@@ -119,9 +122,9 @@ def _recogniser_loss(learner: Learner, seen: tuple[Tensor, Tensor] | None, devic
     return {RECOGNISED: recogniser_loss(recogniser(slices.to(device)).float(), truth.to(device))}
 
 
-def clip_losses(model: SlmSam2, clips: Clips, device: torch.device, from_scratch: bool = False) -> list[SliceLoss]:
-    """Track M objects from their first slice; one loss per tracked slice, T - 1 in all."""
-    weights = SAM2 if model.network.size != "nano" else NANO if from_scratch else PACKAGED_NANO
+def clip_losses(model: SlmSam2, clips: Clips, device: torch.device, lowered: float = 0.0) -> list[SliceLoss]:
+    """Track M objects from their first slice; one loss per tracked slice, T - 1 in all. lowered: as in `losses.Weights`."""
+    weights = replace(NANO if model.network.size == "nano" else SAM2, lowered=lowered)
     clips = clips.to(device)
     features = model.encode(clips.frames.flatten(0, 1))
     bank, first = MemoryBank(), features.at(clips.feature_index(0))

@@ -11,7 +11,7 @@ pre-training replaces it by a cross-entropy in which inside and outside count al
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,6 @@ class Weights:
 
 SAM2 = Weights()
 NANO = Weights(pixels=0.3, balanced=True, absent=2.0)  # as nano was pre-trained
-PACKAGED_NANO = replace(NANO, lowered=0.7)  # presence_shift of assets/nano-through.json
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,12 @@ MARGIN = 8  # pixels around all masks
 Array = np.ndarray[Any, Any]
 
 
-def draw_overlays(path: Path, case: PreparedCase, masks: Mapping[int, Array], title: str) -> None:
-    """Write a PNG of SHOWN slices; what a person drew is outlined solid, the masks (label -> (T, H, W) bool) dashed. OutputError."""
+def draw_overlays(path: Path, case: PreparedCase, found: Array, title: str) -> None:
+    """Write a PNG of SHOWN slices; what a person drew is outlined solid, what was found, labels (T, H, W), dashed. OutputError."""
     assert case.labels is not None
     labels = np.asarray(case.labels)
-    held = [(value, labels == value) for value in masks]
-    anywhere = np.any([truth | masks[value] for value, truth in held], axis=0)
+    values = [int(value) for value in np.unique(found) if value]
+    anywhere = np.isin(labels, values) | (found != 0)
     if not anywhere.any():
         return
     slices = np.flatnonzero(anywhere.any(axis=(1, 2)))
@@ -42,8 +41,8 @@ def draw_overlays(path: Path, case: PreparedCase, masks: Mapping[int, Array], ti
             axes.imshow(np.asarray(case.frames[0, t], np.float32)[box], cmap="gray", vmin=0, vmax=1)
             axes.set_title(f"slice {t}", fontsize=8)
             axes.set_axis_off()
-            for place, (value, truth) in enumerate(held):
-                for mask, style in ((truth[t], "solid"), (masks[value][t], "dashed")):
+            for place, value in enumerate(values):
+                for mask, style in ((labels[t] == value, "solid"), (found[t] == value, "dashed")):
                     if mask[box].any() and not mask[box].all():
                         axes.contour(mask[box], levels=[0.5], colors=f"C{place % 10}", linestyles=style, linewidths=1.2)
         file = BytesIO()

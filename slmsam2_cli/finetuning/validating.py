@@ -2,12 +2,11 @@
 
 With two volumes or more, FOLDS runs each leave one out; with one, a single run learns from the upper part of it and is judged on the
 lower. Each is looked at a few times on its way. What it is judged by is what predict would do: the middle slice of each label is
-given, and Dice is over all other slices, empty ones included. Where the base does better than any of them, the base is kept.
+given, and Dice is over all other slices, empty ones included. Where the base does better than each of these looks, the base is kept.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,9 @@ import torch
 from slmsam2_cli.data.prepared import PreparedCase
 from slmsam2_cli.data.prompts import choose_slice
 from slmsam2_cli.evaluation.metrics import dice
-from slmsam2_cli.inference.engine import Anchor, propagate
+from slmsam2_cli.inference.engine import Anchor, Propagated, propagate
+from slmsam2_cli.inference.pieces import attached
+from slmsam2_cli.inference.recognised import GOOD
 from slmsam2_cli.model.slices import framed, to_input
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.model.validation import Validation
@@ -33,6 +34,7 @@ NEARLY = 0.005  # Dice; of looks that score alike the latest counts
 WORSE = 0.02  # Dice below the best look so far at which a fold is given up
 
 Array = np.ndarray[Any, Any]
+Look = tuple[float, ...]  # Dice with the recogniser, where there is one, and without
 
 
 @dataclass(frozen=True)
@@ -46,20 +48,27 @@ class Fold:
 
 
 def folds_of(cases: Sequence[PreparedCase], plan: Plan) -> tuple[Fold, ...]:
-    """The volumes in the middle of the order by labelled voxels are left out, so that neither the largest nor the smallest decides.
+    """The volumes in the middle of the order by labelled voxels are left out, of three the two smaller ones.
 
-    No fold where one volume cannot be divided: each part has to hold two slices of a label.
+    No fold where what is left out cannot be judged, or what is left cannot be learned from: nothing on two slices that somebody looked at
+    as a whole.
     """
     if len(cases) == 1:
         return _halves(cases[0], plan)
     held = sorted(cases, key=lambda case: (_voxels(case, plan), case.id))
     first = (len(held) - min(FOLDS, len(held))) // 2
-    return tuple(Fold(one.id, tuple(case for case in cases if case is not one), one) for one in held[first : first + FOLDS])
+    folds = (Fold(one.id, tuple(case for case in cases if case is not one), one) for one in held[first : first + FOLDS])
+    return tuple(fold for fold in folds if _tells(fold.held, plan) and any(_tells(case, plan) for case in fold.cases))
 
 
 def _voxels(case: PreparedCase, plan: Plan) -> int:
     assert case.labels is not None
     return int(np.isin(case.labels, tuple(plan.labels)).sum())
+
+
+def _tells(case: PreparedCase, plan: Plan) -> bool:
+    """Whether some label lies on two slices that were looked at as a whole."""
+    return any(np.count_nonzero(area_of(case, value, plan.ignore)) >= 2 for value in plan.labels)
 
 
 def _halves(case: PreparedCase, plan: Plan) -> tuple[Fold, ...]:
@@ -91,71 +100,99 @@ def fold_training(training: TrainingPlan, count: int) -> TrainingPlan | None:
     return training.model_copy(update={"steps": steps, "warmup_steps": max(5, steps // 20), "minutes": minutes})
 
 
-def after_folds(training: TrainingPlan, folds: int) -> TrainingPlan:
-    """What is left for the run on everything, where minutes are limited."""
-    if training.minutes is None or not folds:
-        return training
-    return training.model_copy(update={"minutes": training.minutes * (1 - SHARE_OF_MINUTES)})
+def training_after(training: TrainingPlan, folds: int, validation: Validation | None) -> TrainingPlan:
+    """The settings of the run on everything: the minutes that the folds left, and of steps and minutes the share they speak for."""
+    left = 1 - SHARE_OF_MINUTES if folds else 1.0
+    share = validation.steps / training.steps if validation is not None and validation.steps else 1.0
+    minutes = training.minutes * left * share if training.minutes is not None else None
+    steps = validation.steps if validation is not None and validation.steps else training.steps
+    return training.model_copy(update={"steps": steps, "minutes": minutes})
 
 
 @dataclass(frozen=True)
 class Judged:
-    """score: mean Dice over the labels, NaN where there is none; masks: label -> (T, H, W) bool of the volume that was left out."""
+    """score: mean Dice over the labels; labels: (T, H, W) of the volume that was left out, as the model has them."""
 
     score: float
-    masks: Mapping[int, Array]
+    labels: Array
 
 
-def judged(model: SlmSam2, fold: Fold, plan: Plan, tuned: bool) -> Judged:
-    """What the model makes of what was left out, each label from its middle slice, which itself does not count.
+def judged(model: SlmSam2, fold: Fold, plan: Plan, heeded: bool) -> Judged:
+    """What the model makes of what was left out, as predict would: each label from its middle slice, which itself does not count.
 
-    tuned: whether the model's recogniser is heeded, where it has one.
+    heeded: whether the model's recogniser is, where it has one. Where a label is rightly not found, that counts as 1.
     """
     case = fold.held
     assert case.labels is not None
-    labels, px = np.asarray(case.labels), plan.geometry.stack_px
+    truth, px = np.asarray(case.labels), plan.geometry.stack_px
     stack = framed(to_input(torch.from_numpy(np.asarray(case.frames, dtype=np.float32)), plan.geometry.neighbours), px)
     given = {value: choose_slice(area, "middle") for value in plan.labels if (area := area_of(case, value, plan.ignore)).any()}
-    objects = {v: [Anchor(t, framed(torch.from_numpy(labels[t] == v), px))] for v, t in given.items()}
-    focus, patience = plan.geometry.focus, plan.inference.patience
-    found = propagate(model, stack, objects, focus=focus, recognise=tuned, patience=patience, batch=plan.inference.batch_slices)
-    masks = {v: np.stack([(one.plane(t, px, *labels.shape[1:]) > 0).numpy() for t in range(len(labels))]) for v, one in found.items()}
-    scores = [score for v, mask in masks.items() if (score := _dice(labels, v, mask, given[v], fold.until, plan.ignore)) is not None]
-    return Judged(float(np.mean(scores)) if scores else math.nan, masks)
+    objects = {v: [Anchor(t, framed(torch.from_numpy(truth[t] == v), px))] for v, t in given.items()}
+    found = propagate(
+        model,
+        stack,
+        objects,
+        batch=plan.inference.batch_slices,
+        focus=plan.geometry.focus,
+        recognise=heeded,
+        patience=plan.inference.patience,
+    )
+    labels = _labels(found, truth, given, px)
+    pieces = model.recogniser.pieces if heeded and model.recogniser is not None else ()
+    drawn = np.zeros_like(truth)
+    for value, t in given.items():
+        drawn[t][truth[t] == value] = value
+    labels = attached(labels, drawn, [value for value, one in found.items() if value in pieces and (one.agreement or 0) >= GOOD])
+    return Judged(float(np.mean([_dice(truth, v, labels == v, t, fold.until, plan.ignore) for v, t in given.items()])), labels)
 
 
-def _dice(labels: Array, value: int, mask: Array, given: int, until: int | None, ignore: int | None) -> float | None:
-    """Of all slices below `until` but the given one; ignored pixels do not count. None where nothing is, nor was found."""
-    counted = np.ones(labels.shape, bool) if ignore is None else labels != ignore
+def _labels(found: Mapping[int, Propagated], truth: Array, given: Mapping[int, int], px: int) -> Array:
+    """The label of the largest logit above 0 on every pixel, and what is given where it is."""
+    labels, names = np.zeros_like(truth), np.array(list(found), dtype=truth.dtype)
+    for t in range(len(truth)):
+        planes = np.stack([one.plane(t, px, *truth.shape[1:]).numpy() for one in found.values()])
+        labels[t] = np.where(planes.max(axis=0) > 0, names[planes.argmax(axis=0)], 0)
+    for value, t in given.items():
+        labels[t][labels[t] == value] = 0
+        labels[t][truth[t] == value] = value
+    return labels
+
+
+def _dice(truth: Array, value: int, mask: Array, given: int, until: int | None, ignore: int | None) -> float:
+    """Of all slices below `until` but the given one; ignored pixels do not count. 1 where nothing is, nor was found."""
+    counted = np.ones(truth.shape, bool) if ignore is None else truth != ignore
     counted[given] = False
-    counted[len(labels) if until is None else until :] = False
-    return dice((labels == value) & counted, mask & counted)
+    counted[len(truth) if until is None else until :] = False
+    score = dice((truth == value) & counted, mask & counted)
+    return 1.0 if score is None else score
 
 
-Look = tuple[float, ...]  # Dice with the recogniser, where there is one, and without
+def given_up(looks: Mapping[int, Look]) -> bool:
+    """Whether the last look at a fold was so much worse than the best before it that it is not gone on with."""
+    after = [max(looks[at]) for at in sorted(looks) if at]
+    return bool(after) and after[-1] < max(after) - WORSE
 
 
 def concluded(looks: Mapping[str, Mapping[int, Look]], training: TrainingPlan, asked: bool) -> Validation | None:
-    """From the Dice of every fold at every look, numbered from 1; 0 is the base's. None where nothing could be judged.
+    """From the Dice of every fold at every look, numbered from 1; 0 is the base's. None where there is no fold.
 
+    Of looks and ways that score nearly as well as the best, and not worse than the base, the recogniser's count first, then the latest.
     asked: whether a person named the steps; then they are not fewer.
     """
-    told = {name: found for name, found in looks.items() if not any(math.isnan(score) for look in found.values() for score in look)}
-    shared = sorted(set.intersection(*(set(found) for found in told.values()))) if told else []
+    shared = sorted(set.intersection(*(set(found) for found in looks.values()))) if looks else []
     if 0 not in shared or len(shared) < 2:
         return None
-    means = {look: np.mean([found[look] for found in told.values()], axis=0) for look in shared}
-    base, after = float(means[0][0]), {look: means[look] for look in shared if look}
-    variants = len(next(iter(after.values())))
-    tops = [max(float(mean[variant]) for mean in after.values()) for variant in range(variants)]
-    chosen = next(variant for variant in range(variants) if tops[variant] >= max(tops) - NEARLY)
-    best = max(look for look, mean in after.items() if mean[chosen] >= tops[chosen] - NEARLY)
-    tuned = float(after[best][chosen])
+    means = {look: [float(np.mean(way)) for way in zip(*(found[look] for found in looks.values()), strict=True)] for look in shared}
+    base, after = means[0][0], [(mean, way, look) for look in shared if look for way, mean in enumerate(means[look])]
+    top, ways = max(after)[0], len(means[shared[-1]])
+    enough = [(way, -look) for mean, way, look in after if mean >= max(top - NEARLY, base)]
+    way, look = (min(enough)[0], -min(enough)[1]) if enough else (max(after)[1], max(after)[2])
+    steps = max(1, round(training.steps * (1.0 if asked else LOOKS[look - 1])))
     return Validation(
-        left_out=tuple(told),
+        left_out=tuple(looks),
         base=round(base, 4),
-        tuned=round(tuned, 4),
-        steps=max(1, round(training.steps * (1.0 if asked else LOOKS[best - 1]))),
-        recogniser=chosen == 0 if variants > 1 else None,
-        kept="tuned" if tuned >= base else "base",
+        tuned=round(means[look][way], 4),
+        steps=steps if enough else 0,
+        recogniser=way == 0 if ways > 1 else None,
+        kept="tuned" if enough else "base",
     )

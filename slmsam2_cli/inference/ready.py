@@ -132,12 +132,12 @@ def build_model(checkpoint: Checkpoint, plan: Plan) -> SlmSam2:
     if adapters.can_merge(model):
         adapters.merge(model)
     model.calibration = checkpoint.calibration_for(plan.modality)
-    model.recogniser = _recogniser(checkpoint, plan)
+    model.recogniser = known_recogniser(checkpoint, plan)
     return model
 
 
-def _recogniser(checkpoint: Checkpoint, plan: Plan) -> Recogniser | None:
-    """The weights' own, where the plan is of the labels and channels that it was learned from."""
+def known_recogniser(checkpoint: Checkpoint, plan: Plan) -> Recogniser | None:
+    """The weights' own recogniser, where the plan is of the labels and channels that it was learned from."""
     found, theirs = recogniser_of(checkpoint), checkpoint.plan
     same = theirs is not None and (theirs.labels, theirs.channels) == (plan.labels, plan.channels)
     return found if same else None

@@ -24,7 +24,7 @@ from slmsam2_cli.planning.decision import Decision
 from slmsam2_cli.planning.fingerprint import Fingerprint
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.network import NetworkPlan
-from slmsam2_cli.planning.passes import AS_STORED
+from slmsam2_cli.planning.passes import AS_STORED, LEAST_PATIENCE
 from slmsam2_cli.planning.plan import Plan, read_plan, signed, write_plan
 from slmsam2_cli.planning.rules import decide
 
@@ -61,11 +61,12 @@ def _decided(cases: Sequence[Case], prompts: PromptSource, network: NetworkPlan)
         raise DatasetError(f"{prompts.folder}: none of the {len(found)} prompted images can be measured", found)
     painted = None if prompts.simulated else _painted_axis(fingerprint, cases, prompts.folder)
     plan = decide(fingerprint, network.size, axis=painted)
-    if not prompts.simulated:  # a slice or two tell nothing of how long structures are
+    if not prompts.simulated:  # a slice or two tell nothing of how long structures are, and of gaps in them
         plan = plan.model_copy(
             update={
                 "geometry": plan.geometry.model_copy(update={"through_plane_mm": None}),
-                "reasons": plan.reasons | {"geometry.through_plane_mm": AS_STORED},
+                "inference": plan.inference.model_copy(update={"patience": LEAST_PATIENCE}),
+                "reasons": plan.reasons | {"geometry.through_plane_mm": AS_STORED, "inference": "as where labels have no gaps"},
             }
         )
     return signed(plan.model_copy(update={"network": network}))

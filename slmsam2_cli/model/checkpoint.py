@@ -40,7 +40,8 @@ _SHORT = ("short_memory_attention.", "stream_fuser.")
 class Provenance(BaseModel):
     """Where weights come from. base: name of the weights training started from, or of those converted; base_digest: their
     digest (the file's SHA-256 where it was converted) or ""; licence: what the base may be used for, as published, or "";
-    random: whether any ancestor was random; seed, steps and seconds of training; training: ids of the data set's cases that
+    lowered: by how much their presence score was lowered once they were trained; random: whether any ancestor was random; seed,
+    steps and seconds of training; training: ids of the data set's cases that
     these weights or their ancestors learned from; learned_from: SHA-256 of every image file they learned from;
     versions of libraries; validation: what they and their base were worth on volumes left out.
     """
@@ -51,6 +52,7 @@ class Provenance(BaseModel):
     base_digest: str = ""
     licence: str = ""
     random: bool = False
+    lowered: float = 0.0
     seed: int | None = None
     steps: int = 0
     seconds: float = 0.0
@@ -214,7 +216,7 @@ def _read_own(path: Path) -> Checkpoint:
         raise WeightsError(f"{path.name}: corrupt: its weights do not match the digest in its header. Fetch or train it again")
     try:
         network = NetworkPlan.model_validate_json(header["network"])
-        provenance = Provenance.model_validate_json(header["provenance"])
+        provenance = _with_recipe(Provenance.model_validate_json(header["provenance"]), header)
         plan = parse_plan(json.loads(header["plan"]), f"{path.name} (plan inside)") if "plan" in header else None
         calibration = Calibration.model_validate_json(header["calibration"]) if "calibration" in header else None
         needs = Needs.model_validate_json(header["needs"]) if "needs" in header else None
@@ -223,6 +225,13 @@ def _read_own(path: Path) -> Checkpoint:
     if plan is not None and (wrong := adapters.other_channels(state, plan)):
         raise WeightsError(f"{path.name}: corrupt: {wrong}. Fetch or train it again")
     return Checkpoint(path.name, state, digest, network, plan, provenance, calibration, needs)
+
+
+def _with_recipe(provenance: Provenance, header: Mapping[str, str]) -> Provenance:
+    """What a recipe of pre-training says of the presence score. KeyError, JSONDecodeError."""
+    if "recipe" not in header:
+        return provenance
+    return provenance.model_copy(update={"lowered": -float(json.loads(header["recipe"]).get("presence_shift", 0.0))})
 
 
 def _of_others(name: str, state: State) -> Checkpoint:

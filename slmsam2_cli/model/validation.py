@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict
 
 class Validation(BaseModel):
     """left_out: what nothing was learned from, in each short run; base, tuned: mean Dice there, before and after; steps: of the run on
-    everything that these led to; recogniser: whether it helped there, None where there was none; kept: which of the two the file holds.
+    everything that these led to, 0 where there was none; recogniser: whether it helped there, None where there is none; kept: which of
+    the two the file holds.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

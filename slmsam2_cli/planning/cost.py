@@ -13,7 +13,7 @@ from statistics import median
 
 from slmsam2_cli.data.geometry import AXES
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, Fingerprint
-from slmsam2_cli.planning.passes import tracked_slices
+from slmsam2_cli.planning.passes import stack_slices, tracked_slices
 from slmsam2_cli.planning.plan import Plan
 from slmsam2_cli.planning.rules import in_plane, training_for
 
@@ -105,13 +105,14 @@ def in_words(cost: Cost) -> tuple[str, str]:
 
 
 def _predicting_s(plan: Plan, case: CaseFingerprint, pace_s: float) -> float:
-    tracked = sum(tracked_slices(case, value, plan.geometry.slice_axis, plan.inference.patience) for value in case.labels)
+    axis, through_mm = plan.geometry.slice_axis, plan.geometry.through_plane_mm
+    tracked = sum(tracked_slices(case, value, axis, plan.inference.patience, through_mm) for value in case.labels)
     area = (plan.geometry.frame_px / KNOWN_PX) ** 2
     return tracked * pace_s * area + math.prod(case.shape) * VOXEL_S
 
 
 def _predicting_bytes(plan: Plan, case: CaseFingerprint) -> int:
-    through = case.shape[AXES.index(case.axis(plan.geometry.slice_axis))]
+    through = stack_slices(case, plan.geometry.slice_axis, plan.geometry.through_plane_mm)
     area = (plan.geometry.frame_px / KNOWN_PX) ** 2
     kept = min(through * KEPT_BYTES * area, MOST_KEPT_BYTES)
     return int(RUNTIME_BYTES + math.prod(case.shape) * (VOXEL_BYTES + CHANNEL_BYTES * len(plan.channels)) + kept)

@@ -1,12 +1,11 @@
-"""Whether the masks that a network draws are fine enough for the structures: none may be thinner than half a pixel of them.
+"""Whether the masks that a network draws are fine enough for the structures: none should be thinner than half a pixel of them.
 
-A structure that covers less than half of every pixel it touches is nowhere more there than not, and vanishes.
+A line that covers less than half of every pixel it touches is nowhere more there than not, and vanishes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -38,17 +37,20 @@ class Thin:
 
 
 def width_mm(case: CaseFingerprint, value: int, axis: SliceAxis) -> float | None:
-    """Twice a label's area over its border on the slices, along voxel edges: the thickness of a line, 0.39 of a disc's diameter.
+    """Of a rectangle with the label's mean area and border on its slices, the shorter edge: the thickness of a line, half of a disc.
 
-    None where its borders were not measured.
+    Borders run along voxel edges. A label in several pieces counts as thinner than its pieces are, but not by more than half. None where
+    its borders were not measured.
     """
     label, cut = case.labels[value], case.axis(axis)
     first, second = (one for one in AXES if one != cut)
-    if first not in label.borders or second not in label.borders:
+    extent = label.extents.get(cut)
+    if first not in label.borders or second not in label.borders or extent is None:
         return None
     first_mm, second_mm = case.spacing_mm[AXES.index(first)], case.spacing_mm[AXES.index(second)]
-    border_mm = label.borders[first] * second_mm + label.borders[second] * first_mm
-    return 2 * label.voxels * first_mm * second_mm / border_mm
+    area = label.voxels * first_mm * second_mm / extent.slices
+    half = (label.borders[first] * second_mm + label.borders[second] * first_mm) / extent.slices / 2
+    return (half - math.sqrt(max(0.0, half**2 - 4 * area))) / 2
 
 
 def thinnest(
@@ -65,17 +67,19 @@ def thinnest(
             width = width_mm(case, value, axis)
             if width is not None:
                 widths.append(width)
-                pixels.append(_seen_mm(case, value, axis, focus) / frame_px * DRAWN[size] if focus else in_plane_mm * DRAWN[size])
+                seen_mm = _seen_mm(case, value, axis, focus) if focus else in_plane_mm * frame_px
+                pixels.append(seen_mm / frame_px * DRAWN[size])
         if widths:
             found.append(Thin(name, median(widths), median(pixels)))
     return min(found, key=lambda thin: thin.pixels, default=None)
 
 
 def _seen_mm(case: CaseFingerprint, value: int, axis: SliceAxis, focus: float) -> float:
-    """Edge of the square that is looked at; that of one slice may be smaller, as the extent is that of all."""
+    """Edge of the square that is looked at, at most: that of the annotated slice is smaller where the label moves or grows."""
     extents, cut = case.labels[value].extents, case.axis(axis)
-    spans = [(extents[one].last - extents[one].first + 1) * mm for one, mm in zip(AXES, case.spacing_mm) if one != cut and one in extents]
-    return focus * max(spans)
+    in_plane = [index for index, one in enumerate(AXES) if one != cut]
+    spans = [(extents[AXES[i]].last - extents[AXES[i]].first + 1) * case.spacing_mm[i] for i in in_plane if AXES[i] in extents]
+    return min(focus * max(spans), max(case.extent_mm[i] for i in in_plane))
 
 
 def choose_focused_px(fingerprint: Fingerprint, axis: SliceAxis, focus: float, stored_mm: float) -> Decision[int]:
@@ -101,10 +105,21 @@ def _seen_mm_of_largest(fingerprint: Fingerprint, axis: SliceAxis, focus: float)
     return max(median(edges) for edges in by_label if edges)
 
 
-def refuse_to_lose(thin: Thin | None, size: NetworkSize, cases: Sequence[CaseFingerprint]) -> None:
-    """DatasetError where a structure would vanish between the pixels of the mask."""
-    if thin is not None and thin.pixels < LOST and cases:
+def refuse_to_lose(thin: Thin | None, size: NetworkSize, focus: float | None) -> None:
+    """DatasetError where a network that sees whole slices would draw a structure nowhere; of squares only the most is known."""
+    if thin is not None and thin.pixels < LOST and not focus:
         raise DatasetError(
-            f"{thin.name} is {thin.width_mm:.2g} mm wide, and a pixel of the mask that {size} draws of it {thin.pixel_mm:.2g} mm: it would "
-            "be lost. Crop the images to a part of it, give its parts labels of their own, or cut along another axis (--axis)"
+            f"{thin.name} is {thin.width_mm:.2g} mm wide, and a pixel of the mask that {size} draws {thin.pixel_mm:.2g} mm: it would be "
+            "lost. Plan with nano, which sees squares around what is annotated (--network nano), or cut along another axis (--axis)"
         )
+
+
+def may_be_lost(fingerprint: Fingerprint, axis: SliceAxis, size: NetworkSize, frame_px: int, focus: float | None) -> str | None:
+    """A line about a structure that may be too thin for the masks of squares around it; None where there is none."""
+    thin = thinnest(fingerprint, axis, size, frame_px, focus, 1.0) if focus else None
+    if thin is None or thin.pixels >= LOST:
+        return None
+    return (
+        f"{thin.name} is {thin.width_mm:.2g} mm wide, and a pixel of its mask may be {thin.pixel_mm:.2g} mm: parts of it may be lost. "
+        "Crop the images to a part of it, or give its parts labels of their own"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -43,6 +43,7 @@ class Extent(Frozen):
     first: int = Field(description="first slice that holds it")
     last: int = Field(description="last slice that holds it")
     slices: int = Field(description="number of slices that hold it")
+    gap: int = Field(default=0, description="the most slices in a row without it between these two")
 
 
 class LabelFingerprint(Frozen):
@@ -99,8 +100,9 @@ class Fingerprint(Frozen):
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of the measurements, whatever version of the tool made them."""
-        return digest_of(self.model_dump(mode="json", exclude={"tool_version"}))
+        """SHA-256 (hex) of the measurements, whatever version of the tool made them; without those that earlier ones did not make."""
+        later: Any = {"labels": {"__all__": {"borders": True, "extents": {"__all__": {"gap"}}}}}
+        return digest_of(self.model_dump(mode="json", exclude={"tool_version": True, "cases": {"__all__": later}}))
 
 
 def read_fingerprint(path: Path) -> Fingerprint:

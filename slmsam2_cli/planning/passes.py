@@ -36,28 +36,34 @@ def choose_through_plane_mm(cases: Sequence[CaseFingerprint], axis: SliceAxis) -
     long = f"structures run over {median(lengths):g} slices, more than {LONG}"
     if wanted < max(spacings):
         return Decision(None, f"{AS_STORED}; {long}, but the slices of some case are {max(spacings):.3g} mm apart")
-    return Decision(wanted, f"{long}: every {times} slices are joined")
+    return Decision(wanted, f"{long}: about {times} slices each are joined")
 
 
 def choose_inference(cases: Sequence[CaseFingerprint], axis: SliceAxis, frame_px: int) -> Decision[InferencePlan]:
     """Slices encoded at a time, by their size; and after how many slices without its object a pass ends, by the gaps in the labels."""
     batch = max(1, min(BATCH, math.floor(BATCH * (BATCH_PX / frame_px) ** 2)))
-    gaps = [extent.last - extent.first + 1 - extent.slices for case in cases if 1 not in case.shape for extent in _extents(case, axis)]
+    gaps = [extent.gap for case in cases if 1 not in case.shape for extent in _extents(case, axis)]
     if not gaps:
         return Decision(InferencePlan(batch_slices=batch), "no label was measured, so every slice is tracked")
     patience = max(LEAST_PATIENCE, MOST_PATIENCE_GAPS * max(gaps))
-    seen = f"gaps of {max(gaps)} slices were seen" if max(gaps) else "no training label has a gap"
+    seen = f"labels have gaps of up to {max(gaps)} slices" if max(gaps) else "no label has a gap"
     return Decision(InferencePlan(batch_slices=batch, patience=patience), f"{seen}: a pass ends {patience} slices after its object has")
 
 
-def tracked_slices(case: CaseFingerprint, value: int, axis: SliceAxis, patience: int | None) -> int:
-    """About how many slices are walked through for a label of a case."""
-    cut = case.axis(axis)
-    slices = case.shape[AXES.index(cut)]
-    extent = case.labels[value].extents.get(cut)
+def stack_slices(case: CaseFingerprint, axis: SliceAxis, through_mm: float | None) -> int:
+    """How many slices the network is given of a case."""
+    slices = case.shape[AXES.index(case.axis(axis))]
+    return slices if through_mm is None else max(1, round(slices * _through_mm(case, axis) / through_mm))
+
+
+def tracked_slices(case: CaseFingerprint, value: int, axis: SliceAxis, patience: int | None, through_mm: float | None = None) -> int:
+    """About how many of these are walked through for a label of a case."""
+    slices, stored = stack_slices(case, axis, through_mm), case.shape[AXES.index(case.axis(axis))]
+    extent = case.labels[value].extents.get(case.axis(axis))
     if extent is None or patience is None:
         return slices
-    return min(slices, extent.last + 1 + patience) - max(0, extent.first - patience)
+    first, last = round(extent.first * slices / stored), round((extent.last + 1) * slices / stored)
+    return min(slices, last + patience) - max(0, first - patience)
 
 
 def _extents(case: CaseFingerprint, axis: SliceAxis) -> list[Extent]:

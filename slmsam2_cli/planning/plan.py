@@ -231,7 +231,8 @@ def leaves(plan: Plan) -> dict[str, Any]:
         else:
             found[prefix] = value
 
-    walk("", plan.model_dump(mode="json", exclude=_NO_DECISION | {"fingerprint_digest"}))
+    whole = plan.model_dump(mode="json", exclude=_NO_DECISION | {"fingerprint_digest"})
+    walk("", whole | {"inference": plan.inference.model_dump()})  # also where it is as ever
     return found
 
 

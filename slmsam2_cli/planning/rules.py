@@ -65,7 +65,7 @@ def decide(
     else:
         frame = choose_frame_px(fov, spacing, size.value)
         pixel = choose_in_plane_mm(fov, spacing, frame.value)
-    refuse_to_lose(thinnest(fingerprint, axis.value, size.value, frame.value, focus.value, pixel.value), size.value, cases)
+    refuse_to_lose(thinnest(fingerprint, axis.value, size.value, frame.value, focus.value, pixel.value), size.value, focus.value)
     through, inference = choose_through_plane_mm(cases, axis.value), choose_inference(cases, axis.value, frame.value)
     intensity = [choose_intensity(fingerprint, index, kind.value) for index, kind in enumerate(modalities)]
     training = choose_training(size.value, len(cases))

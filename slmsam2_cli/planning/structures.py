@@ -62,13 +62,18 @@ def _measure_label(labels: Array, value: int, box: Box, orientation: Orientation
         slices, area, (start, end) = labels.shape[stored], areas[stored], box[stored]
         first = slices - end if back else start
         borders[axis] = 2 * (voxels - int(shared[stored].sum()))
-        extents[axis] = Extent(first=first, last=first + end - start - 1, slices=int(np.count_nonzero(area)))
+        extents[axis] = Extent(first=first, last=first + end - start - 1, slices=int(np.count_nonzero(area)), gap=longest_gap(area))
         if slices > 1:
             overlap[axis] = round(neighbour_overlap(area, shared[stored], ends=(start > 0) + (end < slices)), 6)
             middle = len(area) - 1 - choose_slice(area[::-1], "middle") if back else choose_slice(area, "middle")
             covered = int(shadows[stored][cut.take(middle, axis=stored) == value].sum())
             copied[axis] = round(copy_overlap(area, int(area[middle]), covered, slices), 6)
     return LabelFingerprint(voxels=voxels, extents=extents, overlap=overlap, copied=copied, borders=borders)
+
+
+def longest_gap(area: Array) -> int:
+    """The most slices in a row without anything between two with something; area (T,)."""
+    return int(np.diff(np.flatnonzero(area)).max(initial=1)) - 1
 
 
 def _projected(cut: Array, value: int) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array]]:

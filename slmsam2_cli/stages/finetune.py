@@ -25,7 +25,8 @@ from slmsam2_cli.device import DeviceName, choose_device, describe
 from slmsam2_cli.errors import DONE, DatasetError, DeviceError, OutputError, PlanError, UsageError
 from slmsam2_cli.finetuning.calibrating import calibrated_on
 from slmsam2_cli.finetuning.curves import draw_progress
-from slmsam2_cli.finetuning.folding import fold_state, forget_folds, planned_folds, validate
+from slmsam2_cli.finetuning.folding import FILE as FOLDS_FILE
+from slmsam2_cli.finetuning.folding import base_recogniser, forget_folds, planned_folds, validate
 from slmsam2_cli.finetuning.keeping import keep
 from slmsam2_cli.finetuning.learner import Progress, share_done
 from slmsam2_cli.finetuning.log import Log
@@ -35,7 +36,7 @@ from slmsam2_cli.finetuning.room import shortage
 from slmsam2_cli.finetuning.runs import Run, Wish
 from slmsam2_cli.finetuning.stopping import stoppable
 from slmsam2_cli.finetuning.tuning import Material, absent_labels, follow, fresh_learner, material_of, new_model
-from slmsam2_cli.finetuning.validating import after_folds
+from slmsam2_cli.finetuning.validating import training_after
 from slmsam2_cli.inference.ready import fuser_of, with_fuser_of
 from slmsam2_cli.model import zoo
 from slmsam2_cli.model.calibration import Calibration
@@ -45,7 +46,7 @@ from slmsam2_cli.planning.channels import COLOURS
 from slmsam2_cli.planning.fingerprint import write_fingerprint
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.plan import Plan, TrainingPlan, read_plan, write_plan
-from slmsam2_cli.planning.rules import decide, training_for
+from slmsam2_cli.planning.rules import choose_training, decide, training_for
 from slmsam2_cli.workspace import Workspace
 
 SAVE_EVERY_S = 120.0
@@ -200,8 +201,10 @@ def _finished(workspace: Workspace, run: Run, resume: bool, overwrite: bool) -> 
         return True
     if resume:
         return False
-    fold = fold_state(workspace.finetuned)
-    if any(old.exists() for state in (_state(workspace), fold) for old in (state, previous_of(state))):
+    begun = (_state(workspace), workspace.finetuned / FOLDS_FILE)
+    if any(old.exists() for state in begun for old in (state, previous_of(state))) and not (
+        isinstance(split, dict) and split.get("finished")
+    ):
         raise UsageError("an unfinished run is here. Go on with slmsam2 finetune --continue, or start anew with --overwrite")
     if workspace.model.exists():
         raise UsageError(
@@ -242,7 +245,8 @@ def _tune(run: Run, ready: Outcome, workspace: Workspace, device: torch.device, 
         forget_folds(folder)
     _write_split(workspace, run, wish, skipped, finished=False)  # from here on, however it ends, there is something to continue
     with stoppable() as stopped:
-        validation = validate(run, used, device, folder, SAVE_EVERY_S, stopped, asked=wish.steps is not None)
+        by_rule = choose_training(run.plan.network.size, len(used)).value.steps
+        validation = validate(run, used, device, folder, SAVE_EVERY_S, stopped, asked=run.plan.training.steps != by_rule)
         if stopped() and validation is None:
             console.say("stopped before the first step of tuning on everything. Go on with slmsam2 finetune --continue")
             return
@@ -267,7 +271,8 @@ def _on_everything(
         if validation.recogniser is False:
             plan = plan.model_copy(update={"training": plan.training.model_copy(update={"recogniser": False})})
     kept_base = validation is not None and validation.kept == "base"
-    material, training = material_of(used, plan), _training_after(validation, run, used)
+    material = material_of(used, plan)
+    training = training_after(run.plan.training, len(planned_folds(run, used)[0]), validation)
     learner = fresh_learner(plan, run.base, material, device)
     if begun and (warning := load_state(state, learner, run.digest)):
         console.warn(warning)
@@ -275,7 +280,7 @@ def _on_everything(
         save_state(state, learner, run.digest)
     log = Log(workspace.finetuned / "log.csv", from_step=learner.step)
     if kept_base:
-        learner.average.recogniser = None
+        learner.average.recogniser = base_recogniser(run)
     elif not stopped():
         _follow(learner, material, training, run, state, log, stopped)
     _save(workspace, run, learner, validation)
@@ -289,13 +294,6 @@ def _on_everything(
     _write_split(workspace, run, wish, skipped, finished)
     for old in (state, previous_of(state)) if finished else ():
         old.unlink(missing_ok=True)
-
-
-def _training_after(validation: Validation | None, run: Run, used: Sequence[PreparedCase]) -> TrainingPlan:
-    """The settings of the run on everything: as many steps as the folds speak for, and the minutes that they left."""
-    folds, _ = planned_folds(run, used)
-    training = after_folds(run.plan.training, len(folds))
-    return training.model_copy(update={"steps": validation.steps}) if validation is not None else training
 
 
 def _say_validated(validation: Validation, count: int) -> None:
@@ -380,6 +378,7 @@ def _save(workspace: Workspace, run: Run, learner: Learner, validation: Validati
         base=run.base.name if run.base else RANDOM,
         base_digest=run.base.digest if run.base else "",
         licence=ancestor.licence if ancestor else "",
+        lowered=ancestor.lowered if ancestor else 0.0,
         random=run.base is None or bool(ancestor and ancestor.random),
         seed=run.plan.training.seed,
         steps=learner.step,

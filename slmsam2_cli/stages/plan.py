@@ -18,6 +18,7 @@ from slmsam2_cli.device import choose_device, describe
 from slmsam2_cli.errors import DONE, SOME_FAILED, DatasetError, OutputError, PlanError, UsageError
 from slmsam2_cli.planning.advice import advise
 from slmsam2_cli.planning.cost import KNOWN, KNOWN_PX, cost_of_predicting, cost_of_tuning, in_words, longest_clip
+from slmsam2_cli.planning.detail import may_be_lost
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, Fingerprint, write_fingerprint
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.modality import NAMES, UNKNOWN
@@ -257,7 +258,9 @@ def warnings_of(fingerprint: Fingerprint, settled: Plan) -> tuple[str, ...]:
         f"{settled.reasons.get('modality', 'nothing tells the modality')}. If you know better, name the channel in dataset.json after it"
     )
     asked = (f"{unsure} ({', '.join(NAMES)}), and plan again",) if settled.modality == UNKNOWN else ()
-    return (*asked, *oddities(fingerprint))
+    geometry, size = settled.geometry, settled.network.size
+    thin = may_be_lost(fingerprint, geometry.slice_axis, size, geometry.frame_px, geometry.focus)
+    return (*asked, *([thin] if thin else []), *oddities(fingerprint))
 
 
 def facts(cases: tuple[CaseFingerprint, ...]) -> list[list[str]]:

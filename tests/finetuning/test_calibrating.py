@@ -14,7 +14,9 @@ PX = 32
 
 
 def plan(labels=None, ignore=None):
-    return SimpleNamespace(labels=labels or {1: "organ"}, ignore=ignore, geometry=whole(PX), inference=InferencePlan(patience=6))
+    return SimpleNamespace(
+        labels=labels or {1: "organ"}, ignore=ignore, geometry=whole(PX), inference=InferencePlan(batch_slices=2, patience=6)
+    )
 
 
 @pytest.fixture
@@ -22,8 +24,8 @@ def copying(monkeypatch):
     """A model that copies the given slice to all others and is 0.7 sure; says which stacks it was shown."""
     shown = []
 
-    def propagate(model, frames, objects, focus, recognise, patience):
-        assert recognise and patience == 6  # as predict does
+    def propagate(model, frames, objects, recognise, focus, patience, batch):
+        assert recognise and patience == 6 and batch == 2  # as predict does
         ((value, (anchor,)),) = objects.items()
         shown.append((len(frames), anchor.slice))
         logits = torch.where(anchor.mask[None, ::4, ::4], 10.0, -10.0).expand(len(frames), -1, -1)

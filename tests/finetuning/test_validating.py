@@ -1,6 +1,5 @@
 """Short runs that leave something out: what they leave out, how it is judged, and what follows."""
 
-import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +9,7 @@ from stacks import case, whole
 
 from slmsam2_cli.data.prepared import PreparedCase
 from slmsam2_cli.finetuning import validating
-from slmsam2_cli.finetuning.validating import Fold, after_folds, concluded, fold_training, folds_of, judged
+from slmsam2_cli.finetuning.validating import Fold, concluded, fold_training, folds_of, given_up, judged, training_after
 from slmsam2_cli.inference.engine import Propagated
 from slmsam2_cli.planning.plan import InferencePlan
 from slmsam2_cli.planning.rules import choose_training
@@ -50,6 +49,14 @@ def test_of_one_volume_the_upper_part_is_learned_from_and_the_lower_judged():
     assert upper.frames.shape[1] == len(upper.labels) == 10 and upper.frames[0, 0, 0, 0] == np.float16(0.1)
 
 
+def test_what_cannot_be_judged_or_learned_from_makes_no_fold():
+    """b was looked at as a whole on no slice: without a there would be nothing to learn, and b itself says nothing."""
+    a, b = prepared(name="a"), prepared(name="b")
+    labels = np.array(b.labels)
+    labels[:, 0, 0] = 9
+    assert folds_of([a, PreparedCase("b", b.frames, labels, None, {})], plan(ignore=9)) == ()
+
+
 def test_a_single_volume_that_cannot_be_divided_is_not():
     assert folds_of([prepared(slices=20, held=[7, 8])], plan()) == ()
     assert folds_of([prepared(slices=20, held=[])], plan()) == ()
@@ -62,9 +69,17 @@ def test_a_fold_takes_its_share_of_steps_and_minutes_and_leaves_the_rest():
     training = choose_training("nano", 5).value.model_copy(update={"minutes": 10.0})
     short = fold_training(training, 5)
     assert (short.steps, short.minutes) == (180, 1.5)
-    assert after_folds(training, 2).minutes == pytest.approx(7.0) and after_folds(training, 2).steps == 600
     assert (fold_training(training, 1).steps, fold_training(training, 1).minutes) == (120, 3.0)
-    assert after_folds(training, 0) == training
+    rest = training_after(training, 2, None)
+    assert rest.minutes == pytest.approx(7.0) and rest.steps == 600
+    assert training_after(training, 0, None) == training
+
+
+def test_where_the_folds_speak_for_fewer_steps_minutes_are_fewer_too():
+    training = choose_training("nano", 5).value.model_copy(update={"minutes": 10.0})
+    told = concluded({"a": {0: (0.5,), 1: (0.9,), 2: (0.8,)}}, training, False)
+    rest = training_after(training, 2, told)
+    assert rest.steps == 200 and rest.minutes == pytest.approx(7 / 3)
 
 
 def test_a_fold_that_is_too_short_to_tell_anything_is_left_away():
@@ -92,24 +107,39 @@ def copying(monkeypatch):
 
 def test_all_slices_but_the_given_one_count_empty_ones_too(copying):
     held = prepared(slices=12, held=range(4, 9))  # copied to 11 more: 2 * 4 / (4 + 11)
-    assert judged(None, Fold("a", (), held), plan(), tuned=False).score == pytest.approx(8 / 15, abs=0.02)
+    assert judged(None, Fold("a", (), held), plan(), heeded=False).score == pytest.approx(8 / 15, abs=0.02)
 
 
 def test_of_a_divided_volume_only_the_lower_part_counts(copying):
     held = prepared(slices=12, held=range(4, 9))  # slices 0 to 5, of which 4 and 5 hold it: 2 * 2 / (2 + 6)
-    assert judged(None, Fold("a", (), held, until=6), plan(), tuned=False).score == pytest.approx(0.5, abs=0.02)
+    assert judged(None, Fold("a", (), held, until=6), plan(), heeded=False).score == pytest.approx(0.5, abs=0.02)
 
 
 def test_ignored_pixels_do_not_count(copying):
     held = prepared(slices=12, held=range(4, 9))
     labels = np.array(held.labels)
     labels[9:] = 9
-    score = judged(None, Fold("a", (), PreparedCase("a", held.frames, labels, None, {})), plan(ignore=9), tuned=False).score
+    score = judged(None, Fold("a", (), PreparedCase("a", held.frames, labels, None, {})), plan(ignore=9), heeded=False).score
     assert score == pytest.approx(2 * 4 / (4 + 8), abs=0.02)
 
 
-def test_a_volume_without_labels_says_nothing(copying):
-    assert math.isnan(judged(None, Fold("a", (), prepared(held=[])), plan(), tuned=False).score)
+def test_a_label_that_is_rightly_not_found_counts_as_found(copying, monkeypatch):
+    held = prepared(slices=12, held=[5])  # on the given slice alone, and nowhere else is anything found
+    monkeypatch.setattr(validating, "_labels", lambda found, truth, given, px: truth * (np.arange(12) == 5)[:, None, None])
+    assert judged(None, Fold("a", (), held), plan(), heeded=False).score == 1
+
+
+def test_where_two_labels_claim_a_pixel_the_surer_one_has_it(monkeypatch):
+    def propagate(model, frames, objects, **options):
+        everywhere = torch.full((len(frames), PX // 4, PX // 4), 1.0)
+        return {v: Propagated(everywhere * (2 if v == 2 else 1), torch.ones(len(frames)), torch.zeros(len(frames))) for v in objects}
+
+    monkeypatch.setattr(validating, "propagate", propagate)
+    held = prepared(slices=12, held=range(4, 9))
+    labels = np.array(held.labels)
+    labels[4:9, 20:24, 20:24] = 2
+    found = judged(None, Fold("a", (), PreparedCase("a", held.frames, labels, None, {})), plan({1: "a", 2: "b"}), heeded=False).labels
+    assert (found[0] == 2).all() and (found[6][labels[6] == 1] == 1).all()  # but what is given stays
 
 
 # What follows
@@ -123,7 +153,7 @@ def test_the_better_of_base_and_tuned_is_kept_by_the_mean_over_folds():
     better = settled({"a": {0: (0.5,), 1: (0.6,), 2: (0.7,), 3: (0.8,)}, "b": {0: (0.7,), 1: (0.6,), 2: (0.6,), 3: (0.6,)}})
     assert (better.base, better.tuned, better.kept, better.left_out, better.recogniser) == (0.6, 0.7, "tuned", ("a", "b"), None)
     worse = settled({"a": {0: (0.9,), 1: (0.6,), 2: (0.7,), 3: (0.8,)}})
-    assert (worse.base, worse.tuned, worse.kept) == (0.9, 0.8, "base")
+    assert (worse.base, worse.tuned, worse.kept, worse.steps) == (0.9, 0.8, "base", 0)
 
 
 def test_where_an_earlier_look_was_better_fewer_steps_are_taken_unless_a_person_named_them():
@@ -136,11 +166,18 @@ def test_of_looks_that_are_nearly_alike_the_latest_counts():
     assert found.steps == 600 and found.tuned == 0.8
 
 
+def test_a_look_that_is_better_than_the_base_counts_before_a_later_one_that_is_not():
+    found = settled({"a": {0: (0.8,), 1: (0.803,), 2: (0.801,), 3: (0.799,)}})
+    assert (found.kept, found.steps, found.tuned) == ("tuned", 400, 0.801)
+
+
 def test_a_recogniser_that_does_not_help_is_left_away():
     without = settled({"a": {0: (0.5, 0.5), 1: (0.4, 0.6), 3: (0.45, 0.7)}})
     assert without.recogniser is False and without.tuned == 0.7
     with_it = settled({"a": {0: (0.5, 0.5), 1: (0.4, 0.6), 3: (0.697, 0.7)}})
     assert with_it.recogniser is True and with_it.tuned == 0.697
+    worse_than_the_base = settled({"a": {0: (0.798, 0.798), 3: (0.796, 0.8)}})
+    assert worse_than_the_base.recogniser is False and worse_than_the_base.kept == "tuned"
 
 
 def test_only_looks_that_every_fold_came_to_are_compared():
@@ -148,7 +185,13 @@ def test_only_looks_that_every_fold_came_to_are_compared():
     assert found.steps == 200 and found.tuned == 0.6
 
 
-def test_folds_that_could_not_be_judged_say_nothing():
-    assert settled({"a": {0: (math.nan,), 1: (math.nan,)}}) is None
+def test_without_a_fold_nothing_follows():
     assert settled({}) is None and settled({"a": {0: (0.5,)}}) is None
-    assert settled({"a": {0: (math.nan,), 1: (0.1,)}, "b": {0: (0.5,), 3: (0.6,)}}).left_out == ("b",)
+
+
+@pytest.mark.parametrize(
+    ("looks", "ends"),
+    [({0: (0.9,)}, False), ({0: (0.9,), 1: (0.5,)}, False), ({1: (0.5,), 2: (0.49,)}, False), ({1: (0.5, 0.2), 2: (0.3, 0.47)}, True)],
+)
+def test_a_fold_is_given_up_where_it_falls_well_below_its_best(looks, ends):
+    assert given_up(looks) is ends

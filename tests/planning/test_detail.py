@@ -8,7 +8,7 @@ from measured_cases import known
 
 from slmsam2_cli.data.geometry import AXES, Orientation
 from slmsam2_cli.errors import DatasetError
-from slmsam2_cli.planning.detail import choose_focused_px, refuse_to_lose, thinnest, width_mm
+from slmsam2_cli.planning.detail import choose_focused_px, may_be_lost, thinnest, width_mm
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint
 from slmsam2_cli.planning.rules import decide
 from slmsam2_cli.planning.structures import measure_labels
@@ -28,34 +28,34 @@ def holding(mask, spacing=(3.0, 1.0, 1.0)):
     )
 
 
-def bar(width, length, slices=3):
-    """`width` rows of `length` voxels."""
-    mask = np.zeros((slices, 100, 260), bool)
+def bar(width, length, slices=3, edge=260):
+    """`width` rows of `length` voxels, in slices of 100 x `edge`."""
+    mask = np.zeros((slices, 100, edge), bool)
     mask[:, 10 : 10 + width, 5 : 5 + length] = True
     return mask
 
 
-def test_the_width_of_a_long_bar_is_its_width():
-    # 2 * 400 / (2 * 200 + 2 * 2): 2 mm, less its two short ends
-    assert width_mm(holding(bar(2, 200)), 1, "SI") == pytest.approx(800 / 404)
+@pytest.mark.parametrize(("rows", "columns"), [(2, 200), (4, 40), (5, 5), (1, 1)])
+def test_the_width_of_a_rectangle_is_its_shorter_edge(rows, columns):
+    assert width_mm(holding(bar(rows, columns)), 1, "SI") == pytest.approx(rows)
 
 
 def test_the_width_is_measured_in_millimetres_on_the_slices():
-    # rows of 0.5 mm: 2 * 400 * 0.5 / (400 * 1 + 4 * 0.5)
-    assert width_mm(holding(bar(2, 200), spacing=(3.0, 0.5, 1.0)), 1, "SI") == pytest.approx(400 / 402)
+    assert width_mm(holding(bar(2, 200), spacing=(3.0, 0.5, 1.0)), 1, "SI") == pytest.approx(1.0)
+    assert width_mm(holding(bar(2, 200), spacing=(0.1, 1.0, 1.0)), 1, "SI") == pytest.approx(2.0)
 
 
-def test_a_disc_counts_as_four_tenths_of_its_diameter():
+def test_a_disc_counts_as_half_of_its_diameter():
     rows, columns = np.ogrid[:100, :100]
     disc = (rows - 50) ** 2 + (columns - 50) ** 2 <= 40**2
-    assert width_mm(holding(np.stack([disc, disc])), 1, "SI") == pytest.approx(0.39 * 80, rel=0.03)
+    # area pi / 4 d^2, border 4 d: (2 - sqrt(4 - pi)) / 2 d
+    assert width_mm(holding(np.stack([disc, disc])), 1, "SI") == pytest.approx(0.537 * 80, rel=0.03)
 
 
-def test_several_small_pieces_are_as_wide_as_one():
-    one = bar(5, 5)
-    two = one.copy()
-    two[:, 60:65, 200:205] = True
-    assert width_mm(holding(two), 1, "SI") == width_mm(holding(one), 1, "SI") == pytest.approx(2.5)
+def test_several_small_pieces_count_for_half_of_one_at_least():
+    two = bar(6, 6)
+    two[:, 60:66, 200:206] = True
+    assert 3 < width_mm(holding(two), 1, "SI") < 6
 
 
 @pytest.mark.parametrize(("edge", "px"), [(10, 96), (24, 96), (25, 128), (90, 128)])
@@ -71,20 +71,35 @@ def test_where_slices_are_stored_finer_because_of_some_case_the_mask_is_finer_to
 
 
 def test_what_is_wide_enough_is_seen_at_the_usual_size():
-    # square of 2 * 40 mm, 64 pixels of the mask: 1.25 mm each; the bar is 4 * 40 * 2 / 88 mm wide
+    # square of 2 * 40 mm, 64 pixels of the mask: 1.25 mm each
     found = known(holding(bar(4, 40)))
-    assert thinnest(found, "SI", "nano", 128, 2.0, 1.0).pixels == pytest.approx(320 / 88 / 1.25)
+    assert thinnest(found, "SI", "nano", 128, 2.0, 1.0).pixels == pytest.approx(4 / 1.25)
     assert choose_focused_px(found, "SI", 2.0, 1.0).value == 128
 
 
 def test_a_structure_thinner_than_a_pixel_of_the_mask_is_seen_twice_as_large():
-    decision = choose_focused_px(known(holding(bar(4, 200))), "SI", 2.0, 1.0)  # 6.25 mm a pixel, and 3.9 mm wide
-    assert decision.value == 256 and "organ, the thinnest, is 3.9 mm wide, a pixel of the mask 6.2 mm" in decision.reason
+    decision = choose_focused_px(known(holding(bar(3, 120))), "SI", 2.0, 1.0)  # 240 / 64 mm a pixel
+    assert decision.value == 256 and "organ, the thinnest, is 3 mm wide, a pixel of the mask 3.8 mm" in decision.reason
 
 
-def test_a_structure_that_would_vanish_is_refused_with_what_to_do():
-    with pytest.raises(DatasetError, match=r"organ is 1 mm wide, and a pixel of the mask that nano draws of it 3.1 mm: it would"):
-        decide(known(holding(bar(1, 200, slices=3))))
+def test_a_square_is_not_larger_than_the_slice():
+    # 2 * 240 mm, but slices of 260: 260 / 64 mm a pixel
+    assert thinnest(known(holding(bar(4, 240))), "SI", "nano", 128, 2.0, 1.0).pixel_mm == pytest.approx(260 / 64)
+
+
+def test_what_may_be_too_thin_for_squares_around_it_is_said():
+    found = known(holding(bar(1, 240)))  # 260 / 128 mm a pixel at 256 px
+    said = may_be_lost(found, "SI", "nano", 256, 2.0)
+    assert said.startswith("organ is 1 mm wide, and a pixel of its mask may be 2 mm: parts of it may be lost")
+    assert may_be_lost(known(holding(bar(2, 240))), "SI", "nano", 256, 2.0) is None
+    assert decide(found).geometry.frame_px == 256
+
+
+def test_what_a_network_of_whole_slices_would_lose_is_refused_with_what_to_do():
+    with pytest.raises(
+        DatasetError, match=r"organ is 1 mm wide, and a pixel of the mask that tiny draws .* mm: it would be lost. Plan with"
+    ):
+        decide(known(holding(bar(1, 240, edge=2000))), "tiny")
 
 
 def test_a_label_without_measured_borders_is_not_judged():
@@ -92,7 +107,6 @@ def test_a_label_without_measured_borders_is_not_judged():
     plain = case.model_copy(update={"labels": {1: case.labels[1].model_copy(update={"borders": {}})}})
     assert width_mm(plain, 1, "SI") is None
     assert thinnest(known(plain), "SI", "nano", 128, 2.0, 1.0) is None
-    refuse_to_lose(None, "nano", (plain,))
 
 
 def test_every_voxel_alone_has_six_faces():

@@ -43,6 +43,12 @@ def test_copying_the_middle_slice_scores_what_it_covers():
     assert measured(np.ones((2, 3, 3)), slices=6).copied["SI"] == 0.5  # 2 * 18 / (18 + 54)
 
 
+@pytest.mark.parametrize(("held", "gap"), [("1", 0), ("0110", 0), ("101", 1), ("0100101000", 2), ("1000011", 4)])
+def test_the_longest_gap_is_the_most_slices_in_a_row_without_the_label(held, gap):
+    mask = np.array([int(one) for one in held]).reshape(-1, 1, 1)
+    assert measured(mask).extents["SI"].gap == gap
+
+
 def test_borders_are_the_faces_towards_something_else_or_the_rim():
     assert measured(np.ones((2, 3, 4))).borders == {"SI": 2 * 12, "AP": 2 * 8, "LR": 2 * 6}
     assert measured(np.array([1, 1, 0, 1]).reshape(4, 1, 1)).borders == {"SI": 4, "AP": 6, "LR": 6}

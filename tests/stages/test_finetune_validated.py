@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,13 +46,13 @@ def undisturbed(dataset, short_folds, tmp_path_factory):
 def scored(monkeypatch):
     """Lets a test say what the folds are worth after tuning, with and without the recogniser; before it, 0.5."""
 
-    def tell(heeded, alone):
+    def tell(with_it, alone):
         judged_before = set()
 
-        def judged(model, fold, plan, tuned):
+        def judged(model, fold, plan, heeded):
             first = fold.name not in judged_before
             judged_before.add(fold.name)
-            return Judged(0.5 if first else heeded if tuned else alone, {})
+            return Judged(0.5 if first else with_it if heeded else alone, np.asarray(fold.held.labels))
 
         monkeypatch.setattr(folding, "judged", judged)
 
@@ -102,9 +103,9 @@ def test_a_recogniser_that_helped_is(dataset, tmp_path, scored):
     assert recogniser_of(read_checkpoint(workspace.model)) is not None
 
 
-@pytest.mark.parametrize("moment", [1, 3, 10])
+@pytest.mark.parametrize("moment", [1, 3, 8, 12])
 def test_a_run_that_ends_in_a_fold_goes_on_there_and_ends_like_an_undisturbed_one(undisturbed, dataset, tmp_path, monkeypatch, moment):
-    """Whatever is judged for the so-manieth time takes the process with it: the base, the first fold, the second."""
+    """Whatever is judged for the so-manieth time takes the process with it: the base, a look, the first picture, the second fold."""
     broken = Workspace(tmp_path)
     really, calls = folding.judged, []
 
@@ -117,13 +118,41 @@ def test_a_run_that_ends_in_a_fold_goes_on_there_and_ends_like_an_undisturbed_on
     monkeypatch.setattr(folding, "judged", judged)
     with pytest.raises(KeyboardInterrupt):
         finetune(dataset, broken, cases=2, steps=STEPS)
-    if moment > 1:
+    if moment > 1:  # by then there is something to lose
         with pytest.raises(UsageError, match="an unfinished run is here. Go on with slmsam2 finetune --continue"):
             finetune(dataset, broken, cases=2, steps=STEPS)
     assert finetune(dataset, broken, resume=True) == 0
     assert read_checkpoint(broken.model).digest == read_checkpoint(undisturbed.model).digest
     told = [(workspace.finetuned / "validation.json").read_text() for workspace in (undisturbed, broken)]
     assert told[0] == told[1]
+    assert {path.name for path in broken.finetuned.iterdir()} == {path.name for path in undisturbed.finetuned.iterdir()}
+
+
+def test_a_fold_that_worsens_is_given_up_also_when_it_is_gone_on_with(dataset, tmp_path, monkeypatch):
+    """The second look is far worse than the first; a run that ends at its picture does not train on when it goes on."""
+    monkeypatch.setattr(folding, "draw_overlays", lambda *arguments: None)
+    monkeypatch.setattr(validating, "SHARE", 1.0)
+    asked = []
+
+    def judged(model, fold, plan, heeded):
+        asked.append(fold.name)
+        return Judged({0: 0.5, 1: 0.9, 2: 0.9}.get(asked.count(fold.name) - 1, 0.1), np.asarray(fold.held.labels))
+
+    monkeypatch.setattr(folding, "judged", judged)
+    workspace = Workspace(tmp_path)
+    finetune(dataset, workspace, cases=2, steps=STEPS)
+    looks = json.loads((workspace.finetuned / "validation.json").read_text())["looks"]
+    assert all(set(found) == {"0", "1", "2"} for found in looks.values())
+    assert provenance(workspace).steps == STEPS  # a person named them
+
+
+def test_a_model_that_knows_the_labels_is_judged_and_kept_with_its_recogniser(undisturbed, dataset, tmp_path, scored):
+    scored(0.4, 0.3)
+    workspace = Workspace(tmp_path)
+    finetune(dataset, workspace, cases=1, seed=1, steps=8, weights=str(undisturbed.model))
+    kept, base = read_checkpoint(workspace.model), read_checkpoint(undisturbed.model)
+    assert kept.provenance.validation.kept == "base"
+    assert (recogniser_of(kept) is None) == (recogniser_of(base) is None) and set(kept.state) == set(base.state)
 
 
 def test_a_plan_can_do_without(dataset, tmp_path):
