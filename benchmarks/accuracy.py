@@ -6,7 +6,7 @@
 
 Every run (set, n, seed, arm) learns from the cases that `slmsam2 finetune -n N --seed S` would draw, and segments all others with one
 prompt for each case and label: its middle slice. One line a run is added to RESULTS.jsonl; runs that are there are not made again, so a
-command that was stopped goes on where it was. The base is the packaged nano, planned as `slmsam2 plan` plans (128 px, squares twice as
+command that was stopped goes on where it was. The base is the packaged nano, planned as `slmsam2 plan` plans (squares twice as
 wide as what is annotated) for every arm. SAM 2 is that network without short memory (untuned, both score alike), reading across the
 prompt as its predictor does; SLM-SAM 2 as published starts from it, its short memory a copy of the long one, joined by a sum. Made-up
 sets (Phantom_MR, Phantom_CT) are drawn anew, from a seed of their own.
@@ -36,7 +36,7 @@ from slmsam2_cli.evaluation.metrics import Pair, measure
 from slmsam2_cli.evaluation.statistics import interval
 from slmsam2_cli.finetuning import clips, loop
 from slmsam2_cli.finetuning.losses import slice_loss
-from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, base_weights, fit, save_checkpoint, save_weights
+from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, base_weights, fit, read_checkpoint, save_checkpoint, save_weights
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.measure import measure as measure_dataset
 from slmsam2_cli.planning.plan import Plan, write_plan
@@ -187,15 +187,19 @@ def run(root: Path, arm: Arm, count: int, seed: int) -> Row:
             predict(None, folder / "masks", dataset=root, workspace=space, weights=weights, report=False)
         elif arm.published:
             cases = prepare_all(data, plan.geometry, plan.intensity, space.prepared).cases
-            picked = picked_of([case.id for case in cases], count, seed)
+            picked = picked_of(
+                [case.id for case in cases if case.labels is not None and len(case.labels) > 1 and case.labels.any()], count, seed
+            )
             unseen = [case.id for case in cases if case.id not in picked]
             model = SlmSam2(plan.network, plan.geometry.frame_px)
             fit(model, base)
             steps = published.train(model, [case for case in cases if case.id in picked], plan, seed)
             keep(space, model, plan, picked, unseen)
         else:
-            steps = round(arm.training.get("steps", 1) * training_for(plan, count).steps)
-            finetune(root, space, cases=count, weights=weights, seed=seed, steps=steps)
+            asked = round(arm.training["steps"] * training_for(plan, count).steps) if "steps" in arm.training else None
+            finetune(root, space, cases=count, weights=weights, seed=seed, steps=asked)
+            learned = read_checkpoint(space.model).provenance
+            steps = learned.steps if learned is not None else 0
             split: Any = store.read_json(space.split, "split")
             unseen = split["unseen"]
         seconds = time.perf_counter() - started

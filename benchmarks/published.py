@@ -29,7 +29,8 @@ SLICES, OBJECTS, STEPS = 8, 3, 100
 LOSSES = Weights(absent=0.0)
 RATE, ENCODER_RATE, LEAST = 5e-6, 3e-6, 0.1
 DECAY, LAYER_DECAY, NORM = 0.1, 0.9, 0.1
-TRUNK = "image_encoder.trunk."
+ENCODER = "image_encoder."
+TRUNK = f"{ENCODER}trunk."
 
 
 class PublishedSampler(ClipSampler):
@@ -76,7 +77,7 @@ def groups(model: SlmSam2) -> list[dict[str, object]]:
     for name, parameter in model.named_parameters():
         block = re.match(rf"{TRUNK}blocks\.(\d+)\.", name)
         below = depth - 1 - int(block.group(1)) if block else depth
-        rate = ENCODER_RATE * LAYER_DECAY**below if name.startswith(TRUNK) else RATE
+        rate = ENCODER_RATE * LAYER_DECAY**below if name.startswith(TRUNK) else ENCODER_RATE if name.startswith(ENCODER) else RATE
         made.setdefault(rate, []).append(parameter)
     return [{"params": parameters, "lr": rate, "peak": rate} for rate, parameters in made.items()]
 

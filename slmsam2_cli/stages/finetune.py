@@ -3,7 +3,7 @@
 Writes finetuned/{split.json,model.safetensors,log.csv,log.jsonl,progress.png,validation.json,left_out_*.png,state}, and
 adapter.safetensors for a plan with adapters.
 
-Plans and prepares by itself what has not been planned or prepared. An interrupted run leaves a usable model and goes on
+Plans and prepares by itself what has not been planned or prepared. A run interrupted after its folds leaves a usable model; all go on
 with --continue.
 """
 

@@ -22,15 +22,17 @@ STEPS = 3  # folds of one
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("phantoms")
-    write_phantom_dataset(folder, cases=3, test_cases=0, seed=3, shape=(10, 40, 40))
+    write_phantom_dataset(folder, cases=3, test_cases=0, seed=3, shape=(8, 32, 32))
     return folder
 
 
 @pytest.fixture(autouse=True, scope="module")
 def short_folds():
-    """Folds of any length are run, and every step's state is on disk."""
+    """Folds of any length are run and judged once, and every step's state is on disk."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(validating, "LEAST_STEPS", 1)
+        for module in (validating, folding):
+            patched.setattr(module, "LOOKS", (1.0,))
         patched.setattr("slmsam2_cli.stages.finetune.SAVE_EVERY_S", 0.0)
         yield
 
@@ -69,7 +71,7 @@ def test_two_volumes_are_each_left_out_once_and_the_model_says_what_came_of_it(u
     assert sorted(told.left_out) == split["training"] and 0 <= told.base <= 1 and 0 <= told.tuned <= 1
     assert told.kept == ("tuned" if told.tuned >= told.base else "base")
     record = json.loads((workspace.finetuned / "validation.json").read_text())
-    assert sorted(record["done"]) == split["training"] and all("0" in looks and "3" in looks for looks in record["looks"].values())
+    assert sorted(record["done"]) == split["training"] and all(set(looks) == {"0", "1"} for looks in record["looks"].values())
     assert {path.name for path in workspace.finetuned.glob("left_out_*.png")} == {f"left_out_{name}.png" for name in split["training"]}
     assert not list(workspace.finetuned.glob("fold*")) and not list(workspace.finetuned.glob("state*"))
 
@@ -103,9 +105,9 @@ def test_a_recogniser_that_helped_is(dataset, tmp_path, scored):
     assert recogniser_of(read_checkpoint(workspace.model)) is not None
 
 
-@pytest.mark.parametrize("moment", [1, 3, 8, 12])
+@pytest.mark.parametrize("moment", [3, 6])
 def test_a_run_that_ends_in_a_fold_goes_on_there_and_ends_like_an_undisturbed_one(undisturbed, dataset, tmp_path, monkeypatch, moment):
-    """Whatever is judged for the so-manieth time takes the process with it: the base, a look, the first picture, the second fold."""
+    """Whatever is judged for the so-manieth time takes the process with it: a look at the first fold, one at the second."""
     broken = Workspace(tmp_path)
     really, calls = folding.judged, []
 
@@ -132,6 +134,8 @@ def test_a_fold_that_worsens_is_given_up_also_when_it_is_gone_on_with(dataset, t
     """The second look is far worse than the first; a run that ends at its picture does not train on when it goes on."""
     monkeypatch.setattr(folding, "draw_overlays", lambda *arguments: None)
     monkeypatch.setattr(validating, "SHARE", 1.0)
+    for module in (validating, folding):
+        monkeypatch.setattr(module, "LOOKS", (1 / 3, 2 / 3, 1.0))
     asked = []
 
     def judged(model, fold, plan, heeded):
