@@ -201,10 +201,8 @@ def _finished(workspace: Workspace, run: Run, resume: bool, overwrite: bool) -> 
         return True
     if resume:
         return False
-    begun = (_state(workspace), workspace.finetuned / FOLDS_FILE)
-    if any(old.exists() for state in begun for old in (state, previous_of(state))) and not (
-        isinstance(split, dict) and split.get("finished")
-    ):
+    folds_begun = (workspace.finetuned / FOLDS_FILE).exists() and not (isinstance(split, dict) and split.get("finished"))
+    if folds_begun or _state(workspace).exists() or previous_of(_state(workspace)).exists():
         raise UsageError("an unfinished run is here. Go on with slmsam2 finetune --continue, or start anew with --overwrite")
     if workspace.model.exists():
         raise UsageError(
