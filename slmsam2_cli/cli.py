@@ -192,8 +192,7 @@ def finetune(
 
     Plans and preprocesses first if need be. Writes finetuned/ into the workspace: the model, split.json with the cases it learned from
     (the others count as unseen), and a log. Two networks learn: the one that propagates, and a small one that learns what the labels
-    look like and is heeded as far as it agrees with the slices that you annotate. Before that, short runs leave cases out: where tuning
-    would make masks worse there, the base is kept as it is, and you are told.
+    look like and is heeded as far as it agrees with your slices. First, short runs leave cases out: where tuning does harm, the base stays.
     """
     from slmsam2_cli.stages import finetune as stage
 

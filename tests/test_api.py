@@ -262,8 +262,8 @@ def test_weights_of_sam_2_1_follow_a_plan_with_the_network_that_they_are_of(sam,
 
 
 def test_a_frame_beside_a_plan_is_refused(folder):
-    with pytest.raises(ValueError, match="^frame_px: 96, but the plan says 1"):
-        load(folder / "model.safetensors", frame_px=96)
+    with pytest.raises(ValueError, match="^frame_px: 160, but the plan says 96"):
+        load(folder / "model.safetensors", frame_px=160)
 
 
 @pytest.fixture(scope="module")

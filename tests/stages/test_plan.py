@@ -79,14 +79,14 @@ def test_an_edited_plan_survives_and_the_difference_is_told(data, workspace, cap
     edit(workspace, frame_px=224)
     assert plan(data, workspace) == 0
     assert read_plan(workspace.plan).geometry.frame_px == 224
-    assert "geometry.frame_px is 224; the tool would take 128" in capsys.readouterr().err
+    assert "geometry.frame_px is 224; the tool would take 96" in capsys.readouterr().err
 
 
 def test_overwrite_drops_the_edits(data, workspace):
     plan(data, workspace)
     edit(workspace, frame_px=224)
     plan(data, workspace, overwrite=True)
-    assert read_plan(workspace.plan).geometry.frame_px == 128
+    assert read_plan(workspace.plan).geometry.frame_px == 96
 
 
 def test_overwrite_replaces_a_broken_plan(data, workspace):
@@ -138,23 +138,23 @@ def test_a_read_only_data_set_says_how_to_go_on(data):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared volumes are not beside this checkout")
 @pytest.mark.parametrize(
-    ("name", "modality", "axis", "slice_px", "whole_px"),
+    ("name", "modality", "axis", "slice_px", "square_px", "whole_px"),
     [
-        ("Sarcoma_CT", "CT", "SI", 224, 544),
-        ("Sarcoma_MR_T1", "MR", "SI", 192, 480),
-        ("Sarcoma_PET", "PET", "SI", 64, 128),
-        ("SpinalCord_MRI", "MR", "SI", 288, 384),
-        ("SpinalGM_T2star", "MR", "SI", 64, 160),
-        ("Task04_Hippocampus", "MR", "LR", 64, 160),
-        ("Task09_Spleen_crop", "CT", "SI", 192, 448),
+        ("Sarcoma_CT", "CT", "SI", 224, 128, 544),
+        ("Sarcoma_MR_T1", "MR", "SI", 192, 128, 480),
+        ("Sarcoma_PET", "PET", "SI", 64, 96, 128),
+        ("SpinalCord_MRI", "MR", "SI", 288, 128, 384),
+        ("SpinalGM_T2star", "MR", "SI", 64, 96, 160),
+        ("Task04_Hippocampus", "MR", "LR", 64, 96, 160),
+        ("Task09_Spleen_crop", "CT", "SI", 192, 128, 448),
     ],
 )
-def test_the_decisions_on_real_data_sets(workspace, name, modality, axis, slice_px, whole_px):
-    """slice_px: of nano, which sees squares at 128 px; whole_px: of tiny, which sees whole slices."""
+def test_the_decisions_on_real_data_sets(workspace, name, modality, axis, slice_px, square_px, whole_px):
+    """slice_px: of nano, which sees squares of slices at square_px; whole_px: of tiny, which sees whole slices."""
     assert plan(SHARED / name, workspace) == 0
     decided = read_plan(workspace.plan)
     assert (decided.modality, decided.geometry.slice_axis, decided.geometry.slice_px) == (modality, axis, slice_px)
-    assert (decided.geometry.focus, decided.geometry.frame_px) == (2.0, 128)
+    assert (decided.geometry.focus, decided.geometry.frame_px) == (2.0, square_px)
     assert plan(SHARED / name, workspace, network="tiny", overwrite=True) == 0
     assert read_plan(workspace.plan).geometry.frame_px == whole_px
 
@@ -176,20 +176,20 @@ def test_auto_takes_the_axis_back(data, workspace):
 
 def test_an_edited_plan_is_not_turned_by_an_option(data, workspace):
     plan(data, workspace)
-    edit(workspace, frame_px=96)
+    edit(workspace, frame_px=160)
     with pytest.raises(PlanError, match="keeps its geometry.slice_axis: set it to LR there, or add --overwrite"):
         plan(data, workspace, axis="LR")
-    assert read_plan(workspace.plan).geometry.frame_px == 96
+    assert read_plan(workspace.plan).geometry.frame_px == 160
 
 
 def test_a_comparison_shows_an_edit_beside_what_would_be_decided_and_writes_nothing(data, workspace, capsys):
     plan(data, workspace)
-    edit(workspace, frame_px=96)
+    edit(workspace, frame_px=160)
     before = {path: path.read_bytes() for path in workspace.root.iterdir() if path.is_file()}
     capsys.readouterr()
     assert compare(data, workspace.plan) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("geometry.frame_px"))
-    assert row.split()[1:3] == ["96", "128"]
+    assert row.split()[1:3] == ["160", "96"]
     assert {path: path.read_bytes() for path in workspace.root.iterdir() if path.is_file()} == before
 
 
@@ -240,7 +240,7 @@ def test_without_a_report_no_page_is_written(data, workspace):
 
 
 def test_a_time_limit_and_a_memory_limit_are_kept_when_planning_anew(data, workspace):
-    plan(data, workspace, minutes=7.0, memory_gb=1.2)
+    plan(data, workspace, minutes=7.0, memory_gb=0.95)
     first = read_plan(workspace.plan)
     plan(data, workspace)
     again = read_plan(workspace.plan)
@@ -270,7 +270,7 @@ def test_where_the_modality_is_not_known_a_person_is_asked_to_name_it(data, work
 
 
 def test_a_limit_of_0_or_one_taken_out_by_hand_is_no_limit(data, workspace):
-    plan(data, workspace, minutes=7.0, memory_gb=1.2)
+    plan(data, workspace, minutes=7.0, memory_gb=0.95)
     plan(data, workspace, memory_gb=0)
     assert read_plan(workspace.plan).asked == ("training.minutes",)
     value = json.loads(workspace.plan.read_text())
