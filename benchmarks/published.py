@@ -19,10 +19,9 @@ from torch import Tensor
 
 from slmsam2_cli.data.prepared import PreparedCase
 from slmsam2_cli.finetuning.clips import Clips, ClipSampler, _Structure
-from slmsam2_cli.finetuning.loop import followed
-from slmsam2_cli.finetuning.losses import SliceLoss, Weights
-from slmsam2_cli.model.memory.policy import Moment
-from slmsam2_cli.model.slmsam2 import MemoryBank, SliceFeatures, SliceOutput, SlmSam2
+from slmsam2_cli.finetuning.loop import clip_losses
+from slmsam2_cli.finetuning.losses import Weights
+from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import Plan
 
 SLICES, OBJECTS, STEPS = 8, 3, 100
@@ -82,17 +81,6 @@ def groups(model: SlmSam2) -> list[dict[str, object]]:
     return [{"params": parameters, "lr": rate, "peak": rate} for rate, parameters in made.items()]
 
 
-def losses_of(model: SlmSam2, clips: Clips) -> list[SliceLoss]:
-    features = model.encode(clips.frames.flatten(0, 1))
-    bank, first = MemoryBank(), features.at(clips.feature_index(0))
-    bank.anchors[0] = model.remember(first, model.anchor(first, clips.masks[0]), clips.masks[0])
-
-    def track(here: SliceFeatures, bank: MemoryBank, t: int) -> SliceOutput:
-        return model.track(here, bank, Moment(t, 1, bank.anchors, bank.tracked, clips.slices))
-
-    return followed(model, clips, features, bank, track, len(clips.masks), LOSSES)
-
-
 def train(model: SlmSam2, cases: Sequence[PreparedCase], plan: Plan, seed: int) -> int:
     """Train in place; the number of steps."""
     sampler = PublishedSampler(cases, tuple(plan.labels), plan.geometry, plan.ignore)
@@ -104,7 +92,7 @@ def train(model: SlmSam2, cases: Sequence[PreparedCase], plan: Plan, seed: int) 
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = group["peak"] * (LEAST + (1 - LEAST) * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        losses = losses_of(model, changed(sampler.draw(rng, 1, SLICES, OBJECTS), rng))
+        losses = clip_losses(model, changed(sampler.draw(rng, 1, SLICES, OBJECTS), rng), model.device, LOSSES)
         optimiser.zero_grad(set_to_none=True)
         torch.stack([loss.total for loss in losses]).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), NORM)

@@ -14,10 +14,8 @@ import torch
 
 from slmsam2_cli.data.prepared import PreparedCase
 from slmsam2_cli.data.prompts import choose_slice
-from slmsam2_cli.finetuning.validating import area_of
-from slmsam2_cli.inference.engine import Anchor, propagate
+from slmsam2_cli.finetuning.validating import area_of, tracked
 from slmsam2_cli.model.calibration import Calibration, calibrate
-from slmsam2_cli.model.slices import framed, to_input
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import Plan
 
@@ -71,19 +69,8 @@ def _pairs(model: SlmSam2, one: _Structure, plan: Plan) -> Iterator[tuple[float,
     labels = np.asarray(one.case.labels[one.start : one.stop])
     truth = torch.from_numpy(labels == one.value)
     looked = torch.from_numpy(labels != plan.ignore)
-    frames = torch.from_numpy(np.asarray(one.case.frames[:, one.start : one.stop], dtype=np.float32))
     px, given = plan.geometry.stack_px, one.given - one.start
-    objects = {one.value: [Anchor(given, framed(truth[given], px))]}
-    stack = framed(to_input(frames, plan.geometry.neighbours), px)
-    found = propagate(
-        model,
-        stack,
-        objects,
-        batch=plan.inference.batch_slices,
-        focus=plan.geometry.focus,
-        recognise=True,
-        patience=plan.inference.patience,
-    )[one.value]
+    found = tracked(model, np.asarray(one.case.frames[:, one.start : one.stop]), labels, {one.value: given}, plan)[one.value]
     for t in range(len(truth)):
         mask = (found.plane(t, px, *truth.shape[1:]) > 0) & looked[t]
         pixels = int(mask.sum()) + int(truth[t].sum())

@@ -109,7 +109,7 @@ def _slices(learner: Learner, sampler: SliceSampler | None) -> tuple[Tensor, Ten
 
 def _step(learner: Learner, clips: Clips, seen: tuple[Tensor, Tensor] | None, rate: float, device: torch.device) -> dict[str, float]:
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        losses = clip_losses(learner.model, clips, device, learner.lowered)
+        losses = clip_losses(learner.model, clips, device, weights_of(learner))
         beside = _recogniser_loss(learner, seen, device)
     return descend(learner, losses, rate, _EMA, beside)
 
@@ -122,9 +122,18 @@ def _recogniser_loss(learner: Learner, seen: tuple[Tensor, Tensor] | None, devic
     return {RECOGNISED: recogniser_loss(recogniser(slices.to(device)).float(), truth.to(device))}
 
 
-def clip_losses(model: SlmSam2, clips: Clips, device: torch.device, lowered: float = 0.0) -> list[SliceLoss]:
-    """Track M objects from their first slice; one loss per tracked slice, T - 1 in all. lowered: as in `losses.Weights`."""
-    weights = replace(NANO if model.network.size == "nano" else SAM2, lowered=lowered)
+def weights_of(learner: Learner) -> Weights:
+    """What each part of the loss counts for this network."""
+    return replace(usual_weights(learner.model), lowered=learner.lowered)
+
+
+def usual_weights(model: SlmSam2) -> Weights:
+    return NANO if model.network.size == "nano" else SAM2
+
+
+def clip_losses(model: SlmSam2, clips: Clips, device: torch.device, weights: Weights | None = None) -> list[SliceLoss]:
+    """Track M objects from their first slice; one loss per tracked slice, T - 1 in all. weights: None for the network's usual ones."""
+    weights = weights or usual_weights(model)
     clips = clips.to(device)
     features = model.encode(clips.frames.flatten(0, 1))
     bank, first = MemoryBank(), features.at(clips.feature_index(0))

@@ -124,26 +124,36 @@ def judged(model: SlmSam2, fold: Fold, plan: Plan, heeded: bool) -> Judged:
     """
     case = fold.held
     assert case.labels is not None
-    truth, px = np.asarray(case.labels), plan.geometry.stack_px
-    stack = framed(to_input(torch.from_numpy(np.asarray(case.frames, dtype=np.float32)), plan.geometry.neighbours), px)
+    truth = np.asarray(case.labels)
     given = {value: choose_slice(area, "middle") for value in plan.labels if (area := area_of(case, value, plan.ignore)).any()}
-    objects = {v: [Anchor(t, framed(torch.from_numpy(truth[t] == v), px))] for v, t in given.items()}
-    found = propagate(
-        model,
-        stack,
-        objects,
-        batch=plan.inference.batch_slices,
-        focus=plan.geometry.focus,
-        recognise=heeded,
-        patience=plan.inference.patience,
-    )
-    labels = _labels(found, truth, given, px)
+    found = tracked(model, np.asarray(case.frames), truth, given, plan, heeded)
+    labels = _labels(found, truth, given, plan.geometry.stack_px)
     pieces = model.recogniser.pieces if heeded and model.recogniser is not None else ()
     drawn = np.zeros_like(truth)
     for value, t in given.items():
         drawn[t][truth[t] == value] = value
     labels = attached(labels, drawn, [value for value, one in found.items() if value in pieces and (one.agreement or 0) >= GOOD])
     return Judged(float(np.mean([_dice(truth, v, labels == v, t, fold.until, plan.ignore) for v, t in given.items()])), labels)
+
+
+def tracked(
+    model: SlmSam2, frames: Array, truth: Array, given: Mapping[int, int], plan: Plan, heeded: bool = True
+) -> dict[int, Propagated]:
+    """Every label from one slice of the truth, as the plan says that predict tracks; heeded as in `judged`.
+
+    frames: (C, T, H, W) in [0, 1]; truth: labels (T, H, W); given: label -> its slice.
+    """
+    px = plan.geometry.stack_px
+    stack = framed(to_input(torch.from_numpy(frames.astype(np.float32)), plan.geometry.neighbours), px)
+    return propagate(
+        model,
+        stack,
+        {value: [Anchor(t, framed(torch.from_numpy(truth[t] == value), px))] for value, t in given.items()},
+        batch=plan.inference.batch_slices,
+        focus=plan.geometry.focus,
+        recognise=heeded,
+        patience=plan.inference.patience,
+    )
 
 
 def _labels(found: Mapping[int, Propagated], truth: Array, given: Mapping[int, int], px: int) -> Array:

@@ -15,7 +15,7 @@ from slmsam2_cli.planning.fingerprint import CaseFingerprint, Extent
 from slmsam2_cli.planning.plan import InferencePlan
 
 LONG = 48  # slices; structures over more of them lose at each step, so that twice the step is better
-MOST_PATIENCE_GAPS = 2  # times the longest gap that was seen in a training label
+PATIENCE_IN_GAPS = 2  # times the longest gap that was seen in a training label
 LEAST_PATIENCE = 6
 BATCH, BATCH_PX = 8, 256  # so many slices at a time, while they are not larger than this
 AS_STORED = "slices are left as stored, so that a person's slice is a slice of the network"
@@ -45,7 +45,7 @@ def choose_inference(cases: Sequence[CaseFingerprint], axis: SliceAxis, frame_px
     gaps = [extent.gap for case in cases if 1 not in case.shape for extent in _extents(case, axis)]
     if not gaps:
         return Decision(InferencePlan(batch_slices=batch), "no label was measured, so every slice is tracked")
-    patience = max(LEAST_PATIENCE, MOST_PATIENCE_GAPS * max(gaps))
+    patience = max(LEAST_PATIENCE, PATIENCE_IN_GAPS * max(gaps))
     seen = f"labels have gaps of up to {max(gaps)} slices" if max(gaps) else "no label has a gap"
     return Decision(InferencePlan(batch_slices=batch, patience=patience), f"{seen}: a pass ends {patience} slices after its object has")
 

@@ -22,7 +22,7 @@ from slmsam2_cli.planning.network import NetworkPlan
 FORMAT_VERSION = 1
 _NO_DECISION = {"reasons", "asked", "decided_digest", "tool_version"}
 Strategy = Literal["full", "frozen-encoder", "decoder+memory", "adapters"]
-Validation = Literal["left-out", "none"]
+ValidationScheme = Literal["left-out", "none"]
 Asked = Literal["geometry.slice_axis", "training.minutes", "training.clip_slices"]
 Label = Annotated[int, Field(ge=1, le=65535)]
 
@@ -118,7 +118,7 @@ class TrainingPlan(Frozen):
     )
     adapters: AdapterPlan = Field(default_factory=AdapterPlan, description="their kind and size")
     recogniser: bool = Field(default=True, description="whether a second, small network learns what the labels look like")
-    validation: Validation = Field(
+    validation: ValidationScheme = Field(
         default="none",
         description="left-out: short runs first, each without one volume, so that the worse of base and tuned model is never kept; none",
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from stacks import case, whole
 
-from slmsam2_cli.finetuning import calibrating
+from slmsam2_cli.finetuning import calibrating, validating
 from slmsam2_cli.inference.engine import Propagated
 from slmsam2_cli.planning.plan import InferencePlan
 
@@ -31,7 +31,7 @@ def copying(monkeypatch):
         logits = torch.where(anchor.mask[None, ::4, ::4], 10.0, -10.0).expand(len(frames), -1, -1)
         return {value: Propagated(logits, torch.full((len(frames),), 0.7), torch.zeros(len(frames)))}
 
-    monkeypatch.setattr(calibrating, "propagate", propagate)
+    monkeypatch.setattr(validating, "propagate", propagate)
     return shown
 
 
