@@ -62,13 +62,18 @@ class SlmSam2:
         """Edge of the square that the network sees, in pixels."""
         return self.network.frame_px
 
+    @property
+    def neighbours(self) -> bool:
+        """Whether, of one channel, the network was taught to see the slices before and after as colours."""
+        return self.plan is not None and self.plan.geometry.neighbours
+
     def encode(self, slices: Numbers, *, window: Window | None = None) -> SliceFeatures:
         """What the image encoder says of slices (T, H, W) or (T, C, H, W), all at once; sizes and window as in `propagate`.
 
         SliceFeatures on the network's device: top (T, C, px/16, px/16), fine (T, C/8, px/4, px/4) and (T, C/4, px/8, px/8).
         ValueError.
         """
-        _, frames = arrays.frame(slices, self.frame_px, window)
+        _, frames = arrays.frame(slices, self.frame_px, window, neighbours=self.neighbours)
         with torch.no_grad():
             return self.network.encode(frames.to(self.network.device))
 
@@ -159,7 +164,7 @@ def propagate(
 
     A Track for each label. Labels are found by themselves, so their masks may overlap; annotated slices come back exactly.
     """
-    view, frames = arrays.frame(slices, model.frame_px, window)
+    view, frames = arrays.frame(slices, model.frame_px, window, neighbours=model.neighbours)
     if not isinstance(prompts, Mapping) or not prompts:
         raise ValueError("prompts: give {label: {slice index: mask}}, one label at least")
     drawn = [arrays.drawn_on(masks, view, f"prompts[{label!r}]") for label, masks in prompts.items()]

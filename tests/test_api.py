@@ -126,6 +126,17 @@ def test_a_slice_of_the_frames_own_size_is_encoded_as_it_is(model):
     assert torch.equal(model.encode(frames).top, expected.top)
 
 
+def test_a_plan_that_shows_neighbouring_slices_shows_them_here_too(folder):
+    plan = planned(folder)
+    geometry = plan.geometry.model_copy(update={"neighbours": True})
+    told = load(folder / "model.safetensors", plan=plan.model_copy(update={"geometry": geometry}), device="cpu")
+    slices = torch.rand(3, told.frame_px, told.frame_px)
+    colours = torch.stack([slices, slices[[0, 0, 1]], slices[[1, 2, 2]]], dim=1)
+    with torch.no_grad():
+        expected = told.network.encode(colours)
+    assert torch.equal(told.encode(slices).top, expected.top)
+
+
 # Propagate
 
 

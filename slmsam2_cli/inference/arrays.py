@@ -98,11 +98,11 @@ def mask_of(value: object, shape: tuple[int, ...], name: str) -> Array:
     return painted
 
 
-def frame(slices: object, frame_px: int, window: Window | None, name: str = "slices") -> tuple[View, Tensor]:
+def frame(slices: object, frame_px: int, window: Window | None, name: str = "slices", neighbours: bool = False) -> tuple[View, Tensor]:
     """How a stack (T, H, W) or (T, C, H, W) fits the frame, and what the network sees of it: (T, C, px, px) in [0, 1], C at least 3.
 
     window: the grey values that become 0 and 1; "percentile": the stack's own, as plans have it for all but CT; None: the values
-    are from 0 to 1 already. ValueError.
+    are from 0 to 1 already. neighbours: of one channel, the slices before and after are colours, too. ValueError.
     """
     stack = numbers(slices, name)
     if stack.ndim not in (3, 4):
@@ -110,7 +110,7 @@ def frame(slices: object, frame_px: int, window: Window | None, name: str = "sli
     stack = stack[None] if stack.ndim == 3 else stack.swapaxes(0, 1)
     view = _filling(stack.shape[1:], frame_px)
     frames = view.frames(_scaled(stack, window, name))
-    return view, framed(to_input(torch.from_numpy(frames)), frame_px)
+    return view, framed(to_input(torch.from_numpy(frames), neighbours), frame_px)
 
 
 def _filling(shape: tuple[int, ...], frame_px: int) -> View:
