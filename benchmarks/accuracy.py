@@ -120,6 +120,7 @@ ARMS = {
         "ours, no recogniser, published clips",
         training={"recogniser": False},
         patches=(
+            lambda: mock.patch.object(clips.ClipSampler, "strides", published.PublishedSampler.strides),
             lambda: mock.patch.object(clips.ClipSampler, "_start", published.PublishedSampler._start),
             lambda: mock.patch.object(clips.ClipSampler, "_longest", published.PublishedSampler._longest),
             lambda: mock.patch.object(clips.ClipSampler, "_runs", upwards(clips.ClipSampler._runs)),

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ TRUNK = f"{ENCODER}trunk."
 
 class PublishedSampler(ClipSampler):
     """Windows that begin on a slice with the structure, tracked upwards."""
+
+    strides: ClassVar = {1: 1.0}
 
     def _start(self, rng: np.random.Generator, structure: _Structure, length: int) -> int:
         last = self._slices(structure) - length

@@ -1,67 +1,134 @@
-"""Random changes of a clip that leave its meaning alone; every slice of a window gets the same draw.
+"""Random changes of a window that leave its meaning alone, by batchgenerators; every slice of it gets the same draw.
 
-Spatial: rotation up to 25 degrees, scale 0.75-1.35, shift up to 15 % of the frame, in-plane mirroring (tracks follow
-a mask, not a name, so left may become right). Intensity: gamma, contrast, brightness, noise.
+The slices, and the masks on them, are stacked as channels, which its transforms change alike. In-plane mirroring is always allowed:
+tracks follow a mask, not a name, so left may become right. The amounts are those of nnU-Net where it has them (Isensee et al., Nature
+Methods 2021, supplementary note 4), but turned less: slices of medical volumes lie as the patient does.
 """
 
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from slmsam2_cli.finetuning.clips import Clips
 
-_DEGREES, _SCALE, _SHIFT = 25.0, 0.3, 0.3
+_TURN = math.radians(25)
+_SCALE = (0.75, 1.35)
+_SHIFT = 0.15  # of the frame
+_BENT, _BLURRED, _COARSE = 0.2, 0.2, 0.25  # how often
+_BEND, _BEND_OVER = 0.02, (0.1, 0.135)  # of the frame's area and edge: about 3 px in 96, smooth over a tenth of the frame
+Array = np.ndarray[Any, Any]
 
 
-def _between(low: float, high: float, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-    return low + (high - low) * torch.rand(shape, generator=rng)
+def augment(clips: Clips, rng: np.random.Generator) -> Clips:
+    """A changed copy of one window, on the CPU; tracks whose annotated slice was moved out of sight are dropped.
 
-
-def _affine(windows: int, rng: torch.Generator) -> Tensor:
-    """(W, 2, 3) matrices for `affine_grid`."""
-    angle = _between(-math.radians(_DEGREES), math.radians(_DEGREES), (windows,), rng)
-    scale = torch.exp(_between(-_SCALE, _SCALE, (windows,), rng))
-    mirror = torch.where(torch.rand(windows, generator=rng) < 0.5, -1.0, 1.0)
-    cosine, sine = angle.cos() * scale, angle.sin() * scale
-    shift = _between(-_SHIFT / 2, _SHIFT / 2, (windows, 2), rng)
-    rows = [torch.stack([cosine * mirror, -sine, shift[:, 0]], 1), torch.stack([sine * mirror, cosine, shift[:, 1]], 1)]
-    return torch.stack(rows, dim=1)
-
-
-def _move(stack: Tensor, affine: Tensor, mode: str) -> Tensor:
-    """Resample (T, W, C, H, W) with one matrix per window, (W, 2, 3)."""
-    length, windows, channels, height, width = stack.shape
-    flat = stack.transpose(0, 1).reshape(windows, length * channels, height, width)
-    grid = F.affine_grid(affine, list(flat.shape), align_corners=False)
-    moved = F.grid_sample(flat, grid, mode=mode, align_corners=False)
-    return moved.reshape(windows, length, channels, height, width).transpose(0, 1)
-
-
-def _shade(frames: Tensor, rng: torch.Generator) -> Tensor:
-    """Gamma, contrast, brightness and noise on (T, W, C, H, W), one draw per window."""
-    one = (1, frames.shape[1], 1, 1, 1)
-    gamma = torch.exp(_between(-0.4, 0.4, one, rng))
-    contrast = torch.exp(_between(-0.3, 0.3, one, rng))
-    brightness = _between(-0.15, 0.15, one, rng)
-    noise = torch.randn(frames.shape[:2] + (1,) + frames.shape[3:], generator=rng) * _between(0.0, 0.05, one, rng)
-    return ((frames.clamp(0, 1) ** gamma - 0.5) * contrast + 0.5 + brightness + noise).clamp(0, 1)
-
-
-def augment(clips: Clips, rng: torch.Generator) -> Clips:
-    """A changed copy of the clips, on the CPU; tracks whose annotated slice was moved out of sight are dropped.
-
-    When that would be all of them, nothing is moved.
+    When that would be all of them, nothing is moved. The draw is the generator's alone.
     """
-    affine = _affine(clips.frames.shape[1], rng)
-    masks = _move(clips.masks, affine[clips.window], "nearest")
-    kept = masks[0].flatten(1).any(dim=1)
-    if not kept.any():
-        return replace(clips, frames=_shade(clips.frames, rng))
-    frames = _shade(_move(clips.frames, affine, "bilinear"), rng)
-    known = None if clips.known is None else 1 - _move(1 - clips.known, affine[clips.window], "nearest")[:, kept]
-    return replace(clips, frames=frames, masks=masks[:, kept], window=clips.window[kept], reverse=clips.reverse[kept], known=known)
+    frames, masks = _planes(clips.frames), _planes(clips.masks)
+    grey = bool((clips.frames[:, :, :1] == clips.frames).all())  # the same slice in every colour, which noise must not tell apart
+    shown = frames[:: clips.frames.shape[2]] if grey else frames
+    ignored = [_planes(1 - clips.known)] if clips.known is not None else []
+    with _drawing_from(rng):
+        moved, labels = _move(shown, np.concatenate([masks, *ignored]))
+        after = _like(labels[: len(masks)], clips.masks)
+        kept = after[0].flatten(1).any(dim=1)
+        if not kept.any():
+            return replace(clips, frames=_like(_shade(shown), clips.frames))
+        known = 1 - _like(labels[len(masks) :], clips.masks)[:, kept] if ignored else None
+        seen = _like(_shade(moved), clips.frames)
+    return replace(clips, frames=seen, masks=after[:, kept], window=clips.window[kept], reverse=clips.reverse[kept], known=known)
+
+
+@contextmanager
+def _drawing_from(rng: np.random.Generator) -> Iterator[None]:
+    """batchgenerators draws from the two generators that belong to everybody: they are as they were afterwards."""
+    theirs, pythons = np.random.get_state(), random.getstate()
+    seed = int(rng.integers(2**32))
+    np.random.seed(seed)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(theirs)
+        random.setstate(pythons)
+
+
+def _planes(stack: Tensor) -> Array:
+    """(T, N, C, H, W) or (T, N, 1, H, W) as channels, (T * N * C, H, W)."""
+    return stack.flatten(0, 2).numpy()
+
+
+def _like(planes: Array, stack: Tensor) -> Tensor:
+    """The other way round; grey planes in every colour."""
+    shape = stack.shape if len(planes) == math.prod(stack.shape[:3]) else (*stack.shape[:2], 1, *stack.shape[3:])
+    return torch.from_numpy(np.ascontiguousarray(planes, dtype=np.float32)).reshape(shape).expand(stack.shape)
+
+
+def _move(shown: Array, masks: Array) -> tuple[Array, Array]:
+    """Bent, turned, scaled, shifted, mirrored."""
+    changed = _moving(shown.shape[-1])(data=shown[None], seg=masks[None])
+    return changed["data"][0], changed["seg"][0]
+
+
+def _shade(shown: Array) -> Array:
+    """Gamma, contrast, brightness, blur, low resolution, noise; within 0 ... 1."""
+    changed: Array = _shading()(data=np.clip(shown, 0, 1)[None])["data"][0]
+    return np.clip(changed, 0, 1)
+
+
+@cache
+def _moving(px: int) -> Any:
+    from batchgenerators.transforms.abstract_transforms import Compose
+    from batchgenerators.transforms.spatial_transforms import MirrorTransform, SpatialTransform
+
+    return Compose(
+        [
+            SpatialTransform(
+                (px, px),
+                patch_center_dist_from_border=[px * (0.5 - _SHIFT)] * 2,
+                do_elastic_deform=True,
+                alpha=(0.0, _BEND * px * px),
+                sigma=(_BEND_OVER[0] * px, _BEND_OVER[1] * px),
+                p_el_per_sample=_BENT,
+                angle_x=(-_TURN, _TURN),
+                scale=_SCALE,
+                border_mode_data="constant",
+                order_data=1,
+                order_seg=0,
+            ),
+            MirrorTransform(axes=(1,)),
+        ]
+    )
+
+
+@cache
+def _shading() -> Any:
+    from batchgenerators.transforms.abstract_transforms import Compose
+    from batchgenerators.transforms.color_transforms import (
+        BrightnessMultiplicativeTransform,
+        ContrastAugmentationTransform,
+        GammaTransform,
+    )
+    from batchgenerators.transforms.noise_transforms import GaussianBlurTransform, GaussianNoiseTransform
+    from batchgenerators.transforms.resample_transforms import SimulateLowResolutionTransform
+
+    return Compose(
+        [
+            GammaTransform((0.67, 1.5), per_channel=False),
+            ContrastAugmentationTransform((0.75, 1.35), per_channel=False),
+            BrightnessMultiplicativeTransform((0.75, 1.25), per_channel=False),
+            GaussianBlurTransform((0.5, 1.0), different_sigma_per_channel=False, p_per_sample=_BLURRED),
+            SimulateLowResolutionTransform((0.5, 1.0), per_channel=False, order_upsample=1, p_per_sample=_COARSE),
+            GaussianNoiseTransform((0.0, 0.05), per_channel=False),
+        ]
+    )

@@ -2,13 +2,15 @@
 
 A window is encoded once and tracked several times: every label present on its first slice forwards, every label
 present on its last slice backwards. Published training saw ends in about 7/L of its clips and never went backwards
-(see docs/explanation/training.md); here `ENDS` of the windows hold the end of a structure.
+(see docs/explanation/training.md); here `ENDS` of the windows hold the end of a structure, and some leave slices out, as if the volume
+had thicker ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from slmsam2_cli.planning.plan import GeometryPlan
 
 ENDS = 0.6
 _POINTERS = 16
+_LEAST_THINNED = 8  # slices that have to be left of a volume without every second or third one
 
 
 @dataclass(frozen=True)
@@ -53,49 +56,95 @@ class Clips:
 
 
 @dataclass(frozen=True)
+class _Stack:
+    """A case, or every second or third slice of one. frames: (C, T, H, W); labels: (T, H, W)."""
+
+    id: str
+    frames: np.ndarray[Any, Any]
+    labels: np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
 class _Structure:
-    """One label of one case: the stack slices that hold it and were looked at as a whole."""
+    """One label of one stack: the slices that hold it and were looked at as a whole."""
 
     case: int
     label: int
     slices: np.ndarray
 
 
+@dataclass(frozen=True)
+class Windows:
+    """What is to be shown, before anything is read: a structure and a first slice for every window, as many slices in each."""
+
+    structures: tuple[_Structure, ...]
+    starts: tuple[int, ...]
+    length: int
+
+
 class ClipSampler:
-    """Draws clips from prepared cases; all randomness comes from the generator given to `draw`."""
+    """Draws clips from prepared cases; all randomness comes from the generators given to it. `strides`: how often every first, second or
+    third slice is shown."""
+
+    strides: ClassVar[dict[int, float]] = {1: 0.7, 2: 0.2, 3: 0.1}
 
     def __init__(self, cases: Sequence[PreparedCase], values: Sequence[int], geometry: GeometryPlan, ignore: int | None = None) -> None:
-        self.cases, self.geometry, self.ignore = [case for case in cases if case.frames.shape[1] > 1], geometry, ignore
-        self.structures = [s for i, case in enumerate(self.cases) for s in _structures(i, case, values, ignore)]
-        if not self.structures:
+        self.geometry, self.ignore = geometry, ignore
+        self.stacks: list[_Stack] = []
+        self.structures: dict[int, list[_Structure]] = {}
+        for stride in self.strides:
+            thinned = [stack for case in cases for stack in _thinned(case, stride)]
+            first = len(self.stacks)
+            self.structures[stride] = [s for i, stack in enumerate(thinned, start=first) for s in _structures(i, stack, values, ignore)]
+            self.stacks += thinned
+        if not self.structures[1]:
             raise DatasetError("no training case holds a labelled structure over at least two slices. Annotate one, or check the labels")
 
-    def draw(self, rng: np.random.Generator, windows: int, length: int, tracks: int) -> Clips:
-        """W windows and at most `tracks` tracks; volumes too short for `length` shorten the clips."""
+    def choose(self, rng: np.random.Generator, windows: int, length: int) -> Windows:
+        """W windows; volumes too short for `length` shorten all of them."""
         chosen = self._alike(rng, windows)
         length = min([length, *(self._longest(s) for s in chosen)])
-        starts = [self._start(rng, s, length) for s in chosen]
-        runs = [(w, value, reverse) for w, (s, start) in enumerate(zip(chosen, starts)) for value, reverse in self._runs(s, start, length)]
+        return Windows(tuple(chosen), tuple(self._start(rng, s, length) for s in chosen), length)
+
+    def cases_of(self, windows: Windows) -> tuple[str, ...]:
+        """The ids of the volumes that the windows are of."""
+        return tuple(dict.fromkeys(self.stacks[s.case].id for s in windows.structures))
+
+    def show(self, windows: Windows, number: int, rng: np.random.Generator, tracks: int) -> Clips:
+        """One of the windows, and at most `tracks` tracks through it."""
+        structure, start, length = windows.structures[number], windows.starts[number], windows.length
+        runs = self._runs(structure, start, length)
         runs = [runs[i] for i in sorted(rng.permutation(len(runs))[:tracks])]
-        squares = [self._square(s, start, length) for s, start in zip(chosen, starts)]
-        frames = torch.stack([self._frames(s, start, length, square) for s, start, square in zip(chosen, starts, squares)], dim=1)
-        masks = torch.stack([self._masks(chosen[w], starts[w], length, value, reverse, squares[w]) for w, value, reverse in runs], dim=1)
+        square = self._square(structure, start, length)
+        masks = [self._masks(structure, start, length, value, reverse, square) for value, reverse in runs]
         known = None
         if self.ignore is not None:
-            ignored = [self._masks(chosen[w], starts[w], length, self.ignore, reverse, squares[w]) for w, _, reverse in runs]
-            known = 1 - torch.stack(ignored, dim=1)
-        window, reverse = torch.tensor([w for w, _, _ in runs]), torch.tensor([r for _, _, r in runs])
-        return Clips(frames, masks, window, reverse, self._slices(chosen[0]), known)
+            known = 1 - torch.stack([self._masks(structure, start, length, self.ignore, reverse, square) for _, reverse in runs], dim=1)
+        return Clips(
+            frames=self._frames(structure, start, length, square)[:, None],
+            masks=torch.stack(masks, dim=1),
+            window=torch.zeros(len(runs), dtype=torch.long),
+            reverse=torch.tensor([reverse for _, reverse in runs]),
+            slices=self._slices(structure),
+            known=known,
+        )
+
+    def draw(self, rng: np.random.Generator, windows: int, length: int, tracks: int) -> Clips:
+        """W windows with at most `tracks` tracks through each."""
+        chosen = self.choose(rng, windows, length)
+        return together([self.show(chosen, number, rng, tracks) for number in range(windows)])
 
     def _alike(self, rng: np.random.Generator, windows: int) -> list[_Structure]:
-        """Structures of volumes whose pointer scale is the same, min(slices, 16)."""
-        first = self.structures[rng.integers(len(self.structures))]
+        """Structures of volumes whose pointer scale is the same, min(slices, 16), thinned alike."""
+        stride = int(rng.choice(list(self.strides), p=list(self.strides.values())))
+        structures = self.structures[stride] or self.structures[1]
+        first = structures[rng.integers(len(structures))]
         reach = min(self._slices(first), _POINTERS)
-        alike = [s for s in self.structures if min(self._slices(s), _POINTERS) == reach]
+        alike = [s for s in structures if min(self._slices(s), _POINTERS) == reach]
         return [first, *(alike[i] for i in rng.integers(len(alike), size=windows - 1))]
 
     def _slices(self, structure: _Structure) -> int:
-        return int(self.cases[structure.case].frames.shape[1])
+        return int(self.stacks[structure.case].frames.shape[1])
 
     def _longest(self, structure: _Structure) -> int:
         """Slices of the longest window that begins or ends on the structure; at least 2."""
@@ -116,7 +165,7 @@ class ClipSampler:
 
     def _runs(self, structure: _Structure, start: int, length: int) -> list[tuple[int, bool]]:
         """(label, reverse) of every track that can start at either edge of a window."""
-        siblings = [s for s in self.structures if s.case == structure.case]
+        siblings = [s for alike in self.structures.values() for s in alike if s.case == structure.case]
         edges = ((start, False), (start + length - 1, True))
         return [(s.label, reverse) for s in siblings for edge, reverse in edges if edge in s.slices]
 
@@ -124,31 +173,48 @@ class ClipSampler:
         """Where the network looks: around the structure on the edge of the window that holds it; None: at whole slices."""
         if self.geometry.focus is None:
             return None
-        labels = self.cases[structure.case].labels
-        assert labels is not None
+        labels = self.stacks[structure.case].labels
         edges = [edge for edge in (start, start + length - 1) if edge in structure.slices]
         given = framed(torch.from_numpy(np.asarray(labels[edges[0]]) == structure.label), self.geometry.stack_px)
         return around(box_of([given]), self.geometry.focus, self.geometry.stack_px)
 
     def _frames(self, structure: _Structure, start: int, length: int, square: Square | None) -> Tensor:
         first = max(start - 1, 0)  # the neighbours of a window's outer slices are seen, too
-        stack = torch.from_numpy(np.asarray(self.cases[structure.case].frames[:, first : start + length + 1], dtype=np.float32))
+        stack = torch.from_numpy(np.asarray(self.stacks[structure.case].frames[:, first : start + length + 1], dtype=np.float32))
         seen = to_input(stack, self.geometry.neighbours)[start - first : start - first + length]
         slices = framed(seen, self.geometry.stack_px)
         return square.cut(slices, self.geometry.frame_px) if square is not None else slices
 
     def _masks(self, structure: _Structure, start: int, length: int, value: int, reverse: bool, square: Square | None) -> Tensor:
-        labels = self.cases[structure.case].labels
-        assert labels is not None
+        labels = self.stacks[structure.case].labels
         mask = torch.from_numpy(np.asarray(labels[start : start + length]) == value).float()
         slices = framed((mask.flip(0) if reverse else mask).unsqueeze(1), self.geometry.stack_px)
         return square.cut_masks(slices, self.geometry.frame_px) if square is not None else slices
 
 
-def _structures(index: int, case: PreparedCase, values: Sequence[int], ignore: int | None) -> list[_Structure]:
-    if case.labels is None:
+def together(clips: Sequence[Clips]) -> Clips:
+    """Clips of as many slices each, as one; the tracks of the first window come first."""
+    firsts = np.cumsum([0, *(one.frames.shape[1] for one in clips)])
+    known = [one.known for one in clips if one.known is not None]
+    return Clips(
+        frames=torch.cat([one.frames for one in clips], dim=1),
+        masks=torch.cat([one.masks for one in clips], dim=1),
+        window=torch.cat([one.window + int(first) for one, first in zip(clips, firsts)]),
+        reverse=torch.cat([one.reverse for one in clips]),
+        slices=clips[0].slices,
+        known=torch.cat(known, dim=1) if known else None,
+    )
+
+
+def _thinned(case: PreparedCase, stride: int) -> list[_Stack]:
+    """The case as it is, or the ways to leave all but every second or third slice of it out; none where too few slices are left."""
+    if case.labels is None or case.frames.shape[1] < (2 if stride == 1 else stride * _LEAST_THINNED):
         return []
-    labels = np.asarray(case.labels)
+    return [_Stack(case.id, case.frames[:, first::stride], case.labels[first::stride]) for first in range(stride)]
+
+
+def _structures(index: int, stack: _Stack, values: Sequence[int], ignore: int | None) -> list[_Structure]:
+    labels = np.asarray(stack.labels)
     whole = np.ones(len(labels), bool) if ignore is None else ~(labels == ignore).any(axis=(1, 2))
     held = [(value, np.flatnonzero((labels == value).any(axis=(1, 2)) & whole)) for value in values]
     return [_Structure(index, value, slices) for value, slices in held if slices.size]

@@ -6,29 +6,26 @@ be segmented; from trained weights they are long from the start.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from slmsam2_cli.errors import TrainingError
 from slmsam2_cli.finetuning import learner as learning
-from slmsam2_cli.finetuning.augment import augment
-from slmsam2_cli.finetuning.clips import Clips, ClipSampler
+from slmsam2_cli.finetuning.clips import Clips
+from slmsam2_cli.finetuning.feeding import Batch, Batches, Feed, Material, workers_for
 from slmsam2_cli.finetuning.learner import PATIENCE, SKIPPED, Progress, average_of, descend, learning_rate, share_done
 from slmsam2_cli.finetuning.log import RECOGNISED
 from slmsam2_cli.finetuning.losses import NANO, SAM2, SliceLoss, Weights, slice_loss
-from slmsam2_cli.finetuning.recognising import SliceSampler, recogniser_loss
+from slmsam2_cli.finetuning.recognising import recogniser_loss
 from slmsam2_cli.finetuning.strategies import parameter_groups
 from slmsam2_cli.model.memory.policy import Moment
 from slmsam2_cli.model.slmsam2 import MemoryBank, SliceFeatures, SliceOutput, SlmSam2
 from slmsam2_cli.planning.plan import TrainingPlan
 
-TRACKS_PER_WINDOW = 4
 _EMA = 0.99
 _CURRICULUM = ((0.2, 2), (0.35, 4))  # share of the run up to which clips have at most so many slices
 Track = Callable[[SliceFeatures, MemoryBank, int], SliceOutput]
@@ -36,20 +33,10 @@ Track = Callable[[SliceFeatures, MemoryBank, int], SliceOutput]
 
 @dataclass(kw_only=True)
 class Learner(learning.Learner):
-    """With the generators that draw and change clips, whether it started from random weights, and by how much the presence score of
-    those it started from had been lowered."""
+    """With whether it started from random weights, and by how much the presence score of those it started from had been lowered."""
 
-    clip_rng: np.random.Generator
-    augment_rng: torch.Generator
     from_scratch: bool
     lowered: float = 0.0
-
-    def draws(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        return {"augment": self.augment_rng.get_state()}, {"clips": json.dumps(self.clip_rng.bit_generator.state)}
-
-    def redraw(self, tensors: dict[str, Tensor], texts: dict[str, str]) -> None:
-        self.augment_rng.set_state(tensors["augment"])
-        self.clip_rng.bit_generator.state = json.loads(texts["clips"])
 
 
 def new_learner(model: SlmSam2, plan: TrainingPlan, from_scratch: bool, lowered: float = 0.0) -> Learner:
@@ -59,8 +46,6 @@ def new_learner(model: SlmSam2, plan: TrainingPlan, from_scratch: bool, lowered:
         model=model,
         average=average_of(model),
         optimiser=torch.optim.AdamW(parameter_groups(model, plan), lr=plan.learning_rate),
-        clip_rng=np.random.default_rng(plan.seed),
-        augment_rng=torch.Generator().manual_seed(plan.seed),
         from_scratch=from_scratch,
         lowered=lowered,
     )
@@ -73,44 +58,49 @@ def clip_slices(done: float, plan: TrainingPlan, from_scratch: bool) -> int:
 
 
 def train(
-    learner: Learner, sampler: ClipSampler, plan: TrainingPlan, stop: Callable[[], bool], slices: SliceSampler | None = None
+    learner: Learner, material: Material, plan: TrainingPlan, stop: Callable[[], bool], workers: int | None = None
 ) -> Iterator[Progress]:
     """Train until the plan's steps or minutes are used up or `stop` says so; yields after every step.
 
-    slices: for the model's recogniser, where it has one, which learns beside it, step by step.
-    A step without a finite loss and gradient changes nothing; after 20 such steps in a row TrainingError is raised.
+    The model's recogniser, where it has one, learns beside it, step by step. workers: processes that draw ahead, None for as many as the
+    device needs. A step without a finite loss and gradient changes nothing; after 20 such steps in a row TrainingError is raised.
     """
     device, skipped = learner.model.device, 0
+    workers = workers_for(device, learner.from_scratch) if workers is None else workers
+    feed = Feed(_batches(learner, material, plan), learner.step, lambda: _length(learner, plan), workers)
     learner.model.train()
-    while (done := share_done(learner, plan)) < 1 and not stop():
-        started = time.monotonic()
-        length = clip_slices(done, plan, learner.from_scratch)
-        windows = plan.clips_per_step * max(1, min(4, plan.clip_slices // (2 * length)))
-        clips = augment(sampler.draw(learner.clip_rng, windows, length, windows * TRACKS_PER_WINDOW), learner.augment_rng)
-        seen = _slices(learner, slices)
-        learner.waited += time.monotonic() - started
-        rate = learning_rate(learner.step, done, plan.learning_rate, plan.warmup_steps)
-        losses = _step(learner, clips, seen, rate, device)
-        skipped = skipped + 1 if SKIPPED in losses else 0
-        if skipped >= PATIENCE:
-            raise TrainingError(
-                f"training diverged at step {learner.step}. Lower training.learning_rate in plan.json (now {plan.learning_rate:g})"
-            )
-        learner.step += 1
-        learner.seconds += time.monotonic() - started
-        yield Progress(learner.step, share_done(learner, plan), losses, rate)
+    try:
+        while (done := share_done(learner, plan)) < 1 and not stop():
+            started = time.monotonic()
+            batch = feed.next()
+            learner.waited += time.monotonic() - started
+            rate = learning_rate(learner.step, done, plan.learning_rate, plan.warmup_steps)
+            losses = _step(learner, batch, rate, device)
+            skipped = skipped + 1 if SKIPPED in losses else 0
+            if skipped >= PATIENCE:
+                raise TrainingError(
+                    f"training diverged at step {learner.step}. Lower training.learning_rate in plan.json (now {plan.learning_rate:g})"
+                )
+            learner.step += 1
+            learner.seconds += time.monotonic() - started
+            yield Progress(learner.step, share_done(learner, plan), losses, rate)
+    except RuntimeError as error:
+        raise feed.death(error) or error from None
 
 
-def _slices(learner: Learner, sampler: SliceSampler | None) -> tuple[Tensor, Tensor] | None:
-    """Slices for the recogniser and what their pixels are; None without one."""
+def _batches(learner: Learner, material: Material, plan: TrainingPlan) -> Batches:
     recogniser = learner.model.recogniser
-    return sampler.draw(learner.clip_rng, learner.augment_rng, recogniser.px) if sampler is not None and recogniser is not None else None
+    return Batches(material, plan, recogniser.px if recogniser is not None else None)
 
 
-def _step(learner: Learner, clips: Clips, seen: tuple[Tensor, Tensor] | None, rate: float, device: torch.device) -> dict[str, float]:
+def _length(learner: Learner, plan: TrainingPlan) -> int:
+    return clip_slices(share_done(learner, plan), plan, learner.from_scratch)
+
+
+def _step(learner: Learner, batch: Batch, rate: float, device: torch.device) -> dict[str, float]:
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        losses = clip_losses(learner.model, clips, device, weights_of(learner))
-        beside = _recogniser_loss(learner, seen, device)
+        losses = clip_losses(learner.model, batch.clips, device, weights_of(learner))
+        beside = _recogniser_loss(learner, batch.seen, device)
     return descend(learner, losses, rate, _EMA, beside)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from slmsam2_cli import console
 from slmsam2_cli.data.prepared import PreparedCase
 from slmsam2_cli.errors import PlanError
 from slmsam2_cli.finetuning.clips import ClipSampler
+from slmsam2_cli.finetuning.feeding import Material
 from slmsam2_cli.finetuning.learner import Progress
 from slmsam2_cli.finetuning.loop import Learner, new_learner, train
 from slmsam2_cli.finetuning.recognising import SliceSampler, new_recogniser
@@ -24,14 +24,6 @@ from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import Plan, TrainingPlan
 
 _WHOLE = 1000  # parts of a bar
-
-
-@dataclass(frozen=True)
-class Material:
-    """What is learned from: clips, and slices for the recogniser where there is one."""
-
-    clips: ClipSampler
-    slices: SliceSampler | None
 
 
 def material_of(cases: Sequence[PreparedCase], plan: Plan) -> Material:
@@ -91,7 +83,7 @@ def follow(
     """Train with a bar; every so many seconds the state is saved, and `saved` told. `told` sees each step, and says what the bar shows."""
     last, begun, at = time.monotonic(), learner.step, 0
     with console.progress(title, _WHOLE) as advance:
-        for progress in train(learner, material.clips, training, stopped, material.slices):
+        for progress in train(learner, material, training, stopped):
             said, now_at = told(progress), int(progress.done * _WHOLE)
             advance(now_at - at, said)
             at = now_at

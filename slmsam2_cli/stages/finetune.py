@@ -25,6 +25,7 @@ from slmsam2_cli.device import DeviceName, choose_device, describe
 from slmsam2_cli.errors import DONE, DatasetError, DeviceError, OutputError, PlanError, UsageError
 from slmsam2_cli.finetuning.calibrating import calibrated_on
 from slmsam2_cli.finetuning.curves import draw_progress
+from slmsam2_cli.finetuning.feeding import Material
 from slmsam2_cli.finetuning.folding import FILE as FOLDS_FILE
 from slmsam2_cli.finetuning.folding import base_recogniser, forget_folds, planned_folds, validate
 from slmsam2_cli.finetuning.keeping import keep
@@ -35,7 +36,7 @@ from slmsam2_cli.finetuning.resume import check_state, load_state, previous_of, 
 from slmsam2_cli.finetuning.room import shortage
 from slmsam2_cli.finetuning.runs import Run, Wish
 from slmsam2_cli.finetuning.stopping import stoppable
-from slmsam2_cli.finetuning.tuning import Material, absent_labels, follow, fresh_learner, material_of, new_model
+from slmsam2_cli.finetuning.tuning import absent_labels, follow, fresh_learner, material_of, new_model
 from slmsam2_cli.finetuning.validating import training_after
 from slmsam2_cli.inference.ready import fuser_of, with_fuser_of
 from slmsam2_cli.model import zoo

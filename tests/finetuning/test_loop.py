@@ -7,6 +7,7 @@ from stacks import case, whole
 
 from slmsam2_cli.errors import TrainingError, WeightsError
 from slmsam2_cli.finetuning.clips import ClipSampler
+from slmsam2_cli.finetuning.feeding import Material
 from slmsam2_cli.finetuning.learner import share_done
 from slmsam2_cli.finetuning.loop import clip_losses, clip_slices, new_learner, train
 from slmsam2_cli.finetuning.recognising import SliceSampler, new_recogniser
@@ -44,7 +45,7 @@ def sampler():
 
 
 def run(one, until=None, steps=4):
-    return list(train(one, sampler(), plan(steps), lambda: until is not None and one.step >= until, slices()))
+    return list(train(one, Material(sampler(), slices()), plan(steps), lambda: until is not None and one.step >= until))
 
 
 def weights(one):

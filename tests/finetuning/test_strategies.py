@@ -6,6 +6,7 @@ from stacks import case, whole
 
 from slmsam2_cli.errors import WeightsError
 from slmsam2_cli.finetuning.clips import ClipSampler
+from slmsam2_cli.finetuning.feeding import Material
 from slmsam2_cli.finetuning.loop import new_learner, train
 from slmsam2_cli.finetuning.resume import load_state, save_state
 from slmsam2_cli.finetuning.strategies import parameter_groups, prepare, trainable_names
@@ -37,7 +38,7 @@ def learner(settings):
 
 def run(one, settings, until=None):
     sampler = ClipSampler([case(slices=8, held=range(2, 6), size=(PX, PX))], [1], whole(PX))
-    return list(train(one, sampler, settings, lambda: until is not None and one.step >= until))
+    return list(train(one, Material(sampler), settings, lambda: until is not None and one.step >= until))
 
 
 def state(one):

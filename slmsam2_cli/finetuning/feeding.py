@@ -1,0 +1,179 @@
+"""What every step learns from, drawn and changed ahead of it where the device is faster than that: `Batches`, and a `Feed` of them.
+
+What step k shows is a matter of the seed and k alone, so that a resumed run goes on as if it had never stopped, and it is the same
+whichever process draws it. On a CPU the process that trains draws as well, as both would use the same cores.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from slmsam2_cli.errors import TrainingError
+from slmsam2_cli.finetuning.augment import augment
+from slmsam2_cli.finetuning.clips import Clips, ClipSampler, Windows, together
+from slmsam2_cli.finetuning.recognising import SliceSampler
+from slmsam2_cli.planning.plan import TrainingPlan
+
+TRACKS_PER_WINDOW = 4
+PATIENCE_S = 300  # that a batch may take before the process that draws it counts as dead
+_MOST_WORKERS, _AHEAD = 8, 4
+_IDLE = -1
+_CHOOSE, _SHOW, _SLICES = 0, 1, 2  # apart: what one draws does not change another
+
+
+@dataclass(frozen=True)
+class Material:
+    """What is learned from: clips, and slices for the recogniser where there is one, which sees `px` pixels."""
+
+    clips: ClipSampler
+    slices: SliceSampler | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """clips: of all windows; seen: slices for the recogniser and what their pixels are."""
+
+    clips: Clips
+    seen: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Spoilt:
+    """A batch that could not be made, and why."""
+
+    why: str
+
+
+class Batches(Dataset[Any]):
+    """(step, slices in a clip) -> Batch."""
+
+    def __init__(self, material: Material, plan: TrainingPlan, recogniser_px: int | None = None) -> None:
+        self.material, self.plan, self.recogniser_px = material, plan, recogniser_px
+
+    def windows(self, step: int, length: int) -> Windows:
+        """What is shown at a step."""
+        count = self.plan.clips_per_step * max(1, min(4, self.plan.clip_slices // (2 * length)))
+        return self.material.clips.choose(self._rng(step, _CHOOSE), count, length)
+
+    def __getitem__(self, at: tuple[int, int]) -> Batch | Spoilt:
+        step, length = at
+        windows = self.windows(step, length)
+        try:
+            clips = together([self._window(windows, step, number) for number in range(len(windows.starts))])
+            return Batch(clips, self._slices(step))
+        except Exception as error:  # noqa: BLE001 - said by the process that asked, which knows how
+            return Spoilt(f"step {step}, {', '.join(self.material.clips.cases_of(windows))}: {error or type(error).__name__}")
+
+    def _window(self, windows: Windows, step: int, number: int) -> Clips:
+        rng = self._rng(step, _SHOW, number)
+        return augment(self.material.clips.show(windows, number, rng, TRACKS_PER_WINDOW), rng)
+
+    def _slices(self, step: int) -> tuple[Tensor, Tensor] | None:
+        if self.material.slices is None or self.recogniser_px is None:
+            return None
+        rng = self._rng(step, _SLICES)
+        return self.material.slices.draw(rng, torch.Generator().manual_seed(int(rng.integers(2**63))), self.recogniser_px)
+
+    def _rng(self, *of: int) -> np.random.Generator:
+        return np.random.default_rng([self.plan.seed, *of])
+
+
+class _Order(Sampler[tuple[int, int]]):
+    """Step after step, as long as somebody asks."""
+
+    def __init__(self, first: int, length: Callable[[], int]) -> None:
+        self.first, self.length = first, length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        step = self.first
+        while True:
+            yield step, self.length()
+            step += 1
+
+
+def workers_for(device: torch.device, from_scratch: bool) -> int:
+    """Processes that draw ahead. From random weights none: there the length of a clip depends on how far the run is."""
+    if device.type == "cpu" or from_scratch:
+        return 0
+    return max(1, min(_MOST_WORKERS, (os.cpu_count() or 2) - 1))
+
+
+class Feed:
+    """The batches of step `first` and all after it; `at_work`: the process id and the step of every process that draws ahead."""
+
+    def __init__(self, batches: Batches, first: int, length: Callable[[], int], workers: int = 0, patience_s: float = PATIENCE_S) -> None:
+        self.batches, self.step, self.length = batches, first, length
+        self.at_work: Tensor = torch.full((workers, 2), _IDLE, dtype=torch.long).share_memory_()  # type: ignore[no-untyped-call]
+        loader: DataLoader[Any] = DataLoader(
+            _Noting(batches, self.at_work),
+            batch_size=None,
+            sampler=_Order(first, length),
+            num_workers=workers,
+            prefetch_factor=_AHEAD if workers else None,
+            timeout=patience_s if workers else 0,
+            worker_init_fn=_let_finish if workers else None,
+            generator=torch.Generator(),  # or it would draw from the one that dropout draws from
+            collate_fn=_as_it_is,
+        )
+        self._found = iter(loader)
+
+    def next(self) -> Batch:
+        """TrainingError, naming step and volumes, where the batch cannot be made."""
+        batch = next(self._found)
+        if isinstance(batch, Spoilt):
+            raise TrainingError(f"{batch.why}. Is prepared/ damaged? Remove that case's folder there, and go on with --continue")
+        self.step += 1
+        found: Batch = batch
+        return found
+
+    def death(self, error: RuntimeError) -> TrainingError | None:
+        """What to say when a process that draws has ended, or hangs; None where the error is another one's.
+
+        The news of an ended process may come at any time, not only in `next`.
+        """
+        said = str(error).splitlines()[0]
+        if not said.startswith("DataLoader"):
+            return None
+        busy = [(pid, step) for pid, step in self.at_work.tolist() if step != _IDLE]
+        theirs = [step for pid, step in busy if f"{pid}" in re.findall(r"\d+", said)] or [step for _, step in busy] or [self.step]
+        step = min(theirs)
+        ids = ", ".join(self.batches.material.clips.cases_of(self.batches.windows(step, self.length())))
+        return TrainingError(
+            f"step {step}, {ids}: a process that draws clips ended or hung ({said}). Go on with slmsam2 finetune --continue"
+        )
+
+
+class _Noting(Dataset[Any]):
+    """Batches, and a note of which is being drawn."""
+
+    def __init__(self, batches: Batches, at_work: Tensor) -> None:
+        self.batches, self.at_work = batches, at_work
+
+    def __getitem__(self, at: tuple[int, int]) -> Batch | Spoilt:
+        worker = get_worker_info()
+        if worker is None:
+            return self.batches[at]
+        self.at_work[worker.id] = torch.tensor((os.getpid(), at[0]))
+        found = self.batches[at]
+        self.at_work[worker.id, 1] = _IDLE
+        return found
+
+
+def _let_finish(number: int) -> None:
+    """Who trains finishes its step on Ctrl-C, and needs the others for it."""
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, signal.SIG_IGN if signal_number == signal.SIGINT else signal.SIG_DFL)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
