@@ -11,11 +11,18 @@ from typing import Annotated, Literal
 import typer
 
 from slmsam2_cli import console
-from slmsam2_cli.cli_command import commands_of, examples_in_help
+from slmsam2_cli.cli_command import (
+    DatasetOption,
+    DeviceOption,
+    NetworkOption,
+    OverwriteOption,
+    WorkspaceOption,
+    commands_of,
+    examples_in_help,
+)
 from slmsam2_cli.cli_pretrain import EXAMPLES as PRETRAIN_EXAMPLES
 from slmsam2_cli.cli_pretrain import pretrain
 from slmsam2_cli.cli_weights import weights as weights_commands
-from slmsam2_cli.device import DeviceName
 from slmsam2_cli.errors import UsageError
 from slmsam2_cli.outcome import terminate
 from slmsam2_cli.version import VERSION
@@ -40,19 +47,6 @@ app = typer.Typer(
 )
 app.add_typer(weights_commands)
 command = commands_of(app)
-
-DatasetOption = Annotated[
-    Path | None, typer.Option("-d", "--dataset", metavar="DATASET", help="Folder with a dataset.json.  [default: the current folder]")
-]
-WorkspaceOption = Annotated[
-    Path | None, typer.Option("-w", "--workspace", metavar="FOLDER", help="Where results are kept.  [default: DATASET/slmsam2]")
-]
-DeviceOption = Annotated[DeviceName, typer.Option("--device", help="Where the network runs; auto takes the fastest there is.")]
-NetworkOption = Annotated[
-    str | None,
-    typer.Option(metavar="SIZE", help="nano (made for CPUs), tiny, small, base_plus or large.  [default: what the plan says, else nano]"),
-]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Do again what is already there.")]
 
 
 def main() -> None:
@@ -166,6 +160,7 @@ def preprocess(dataset: DatasetOption = None, workspace: WorkspaceOption = None,
     "slmsam2 finetune -n 5",
     "slmsam2 finetune -n 1 --minutes 20 --weights base.safetensors",
     "slmsam2 finetune -n 5 --continue",
+    "slmsam2 finetune -n 5 --processes 2",
 )
 def finetune(
     dataset: DatasetOption = None,
@@ -185,6 +180,10 @@ def finetune(
     resume: Annotated[bool, typer.Option("--continue", help="Go on where an interrupted run stopped.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out unusable training cases instead of stopping.")] = False,
     device: DeviceOption = "auto",
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, max=64, metavar="N", help="GPUs (on a CPU: processes) to share each step.  [default: what the plan says]"),
+    ] = None,
     network: NetworkOption = None,
     overwrite: OverwriteOption = False,
 ) -> int:
@@ -208,6 +207,7 @@ def finetune(
         resume=resume,
         skip_bad=skip_bad,
         device=device,
+        processes=processes,
         network=network,
         overwrite=overwrite,
     )

@@ -1,4 +1,4 @@
-"""How a stage's options become a command: the options every command has, examples in its help, its exit code."""
+"""How a stage's options become a command: the options that several or all commands have, examples in its help, its exit code."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import functools
 import inspect
 from collections.abc import Callable
 from inspect import Parameter
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from slmsam2_cli import console
+from slmsam2_cli.device import DeviceName
 from slmsam2_cli.outcome import exit_code_of
 
 COMMON = {
@@ -20,6 +22,19 @@ COMMON = {
     "debug": (bool, typer.Option("--debug", help="Show the traceback of an error.")),
 }
 Stage = Callable[..., int]
+
+DatasetOption = Annotated[
+    Path | None, typer.Option("-d", "--dataset", metavar="DATASET", help="Folder with a dataset.json.  [default: the current folder]")
+]
+WorkspaceOption = Annotated[
+    Path | None, typer.Option("-w", "--workspace", metavar="FOLDER", help="Where results are kept.  [default: DATASET/slmsam2]")
+]
+DeviceOption = Annotated[DeviceName, typer.Option("--device", help="Where the network runs; auto takes the fastest there is.")]
+NetworkOption = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="nano (made for CPUs), tiny, small, base_plus or large.  [default: what the plan says, else nano]"),
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Do again what is already there.")]
 
 
 def examples_in_help(*lines: str) -> str:

@@ -32,3 +32,9 @@ def describe(device: torch.device) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is what Python or torch, on any device, raises where memory is short."""
+    signs = ("OutOfMemoryError", "out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(sign in f"{type(error).__name__}: {error}" for sign in signs)

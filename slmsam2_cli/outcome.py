@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from slmsam2_cli import console
+from slmsam2_cli.device import is_out_of_memory
 from slmsam2_cli.errors import NOTHING_DONE, DatasetError, SlmSam2Error
 
 INTERRUPTED, NOBODY_READS, TERMINATED = 130, 141, 143
@@ -56,7 +57,7 @@ def _lines(error: Exception) -> list[str]:
     if isinstance(error, SlmSam2Error):
         return [str(error)]
     text = f"{type(error).__name__}: {error}".rstrip(": ")
-    if isinstance(error, MemoryError) or any(sign in text for sign in ("OutOfMemoryError", "out of memory", "can't allocate memory")):
+    if is_out_of_memory(error):
         return ["out of memory. Close other programs, try --device cpu, or plan a smaller network (slmsam2 plan --network nano)"]
     return [f"unexpected {text}. Run again with --debug for the traceback"]
 

@@ -6,6 +6,7 @@ whichever process draws it. On a CPU the process that trains draws as well, as b
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -55,21 +56,22 @@ class Spoilt:
 
 
 class Batches(Dataset[Any]):
-    """(step, slices in a clip) -> Batch."""
+    """(step, slices in a clip) -> Batch; of `count` processes that share a step, what number `rank` shows."""
 
-    def __init__(self, material: Material, plan: TrainingPlan, recogniser_px: int | None = None) -> None:
+    def __init__(self, material: Material, plan: TrainingPlan, recogniser_px: int | None = None, rank: int = 0, count: int = 1) -> None:
         self.material, self.plan, self.recogniser_px = material, plan, recogniser_px
+        self.rank, self.count = rank, count
 
     def windows(self, step: int, length: int) -> Windows:
-        """What is shown at a step."""
-        count = self.plan.clips_per_step * max(1, min(4, self.plan.clip_slices // (2 * length)))
-        return self.material.clips.choose(self._rng(step, _CHOOSE), count, length)
+        """What is shown at a step, by all processes; as many by each."""
+        wanted = self.plan.clips_per_step * max(1, min(4, self.plan.clip_slices // (2 * length)))
+        return self.material.clips.choose(self._rng(step, _CHOOSE), math.ceil(wanted / self.count) * self.count, length)
 
     def __getitem__(self, at: tuple[int, int]) -> Batch | Spoilt:
         step, length = at
         windows = self.windows(step, length)
         try:
-            clips = together([self._window(windows, step, number) for number in range(len(windows.starts))])
+            clips = together([self._window(windows, step, number) for number in range(self.rank, len(windows.starts), self.count)])
             return Batch(clips, self._slices(step))
         except Exception as error:  # noqa: BLE001 - said by the process that asked, which knows how
             return Spoilt(f"step {step}, {', '.join(self.material.clips.cases_of(windows))}: {error or type(error).__name__}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -93,22 +93,44 @@ def learning_rate(step: int, done: float, peak: float, warmup_steps: int) -> flo
     return peak * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+class Sharing(Protocol):
+    """The processes that share a step."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        ...
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all of them."""
+        ...
+
+    def share_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Give every one the mean of all gradients."""
+        ...
+
+
 def descend(
-    learner: Learner, losses: Sequence[SliceLoss], rate: float, most_average: float, beside: Mapping[str, Tensor] | None = None
+    learner: Learner,
+    losses: Sequence[SliceLoss],
+    rate: float,
+    most_average: float,
+    beside: Mapping[str, Tensor],
+    ranks: Sharing,
 ) -> dict[str, float]:
     """One optimiser step on the mean of the losses; returns each of their means, or that the step was skipped.
 
-    beside: other losses, by name, that are added to it, but not to the total that is returned.
+    beside: other losses, by name, that are added to it, but not to the total that is returned; the first process alone has them.
     """
-    others = dict(beside or {})
-    total = total_of(losses) + sum(others.values())
-    if not torch.isfinite(total):
+    total = total_of(losses) + ranks.count * sum(beside.values())
+    if not torch.isfinite(ranks.mean(total)):
         return {SKIPPED: 1.0}
     learner.optimiser.zero_grad(set_to_none=True)
     total.backward()  # type: ignore[no-untyped-call]
+    ranks.share_gradients(list(learner.model.parameters()))
     if not take_step(learner, rate, most_average):
         return {SKIPPED: 1.0}
-    return means(losses) | {name: float(loss.detach()) for name, loss in others.items()}
+    return means(losses, ranks.mean) | {name: float(loss.detach()) for name, loss in beside.items()}
 
 
 def total_of(losses: Sequence[SliceLoss]) -> Tensor:
@@ -116,11 +138,11 @@ def total_of(losses: Sequence[SliceLoss]) -> Tensor:
     return torch.stack([loss.total for loss in losses]).mean()
 
 
-def means(losses: Sequence[SliceLoss]) -> dict[str, float]:
-    """Every part of the loss and their weighted sum, as means over slices."""
+def means(losses: Sequence[SliceLoss], over: Callable[[Tensor], Tensor] = lambda values: values) -> dict[str, float]:
+    """Every part of the loss and their weighted sum, as means over slices, and over all processes."""
     names = ("pixels", "dice", "iou", "presence", "total")
     found = torch.stack([torch.stack([getattr(loss, name).detach() for loss in losses]).mean() for name in names])
-    return dict(zip(names, found.tolist()))
+    return dict(zip(names, over(found).tolist()))
 
 
 def take_step(learner: Learner, rate: float, most_average: float) -> bool:

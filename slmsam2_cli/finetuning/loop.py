@@ -19,8 +19,9 @@ from slmsam2_cli.finetuning.clips import Clips
 from slmsam2_cli.finetuning.feeding import Batch, Batches, Feed, Material, workers_for
 from slmsam2_cli.finetuning.learner import PATIENCE, SKIPPED, Progress, average_of, descend, learning_rate, share_done
 from slmsam2_cli.finetuning.log import RECOGNISED
-from slmsam2_cli.finetuning.losses import NANO, SAM2, SliceLoss, Weights, slice_loss
+from slmsam2_cli.finetuning.losses import NANO, SAM2, SliceLoss, Weights, object_counts, slice_loss
 from slmsam2_cli.finetuning.recognising import recogniser_loss
+from slmsam2_cli.finetuning.sharing import ALONE, Ranks
 from slmsam2_cli.finetuning.strategies import parameter_groups
 from slmsam2_cli.model.memory.policy import Moment
 from slmsam2_cli.model.slmsam2 import MemoryBank, SliceFeatures, SliceOutput, SlmSam2
@@ -58,24 +59,34 @@ def clip_slices(done: float, plan: TrainingPlan, from_scratch: bool) -> int:
 
 
 def train(
-    learner: Learner, material: Material, plan: TrainingPlan, stop: Callable[[], bool], workers: int | None = None
+    learner: Learner,
+    material: Material,
+    plan: TrainingPlan,
+    stop: Callable[[], bool],
+    ranks: Ranks = ALONE,
+    workers: int | None = None,
 ) -> Iterator[Progress]:
     """Train until the plan's steps or minutes are used up or `stop` says so; yields after every step.
 
-    The model's recogniser, where it has one, learns beside it, step by step. workers: processes that draw ahead, None for as many as the
-    device needs. A step without a finite loss and gradient changes nothing; after 20 such steps in a row TrainingError is raised.
+    The model's recogniser, where it has one, learns beside it, step by step. ranks: the processes that share the steps; the first one's
+    clock and `stop` count. workers: processes that draw ahead, None for as many as the device needs. A step without a finite loss and
+    gradient changes nothing; after 20 such steps in a row TrainingError is raised.
     """
-    device, skipped = learner.model.device, 0
+    device, skipped, done = learner.model.device, 0, share_done(learner, plan)
     workers = workers_for(device, learner.from_scratch) if workers is None else workers
-    feed = Feed(_batches(learner, material, plan), learner.step, lambda: _length(learner, plan), workers)
+    feed = Feed(_batches(learner, material, plan, ranks), learner.step, lambda: clip_slices(done, plan, learner.from_scratch), workers)
     learner.model.train()
     try:
-        while (done := share_done(learner, plan)) < 1 and not stop():
+        while True:
+            done = share_done(learner, plan)
+            going, done = ranks.agree(done < 1 and not stop(), done)
+            if not going:
+                return
             started = time.monotonic()
             batch = feed.next()
             learner.waited += time.monotonic() - started
             rate = learning_rate(learner.step, done, plan.learning_rate, plan.warmup_steps)
-            losses = _step(learner, batch, rate, device)
+            losses = _step(learner, batch, rate, ranks)
             skipped = skipped + 1 if SKIPPED in losses else 0
             if skipped >= PATIENCE:
                 raise TrainingError(
@@ -85,23 +96,20 @@ def train(
             learner.seconds += time.monotonic() - started
             yield Progress(learner.step, share_done(learner, plan), losses, rate)
     except RuntimeError as error:
-        raise feed.death(error) or error from None
+        raise feed.death(error) or ranks.death() or error from None
 
 
-def _batches(learner: Learner, material: Material, plan: TrainingPlan) -> Batches:
-    recogniser = learner.model.recogniser
-    return Batches(material, plan, recogniser.px if recogniser is not None else None)
+def _batches(learner: Learner, material: Material, plan: TrainingPlan, ranks: Ranks) -> Batches:
+    recogniser = learner.model.recogniser if ranks.rank == 0 else None
+    return Batches(material, plan, recogniser.px if recogniser is not None else None, ranks.rank, ranks.count)
 
 
-def _length(learner: Learner, plan: TrainingPlan) -> int:
-    return clip_slices(share_done(learner, plan), plan, learner.from_scratch)
-
-
-def _step(learner: Learner, batch: Batch, rate: float, device: torch.device) -> dict[str, float]:
+def _step(learner: Learner, batch: Batch, rate: float, ranks: Ranks) -> dict[str, float]:
+    device = learner.model.device
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        losses = clip_losses(learner.model, batch.clips, device, weights_of(learner))
+        losses = clip_losses(learner.model, batch.clips, device, weights_of(learner), ranks.mean)
         beside = _recogniser_loss(learner, batch.seen, device)
-    return descend(learner, losses, rate, _EMA, beside)
+    return descend(learner, losses, rate, _EMA, beside, ranks)
 
 
 def _recogniser_loss(learner: Learner, seen: tuple[Tensor, Tensor] | None, device: torch.device) -> dict[str, Tensor]:
@@ -121,8 +129,17 @@ def usual_weights(model: SlmSam2) -> Weights:
     return NANO if model.network.size == "nano" else SAM2
 
 
-def clip_losses(model: SlmSam2, clips: Clips, device: torch.device, weights: Weights | None = None) -> list[SliceLoss]:
-    """Track M objects from their first slice; one loss per tracked slice, T - 1 in all. weights: None for the network's usual ones."""
+def clip_losses(
+    model: SlmSam2,
+    clips: Clips,
+    device: torch.device,
+    weights: Weights | None = None,
+    over: Callable[[Tensor], Tensor] = lambda counts: counts,
+) -> list[SliceLoss]:
+    """Track M objects from their first slice; one loss per tracked slice, T - 1 in all.
+
+    weights: None for the network's usual ones; over: the mean of (T, 3) counts of objects over the processes that share a step.
+    """
     weights = weights or usual_weights(model)
     clips = clips.to(device)
     features = model.encode(clips.frames.flatten(0, 1))
@@ -132,21 +149,30 @@ def clip_losses(model: SlmSam2, clips: Clips, device: torch.device, weights: Wei
     def track(here: SliceFeatures, bank: MemoryBank, t: int) -> SliceOutput:
         return model.track(here, bank, Moment(t, 1, bank.anchors, bank.tracked, clips.slices))
 
-    return followed(model, clips, features, bank, track, len(clips.masks), weights)
+    counts = torch.stack([object_counts(masks, clips.known[t] if clips.known is not None else None) for t, masks in enumerate(clips.masks)])
+    return followed(model, clips, features, bank, track, len(clips.masks), weights, over(counts))
 
 
 def followed(
-    model: SlmSam2, clips: Clips, features: SliceFeatures, bank: MemoryBank, track: Track, until: int, weights: Weights = SAM2
+    model: SlmSam2,
+    clips: Clips,
+    features: SliceFeatures,
+    bank: MemoryBank,
+    track: Track,
+    until: int,
+    weights: Weights = SAM2,
+    counts: Tensor | None = None,
 ) -> list[SliceLoss]:
     """One loss per slice 1 ... until - 1, each tracked by `track`; its memory goes into the bank.
 
-    features: of all T * W slices, as `Clips.feature_index` numbers them.
+    features: of all T * W slices, as `Clips.feature_index` numbers them; counts: (T, 3), as slice_loss takes them.
     """
     losses = []
     for t in range(1, until):
         here = features.at(clips.feature_index(t))
         output = track(here, bank, t)
-        losses.append(slice_loss(output, clips.masks[t], clips.known[t] if clips.known is not None else None, weights))
+        known = clips.known[t] if clips.known is not None else None
+        losses.append(slice_loss(output, clips.masks[t], known, weights, counts[t] if counts is not None else None))
         if t + 1 < until:
             bank.tracked[t] = model.remember(here, output)
     return losses

@@ -20,6 +20,7 @@ from torch import Tensor
 from slmsam2_cli.model.slmsam2 import SliceOutput
 
 _ALPHA, _GAMMA = 0.25, 2.0
+_NONE = 1e-6  # in place of a count of 0, where the sum is 0, too
 _SMALLEST = 1e-3  # share of a slice below which an object counts no more than that share
 
 
@@ -98,11 +99,14 @@ def true_iou(logits: Tensor, target: Tensor, known: Tensor | None = None) -> Ten
     return torch.where(union > 0, (predicted & real).sum(dim=(-2, -1)) / union.clamp(min=1), torch.ones_like(union, dtype=torch.float32))
 
 
-def slice_loss(output: SliceOutput, target: Tensor, known: Tensor | None = None, weights: Weights = SAM2) -> SliceLoss:
+def slice_loss(
+    output: SliceOutput, target: Tensor, known: Tensor | None = None, weights: Weights = SAM2, counts: Tensor | None = None
+) -> SliceLoss:
     """Loss of B objects on one slice. target (B, 1, H, W) in {0, 1}; candidates are brought to its size.
 
     known (B, 1, H, W): 0 where nobody looked (the ignore label), where no term counts; presence counts where the object was
-    seen, or all of the slice was looked at.
+    seen, or all of the slice was looked at. counts: what sums over the objects are divided by, `object_counts` of these, or the mean of
+    those of several processes, each of which sees some of the objects.
     """
     candidates = F.interpolate(output.candidates, size=target.shape[-2:], mode="bilinear", align_corners=False)
     truth = target.expand_as(candidates)
@@ -112,18 +116,28 @@ def slice_loss(output: SliceOutput, target: Tensor, known: Tensor | None = None,
     dices = soft_dice(candidates, truth, seen)
     rows, best = torch.arange(len(truth), device=truth.device), (weights.pixels * pixels + weights.dice * dices).argmin(dim=1)
     iou_error = (output.iou.float() - true_iou(candidates.detach(), truth, seen)).abs().mean(dim=1)
-    held = present.sum().clamp(min=1)
+    objects, held, sure = object_counts(target, known) if counts is None else counts
     return SliceLoss(
-        pixels=(pixels[rows, best] * torch.where(present > 0, 1.0, weights.absent)).mean(),
-        dice=(dices[rows, best] * present).sum() / held,
-        iou=(iou_error * present).sum() / held,
-        presence=_presence(output.presence.float().squeeze(1) + weights.lowered, present, known),
+        pixels=(pixels[rows, best] * torch.where(present > 0, 1.0, weights.absent)).sum() / objects,
+        dice=(dices[rows, best] * present).sum() / held.clamp(min=_NONE),
+        iou=(iou_error * present).sum() / held.clamp(min=_NONE),
+        presence=(_presence(output.presence.float().squeeze(1) + weights.lowered, present) * _sure(present, known)).sum()
+        / sure.clamp(min=_NONE),
         weights=weights,
     )
 
 
-def _presence(logits: Tensor, present: Tensor, known: Tensor | None) -> Tensor:
-    """Cross-entropy of presence (B,) over the objects whose presence is known; 0 when none is."""
-    each = F.binary_cross_entropy_with_logits(logits, present, reduction="none")
-    sure = torch.ones_like(present) if known is None else torch.maximum(present, known.flatten(1).amin(dim=1))
-    return (each * sure).sum() / sure.sum().clamp(min=1)
+def object_counts(target: Tensor, known: Tensor | None = None) -> Tensor:
+    """(3,): of the objects of one slice, how many there are, how many of them lie on it, and of how many that is known."""
+    present = (target.flatten(1).amax(dim=1) > 0).float()
+    return torch.stack([torch.ones_like(present).sum(), present.sum(), _sure(present, known).sum()])
+
+
+def _presence(logits: Tensor, present: Tensor) -> Tensor:
+    """Cross-entropy of presence, (B,)."""
+    return F.binary_cross_entropy_with_logits(logits, present, reduction="none")
+
+
+def _sure(present: Tensor, known: Tensor | None) -> Tensor:
+    """1 for every object whose presence is known, (B,)."""
+    return torch.ones_like(present) if known is None else torch.maximum(present, known.flatten(1).amin(dim=1))

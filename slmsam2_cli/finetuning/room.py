@@ -11,7 +11,7 @@ from slmsam2_cli.data.footprint import free_bytes
 from slmsam2_cli.errors import PlanError
 from slmsam2_cli.planning.cost import RUNTIME_BYTES, cost_of_tuning, longest_clip
 from slmsam2_cli.planning.fingerprint import read_fingerprint
-from slmsam2_cli.planning.plan import Plan
+from slmsam2_cli.planning.plan import Plan, read_plan
 
 
 def shortage(plan: Plan, fingerprint: Path, count: int, device: torch.device) -> str | None:
@@ -27,15 +27,16 @@ def shortage(plan: Plan, fingerprint: Path, count: int, device: torch.device) ->
     except PlanError:
         return None
     cost = cost_of_tuning(plan, measured, count)
-    if cost is None or cost.memory_bytes <= room:
+    needed = cost.memory_bytes * (plan.training.processes if device.type == "cpu" else 1) if cost is not None else 0
+    if needed <= room:
         return None
     shorter = longest_clip(plan, measured, room)
-    remedy = (
+    way_out = (
         f"Run slmsam2 plan --memory {math.floor(room / 1e8) / 10:g} for shorter clips"
         if shorter
         else "Close other programs, or use a machine with more"
     )
-    return f"about {cost.memory_bytes / 1e9:.1f} GB of memory are needed and {room / 1e9:.1f} GB are free. {remedy}"
+    return f"about {needed / 1e9:.1f} GB of memory are needed and {room / 1e9:.1f} GB are free. {way_out}"
 
 
 def room_bytes(device: torch.device) -> int | None:
@@ -43,3 +44,18 @@ def room_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return free_bytes() + RUNTIME_BYTES if device.type == "cpu" else None
+
+
+def remedy(plan_file: Path) -> str:
+    """The setting that needs about half as much."""
+    try:
+        training = read_plan(plan_file).training
+    except PlanError:
+        return "Close other programs, or use --device cpu"
+    if training.clips_per_step > 1:
+        name, now, less = "clips_per_step", training.clips_per_step, training.clips_per_step // 2
+    else:
+        name, now, less = "clip_slices", training.clip_slices, training.clip_slices // 2
+    if less < (1 if name == "clips_per_step" else 2):
+        return "Close other programs, or use --device cpu"
+    return f"Set training.{name} to {less} in plan.json (now {now}), or use --device cpu"

@@ -40,3 +40,4 @@ class Wish:
     minutes: float | None
     steps: int | None
     seed: int
+    processes: int | None

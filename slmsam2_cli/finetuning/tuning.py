@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from slmsam2_cli.finetuning.learner import Progress
 from slmsam2_cli.finetuning.loop import Learner, new_learner, train
 from slmsam2_cli.finetuning.recognising import SliceSampler, new_recogniser
 from slmsam2_cli.finetuning.resume import save_state
+from slmsam2_cli.finetuning.sharing import Ranks, shared
 from slmsam2_cli.finetuning.strategies import prepare
 from slmsam2_cli.model.checkpoint import Checkpoint, fit
 from slmsam2_cli.model.slmsam2 import SlmSam2
@@ -82,8 +84,9 @@ def follow(
 ) -> None:
     """Train with a bar; every so many seconds the state is saved, and `saved` told. `told` sees each step, and says what the bar shows."""
     last, begun, at = time.monotonic(), learner.step, 0
-    with console.progress(title, _WHOLE) as advance:
-        for progress in train(learner, material, training, stopped):
+    helping = partial(_helping, material, training)
+    with console.progress(title, _WHOLE) as advance, shared(learner, training.processes, helping) as ranks:
+        for progress in train(learner, material, training, stopped, ranks):
             said, now_at = told(progress), int(progress.done * _WHOLE)
             advance(now_at - at, said)
             at = now_at
@@ -93,3 +96,9 @@ def follow(
                 last = time.monotonic()
     if learner.step == begun:
         console.say("nothing was left to train")
+
+
+def _helping(material: Material, training: TrainingPlan, learner: Learner, ranks: Ranks) -> None:
+    """What a process that shares the steps does: each of them, until the first one says that it is over."""
+    for _ in train(learner, material, training, lambda: False, ranks):
+        pass

@@ -112,6 +112,7 @@ class TrainingPlan(Frozen):
     warmup_steps: int = Field(description="steps over which the learning rate rises to its peak", ge=0)
     weight_decay: float = Field(description="decoupled weight decay of AdamW", ge=0, le=1)
     seed: int = Field(default=0, description="seed of every random draw", ge=0, lt=2**32)
+    processes: int = Field(default=1, description="GPUs, or processes on a CPU, that share each step, a clip or more each", ge=1, le=64)
     minutes: float | None = Field(default=None, description="stop after this many minutes even if steps remain; null: no limit", gt=0)
     strategy: Strategy = Field(
         default="full", description="what is trained: full, frozen-encoder, decoder+memory, or adapters for the plan's modality"
@@ -125,8 +126,8 @@ class TrainingPlan(Frozen):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Strategy, adapters, recogniser and validation are written only where they are not as ever."""
-        usual = {"strategy": "full", "adapters": AdapterPlan().model_dump(), "recogniser": True, "validation": "none"}
+        """Strategy, adapters, recogniser, validation and processes are written only where they are not as ever."""
+        usual = {"strategy": "full", "adapters": AdapterPlan().model_dump(), "recogniser": True, "validation": "none", "processes": 1}
         return {name: value for name, value in whole(self).items() if name not in usual or value != usual[name]}
 
 

@@ -277,7 +277,7 @@ def choose_training(size: NetworkSize, cases: int, from_scratch: bool = False) -
 def training_for(plan: Plan, used: int, from_scratch: bool = False) -> TrainingPlan:
     """A person's own training settings, or the rule's for the number of volumes that are really used, with what an option settled."""
     asked = [key.removeprefix(TRAINING) for key in plan.asked if key.startswith(TRAINING)]
-    own = ("strategy", "adapters", "recogniser", "validation") if plan.edited else ()
+    own = ("strategy", "adapters", "recogniser", "validation", "processes") if plan.edited else ()
     chosen = {name: getattr(plan.training, name) for name in (*own, *asked)}
     by_rule = [choose_training(plan.network.size, count).value for count in range(1, MANY + 1)]
     is_by_rule = not plan.edited or plan.training in [rule.model_copy(update=chosen) for rule in by_rule]

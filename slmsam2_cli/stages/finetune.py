@@ -21,7 +21,7 @@ from slmsam2_cli import console
 from slmsam2_cli.data import store
 from slmsam2_cli.data.dataset import Dataset, read_dataset
 from slmsam2_cli.data.prepared import Outcome, PreparedCase, prepare_all
-from slmsam2_cli.device import DeviceName, choose_device, describe
+from slmsam2_cli.device import DeviceName, choose_device, describe, is_out_of_memory
 from slmsam2_cli.errors import DONE, DatasetError, DeviceError, OutputError, PlanError, UsageError
 from slmsam2_cli.finetuning.calibrating import calibrated_on
 from slmsam2_cli.finetuning.curves import draw_progress
@@ -33,8 +33,9 @@ from slmsam2_cli.finetuning.learner import Progress, share_done
 from slmsam2_cli.finetuning.log import Log
 from slmsam2_cli.finetuning.loop import Learner
 from slmsam2_cli.finetuning.resume import check_state, load_state, previous_of, save_state
-from slmsam2_cli.finetuning.room import shortage
+from slmsam2_cli.finetuning.room import remedy, shortage
 from slmsam2_cli.finetuning.runs import Run, Wish
+from slmsam2_cli.finetuning.sharing import check_processes
 from slmsam2_cli.finetuning.stopping import stoppable
 from slmsam2_cli.finetuning.tuning import absent_labels, follow, fresh_learner, material_of, new_model
 from slmsam2_cli.finetuning.validating import training_after
@@ -66,6 +67,7 @@ def finetune(
     resume: bool = False,
     skip_bad: bool = False,
     device: DeviceName = "auto",
+    processes: int | None = None,
     network: str | None = None,
     overwrite: bool = False,
 ) -> int:
@@ -79,7 +81,7 @@ def finetune(
     if resume and overwrite:
         raise UsageError("--continue and --overwrite contradict each other. Give one of them")
     chosen = choose_device(device)
-    wish = Wish(cases, weights, minutes, steps, seed)
+    wish = Wish(cases, weights, minutes, steps, seed, processes)
     if resume:
         wish = _kept_wish(workspace, wish)
     base = base_weights(wish.weights)
@@ -92,15 +94,16 @@ def finetune(
             run = _run_of(plan, data, ready, wish, base)
             if _finished(workspace, run, resume, overwrite):
                 return DONE
+            check_processes(run.plan.training.processes, chosen)
             if warning := shortage(run.plan, workspace.fingerprint, len(run.cases), chosen):
                 console.warn(warning)
             _tune(run, ready, workspace, chosen, wish, resume)
     except OutputError as error:
         raise OutputError(f"{error}. Choose a workspace you can write to with -w") from None
-    except torch.OutOfMemoryError:
-        raise DeviceError(
-            "out of memory. Set training.clips_per_step or training.clip_slices lower in plan.json, or use --device cpu"
-        ) from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DeviceError(f"out of memory. {remedy(workspace.plan)}") from None
     return DONE
 
 
@@ -178,7 +181,7 @@ def _run_of(plan: Plan, data: Dataset, ready: Outcome, wish: Wish, base: Checkpo
     if known:
         console.warn(f"{len(known)} more case(s) were learned from by {base.name if base else 'the base'} and do not count as unseen")
     training = training_for(plan, len(picked), base is None)
-    changes = {"seed": wish.seed, "minutes": wish.minutes or training.minutes, "steps": wish.steps or training.steps}
+    changes = {name: getattr(wish, name) or getattr(training, name) for name in ("minutes", "steps", "processes")} | {"seed": wish.seed}
     settled = plan.model_copy(update={"training": TrainingPlan.model_validate(training.model_dump() | changes)})
     unseen = tuple(case for case in images if case not in {*picked, *known})
     return Run(settled, picked, known, unseen, tuple(d for case in picked for d in images[case]), base, wish.weights)
@@ -236,7 +239,8 @@ def _tune(run: Run, ready: Outcome, workspace: Workspace, device: torch.device, 
     begun = state.exists() or previous_of(state).exists() or not _unfinished(workspace, run)
     if resume and begun:
         check_state(state, Learner, run.digest)
-    console.say(f"training on {len(run.cases)} volume(s) on {describe(device)}: {', '.join(run.cases)}")
+    where = describe(device) + (f", shared by {run.plan.training.processes} processes" if run.plan.training.processes > 1 else "")
+    console.say(f"training on {len(run.cases)} volume(s) on {where}: {', '.join(run.cases)}")
     skipped = tuple(problem.case for problem in ready.problems)
     if not resume:  # of a run that --overwrite gave up: not to be gone on with by this one's split
         for old in (state, previous_of(state)):

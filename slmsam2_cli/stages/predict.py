@@ -23,7 +23,7 @@ from slmsam2_cli.data import store
 from slmsam2_cli.data.dataset import Case, Dataset, read_dataset, read_image_folder
 from slmsam2_cli.data.prompts import Where
 from slmsam2_cli.data.volume import ENDINGS, files_of, image_ending, mask_ending, write_mask
-from slmsam2_cli.device import DeviceName, choose_device, describe
+from slmsam2_cli.device import DeviceName, choose_device, describe, is_out_of_memory
 from slmsam2_cli.errors import (
     DONE,
     SOME_FAILED,
@@ -315,7 +315,7 @@ class _Runner:
         try:
             return segment(case, self.job.root, self.job.prompts, self.model, self.job.plan, self.job.calibration, self.batch)
         except (MemoryError, RuntimeError, ValueError) as error:
-            if not _is_want_of_memory(error):
+            if not is_out_of_memory(error):
                 what = f"cannot be segmented: {type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
                 raise CaseError(case.id, "", what, "Run again with --debug for the traceback") from error
             if not self._make_room(case, error):
@@ -337,8 +337,3 @@ class _Runner:
         self.device = torch.device("cpu")
         self.model = self.model.to(self.device)
         return True
-
-
-def _is_want_of_memory(error: Exception) -> bool:
-    signs = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)

@@ -1,0 +1,195 @@
+"""Processes that share every step, one on each GPU, or several on a CPU, joined by torch.distributed.
+
+Each shows the network some of a step's windows; gradients are added up, so that the step is that of one process with all of them. The
+first one leads: it alone decides when to stop, shows bars, keeps states and models, and trains the recogniser. The others begin as copies
+of it and take the same steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing  # lets tensors go through pipes
+from torch import Tensor
+from torch.nn import Parameter
+
+from slmsam2_cli.errors import DeviceError, SlmSam2Error, TrainingError
+from slmsam2_cli.finetuning.learner import Learner
+
+_PATIENCE = timedelta(minutes=10)  # that one waits for another
+_END_S = 10.0
+_READY = ""
+Work = Callable[[Any, "Ranks"], None]  # what a process that follows does with its learner
+
+
+class Ranks:
+    """One process, which shares with nobody."""
+
+    rank, count = 0, 1
+
+    def agree(self, going: bool, done: float) -> tuple[bool, float]:
+        """Whether there is one more step, and how much of the run is done, as the first process sees it."""
+        return going, done
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all processes."""
+        return values
+
+    def share_gradients(self, parameters: Sequence[Parameter]) -> None:
+        """Give every process the mean of all gradients; where one has none, it counts as zero."""
+
+    def death(self) -> TrainingError | None:
+        """What to say when another process has failed or ended."""
+        return None
+
+
+ALONE = Ranks()
+
+
+class Group(Ranks):
+    """One of several processes; `device`: where its network runs; `lines`, `processes`: of the first, to the others."""
+
+    def __init__(self, rank: int, count: int, device: torch.device, meeting: Path) -> None:
+        self.rank, self.count, self.device = rank, count, device
+        self.lines: list[Connection] = []
+        self.processes: list[BaseProcess] = []
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=meeting.as_uri(), rank=rank, world_size=count, timeout=_PATIENCE)
+
+    def agree(self, going: bool, done: float) -> tuple[bool, float]:
+        said = torch.tensor([float(going), done], dtype=torch.float64, device=self.device)
+        dist.broadcast(said, src=0)
+        return bool(said[0]), float(said[1])
+
+    def mean(self, values: Tensor) -> Tensor:
+        found = values.detach().to(self.device, torch.float32, copy=True)
+        dist.all_reduce(found)
+        return found / self.count
+
+    def share_gradients(self, parameters: Sequence[Parameter]) -> None:
+        learning = [p for p in parameters if p.requires_grad]
+        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in learning])
+        dist.all_reduce(flat)
+        for p, part in zip(learning, torch.split(flat / self.count, [p.numel() for p in learning])):
+            p.grad = part.view_as(p)
+
+    def death(self) -> TrainingError | None:
+        for process in self.processes:
+            process.join(_END_S)
+        said = [text for line, process in zip(self.lines, self.processes) if (text := _last_words(line, process)) is not None]
+        return _ended(said[0]) if said else None
+
+    def end(self) -> None:
+        """Part; whoever does not end by itself is ended."""
+        for process in self.processes:
+            process.join(_END_S)
+            if process.is_alive():
+                process.kill()
+        dist.destroy_process_group()
+
+
+def check_processes(count: int, device: torch.device) -> None:
+    """DeviceError when there is not one device, or core, for each."""
+    there = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count() or 1
+    if count > 1 and (device.type == "mps" or count > there):
+        kind = "core(s)" if device.type == "cpu" else "GPU(s)"
+        raise DeviceError(f"{count} processes: there is room for {1 if device.type == 'mps' else there}, one for each of the {kind}")
+
+
+@contextmanager
+def shared(learner: Learner, count: int, work: Work) -> Iterator[Ranks]:
+    """`count` processes for the time of a block; `work(learner, ranks)`, which has to be a plain function or a partial of one, is what
+    the others do. TrainingError when one of them cannot begin."""
+    if count == 1:
+        yield ALONE
+        return
+    device, threads = learner.model.device, torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = Path(folder) / "meeting"
+        context = multiprocessing.get_context("spawn")  # a copy of a process that has threads may hang
+        follower, lines, processes = _on_cpu(learner), list[Connection](), list[BaseProcess]()
+        for rank in range(1, count):
+            ours, theirs = context.Pipe(duplex=False)
+            process: BaseProcess = context.Process(
+                target=_follow, args=(rank, count, device.type, meeting, follower, work, theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            lines, processes = [*lines, ours], [*processes, process]
+        if device.type == "cpu":
+            torch.set_num_threads(max(1, threads // count))
+        group = None
+        try:
+            for line, process in zip(lines, processes):
+                if (why := _last_words(line, process, wait_s=_PATIENCE.total_seconds())) != _READY:
+                    raise _ended(why or "it did not begin")
+            group = Group(0, count, device, meeting)
+            group.lines, group.processes = lines, processes
+            yield group
+        finally:
+            torch.set_num_threads(threads)
+            if group is not None:
+                group.end()
+            for process in processes:
+                process.kill()
+
+
+def _follow(rank: int, count: int, kind: str, meeting: Path, learner: Any, work: Work, line: Any) -> None:
+    """The life of a process that follows."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first one finishes its step, and says when it is over
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+        if kind == "cuda":
+            torch.cuda.set_device(device)
+        else:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
+        line.send(_READY)
+        group = Group(rank, count, device, meeting)
+        work(_moved(learner, device), group)
+        dist.destroy_process_group()
+    except SlmSam2Error as error:
+        line.send(str(error))
+    except Exception as error:  # noqa: BLE001 - said by the first process
+        line.send(f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def _last_words(line: Connection, process: BaseProcess, wait_s: float = 0.0) -> str | None:
+    """What a process has said; None where it says nothing and goes on."""
+    try:
+        return str(line.recv()) if line.poll(wait_s) else None if process.exitcode is None else "it was killed"
+    except EOFError:
+        return "it was killed"
+
+
+def _ended(why: str) -> TrainingError:
+    return TrainingError(f"a process that shares the steps ended: {why}. Go on with slmsam2 finetune --continue")
+
+
+def _on_cpu(learner: Learner) -> Learner:
+    """A copy, whatever device the learner is on."""
+    return _moved(copy.deepcopy(learner), torch.device("cpu"))
+
+
+def _moved(learner: Learner, device: torch.device) -> Learner:
+    """The same learner on a device; its optimiser goes on."""
+    learner.model.to(device)
+    learner.average.to(device)
+    for slot in learner.optimiser.state.values():
+        for key, value in slot.items():
+            if isinstance(value, Tensor) and key != "step":
+                slot[key] = value.to(device)
+    return learner

@@ -1,0 +1,109 @@
+"""Two processes that share the steps do what one does with all of their clips; one that dies is an error, not a hang."""
+
+import os
+import signal
+from functools import partial
+
+import pytest
+import torch
+from stacks import case, whole
+
+from slmsam2_cli.errors import DeviceError, TrainingError
+from slmsam2_cli.finetuning.clips import ClipSampler
+from slmsam2_cli.finetuning.feeding import Material
+from slmsam2_cli.finetuning.loop import new_learner, train
+from slmsam2_cli.finetuning.recognising import SliceSampler, new_recogniser
+from slmsam2_cli.finetuning.sharing import ALONE, check_processes, shared
+from slmsam2_cli.model.slmsam2 import SlmSam2
+from slmsam2_cli.planning.network import NetworkPlan
+from slmsam2_cli.planning.plan import TrainingPlan
+
+PX = 32
+CPU = torch.device("cpu")
+
+
+def plan(**changes):
+    base = {"steps": 3, "clip_slices": 3, "clips_per_step": 2, "learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 0.01}
+    return TrainingPlan(**{**base, **changes})
+
+
+def material():
+    """A label on four slices of one volume and three of another, of which the last were not looked at."""
+    two = [case(slices=8, held=range(2, 6), size=(PX, PX)), case(slices=8, held=range(3, 6), size=(PX, PX), name="b")]
+    two[1].labels[6:] = 9
+    return Material(ClipSampler(two, [1], whole(PX), 9), SliceSampler(two, [1], PX, 9))
+
+
+def learner(settings):
+    torch.manual_seed(0)
+    model = SlmSam2(NetworkPlan(size="nano"), PX)
+    model.recogniser = new_recogniser(material().slices, 1, 0)
+    return new_learner(model, settings, from_scratch=False)
+
+
+def steps(one, settings, ranks=ALONE, until=None):
+    return list(train(one, material(), settings, lambda: until is not None and one.step >= until, ranks))
+
+
+def help_on(settings, one, ranks):
+    steps(one, settings, ranks)
+
+
+def die_on(settings, one, ranks):
+    for _ in train(one, material(), settings, lambda: False, ranks):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail_on(settings, one, ranks):
+    raise TrainingError("step 1, a: the volume is damaged")
+
+
+def test_two_processes_take_the_same_steps_as_one_with_as_many_clips():
+    settings = plan()
+    alone, leader = learner(settings), learner(settings)
+    expected = steps(alone, settings)
+    with shared(leader, 2, partial(help_on, settings)) as ranks:
+        assert ranks.count == 2
+        found = steps(leader, settings, ranks)
+    assert len(found) == len(expected) == 3
+    for one, other in zip(expected, found):
+        assert other.losses == pytest.approx(one.losses, rel=1e-4)
+    for (name, p), q in zip(alone.model.named_parameters(), leader.model.parameters()):
+        assert torch.allclose(p, q, atol=2e-4), name  # Adam makes much of gradients that are almost 0
+
+
+def test_of_one_clip_a_step_each_takes_one_the_gradient_is_the_same_and_the_first_one_says_when_it_is_over():
+    settings = plan(clips_per_step=1, steps=50)
+    alone, leader = learner(plan(steps=50)), learner(settings)
+    (expected,) = steps(alone, plan(steps=50), until=1)
+    with shared(leader, 2, partial(help_on, settings)) as ranks:
+        (found,) = steps(leader, settings, ranks, until=1)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-4)
+    for (name, p), q in zip(alone.model.named_parameters(), leader.model.parameters()):
+        assert p.grad is None or torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-5), name
+
+
+def test_a_process_that_is_killed_is_an_error():
+    settings = plan(steps=50)
+    leader = learner(settings)
+    with (
+        pytest.raises(TrainingError, match="shares the steps ended: it was killed.*--continue"),
+        shared(leader, 2, partial(die_on, settings)) as ranks,
+    ):
+        steps(leader, settings, ranks)
+
+
+def test_what_stops_a_process_is_said_by_the_first_one():
+    settings = plan()
+    leader = learner(settings)
+    with pytest.raises(TrainingError, match="step 1, a: the volume is damaged"), shared(leader, 2, partial(fail_on, settings)) as ranks:
+        steps(leader, settings, ranks)
+
+
+def test_there_is_a_core_for_each_process(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    check_processes(4, CPU)
+    with pytest.raises(DeviceError, match=r"5 processes: there is room for 4, one for each of the core"):
+        check_processes(5, CPU)
+    with pytest.raises(DeviceError, match="room for 1"):
+        check_processes(2, torch.device("mps"))
