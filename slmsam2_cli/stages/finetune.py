@@ -25,6 +25,7 @@ from slmsam2_cli.device import DeviceName, choose_device, describe, is_out_of_me
 from slmsam2_cli.errors import DONE, DatasetError, DeviceError, OutputError, PlanError, UsageError
 from slmsam2_cli.finetuning.calibrating import calibrated_on
 from slmsam2_cli.finetuning.curves import draw_progress
+from slmsam2_cli.finetuning.events import events
 from slmsam2_cli.finetuning.feeding import Material
 from slmsam2_cli.finetuning.folding import FILE as FOLDS_FILE
 from slmsam2_cli.finetuning.folding import base_recogniser, forget_folds, planned_folds, validate
@@ -314,22 +315,24 @@ def _follow(
     """Train on everything; the log grows with every step."""
 
     def told(progress: Progress) -> str:
-        row = {"step": progress.step, "seconds": round(learner.seconds, 2), "learning_rate": progress.learning_rate}
-        log.add(row | progress.losses)
-        return f"step {progress.step}, loss {log.recent():.3f}"
+        row = {"step": progress.step, "seconds": round(learner.seconds, 2), "learning_rate": progress.learning_rate} | progress.losses
+        log.add(row)
+        record(row)
+        return f"step {progress.step}, loss {log.recent():.3f}, {learner.step / max(learner.seconds, 1e-3):.1f} steps/s"
 
-    follow(
-        learner,
-        material,
-        training,
-        stopped,
-        title="training",
-        state=state,
-        settings=run.digest,
-        every_s=SAVE_EVERY_S,
-        told=told,
-        saved=lambda: _note(log, run),
-    )
+    with events(log.path.with_name("tensorboard"), learner.step) as record:
+        follow(
+            learner,
+            material,
+            training,
+            stopped,
+            title="training",
+            state=state,
+            settings=run.digest,
+            every_s=SAVE_EVERY_S,
+            told=told,
+            saved=lambda: _note(log, run),
+        )
 
 
 def _note(log: Log, run: Run) -> None:

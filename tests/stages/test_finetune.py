@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from slmsam2_cli.data.dataset import read_dataset
 from slmsam2_cli.data.phantom import write_phantom_dataset
-from slmsam2_cli.errors import DatasetError, PlanError, UsageError, WeightsError
+from slmsam2_cli.errors import DatasetError, DeviceError, PlanError, UsageError, WeightsError
 from slmsam2_cli.model.checkpoint import on_base, read_checkpoint, recogniser_of
 from slmsam2_cli.planning.plan import read_plan, signed, write_plan
 from slmsam2_cli.planning.rules import choose_training, training_for, with_training
@@ -36,7 +36,8 @@ def tuned(dataset):
 
 def test_it_plans_prepares_and_trains_and_writes_exactly_these_files(tuned):
     assert tuned.plan.exists() and tuned.fingerprint.exists()
-    assert {p.name for p in tuned.finetuned.iterdir()} == {"split.json", "model.safetensors", "log.csv", "log.jsonl", "progress.png"}
+    written = {"split.json", "model.safetensors", "log.csv", "log.jsonl", "progress.png"}
+    assert {p.name for p in tuned.finetuned.iterdir()} - {"tensorboard"} == written
 
 
 def test_the_split_names_training_and_unseen_cases_and_they_do_not_overlap(tuned):
@@ -123,6 +124,33 @@ def test_a_plan_for_other_channels_is_refused_before_anything_is_prepared(tuned,
     with pytest.raises(PlanError, match="MRI.*T2"):
         finetune(tmp_path / "other", workspace, cases=1, weights="random")
     assert not workspace.prepared.exists()
+
+
+def test_memory_that_is_short_is_one_line_with_a_setting_that_needs_half_as_much(dataset, tuned, tmp_path, monkeypatch):
+    import torch
+
+    def starved(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    workspace = Workspace(tmp_path)
+    workspace.plan.write_bytes(tuned.plan.read_bytes())
+    monkeypatch.setattr("slmsam2_cli.finetuning.tuning.train", starved)
+    with pytest.raises(DeviceError, match=r"^out of memory. Set training.clip_slices to 4 in plan.json \(now 8\), or use --device cpu$"):
+        finetune(dataset, workspace, cases=1, weights="random", steps=1)
+
+
+def test_two_processes_share_the_steps_of_a_run(dataset, tuned, tmp_path, capsys):
+    workspace = Workspace(tmp_path)
+    workspace.plan.write_bytes(tuned.plan.read_bytes())
+    assert finetune(dataset, workspace, cases=2, weights="random", steps=2, processes=2) == 0
+    assert "shared by 2 processes" in capsys.readouterr().err
+    assert read_checkpoint(workspace.model).plan.training.processes == 2
+    assert json.loads(workspace.split.read_text())["options"]["processes"] == 2
+
+
+def test_more_processes_than_cores_are_refused_before_anything_is_trained(dataset, tmp_path):
+    with pytest.raises(DeviceError, match="64 processes: there is room for"):
+        finetune(dataset, Workspace(tmp_path), cases=1, weights="random", steps=1, processes=64)
 
 
 def test_an_interrupted_run_goes_on_with_its_own_options_and_ends_like_an_undisturbed_one(dataset, tmp_path, monkeypatch):
@@ -261,7 +289,7 @@ def adapted(dataset, tuned, tmp_path_factory):
 
 def test_adapters_leave_a_whole_model_and_a_small_file_that_names_its_base(adapted, tuned):
     whole, small = read_checkpoint(adapted.model), read_checkpoint(adapted.finetuned / "adapter.safetensors")
-    assert {p.name for p in adapted.finetuned.iterdir()} == {
+    assert {p.name for p in adapted.finetuned.iterdir()} - {"tensorboard"} == {
         "split.json",
         "model.safetensors",
         "adapter.safetensors",
