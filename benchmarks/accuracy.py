@@ -109,16 +109,18 @@ def carries_nothing() -> Any:
     return mock.patch.object(SlmSam2, "decode_after", decode_after)
 
 
+PLAIN = {"recogniser": False, "validation": "none"}  # so that nothing but what is named differs
 ARMS = {
     PLANNED: Arm("nano, untuned"),
     SAM2: Arm("SAM 2, published recipe", {"policy": "fifo", "two_sided": True}, long=True, published=True),
     SLM: Arm("SLM-SAM 2, as published", {"fuser": "sum", "two_sided": True}, long=True, published=True),
     FIFO: Arm("SAM 2's memory, our recipe", {"policy": "fifo"}, long=True),
     OURS: Arm("ours"),
-    "no-recogniser": Arm("ours, no recogniser", training={"recogniser": False}),
+    "plain": Arm("plain: ours without recogniser and left-out volumes", training=PLAIN),
+    "recogniser": Arm("plain, with recogniser", training={"validation": "none"}),
     "published-clips": Arm(
-        "ours, no recogniser, published clips",
-        training={"recogniser": False},
+        "plain, published clips",
+        training=PLAIN,
         patches=(
             lambda: mock.patch.object(clips.ClipSampler, "strides", published.PublishedSampler.strides),
             lambda: mock.patch.object(clips.ClipSampler, "_start", published.PublishedSampler._start),
@@ -126,16 +128,19 @@ ARMS = {
             lambda: mock.patch.object(clips.ClipSampler, "_runs", upwards(clips.ClipSampler._runs)),
         ),
     ),
-    "sum": Arm("ours, no recogniser, summed streams", {"fuser": "sum"}, {"recogniser": False}, long=True),
-    "fifo": Arm("ours, no recogniser, SAM 2's memory", {"policy": "fifo"}, {"recogniser": False}, long=True),
-    "selfsort": Arm("ours, no recogniser, self-sorting bank", {"policy": "selfsort"}, {"recogniser": False}, long=True),
-    "no-carry": Arm("ours, no recogniser, mask before not shown", training={"recogniser": False}, patches=(carries_nothing,)),
-    "true-presence": Arm("ours, no recogniser, true presence remembered", training={"recogniser": False}, patches=(remembers_the_truth,)),
-    "frozen-encoder": Arm("ours, no recogniser, encoder frozen", training={"recogniser": False, "strategy": "frozen-encoder"}),
-    "decoder+memory": Arm("ours, no recogniser, decoder and memory", training={"recogniser": False, "strategy": "decoder+memory"}),
-    "adapters": Arm("ours, no recogniser, adapters", training={"recogniser": False, "strategy": "adapters"}),
-    "half-steps": Arm("ours, half the steps", training={"steps": 0.5}),
-    "twice-steps": Arm("ours, twice the steps", training={"steps": 2.0}),
+    "no-strides": Arm(
+        "plain, no slice left out", training=PLAIN, patches=(lambda: mock.patch.object(clips.ClipSampler, "strides", {1: 1.0}),)
+    ),
+    "sum": Arm("plain, summed streams", {"fuser": "sum"}, PLAIN, long=True),
+    "fifo": Arm("plain, SAM 2's memory", {"policy": "fifo"}, PLAIN, long=True),
+    "selfsort": Arm("plain, self-sorting bank", {"policy": "selfsort"}, PLAIN, long=True),
+    "no-carry": Arm("plain, mask before not shown", training=PLAIN, patches=(carries_nothing,)),
+    "true-presence": Arm("plain, true presence remembered", training=PLAIN, patches=(remembers_the_truth,)),
+    "frozen-encoder": Arm("plain, encoder frozen", training=PLAIN | {"strategy": "frozen-encoder"}),
+    "decoder+memory": Arm("plain, decoder and memory", training=PLAIN | {"strategy": "decoder+memory"}),
+    "adapters": Arm("plain, adapters", training=PLAIN | {"strategy": "adapters"}),
+    "half-steps": Arm("plain, half the steps", training=PLAIN | {"steps": 0.5}),
+    "twice-steps": Arm("plain, twice the steps", training=PLAIN | {"steps": 2.0}),
 }
 
 
