@@ -49,6 +49,7 @@ SETS = ("Task04_Hippocampus", "Sarcoma_MR_T1", "Sarcoma_CT", "Phantom_MR", "Phan
 PHANTOM_CASES = 13
 SHORT = ("short_memory_attention.", "stream_fuser.")
 PLANNED, SAM2, SLM, FIFO, OURS = "untuned", "sam2-published", "slm-published", "fifo-ours", "ours"
+COMPARED, PLAIN_ARM = (SAM2, SLM, FIFO, OURS), "plain"
 KEYS = ("Dice", "HD95_penalised", "assd_mm_penalised", "over_slices", "under_slices")
 COLUMNS = (
     "arm",
@@ -60,7 +61,6 @@ COLUMNS = (
     "ASSD mm",
     "false slices",
     "missed",
-    "Dice - SAM 2 (95 %)",
 )
 Row = dict[str, Any]
 
@@ -260,30 +260,43 @@ def read(results: Path) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One block for each set and n: means over labels of means over cases; differences are paired by case."""
+    """One block for each set and n: means over labels of means over cases; differences are paired by case.
+
+    First the arms that are compared, against SAM 2; then those that differ from the plain one in one thing each, against it.
+    """
     lines = []
-    for name, count in dict.fromkeys((row["set"], row["n"]) for row in rows if row["n"]):
-        mine = {arm: [row for row in rows if (row["set"], row["n"], row["arm"]) == (name, count, arm)] for arm in ARMS}
-        mine[PLANNED] = [row for row in rows if (row["set"], row["arm"]) == (name, PLANNED)]
-        shared = cases_of([found for found in mine.values() if found])
-        seeds = ", ".join(sorted({str(row["seed"]) for row in mine[OURS]}))
-        lines += [
-            "",
-            f"{name}, n = {count}; {len({case for case, _ in shared})} cases, seeds {seeds}",
-            "",
-            f"| {' | '.join(COLUMNS)} |",
-            "|---" * len(COLUMNS) + "|",
-        ]
-        against = values(mine[SAM2], shared, "Dice") if mine[SAM2] else None
-        for arm, found in mine.items():
-            if not found:
-                continue
-            means = [float(np.nanmean(np.nanmean(values(found, shared, key), axis=0))) for key in ("Dice", "rest", *KEYS[1:])]
-            steps, seconds = np.mean([row["steps"] for row in found]), np.mean([row["seconds"] for row in found])
-            gain = gained(values(found, shared, "Dice"), against) if against is not None and arm != SAM2 else ""
-            shown = " | ".join(f"{mean:.{digits}f}" for mean, digits in zip(means, (3, 3, 1, 2, 2, 2)))
-            lines.append(f"| {ARMS[arm].title} | {steps:.0f} | {seconds:.0f} | {shown} | {gain} |")
+    for compared, against in ((COMPARED, SAM2), ([arm for arm in ARMS if arm not in COMPARED], PLAIN_ARM)):
+        for name, count in dict.fromkeys((row["set"], row["n"]) for row in rows if row["n"]):
+            found = {arm: [row for row in rows if (row["set"], row["n"], row["arm"]) == (name, count, arm)] for arm in compared}
+            lines += block(f"{name}, n = {count}", {arm: own for arm, own in found.items() if own}, rows, against)
     return "\n".join([*lines, "", *overall(rows)])
+
+
+def block(title: str, found: dict[str, list[Row]], rows: Sequence[Row], against: str) -> list[str]:
+    """One table, over the seeds that all of its arms have."""
+    if not found:
+        return []
+    seeds = set.intersection(*({row["seed"] for row in own} for own in found.values()))
+    found = {arm: [row for row in own if row["seed"] in seeds] for arm, own in found.items()}
+    if against == SAM2:
+        name = next(iter(found.values()))[0]["set"] if seeds else ""
+        found = {PLANNED: [row for row in rows if (row["set"], row["arm"]) == (name, PLANNED)]} | found
+    shared = cases_of([own for own in found.values() if own]) if seeds else []
+    if not shared:
+        return []
+    columns = [*COLUMNS, f"Dice - {ARMS[against].title} (95 %)"]
+    head = f"{title}; {len({case for case, _ in shared})} cases, seeds {', '.join(map(str, sorted(seeds)))}"
+    lines = ["", head, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    theirs = values(found[against], shared, "Dice") if found.get(against) else None
+    for arm, own in found.items():
+        if not own:
+            continue
+        means = [float(np.nanmean(np.nanmean(values(own, shared, key), axis=0))) for key in ("Dice", "rest", *KEYS[1:])]
+        steps, seconds = np.mean([row["steps"] for row in own]), np.mean([row["seconds"] for row in own])
+        gain = gained(values(own, shared, "Dice"), theirs) if theirs is not None and arm != against else ""
+        shown = " | ".join(f"{mean:.{digits}f}" for mean, digits in zip(means, (3, 3, 1, 2, 2, 2)))
+        lines.append(f"| {ARMS[arm].title} | {steps:.0f} | {seconds:.0f} | {shown} | {gain} |")
+    return lines
 
 
 def cases_of(arms: Sequence[Sequence[Row]]) -> list[tuple[str, int]]:
@@ -310,24 +323,36 @@ def gained(mine: np.ndarray, theirs: np.ndarray) -> str:
 
 
 def overall(rows: Sequence[Row]) -> list[str]:
-    """Differences of the arms, mean over the sets that have both."""
-    lines = ["| n | arm | against | sets | Dice | false slices, times as many |", "|---|---|---|---|---|---|"]
+    """Differences of the arms, mean over the sets that have both, over the seeds that both have."""
+    lines = ["| n | arm | against | sets | Dice (95 %) | false slices, times as many |", "|---|---|---|---|---|---|"]
     for count in sorted({row["n"] for row in rows if row["n"]}):
         for arm, other in ((OURS, SAM2), (OURS, SLM), (OURS, FIFO), (SLM, SAM2), (FIFO, SAM2)):
-            gains, false, names = [], [], []
+            gains, false = [], []
             for name in dict.fromkeys(row["set"] for row in rows):
-                both = [[row for row in rows if (row["set"], row["n"], row["arm"]) == (name, count, which)] for which in (arm, other)]
-                if all(both):
-                    shared = cases_of(both)
-                    dices, slices = ([values(found, shared, key) for found in both] for key in ("Dice", "over_slices"))
-                    gains.append(float(np.nanmean(np.nanmean(dices[0] - dices[1], axis=0))))
+                both = [
+                    {row["seed"]: row for row in rows if (row["set"], row["n"], row["arm"]) == (name, count, each)} for each in (arm, other)
+                ]
+                if seeds := both[0].keys() & both[1].keys():
+                    pair = [[own[seed] for seed in seeds] for own in both]
+                    shared = cases_of(pair)
+                    dices, slices = ([values(own, shared, key) for own in pair] for key in ("Dice", "over_slices"))
+                    gains.append(np.nanmean(dices[0] - dices[1], axis=1))
                     false.append([float(np.nanmean(np.nanmean(one, axis=0))) for one in slices])
-                    names.append(name)
-            if names:
-                times = np.sum(false, axis=0)
+            if gains:
+                times, low, high = np.sum(false, axis=0), *bounds_of(gains)
                 ratio = f"{times[0] / times[1]:.2f}" if times[1] else "-"
-                lines.append(f"| {count} | {ARMS[arm].title} | {ARMS[other].title} | {len(names)} | {np.mean(gains):+.3f} | {ratio} |")
+                mean = np.mean([each.mean() for each in gains])
+                shown = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+                lines.append(f"| {count} | {ARMS[arm].title} | {ARMS[other].title} | {len(gains)} | {shown} | {ratio} |")
     return lines
+
+
+def bounds_of(gains: Sequence[np.ndarray], draws: int = 10_000) -> tuple[float, float]:
+    """95 % of the mean over sets when each set's cases are drawn anew."""
+    rng = np.random.default_rng(0)
+    means = [each[rng.integers(len(each), size=(draws, len(each)))].mean(axis=1) for each in gains]
+    low, high = np.percentile(np.mean(means, axis=0), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def main() -> None:

@@ -1,0 +1,70 @@
+"""Whether a fine-tuning run that is killed again and again ends with the same bits as one that is left alone.
+
+    python benchmarks/kills.py [--kills 10] [--seed 0]
+
+Two made-up volumes, short runs that leave one out and then 100 steps, states saved every three seconds. The second run is sent SIGKILL at
+random moments and goes on with --continue each time; then the weights of both are compared. Takes about four minutes on one core.
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from slmsam2_cli.data.phantom import write_phantom_dataset
+from slmsam2_cli.model.checkpoint import read_checkpoint
+from slmsam2_cli.workspace import Workspace
+
+RUN = "import slmsam2_cli.stages.finetune as stage; stage.SAVE_EVERY_S = 3.0; from slmsam2_cli.cli import main; main()"
+
+
+def finetune(root: Path, space: Workspace, *more: str) -> "subprocess.Popen[bytes]":
+    line = [sys.executable, "-c", RUN, "finetune", "-n", "2", "--steps", "100", "-d", str(root), "-w", str(space.root), "--quiet", *more]
+    return subprocess.Popen(line, env=dict(os.environ, OMP_NUM_THREADS="1"))
+
+
+def begun(space: Workspace) -> bool:
+    return space.split.exists()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    draw = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name) / "Phantoms"
+        write_phantom_dataset(root, cases=4, test_cases=0, seed=3, shape=(16, 64, 64))
+        calm, killed = Workspace(Path(name) / "calm"), Workspace(Path(name) / "killed")
+        started = time.monotonic()
+        if finetune(root, calm).wait():
+            sys.exit("the run that was left alone failed")
+        took = time.monotonic() - started
+        print(f"left alone: {took:.0f} s", flush=True)
+        kills = 0
+        while True:
+            run = finetune(root, killed, *(["--continue"] if begun(killed) else []))
+            try:
+                code = run.wait(draw.uniform(2, took / 3) if kills < options.kills else None)
+            except subprocess.TimeoutExpired:
+                run.send_signal(signal.SIGKILL)
+                run.wait()
+                kills += 1
+                print(f"killed {kills} times", flush=True)
+                continue
+            if code:
+                sys.exit(f"the run that was killed {kills} times ended with {code}")
+            break
+        one, other = (read_checkpoint(space.model).digest for space in (calm, killed))
+        print(f"{kills} kills; the same bits: {one == other} ({one[:12]}, {other[:12]})")
+        sys.exit(one != other)
+
+
+if __name__ == "__main__":
+    main()
