@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,17 @@ Array = np.ndarray[Any, Any]
 Record = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _Mapped:
+    """A file of one array."""
+
+    path: Path
+
+
+def _is_whole_map(value: object) -> bool:
+    return isinstance(value, np.memmap) and isinstance(value.base, mmap.mmap)
+
+
 @dataclass(frozen=True, eq=False)
 class PreparedCase:
     """One case, opened. frames: (C, T, H, W) float16; labels: (T, H, W) or None; both are read-only memory maps."""
@@ -40,6 +52,13 @@ class PreparedCase:
     labels: Array | None
     view: View
     record: Record
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process opens the files itself; what is only a part of one is sent."""
+        return {name: _Mapped(Path(value.filename)) if _is_whole_map(value) else value for name, value in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({name: store.open_npy(value.path) if isinstance(value, _Mapped) else value for name, value in state.items()})
 
 
 def make_frames(volume: Volume, geometry: GeometryPlanLike, intensity: Sequence[ChannelIntensityLike]) -> tuple[View, Array]:

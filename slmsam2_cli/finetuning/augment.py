@@ -1,8 +1,9 @@
 """Random changes of a window that leave its meaning alone, by batchgenerators; every slice of it gets the same draw.
 
-The slices, and the masks on them, are stacked as channels, which its transforms change alike. In-plane mirroring is always allowed:
-tracks follow a mask, not a name, so left may become right. The amounts are those of nnU-Net where it has them (Isensee et al., Nature
-Methods 2021, supplementary note 4), but turned less: slices of medical volumes lie as the patient does.
+The slices, and the masks on them, are stacked as channels, which its transforms change alike, and for what looks at the grey values
+themselves they are one tall picture. In-plane mirroring is always allowed: tracks follow a mask, not a name, so left may become right.
+Blur, low resolution and bending are as rare as in nnU-Net (Isensee et al., Nature Methods 2021, supplementary note 4); all else is done
+always, as there are few volumes, and less far, as slices lie the way the patient does.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ def _move(shown: Array, masks: Array) -> tuple[Array, Array]:
 
 def _shade(shown: Array) -> Array:
     """Gamma, contrast, brightness, blur, low resolution, noise; within 0 ... 1."""
-    changed: Array = _shading()(data=np.clip(shown, 0, 1)[None])["data"][0]
+    tall = np.clip(shown, 0, 1).reshape(1, 1, -1, shown.shape[-1])
+    greys = _greys()(data=tall)["data"].reshape(1, *shown.shape)
+    changed: Array = _sharpness()(data=greys)["data"][0]
     return np.clip(changed, 0, 1)
 
 
@@ -112,21 +115,31 @@ def _moving(px: int) -> Any:
 
 
 @cache
-def _shading() -> Any:
+def _greys() -> Any:
     from batchgenerators.transforms.abstract_transforms import Compose
     from batchgenerators.transforms.color_transforms import (
         BrightnessMultiplicativeTransform,
         ContrastAugmentationTransform,
         GammaTransform,
     )
-    from batchgenerators.transforms.noise_transforms import GaussianBlurTransform, GaussianNoiseTransform
-    from batchgenerators.transforms.resample_transforms import SimulateLowResolutionTransform
 
     return Compose(
         [
             GammaTransform((0.67, 1.5), per_channel=False),
             ContrastAugmentationTransform((0.75, 1.35), per_channel=False),
             BrightnessMultiplicativeTransform((0.75, 1.25), per_channel=False),
+        ]
+    )
+
+
+@cache
+def _sharpness() -> Any:
+    from batchgenerators.transforms.abstract_transforms import Compose
+    from batchgenerators.transforms.noise_transforms import GaussianBlurTransform, GaussianNoiseTransform
+    from batchgenerators.transforms.resample_transforms import SimulateLowResolutionTransform
+
+    return Compose(
+        [
             GaussianBlurTransform((0.5, 1.0), different_sigma_per_channel=False, p_per_sample=_BLURRED),
             SimulateLowResolutionTransform((0.5, 1.0), per_channel=False, order_upsample=1, p_per_sample=_COARSE),
             GaussianNoiseTransform((0.0, 0.05), per_channel=False),

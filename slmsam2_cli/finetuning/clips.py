@@ -57,11 +57,22 @@ class Clips:
 
 @dataclass(frozen=True)
 class _Stack:
-    """A case, or every second or third slice of one. frames: (C, T, H, W); labels: (T, H, W)."""
+    """A case, or every second or third slice of one, from slice `first` on."""
 
-    id: str
-    frames: np.ndarray[Any, Any]
-    labels: np.ndarray[Any, Any]
+    case: PreparedCase
+    stride: int = 1
+    first: int = 0
+
+    @property
+    def frames(self) -> np.ndarray[Any, Any]:
+        """(C, T, H, W)."""
+        return self.case.frames[:, self.first :: self.stride]
+
+    @property
+    def labels(self) -> np.ndarray[Any, Any]:
+        """(T, H, W)."""
+        assert self.case.labels is not None
+        return self.case.labels[self.first :: self.stride]
 
 
 @dataclass(frozen=True)
@@ -83,8 +94,10 @@ class Windows:
 
 
 class ClipSampler:
-    """Draws clips from prepared cases; all randomness comes from the generators given to it. `strides`: how often every first, second or
-    third slice is shown."""
+    """Draws clips from prepared cases; all randomness comes from the generators given to it.
+
+    `strides`: how often every first, second or third slice is shown, of a volume with enough of them.
+    """
 
     strides: ClassVar[dict[int, float]] = {1: 0.7, 2: 0.2, 3: 0.1}
 
@@ -108,7 +121,7 @@ class ClipSampler:
 
     def cases_of(self, windows: Windows) -> tuple[str, ...]:
         """The ids of the volumes that the windows are of."""
-        return tuple(dict.fromkeys(self.stacks[s.case].id for s in windows.structures))
+        return tuple(dict.fromkeys(self.stacks[s.case].case.id for s in windows.structures))
 
     def show(self, windows: Windows, number: int, rng: np.random.Generator, tracks: int) -> Clips:
         """One of the windows, and at most `tracks` tracks through it."""
@@ -136,11 +149,16 @@ class ClipSampler:
 
     def _alike(self, rng: np.random.Generator, windows: int) -> list[_Structure]:
         """Structures of volumes whose pointer scale is the same, min(slices, 16), thinned alike."""
-        stride = int(rng.choice(list(self.strides), p=list(self.strides.values())))
-        structures = self.structures[stride] or self.structures[1]
-        first = structures[rng.integers(len(structures))]
+        whole = self.structures[1][rng.integers(len(self.structures[1]))]
+        case, possible = self.stacks[whole.case].case, {1: [whole]}
+        for stride, structures in self.structures.items():
+            if stride > 1 and (thinned := [s for s in structures if s.label == whole.label and self.stacks[s.case].case is case]):
+                possible[stride] = thinned
+        chances = np.array([self.strides[stride] for stride in possible])
+        stride = int(rng.choice(list(possible), p=chances / chances.sum()))
+        first = possible[stride][rng.integers(len(possible[stride]))]
         reach = min(self._slices(first), _POINTERS)
-        alike = [s for s in structures if min(self._slices(s), _POINTERS) == reach]
+        alike = [s for s in self.structures[stride] if min(self._slices(s), _POINTERS) == reach]
         return [first, *(alike[i] for i in rng.integers(len(alike), size=windows - 1))]
 
     def _slices(self, structure: _Structure) -> int:
@@ -210,7 +228,7 @@ def _thinned(case: PreparedCase, stride: int) -> list[_Stack]:
     """The case as it is, or the ways to leave all but every second or third slice of it out; none where too few slices are left."""
     if case.labels is None or case.frames.shape[1] < (2 if stride == 1 else stride * _LEAST_THINNED):
         return []
-    return [_Stack(case.id, case.frames[:, first::stride], case.labels[first::stride]) for first in range(stride)]
+    return [_Stack(case, stride, first) for first in range(stride)]
 
 
 def _structures(index: int, stack: _Stack, values: Sequence[int], ignore: int | None) -> list[_Structure]:

@@ -13,14 +13,16 @@ Record = Callable[[Mapping[str, float]], None]
 
 @contextmanager
 def events(folder: Path, from_step: int) -> Iterator[Record]:
-    """A function that records the numbers of a step under `train/`, into files in the folder; a resumed run replaces what came after
-    `from_step`. Without TensorBoard nothing is written."""
+    """A function that records the numbers of a step under `train/`, into files in the folder.
+
+    What there is of later steps than `from_step`, of this run or an earlier one, no longer counts. Without TensorBoard nothing is written.
+    """
     if find_spec("tensorboard") is None:
         yield lambda row: None
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder), purge_step=from_step + 1 if from_step else None) as writer:
+    with SummaryWriter(str(folder), purge_step=from_step + 1) as writer:
 
         def record(row: Mapping[str, float]) -> None:
             for name, value in row.items():

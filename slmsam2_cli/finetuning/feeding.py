@@ -27,7 +27,7 @@ from slmsam2_cli.planning.plan import TrainingPlan
 
 TRACKS_PER_WINDOW = 4
 PATIENCE_S = 300  # that a batch may take before the process that draws it counts as dead
-_MOST_WORKERS, _AHEAD = 8, 4
+_MOST_WORKERS, _AHEAD = 4, 2  # at 1024 px a batch is 0.2 GB of shared memory
 _IDLE = -1
 _CHOOSE, _SHOW, _SLICES = 0, 1, 2  # apart: what one draws does not change another
 
@@ -73,7 +73,7 @@ class Batches(Dataset[Any]):
         try:
             clips = together([self._window(windows, step, number) for number in range(self.rank, len(windows.starts), self.count)])
             return Batch(clips, self._slices(step))
-        except Exception as error:  # noqa: BLE001 - said by the process that asked, which knows how
+        except (OSError, ValueError) as error:  # what reading says of damaged files
             return Spoilt(f"step {step}, {', '.join(self.material.clips.cases_of(windows))}: {error or type(error).__name__}")
 
     def _window(self, windows: Windows, step: int, number: int) -> Clips:
@@ -103,11 +103,14 @@ class _Order(Sampler[tuple[int, int]]):
             step += 1
 
 
-def workers_for(device: torch.device, from_scratch: bool) -> int:
-    """Processes that draw ahead. From random weights none: there the length of a clip depends on how far the run is."""
+def workers_for(device: torch.device, from_scratch: bool, count: int = 1) -> int:
+    """Processes that draw ahead for each of the `count` that train.
+
+    From random weights none: there the length of a clip depends on how far the run is.
+    """
     if device.type == "cpu" or from_scratch:
         return 0
-    return max(1, min(_MOST_WORKERS, (os.cpu_count() or 2) - 1))
+    return max(1, min(_MOST_WORKERS, (os.cpu_count() or 2) // count - 1))
 
 
 class Feed:
@@ -143,7 +146,7 @@ class Feed:
 
         The news of an ended process may come at any time, not only in `next`.
         """
-        said = str(error).splitlines()[0]
+        said = str(error).partition("\n")[0]
         if not said.startswith("DataLoader"):
             return None
         busy = [(pid, step) for pid, step in self.at_work.tolist() if step != _IDLE]

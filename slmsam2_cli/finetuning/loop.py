@@ -73,7 +73,7 @@ def train(
     gradient changes nothing; after 20 such steps in a row TrainingError is raised.
     """
     device, skipped, done = learner.model.device, 0, share_done(learner, plan)
-    workers = workers_for(device, learner.from_scratch) if workers is None else workers
+    workers = workers_for(device, learner.from_scratch, ranks.count) if workers is None else workers
     feed = Feed(_batches(learner, material, plan, ranks), learner.step, lambda: clip_slices(done, plan, learner.from_scratch), workers)
     learner.model.train()
     try:

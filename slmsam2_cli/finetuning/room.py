@@ -27,10 +27,11 @@ def shortage(plan: Plan, fingerprint: Path, count: int, device: torch.device) ->
     except PlanError:
         return None
     cost = cost_of_tuning(plan, measured, count)
-    needed = cost.memory_bytes * (plan.training.processes if device.type == "cpu" else 1) if cost is not None else 0
+    sharing = plan.training.processes if device.type == "cpu" else 1
+    needed = cost.memory_bytes * sharing if cost is not None else 0
     if needed <= room:
         return None
-    shorter = longest_clip(plan, measured, room)
+    shorter = longest_clip(plan, measured, room // sharing)
     way_out = (
         f"Run slmsam2 plan --memory {math.floor(room / 1e8) / 10:g} for shorter clips"
         if shorter
@@ -46,16 +47,15 @@ def room_bytes(device: torch.device) -> int | None:
     return free_bytes() + RUNTIME_BYTES if device.type == "cpu" else None
 
 
-def remedy(plan_file: Path) -> str:
-    """The setting that needs about half as much."""
+def remedy(plan_file: Path, device: torch.device) -> str:
+    """The setting that needs about half as much, and what else helps."""
+    others = "close other programs" if device.type == "cpu" else "use --device cpu"
     try:
         training = read_plan(plan_file).training
     except PlanError:
-        return "Close other programs, or use --device cpu"
-    if training.clips_per_step > 1:
-        name, now, less = "clips_per_step", training.clips_per_step, training.clips_per_step // 2
-    else:
-        name, now, less = "clip_slices", training.clip_slices, training.clip_slices // 2
-    if less < (1 if name == "clips_per_step" else 2):
-        return "Close other programs, or use --device cpu"
-    return f"Set training.{name} to {less} in plan.json (now {now}), or use --device cpu"
+        return others.capitalize()
+    name = "clips_per_step" if training.clips_per_step > 1 else "clip_slices"
+    now, least = getattr(training, name), 1 if name == "clips_per_step" else 2
+    if now // 2 < least:
+        return others.capitalize()
+    return f"Set training.{name} to {now // 2} in plan.json (now {now}), or {others}"

@@ -29,7 +29,9 @@ from torch.nn import Parameter
 from slmsam2_cli.errors import DeviceError, SlmSam2Error, TrainingError
 from slmsam2_cli.finetuning.learner import Learner
 
-_PATIENCE = timedelta(minutes=10)  # that one waits for another
+_PATIENCE = timedelta(minutes=10)  # that one waits for another within a step
+_LEADER_AWAY = timedelta(days=7)  # between two steps, while the first judges and saves
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 _END_S = 10.0
 _READY = ""
 Work = Callable[[Any, "Ranks"], None]  # what a process that follows does with its learner
@@ -60,7 +62,10 @@ ALONE = Ranks()
 
 
 class Group(Ranks):
-    """One of several processes; `device`: where its network runs; `lines`, `processes`: of the first, to the others."""
+    """One of several processes; `device`: where its network runs; `lines`, `processes`: of the first, to the others.
+
+    Gradients are shared where the network runs, all else over a group of CPUs, which notices at once when a process has ended.
+    """
 
     def __init__(self, rank: int, count: int, device: torch.device, meeting: Path) -> None:
         self.rank, self.count, self.device = rank, count, device
@@ -68,22 +73,27 @@ class Group(Ranks):
         self.processes: list[BaseProcess] = []
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=meeting.as_uri(), rank=rank, world_size=count, timeout=_PATIENCE)
+        self.talk = dist.new_group(backend="gloo", timeout=_LEADER_AWAY)
 
     def agree(self, going: bool, done: float) -> tuple[bool, float]:
-        said = torch.tensor([float(going), done], dtype=torch.float64, device=self.device)
-        dist.broadcast(said, src=0)
+        if any(not process.is_alive() for process in self.processes):
+            raise RuntimeError("a process that shares the steps has ended")
+        said = torch.tensor([float(going), done], dtype=torch.float64)
+        dist.broadcast(said, src=0, group=self.talk)
         return bool(said[0]), float(said[1])
 
     def mean(self, values: Tensor) -> Tensor:
-        found = values.detach().to(self.device, torch.float32, copy=True)
-        dist.all_reduce(found)
-        return found / self.count
+        found = values.detach().to("cpu", torch.float32, copy=True)
+        dist.all_reduce(found, group=self.talk)
+        return (found / self.count).to(values.device)
 
     def share_gradients(self, parameters: Sequence[Parameter]) -> None:
-        learning = [p for p in parameters if p.requires_grad]
-        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in learning])
+        trained = [p for p in parameters if p.requires_grad]
+        somewhere = self.mean(torch.tensor([float(p.grad is not None) for p in trained])) > 0
+        moving = [p for p, anywhere in zip(trained, somewhere.tolist()) if anywhere]
+        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in moving])
         dist.all_reduce(flat)
-        for p, part in zip(learning, torch.split(flat / self.count, [p.numel() for p in learning])):
+        for p, part in zip(moving, torch.split(flat / self.count, [p.numel() for p in moving])):
             p.grad = part.view_as(p)
 
     def death(self) -> TrainingError | None:
@@ -91,14 +101,6 @@ class Group(Ranks):
             process.join(_END_S)
         said = [text for line, process in zip(self.lines, self.processes) if (text := _last_words(line, process)) is not None]
         return _ended(said[0]) if said else None
-
-    def end(self) -> None:
-        """Part; whoever does not end by itself is ended."""
-        for process in self.processes:
-            process.join(_END_S)
-            if process.is_alive():
-                process.kill()
-        dist.destroy_process_group()
 
 
 def check_processes(count: int, device: torch.device) -> None:
@@ -111,60 +113,80 @@ def check_processes(count: int, device: torch.device) -> None:
 
 @contextmanager
 def shared(learner: Learner, count: int, work: Work) -> Iterator[Ranks]:
-    """`count` processes for the time of a block; `work(learner, ranks)`, which has to be a plain function or a partial of one, is what
-    the others do. TrainingError when one of them cannot begin."""
+    """`count` processes for the time of a block; `work(learner, ranks)` is what the others do: a plain function or a partial of one.
+
+    TrainingError when one of them cannot begin.
+    """
     if count == 1:
         yield ALONE
         return
-    device, threads = learner.model.device, torch.get_num_threads()
+    device, before = learner.model.device, torch.get_num_threads()
+    threads = max(1, before // count) if device.type == "cpu" else before
+    lines, processes, group = list[Connection](), list[BaseProcess](), None
     with tempfile.TemporaryDirectory() as folder:
-        meeting = Path(folder) / "meeting"
-        context = multiprocessing.get_context("spawn")  # a copy of a process that has threads may hang
-        follower, lines, processes = _on_cpu(learner), list[Connection](), list[BaseProcess]()
-        for rank in range(1, count):
-            ours, theirs = context.Pipe(duplex=False)
-            process: BaseProcess = context.Process(
-                target=_follow, args=(rank, count, device.type, meeting, follower, work, theirs), daemon=True
-            )
-            process.start()
-            theirs.close()
-            lines, processes = [*lines, ours], [*processes, process]
-        if device.type == "cpu":
-            torch.set_num_threads(max(1, threads // count))
-        group = None
+        meeting, follower = Path(folder) / "meeting", _moved(copy.deepcopy(learner), torch.device("cpu"))
         try:
+            with _no_signals():
+                for rank in range(1, count):
+                    line, process = _started((rank, count, device.type, threads, meeting, follower, work))
+                    lines, processes = [*lines, line], [*processes, process]
             for line, process in zip(lines, processes):
                 if (why := _last_words(line, process, wait_s=_PATIENCE.total_seconds())) != _READY:
                     raise _ended(why or "it did not begin")
+            torch.set_num_threads(threads)
             group = Group(0, count, device, meeting)
             group.lines, group.processes = lines, processes
             yield group
         finally:
-            torch.set_num_threads(threads)
-            if group is not None:
-                group.end()
+            torch.set_num_threads(before)
             for process in processes:
+                process.join(_END_S if group is not None else 0)
                 process.kill()
+            if group is not None:
+                dist.destroy_process_group()
 
 
-def _follow(rank: int, count: int, kind: str, meeting: Path, learner: Any, work: Work, line: Any) -> None:
+def _started(told: tuple[Any, ...]) -> tuple[Connection, BaseProcess]:
+    context = multiprocessing.get_context("spawn")  # a copy of a process that has threads may hang
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_follow, args=(*told, theirs))
+    process.start()
+    theirs.close()
+    return ours, process
+
+
+@contextmanager
+def _no_signals() -> Iterator[None]:
+    """Ctrl-C waits until the block is over, and with it in every process that was started there."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _follow(rank: int, count: int, kind: str, threads: int, meeting: Path, learner: Any, work: Work, line: Any) -> None:
     """The life of a process that follows."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first one finishes its step, and says when it is over
+    for number in _STOPS:  # the first one finishes its step, and says when it is over
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
     try:
         device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
         if kind == "cuda":
             torch.cuda.set_device(device)
-        else:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
+        torch.set_num_threads(threads)
         line.send(_READY)
         group = Group(rank, count, device, meeting)
-        work(_moved(learner, device), group)
+        work(_moved(copy.deepcopy(learner), device), group)  # a copy: what came through the pipe, all that follow share
         dist.destroy_process_group()
     except SlmSam2Error as error:
         line.send(str(error))
     except Exception as error:  # noqa: BLE001 - said by the first process
-        line.send(f"{type(error).__name__}: {error}".splitlines()[0])
+        line.send(f"{type(error).__name__}: {error}".partition("\n")[0])
 
 
 def _last_words(line: Connection, process: BaseProcess, wait_s: float = 0.0) -> str | None:
@@ -179,17 +201,12 @@ def _ended(why: str) -> TrainingError:
     return TrainingError(f"a process that shares the steps ended: {why}. Go on with slmsam2 finetune --continue")
 
 
-def _on_cpu(learner: Learner) -> Learner:
-    """A copy, whatever device the learner is on."""
-    return _moved(copy.deepcopy(learner), torch.device("cpu"))
-
-
 def _moved(learner: Learner, device: torch.device) -> Learner:
     """The same learner on a device; its optimiser goes on."""
     learner.model.to(device)
     learner.average.to(device)
     for slot in learner.optimiser.state.values():
         for key, value in slot.items():
-            if isinstance(value, Tensor) and key != "step":
+            if isinstance(value, Tensor) and key != "step":  # which AdamW keeps on the CPU
                 slot[key] = value.to(device)
     return learner

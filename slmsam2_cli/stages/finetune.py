@@ -1,7 +1,7 @@
 """Stage 3: data set + plan -> tuned model.   Reads plan.json, prepared/.
 
-Writes finetuned/{split.json,model.safetensors,log.csv,log.jsonl,progress.png,validation.json,left_out_*.png,state}, and
-adapter.safetensors for a plan with adapters.
+Writes finetuned/{split.json,model.safetensors,log.csv,log.jsonl,progress.png,validation.json,left_out_*.png,state}, tensorboard/ where
+that is installed, and adapter.safetensors for a plan with adapters.
 
 Plans and prepares by itself what has not been planned or prepared. A run interrupted after its folds leaves a usable model; all go on
 with --continue.
@@ -22,7 +22,7 @@ from slmsam2_cli.data import store
 from slmsam2_cli.data.dataset import Dataset, read_dataset
 from slmsam2_cli.data.prepared import Outcome, PreparedCase, prepare_all
 from slmsam2_cli.device import DeviceName, choose_device, describe, is_out_of_memory
-from slmsam2_cli.errors import DONE, DatasetError, DeviceError, OutputError, PlanError, UsageError
+from slmsam2_cli.errors import DONE, DatasetError, DeviceError, OutputError, PlanError, TrainingError, UsageError
 from slmsam2_cli.finetuning.calibrating import calibrated_on
 from slmsam2_cli.finetuning.curves import draw_progress
 from slmsam2_cli.finetuning.events import events
@@ -101,10 +101,10 @@ def finetune(
             _tune(run, ready, workspace, chosen, wish, resume)
     except OutputError as error:
         raise OutputError(f"{error}. Choose a workspace you can write to with -w") from None
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, TrainingError) as error:
         if not is_out_of_memory(error):
             raise
-        raise DeviceError(f"out of memory. {remedy(workspace.plan)}") from None
+        raise DeviceError(f"out of memory. {remedy(workspace.plan, chosen)}") from None
     return DONE
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -46,6 +47,15 @@ def test_a_prepared_case_holds_slices_between_0_and_1_and_its_view(data, tmp_pat
 def test_the_files_written_are_these(data, tmp_path):
     prepare(data.training[0], data, GEOMETRY, INTENSITY, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out" / "phantom_000").iterdir()) == ["frames.npy", "labels.npy", "record.json"]
+
+
+def test_another_process_is_told_where_the_arrays_lie_and_gets_parts_of_them_whole(data, tmp_path):
+    case = prepare(data.training[0], data, GEOMETRY, INTENSITY, tmp_path / "out")
+    sent, upper = pickle.dumps(case), replace(case, frames=case.frames[:, 2:])
+    assert len(sent) < case.frames.nbytes
+    there, there_upper = pickle.loads(sent), pickle.loads(pickle.dumps(upper))
+    assert np.array_equal(there.frames, case.frames) and np.array_equal(there.labels, case.labels) and not there.frames.flags.writeable
+    assert np.array_equal(there_upper.frames, case.frames[:, 2:])
 
 
 def test_a_case_without_a_label_has_none(data, tmp_path):

@@ -40,6 +40,13 @@ def test_of_a_volume_of_few_slices_none_is_left_out():
         assert {abs(step) for track in range(len(clips.window)) for step in np.diff(slice_numbers(clips, track)).tolist()} == {1}
 
 
+def test_a_volume_of_many_slices_is_not_shown_more_often_than_one_of_few():
+    many, few = case(slices=30, held=range(10, 20), name="many"), [case(slices=10, held=range(3, 8), name=f"few{i}") for i in range(4)]
+    sampler, rng = ClipSampler([many, *few], [1], whole(PX)), np.random.default_rng(0)
+    shown = [sampler.cases_of(sampler.choose(rng, 1, 4)) for _ in range(500)]
+    assert 0.14 < np.mean([ids == ("many",) for ids in shown]) < 0.26
+
+
 def test_two_thirds_of_the_clips_leave_no_slice_out():
     sampler = ClipSampler([case(slices=60, held=range(15, 45))], [1], whole(PX))
     steps = [abs(np.diff(slice_numbers(clips, 0))[0]) for clips in draws(sampler, 300, windows=1)]

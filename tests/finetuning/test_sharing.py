@@ -72,6 +72,16 @@ def test_two_processes_take_the_same_steps_as_one_with_as_many_clips():
         assert torch.allclose(p, q, atol=2e-4), name  # Adam makes much of gradients that are almost 0
 
 
+def test_three_processes_stay_in_step():
+    """Each of them has weights of its own: were they shared, all steps of one would be in those of another."""
+    settings = plan(clips_per_step=3)
+    alone, leader = learner(settings), learner(settings)
+    expected = steps(alone, settings)
+    with shared(leader, 3, partial(help_on, settings)) as ranks:
+        found = steps(leader, settings, ranks)
+    assert [one.losses["total"] for one in found] == pytest.approx([one.losses["total"] for one in expected], rel=1e-4)
+
+
 def test_of_one_clip_a_step_each_takes_one_the_gradient_is_the_same_and_the_first_one_says_when_it_is_over():
     settings = plan(clips_per_step=1, steps=50)
     alone, leader = learner(plan(steps=50)), learner(settings)
