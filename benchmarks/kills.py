@@ -1,9 +1,10 @@
 """Whether a fine-tuning run that is killed again and again ends with the same bits as one that is left alone.
 
-    python benchmarks/kills.py [--kills 10] [--seed 0]
+    python benchmarks/kills.py [--kills 10] [--seed 0] [--validation left-out]
 
-Two made-up volumes, short runs that leave one out and then 100 steps, states saved every three seconds. The second run is sent SIGKILL at
-random moments and goes on with --continue each time; then the weights of both are compared. Takes about four minutes on one core.
+Two made-up volumes, 60 steps, states saved every three seconds; with --validation left-out, short runs that leave one out before that (on
+these volumes they keep the base, so that the 60 steps are not taken). The second run is sent SIGKILL at random moments and goes on with
+--continue each time; then the weights of both are compared. Takes about four minutes on one core.
 """
 
 import argparse
@@ -16,16 +17,42 @@ import tempfile
 import time
 from pathlib import Path
 
+from slmsam2_cli import console
 from slmsam2_cli.data.phantom import write_phantom_dataset
 from slmsam2_cli.model.checkpoint import read_checkpoint
+from slmsam2_cli.planning.plan import read_plan, write_plan
+from slmsam2_cli.stages.plan import plan
 from slmsam2_cli.workspace import Workspace
 
 RUN = "import slmsam2_cli.stages.finetune as stage; stage.SAVE_EVERY_S = 3.0; from slmsam2_cli.cli import main; main()"
 
 
-def finetune(root: Path, space: Workspace, *more: str) -> "subprocess.Popen[bytes]":
-    line = [sys.executable, "-c", RUN, "finetune", "-n", "2", "--steps", "100", "-d", str(root), "-w", str(space.root), "--quiet", *more]
+def finetune(root: Path, space: Workspace, validation: str, *more: str) -> "subprocess.Popen[bytes]":
+    line = [
+        sys.executable,
+        "-c",
+        RUN,
+        "finetune",
+        "-n",
+        "2",
+        "--steps",
+        "60" if validation == "none" else "100",
+        "-d",
+        str(root),
+        "-w",
+        str(space.root),
+        "--quiet",
+        *more,
+    ]
     return subprocess.Popen(line, env=dict(os.environ, OMP_NUM_THREADS="1"))
+
+
+def planned(root: Path, space: Workspace, validation: str) -> None:
+    plan(root, space, report=False)
+    decided = read_plan(space.plan)
+    training = decided.training.model_copy(update={"validation": validation})
+    space.plan.unlink()
+    write_plan(space.plan, decided.model_copy(update={"training": training}))
 
 
 def begun(space: Workspace) -> bool:
@@ -36,20 +63,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--validation", choices=["none", "left-out"], default="none")
     options = parser.parse_args()
+    console.settings.quiet = True
     draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name) / "Phantoms"
         write_phantom_dataset(root, cases=4, test_cases=0, seed=3, shape=(16, 64, 64))
         calm, killed = Workspace(Path(name) / "calm"), Workspace(Path(name) / "killed")
+        for space in (calm, killed):
+            planned(root, space, options.validation)
         started = time.monotonic()
-        if finetune(root, calm).wait():
+        if finetune(root, calm, options.validation).wait():
             sys.exit("the run that was left alone failed")
         took = time.monotonic() - started
         print(f"left alone: {took:.0f} s", flush=True)
         kills = 0
         while True:
-            run = finetune(root, killed, *(["--continue"] if begun(killed) else []))
+            run = finetune(root, killed, options.validation, *(["--continue"] if begun(killed) else []))
             try:
                 code = run.wait(draw.uniform(2, took / 3) if kills < options.kills else None)
             except subprocess.TimeoutExpired:
