@@ -82,7 +82,7 @@ def main() -> None:
         while True:
             run = finetune(root, killed, options.validation, *(["--continue"] if begun(killed) else []))
             try:
-                code = run.wait(draw.uniform(2, took / 3) if kills < options.kills else None)
+                code = run.wait(draw.uniform(2, took / 6) if kills < options.kills else None)
             except subprocess.TimeoutExpired:
                 run.send_signal(signal.SIGKILL)
                 run.wait()

@@ -7,7 +7,7 @@ be segmented; from trained weights they are long from the start.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,16 +28,21 @@ from slmsam2_cli.model.slmsam2 import MemoryBank, SliceFeatures, SliceOutput, Sl
 from slmsam2_cli.planning.plan import TrainingPlan
 
 _EMA = 0.99
+KEPT_PRESENCE = 3.0  # what presence counts where it is kept as it was; with 1 it drifted (docs/decisions.md)
 _CURRICULUM = ((0.2, 2), (0.35, 4))  # share of the run up to which clips have at most so many slices
 Track = Callable[[SliceFeatures, MemoryBank, int], SliceOutput]
 
 
 @dataclass(kw_only=True)
 class Learner(learning.Learner):
-    """With whether it started from random weights, and by how much the presence score of those it started from had been lowered."""
+    """With whether it started from random weights, and by how much the presence score of those it started from had been lowered.
+
+    teacher: the network as it was before the first step, whose belief about presence is kept; None: presence learns the truth.
+    """
 
     from_scratch: bool
     lowered: float = 0.0
+    teacher: SlmSam2 | None = None
 
 
 def new_learner(model: SlmSam2, plan: TrainingPlan, from_scratch: bool, lowered: float = 0.0) -> Learner:
@@ -49,7 +54,15 @@ def new_learner(model: SlmSam2, plan: TrainingPlan, from_scratch: bool, lowered:
         optimiser=torch.optim.AdamW(parameter_groups(model, plan), lr=plan.learning_rate),
         from_scratch=from_scratch,
         lowered=lowered,
+        teacher=_teacher(model) if plan.presence == "base" and not from_scratch else None,
     )
+
+
+def _teacher(model: SlmSam2) -> SlmSam2:
+    """The network as it is now, without a recogniser."""
+    teacher = average_of(model)
+    teacher.recogniser = None
+    return teacher
 
 
 def clip_slices(done: float, plan: TrainingPlan, from_scratch: bool) -> int:
@@ -107,7 +120,7 @@ def _batches(learner: Learner, material: Material, plan: TrainingPlan, ranks: Ra
 def _step(learner: Learner, batch: Batch, rate: float, ranks: Ranks) -> dict[str, float]:
     device = learner.model.device
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        losses = clip_losses(learner.model, batch.clips, device, weights_of(learner), ranks.mean)
+        losses = clip_losses(learner.model, batch.clips, device, weights_of(learner), ranks.mean, learner.teacher)
         beside = _recogniser_loss(learner, batch.seen, device)
     return descend(learner, losses, rate, _EMA, beside, ranks)
 
@@ -122,6 +135,8 @@ def _recogniser_loss(learner: Learner, seen: tuple[Tensor, Tensor] | None, devic
 
 def weights_of(learner: Learner) -> Weights:
     """What each part of the loss counts for this network."""
+    if learner.teacher is not None:
+        return replace(usual_weights(learner.model), presence=KEPT_PRESENCE)
     return replace(usual_weights(learner.model), lowered=learner.lowered)
 
 
@@ -135,13 +150,22 @@ def clip_losses(
     device: torch.device,
     weights: Weights | None = None,
     over: Callable[[Tensor], Tensor] = lambda counts: counts,
+    teacher: SlmSam2 | None = None,
 ) -> list[SliceLoss]:
     """Track M objects from their first slice; one loss per tracked slice, T - 1 in all.
 
-    weights: None for the network's usual ones; over: the mean of (T, 3) counts of objects over the processes that share a step.
+    weights: None for the network's usual ones; over: the mean of (T, 3) counts of objects over the processes that share a step;
+    teacher: what presence learns is this network's belief about the same clips.
     """
     weights = weights or usual_weights(model)
     clips = clips.to(device)
+    believed = _believed(teacher, clips) if teacher is not None else None
+    counts = torch.stack([object_counts(masks, clips.known[t] if clips.known is not None else None) for t, masks in enumerate(clips.masks)])
+    return followed(model, clips, *_begun(model, clips), len(clips.masks), weights, over(counts), believed)
+
+
+def _begun(model: SlmSam2, clips: Clips) -> tuple[SliceFeatures, MemoryBank, Track]:
+    """All slices encoded, the first one remembered, and how the others are tracked."""
     features = model.encode(clips.frames.flatten(0, 1))
     bank, first = MemoryBank(), features.at(clips.feature_index(0))
     bank.anchors[0] = model.remember(first, model.anchor(first, clips.masks[0]), clips.masks[0])
@@ -149,8 +173,26 @@ def clip_losses(
     def track(here: SliceFeatures, bank: MemoryBank, t: int) -> SliceOutput:
         return model.track(here, bank, Moment(t, 1, bank.anchors, bank.tracked, clips.slices))
 
-    counts = torch.stack([object_counts(masks, clips.known[t] if clips.known is not None else None) for t, masks in enumerate(clips.masks)])
-    return followed(model, clips, features, bank, track, len(clips.masks), weights, over(counts))
+    return features, bank, track
+
+
+@torch.no_grad()
+def _believed(teacher: SlmSam2, clips: Clips) -> list[Tensor]:
+    """For every slice, how probable a network thinks it that each object is there, (M,)."""
+    features, bank, track = _begun(teacher, clips)
+    length = len(clips.masks)
+    said = [output.presence for output in _walked(teacher, clips, features, bank, track, length)]
+    return [torch.ones_like(said[0].squeeze(1)), *(logits.float().squeeze(1).sigmoid() for logits in said)]
+
+
+def _walked(model: SlmSam2, clips: Clips, features: SliceFeatures, bank: MemoryBank, track: Track, until: int) -> Iterator[SliceOutput]:
+    """Slices 1 ... until - 1, each tracked by `track`; its memory goes into the bank."""
+    for t in range(1, until):
+        here = features.at(clips.feature_index(t))
+        output = track(here, bank, t)
+        yield output
+        if t + 1 < until:
+            bank.tracked[t] = model.remember(here, output)
 
 
 def followed(
@@ -162,17 +204,15 @@ def followed(
     until: int,
     weights: Weights = SAM2,
     counts: Tensor | None = None,
+    believed: Sequence[Tensor] | None = None,
 ) -> list[SliceLoss]:
     """One loss per slice 1 ... until - 1, each tracked by `track`; its memory goes into the bank.
 
-    features: of all T * W slices, as `Clips.feature_index` numbers them; counts: (T, 3), as slice_loss takes them.
+    features: of all T * W slices, as `Clips.feature_index` numbers them; counts: (T, 3), believed: T times (M,), as slice_loss takes them.
     """
     losses = []
-    for t in range(1, until):
-        here = features.at(clips.feature_index(t))
-        output = track(here, bank, t)
+    for t, output in enumerate(_walked(model, clips, features, bank, track, until), start=1):
         known = clips.known[t] if clips.known is not None else None
-        losses.append(slice_loss(output, clips.masks[t], known, weights, counts[t] if counts is not None else None))
-        if t + 1 < until:
-            bank.tracked[t] = model.remember(here, output)
+        here = (counts[t] if counts is not None else None, believed[t] if believed is not None else None)
+        losses.append(slice_loss(output, clips.masks[t], known, weights, *here))
     return losses

@@ -100,13 +100,19 @@ def true_iou(logits: Tensor, target: Tensor, known: Tensor | None = None) -> Ten
 
 
 def slice_loss(
-    output: SliceOutput, target: Tensor, known: Tensor | None = None, weights: Weights = SAM2, counts: Tensor | None = None
+    output: SliceOutput,
+    target: Tensor,
+    known: Tensor | None = None,
+    weights: Weights = SAM2,
+    counts: Tensor | None = None,
+    believed: Tensor | None = None,
 ) -> SliceLoss:
     """Loss of B objects on one slice. target (B, 1, H, W) in {0, 1}; candidates are brought to its size.
 
     known (B, 1, H, W): 0 where nobody looked (the ignore label), where no term counts; presence counts where the object was
     seen, or all of the slice was looked at. counts: what sums over the objects are divided by, `object_counts` of these, or the mean of
-    those of several processes, each of which sees some of the objects.
+    those of several processes, each of which sees some of the objects. believed (B,): how probable it is that each is there, for
+    presence to learn instead of the truth.
     """
     candidates = F.interpolate(output.candidates, size=target.shape[-2:], mode="bilinear", align_corners=False)
     truth = target.expand_as(candidates)
@@ -121,8 +127,9 @@ def slice_loss(
         pixels=(pixels[rows, best] * torch.where(present > 0, 1.0, weights.absent)).sum() / objects,
         dice=(dices[rows, best] * present).sum() / held.clamp(min=_NONE),
         iou=(iou_error * present).sum() / held.clamp(min=_NONE),
-        presence=(_presence(output.presence.float().squeeze(1) + weights.lowered, present) * _sure(present, known)).sum()
-        / sure.clamp(min=_NONE),
+        presence=_presence(output.presence.float().squeeze(1) + weights.lowered, present, _sure(present, known), sure)
+        if believed is None
+        else _presence(output.presence.float().squeeze(1), believed, torch.ones_like(present), objects),
         weights=weights,
     )
 
@@ -133,9 +140,10 @@ def object_counts(target: Tensor, known: Tensor | None = None) -> Tensor:
     return torch.stack([torch.ones_like(present).sum(), present.sum(), _sure(present, known).sum()])
 
 
-def _presence(logits: Tensor, present: Tensor) -> Tensor:
-    """Cross-entropy of presence, (B,)."""
-    return F.binary_cross_entropy_with_logits(logits, present, reduction="none")
+def _presence(logits: Tensor, chance: Tensor, counted: Tensor, count: Tensor) -> Tensor:
+    """Cross-entropy of presence over the objects that count, 0 when none does. logits, chance, counted (B,)."""
+    each = F.binary_cross_entropy_with_logits(logits, chance, reduction="none")
+    return (each * counted).sum() / count.clamp(min=_NONE)
 
 
 def _sure(present: Tensor, known: Tensor | None) -> Tensor:

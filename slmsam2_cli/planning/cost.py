@@ -73,8 +73,9 @@ def cost_of_tuning(plan: Plan, fingerprint: Fingerprint, count: int, pace_s: flo
     calibrating = LEARNED_BYTES + max(_predicting_bytes(plan, case) for case in cases)
     seconds = None
     if pace_s is not None:
-        steps = training_for(plan, count).steps
-        step = pace_s * (clips * (encoded + tracked) * STEP_PACES + maps * SEEN_PACES)
+        steps, presence = (rule := training_for(plan, count)).steps, rule.presence
+        paces = STEP_PACES + (1 if presence == "base" else 0)  # the base is asked, too
+        step = pace_s * (clips * (encoded + tracked) * paces + maps * SEEN_PACES)
         apart = sum(_predicting_s(plan, case, pace_s) for case in cases) / len(cases)
         folds, share = (0, 0.0) if training.validation == "none" else (1, SHARE_OF_ONE) if count == 1 else (FOLDS, SHARE)
         looks = (CHECKED * count + JUDGED * folds) * apart

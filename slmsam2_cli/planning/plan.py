@@ -23,6 +23,7 @@ FORMAT_VERSION = 1
 _NO_DECISION = {"reasons", "asked", "decided_digest", "tool_version"}
 Strategy = Literal["full", "frozen-encoder", "decoder+memory", "adapters"]
 ValidationScheme = Literal["left-out", "none"]
+PresenceTarget = Literal["truth", "base"]
 Asked = Literal["geometry.slice_axis", "training.minutes", "training.clip_slices"]
 Label = Annotated[int, Field(ge=1, le=65535)]
 
@@ -119,6 +120,10 @@ class TrainingPlan(Frozen):
     )
     adapters: AdapterPlan = Field(default_factory=AdapterPlan, description="their kind and size")
     recogniser: bool = Field(default=True, description="whether a second, small network learns what the labels look like")
+    presence: PresenceTarget = Field(
+        default="truth",
+        description="what the presence score learns: truth, the labels; base, what the base believes, so that ends stay where it sees them",
+    )
     validation: ValidationScheme = Field(
         default="none",
         description="left-out: short runs first, each without one volume, so that the worse of base and tuned model is never kept; none",
@@ -126,8 +131,9 @@ class TrainingPlan(Frozen):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Strategy, adapters, recogniser, validation and processes are written only where they are not as ever."""
-        usual = {"strategy": "full", "adapters": AdapterPlan().model_dump(), "recogniser": True, "validation": "none", "processes": 1}
+        """Strategy, adapters, recogniser, presence, validation and processes are written only where they are not as ever."""
+        usual = {"strategy": "full", "adapters": AdapterPlan().model_dump(), "recogniser": True, "presence": "truth"}
+        usual |= {"validation": "none", "processes": 1}
         return {name: value for name, value in whole(self).items() if name not in usual or value != usual[name]}
 
 

@@ -10,6 +10,7 @@ from slmsam2_cli.finetuning.clips import ClipSampler
 from slmsam2_cli.finetuning.feeding import Material
 from slmsam2_cli.finetuning.learner import share_done
 from slmsam2_cli.finetuning.loop import clip_losses, clip_slices, new_learner, train
+from slmsam2_cli.finetuning.losses import Weights
 from slmsam2_cli.finetuning.recognising import SliceSampler, new_recogniser
 from slmsam2_cli.finetuning.resume import load_state, previous_of, save_state
 from slmsam2_cli.model.slmsam2 import SlmSam2
@@ -177,3 +178,33 @@ def test_a_run_is_done_by_steps_or_by_minutes_whichever_comes_first():
     one.step, one.seconds = 2, 30.0
     assert share_done(one, plan(4)) == 0.5
     assert share_done(one, plan(4, minutes=0.5)) == 1.0
+
+
+def test_where_presence_is_kept_the_untouched_network_has_nothing_to_learn_of_it():
+    torch.manual_seed(0)
+    one = new_learner(SlmSam2(NetworkPlan(size="nano"), PX), plan(presence="base"), from_scratch=False)
+    clips = sampler().draw(np.random.default_rng(0), 1, 3, 4)
+    only = Weights(pixels=0.0, dice=0.0, iou=0.0, presence=1.0)
+    for teacher, still in ((one.teacher, True), (None, False)):
+        one.model.zero_grad()
+        losses = clip_losses(one.model, clips, torch.device("cpu"), only, teacher=teacher)
+        torch.stack([part.total for part in losses]).mean().backward()
+        largest = max(float(p.grad.abs().max()) for p in one.model.parameters() if p.grad is not None)
+        assert (largest < 1e-6) == still
+
+
+def test_presence_is_kept_only_by_plan_and_never_from_random_weights():
+    model = SlmSam2(NetworkPlan(size="nano"), PX)
+    assert new_learner(model, plan(), from_scratch=False).teacher is None
+    assert new_learner(model, plan(presence="base"), from_scratch=True).teacher is None
+    teacher = new_learner(model, plan(presence="base"), from_scratch=False).teacher
+    assert teacher is not None and not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_what_keeps_presence_does_not_change_while_the_rest_learns():
+    torch.manual_seed(0)
+    one = new_learner(SlmSam2(NetworkPlan(size="nano"), PX), plan(2, presence="base"), from_scratch=False)
+    before = [p.clone() for p in one.teacher.parameters()]
+    assert len(list(train(one, Material(sampler()), plan(2, presence="base"), lambda: False))) == 2
+    assert all(torch.equal(p, q) for p, q in zip(before, one.teacher.parameters()))
+    assert any(not torch.equal(p, q) for p, q in zip(before, one.model.parameters()))

@@ -104,3 +104,13 @@ def test_a_mask_where_nothing_is_may_count_more():
     nothing, mask = torch.zeros(1, 1, 8, 8), output(torch.zeros(1, 1, 8, 8))
     once, ten_times = (slice_loss(mask, nothing, weights=Weights(balanced=True, absent=times)).pixels for times in (1.0, 10.0))
     assert ten_times.item() == pytest.approx(10 * once.item())
+
+
+def test_presence_that_is_kept_is_compared_with_what_was_believed_whatever_the_truth():
+    even = torch.tensor([0.5])
+    for target in (half(), torch.zeros(1, 1, 8, 8)):
+        assert slice_loss(output(torch.zeros(1, 1, 8, 8), presence=0.0), target, believed=even).presence.item() == pytest.approx(
+            math.log(2)
+        )
+        sure = slice_loss(output(torch.zeros(1, 1, 8, 8), presence=4.0), target, believed=torch.tensor([1.0])).presence
+        assert sure.item() == pytest.approx(math.log(1 + math.exp(-4)), rel=1e-4)
