@@ -32,7 +32,7 @@ class Hint:
     """What is recognised of one structure.
 
     margins (T, px, px): logits of the label against all others, in `view`; agreement: Dice with what was drawn, mean over the annotated
-    slices; area: of what was drawn, in pixels of the slices, mean.
+    slices; area: of what was drawn, in pixels of the slices, mean; raises: whether it may find the structure where propagation sees none.
     """
 
     margins: Tensor
@@ -40,6 +40,7 @@ class Hint:
     slice_px: int
     agreement: float
     area: float
+    raises: bool = True
 
     @property
     def share(self) -> float:
@@ -59,6 +60,8 @@ class Hint:
         pixels = max(_FEW, int(LEAST_AREA * self.area * (chosen.shape[-1] / place.edge) ** 2))
         there = torch.where(seen.to(share) > 0, margins, -SURE).flatten().topk(min(pixels, margins.numel())).values.mean()
         presence = torch.lerp(output.presence.float().clamp(-SURE, SURE), there.float().expand_as(output.presence), self.share)
+        if not self.raises:
+            presence = torch.minimum(presence, output.presence.float().clamp(-SURE, SURE))
         return revised(output, chosen, presence)
 
     def _at(self, t: int, place: Square, edge: int) -> tuple[Tensor, Tensor]:
@@ -82,7 +85,7 @@ def recognised(recogniser: Recogniser, frames: Tensor, drawn: Mapping[int, Seque
     slice_px = frames.shape[-1]
     view = view_of([mask for masks in held.values() for _, mask in masks], slice_px)
     margins = _margins(recogniser, view.cut(frames[:, : recogniser.channels].float(), recogniser.px), list(held))
-    return {value: _hint(margins[value], view, slice_px, masks) for value, masks in held.items()}
+    return {value: _hint(margins[value], view, slice_px, masks, recogniser.raises) for value, masks in held.items()}
 
 
 def _margins(recogniser: Recogniser, stack: Tensor, values: Sequence[int]) -> dict[int, Tensor]:
@@ -115,11 +118,11 @@ def _told(recogniser: Recogniser, slices: Tensor, values: Sequence[int]) -> Tens
     return torch.stack(margins, dim=1).clamp(-SURE, SURE).cpu()
 
 
-def _hint(margins: Tensor, view: Square, slice_px: int, masks: Sequence[tuple[int, Tensor]]) -> Hint:
+def _hint(margins: Tensor, view: Square, slice_px: int, masks: Sequence[tuple[int, Tensor]], raises: bool) -> Hint:
     agreement, area = 0.0, 0.0
     for t, mask in masks:
         said = view.paste(margins[t].float(), slice_px, -SURE) > 0
         pixels = int(said.sum()) + int(mask.sum())
         agreement += 2 * int((said & mask).sum()) / pixels / len(masks)
         area += int(mask.sum()) / len(masks)
-    return Hint(margins, view, slice_px, agreement, area)
+    return Hint(margins, view, slice_px, agreement, area, raises)

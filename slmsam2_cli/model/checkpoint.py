@@ -267,9 +267,12 @@ def fit(model: SlmSam2, checkpoint: Checkpoint, modality: str | None = None) -> 
 def recogniser_of(checkpoint: Checkpoint) -> Recogniser | None:
     """What knows the labels these weights were tuned on, if anything does. WeightsError when it is damaged."""
     try:
-        return recogniser_in(checkpoint.state)
+        found = recogniser_in(checkpoint.state)
     except ValueError as error:
         raise WeightsError(f"{checkpoint.name}: corrupt: {error}. Fetch or train it again") from None
+    if found is not None and checkpoint.plan is not None:
+        found.raises = checkpoint.plan.training.raises
+    return found
 
 
 def _which_network(checkpoint: Checkpoint, network: NetworkPlan, wrong: str) -> str:

@@ -32,14 +32,16 @@ def _block(read: int, write: int) -> nn.Sequential:
 
 class Recogniser(nn.Module):
     """channels: of the images; labels: values it tells apart; px: edge of what it sees, a multiple of 8; width: channels at full
-    resolution, a multiple of 8. ValueError."""
+    resolution, a multiple of 8. ValueError. `raises`: whether it may find a structure where propagation sees none."""
 
+    raises: bool
     labels: Tensor
     one_piece: Tensor
     px_seen: Tensor
 
     def __init__(self, channels: int, labels: Sequence[int], px: int, width: int = 32) -> None:
         super().__init__()
+        self.raises = True
         if px % 8 or not 8 <= px <= MOST_PX or width % _GROUPS or width <= 0:
             raise ValueError(f"px {px} and width {width} must be multiples of 8 above 0, px at most {MOST_PX}")
         widths = [width, 2 * width, 4 * width, 4 * width]

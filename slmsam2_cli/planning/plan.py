@@ -129,6 +129,11 @@ class TrainingPlan(Frozen):
         description="left-out: short runs first, each without one volume, so that the worse of base and tuned model is never kept; none",
     )
 
+    @property
+    def raises(self) -> bool:
+        """Whether the recogniser may find a structure where propagation sees none: not where presence is kept as the base has it."""
+        return self.presence != "base"
+
     @model_serializer(mode="wrap")
     def _without_defaults(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Strategy, adapters, recogniser, presence, validation and processes are written only where they are not as ever."""

@@ -87,6 +87,13 @@ def test_logits_and_presence_are_the_mean_of_both_where_it_counts_one_half():
     assert (mixed.logits > 0).all()
 
 
+def test_one_that_may_not_raise_ends_a_structure_but_finds_none():
+    """Presence -4 and recognised at +10, which counts one half: +3 for one that may; +4 and -10: -3 for both."""
+    for raises, found in ((True, 3.0), (False, -4.0)):
+        assert float(replace(hint(), raises=raises).heeded(output(2.0, -4.0), 0, None).presence) == pytest.approx(found)
+        assert float(replace(hint(margin=-SURE), raises=raises).heeded(output(2.0, 4.0), 0, None).presence) == pytest.approx(-3.0)
+
+
 def test_neither_counts_more_than_sure():
     mixed = hint(margin=-500.0).heeded(output(500.0, 500.0), 0, None)
     assert mixed.chosen.abs().max() < 1e-5
