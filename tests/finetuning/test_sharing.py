@@ -22,6 +22,15 @@ PX = 32
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def one_thread_each():
+    """Several processes of several threads wait for each other's cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def plan(**changes):
     base = {"steps": 3, "clip_slices": 3, "clips_per_step": 2, "learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 0.01}
     return TrainingPlan(**{**base, **changes})
