@@ -56,6 +56,19 @@ class Learner:
     seconds: float = 0.0
     waited: float = 0.0
 
+    def to(self, device: torch.device) -> None:
+        """Move it to a device; its optimiser goes on."""
+        for network in self.networks():
+            network.to(device)
+        for slot in self.optimiser.state.values():
+            for key, value in slot.items():
+                if isinstance(value, Tensor) and key != "step":  # which AdamW keeps on the CPU
+                    slot[key] = value.to(device)
+
+    def networks(self) -> tuple[SlmSam2, ...]:
+        """All that have weights."""
+        return self.model, self.average
+
     def draws(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state of its own generators, as tensors and as text."""
         return {}, {}

@@ -44,6 +44,9 @@ class Learner(learning.Learner):
     lowered: float = 0.0
     teacher: SlmSam2 | None = None
 
+    def networks(self) -> tuple[SlmSam2, ...]:
+        return (*super().networks(), *([self.teacher] if self.teacher is not None else []))
+
 
 def new_learner(model: SlmSam2, plan: TrainingPlan, from_scratch: bool, lowered: float = 0.0) -> Learner:
     """A learner at step 0 of what the model lets be trained (strategies.py); the seed is the plan's."""

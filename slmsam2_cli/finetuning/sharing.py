@@ -124,7 +124,8 @@ def shared(learner: Learner, count: int, work: Work) -> Iterator[Ranks]:
     threads = max(1, before // count) if device.type == "cpu" else before
     lines, processes, group = list[Connection](), list[BaseProcess](), None
     with tempfile.TemporaryDirectory() as folder:
-        meeting, follower = Path(folder) / "meeting", _moved(copy.deepcopy(learner), torch.device("cpu"))
+        meeting, follower = Path(folder) / "meeting", copy.deepcopy(learner)
+        follower.to(torch.device("cpu"))
         try:
             with _no_signals():
                 for rank in range(1, count):
@@ -181,7 +182,9 @@ def _follow(rank: int, count: int, kind: str, threads: int, meeting: Path, learn
         torch.set_num_threads(threads)
         line.send(_READY)
         group = Group(rank, count, device, meeting)
-        work(_moved(copy.deepcopy(learner), device), group)  # a copy: what came through the pipe, all that follow share
+        own = copy.deepcopy(learner)  # what came through the pipe, all that follow share
+        own.to(device)
+        work(own, group)
         dist.destroy_process_group()
     except SlmSam2Error as error:
         line.send(str(error))
@@ -199,14 +202,3 @@ def _last_words(line: Connection, process: BaseProcess, wait_s: float = 0.0) -> 
 
 def _ended(why: str) -> TrainingError:
     return TrainingError(f"a process that shares the steps ended: {why}. Go on with slmsam2 finetune --continue")
-
-
-def _moved(learner: Learner, device: torch.device) -> Learner:
-    """The same learner on a device; its optimiser goes on."""
-    learner.model.to(device)
-    learner.average.to(device)
-    for slot in learner.optimiser.state.values():
-        for key, value in slot.items():
-            if isinstance(value, Tensor) and key != "step":  # which AdamW keeps on the CPU
-                slot[key] = value.to(device)
-    return learner

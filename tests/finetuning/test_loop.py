@@ -208,3 +208,12 @@ def test_what_keeps_presence_does_not_change_while_the_rest_learns():
     assert len(list(train(one, Material(sampler()), plan(2, presence="base"), lambda: False))) == 2
     assert all(torch.equal(p, q) for p, q in zip(before, one.teacher.parameters()))
     assert any(not torch.equal(p, q) for p, q in zip(before, one.model.parameters()))
+
+
+def test_a_learner_moves_with_all_its_networks_and_what_its_optimiser_remembers():
+    one = new_learner(SlmSam2(NetworkPlan(size="nano"), PX), plan(1, presence="base"), from_scratch=False)
+    list(train(one, Material(sampler()), plan(1, presence="base"), lambda: False))
+    one.to(torch.device("meta"))
+    networks = (one.model, one.average, one.teacher)
+    assert {p.device.type for network in networks for p in network.parameters()} == {"meta"}
+    assert {slot["exp_avg"].device.type for slot in one.optimiser.state.values()} == {"meta"}

@@ -92,9 +92,9 @@ def test_three_processes_stay_in_step():
 
 
 def test_of_one_clip_a_step_each_takes_one_the_gradient_is_the_same_and_the_first_one_says_when_it_is_over():
-    settings = plan(clips_per_step=1, steps=50)
-    alone, leader = learner(plan(steps=50)), learner(settings)
-    (expected,) = steps(alone, plan(steps=50), until=1)
+    settings, whole_ = plan(clips_per_step=1, steps=50, presence="base"), plan(steps=50, presence="base")
+    alone, leader = learner(whole_), learner(settings)
+    (expected,) = steps(alone, whole_, until=1)
     with shared(leader, 2, partial(help_on, settings)) as ranks:
         (found,) = steps(leader, settings, ranks, until=1)
     assert found.losses == pytest.approx(expected.losses, rel=1e-4)
