@@ -195,9 +195,14 @@ def _follow(rank: int, count: int, kind: str, threads: int, meeting: Path, learn
 def _last_words(line: Connection, process: BaseProcess, wait_s: float = 0.0) -> str | None:
     """What a process has said; None where it says nothing and goes on."""
     try:
-        return str(line.recv()) if line.poll(wait_s) else None if process.exitcode is None else "it was killed"
+        return str(line.recv()) if line.poll(wait_s) else None if process.exitcode is None else _end_of(process)
     except EOFError:
-        return "it was killed"
+        return _end_of(process)
+
+
+def _end_of(process: BaseProcess) -> str:
+    process.join(_END_S)
+    return "it was killed" if (process.exitcode or -1) < 0 else f"it could not be started (exit code {process.exitcode})"
 
 
 def _ended(why: str) -> TrainingError:

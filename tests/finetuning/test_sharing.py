@@ -1,24 +1,15 @@
 """Two processes that share the steps do what one does with all of their clips; one that dies is an error, not a hang."""
 
 import os
-import signal
 from functools import partial
 
 import pytest
 import torch
-from stacks import case, whole
+from sharers import die_on, fail_on, help_on, learner, plan, steps
 
 from slmsam2_cli.errors import DeviceError, TrainingError
-from slmsam2_cli.finetuning.clips import ClipSampler
-from slmsam2_cli.finetuning.feeding import Material
-from slmsam2_cli.finetuning.loop import new_learner, train
-from slmsam2_cli.finetuning.recognising import SliceSampler, new_recogniser
-from slmsam2_cli.finetuning.sharing import ALONE, check_processes, shared
-from slmsam2_cli.model.slmsam2 import SlmSam2
-from slmsam2_cli.planning.network import NetworkPlan
-from slmsam2_cli.planning.plan import TrainingPlan
+from slmsam2_cli.finetuning.sharing import check_processes, shared
 
-PX = 32
 CPU = torch.device("cpu")
 
 
@@ -29,42 +20,6 @@ def one_thread_each():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def plan(**changes):
-    base = {"steps": 3, "clip_slices": 3, "clips_per_step": 2, "learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 0.01}
-    return TrainingPlan(**{**base, **changes})
-
-
-def material():
-    """A label on four slices of one volume and three of another, of which the last were not looked at."""
-    two = [case(slices=8, held=range(2, 6), size=(PX, PX)), case(slices=8, held=range(3, 6), size=(PX, PX), name="b")]
-    two[1].labels[6:] = 9
-    return Material(ClipSampler(two, [1], whole(PX), 9), SliceSampler(two, [1], PX, 9))
-
-
-def learner(settings):
-    torch.manual_seed(0)
-    model = SlmSam2(NetworkPlan(size="nano"), PX)
-    model.recogniser = new_recogniser(material().slices, 1, 0)
-    return new_learner(model, settings, from_scratch=False)
-
-
-def steps(one, settings, ranks=ALONE, until=None):
-    return list(train(one, material(), settings, lambda: until is not None and one.step >= until, ranks))
-
-
-def help_on(settings, one, ranks):
-    steps(one, settings, ranks)
-
-
-def die_on(settings, one, ranks):
-    for _ in train(one, material(), settings, lambda: False, ranks):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def fail_on(settings, one, ranks):
-    raise TrainingError("step 1, a: the volume is damaged")
 
 
 def test_two_processes_take_the_same_steps_as_one_with_as_many_clips():
