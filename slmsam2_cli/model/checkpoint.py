@@ -271,7 +271,7 @@ def recogniser_of(checkpoint: Checkpoint) -> Recogniser | None:
     except ValueError as error:
         raise WeightsError(f"{checkpoint.name}: corrupt: {error}. Fetch or train it again") from None
     if found is not None and checkpoint.plan is not None:
-        found.raises = checkpoint.plan.training.raises
+        found.raises = checkpoint.plan.training.finds
     return found
 
 

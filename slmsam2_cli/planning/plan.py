@@ -120,6 +120,7 @@ class TrainingPlan(Frozen):
     )
     adapters: AdapterPlan = Field(default_factory=AdapterPlan, description="their kind and size")
     recogniser: bool = Field(default=True, description="whether a second, small network learns what the labels look like")
+    finds: bool = Field(default=True, description="whether the recogniser may find a structure where propagation sees none")
     presence: PresenceTarget = Field(
         default="truth",
         description="what the presence score learns: truth, the labels; base, what the base believes, so that ends stay where it sees them",
@@ -129,15 +130,10 @@ class TrainingPlan(Frozen):
         description="left-out: short runs first, each without one volume, so that the worse of base and tuned model is never kept; none",
     )
 
-    @property
-    def raises(self) -> bool:
-        """Whether the recogniser may find a structure where propagation sees none: not where presence is kept as the base has it."""
-        return self.presence != "base"
-
     @model_serializer(mode="wrap")
     def _without_defaults(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Strategy, adapters, recogniser, presence, validation and processes are written only where they are not as ever."""
-        usual = {"strategy": "full", "adapters": AdapterPlan().model_dump(), "recogniser": True, "presence": "truth"}
+        """Strategy, adapters, recogniser, finds, presence, validation and processes are written only where they are not as ever."""
+        usual = {"strategy": "full", "adapters": AdapterPlan().model_dump(), "recogniser": True, "finds": True, "presence": "truth"}
         usual |= {"validation": "none", "processes": 1}
         return {name: value for name, value in whole(self).items() if name not in usual or value != usual[name]}
 

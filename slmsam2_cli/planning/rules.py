@@ -20,7 +20,7 @@ from slmsam2_cli.planning.plan import Asked, EvaluationPlan, GeometryPlan, Plan,
 from slmsam2_cli.version import VERSION
 
 MANY = 20  # training cases; more do not lengthen the run
-TOO_FEW_FOR_ENDS = 2
+TOO_FEW_TO_FIND = 2  # volumes from which a recogniser cannot tell what is always there from what is elsewhere, too
 COARSE = 1.5  # an axis is coarse when its spacing is this many times that of the next
 OVERLAP_MARGIN = 0.03  # neighbouring overlaps closer than this are equal, see docs/decisions.md
 MASK_PIXEL = 4  # network pixels along the edge of one pixel of the mask the network predicts
@@ -252,8 +252,8 @@ def choose_network(asked: str | None) -> Decision[NetworkSize]:
 def choose_training(size: NetworkSize, cases: int, from_scratch: bool = False) -> Decision[TrainingPlan]:
     """More volumes, more steps, up to a limit; the published recipe for the big networks, a faster one for the small.
 
-    From random weights everything has to be learned, so the run is longer and its rate higher. Where structures end, nano knows better than
-    one or two volumes can teach it (docs/explanation/training.md).
+    From random weights everything has to be learned, so the run is longer and its rate higher. From its base nano keeps what it
+    knows of where structures end: a few volumes teach it no better (docs/explanation/training.md).
     """
     counted = min(cases, MANY)
     if size == "nano":
@@ -266,7 +266,8 @@ def choose_training(size: NetworkSize, cases: int, from_scratch: bool = False) -
         learning_rate=rate,
         warmup_steps=max(5, steps // 20),
         weight_decay=decay,
-        presence="base" if size == "nano" and counted <= TOO_FEW_FOR_ENDS and not from_scratch else "truth",
+        finds=size != "nano" or counted > TOO_FEW_TO_FIND or from_scratch,
+        presence="base" if size == "nano" and not from_scratch else "truth",
         validation="left-out",
     )
     basis = (
@@ -280,7 +281,7 @@ def choose_training(size: NetworkSize, cases: int, from_scratch: bool = False) -
 def training_for(plan: Plan, used: int, from_scratch: bool = False) -> TrainingPlan:
     """A person's own training settings, or the rule's for the number of volumes that are really used, with what an option settled."""
     asked = [key.removeprefix(TRAINING) for key in plan.asked if key.startswith(TRAINING)]
-    own = ("strategy", "adapters", "recogniser", "presence", "validation", "processes") if plan.edited else ()
+    own = ("strategy", "adapters", "recogniser", "finds", "presence", "validation", "processes") if plan.edited else ()
     chosen = {name: getattr(plan.training, name) for name in (*own, *asked)}
     by_rule = [choose_training(plan.network.size, count).value for count in range(1, MANY + 1)]
     is_by_rule = not plan.edited or plan.training in [rule.model_copy(update=chosen) for rule in by_rule]

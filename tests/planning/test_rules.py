@@ -250,6 +250,17 @@ def test_more_cases_mean_more_steps_up_to_a_limit():
     assert choose_training("tiny", 5).value.steps == 500
 
 
+def test_from_its_base_nano_keeps_what_it_knows_of_where_structures_end():
+    assert {choose_training("nano", n).value.presence for n in (1, 2, 5, 500)} == {"base"}
+    assert choose_training("nano", 5, from_scratch=True).value.presence == "truth"
+    assert choose_training("tiny", 5).value.presence == "truth"
+
+
+def test_a_recogniser_of_nano_finds_what_propagation_does_not_see_only_if_three_volumes_taught_it():
+    assert [choose_training("nano", n).value.finds for n in (1, 2, 3, 20)] == [False, False, True, True]
+    assert choose_training("tiny", 1).value.finds
+
+
 def test_a_network_may_be_asked_for():
     assert decide(fingerprint(case()), "tiny").network.size == "tiny"
     with pytest.raises(UsageError, match=r"--network huge: no such network. Choose one of nano, tiny"):
