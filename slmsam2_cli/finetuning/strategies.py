@@ -75,8 +75,8 @@ def parameter_groups(model: SlmSam2, plan: TrainingPlan) -> list[dict[str, objec
     """For the optimiser, what is trained: weight decay on matrices and kernels, none on biases, norms, gates, codes and
     projections of channels, which it would darken.
 
-    `scale` times the plan's learning rate is the group's: a projection of channels, and unless everything is trained adapters
-    and fuser, learn at least at FRESH_RATE; a recogniser learns at RECOGNISER_RATE.
+    `scale` times the plan's learning rate is the group's: unless everything is trained, adapters and fuser learn at least
+    at FRESH_RATE; a recogniser learns at RECOGNISER_RATE.
     """
     found: dict[tuple[float, bool], list[object]] = {}
     for name, parameter in model.named_parameters():
@@ -93,5 +93,5 @@ def _scale(name: str, plan: TrainingPlan) -> float:
     """How many times the plan's learning rate a parameter moves at."""
     if name.startswith(RECOGNISER):
         return RECOGNISER_RATE / plan.learning_rate
-    fresh = name.endswith(f".{adapters.INPUT}") or (plan.strategy != "full" and name.startswith(_FRESH))
+    fresh = plan.strategy != "full" and name.startswith(_FRESH)
     return max(1.0, FRESH_RATE / plan.learning_rate) if fresh else 1.0
