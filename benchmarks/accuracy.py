@@ -7,8 +7,8 @@
 Every run (set, n, seed, arm) learns from the cases that `slmsam2 finetune -n N --seed S` would draw, and segments all others with one
 prompt for each case and label: its middle slice. One line a run is added to RESULTS.jsonl; runs that are there are not made again, so a
 command that was stopped goes on where it was. The base is the packaged nano, planned as `slmsam2 plan` plans (squares twice as
-wide as what is annotated) for every arm. SAM 2 is that network without short memory (untuned, both score alike), reading across the
-prompt as its predictor does; SLM-SAM 2 as published starts from it, its short memory a copy of the long one, joined by a sum. Made-up
+wide as what is annotated) for every arm. SAM 2 is that network without short memory, reading across the prompt as its predictor
+does (untuned: untuned-fifo); SLM-SAM 2 as published starts from it, its short memory a copy of the long one, joined by a sum. Made-up
 sets (Phantom_MR, Phantom_CT) are drawn anew, from a seed of their own.
 """
 
@@ -48,7 +48,8 @@ from slmsam2_cli.workspace import Workspace
 SETS = ("Task04_Hippocampus", "Sarcoma_MR_T1", "Sarcoma_CT", "Phantom_MR", "Phantom_CT")
 PHANTOM_CASES = 13
 SHORT = ("short_memory_attention.", "stream_fuser.")
-PLANNED, SAM2, SLM, FIFO, OURS = "untuned", "sam2-published", "slm-published", "fifo-ours", "ours"
+PLANNED, LONG, SAM2, SLM, FIFO, OURS = "untuned", "untuned-fifo", "sam2-published", "slm-published", "fifo-ours", "ours"
+UNTUNED = (PLANNED, LONG)
 COMPARED, PLAIN_ARM = (SAM2, SLM, FIFO, OURS), "plain"
 KEYS = ("Dice", "HD95_penalised", "assd_mm_penalised", "over_slices", "under_slices")
 COLUMNS = (
@@ -112,6 +113,7 @@ def carries_nothing() -> Any:
 PLAIN = {"recogniser": False, "validation": "none"}  # so that nothing but what is named differs
 ARMS = {
     PLANNED: Arm("nano, untuned"),
+    LONG: Arm("SAM 2's memory, untuned", {"policy": "fifo", "two_sided": True}, long=True, published=True),
     SAM2: Arm("SAM 2, published recipe", {"policy": "fifo", "two_sided": True}, long=True, published=True),
     SLM: Arm("SLM-SAM 2, as published", {"fuser": "sum", "two_sided": True}, long=True, published=True),
     FIFO: Arm("SAM 2's memory, our recipe", {"policy": "fifo"}, long=True),
@@ -265,7 +267,7 @@ def table(rows: Sequence[Row]) -> str:
     First the arms that are compared, against SAM 2; then those that differ from the plain one in one thing each, against it.
     """
     lines = []
-    for compared, against in ((COMPARED, SAM2), ([arm for arm in ARMS if arm not in COMPARED], PLAIN_ARM)):
+    for compared, against in ((COMPARED, SAM2), ([arm for arm in ARMS if arm not in (*UNTUNED, *COMPARED)], PLAIN_ARM)):
         for name, count in dict.fromkeys((row["set"], row["n"]) for row in rows if row["n"]):
             found = {arm: [row for row in rows if (row["set"], row["n"], row["arm"]) == (name, count, arm)] for arm in compared}
             lines += block(f"{name}, n = {count}", {arm: own for arm, own in found.items() if own}, rows, against)
@@ -280,7 +282,7 @@ def block(title: str, found: dict[str, list[Row]], rows: Sequence[Row], against:
     found = {arm: [row for row in own if row["seed"] in seeds] for arm, own in found.items()}
     if against == SAM2:
         name = next(iter(found.values()))[0]["set"] if seeds else ""
-        found = {PLANNED: [row for row in rows if (row["set"], row["arm"]) == (name, PLANNED)]} | found
+        found = {arm: [row for row in rows if (row["set"], row["arm"]) == (name, arm)] for arm in UNTUNED} | found
     shared = cases_of([own for own in found.values() if own]) if seeds else []
     if not shared:
         return []
@@ -360,7 +362,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, nargs="?")
     parser.add_argument("results", type=Path, nargs="?")
     parser.add_argument("--sets", nargs="+", default=SETS)
-    parser.add_argument("--arms", nargs="+", default=[PLANNED, SAM2, SLM, FIFO, OURS], choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=[*UNTUNED, SAM2, SLM, FIFO, OURS], choices=list(ARMS))
     parser.add_argument("-n", "--cases", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--table", type=Path, help="only print the table of a file of results")
@@ -378,10 +380,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         roots = {name: dataset_of(options.data, name, Path(folder)) for name in options.sets}
         for name, count, seed, arm in wanted:
-            key = {"set": name, "n": count, "seed": seed, "arm": arm} if arm != PLANNED else {"set": name, "n": 0, "seed": 0, "arm": arm}
+            n, draw = (0, 0) if arm in UNTUNED else (count, seed)
+            key = {"set": name, "n": n, "seed": draw, "arm": arm}
             if any(all(row[k] == v for k, v in key.items()) for row in read(options.results)):
                 continue
-            row = key | run(roots[name], ARMS[arm], key["n"], seed)
+            row = key | run(roots[name], ARMS[arm], n, draw)
             with options.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             print(
