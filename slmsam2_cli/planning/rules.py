@@ -31,6 +31,7 @@ MOST_STORED_PX = 512
 NATIVE_PX: dict[NetworkSize, int] = {"nano": 256, "tiny": 1024, "small": 1024, "base_plus": 1024, "large": 1024}
 NSD_TOLERANCE_MM = 2.0
 TRAINING = "training."
+_SETTINGS = ("strategy", "adapters", "recogniser", "finds", "presence", "validation", "processes")  # that leave steps as by rule
 THIN = 3.0  # a tolerance of more than one part in so many of a structure's radius forgives nearly everything
 
 
@@ -281,10 +282,11 @@ def choose_training(size: NetworkSize, cases: int, from_scratch: bool = False) -
 def training_for(plan: Plan, used: int, from_scratch: bool = False) -> TrainingPlan:
     """A person's own training settings, or the rule's for the number of volumes that are really used, with what an option settled."""
     asked = [key.removeprefix(TRAINING) for key in plan.asked if key.startswith(TRAINING)]
-    own = ("strategy", "adapters", "recogniser", "finds", "presence", "validation", "processes") if plan.edited else ()
+    rules = [choose_training(plan.network.size, count).value for count in range(1, MANY + 1)]
+    decided = next((rule for rule in rules if rule.steps == plan.training.steps), plan.training)
+    own = [name for name in _SETTINGS if plan.edited and getattr(plan.training, name) != getattr(decided, name)]
     chosen = {name: getattr(plan.training, name) for name in (*own, *asked)}
-    by_rule = [choose_training(plan.network.size, count).value for count in range(1, MANY + 1)]
-    is_by_rule = not plan.edited or plan.training in [rule.model_copy(update=chosen) for rule in by_rule]
+    is_by_rule = not plan.edited or plan.training == decided.model_copy(update=chosen) and decided in rules
     return choose_training(plan.network.size, used, from_scratch).value.model_copy(update=chosen) if is_by_rule else plan.training
 
 

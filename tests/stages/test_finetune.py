@@ -224,6 +224,15 @@ def test_a_persons_own_training_settings_are_kept_and_the_rules_own_are_fitted_t
     assert training_for(own, 2, from_scratch=True).learning_rate == 1e-5
 
 
+def test_an_edit_elsewhere_in_a_plan_for_many_volumes_leaves_the_rule_for_one_alone(tuned):
+    planned = read_plan(tuned.plan)
+    many = signed(planned.model_copy(update={"training": choose_training("nano", 20).value}))
+    edited = many.model_copy(update={"network": many.network.model_copy(update={"policy": "fifo"})})
+    assert edited.edited and training_for(edited, 1) == choose_training("nano", 1).value
+    timid = many.model_copy(update={"training": many.training.model_copy(update={"finds": False, "presence": "truth"})})
+    assert training_for(timid, 5) == choose_training("nano", 5).value.model_copy(update={"finds": False, "presence": "truth"})
+
+
 def test_continue_and_overwrite_together_are_refused(dataset, tmp_path):
     with pytest.raises(UsageError, match="contradict"):
         finetune(dataset, Workspace(tmp_path), cases=1, weights="random", resume=True, overwrite=True)
