@@ -120,6 +120,7 @@ ARMS = {
     OURS: Arm("ours"),
     "plain": Arm("plain: ours without recogniser and left-out volumes", training=PLAIN),
     "recogniser": Arm("plain, with recogniser", training={"validation": "none"}),
+    "presence-truth": Arm("plain, presence learns the truth", training=PLAIN | {"presence": "truth"}),
     "published-clips": Arm(
         "plain, published clips",
         training=PLAIN,
