@@ -15,8 +15,11 @@ ADAPTER = "adapter.safetensors"
 def keep(path: Path, model: SlmSam2, plan: Plan, provenance: Provenance, base: Checkpoint | None, calibration: Calibration | None) -> str:
     """Write the model, and its adapter beside it; returns the digest of the model's weights. OutputError.
 
-    An adapter names the base whose weights it was made for; an earlier one beside a model without adapters is removed.
+    An adapter names the base whose weights it was made for; an earlier one beside a model without adapters is removed. The plan that is
+    written says what the model's recogniser may: that of a base that was kept goes on as it was.
     """
+    if model.recogniser is not None:
+        plan = plan.model_copy(update={"training": plan.training.model_copy(update={"finds": model.recogniser.raises})})
     digest = save_checkpoint(path, model, plan, provenance, calibration)
     beside = path.with_name(ADAPTER)
     if plan.training.strategy != "adapters" or base is None:

@@ -202,7 +202,8 @@ def _last_words(line: Connection, process: BaseProcess, wait_s: float = 0.0) -> 
 
 def _end_of(process: BaseProcess) -> str:
     process.join(_END_S)
-    return "it was killed" if (process.exitcode or -1) < 0 else f"it could not be started (exit code {process.exitcode})"
+    code = process.exitcode
+    return "it was killed" if code is None or code < 0 else f"it ended with exit code {code}"
 
 
 def _ended(why: str) -> TrainingError:

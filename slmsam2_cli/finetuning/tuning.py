@@ -65,7 +65,7 @@ def fresh_learner(plan: Plan, base: Checkpoint | None, material: Material, devic
     model = new_model(plan, base, plan.training.seed)
     if material.slices is not None:
         model.recogniser = new_recogniser(material.slices, len(plan.channels), plan.training.seed)
-        model.recogniser.raises = plan.training.finds
+        model.recogniser.raises = plan.training.finds is not False
     lowered = base.provenance.lowered if base is not None and base.provenance is not None else 0.0
     return new_learner(model.to(device), plan.training, base is None, lowered)
 

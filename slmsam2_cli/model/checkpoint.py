@@ -271,7 +271,8 @@ def recogniser_of(checkpoint: Checkpoint) -> Recogniser | None:
     except ValueError as error:
         raise WeightsError(f"{checkpoint.name}: corrupt: {error}. Fetch or train it again") from None
     if found is not None and checkpoint.plan is not None:
-        found.raises = checkpoint.plan.training.finds
+        training = checkpoint.plan.training
+        found.raises = training.presence != "base" if training.finds is None else training.finds  # None: written before it was a setting
     return found
 
 

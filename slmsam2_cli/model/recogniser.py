@@ -32,7 +32,9 @@ def _block(read: int, write: int) -> nn.Sequential:
 
 class Recogniser(nn.Module):
     """channels: of the images; labels: values it tells apart; px: edge of what it sees, a multiple of 8; width: channels at full
-    resolution, a multiple of 8. ValueError. `raises`: whether it may find a structure where propagation sees none."""
+    resolution, a multiple of 8. ValueError. `raises`: whether it may find a structure where propagation sees none, as `training.finds`
+    of its plan says.
+    """
 
     raises: bool
     labels: Tensor

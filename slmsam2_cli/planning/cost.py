@@ -33,6 +33,7 @@ SEEN = 2.0  # the recogniser's square, in widths of everything that is annotated
 START_S = 4.0  # libraries and weights
 VOXEL_S = 1.5e-7  # to read, bring into view and back, and write; a second for some seven million voxels
 STEP_PACES = 1.45  # to learn from one slice and track, forwards and backwards, in paces
+TEACHER_PACES = 0.4  # to ask the base about the same, which nothing is learned of
 SEEN_PACES = 1.5e-6  # to learn from a channel and pixel that the recogniser sees
 CHECKED = 2  # times a volume that was learned from is segmented, to calibrate confidence
 FOLDS, SHARE, SHARE_OF_ONE = 2, 0.3, 0.2  # short runs, and their share of the steps, as finetuning/validating.py
@@ -74,7 +75,7 @@ def cost_of_tuning(plan: Plan, fingerprint: Fingerprint, count: int, pace_s: flo
     seconds = None
     if pace_s is not None:
         steps, presence = (rule := training_for(plan, count)).steps, rule.presence
-        paces = STEP_PACES + (1 if presence == "base" else 0)  # the base is asked, too
+        paces = STEP_PACES + (TEACHER_PACES if presence == "base" else 0)
         step = pace_s * (clips * (encoded + tracked) * paces + maps * SEEN_PACES)
         apart = sum(_predicting_s(plan, case, pace_s) for case in cases) / len(cases)
         folds, share = (0, 0.0) if training.validation == "none" else (1, SHARE_OF_ONE) if count == 1 else (FOLDS, SHARE)

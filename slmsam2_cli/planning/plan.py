@@ -120,7 +120,10 @@ class TrainingPlan(Frozen):
     )
     adapters: AdapterPlan = Field(default_factory=AdapterPlan, description="their kind and size")
     recogniser: bool = Field(default=True, description="whether a second, small network learns what the labels look like")
-    finds: bool = Field(default=True, description="whether the recogniser may find a structure where propagation sees none")
+    finds: bool | None = Field(
+        default=None,
+        description="whether the recogniser may find a structure where propagation sees none; null: by the number of volumes",
+    )
     presence: PresenceTarget = Field(
         default="truth",
         description="what the presence score learns: truth, the labels; base, what the base believes, so that ends stay where it sees them",
@@ -133,7 +136,7 @@ class TrainingPlan(Frozen):
     @model_serializer(mode="wrap")
     def _without_defaults(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Strategy, adapters, recogniser, finds, presence, validation and processes are written only where they are not as ever."""
-        usual = {"strategy": "full", "adapters": AdapterPlan().model_dump(), "recogniser": True, "finds": True, "presence": "truth"}
+        usual = {"strategy": "full", "adapters": AdapterPlan().model_dump(), "recogniser": True, "finds": None, "presence": "truth"}
         usual |= {"validation": "none", "processes": 1}
         return {name: value for name, value in whole(self).items() if name not in usual or value != usual[name]}
 

@@ -20,7 +20,7 @@ from slmsam2_cli.planning.plan import Asked, EvaluationPlan, GeometryPlan, Plan,
 from slmsam2_cli.version import VERSION
 
 MANY = 20  # training cases; more do not lengthen the run
-TOO_FEW_TO_FIND = 2  # volumes from which a recogniser cannot tell what is always there from what is elsewhere, too
+TOO_FEW_TO_FIND = 2  # volumes; a recogniser of so few takes for the structure what only looks like it
 COARSE = 1.5  # an axis is coarse when its spacing is this many times that of the next
 OVERLAP_MARGIN = 0.03  # neighbouring overlaps closer than this are equal, see docs/decisions.md
 MASK_PIXEL = 4  # network pixels along the edge of one pixel of the mask the network predicts
@@ -31,7 +31,8 @@ MOST_STORED_PX = 512
 NATIVE_PX: dict[NetworkSize, int] = {"nano": 256, "tiny": 1024, "small": 1024, "base_plus": 1024, "large": 1024}
 NSD_TOLERANCE_MM = 2.0
 TRAINING = "training."
-_SETTINGS = ("strategy", "adapters", "recogniser", "finds", "presence", "validation", "processes")  # that leave steps as by rule
+# A change of these leaves steps and rates to the rule.
+_SETTINGS = ("strategy", "adapters", "recogniser", "finds", "presence", "validation", "processes")
 THIN = 3.0  # a tolerance of more than one part in so many of a structure's radius forgives nearly everything
 
 
@@ -254,7 +255,7 @@ def choose_training(size: NetworkSize, cases: int, from_scratch: bool = False) -
     """More volumes, more steps, up to a limit; the published recipe for the big networks, a faster one for the small.
 
     From random weights everything has to be learned, so the run is longer and its rate higher. From its base nano keeps what it
-    knows of where structures end: a few volumes teach it no better (docs/explanation/training.md).
+    knows of where structures end: one and five volumes taught it no better, more were not tried.
     """
     counted = min(cases, MANY)
     if size == "nano":
@@ -267,7 +268,6 @@ def choose_training(size: NetworkSize, cases: int, from_scratch: bool = False) -
         learning_rate=rate,
         warmup_steps=max(5, steps // 20),
         weight_decay=decay,
-        finds=size != "nano" or counted > TOO_FEW_TO_FIND or from_scratch,
         presence="base" if size == "nano" and not from_scratch else "truth",
         validation="left-out",
     )
@@ -280,14 +280,20 @@ def choose_training(size: NetworkSize, cases: int, from_scratch: bool = False) -
 
 
 def training_for(plan: Plan, used: int, from_scratch: bool = False) -> TrainingPlan:
-    """A person's own training settings, or the rule's for the number of volumes that are really used, with what an option settled."""
+    """A person's own training settings, or the rule's for the number of volumes that are really used, with what an option settled.
+
+    Whether the recogniser may find, where nobody said, goes by that number in either case.
+    """
     asked = [key.removeprefix(TRAINING) for key in plan.asked if key.startswith(TRAINING)]
     rules = [choose_training(plan.network.size, count).value for count in range(1, MANY + 1)]
     decided = next((rule for rule in rules if rule.steps == plan.training.steps), plan.training)
     own = [name for name in _SETTINGS if plan.edited and getattr(plan.training, name) != getattr(decided, name)]
     chosen = {name: getattr(plan.training, name) for name in (*own, *asked)}
     is_by_rule = not plan.edited or plan.training == decided.model_copy(update=chosen) and decided in rules
-    return choose_training(plan.network.size, used, from_scratch).value.model_copy(update=chosen) if is_by_rule else plan.training
+    by_rule = choose_training(plan.network.size, used, from_scratch).value
+    settled = by_rule.model_copy(update=chosen) if is_by_rule else plan.training
+    finds = plan.network.size != "nano" or used > TOO_FEW_TO_FIND or from_scratch
+    return settled if settled.finds is not None else settled.model_copy(update={"finds": finds})
 
 
 def with_training(plan: Plan, asked: Mapping[str, float]) -> Plan:

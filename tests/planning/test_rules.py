@@ -19,6 +19,7 @@ from slmsam2_cli.planning.rules import (
     choose_training,
     decide,
     round_up,
+    training_for,
 )
 
 
@@ -256,9 +257,16 @@ def test_from_its_base_nano_keeps_what_it_knows_of_where_structures_end():
     assert choose_training("tiny", 5).value.presence == "truth"
 
 
-def test_a_recogniser_of_nano_finds_what_propagation_does_not_see_only_if_three_volumes_taught_it():
-    assert [choose_training("nano", n).value.finds for n in (1, 2, 3, 20)] == [False, False, True, True]
-    assert choose_training("tiny", 1).value.finds
+def test_a_recogniser_of_nano_finds_what_propagation_does_not_see_only_if_three_volumes_taught_it_or_somebody_says_so():
+    many = decide(fingerprint(*(case(str(number)) for number in range(9))))
+    assert [training_for(many, n).finds for n in (1, 2, 3, 20)] == [False, False, True, True]
+    assert training_for(many, 1, from_scratch=True).finds
+    assert training_for(decide(fingerprint(case()), "tiny"), 1).finds
+    for said in (True, False):
+        own = many.model_copy(update={"training": many.training.model_copy(update={"finds": said})})
+        assert [training_for(own, n).finds for n in (1, 20)] == [said, said]
+    longer = many.model_copy(update={"training": many.training.model_copy(update={"steps": 7})})
+    assert [training_for(longer, n).finds for n in (1, 20)] == [False, True]
 
 
 def test_a_network_may_be_asked_for():

@@ -10,7 +10,10 @@ from safetensors import safe_open
 from slmsam2_cli.data.dataset import read_dataset
 from slmsam2_cli.data.phantom import write_phantom_dataset
 from slmsam2_cli.errors import DatasetError, DeviceError, PlanError, UsageError, WeightsError
-from slmsam2_cli.model.checkpoint import on_base, read_checkpoint, recogniser_of
+from slmsam2_cli.finetuning.keeping import keep
+from slmsam2_cli.model.checkpoint import Provenance, on_base, read_checkpoint, recogniser_of, save_checkpoint
+from slmsam2_cli.model.recogniser import Recogniser
+from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import read_plan, signed, write_plan
 from slmsam2_cli.planning.rules import choose_training, training_for, with_training
 from slmsam2_cli.stages.finetune import finetune
@@ -217,9 +220,13 @@ def test_a_run_killed_before_its_first_model_is_not_started_anew_in_silence(data
         finetune(dataset, workspace, cases=2, weights="random", steps=1)
 
 
+def by_rule(count, from_scratch=False, **changes):
+    return choose_training("nano", count, from_scratch).value.model_copy(update=changes)
+
+
 def test_a_persons_own_training_settings_are_kept_and_the_rules_own_are_fitted_to_the_run(dataset, tmp_path):
     planned = read_plan(Workspace(dataset / "slmsam2").plan)
-    assert training_for(planned, 2, from_scratch=True) == choose_training("nano", 2, from_scratch=True).value
+    assert training_for(planned, 2, from_scratch=True) == by_rule(2, from_scratch=True, finds=True)
     own = planned.model_copy(update={"training": planned.training.model_copy(update={"learning_rate": 1e-5})})
     assert training_for(own, 2, from_scratch=True).learning_rate == 1e-5
 
@@ -228,9 +235,9 @@ def test_an_edit_elsewhere_in_a_plan_for_many_volumes_leaves_the_rule_for_one_al
     planned = read_plan(tuned.plan)
     many = signed(planned.model_copy(update={"training": choose_training("nano", 20).value}))
     edited = many.model_copy(update={"network": many.network.model_copy(update={"policy": "fifo"})})
-    assert edited.edited and training_for(edited, 1) == choose_training("nano", 1).value
+    assert edited.edited and training_for(edited, 1) == by_rule(1, finds=False)
     timid = many.model_copy(update={"training": many.training.model_copy(update={"finds": False, "presence": "truth"})})
-    assert training_for(timid, 5) == choose_training("nano", 5).value.model_copy(update={"finds": False, "presence": "truth"})
+    assert training_for(timid, 5) == by_rule(5, finds=False, presence="truth")
 
 
 def test_continue_and_overwrite_together_are_refused(dataset, tmp_path):
@@ -280,7 +287,27 @@ def test_a_plan_may_leave_the_recogniser_out(tuned, dataset, tmp_path):
 def test_a_plan_that_nobody_edited_is_trained_by_today_s_rule_also_where_an_earlier_one_made_it(tuned):
     planned = read_plan(tuned.plan)
     earlier = signed(planned.model_copy(update={"training": planned.training.model_copy(update={"steps": 520, "clips_per_step": 2})}))
-    assert training_for(earlier, 2, from_scratch=False) == choose_training("nano", 2).value
+    assert training_for(earlier, 2, from_scratch=False) == by_rule(2, finds=False)
+
+
+def test_whether_a_recogniser_may_find_travels_with_its_model_and_stays_with_a_base_that_is_kept(tuned, tmp_path):
+    planned, path = read_plan(tuned.plan), tmp_path / "one.safetensors"
+    model = SlmSam2(planned.network, planned.geometry.frame_px)
+    model.recogniser = Recogniser(1, list(planned.labels), 32, width=8)
+    for may in (False, True):
+        model.recogniser.raises = may
+        keep(path, model, planned, Provenance(base="base"), None, None)  # whatever the run's own plan says
+        assert recogniser_of(read_checkpoint(path)).raises is may
+
+
+@pytest.mark.parametrize(("presence", "may"), [("base", False), ("truth", True)])
+def test_a_model_from_before_finds_was_a_setting_goes_by_its_presence(tuned, tmp_path, presence, may):
+    planned, path = read_plan(tuned.plan), tmp_path / "one.safetensors"
+    model = SlmSam2(planned.network, planned.geometry.frame_px)
+    model.recogniser = Recogniser(1, list(planned.labels), 32, width=8)
+    earlier = planned.model_copy(update={"training": planned.training.model_copy(update={"presence": presence})})
+    save_checkpoint(path, model, earlier, Provenance(base="base"))
+    assert recogniser_of(read_checkpoint(path)).raises is may
 
 
 # Strategies
