@@ -33,6 +33,7 @@ SEEN = 2.0  # the recogniser's square, in widths of everything that is annotated
 START_S = 4.0  # libraries and weights
 VOXEL_S = 1.5e-7  # to read, bring into view and back, and write; a second for some seven million voxels
 STEP_PACES = 1.45  # to learn from one slice and track, forwards and backwards, in paces
+TEACHER_BYTES = 80 * MIB  # the base, and what it makes of a clip
 TEACHER_PACES = 0.4  # to ask the base about the same, which nothing is learned of
 SEEN_PACES = 1.5e-6  # to learn from a channel and pixel that the recogniser sees
 CHECKED = 2  # times a volume that was learned from is segmented, to calibrate confidence
@@ -72,9 +73,10 @@ def cost_of_tuning(plan: Plan, fingerprint: Fingerprint, count: int, pace_s: flo
     clips = training.clips_per_step * area
     learning = RUNTIME_BYTES + LEARNED_BYTES + clips * (encoded * ENCODED_BYTES + tracked * TRACKED_BYTES) + MAPS * NUMBER_BYTES * maps
     calibrating = LEARNED_BYTES + max(_predicting_bytes(plan, case) for case in cases)
+    steps, presence = (rule := training_for(plan, count)).steps, rule.presence
+    learning += TEACHER_BYTES if presence == "base" else 0
     seconds = None
     if pace_s is not None:
-        steps, presence = (rule := training_for(plan, count)).steps, rule.presence
         paces = STEP_PACES + (TEACHER_PACES if presence == "base" else 0)
         step = pace_s * (clips * (encoded + tracked) * paces + maps * SEEN_PACES)
         apart = sum(_predicting_s(plan, case, pace_s) for case in cases) / len(cases)

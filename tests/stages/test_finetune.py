@@ -224,8 +224,8 @@ def by_rule(count, from_scratch=False, **changes):
     return choose_training("nano", count, from_scratch).value.model_copy(update=changes)
 
 
-def test_a_persons_own_training_settings_are_kept_and_the_rules_own_are_fitted_to_the_run(dataset, tmp_path):
-    planned = read_plan(Workspace(dataset / "slmsam2").plan)
+def test_a_persons_own_training_settings_are_kept_and_the_rules_own_are_fitted_to_the_run(tuned):
+    planned = read_plan(tuned.plan)
     assert training_for(planned, 2, from_scratch=True) == by_rule(2, from_scratch=True, finds=True)
     own = planned.model_copy(update={"training": planned.training.model_copy(update={"learning_rate": 1e-5})})
     assert training_for(own, 2, from_scratch=True).learning_rate == 1e-5
