@@ -12,7 +12,7 @@ import torch
 
 from slmsam2_cli.data.phantom import write_phantom_dataset
 from slmsam2_cli.evaluation.metrics import dice
-from slmsam2_cli.finetuning import tuning
+from slmsam2_cli.finetuning import tuning, validating
 from slmsam2_cli.model.checkpoint import read_checkpoint
 from slmsam2_cli.stages import finetune as stage
 from slmsam2_cli.stages.finetune import finetune
@@ -32,8 +32,11 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tuned(dataset):
+    """With short runs that leave a volume out before it."""
     workspace = Workspace(dataset / "slmsam2")
-    assert finetune(dataset, workspace, cases=1, steps=6, seed=1, device="cuda") == 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(validating, "LEAST_STEPS", 1)
+        assert finetune(dataset, workspace, cases=2, steps=6, seed=1, device="cuda") == 0
     return workspace
 
 
@@ -55,28 +58,30 @@ def test_a_model_tuned_there_is_read_here_and_its_losses_are_numbers(tuned, data
     rows = list(csv.DictReader((tuned.finetuned / "log.csv").open()))
     assert [row["step"] for row in rows] == [str(step) for step in range(1, 7)]
     assert all(math.isfinite(float(row["total"])) for row in rows)
+    assert len(read_checkpoint(tuned.model).provenance.validation.left_out) == 2
     assert predict(None, tmp_path / "masks", dataset=dataset, workspace=tuned, report=False, device="cpu") == 0
     assert all(mask.any() for mask in masks_of(tmp_path / "masks"))
 
 
-def test_a_run_that_was_stopped_there_goes_on(tuned, dataset, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_there_goes_on_where_it_was(dataset, tmp_path, monkeypatch):
     class PoweredOff(Exception):
         pass
 
-    train, broken = tuning.train, Workspace(tmp_path)
+    train, broken, begun = tuning.train, Workspace(tmp_path), []
 
     def cut_short(learner, *rest):
+        begun.append(learner.step)
         for progress in train(learner, *rest):
             yield progress
-            if learner.step == 3:
+            if learner.step == 3 and len(begun) == 1:
                 raise PoweredOff
 
     monkeypatch.setattr(tuning, "train", cut_short)
     monkeypatch.setattr(stage, "SAVE_EVERY_S", 0.0)
     with pytest.raises(PoweredOff):
         finetune(dataset, broken, cases=1, steps=6, seed=1, device="cuda")
-    monkeypatch.setattr(tuning, "train", train)
     assert finetune(dataset, broken, resume=True, device="cuda") == 0
+    assert begun == [0, 3]
     rows = list(csv.DictReader((broken.finetuned / "log.csv").open()))
     assert [row["step"] for row in rows] == [str(step) for step in range(1, 7)]
     assert read_checkpoint(broken.model).provenance.steps == 6

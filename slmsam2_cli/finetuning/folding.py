@@ -23,7 +23,7 @@ from slmsam2_cli.finetuning.learner import Progress, share_done
 from slmsam2_cli.finetuning.loop import Learner
 from slmsam2_cli.finetuning.overlays import draw_overlays
 from slmsam2_cli.finetuning.resume import load_state, previous_of, save_state
-from slmsam2_cli.finetuning.runs import Run
+from slmsam2_cli.finetuning.runs import Run, learned_by
 from slmsam2_cli.finetuning.tuning import follow, fresh_learner, material_of
 from slmsam2_cli.finetuning.validating import LOOKS, Fold, Look, concluded, fold_training, folds_of, given_up, judged
 from slmsam2_cli.inference.ready import known_recogniser
@@ -76,7 +76,7 @@ def planned_folds(run: Run, used: Sequence[PreparedCase]) -> tuple[tuple[Fold, .
     training = fold_training(run.plan.training, len(used))
     if run.base is None or run.plan.training.validation == "none" or training is None:
         return (), None
-    return folds_of(used, run.plan), training
+    return folds_of(used, run.plan, learned_by(run.base)), training
 
 
 def base_recogniser(run: Run) -> Recogniser | None:
@@ -92,6 +92,8 @@ def validate(
     asked: whether a person named the steps.
     """
     folds, training = planned_folds(run, used)
+    if training is not None and not folds and folds_of(used, run.plan):
+        console.say("the base has learned from these very volumes, so whether tuning makes it better cannot be told from them")
     record = read_record(folder / FILE, run.digest)
     for number, fold in enumerate(folds, start=1):
         if fold.name not in record.done and training is not None:
@@ -150,7 +152,7 @@ def _fold(
     if stopped():
         save_state(state, learner, settings)
         return
-    if learner.step < validating.LEAST_STEPS:  # the minutes were over
+    if learner.step < validating.LEAST_STEPS and not given_up(looks):  # the minutes were over
         console.say(f"without {fold.name}: {learner.step} steps, too few to tell anything")
         looks.clear()
     else:

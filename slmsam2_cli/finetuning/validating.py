@@ -7,7 +7,7 @@ given, and Dice is over all other slices, empty ones included. Where the base do
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,15 +47,17 @@ class Fold:
     until: int | None = None
 
 
-def folds_of(cases: Sequence[PreparedCase], plan: Plan) -> tuple[Fold, ...]:
+def folds_of(cases: Sequence[PreparedCase], plan: Plan, learned: Collection[str] = ()) -> tuple[Fold, ...]:
     """The volumes in the middle of the order by labelled voxels are left out, of three the two smaller ones.
 
+    learned: SHA-256 of the images that the base has learned from; on these it cannot be compared with.
     No fold where what is left out cannot be judged, or what is left cannot be learned from: nothing on two slices that somebody looked at
     as a whole.
     """
+    fresh = [case for case in cases if set(case.record.get("inputs", {}).values()).isdisjoint(learned)]
     if len(cases) == 1:
-        return _halves(cases[0], plan)
-    held = sorted(cases, key=lambda case: (_voxels(case, plan), case.id))
+        return _halves(cases[0], plan) if fresh else ()
+    held = sorted(fresh, key=lambda case: (_voxels(case, plan), case.id))
     first = (len(held) - min(FOLDS, len(held))) // 2
     folds = (Fold(one.id, tuple(case for case in cases if case is not one), one) for one in held[first : first + FOLDS])
     return tuple(fold for fold in folds if _tells(fold.held, plan) and any(_tells(case, plan) for case in fold.cases))
@@ -187,13 +189,14 @@ def concluded(looks: Mapping[str, Mapping[int, Look]], training: TrainingPlan, a
     """From the Dice of every fold at every look, numbered from 1; 0 is the base's. None where there is no fold.
 
     Of looks and ways that score nearly as well as the best, and not worse than the base, the recogniser's count first, then the latest.
-    asked: whether a person named the steps; then they are not fewer.
+    asked: whether a person named the steps; then they are not fewer, and the last look alone counts.
     """
     shared = sorted(set.intersection(*(set(found) for found in looks.values()))) if looks else []
     if 0 not in shared or len(shared) < 2:
         return None
+    judged_at = shared[-1:] if asked else shared[1:]
     means = {look: [float(np.mean(way)) for way in zip(*(found[look] for found in looks.values()), strict=True)] for look in shared}
-    base, after = means[0][0], [(mean, way, look) for look in shared if look for way, mean in enumerate(means[look])]
+    base, after = means[0][0], [(mean, way, look) for look in judged_at for way, mean in enumerate(means[look])]
     top, ways = max(after)[0], len(means[shared[-1]])
     enough = [(way, -look) for mean, way, look in after if mean >= max(top - NEARLY, base)]
     way, look = (min(enough)[0], -min(enough)[1]) if enough else (max(after)[1], max(after)[2])

@@ -35,7 +35,7 @@ from slmsam2_cli.finetuning.log import Log
 from slmsam2_cli.finetuning.loop import Learner
 from slmsam2_cli.finetuning.resume import check_state, load_state, previous_of, save_state
 from slmsam2_cli.finetuning.room import remedy, shortage
-from slmsam2_cli.finetuning.runs import Run, Wish
+from slmsam2_cli.finetuning.runs import Run, Wish, image_digests, learned_by
 from slmsam2_cli.finetuning.sharing import check_processes
 from slmsam2_cli.finetuning.stopping import stoppable
 from slmsam2_cli.finetuning.tuning import absent_labels, follow, fresh_learner, material_of, new_model
@@ -176,8 +176,8 @@ def _run_of(plan: Plan, data: Dataset, ready: Outcome, wish: Wish, base: Checkpo
         console.warn(f"-n {wish.cases}, but only {len(usable)} training case(s) can be learned from: all are, and none is left to test on")
     order = np.random.default_rng(wish.seed).permutation(len(usable))
     picked = tuple(sorted(usable[i] for i in order[: wish.cases]))
-    images = {case.id: _image_digests(case, data) for case in ready.cases}
-    learned = set(base.provenance.learned_from) if base and base.provenance else set()
+    images = {case.id: image_digests(case, data) for case in ready.cases}
+    learned = learned_by(base)
     known = tuple(case for case in images if case not in picked and learned & set(images[case]))
     if known:
         console.warn(f"{len(known)} more case(s) were learned from by {base.name if base else 'the base'} and do not count as unseen")
@@ -185,14 +185,8 @@ def _run_of(plan: Plan, data: Dataset, ready: Outcome, wish: Wish, base: Checkpo
     changes = {name: getattr(wish, name) or getattr(training, name) for name in ("minutes", "steps", "processes")} | {"seed": wish.seed}
     settled = plan.model_copy(update={"training": TrainingPlan.model_validate(training.model_dump() | changes)})
     unseen = tuple(case for case in images if case not in {*picked, *known})
-    return Run(settled, picked, known, unseen, tuple(d for case in picked for d in images[case]), base, wish.weights)
-
-
-def _image_digests(prepared: PreparedCase, data: Dataset) -> list[str]:
-    """SHA-256 of a case's image files, as recorded when it was prepared; the label is not one of them."""
-    case = next(case for case in data.training if case.id == prepared.id)
-    label = case.label.relative_to(data.root).as_posix() if case.label else ""
-    return [digest for name, digest in prepared.record["inputs"].items() if name != label]
+    files = tuple(sorted(d for case in ready.cases if case.id in picked for d in case.record["inputs"].values()))
+    return Run(settled, picked, known, unseen, tuple(d for case in picked for d in images[case]), files, base, wish.weights)
 
 
 def _finished(workspace: Workspace, run: Run, resume: bool, overwrite: bool) -> bool:
@@ -211,7 +205,7 @@ def _finished(workspace: Workspace, run: Run, resume: bool, overwrite: bool) -> 
         raise UsageError("an unfinished run is here. Go on with slmsam2 finetune --continue, or start anew with --overwrite")
     if workspace.model.exists():
         raise UsageError(
-            "the workspace holds a model of another run (plan, cases, seed, base, steps or minutes differ). "
+            "the workspace holds a model of another run (plan, cases, their files, seed, base, steps or minutes differ). "
             "Use --overwrite, or another workspace with -w"
         )
     return False
@@ -290,11 +284,12 @@ def _on_everything(
     _save(workspace, run, learner, validation)
     _note(log, run)
     finished = kept_base or share_done(learner, training) >= 1
-    if not finished:
+    if finished and (calibration := _calibrate(learner, used, run.plan, stopped)):
+        _save(workspace, run, learner, validation, calibration)
+    elif stopped() or not finished:
+        finished = False
         save_state(state, learner, run.digest)
         console.say(f"stopped at step {learner.step}; the model so far is saved. Go on with slmsam2 finetune --continue")
-    elif calibration := _calibrate(learner, used, run.plan, stopped):
-        _save(workspace, run, learner, validation, calibration)
     _write_split(workspace, run, wish, skipped, finished)
     for old in (state, previous_of(state)) if finished else ():
         old.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Short runs that leave something out: what they leave out, how it is judged, and what follows."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,6 +41,15 @@ def test_the_volumes_in_the_middle_of_the_order_by_size_are_left_out():
 def test_of_two_volumes_each_is_left_out_once():
     folds = folds_of([prepared(name="a"), prepared(name="b")], plan())
     assert [(fold.held.id, fold.cases[0].id) for fold in folds] == [("a", "b"), ("b", "a")]
+
+
+def test_a_volume_that_the_base_has_learned_from_is_not_left_out():
+    """Its base knows b already, so it would seem better there than it is; to learn from, b is as good as any."""
+    a, b, c = (replace(prepared(name=name), record={"inputs": {f"{name}.nii.gz": f"digest of {name}"}}) for name in "abc")
+    folds = folds_of([a, b, c], plan(), learned={"digest of b"})
+    assert [(fold.held.id, {case.id for case in fold.cases}) for fold in folds] == [("a", {"b", "c"}), ("c", {"a", "b"})]
+    assert folds_of([b], plan(), learned={"digest of b"}) == ()
+    assert len(folds_of([b], plan(), learned={"digest of a"})) == 1
 
 
 def test_of_one_volume_the_upper_part_is_learned_from_and_the_lower_judged():
@@ -159,6 +169,12 @@ def test_the_better_of_base_and_tuned_is_kept_by_the_mean_over_folds():
 def test_where_an_earlier_look_was_better_fewer_steps_are_taken_unless_a_person_named_them():
     looks = {"a": {0: (0.5,), 1: (0.6,), 2: (0.9,), 3: (0.8,)}}
     assert settled(looks).steps == 400 and settled(looks, asked=True).steps == 600
+
+
+def test_a_person_s_number_of_steps_is_judged_by_its_own_look_alone():
+    looks = {"a": {0: (0.8,), 1: (0.82,), 2: (0.79,), 3: (0.7,)}}
+    assert (settled(looks).kept, settled(looks, asked=True).kept) == ("tuned", "base")
+    assert settled(looks, asked=True).tuned == 0.7
 
 
 def test_of_looks_that_are_nearly_alike_the_latest_counts():

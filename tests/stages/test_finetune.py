@@ -3,6 +3,8 @@
 import json
 import re
 
+import nibabel
+import numpy as np
 import pytest
 from published import tuned_slm_sam2
 from safetensors import safe_open
@@ -399,3 +401,44 @@ def test_where_memory_is_short_the_setting_that_fits_is_told(dataset, tmp_path, 
     assert finetune(dataset, Workspace(tmp_path), cases=1, weights="random", steps=1) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "of memory are needed" in line]
     assert (told in lines[0]) if told else not lines
+
+
+def test_a_corrected_label_makes_it_another_run(dataset, tmp_path):
+    """Nobody is told that a run is finished which learned from labels that are not there any more."""
+    import shutil
+
+    root = tmp_path / "data"
+    shutil.copytree(dataset, root, ignore=shutil.ignore_patterns("slmsam2"))
+    workspace = Workspace(tmp_path / "workspace")
+    finetune(root, workspace, cases=2, weights="random", steps=1)
+    case = json.loads(workspace.split.read_text())["training"][0]
+    (label,) = (root / "labelsTr").glob(f"{case}.nii*")
+    was = nibabel.load(label)
+    voxels = np.asarray(was.dataobj).copy()
+    voxels[voxels == 1] = 2
+    nibabel.save(nibabel.Nifti1Image(voxels, was.affine, was.header), label)
+    with pytest.raises(UsageError, match="their files"):
+        finetune(root, workspace, cases=2, weights="random", steps=1)
+
+
+def test_a_run_that_is_stopped_while_confidence_is_calibrated_can_be_ended_later(dataset, tuned, tmp_path, monkeypatch, capsys):
+    import signal
+
+    from slmsam2_cli.stages import finetune as stage
+
+    calibrated_on, workspace = stage.calibrated_on, Workspace(tmp_path)
+
+    def interrupted(model, cases, plan, stopped):
+        signal.raise_signal(signal.SIGINT)
+        return calibrated_on(model, cases, plan, stopped)
+
+    monkeypatch.setattr(stage, "calibrated_on", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite run in the background ignores it
+    with pytest.raises(KeyboardInterrupt):
+        finetune(dataset, workspace, cases=2, weights="random", steps=1)
+    signal.signal(signal.SIGINT, before)
+    monkeypatch.setattr(stage, "calibrated_on", calibrated_on)
+    assert json.loads(workspace.split.read_text())["finished"] is False
+    assert finetune(dataset, workspace, resume=True) == 0
+    assert json.loads(workspace.split.read_text())["finished"] is True
+    assert read_checkpoint(workspace.model).digest == read_checkpoint(tuned.model).digest

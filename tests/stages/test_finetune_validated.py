@@ -134,6 +134,7 @@ def test_a_fold_that_worsens_is_given_up_also_when_it_is_gone_on_with(dataset, t
     """The second look is far worse than the first; a run that ends at its picture does not train on when it goes on."""
     monkeypatch.setattr(folding, "draw_overlays", lambda *arguments: None)
     monkeypatch.setattr(validating, "SHARE", 1.0)
+    monkeypatch.setattr(validating, "LEAST_STEPS", STEPS)  # so that it is given up before it has so many
     for module in (validating, folding):
         monkeypatch.setattr(module, "LOOKS", (1 / 3, 2 / 3, 1.0))
     asked = []
@@ -147,16 +148,22 @@ def test_a_fold_that_worsens_is_given_up_also_when_it_is_gone_on_with(dataset, t
     finetune(dataset, workspace, cases=2, steps=STEPS)
     looks = json.loads((workspace.finetuned / "validation.json").read_text())["looks"]
     assert all(set(found) == {"0", "1", "2"} for found in looks.values())
-    assert provenance(workspace).steps == STEPS  # a person named them
+    assert provenance(workspace).validation.kept == "base" and provenance(workspace).validation.tuned == 0.1
 
 
 def test_a_model_that_knows_the_labels_is_judged_and_kept_with_its_recogniser(undisturbed, dataset, tmp_path, scored):
     scored(0.4, 0.3)
     workspace = Workspace(tmp_path)
-    finetune(dataset, workspace, cases=1, seed=1, steps=8, weights=str(undisturbed.model))
+    finetune(dataset, workspace, cases=1, seed=5, steps=8, weights=str(undisturbed.model))  # the one that it has not learned from
     kept, base = read_checkpoint(workspace.model), read_checkpoint(undisturbed.model)
     assert kept.provenance.validation.kept == "base"
     assert (recogniser_of(kept) is None) == (recogniser_of(base) is None) and set(kept.state) == set(base.state)
+
+
+def test_nothing_is_left_out_of_volumes_that_the_base_has_learned_from(undisturbed, dataset, tmp_path, capsys):
+    finetune(dataset, Workspace(tmp_path), cases=2, steps=2, weights=str(undisturbed.model))
+    assert "the base has learned from these very volumes" in capsys.readouterr().err
+    assert provenance(Workspace(tmp_path)).validation is None and provenance(Workspace(tmp_path)).steps == 2
 
 
 def test_a_plan_can_do_without(dataset, tmp_path):
