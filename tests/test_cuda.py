@@ -32,11 +32,8 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tuned(dataset):
-    """With short runs that leave a volume out before it."""
     workspace = Workspace(dataset / "slmsam2")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(validating, "LEAST_STEPS", 1)
-        assert finetune(dataset, workspace, cases=2, steps=6, seed=1, device="cuda") == 0
+    assert finetune(dataset, workspace, cases=1, steps=6, seed=1, device="cuda") == 0
     return workspace
 
 
@@ -58,9 +55,15 @@ def test_a_model_tuned_there_is_read_here_and_its_losses_are_numbers(tuned, data
     rows = list(csv.DictReader((tuned.finetuned / "log.csv").open()))
     assert [row["step"] for row in rows] == [str(step) for step in range(1, 7)]
     assert all(math.isfinite(float(row["total"])) for row in rows)
-    assert len(read_checkpoint(tuned.model).provenance.validation.left_out) == 2
     assert predict(None, tmp_path / "masks", dataset=dataset, workspace=tuned, report=False, device="cpu") == 0
     assert all(mask.any() for mask in masks_of(tmp_path / "masks"))
+
+
+def test_what_is_left_out_is_judged_there(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(validating, "LEAST_STEPS", 1)
+    assert finetune(dataset, Workspace(tmp_path), cases=2, steps=4, seed=1, device="cuda") == 0
+    found = read_checkpoint(Workspace(tmp_path).model).provenance.validation
+    assert len(found.left_out) == 2 and 0 < found.base < 1 and 0 < found.tuned < 1
 
 
 def test_a_run_that_was_stopped_there_goes_on_where_it_was(dataset, tmp_path, monkeypatch):
