@@ -27,6 +27,7 @@ from unittest import mock
 import numpy as np
 import published
 import torch
+from pairing import bounds_of, cases_of, gained, patient_of, values
 
 from slmsam2_cli.data import store
 from slmsam2_cli.data.dataset import read_dataset
@@ -34,7 +35,6 @@ from slmsam2_cli.data.phantom import write_phantom_dataset
 from slmsam2_cli.data.prepared import prepare_all
 from slmsam2_cli.data.volume import read_labels
 from slmsam2_cli.evaluation.metrics import Pair, measure
-from slmsam2_cli.evaluation.statistics import interval
 from slmsam2_cli.finetuning import clips, loop
 from slmsam2_cli.finetuning.losses import slice_loss
 from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, base_weights, fit, read_checkpoint, save_checkpoint, save_weights
@@ -313,29 +313,6 @@ def block(title: str, found: dict[str, list[Row]], rows: Sequence[Row], against:
     return lines
 
 
-def cases_of(arms: Sequence[Sequence[Row]]) -> list[tuple[str, int]]:
-    """(case, label) that every arm has scored with some seed."""
-    each = [{(score["case"], score["label"]) for row in found for score in row["scores"]} for found in arms]
-    return sorted(set.intersection(*each))
-
-
-def values(found: Sequence[Row], shared: Sequence[tuple[str, int]], key: str) -> np.ndarray:
-    """(cases, labels), mean over seeds; NaN where a case lacks the label."""
-    cases, labels = sorted({case for case, _ in shared}), sorted({label for _, label in shared})
-    grid: dict[tuple[str, int], list[float]] = {}
-    for row in found:
-        for score in row["scores"]:
-            if score[key] is not None:
-                grid.setdefault((score["case"], score["label"]), []).append(score[key])
-    return np.array([[np.mean(grid[case, label]) if (case, label) in grid else np.nan for label in labels] for case in cases])
-
-
-def gained(mine: np.ndarray, theirs: np.ndarray) -> str:
-    gain = mine - theirs
-    bounds = interval(gain)
-    return f"{np.nanmean(np.nanmean(gain, axis=0)):+.3f}" + (f" ({bounds[0]:+.3f} to {bounds[1]:+.3f})" if bounds else "")
-
-
 def overall(rows: Sequence[Row]) -> list[str]:
     """Differences of the arms, mean over the sets that have both, over the seeds that both have.
 
@@ -364,26 +341,6 @@ def overall(rows: Sequence[Row]) -> list[str]:
                 shown = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
                 lines.append(f"| {count} | {ARMS[arm].title} | {ARMS[other].title} | {len(gains)} | {shown} | {ratio} |")
     return lines
-
-
-def patient_of(case: str) -> str:
-    """STS_012_MR_T1 and STS_012_CT are scans of one patient, as made-up ones of one number are of one form."""
-    return "_".join(case.split("_")[:2])
-
-
-def bounds_of(gains: Sequence[dict[str, float]], draws: int = 10_000) -> tuple[float, float]:
-    """95 % of the mean over sets when patients are drawn anew, among those that the same sets hold; a dictionary for each set."""
-    rng, holders = np.random.default_rng(0), dict[tuple[int, ...], list[str]]()
-    for patient in sorted({patient for own in gains for patient in own}):
-        holders.setdefault(tuple(i for i, own in enumerate(gains) if patient in own), []).append(patient)
-    sums, counts = np.zeros((2, len(gains), draws))
-    for sets, patients in holders.items():
-        drawn = rng.integers(len(patients), size=(draws, len(patients)))
-        for i in sets:
-            sums[i] += np.array([gains[i][patient] for patient in patients])[drawn].sum(axis=1)
-            counts[i] += len(patients)
-    low, high = np.percentile((sums / counts).mean(axis=0), [2.5, 97.5])
-    return float(low), float(high)
 
 
 def main() -> None:
