@@ -33,10 +33,10 @@ def exit_code_of(work: Callable[[], int], debug: bool = False) -> int:
     try:
         return work()
     except KeyboardInterrupt:
-        console.error("interrupted. What is finished is kept; run the same command again to go on")
+        console.error("interrupted. What is finished is kept; run the same command again to go on, finetune and pretrain with --continue")
         return INTERRUPTED
     except Terminated:
-        console.error("terminated. What is finished is kept; run the same command again to go on")
+        console.error("terminated. What is finished is kept; run the same command again to go on, finetune and pretrain with --continue")
         return TERMINATED
     except BrokenPipeError:
         _let_go_of_the_pipe()

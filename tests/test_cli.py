@@ -309,8 +309,16 @@ def test_what_the_work_returns_is_the_exit_code() -> None:
             2,
             ["error: case c1: is empty. Drop it", "error: case c2: is flat. Drop it", "error: no case is usable"],
         ),
-        (KeyboardInterrupt(), 130, ["error: interrupted. What is finished is kept; run the same command again to go on"]),
-        (Terminated(), 143, ["error: terminated. What is finished is kept; run the same command again to go on"]),
+        (
+            KeyboardInterrupt(),
+            130,
+            ["error: interrupted. What is finished is kept; run the same command again to go on, finetune and pretrain with --continue"],
+        ),
+        (
+            Terminated(),
+            143,
+            ["error: terminated. What is finished is kept; run the same command again to go on, finetune and pretrain with --continue"],
+        ),
         (ZeroDivisionError("by zero"), 2, ["error: unexpected ZeroDivisionError: by zero. Run again with --debug for the traceback"]),
     ],
 )
