@@ -13,8 +13,10 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 
 
 def choose_device(name: DeviceName = "auto") -> torch.device:
-    """The device asked for, or the best one there is. Raises DeviceError when it is absent."""
+    """The device asked for, or the best one there is, without attention by cuDNN. Raises DeviceError when it is absent."""
     import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients are not always finite on an H200 (docs/decisions.md)
 
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":

@@ -175,7 +175,9 @@ class _Noting(Dataset[Any]):
 
 
 def _let_finish(number: int) -> None:
-    """Who trains finishes its step on Ctrl-C, and needs the others for it."""
+    """Who trains finishes its step on Ctrl-C or when the whole group is told to end, and needs the others for it."""
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, signal.SIG_IGN if signal_number == signal.SIGINT else signal.SIG_DFL)
 

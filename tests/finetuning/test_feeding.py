@@ -100,6 +100,13 @@ def test_a_process_that_hangs_is_an_error_after_the_patience_is_over():
         until_it_fails(feed(workers=1, batches=Dying(lambda: time.sleep(60)), patience_s=2))
 
 
+def test_who_draws_is_not_told_to_end_when_a_whole_group_is_so_that_a_step_can_be_finished():
+    one = feed(workers=1)
+    one.next()
+    ((pid, _),) = one.at_work.tolist()
+    assert os.getpgid(pid) not in (os.getpgid(0), os.getpgid(os.getppid()))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_volume_that_cannot_be_shown_is_named(workers, monkeypatch):
     made = Batches(material(), plan(), 48)
