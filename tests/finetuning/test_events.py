@@ -1,5 +1,8 @@
 """What TensorBoard is told: every number of every step, once; nothing where it is not installed."""
 
+import shutil
+import time
+
 import pytest
 
 from slmsam2_cli.finetuning import events as module
@@ -29,6 +32,24 @@ def test_every_number_of_every_step_is_there_and_a_resumed_run_replaces_what_cam
         (3, 1 / 3),
         (4, 0.25),
     ]
+
+
+def test_where_its_files_cannot_be_written_one_warning_says_so_and_the_run_goes_on(tmp_path, capsys):
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+    with events(tmp_path / "folder", 0) as record:
+        shutil.rmtree(tmp_path / "folder")
+        for row in rows(range(1, 40)):
+            record(row)
+            time.sleep(0.01)  # it writes in a thread of its own
+    said = capsys.readouterr().err
+    assert said.count("TensorBoard is told no more") == 1 and "log.csv" in said and "Traceback" not in said
+
+
+def test_where_its_folder_cannot_be_made_the_run_goes_on_too(tmp_path, capsys):
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+    (tmp_path / "taken").write_text("a file")
+    told(tmp_path / "taken", 0, [1, 2])
+    assert capsys.readouterr().err.count("TensorBoard is told no more") == 1
 
 
 def test_without_tensorboard_nothing_is_written(tmp_path, monkeypatch):
