@@ -100,7 +100,8 @@ def finetune(
                 console.warn(warning)
             _tune(run, ready, workspace, chosen, wish, resume)
     except OutputError as error:
-        raise OutputError(f"{error}. Choose a workspace you can write to with -w") from None
+        begun = "Make it writable or make room, and go on with --continue. Or choose" if workspace.split.exists() else "Choose"
+        raise OutputError(f"{error}. {begun} a workspace you can write to with -w") from None
     except (RuntimeError, MemoryError, TrainingError) as error:
         if not is_out_of_memory(error):
             raise

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import ExitStack
 
 import nibabel
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 from published import tuned_slm_sam2
 from safetensors import safe_open
 
+from slmsam2_cli.data import store
 from slmsam2_cli.data.dataset import read_dataset
 from slmsam2_cli.data.phantom import write_phantom_dataset
-from slmsam2_cli.errors import DatasetError, DeviceError, PlanError, UsageError, WeightsError
+from slmsam2_cli.errors import DatasetError, DeviceError, OutputError, PlanError, UsageError, WeightsError
+from slmsam2_cli.finetuning import tuning
 from slmsam2_cli.finetuning.keeping import keep
 from slmsam2_cli.model.checkpoint import Provenance, on_base, read_checkpoint, recogniser_of, save_checkpoint
 from slmsam2_cli.model.recogniser import Recogniser
@@ -184,6 +187,23 @@ def test_an_interrupted_run_goes_on_with_its_own_options_and_ends_like_an_undist
     assert finetune(dataset, broken, resume=True) == 0
     assert read_checkpoint(broken.model).digest == read_checkpoint(whole.model).digest
     assert [row.split(",")[0] for row in (broken.finetuned / "log.csv").read_text().splitlines()] == ["step", "1", "2", "3", "4"]
+
+
+def test_a_disk_that_fails_in_the_middle_is_one_line_that_says_how_to_go_on_and_nothing_is_lost(dataset, tmp_path, monkeypatch):
+    train, broken, disk = tuning.train, Workspace(tmp_path), ExitStack()
+
+    def until_the_disk_fails(learner, *rest):
+        for progress in train(learner, *rest):
+            disk.enter_context(store.fail_at(1))
+            yield progress
+
+    monkeypatch.setattr(tuning, "train", until_the_disk_fails)
+    with disk, pytest.raises(OutputError, match=r"could not be written: .*go on with --continue\. Or choose a workspace"):
+        finetune(dataset, broken, cases=1, weights="random", steps=2, seed=1)
+    assert not broken.model.exists()
+    monkeypatch.setattr(tuning, "train", train)
+    assert finetune(dataset, broken, resume=True) == 0
+    assert read_checkpoint(broken.model).provenance.steps == 2
 
 
 def test_a_bad_training_case_stops_it_unless_it_may_be_left_out(tmp_path):
