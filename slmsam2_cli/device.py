@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from slmsam2_cli.errors import DeviceError
@@ -13,10 +15,8 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 
 
 def choose_device(name: DeviceName = "auto") -> torch.device:
-    """The device asked for, or the best one there is, without attention by cuDNN. Raises DeviceError when it is absent."""
+    """The device asked for, or the best one there is. Raises DeviceError when it is absent."""
     import torch
-
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients are not always finite on an H200 (docs/decisions.md)
 
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
@@ -27,6 +27,23 @@ def choose_device(name: DeviceName = "auto") -> torch.device:
         reason = "this torch was built without CUDA" if name == "cuda" and torch.version.cuda is None else "no such device was found"
         raise DeviceError(f"--device {name}: {reason}. Use --device auto, or install a torch build for it")
     return torch.device(name)
+
+
+@contextmanager
+def half_precision(device: torch.device) -> Iterator[None]:
+    """What is computed inside, to learn from, is in bfloat16 on a GPU, and as it is elsewhere.
+
+    Without attention by cuDNN, whose gradients are not always finite (on an H200 a run diverged by it, docs/decisions.md).
+    """
+    import torch
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def describe(device: torch.device) -> str:

@@ -1,18 +1,24 @@
-"""Which device is chosen, and what is settled with it."""
+"""Which device is chosen, and how it computes what is learned from."""
 
 import pytest
 import torch
 
-from slmsam2_cli.device import choose_device
+from slmsam2_cli.device import choose_device, half_precision
 from slmsam2_cli.errors import DeviceError
 
 
-def test_attention_whose_gradients_are_not_always_finite_is_off_once_a_device_is_chosen():
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(True)
+def by_cudnn():
+    return torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_attention_whose_gradients_are_not_always_finite_is_off_while_something_is_learned_and_as_it_was_afterwards(chosen):
+    before = by_cudnn()
+    torch.backends.cuda.enable_cudnn_sdp(chosen)
     try:
-        choose_device("cpu")
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        with half_precision(torch.device("cpu")):
+            assert not by_cudnn() and not torch.is_autocast_enabled("cpu")
+        assert by_cudnn() == chosen
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
 

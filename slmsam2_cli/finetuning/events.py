@@ -21,13 +21,13 @@ def events(folder: Path, from_step: int) -> Iterator[Record]:
     """A function that records the numbers of a step under `train/`, into files in the folder.
 
     What there is of later steps than `from_step`, of this run or an earlier one, no longer counts. Without TensorBoard nothing is written.
-    Where the files cannot be written, one warning says so and nothing more is recorded: a run does not end for it.
+    Where it cannot be told, one warning says so and nothing more is recorded: a run does not end for it.
     """
     if find_spec("tensorboard") is None:
         yield lambda row: None
         return
-    told = _Told(folder, from_step)
     with _one_line_at_most():
+        told = _Told(folder, from_step)
         try:
             yield told.record
         finally:
@@ -36,10 +36,10 @@ def events(folder: Path, from_step: int) -> Iterator[Record]:
 
 class _Told:
     def __init__(self, folder: Path, from_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.writer: Any = None
         with self._giving_up():
+            from torch.utils.tensorboard import SummaryWriter
+
             self.writer = SummaryWriter(str(folder), purge_step=from_step + 1)
 
     def record(self, row: Mapping[str, float]) -> None:
@@ -57,9 +57,11 @@ class _Told:
     def _giving_up(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - nothing about TensorBoard may make a run fail
             self.writer = None
-            console.warn(f"TensorBoard is told no more: {cause(error)}. log.csv has the same numbers")
+            why = cause(error) if isinstance(error, OSError) else str(error).partition("\n")[0] or type(error).__name__
+            console.warn(f"TensorBoard is told no more: {why}. log.csv has the same numbers")
+            console.trace(error)
 
 
 @contextmanager
@@ -68,7 +70,7 @@ def _one_line_at_most() -> Iterator[None]:
     before = threading.excepthook
 
     def silent(said: threading.ExceptHookArgs) -> None:
-        if not (isinstance(said.exc_value, OSError) and type(said.thread).__module__.startswith("tensorboard")):
+        if not type(said.thread).__module__.startswith("tensorboard"):
             before(said)
 
     threading.excepthook = silent

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from slmsam2_cli.data.workers import follow_the_parent
 from slmsam2_cli.errors import TrainingError
 from slmsam2_cli.finetuning.augment import augment
 from slmsam2_cli.finetuning.clips import Clips, ClipSampler, Windows, together
@@ -127,6 +129,7 @@ class Feed:
             prefetch_factor=_AHEAD if workers else None,
             timeout=patience_s if workers else 0,
             worker_init_fn=_let_finish if workers else None,
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # as it was before Python 3.14
             generator=torch.Generator(),  # or it would draw from the one that dropout draws from
             collate_fn=_as_it_is,
         )
@@ -175,11 +178,11 @@ class _Noting(Dataset[Any]):
 
 
 def _let_finish(number: int) -> None:
-    """Who trains finishes its step on Ctrl-C or when the whole group is told to end, and needs the others for it."""
-    if hasattr(os, "setpgrp"):  # not on Windows
-        os.setpgrp()
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, signal.SIG_IGN if signal_number == signal.SIGINT else signal.SIG_DFL)
+    """Who trains finishes its step on Ctrl-C, or when its whole group is told to end, and needs the others for it; they end with it."""
+    os.setpgrp()
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # a warning from the background shall not stop it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    follow_the_parent()
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from slmsam2_cli.device import half_precision
 from slmsam2_cli.errors import TrainingError
 from slmsam2_cli.finetuning import learner as learning
 from slmsam2_cli.finetuning.clips import Clips
@@ -122,7 +123,7 @@ def _batches(learner: Learner, material: Material, plan: TrainingPlan, ranks: Ra
 
 def _step(learner: Learner, batch: Batch, rate: float, ranks: Ranks) -> dict[str, float]:
     device = learner.model.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with half_precision(device):
         losses = clip_losses(learner.model, batch.clips, device, weights_of(learner), ranks.mean, learner.teacher)
         beside = _recogniser_loss(learner, batch.seen, device)
     return descend(learner, losses, rate, _EMA, beside, ranks)

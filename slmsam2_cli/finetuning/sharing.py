@@ -26,7 +26,6 @@ import torch.multiprocessing  # lets tensors go through pipes
 from torch import Tensor
 from torch.nn import Parameter
 
-from slmsam2_cli.device import DeviceName, choose_device
 from slmsam2_cli.errors import DeviceError, SlmSam2Error, TrainingError
 from slmsam2_cli.finetuning.learner import Learner
 
@@ -170,16 +169,15 @@ def _no_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _follow(rank: int, count: int, kind: DeviceName, threads: int, meeting: Path, learner: Any, work: Work, line: Any) -> None:
+def _follow(rank: int, count: int, kind: str, threads: int, meeting: Path, learner: Any, work: Work, line: Any) -> None:
     """The life of a process that follows."""
     for number in _STOPS:  # the first one finishes its step, and says when it is over
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
     try:
-        device = choose_device(kind)
+        device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
         if kind == "cuda":
-            device = torch.device(kind, rank)
             torch.cuda.set_device(device)
         torch.set_num_threads(threads)
         line.send(_READY)

@@ -8,6 +8,20 @@ from contextlib import contextmanager
 from types import FrameType
 
 from slmsam2_cli import console
+from slmsam2_cli.errors import OutputError
+
+
+class Continuable(OutputError):
+    """A result could not be written, but the run can go on."""
+
+
+@contextmanager
+def continuable(command: str) -> Iterator[None]:
+    """Say of what cannot be written inside how to go on."""
+    try:
+        yield
+    except OutputError as error:
+        raise Continuable(f"{error}. Mend that, and go on with {command} --continue") from error
 
 
 @contextmanager

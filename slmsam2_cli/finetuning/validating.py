@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from slmsam2_cli import console
 from slmsam2_cli.data.prepared import PreparedCase
 from slmsam2_cli.data.prompts import choose_slice
 from slmsam2_cli.evaluation.metrics import dice
@@ -209,3 +210,13 @@ def concluded(looks: Mapping[str, Mapping[int, Look]], training: TrainingPlan, a
         recogniser=way == 0 if ways > 1 else None,
         kept="tuned" if enough else "base",
     )
+
+
+def say_validated(validation: Validation, count: int) -> None:
+    """What the volumes that were left out said, and what follows from it for the `count` that are learned from."""
+    where = f"on {', '.join(validation.left_out)}, left out: Dice {validation.base:.3f} before tuning, {validation.tuned:.3f} after"
+    if validation.kept == "base":
+        console.warn(f"{where}. The base is kept as it is. Set training.validation to none in plan.json to tune it all the same")
+    else:
+        alone = ", without the recogniser, which did not help there" if validation.recogniser is False else ""
+        console.say(f"{where}. Tuning on {'all ' if count > 1 else ''}{count} for {validation.steps} steps{alone}")

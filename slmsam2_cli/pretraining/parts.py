@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slmsam2_cli.device import half_precision
 from slmsam2_cli.finetuning.clips import Clips
 from slmsam2_cli.finetuning.learner import means, total_of
 from slmsam2_cli.finetuning.loop import followed
@@ -51,7 +52,7 @@ def compute(model: SlmSam2, recipe: Recipe, step: int, part: int, done: float) -
     clips = drawn(recipe, step, part, done, model.device)
     chance = random.Random(seed_of(recipe.seed, step, part, _CHANCE))
     rng = torch.Generator(model.device).manual_seed(seed_of(recipe.seed, step, part, _PROMPTS))
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+    with half_precision(model.device):
         given = given_as(recipe, len(clips.masks), done, chance)
         losses = clip_losses(model, clips, recipe, given, chance, rng)
     total = total_of(losses)

@@ -37,9 +37,9 @@ from slmsam2_cli.finetuning.resume import check_state, load_state, previous_of, 
 from slmsam2_cli.finetuning.room import remedy, shortage
 from slmsam2_cli.finetuning.runs import Run, Wish, image_digests, learned_by
 from slmsam2_cli.finetuning.sharing import check_processes
-from slmsam2_cli.finetuning.stopping import stoppable
+from slmsam2_cli.finetuning.stopping import Continuable, continuable, stoppable
 from slmsam2_cli.finetuning.tuning import absent_labels, follow, fresh_learner, material_of, new_model
-from slmsam2_cli.finetuning.validating import training_after
+from slmsam2_cli.finetuning.validating import say_validated, training_after
 from slmsam2_cli.inference.ready import fuser_of, with_fuser_of
 from slmsam2_cli.model import zoo
 from slmsam2_cli.model.calibration import Calibration
@@ -99,9 +99,10 @@ def finetune(
             if warning := shortage(run.plan, workspace.fingerprint, len(run.cases), chosen):
                 console.warn(warning)
             _tune(run, ready, workspace, chosen, wish, resume)
+    except Continuable:
+        raise
     except OutputError as error:
-        begun = "Make it writable or make room, and go on with --continue. Or choose" if workspace.split.exists() else "Choose"
-        raise OutputError(f"{error}. {begun} a workspace you can write to with -w") from None
+        raise OutputError(f"{error}. Mend that and try again, or choose a workspace you can write to with -w") from None
     except (RuntimeError, MemoryError, TrainingError) as error:
         if not is_out_of_memory(error):
             raise
@@ -243,7 +244,7 @@ def _tune(run: Run, ready: Outcome, workspace: Workspace, device: torch.device, 
             old.unlink(missing_ok=True)
         forget_folds(folder)
     _write_split(workspace, run, wish, skipped, finished=False)  # from here on, however it ends, there is something to continue
-    with stoppable() as stopped:
+    with continuable("slmsam2 finetune"), stoppable() as stopped:
         by_rule = choose_training(run.plan.network.size, len(used)).value.steps
         validation = validate(run, used, device, folder, SAVE_EVERY_S, stopped, asked=run.plan.training.steps != by_rule)
         if stopped() and validation is None:
@@ -266,7 +267,7 @@ def _on_everything(
     """Tune on all volumes, as the folds speak for, or keep the base."""
     state, plan = _state(workspace), run.plan
     if validation is not None:
-        _say_validated(validation, len(used))
+        say_validated(validation, len(used))
         if validation.recogniser is False:
             plan = plan.model_copy(update={"training": plan.training.model_copy(update={"recogniser": False})})
     kept_base = validation is not None and validation.kept == "base"
@@ -296,15 +297,6 @@ def _on_everything(
         old.unlink(missing_ok=True)
 
 
-def _say_validated(validation: Validation, count: int) -> None:
-    where = f"on {', '.join(validation.left_out)}, left out: Dice {validation.base:.3f} before tuning, {validation.tuned:.3f} after"
-    if validation.kept == "base":
-        console.warn(f"{where}. The base is kept as it is. Set training.validation to none in plan.json to tune it all the same")
-    else:
-        alone = ", without the recogniser, which did not help there" if validation.recogniser is False else ""
-        console.say(f"{where}. Tuning on {'all ' if count > 1 else ''}{count} for {validation.steps} steps{alone}")
-
-
 def _follow(
     learner: Learner, material: Material, training: TrainingPlan, run: Run, state: Path, log: Log, stopped: Callable[[], bool]
 ) -> None:
@@ -317,18 +309,22 @@ def _follow(
         return f"step {progress.step}, loss {log.recent():.3f}, {learner.step / max(learner.seconds, 1e-3):.1f} steps/s"
 
     with events(log.path.with_name("tensorboard"), learner.step) as record:
-        follow(
-            learner,
-            material,
-            training,
-            stopped,
-            title="training",
-            state=state,
-            settings=run.digest,
-            every_s=SAVE_EVERY_S,
-            told=told,
-            saved=lambda: _note(log, run),
-        )
+        try:
+            follow(
+                learner,
+                material,
+                training,
+                stopped,
+                title="training",
+                state=state,
+                settings=run.digest,
+                every_s=SAVE_EVERY_S,
+                told=told,
+                saved=lambda: _note(log, run),
+            )
+        except TrainingError:
+            _note(log, run)  # what led there
+            raise
 
 
 def _note(log: Log, run: Run) -> None:

@@ -127,8 +127,10 @@ def _train(
     console.say(f"training {recipe.network.size} ({parameters / 1e6:.2f} million parameters, {recipe.frame_px} px) on {where}")
     log, checks = Log(run / "log.csv", learner.step, _LOG), Log(run / "checks.csv", learner.step, _CHECKS)
     with stoppable() as stopped:
-        _follow(learner, recipe, run, commit, log, checks, train(learner, recipe, stopped, side_by_side))
-        log.write()
+        try:
+            _follow(learner, recipe, run, commit, log, checks, train(learner, recipe, stopped, side_by_side))
+        finally:
+            log.write()
         finished = share_done(learner, recipe) >= 1
         if finished:
             _check(learner, recipe, checks)

@@ -1,7 +1,7 @@
 """What TensorBoard is told: every number of every step, once; nothing where it is not installed."""
 
-import shutil
-import time
+import subprocess
+import sys
 
 import pytest
 
@@ -34,15 +34,34 @@ def test_every_number_of_every_step_is_there_and_a_resumed_run_replaces_what_cam
     ]
 
 
-def test_where_its_files_cannot_be_written_one_warning_says_so_and_the_run_goes_on(tmp_path, capsys):
+FAILING = """
+import errno, sys, time
+from pathlib import Path
+from tensorboard.compat.tensorflow_stub.io import gfile
+from slmsam2_cli.finetuning.events import events
+
+written, write = [], gfile.LocalFileSystem._write
+
+def until_the_disk_is_full(self, *rest):
+    if len(written) >= int(sys.argv[2]):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    written.append(None)
+    return write(self, *rest)
+
+gfile.LocalFileSystem._write = until_the_disk_is_full
+with events(Path(sys.argv[1]), 0) as record:
+    for step in range(1, 40):
+        record({"step": step, "total": 1.0})
+        time.sleep(0.01)  # it writes in a thread of its own
+"""
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_where_its_files_cannot_be_written_one_warning_says_so_and_the_run_goes_on(tmp_path, after):
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
-    with events(tmp_path / "folder", 0) as record:
-        shutil.rmtree(tmp_path / "folder")
-        for row in rows(range(1, 40)):
-            record(row)
-            time.sleep(0.01)  # it writes in a thread of its own
-    said = capsys.readouterr().err
-    assert said.count("TensorBoard is told no more") == 1 and "log.csv" in said and "Traceback" not in said
+    run = subprocess.run([sys.executable, "-c", FAILING, str(tmp_path), str(after)], capture_output=True, text=True, check=True)
+    assert run.stderr.count("TensorBoard is told no more: no space left") == 1 and "log.csv" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_where_its_folder_cannot_be_made_the_run_goes_on_too(tmp_path, capsys):

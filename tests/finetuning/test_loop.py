@@ -6,6 +6,7 @@ import torch
 from stacks import case, whole
 
 from slmsam2_cli.errors import TrainingError, WeightsError
+from slmsam2_cli.finetuning import loop
 from slmsam2_cli.finetuning.clips import ClipSampler
 from slmsam2_cli.finetuning.feeding import Material
 from slmsam2_cli.finetuning.learner import share_done
@@ -104,6 +105,14 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():
     (progress,) = run(one, until=1)
     assert progress.losses == {"skipped": 1.0}
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(one).items())
+
+
+def test_losses_are_computed_without_the_attention_whose_gradients_are_not_always_finite(monkeypatch):
+    real, seen = loop.clip_losses, []
+    monkeypatch.setattr(loop, "clip_losses", lambda *given: seen.append(torch.backends.cuda.cudnn_sdp_enabled()) or real(*given))
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    run(learner(), until=1)
+    assert seen == [False]
 
 
 def test_a_flipped_byte_in_a_state_is_noticed(tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 from slmsam2_cli.errors import TrainingError
 from slmsam2_cli.model.memory.policy import Moment
+from slmsam2_cli.pretraining import parts
 from slmsam2_cli.pretraining.checks import check, held_out
 from slmsam2_cli.pretraining.helpers import gather_gradients, share
 from slmsam2_cli.pretraining.loop import new_learner, train
@@ -120,6 +121,14 @@ def test_gradients_of_parts_add_up_to_their_mean():
     for part in (0, 1):
         compute(model, chosen, 0, part, 0.5)
     assert alone[0].abs().sum() > 0 and torch.allclose(gradients, alone[0] + alone[1], atol=1e-6)
+
+
+def test_losses_are_computed_without_the_attention_whose_gradients_are_not_always_finite(monkeypatch):
+    seen = []
+    monkeypatch.setattr(parts, "clip_losses", lambda *given: seen.append(torch.backends.cuda.cudnn_sdp_enabled()) or clip_losses(*given))
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    compute(build(recipe(), CPU).train(), recipe(), 0, 0, 0.5)
+    assert seen == [False]
 
 
 def test_weights_in_shared_memory_are_the_same_weights():

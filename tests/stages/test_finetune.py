@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from contextlib import ExitStack
 
 import nibabel
@@ -21,6 +22,7 @@ from slmsam2_cli.model.recogniser import Recogniser
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import read_plan, signed, write_plan
 from slmsam2_cli.planning.rules import choose_training, training_for, with_training
+from slmsam2_cli.stages import finetune as stage
 from slmsam2_cli.stages.finetune import finetune
 from slmsam2_cli.stages.predict import predict
 from slmsam2_cli.workspace import Workspace
@@ -189,21 +191,33 @@ def test_an_interrupted_run_goes_on_with_its_own_options_and_ends_like_an_undist
     assert [row.split(",")[0] for row in (broken.finetuned / "log.csv").read_text().splitlines()] == ["step", "1", "2", "3", "4"]
 
 
-def test_a_disk_that_fails_in_the_middle_is_one_line_that_says_how_to_go_on_and_nothing_is_lost(dataset, tmp_path, monkeypatch):
-    train, broken, disk = tuning.train, Workspace(tmp_path), ExitStack()
+def test_a_disk_that_fails_in_the_middle_is_one_line_that_says_how_to_go_on_from_what_was_saved(dataset, tmp_path, monkeypatch):
+    train, broken, disk, begun = tuning.train, Workspace(tmp_path), ExitStack(), []
 
     def until_the_disk_fails(learner, *rest):
+        begun.append(learner.step)
         for progress in train(learner, *rest):
-            disk.enter_context(store.fail_at(1))
+            if learner.step == 2 and len(begun) == 1:
+                disk.enter_context(store.fail_at(1))
             yield progress
 
     monkeypatch.setattr(tuning, "train", until_the_disk_fails)
-    with disk, pytest.raises(OutputError, match=r"could not be written: .*go on with --continue\. Or choose a workspace"):
-        finetune(dataset, broken, cases=1, weights="random", steps=2, seed=1)
+    monkeypatch.setattr(stage, "SAVE_EVERY_S", 0.0)
+    with disk, pytest.raises(OutputError, match="could not be written: .*go on with slmsam2 finetune --continue$"):
+        finetune(dataset, broken, cases=1, weights="random", steps=3, seed=1)
     assert not broken.model.exists()
-    monkeypatch.setattr(tuning, "train", train)
     assert finetune(dataset, broken, resume=True) == 0
-    assert read_checkpoint(broken.model).provenance.steps == 2
+    assert begun == [0, 1]
+    assert read_checkpoint(broken.model).provenance.steps == 3
+
+
+def test_a_disk_that_fails_before_anything_is_learned_says_nothing_of_going_on_with_another_run(dataset, tmp_path):
+    workspace = Workspace(tmp_path)
+    finetune(dataset, workspace, cases=1, weights="random", steps=1, seed=1)
+    shutil.rmtree(workspace.prepared)
+    with store.fail_at(1), pytest.raises(OutputError, match="Mend that and try again, or choose a workspace") as caught:
+        finetune(dataset, workspace, cases=1, weights="random", steps=1, seed=2, overwrite=True)
+    assert "--continue" not in str(caught.value)
 
 
 def test_a_bad_training_case_stops_it_unless_it_may_be_left_out(tmp_path):
