@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,11 +103,22 @@ def test_a_process_that_hangs_is_an_error_after_the_patience_is_over():
         until_it_fails(feed(workers=1, batches=Dying(lambda: time.sleep(60)), patience_s=2))
 
 
-def test_who_draws_is_not_told_to_end_when_a_whole_group_is_so_that_a_step_can_be_finished():
-    one = feed(workers=1)
+FINISHING = """
+import os, signal
+from test_feeding import feed
+signal.signal(signal.SIGTERM, lambda *_: None)  # who trains finishes its step
+one = feed(workers=1)
+one.next()
+os.killpg(0, signal.SIGTERM)
+for _ in range(5):  # more than were drawn ahead
     one.next()
-    ((pid, _),) = one.at_work.tolist()
-    assert os.getpgid(pid) == pid != os.getpid()
+"""
+
+
+def test_who_draws_goes_on_when_the_whole_group_is_told_to_end_so_that_a_step_can_be_finished():
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent)])
+    subprocess.run([sys.executable, "-c", FINISHING], env=os.environ | {"PYTHONPATH": path}, start_new_session=True, check=True, timeout=60)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
