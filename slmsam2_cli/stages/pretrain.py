@@ -17,7 +17,7 @@ import torch
 from slmsam2_cli import console
 from slmsam2_cli.data import store
 from slmsam2_cli.device import DeviceName, choose_device, describe
-from slmsam2_cli.errors import DONE, DeviceError, UsageError
+from slmsam2_cli.errors import DONE, DeviceError, TrainingError, UsageError
 from slmsam2_cli.finetuning.learner import share_done
 from slmsam2_cli.finetuning.log import COLUMNS, RECOGNISED, Log
 from slmsam2_cli.finetuning.resume import load_state, previous_of, save_state
@@ -129,8 +129,10 @@ def _train(
     with stoppable() as stopped:
         try:
             _follow(learner, recipe, run, commit, log, checks, train(learner, recipe, stopped, side_by_side))
-        finally:
-            log.write()
+        except TrainingError:
+            log.write()  # what led there
+            raise
+        log.write()
         finished = share_done(learner, recipe) >= 1
         if finished:
             _check(learner, recipe, checks)
