@@ -61,6 +61,16 @@ class PreparedCase:
         vars(self).update({name: store.open_npy(value.path) if isinstance(value, _Mapped) else value for name, value in state.items()})
 
 
+def check_whole(case: PreparedCase) -> None:
+    """ArrayError where a file is shorter than when it was mapped: reading what is gone would end the process by a signal."""
+    for name in ("frames", "labels"):
+        mapped: Any = getattr(case, name)
+        while isinstance(mapped, np.ndarray):
+            mapped = mapped.base
+        if isinstance(mapped, mmap.mmap) and mapped.size() < len(mapped):
+            raise store.ArrayError(f"case {case.id}: {name}.npy was cut short while it was in use")
+
+
 def make_frames(volume: Volume, geometry: GeometryPlanLike, intensity: Sequence[ChannelIntensityLike]) -> tuple[View, Array]:
     """The view of a volume and its slices (C, T, H, W) float32 in 0…1."""
     view = View.fit(volume, geometry)

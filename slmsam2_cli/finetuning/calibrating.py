@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from slmsam2_cli.data.prepared import PreparedCase
+from slmsam2_cli.data.prepared import PreparedCase, check_whole
 from slmsam2_cli.data.prompts import choose_slice
 from slmsam2_cli.finetuning.validating import area_of, tracked
 from slmsam2_cli.model.calibration import Calibration, calibrate
@@ -65,6 +65,7 @@ def _around(case: PreparedCase, value: int, area: np.ndarray, slices: int) -> _S
 
 def _pairs(model: SlmSam2, one: _Structure, plan: Plan) -> Iterator[tuple[float, float]]:
     """(raw confidence, Dice) of every slice that holds the structure or its mask."""
+    check_whole(one.case)
     assert one.case.labels is not None
     labels = np.asarray(one.case.labels[one.start : one.stop])
     truth = torch.from_numpy(labels == one.value)

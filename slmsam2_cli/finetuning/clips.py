@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slmsam2_cli.data.prepared import PreparedCase
+from slmsam2_cli.data.prepared import PreparedCase, check_whole
 from slmsam2_cli.errors import DatasetError
 from slmsam2_cli.model.focus import Square, around, box_of
 from slmsam2_cli.model.slices import framed, to_input
@@ -102,7 +102,7 @@ class ClipSampler:
     strides: ClassVar[dict[int, float]] = {1: 0.7, 2: 0.2, 3: 0.1}
 
     def __init__(self, cases: Sequence[PreparedCase], values: Sequence[int], geometry: GeometryPlan, ignore: int | None = None) -> None:
-        self.geometry, self.ignore = geometry, ignore
+        self.cases, self.geometry, self.ignore = tuple(cases), geometry, ignore
         self.stacks: list[_Stack] = []
         self.structures: dict[int, list[_Structure]] = {}
         for stride in self.strides:
@@ -112,6 +112,11 @@ class ClipSampler:
             self.stacks += thinned
         if not self.structures[1]:
             raise DatasetError("no training case holds a labelled structure over at least two slices. Annotate one, or check the labels")
+
+    def check_whole(self) -> None:
+        """ArrayError where a file of a volume was cut short since it was opened."""
+        for case in self.cases:
+            check_whole(case)
 
     def choose(self, rng: np.random.Generator, windows: int, length: int) -> Windows:
         """W windows; volumes too short for `length` shorten all of them."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from slmsam2_cli.data.store import ArrayError
 from slmsam2_cli.data.workers import follow_the_parent
 from slmsam2_cli.errors import TrainingError
 from slmsam2_cli.finetuning.augment import augment
@@ -73,9 +74,10 @@ class Batches(Dataset[Any]):
         step, length = at
         windows = self.windows(step, length)
         try:
+            self.material.clips.check_whole()
             clips = together([self._window(windows, step, number) for number in range(self.rank, len(windows.starts), self.count)])
             return Batch(clips, self._slices(step))
-        except (OSError, ValueError) as error:  # what reading says of damaged files
+        except (OSError, ValueError, ArrayError) as error:  # what reading says of damaged files
             return Spoilt(f"step {step}, {', '.join(self.material.clips.cases_of(windows))}: {error or type(error).__name__}")
 
     def _window(self, windows: Windows, step: int, number: int) -> Clips:
@@ -139,7 +141,7 @@ class Feed:
         """TrainingError, naming step and volumes, where the batch cannot be made."""
         batch = next(self._found)
         if isinstance(batch, Spoilt):
-            raise TrainingError(f"{batch.why}. Is prepared/ damaged? Remove that case's folder there, and go on with --continue")
+            raise TrainingError(f"{batch.why}. Go on with slmsam2 finetune --continue, which makes anew what is damaged in prepared/")
         self.step += 1
         found: Batch = batch
         return found

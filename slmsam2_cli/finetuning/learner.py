@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from slmsam2_cli.finetuning.beside import Later
 from slmsam2_cli.finetuning.losses import SliceLoss
 from slmsam2_cli.model.recogniser import PREFIX as RECOGNISER
 from slmsam2_cli.model.slmsam2 import SlmSam2
@@ -124,26 +125,24 @@ class Sharing(Protocol):
 
 
 def descend(
-    learner: Learner,
-    losses: Sequence[SliceLoss],
-    rate: float,
-    most_average: float,
-    beside: Mapping[str, Tensor],
-    ranks: Sharing,
+    learner: Learner, losses: Sequence[SliceLoss], rate: float, most_average: float, beside: Later[Mapping[str, Tensor]], ranks: Sharing
 ) -> dict[str, float]:
     """One optimiser step on the mean of the losses; returns each of their means, or that the step was skipped.
 
-    beside: other losses, by name, that are added to it, but not to the total that is returned; the first process alone has them.
+    The gradients have to be cleared before. beside: other losses, by name, of which the gradients are there when it has been waited for;
+    they are not part of the total that is returned, and the first process alone has them.
     """
-    total = total_of(losses) + ranks.count * sum(beside.values())
-    if not torch.isfinite(ranks.mean(total)):
+    total = total_of(losses)
+    finite = bool(torch.isfinite(ranks.mean(total)))
+    if finite:
+        total.backward()  # type: ignore[no-untyped-call]
+    others = beside.result()
+    if not finite:
         return {SKIPPED: 1.0}
-    learner.optimiser.zero_grad(set_to_none=True)
-    total.backward()  # type: ignore[no-untyped-call]
     ranks.share_gradients(list(learner.model.parameters()))
     if not take_step(learner, rate, most_average):
         return {SKIPPED: 1.0}
-    return means(losses, ranks.mean) | {name: float(loss.detach()) for name, loss in beside.items()}
+    return means(losses, ranks.mean) | {name: float(loss) for name, loss in others.items()}
 
 
 def total_of(losses: Sequence[SliceLoss]) -> Tensor:

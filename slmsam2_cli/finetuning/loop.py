@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch import Tensor
 from slmsam2_cli.device import half_precision
 from slmsam2_cli.errors import TrainingError
 from slmsam2_cli.finetuning import learner as learning
+from slmsam2_cli.finetuning.beside import Beside, Later, beside
 from slmsam2_cli.finetuning.clips import Clips
 from slmsam2_cli.finetuning.feeding import Batch, Batches, Feed, Material, workers_for
 from slmsam2_cli.finetuning.learner import PATIENCE, SKIPPED, Progress, average_of, descend, learning_rate, share_done
@@ -94,24 +97,28 @@ def train(
     feed = Feed(_batches(learner, material, plan, ranks), learner.step, lambda: clip_slices(done, plan, learner.from_scratch), workers)
     learner.model.train()
     try:
-        while True:
-            done = share_done(learner, plan)
-            going, done = ranks.agree(done < 1 and not stop(), done)
-            if not going:
-                return
-            started = time.monotonic()
-            batch = feed.next()
-            learner.waited += time.monotonic() - started
-            rate = learning_rate(learner.step, done, plan.learning_rate, plan.warmup_steps)
-            losses = _step(learner, batch, rate, ranks)
-            skipped = skipped + 1 if SKIPPED in losses else 0
-            if skipped >= PATIENCE:
-                raise TrainingError(
-                    f"training diverged at step {learner.step}. Lower training.learning_rate in plan.json (now {plan.learning_rate:g})"
-                )
-            learner.step += 1
-            learner.seconds += time.monotonic() - started
-            yield Progress(learner.step, share_done(learner, plan), losses, rate)
+        with beside(device) as other:
+            following = None
+            while True:
+                done = share_done(learner, plan)
+                going, done = ranks.agree(done < 1 and not stop(), done)
+                if not going:
+                    return
+                started = time.monotonic()
+                here = following or _begin(learner, feed, other)
+                learner.optimiser.zero_grad(set_to_none=True)
+                seen = other.begin(partial(_recogniser_losses, learner, here.batch.seen, ranks.count))
+                following = _begin(learner, feed, other) if other.works and not learner.from_scratch else None
+                rate = learning_rate(learner.step, done, plan.learning_rate, plan.warmup_steps)
+                losses = descend(learner, _losses(learner, here, ranks), rate, _EMA, seen, ranks)
+                skipped = skipped + 1 if SKIPPED in losses else 0
+                if skipped >= PATIENCE:
+                    raise TrainingError(
+                        f"training diverged at step {learner.step}. Lower training.learning_rate in plan.json (now {plan.learning_rate:g})"
+                    )
+                learner.step += 1
+                learner.seconds += time.monotonic() - started
+                yield Progress(learner.step, share_done(learner, plan), losses, rate)
     except RuntimeError as error:
         raise feed.death(error) or ranks.death() or error from None
 
@@ -121,20 +128,42 @@ def _batches(learner: Learner, material: Material, plan: TrainingPlan, ranks: Ra
     return Batches(material, plan, recogniser.px if recogniser is not None else None, ranks.rank, ranks.count)
 
 
-def _step(learner: Learner, batch: Batch, rate: float, ranks: Ranks) -> dict[str, float]:
-    device = learner.model.device
+@dataclass(frozen=True)
+class _Begun:
+    """A step that can be taken: what it shows, and what the teacher believes of it."""
+
+    batch: Batch
+    believed: Later[list[Tensor]] | None
+
+
+def _begin(learner: Learner, feed: Feed, other: Beside) -> _Begun:
+    """Of the next step all that does not depend on the one before."""
+    started = time.monotonic()
+    batch = feed.next()
+    learner.waited += time.monotonic() - started
+    if learner.teacher is None:
+        return _Begun(batch, None)
+    return _Begun(batch, other.begin(partial(belief, learner.teacher, batch.clips)))
+
+
+def _losses(learner: Learner, here: _Begun, ranks: Ranks) -> list[SliceLoss]:
+    device, believed = learner.model.device, here.believed
     with half_precision(device):
-        losses = clip_losses(learner.model, batch.clips, device, weights_of(learner), ranks.mean, learner.teacher)
-        beside = _recogniser_loss(learner, batch.seen, device)
-    return descend(learner, losses, rate, _EMA, beside, ranks)
+        return clip_losses(
+            learner.model, here.batch.clips, device, weights_of(learner), ranks.mean, believed.result if believed is not None else None
+        )
 
 
-def _recogniser_loss(learner: Learner, seen: tuple[Tensor, Tensor] | None, device: torch.device) -> dict[str, Tensor]:
-    recogniser = learner.model.recogniser
+def _recogniser_losses(learner: Learner, seen: tuple[Tensor, Tensor] | None, count: int) -> dict[str, Tensor]:
+    """What it is wrong by, with its gradients; of `count` processes it learns in the first one alone."""
+    recogniser, device = learner.model.recogniser, learner.model.device
     if seen is None or recogniser is None:
         return {}
     slices, truth = seen
-    return {RECOGNISED: recogniser_loss(recogniser(slices.to(device)).float(), truth.to(device))}
+    with half_precision(device) if device.type == "cuda" else nullcontext():  # which is not for two threads
+        loss = recogniser_loss(recogniser(slices.to(device)).float(), truth.to(device))
+    (count * loss).backward()  # type: ignore[no-untyped-call]
+    return {RECOGNISED: loss.detach()}
 
 
 def weights_of(learner: Learner) -> Weights:
@@ -154,18 +183,18 @@ def clip_losses(
     device: torch.device,
     weights: Weights | None = None,
     over: Callable[[Tensor], Tensor] = lambda counts: counts,
-    teacher: SlmSam2 | None = None,
+    believed: Callable[[], Sequence[Tensor]] | None = None,
 ) -> list[SliceLoss]:
     """Track M objects from their first slice; one loss per tracked slice, T - 1 in all.
 
     weights: None for the network's usual ones; over: the mean of (T, 3) counts of objects over the processes that share a step;
-    teacher: what presence learns is this network's belief about the same clips.
+    believed: what presence learns, another network's `belief` about the same clips.
     """
     weights = weights or usual_weights(model)
     clips = clips.to(device)
-    believed = _believed(teacher, clips) if teacher is not None else None
     counts = torch.stack([object_counts(masks, clips.known[t] if clips.known is not None else None) for t, masks in enumerate(clips.masks)])
-    return followed(model, clips, *_begun(model, clips), len(clips.masks), weights, over(counts), believed)
+    begun = _begun(model, clips)
+    return followed(model, clips, *begun, len(clips.masks), weights, over(counts), believed() if believed is not None else None)
 
 
 def _begun(model: SlmSam2, clips: Clips) -> tuple[SliceFeatures, MemoryBank, Track]:
@@ -181,8 +210,9 @@ def _begun(model: SlmSam2, clips: Clips) -> tuple[SliceFeatures, MemoryBank, Tra
 
 
 @torch.no_grad()
-def _believed(teacher: SlmSam2, clips: Clips) -> list[Tensor]:
+def belief(teacher: SlmSam2, clips: Clips) -> list[Tensor]:
     """For every slice, how probable a network thinks it that each object is there, (M,)."""
+    clips = clips.to(teacher.device)
     features, bank, track = _begun(teacher, clips)
     length = len(clips.masks)
     said = [output.presence for output in _walked(teacher, clips, features, bank, track, length)]

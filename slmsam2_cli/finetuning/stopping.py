@@ -8,19 +8,20 @@ from contextlib import contextmanager
 from types import FrameType
 
 from slmsam2_cli import console
+from slmsam2_cli.data.store import ArrayError
 from slmsam2_cli.errors import OutputError
 
 
 class Continuable(OutputError):
-    """A result could not be written, but the run can go on."""
+    """A file could not be written, or was cut short while it was read, but the run can go on."""
 
 
 @contextmanager
 def continuable(command: str) -> Iterator[None]:
-    """Say of what cannot be written inside how to go on."""
+    """Say of what cannot be written or read inside how to go on."""
     try:
         yield
-    except OutputError as error:
+    except (OutputError, ArrayError) as error:
         raise Continuable(f"{error}. Mend that, and go on with {command} --continue") from error
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from slmsam2_cli import console
-from slmsam2_cli.data.prepared import PreparedCase
+from slmsam2_cli.data.prepared import PreparedCase, check_whole
 from slmsam2_cli.data.prompts import choose_slice
 from slmsam2_cli.evaluation.metrics import dice
 from slmsam2_cli.inference.engine import Anchor, Propagated, propagate
@@ -126,6 +126,7 @@ def judged(model: SlmSam2, fold: Fold, plan: Plan, heeded: bool) -> Judged:
     heeded: whether the model's recogniser is, where it has one. Where a label is rightly not found, that counts as 1.
     """
     case = fold.held
+    check_whole(case)
     assert case.labels is not None
     truth = np.asarray(case.labels)
     given = {value: choose_slice(area, "middle") for value in plan.labels if (area := area_of(case, value, plan.ignore)).any()}

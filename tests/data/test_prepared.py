@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from dataclasses import replace
@@ -16,7 +17,7 @@ from slmsam2_cli.data import store
 from slmsam2_cli.data.dataset import read_dataset
 from slmsam2_cli.data.geometry import View
 from slmsam2_cli.data.phantom import write_phantom_dataset
-from slmsam2_cli.data.prepared import open_prepared, prepare, prepare_all, settings_digest
+from slmsam2_cli.data.prepared import check_whole, open_prepared, prepare, prepare_all, settings_digest
 from slmsam2_cli.errors import CaseError, OutputError
 
 GEOMETRY = SimpleNamespace(slice_axis="SI", in_plane_mm=1.0, through_plane_mm=None, stack_px=64, crop_to_nonzero=True)
@@ -145,6 +146,27 @@ def test_a_truncated_array_is_not_opened(data, tmp_path):
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(CaseError, match="not prepared, or only half"):
         open_prepared(tmp_path / "out", "phantom_000")
+
+
+@pytest.mark.parametrize("name", ["frames", "labels"])
+def test_a_file_that_is_cut_short_while_it_is_open_is_said_before_it_is_read(data, tmp_path, name):
+    case = again(data, tmp_path / "out")[0].cases[0]
+    part = replace(case, frames=case.frames[:, 2:], labels=case.labels[2:])
+    for one in (case, part):
+        check_whole(one)
+    path = tmp_path / "out" / case.id / f"{name}.npy"
+    os.truncate(path, path.stat().st_size - 1)
+    for one in (case, part):
+        with pytest.raises(store.ArrayError, match=rf"case {case.id}: {name}.npy was cut short"):
+            check_whole(one)
+
+
+def test_a_file_that_another_one_replaces_stays_readable(data, tmp_path):
+    case = again(data, tmp_path / "out")[0].cases[0]
+    before = case.frames.copy()
+    again(data, tmp_path / "out", overwrite=True)
+    check_whole(case)
+    assert np.array_equal(case.frames, before)
 
 
 def test_a_record_that_points_elsewhere_is_not_followed(data, tmp_path):

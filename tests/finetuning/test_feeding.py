@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from stacks import case, whole
 
+from slmsam2_cli.data import store
 from slmsam2_cli.errors import TrainingError
 from slmsam2_cli.finetuning.clips import ClipSampler
 from slmsam2_cli.finetuning.feeding import Batches, Feed, Material, workers_for
@@ -131,6 +133,18 @@ def test_a_volume_that_cannot_be_shown_is_named(workers, monkeypatch):
     monkeypatch.setattr(made.material.clips, "show", damaged)
     with pytest.raises(TrainingError, match=r"step 0, .*(left|right).*: cannot reshape.*prepared/"):
         feed(workers=workers, batches=made).next()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_volume_that_is_cut_short_while_it_is_learned_from_is_named(workers, tmp_path):
+    shown = case(name="left", size=(PX, PX))
+    store.write_npy(tmp_path / "frames.npy", shown.frames)
+    mapped = SimpleNamespace(**(vars(shown) | {"frames": store.open_npy(tmp_path / "frames.npy")}))
+    one = feed(workers=workers, batches=Batches(Material(ClipSampler([mapped], [1], whole(PX))), plan()))
+    one.next()
+    os.truncate(tmp_path / "frames.npy", 200)
+    with pytest.raises(TrainingError, match=r"left: frames.npy was cut short.*prepared/"):
+        until_it_fails(one)
 
 
 def test_on_a_cpu_and_from_random_weights_nobody_draws_ahead():

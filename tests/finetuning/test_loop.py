@@ -1,5 +1,7 @@
 """Training: it learns, it follows its schedule, and an interrupted run ends like an undisturbed one."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from slmsam2_cli.finetuning import loop
 from slmsam2_cli.finetuning.clips import ClipSampler
 from slmsam2_cli.finetuning.feeding import Material
 from slmsam2_cli.finetuning.learner import share_done
-from slmsam2_cli.finetuning.loop import clip_losses, clip_slices, new_learner, train
+from slmsam2_cli.finetuning.loop import belief, clip_losses, clip_slices, new_learner, train
 from slmsam2_cli.finetuning.losses import Weights
 from slmsam2_cli.finetuning.recognising import SliceSampler, new_recogniser
 from slmsam2_cli.finetuning.resume import load_state, previous_of, save_state
@@ -127,7 +129,7 @@ def test_a_flipped_byte_in_a_state_is_noticed(tmp_path):
 
 
 def test_training_that_diverges_says_so(monkeypatch):
-    monkeypatch.setattr("slmsam2_cli.finetuning.loop._step", lambda *_: {"skipped": 1.0})
+    monkeypatch.setattr("slmsam2_cli.finetuning.loop.descend", lambda *_: {"skipped": 1.0})
     with pytest.raises(TrainingError, match="learning_rate"):
         run(learner(100), steps=100)
 
@@ -196,7 +198,8 @@ def test_where_presence_is_kept_the_untouched_network_has_nothing_to_learn_of_it
     only = Weights(pixels=0.0, dice=0.0, iou=0.0, presence=1.0)
     for teacher, still in ((one.teacher, True), (None, False)):
         one.model.zero_grad()
-        losses = clip_losses(one.model, clips, torch.device("cpu"), only, teacher=teacher)
+        believed = partial(belief, teacher, clips) if teacher is not None else None
+        losses = clip_losses(one.model, clips, torch.device("cpu"), only, believed=believed)
         torch.stack([part.total for part in losses]).mean().backward()
         largest = max(float(p.grad.abs().max()) for p in one.model.parameters() if p.grad is not None)
         assert (largest < 1e-6) == still

@@ -1,0 +1,87 @@
+"""How long a step of fine-tuning takes on this machine's CPU: on one thread, on all of them, and on two halves of them side by side.
+
+    python benchmarks/step_time.py [DATASET] [--threads 2] [--blocks 6]
+
+DATASET: a folder that slmsam2 plan reads; without one, three made-up volumes. The three ways alternate in blocks of six steps within one
+process, each with a learner of its own, and learn from the same. Printed: median seconds of a step, the median ratio to the same block on
+one thread, and a digest of what was learned: the first and the last way agree in every bit where there are two threads.
+"""
+
+import argparse
+import hashlib
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from slmsam2_cli import console
+from slmsam2_cli.data.dataset import read_dataset
+from slmsam2_cli.data.phantom import write_phantom_dataset
+from slmsam2_cli.data.prepared import prepare_all
+from slmsam2_cli.finetuning import loop
+from slmsam2_cli.finetuning.beside import Beside
+from slmsam2_cli.finetuning.tuning import fresh_learner, material_of
+from slmsam2_cli.model.checkpoint import base_weights
+from slmsam2_cli.planning.plan import read_plan
+from slmsam2_cli.stages.plan import plan
+from slmsam2_cli.workspace import Workspace
+
+STEPS = 6  # in a block
+CPU = torch.device("cpu")
+BESIDE = loop.beside
+
+
+@contextmanager
+def nobody(device: torch.device) -> Iterator[Beside]:
+    """Nothing is done beside the step."""
+    yield Beside(None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", type=Path, nargs="?")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--blocks", type=int, default=6)
+    options = parser.parse_args()
+    console.settings.quiet = True
+    with tempfile.TemporaryDirectory() as folder:
+        root, space = options.dataset or Path(folder) / "data", Workspace(Path(folder) / "work")
+        if options.dataset is None:
+            write_phantom_dataset(root, cases=3, test_cases=0, seed=0)
+        plan(root, space, report=False)
+        decided = read_plan(space.plan)
+        cases = prepare_all(read_dataset(root), decided.geometry, decided.intensity, space.prepared).cases[:5]
+        training = decided.training.model_copy(update={"steps": STEPS * options.blocks})
+        decided = decided.model_copy(update={"training": training})
+        base = base_weights("auto")
+        ways = {"one thread": (1, nobody), f"{options.threads} threads": (options.threads, nobody)}
+        ways["two halves, side by side"] = (options.threads, BESIDE)
+        learners = {way: fresh_learner(decided, base, material_of(cases, decided), CPU) for way in ways}
+        material, times, dice = material_of(cases, decided), {way: list[float]() for way in ways}, {}
+        for _ in range(options.blocks):
+            for way, (threads, beside) in ways.items():
+                torch.set_num_threads(threads)
+                loop.beside = beside
+                torch.set_rng_state(dice[way]) if way in dice else torch.manual_seed(0)  # of dropout
+                started = time.perf_counter()
+                for _step in zip(range(STEPS), loop.train(learners[way], material, training, lambda: False), strict=False):
+                    pass
+                times[way].append((time.perf_counter() - started) / STEPS)
+                dice[way] = torch.get_rng_state()
+    print("| | s a step | of one thread's | weights |\n|---|---|---|---|")
+    for way, taken in times.items():
+        ratio = statistics.median(a / b for a, b in zip(taken[1:], times["one thread"][1:], strict=True))
+        print(f"| {way} | {statistics.median(taken[1:]):.2f} | {ratio:.2f} | {digest(learners[way])} |")
+
+
+def digest(learner: loop.Learner) -> str:
+    tensors = learner.average.state_dict()
+    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()[:12]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""A second thread beside the one that trains, on a CPU: two pieces of work on one core each, for one piece on two.
+
+Networks this small do not keep two cores busy, but two of them do (docs/explanation/training.md). Each thread has half of the cores for
+all that it does, whatever the other one does meanwhile, so that no bit depends on who is faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Later(Protocol[T_co]):
+    """What a piece of work will have found."""
+
+    def result(self) -> T_co:
+        """Wait for it; raises what the work raised."""
+        ...
+
+
+class _WhenAsked(Generic[T]):
+    """Work that is done when somebody asks, and once."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self.work, self.found = work, list[T]()
+
+    def result(self) -> T:
+        if not self.found:
+            self.found.append(self.work())
+        return self.found[0]
+
+
+class Beside:
+    """Takes pieces of work and does them in their order, each when the one before is done; without a pool, when they are asked for."""
+
+    def __init__(self, pool: ThreadPoolExecutor | None) -> None:
+        self._pool = pool
+
+    @property
+    def works(self) -> bool:
+        """Whether there is another thread."""
+        return self._pool is not None
+
+    def begin(self, work: Callable[[], T]) -> Later[T]:
+        """Have it done; it must not touch what this thread changes, nor draw from generators that others draw from."""
+        return self._pool.submit(work) if self._pool is not None else _WhenAsked(work)
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[Beside]:
+    """Another thread for the time of a block, on a CPU of which this process has two cores or more; half of them for each."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads < 2:
+        yield Beside(None)
+        return
+    half = threads // 2
+    torch.set_num_threads(half)
+    pool = ThreadPoolExecutor(1, "beside", initializer=torch.set_num_threads, initargs=(half,))
+    try:
+        pool.submit(_nothing).result()  # begun before anything is computed
+        yield Beside(pool)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _nothing() -> Any:
+    return None
