@@ -1,4 +1,4 @@
-"""How long a step of fine-tuning takes on this machine's CPU: on one thread, on all of them, and on two halves of them side by side.
+"""How long a step of fine-tuning takes on this machine's CPU: on one thread, on several, and on two halves of these side by side.
 
     python benchmarks/step_time.py [DATASET] [--threads 2] [--blocks 6]
 
@@ -36,7 +36,7 @@ BESIDE = loop.beside
 
 
 @contextmanager
-def nobody(device: torch.device) -> Iterator[Beside]:
+def nobody(device: torch.device, wanted: bool = True) -> Iterator[Beside]:
     """Nothing is done beside the step."""
     yield Beside(None)
 
@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path, nargs="?")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument("--blocks", type=int, default=6, help="two or more; the first warms up")
     options = parser.parse_args()
     console.settings.quiet = True
     with tempfile.TemporaryDirectory() as folder:
@@ -61,17 +61,17 @@ def main() -> None:
         ways = {"one thread": (1, nobody), f"{options.threads} threads": (options.threads, nobody)}
         ways["two halves, side by side"] = (options.threads, BESIDE)
         learners = {way: fresh_learner(decided, base, material_of(cases, decided), CPU) for way in ways}
-        material, times, dice = material_of(cases, decided), {way: list[float]() for way in ways}, {}
+        material, times, dropout = material_of(cases, decided), {way: list[float]() for way in ways}, {}
         for _ in range(options.blocks):
             for way, (threads, beside) in ways.items():
                 torch.set_num_threads(threads)
                 loop.beside = beside
-                torch.set_rng_state(dice[way]) if way in dice else torch.manual_seed(0)  # of dropout
+                torch.set_rng_state(dropout[way]) if way in dropout else torch.manual_seed(0)
                 started = time.perf_counter()
                 for _step in zip(range(STEPS), loop.train(learners[way], material, training, lambda: False), strict=False):
                     pass
                 times[way].append((time.perf_counter() - started) / STEPS)
-                dice[way] = torch.get_rng_state()
+                dropout[way] = torch.get_rng_state()
     print("| | s a step | of one thread's | weights |\n|---|---|---|---|")
     for way, taken in times.items():
         ratio = statistics.median(a / b for a, b in zip(taken[1:], times["one thread"][1:], strict=True))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -44,7 +44,7 @@ class Beside:
         self._pool = pool
 
     @property
-    def works(self) -> bool:
+    def present(self) -> bool:
         """Whether there is another thread."""
         return self._pool is not None
 
@@ -54,22 +54,27 @@ class Beside:
 
 
 @contextmanager
-def beside(device: torch.device) -> Iterator[Beside]:
-    """Another thread for the time of a block, on a CPU of which this process has two cores or more; half of them for each."""
+def beside(device: torch.device, wanted: bool = True) -> Iterator[Beside]:
+    """Another thread for the time of a block, where it is wanted, on a CPU of which this process has two cores or more.
+
+    Inside, torch has half of the cores in either thread, whatever this one does there.
+    """
     threads = torch.get_num_threads()
-    if device.type != "cpu" or threads < 2:
+    if not wanted or device.type != "cpu" or threads < 2:
         yield Beside(None)
         return
     half = threads // 2
-    torch.set_num_threads(half)
     pool = ThreadPoolExecutor(1, "beside", initializer=torch.set_num_threads, initargs=(half,))
     try:
+        torch.set_num_threads(half)
         pool.submit(_nothing).result()  # begun before anything is computed
         yield Beside(pool)
     finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+        try:
+            pool.shutdown(cancel_futures=True)
+        finally:
+            torch.set_num_threads(threads)
 
 
-def _nothing() -> Any:
+def _nothing() -> None:
     return None

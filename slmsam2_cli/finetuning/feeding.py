@@ -77,7 +77,9 @@ class Batches(Dataset[Any]):
             self.material.clips.check_whole()
             clips = together([self._window(windows, step, number) for number in range(self.rank, len(windows.starts), self.count)])
             return Batch(clips, self._slices(step))
-        except (OSError, ValueError, ArrayError) as error:  # what reading says of damaged files
+        except ArrayError as error:
+            return Spoilt(f"step {step}: {error}")
+        except (OSError, ValueError) as error:  # what reading says of damaged files
             return Spoilt(f"step {step}, {', '.join(self.material.clips.cases_of(windows))}: {error or type(error).__name__}")
 
     def _window(self, windows: Windows, step: int, number: int) -> Clips:

@@ -183,13 +183,15 @@ def _resumed(learner: Learner, state: Path, settings: str) -> bool:
 
 
 def _draw(learner: Learner, fold: Fold, plan: Plan, record: Record) -> None:
-    """A picture of what was left out, for people who would rather look; nothing about it may make a run fail."""
+    """A picture of what was left out, for people who would rather look; nothing about it may make a run fail but a volume cut short."""
     try:
         looks = record.looks[fold.name]
         heeded = len(looks[max(looks)]) > 1 and looks[max(looks)][0] >= looks[max(looks)][1]
         last = judged(learner.average, fold, plan, heeded)
         title = f"{fold.name}, left out: Dice {looks[0][0]:.3f} before, {last.score:.3f} after"
         draw_overlays(record.path.with_name(f"left_out_{fold.held.id}.png"), fold.held, last.labels, title)
+    except store.ArrayError:
+        raise
     except Exception as error:  # noqa: BLE001 - nothing about a picture may make a run fail
         console.warn(f"the picture of {fold.name} could not be drawn: {error or type(error).__name__}")
         console.trace(error)

@@ -90,14 +90,14 @@ def train(
 
     The model's recogniser, where it has one, learns beside it, step by step. ranks: the processes that share the steps; the first one's
     clock and `stop` count. workers: processes that draw ahead, None for as many as the device needs. A step without a finite loss and
-    gradient changes nothing; after 20 such steps in a row TrainingError is raised.
+    gradient changes nothing; after 20 such steps in a row TrainingError is raised. Between two steps torch may have half of the cores.
     """
     device, skipped, done = learner.model.device, 0, share_done(learner, plan)
     workers = workers_for(device, learner.from_scratch, ranks.count) if workers is None else workers
     feed = Feed(_batches(learner, material, plan, ranks), learner.step, lambda: clip_slices(done, plan, learner.from_scratch), workers)
     learner.model.train()
     try:
-        with beside(device) as other:
+        with beside(device, _small_pieces(learner)) as other:
             following = None
             while True:
                 done = share_done(learner, plan)
@@ -105,10 +105,11 @@ def train(
                 if not going:
                     return
                 started = time.monotonic()
-                here = following or _begin(learner, feed, other)
+                here = following or _next_shown(learner, feed, other)
                 learner.optimiser.zero_grad(set_to_none=True)
                 seen = other.begin(partial(_recogniser_losses, learner, here.batch.seen, ranks.count))
-                following = _begin(learner, feed, other) if other.works and not learner.from_scratch else None
+                ahead = other.present and not learner.from_scratch and learner.step + 1 < plan.steps
+                following = _next_shown(learner, feed, other) if ahead else None
                 rate = learning_rate(learner.step, done, plan.learning_rate, plan.warmup_steps)
                 losses = descend(learner, _losses(learner, here, ranks), rate, _EMA, seen, ranks)
                 skipped = skipped + 1 if SKIPPED in losses else 0
@@ -129,29 +130,36 @@ def _batches(learner: Learner, material: Material, plan: TrainingPlan, ranks: Ra
 
 
 @dataclass(frozen=True)
-class _Begun:
-    """A step that can be taken: what it shows, and what the teacher believes of it."""
+class _Shown:
+    """What a step shows, and what the teacher believes of it: all that does not depend on the step before."""
 
     batch: Batch
     believed: Later[list[Tensor]] | None
 
 
-def _begin(learner: Learner, feed: Feed, other: Beside) -> _Begun:
-    """Of the next step all that does not depend on the one before."""
-    started = time.monotonic()
+def _small_pieces(learner: Learner) -> bool:
+    """Whether there is work to do beside a step, and the network too small to use all cores by itself."""
+    return learner.model.network.size == "nano" and (learner.teacher is not None or learner.model.recogniser is not None)
+
+
+def _next_shown(learner: Learner, feed: Feed, other: Beside) -> _Shown:
+    started, device = time.monotonic(), learner.model.device
     batch = feed.next()
     learner.waited += time.monotonic() - started
     if learner.teacher is None:
-        return _Begun(batch, None)
-    return _Begun(batch, other.begin(partial(belief, learner.teacher, batch.clips)))
+        return _Shown(batch, None)
+    batch = replace(batch, clips=batch.clips.to(device))
+    believed = other.begin(partial(belief, learner.teacher, batch.clips))
+    if not other.present:
+        with half_precision(device):
+            believed.result()
+    return _Shown(batch, believed)
 
 
-def _losses(learner: Learner, here: _Begun, ranks: Ranks) -> list[SliceLoss]:
-    device, believed = learner.model.device, here.believed
+def _losses(learner: Learner, here: _Shown, ranks: Ranks) -> list[SliceLoss]:
+    device, believed = learner.model.device, here.believed.result if here.believed is not None else None
     with half_precision(device):
-        return clip_losses(
-            learner.model, here.batch.clips, device, weights_of(learner), ranks.mean, believed.result if believed is not None else None
-        )
+        return clip_losses(learner.model, here.batch.clips, device, weights_of(learner), ranks.mean, believed)
 
 
 def _recogniser_losses(learner: Learner, seen: tuple[Tensor, Tensor] | None, count: int) -> dict[str, Tensor]:
@@ -160,9 +168,9 @@ def _recogniser_losses(learner: Learner, seen: tuple[Tensor, Tensor] | None, cou
     if seen is None or recogniser is None:
         return {}
     slices, truth = seen
-    with half_precision(device) if device.type == "cuda" else nullcontext():  # which is not for two threads
+    with half_precision(device) if device.type == "cuda" else nullcontext():  # it sets a flag that both threads would share
         loss = recogniser_loss(recogniser(slices.to(device)).float(), truth.to(device))
-    (count * loss).backward()  # type: ignore[no-untyped-call]
+    (count * loss).backward()  # type: ignore[no-untyped-call]  # what is shared is the mean over all processes
     return {RECOGNISED: loss.detach()}
 
 

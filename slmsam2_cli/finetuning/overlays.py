@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from slmsam2_cli.data import store
-from slmsam2_cli.data.prepared import PreparedCase
+from slmsam2_cli.data.prepared import PreparedCase, check_whole
 
 SHOWN = 8  # slices
 BEYOND = 2  # slices shown past either end
@@ -21,7 +21,11 @@ Array = np.ndarray[Any, Any]
 
 
 def draw_overlays(path: Path, case: PreparedCase, found: Array, title: str) -> None:
-    """Write a PNG of SHOWN slices; what a person drew is outlined solid, what was found, labels (T, H, W), dashed. OutputError."""
+    """Write a PNG of SHOWN slices; what a person drew is outlined solid, what was found, labels (T, H, W), dashed.
+
+    OutputError, ArrayError.
+    """
+    check_whole(case)
     assert case.labels is not None
     labels = np.asarray(case.labels)
     values = [int(value) for value in np.unique(found) if value]

@@ -21,8 +21,10 @@ def continuable(command: str) -> Iterator[None]:
     """Say of what cannot be written or read inside how to go on."""
     try:
         yield
-    except (OutputError, ArrayError) as error:
+    except OutputError as error:
         raise Continuable(f"{error}. Mend that, and go on with {command} --continue") from error
+    except ArrayError as error:
+        raise Continuable(f"{error}. Go on with {command} --continue, which makes it anew") from error
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from slmsam2_cli import console
-from slmsam2_cli.data.prepared import PreparedCase
+from slmsam2_cli.data.prepared import PreparedCase, check_whole
 from slmsam2_cli.errors import PlanError
 from slmsam2_cli.finetuning.clips import ClipSampler
 from slmsam2_cli.finetuning.feeding import Material
@@ -29,7 +29,9 @@ _WHOLE = 1000  # parts of a bar
 
 
 def material_of(cases: Sequence[PreparedCase], plan: Plan) -> Material:
-    """DatasetError when none of the cases can be learned from."""
+    """DatasetError when none of the cases can be learned from, ArrayError when a file of one was cut short."""
+    for case in cases:
+        check_whole(case)
     values, px = tuple(plan.labels), plan.geometry.stack_px
     clips = ClipSampler(cases, values, plan.geometry, plan.ignore)
     return Material(clips, SliceSampler(cases, values, px, plan.ignore) if plan.training.recogniser else None)

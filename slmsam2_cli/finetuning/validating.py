@@ -55,6 +55,8 @@ def folds_of(cases: Sequence[PreparedCase], plan: Plan, learned: Collection[str]
     No fold where what is left out cannot be judged, or what is left cannot be learned from: nothing on two slices that somebody looked at
     as a whole.
     """
+    for case in cases:
+        check_whole(case)
     fresh = [case for case in cases if set(case.record.get("inputs", {}).values()).isdisjoint(learned)]
     if len(cases) == 1:
         return _halves(cases[0], plan) if fresh else ()
@@ -88,6 +90,7 @@ def area_of(case: PreparedCase, value: int, ignore: int | None) -> Array:
     """(T,): pixels of a label on every slice that was looked at as a whole."""
     if case.labels is None:
         return np.zeros(0, int)
+    check_whole(case)
     labels = np.asarray(case.labels)
     area: Array = (labels == value).sum(axis=(1, 2))
     return area if ignore is None else np.where((labels == ignore).any(axis=(1, 2)), 0, area)
@@ -128,7 +131,7 @@ def judged(model: SlmSam2, fold: Fold, plan: Plan, heeded: bool) -> Judged:
     case = fold.held
     check_whole(case)
     assert case.labels is not None
-    truth = np.asarray(case.labels)
+    truth = np.array(case.labels)  # read now, while it is known to be whole
     given = {value: choose_slice(area, "middle") for value in plan.labels if (area := area_of(case, value, plan.ignore)).any()}
     found = tracked(model, np.asarray(case.frames), truth, given, plan, heeded)
     labels = _labels(found, truth, given, plan.geometry.stack_px)

@@ -8,7 +8,7 @@ from stacks import case, whole
 
 from slmsam2_cli.finetuning.beside import beside
 from slmsam2_cli.finetuning.clips import ClipSampler
-from slmsam2_cli.finetuning.feeding import Material
+from slmsam2_cli.finetuning.feeding import Batches, Material
 from slmsam2_cli.finetuning.loop import new_learner, train
 from slmsam2_cli.finetuning.recognising import SliceSampler, new_recogniser
 from slmsam2_cli.model.slmsam2 import SlmSam2
@@ -35,7 +35,7 @@ def test_work_is_done_in_its_order_by_another_thread_with_half_of_the_cores(thre
         return threading.current_thread() is threading.main_thread(), torch.get_num_threads()
 
     with beside(CPU) as other:
-        assert other.works and torch.get_num_threads() == 2
+        assert other.present and torch.get_num_threads() == 2
         later = [other.begin(lambda n=n: work(n)) for n in range(5)]
         assert [one.result() for one in later] == [(False, 2)] * 5
     assert done == [0, 1, 2, 3, 4] and torch.get_num_threads() == 4
@@ -46,7 +46,7 @@ def test_on_one_core_and_beside_a_gpu_work_is_done_once_and_when_it_is_asked_for
     threads(cores)
     done = []
     with beside(device) as other:
-        assert not other.works and torch.get_num_threads() == cores
+        assert not other.present and torch.get_num_threads() == cores
         later = other.begin(lambda: done.append(threading.current_thread()))
         assert not done
         later.result()
@@ -61,18 +61,25 @@ def test_what_goes_wrong_there_is_raised_where_it_is_asked_for_and_the_threads_c
     assert torch.get_num_threads() == 2
 
 
-def weights_after(steps, presence, scratch=False):
-    """Of everything that learns, recogniser included."""
-    plan = TrainingPlan(
-        steps=9, clip_slices=4, clips_per_step=1, learning_rate=1e-3, warmup_steps=1, weight_decay=0.01, presence=presence, recogniser=True
-    )
+def made(presence, scratch=False):
+    """A learner with a recogniser, and what it learns from."""
     cases = [case(name=name, size=(PX, PX)) for name in ("left", "right")]
     material = Material(ClipSampler(cases, [1], whole(PX)), SliceSampler(cases, [1], PX))
     torch.manual_seed(0)
     model = SlmSam2(NetworkPlan(size="nano"), PX)
     model.recogniser = new_recogniser(material.slices, 1, 0)
-    one = new_learner(model, plan, scratch)
-    for _, _progress in zip(range(steps), train(one, material, plan, lambda: False), strict=False):
+    return new_learner(model, plan(presence=presence), scratch), material
+
+
+def plan(**changes):
+    usual = {"steps": 4, "clip_slices": 4, "clips_per_step": 1, "learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 0.01}
+    return TrainingPlan(**{**usual, "recogniser": True, **changes})
+
+
+def learned(presence, scratch=False):
+    """All weights after four steps, the recogniser's included."""
+    one, material = made(presence, scratch)
+    for _ in train(one, material, plan(presence=presence), lambda: False):
         pass
     return one.model.state_dict()
 
@@ -80,8 +87,26 @@ def weights_after(steps, presence, scratch=False):
 @pytest.mark.parametrize(("presence", "scratch"), [("base", False), ("truth", False), ("truth", True)])
 def test_two_threads_learn_what_one_does_bit_by_bit(threads, presence, scratch):
     threads(1)
-    alone = weights_after(4, presence, scratch)
+    alone = learned(presence, scratch)
     threads(2)
-    helped = weights_after(4, presence, scratch)
+    helped, before = learned(presence, scratch), made(presence, scratch)[0].model.state_dict()
     assert all(torch.equal(value, helped[name]) for name, value in alone.items())
-    assert any(name.startswith("recogniser.") for name in alone)
+    assert not torch.equal(helped["recogniser.logits.weight"], before["recogniser.logits.weight"])
+
+
+def test_with_two_threads_each_batch_is_drawn_once_and_none_beyond_the_last_step(threads, monkeypatch):
+    threads(2)
+    drawn, one = [], made("base")
+    monkeypatch.setattr(Batches, "__getitem__", lambda self, at, usual=Batches.__getitem__: drawn.append(at[0]) or usual(self, at))
+    for _ in train(*one, plan(presence="base"), lambda: False):
+        pass
+    assert drawn == [0, 1, 2, 3]
+
+
+def test_the_cores_come_back_when_a_run_is_given_up_between_two_steps(threads):
+    threads(2)
+    steps = train(*made("base"), plan(presence="base"), lambda: False)
+    next(steps)
+    assert torch.get_num_threads() == 1
+    steps.close()
+    assert torch.get_num_threads() == 2
