@@ -1,10 +1,10 @@
 """Whether a fine-tuning run that is killed again and again ends with the same bits as one that is left alone.
 
-    python benchmarks/kills.py [--kills 10] [--seed 0] [--validation left-out]
+    python benchmarks/kills.py [--kills 10] [--seed 0] [--threads 2] [--validation left-out]
 
 Two made-up volumes, 60 steps, states saved every three seconds; with --validation left-out, short runs that leave one out before that (on
 these volumes they keep the base, so that the 60 steps are not taken). The second run is sent SIGKILL at random moments and goes on with
---continue each time; then the weights of both are compared. Takes about four minutes on one core.
+--continue each time; then the weights of both are compared. Takes four to seven minutes.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from slmsam2_cli.workspace import Workspace
 RUN = "import slmsam2_cli.stages.finetune as stage; stage.SAVE_EVERY_S = 3.0; from slmsam2_cli.cli import main; main()"
 
 
-def finetune(root: Path, space: Workspace, validation: str, *more: str) -> "subprocess.Popen[bytes]":
+def finetune(root: Path, space: Workspace, validation: str, threads: int, *more: str) -> "subprocess.Popen[bytes]":
     line = [
         sys.executable,
         "-c",
@@ -44,7 +44,7 @@ def finetune(root: Path, space: Workspace, validation: str, *more: str) -> "subp
         "--quiet",
         *more,
     ]
-    return subprocess.Popen(line, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    return subprocess.Popen(line, env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
 
 
 def planned(root: Path, space: Workspace, validation: str) -> None:
@@ -63,6 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--validation", choices=["none", "left-out"], default="none")
     options = parser.parse_args()
     console.settings.quiet = True
@@ -74,13 +75,13 @@ def main() -> None:
         for space in (calm, killed):
             planned(root, space, options.validation)
         started = time.monotonic()
-        if finetune(root, calm, options.validation).wait():
+        if finetune(root, calm, options.validation, options.threads).wait():
             sys.exit("the run that was left alone failed")
         took = time.monotonic() - started
         print(f"left alone: {took:.0f} s", flush=True)
         kills = 0
         while True:
-            run = finetune(root, killed, options.validation, *(["--continue"] if begun(killed) else []))
+            run = finetune(root, killed, options.validation, options.threads, *(["--continue"] if begun(killed) else []))
             try:
                 code = run.wait(draw.uniform(2, took / 6) if kills < options.kills else None)
             except subprocess.TimeoutExpired:
