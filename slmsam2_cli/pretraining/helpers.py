@@ -25,6 +25,7 @@ from slmsam2_cli.pretraining.parts import Part, compute
 from slmsam2_cli.pretraining.recipe import Recipe
 
 _PATIENCE_S = 5.0
+_LINE = 16  # numbers: where torch lets a tensor begin, 64 bytes apart; a matrix product may be rounded otherwise elsewhere
 
 
 class Helpers:
@@ -116,7 +117,7 @@ def _shared(count: int) -> Tensor:
 def share(model: SlmSam2) -> Tensor:
     """Move a model's weights into one piece of shared memory, and return it."""
     kept = _kept(model)
-    flat = _shared(sum(t.numel() for t in kept))
+    flat = _shared(sum(_room(t) for t in kept))
     values = [t.detach().clone() for t in kept]
     place(kept, flat)
     for tensor, value in zip(kept, values):
@@ -143,4 +144,9 @@ def place(tensors: list[Tensor], flat: Tensor) -> None:
     start = 0
     for tensor in tensors:
         tensor.data = torch.as_strided(flat, tensor.shape, tensor.stride(), start)
-        start += tensor.numel()
+        start += _room(tensor)
+
+
+def _room(tensor: Tensor) -> int:
+    """Numbers from the beginning of a tensor to that of the next."""
+    return -(-tensor.numel() // _LINE) * _LINE

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -22,6 +23,7 @@ def told(folder, from_step, steps):
 def test_every_number_of_every_step_is_there_and_a_resumed_run_replaces_what_came_after(tmp_path):
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="TensorBoard is not installed")
     told(tmp_path, 0, [1, 2, 3])
+    time.sleep(1.1)  # files are read in the order of the seconds in their names
     told(tmp_path, 2, [3, 4])
     found = accumulators.EventAccumulator(str(tmp_path))
     found.Reload()
