@@ -1,4 +1,4 @@
-"""A second thread beside the one that trains, on a CPU: two pieces of work on one core each, for one piece on two.
+"""A second thread beside the one that trains nano on a CPU: two pieces of work on one core each, for one piece on two.
 
 Networks this small do not keep two cores busy, but two of them do (docs/explanation/training.md). Each thread has half of the cores for
 all that it does, whatever the other one does meanwhile, so that no bit depends on who is faster.

@@ -32,6 +32,7 @@ TRACKS_PER_WINDOW = 4
 PATIENCE_S = 300  # that a batch may take before the process that draws it counts as dead
 _MOST_WORKERS, _AHEAD = 4, 2  # at 1024 px a batch is 0.2 GB of shared memory
 _IDLE = -1
+_LOADER = "DataLoader"  # what torch's words about processes that draw begin with
 _CHOOSE, _SHOW, _SLICES = 0, 1, 2  # apart: what one draws does not change another
 
 
@@ -137,11 +138,14 @@ class Feed:
             generator=torch.Generator(),  # or it would draw from the one that dropout draws from
             collate_fn=_as_it_is,
         )
-        self._found = iter(loader)
+        self._found: Iterator[Any] = iter(loader)
 
     def next(self) -> Batch:
-        """TrainingError, naming step and volumes, where the batch cannot be made."""
-        batch = next(self._found)
+        """TrainingError, naming step and volumes, where the batch cannot be made; RuntimeError where a process that draws has ended."""
+        try:
+            batch = next(self._found)
+        except (ConnectionError, EOFError, FileNotFoundError) as error:  # it ended before all of its last batch was fetched
+            raise RuntimeError(f"{_LOADER} worker ended: {error or type(error).__name__}") from error
         if isinstance(batch, Spoilt):
             raise TrainingError(f"{batch.why}. Go on with slmsam2 finetune --continue, which makes anew what is damaged in prepared/")
         self.step += 1
@@ -154,8 +158,9 @@ class Feed:
         The news of an ended process may come at any time, not only in `next`.
         """
         said = str(error).partition("\n")[0]
-        if not said.startswith("DataLoader"):
+        if not said.startswith(_LOADER):
             return None
+        error.__traceback__, self._found = None, iter(())  # lets go of the loader, or it would say so again whenever a process ends
         busy = [(pid, step) for pid, step in self.at_work.tolist() if step != _IDLE]
         theirs = [step for pid, step in busy if f"{pid}" in re.findall(r"\d+", said)] or [step for _, step in busy] or [self.step]
         step = min(theirs)

@@ -125,18 +125,18 @@ class Sharing(Protocol):
 
 
 def descend(
-    learner: Learner, losses: Sequence[SliceLoss], rate: float, most_average: float, beside: Later[Mapping[str, Tensor]], ranks: Sharing
+    learner: Learner, losses: Sequence[SliceLoss], rate: float, most_average: float, apart: Later[Mapping[str, Tensor]], ranks: Sharing
 ) -> dict[str, float]:
     """One optimiser step on the mean of the losses; returns each of their means, or that the step was skipped.
 
-    The gradients have to be cleared before. beside: other losses, by name, of which the gradients are there when it has been waited for;
+    The gradients have to be cleared before. apart: other losses, by name, of which the gradients are there when it has been waited for;
     they are not part of the total that is returned, and the first process alone has them.
     """
     total = total_of(losses)
     finite = bool(torch.isfinite(ranks.mean(total)))
     if finite:
         total.backward()  # type: ignore[no-untyped-call]
-    others = beside.result()
+    others = apart.result()
     if not finite:
         return {SKIPPED: 1.0}
     ranks.share_gradients(list(learner.model.parameters()))

@@ -97,19 +97,21 @@ def train(
     feed = Feed(_batches(learner, material, plan, ranks), learner.step, lambda: clip_slices(done, plan, learner.from_scratch), workers)
     learner.model.train()
     try:
-        with beside(device, _small_pieces(learner)) as other:
-            following = None
+        with beside(device, _pays(learner, ranks)) as other:
+            following: _Shown | TrainingError | None = None
             while True:
                 done = share_done(learner, plan)
                 going, done = ranks.agree(done < 1 and not stop(), done)
                 if not going:
                     return
                 started = time.monotonic()
+                if isinstance(following, TrainingError):
+                    raise following
                 here = following or _next_shown(learner, feed, other)
                 learner.optimiser.zero_grad(set_to_none=True)
                 seen = other.begin(partial(_recogniser_losses, learner, here.batch.seen, ranks.count))
                 ahead = other.present and not learner.from_scratch and learner.step + 1 < plan.steps
-                following = _next_shown(learner, feed, other) if ahead else None
+                following = _looked_ahead(learner, feed, other) if ahead else None
                 rate = learning_rate(learner.step, done, plan.learning_rate, plan.warmup_steps)
                 losses = descend(learner, _losses(learner, here, ranks), rate, _EMA, seen, ranks)
                 skipped = skipped + 1 if SKIPPED in losses else 0
@@ -137,9 +139,18 @@ class _Shown:
     believed: Later[list[Tensor]] | None
 
 
-def _small_pieces(learner: Learner) -> bool:
+def _pays(learner: Learner, ranks: Ranks) -> bool:
     """Whether there is work to do beside a step, and the network too small to use all cores by itself."""
-    return learner.model.network.size == "nano" and (learner.teacher is not None or learner.model.recogniser is not None)
+    recognised = learner.model.recogniser is not None and ranks.rank == 0
+    return learner.model.network.size == "nano" and (learner.teacher is not None or recognised)
+
+
+def _looked_ahead(learner: Learner, feed: Feed, other: Beside) -> _Shown | TrainingError:
+    """What the step after this one shows, or why it cannot be shown, which does not concern this one."""
+    try:
+        return _next_shown(learner, feed, other)
+    except TrainingError as error:
+        return error
 
 
 def _next_shown(learner: Learner, feed: Feed, other: Beside) -> _Shown:

@@ -25,7 +25,7 @@ def moved(here: Tensor, before: Tensor, planes: Tensor) -> Tensor:
     height, width = one.shape[-2:]
     around = F.pad(other, (REACH,) * 4, mode="replicate")
     steps = [(down, across) for down in range(2 * REACH + 1) for across in range(2 * REACH + 1)]
-    rows = [around[..., y : y + height, :].unfold(3, width, 1)[:, 0].transpose(1, 2).contiguous() for y in range(2 * REACH + 1)]
+    rows = (around[..., y : y + height, :].unfold(3, width, 1)[:, 0].transpose(1, 2).contiguous() for y in range(2 * REACH + 1))
     cost = _averaged(torch.cat([F.avg_pool2d(row.sub_(one).square_(), 2) for row in rows], dim=1))  # in the order of the steps
     scale = cost[:, len(steps) // 2].mean((1, 2))[:, None, None, None].clamp(min=_LEAST)
     away = torch.tensor(steps, device=here.device, dtype=here.dtype).T - REACH

@@ -1,16 +1,19 @@
 """What a second thread does beside the one that trains, and that nothing depends on there being one."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from stacks import case, whole
 
+from slmsam2_cli.errors import TrainingError
 from slmsam2_cli.finetuning.beside import beside
 from slmsam2_cli.finetuning.clips import ClipSampler
-from slmsam2_cli.finetuning.feeding import Batches, Material
-from slmsam2_cli.finetuning.loop import new_learner, train
+from slmsam2_cli.finetuning.feeding import Batches, Material, Spoilt
+from slmsam2_cli.finetuning.loop import _pays, new_learner, train
 from slmsam2_cli.finetuning.recognising import SliceSampler, new_recogniser
+from slmsam2_cli.finetuning.sharing import ALONE
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.network import NetworkPlan
 from slmsam2_cli.planning.plan import TrainingPlan
@@ -41,11 +44,11 @@ def test_work_is_done_in_its_order_by_another_thread_with_half_of_the_cores(thre
     assert done == [0, 1, 2, 3, 4] and torch.get_num_threads() == 4
 
 
-@pytest.mark.parametrize(("device", "cores"), [(CPU, 1), (torch.device("cuda"), 4)])
-def test_on_one_core_and_beside_a_gpu_work_is_done_once_and_when_it_is_asked_for(threads, device, cores):
+@pytest.mark.parametrize(("device", "cores", "wanted"), [(CPU, 1, True), (torch.device("cuda"), 4, True), (CPU, 4, False)])
+def test_on_one_core_beside_a_gpu_and_where_it_does_not_pay_work_is_done_once_and_when_it_is_asked_for(threads, device, cores, wanted):
     threads(cores)
     done = []
-    with beside(device) as other:
+    with beside(device, wanted) as other:
         assert not other.present and torch.get_num_threads() == cores
         later = other.begin(lambda: done.append(threading.current_thread()))
         assert not done
@@ -101,6 +104,30 @@ def test_with_two_threads_each_batch_is_drawn_once_and_none_beyond_the_last_step
     for _ in train(*one, plan(presence="base"), lambda: False):
         pass
     assert drawn == [0, 1, 2, 3]
+
+
+def test_a_batch_that_cannot_be_shown_ends_the_run_at_its_own_step(threads, monkeypatch):
+    threads(2)
+
+    def spoilt(self, at, usual=Batches.__getitem__):
+        return Spoilt("step 2: damaged") if at[0] == 2 else usual(self, at)
+
+    monkeypatch.setattr(Batches, "__getitem__", spoilt)
+    one, material = made("base")
+    with pytest.raises(TrainingError, match="step 2: damaged"):
+        list(train(one, material, plan(presence="base"), lambda: False))
+    assert one.step == 2
+
+
+def test_cores_are_halved_only_for_nano_with_work_to_do_beside(threads):
+    one, _ = made("base")
+    assert _pays(one, ALONE)
+    one.teacher = None
+    assert _pays(one, ALONE) and not _pays(one, SimpleNamespace(rank=1))
+    one.model.recogniser = None
+    assert not _pays(one, ALONE)
+    one.teacher, one.model.network = one.model, NetworkPlan(size="tiny")
+    assert not _pays(one, ALONE)
 
 
 def test_the_cores_come_back_when_a_run_is_given_up_between_two_steps(threads):

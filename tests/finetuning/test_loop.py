@@ -135,7 +135,7 @@ def test_a_flipped_byte_in_a_state_is_noticed(tmp_path):
 
 
 def test_training_that_diverges_says_so(monkeypatch):
-    monkeypatch.setattr("slmsam2_cli.finetuning.loop.descend", lambda *_: {"skipped": 1.0})
+    monkeypatch.setattr("slmsam2_cli.finetuning.loop.descend", lambda *given: given[4].result() and {"skipped": 1.0})
     with pytest.raises(TrainingError, match="learning_rate"):
         run(learner(100), steps=100)
 

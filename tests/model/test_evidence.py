@@ -54,6 +54,17 @@ def test_a_mask_stays_where_there_is_nothing_to_go_by():
     assert overlap((moved(flat, flat, block()) > 0.5).float(), block()) == 1.0
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_displacements_are_matched_as_if_one_by_one_bit_by_bit(batch, monkeypatch):
+    here, before = torch.rand(2, batch, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    seen = []
+    monkeypatch.setattr("slmsam2_cli.model.evidence._averaged", lambda planes: seen.append(planes.clone()) or F.avg_pool2d(planes, 3, 1, 1))
+    moved(here, before, before)
+    one, around = F.avg_pool2d(here, 2), F.pad(F.avg_pool2d(before, 2), (3, 3, 3, 3), mode="replicate")
+    apart = [F.avg_pool2d((around[..., y : y + 16, x : x + 16] - one) ** 2, 2) for y in range(7) for x in range(7)]
+    assert torch.equal(seen[0], torch.cat(apart, dim=1)) and seen[0].is_contiguous()
+
+
 def test_every_slice_moves_by_itself():
     image, other = pattern(0), pattern(1)
     here, before = torch.cat([window(image, 4), window(other)]), torch.cat([window(image), window(other)])

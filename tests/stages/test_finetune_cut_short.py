@@ -1,4 +1,4 @@
-"""A prepared volume that is cut short while it is in use costs a line, and nothing of what was learned."""
+"""A prepared volume that is cut short while it is in use costs a line, and nothing of what was saved."""
 
 from __future__ import annotations
 
