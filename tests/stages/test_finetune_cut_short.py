@@ -20,7 +20,7 @@ from slmsam2_cli.stages import finetune as stage
 from slmsam2_cli.stages.finetune import finetune
 from slmsam2_cli.workspace import Workspace
 
-STEPS = 12
+STEPS = 4
 
 
 @pytest.fixture
