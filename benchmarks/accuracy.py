@@ -29,21 +29,21 @@ import published
 import torch
 from pairing import bounds_of, cases_of, gained, patient_of, values
 
-from slmsam2_cli.data import store
-from slmsam2_cli.data.dataset import read_dataset
-from slmsam2_cli.data.phantom import write_phantom_dataset
-from slmsam2_cli.data.prepared import prepare_all
-from slmsam2_cli.data.volume import read_labels
+from slmsam2_cli.commands.finetune import finetune
+from slmsam2_cli.commands.predict import predict
+from slmsam2_cli.dataset.cache import prepare_all
+from slmsam2_cli.dataset.dataset import read_dataset
+from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.evaluation.metrics import Pair, measure
-from slmsam2_cli.finetuning import clips, loop
-from slmsam2_cli.finetuning.losses import slice_loss
+from slmsam2_cli.io import atomic
+from slmsam2_cli.io.volume import read_labels
 from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, base_weights, fit, read_checkpoint, save_checkpoint, save_weights
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.measure import measure as measure_dataset
 from slmsam2_cli.planning.plan import Plan, write_plan
 from slmsam2_cli.planning.rules import decide, training_for
-from slmsam2_cli.stages.finetune import finetune
-from slmsam2_cli.stages.predict import predict
+from slmsam2_cli.training import clips, trainer
+from slmsam2_cli.training.losses import slice_loss
 from slmsam2_cli.workspace import Workspace
 
 SETS = ("Task04_Hippocampus", "Sarcoma_MR_T1", "Sarcoma_CT", "Phantom_MR", "Phantom_CT")
@@ -97,14 +97,14 @@ def remembers_the_truth() -> Any:
         return remember(self, features, output, masks)
 
     patches = contextlib.ExitStack()
-    patches.enter_context(mock.patch.object(loop, "slice_loss", noted))
+    patches.enter_context(mock.patch.object(trainer, "slice_loss", noted))
     patches.enter_context(mock.patch.object(SlmSam2, "remember", told))
     return patches
 
 
 def carries_nothing() -> Any:
     """The mask of the slice before is shown to neither decoder nor refiner; but to the base, whose belief about presence is learned."""
-    whole, make = SlmSam2.decode_after, loop._teacher
+    whole, make = SlmSam2.decode_after, trainer._teacher
 
     def decode_after(self: SlmSam2, conditioned: Any, features: Any, bank: Any, passed: Any) -> Any:
         return self.decode(conditioned, features.fine, None)
@@ -116,7 +116,7 @@ def carries_nothing() -> Any:
 
     patches = contextlib.ExitStack()
     patches.enter_context(mock.patch.object(SlmSam2, "decode_after", decode_after))
-    patches.enter_context(mock.patch.object(loop, "_teacher", teacher))
+    patches.enter_context(mock.patch.object(trainer, "_teacher", teacher))
     return patches
 
 
@@ -220,7 +220,7 @@ def run(root: Path, arm: Arm, count: int, seed: int) -> Row:
             finetune(root, space, cases=count, weights=weights, seed=seed, steps=asked)
             learned = read_checkpoint(space.model).provenance
             steps = learned.steps if learned is not None else 0
-            split: Any = store.read_json(space.split, "split")
+            split: Any = atomic.read_json(space.split, "split")
             unseen = split["unseen"]
         seconds = time.perf_counter() - started
         if count:
@@ -238,7 +238,7 @@ def picked_of(ids: Sequence[str], count: int, seed: int) -> set[str]:
 def keep(space: Workspace, model: SlmSam2, plan: Plan, picked: set[str], unseen: list[str]) -> None:
     provenance = Provenance(base="nano", training=tuple(sorted(picked)))
     save_checkpoint(space.model, model, plan, provenance)
-    store.write_json(space.split, {"training": sorted(picked), "unseen": unseen, "skipped": [], "finished": True})
+    atomic.write_json(space.split, {"training": sorted(picked), "unseen": unseen, "skipped": [], "finished": True})
 
 
 def scores(root: Path, masks: Path, unseen: Sequence[str]) -> Iterator[Row]:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from slmsam2_cli.data.dataset import read_dataset
-from slmsam2_cli.data.volume import read_labels
+from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.evaluation.metrics import dice, hd95
+from slmsam2_cli.io.volume import read_labels
 from slmsam2_cli.workspace import Workspace
 
 

@@ -18,12 +18,11 @@ from pathlib import Path
 
 import torch
 
-from slmsam2_cli.model.pace import pace_s
-from slmsam2_cli.planning.cost import Cost, cost_of_predicting, cost_of_tuning
+from slmsam2_cli.commands.plan import plan
+from slmsam2_cli.model.speed import pace_s
+from slmsam2_cli.planning.estimate import Cost, cost_of_predicting, cost_of_tuning
 from slmsam2_cli.planning.fingerprint import read_fingerprint
-from slmsam2_cli.planning.network import NetworkPlan
-from slmsam2_cli.planning.plan import read_plan
-from slmsam2_cli.stages.plan import plan
+from slmsam2_cli.planning.plan import NetworkPlan, read_plan
 from slmsam2_cli.workspace import Workspace
 
 SLMSAM2 = str(Path(sys.executable).with_name("slmsam2"))

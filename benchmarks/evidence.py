@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from zero_shot import CHOSEN_ON
 
-from slmsam2_cli.data.dataset import read_dataset
-from slmsam2_cli.data.prepared import make_frames
-from slmsam2_cli.data.prompts import choose_slice
-from slmsam2_cli.data.volume import read_image, read_labels
-from slmsam2_cli.model.evidence import moved
-from slmsam2_cli.model.focus import around, box_of
-from slmsam2_cli.model.slices import framed, to_input
+from slmsam2_cli.dataset.cache import make_frames
+from slmsam2_cli.dataset.dataset import read_dataset
+from slmsam2_cli.dataset.prompts import choose_slice
+from slmsam2_cli.io.volume import read_image, read_labels
+from slmsam2_cli.model.block_matching import moved
+from slmsam2_cli.model.roi import around, box_of, framed, to_input
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.rules import decide
 

@@ -35,13 +35,13 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from slmsam2_cli.data.dataset import Dataset, read_dataset
+from slmsam2_cli.dataset.dataset import Dataset, read_dataset
 
 OURS = """
 import json, resource, sys, time
 from pathlib import Path
 import nibabel
-from slmsam2_cli.data.dataset import read_dataset
+from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.planning.fingerprint import write_fingerprint
 from slmsam2_cli.planning.measure import measure, measure_case
 root, out, what, processes = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
-from slmsam2_cli.finetuning.clips import Clips
 from slmsam2_cli.pretraining.volumes import VolumesRecipe, draw_clips
+from slmsam2_cli.training.clips import Clips
 
 SETTINGS = [(length, windows, px) for px in (128, 256) for length, windows in ((1, 24), (3, 21), (8, 8))]
 TRACKS = 2  # per window

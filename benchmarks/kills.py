@@ -18,13 +18,13 @@ import time
 from pathlib import Path
 
 from slmsam2_cli import console
-from slmsam2_cli.data.phantom import write_phantom_dataset
+from slmsam2_cli.commands.plan import plan
+from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.model.checkpoint import read_checkpoint
 from slmsam2_cli.planning.plan import read_plan, write_plan
-from slmsam2_cli.stages.plan import plan
 from slmsam2_cli.workspace import Workspace
 
-RUN = "import slmsam2_cli.stages.finetune as stage; stage.SAVE_EVERY_S = 3.0; from slmsam2_cli.cli import main; main()"
+RUN = "import slmsam2_cli.commands.finetune as stage; stage.SAVE_EVERY_S = 3.0; from slmsam2_cli.cli.app import main; main()"
 
 
 def finetune(root: Path, space: Workspace, validation: str, threads: int, *more: str) -> "subprocess.Popen[bytes]":

@@ -13,8 +13,7 @@ from pathlib import Path
 from slmsam2_cli.model.memory.fifo import Fifo
 from slmsam2_cli.model.memory.policy import Evidence, MemoryPolicy, Moment
 from slmsam2_cli.model.memory.selfsort import SelfSort
-from slmsam2_cli.model.memory.shortlong import ShortLong
-from slmsam2_cli.model.memory.shortlong_selfsort import ShortLongSelfSort
+from slmsam2_cli.model.memory.shortlong import ShortLong, ShortLongSelfSort
 
 CELL, GAP, LEFT, TOP, LINE = 38, 5, 232, 62, 66  # px
 ANCHOR, LONG, SHORT, BOTH, HERE, IDLE = "#e07b28", "#4a90d9", "#58a55c", "url(#both)", "#ffffff", "#e4e6ea"

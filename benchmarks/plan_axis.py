@@ -14,11 +14,11 @@ from pathlib import Path
 from strategies import mean_dice
 from zero_shot import CHOSEN_ON
 
-from slmsam2_cli.data.dataset import read_dataset
-from slmsam2_cli.data.geometry import AXES
+from slmsam2_cli.commands.plan import plan
+from slmsam2_cli.commands.predict import predict
+from slmsam2_cli.dataset.dataset import read_dataset
+from slmsam2_cli.dataset.slices import AXES
 from slmsam2_cli.planning.plan import read_plan
-from slmsam2_cli.stages.plan import plan
-from slmsam2_cli.stages.predict import predict
 from slmsam2_cli.workspace import Workspace
 
 

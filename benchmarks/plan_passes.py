@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from zero_shot import CHOSEN_ON
 
-from slmsam2_cli.data.dataset import read_dataset
-from slmsam2_cli.data.geometry import AXES
-from slmsam2_cli.data.volume import read_labels
+from slmsam2_cli.dataset.dataset import read_dataset
+from slmsam2_cli.dataset.slices import AXES
 from slmsam2_cli.evaluation.metrics import dice
-from slmsam2_cli.inference.folder import PromptSource, segment
-from slmsam2_cli.inference.ready import build_model
+from slmsam2_cli.inference.load_model import build_model
+from slmsam2_cli.inference.segment import PromptSource, segment_case
+from slmsam2_cli.io.volume import read_labels
 from slmsam2_cli.model.checkpoint import base_weights
 from slmsam2_cli.planning.fingerprint import Fingerprint
 from slmsam2_cli.planning.measure import measure
@@ -82,7 +82,7 @@ def scores_of(root: Path, weights: str) -> dict[str, tuple[float, float]]:
         held = [value for value in data.labels if (truth == value).any()]
         for name, plan in plans.items():
             started = time.perf_counter()
-            result = segment(case, data.root, source, models[plan.geometry.frame_px], plan)
+            result = segment_case(case, data.root, source, models[plan.geometry.frame_px], plan)
             seconds[name] += time.perf_counter() - started
             for value in held:
                 found[name].setdefault(value, []).append(dice(truth == value, result.labels == value))

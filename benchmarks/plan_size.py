@@ -20,21 +20,21 @@ from typing import Any
 import torch
 from strategies import mean_dice
 
-from slmsam2_cli.data.dataset import read_dataset
-from slmsam2_cli.data.prepared import make_frames
-from slmsam2_cli.data.prompts import simulate_prompts
-from slmsam2_cli.data.store import read_json
-from slmsam2_cli.data.volume import read_image, read_labels
-from slmsam2_cli.inference.anchors import anchors_of
-from slmsam2_cli.inference.engine import Anchor, propagate
-from slmsam2_cli.model.slices import framed, to_input
+from slmsam2_cli.commands.finetune import finetune
+from slmsam2_cli.commands.predict import predict
+from slmsam2_cli.dataset.cache import make_frames
+from slmsam2_cli.dataset.dataset import read_dataset
+from slmsam2_cli.dataset.prompts import simulate_prompts
+from slmsam2_cli.inference.propagation import Anchor, propagate
+from slmsam2_cli.inference.segment import anchors_of
+from slmsam2_cli.io.atomic import read_json
+from slmsam2_cli.io.volume import read_image, read_labels
+from slmsam2_cli.model.roi import framed, to_input
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.fingerprint import Fingerprint
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.plan import Plan, write_plan
 from slmsam2_cli.planning.rules import decide
-from slmsam2_cli.stages.finetune import finetune
-from slmsam2_cli.stages.predict import predict
 from slmsam2_cli.workspace import Workspace
 
 STOCK_PX, CLIP = 1024, 6

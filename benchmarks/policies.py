@@ -20,10 +20,10 @@ import nibabel
 import numpy as np
 import torch
 
-from slmsam2_cli.inference.engine import stored
+from slmsam2_cli.inference.propagation import stored
 from slmsam2_cli.model.memory.policy import Moment
 from slmsam2_cli.model.slmsam2 import MemoryBank, SliceFeatures, SlmSam2
-from slmsam2_cli.planning.network import NetworkPlan, PolicyName
+from slmsam2_cli.planning.plan import NetworkPlan, PolicyName
 
 FULL = 7  # slices after which every policy has all it reads
 TARGET = 1.35  # of fifo, for shortlong

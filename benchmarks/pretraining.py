@@ -2,7 +2,7 @@
 
     python benchmarks/pretraining.py [--repeats 5] [--windows 8] [--length 8] [--steps 6]
 
-First one thread: the phases of a step, with SAM 2's modules as they are and by quicker routes (model/faster.py), taking turns on
+First one thread: the phases of a step, with SAM 2's modules as they are and by quicker routes (model/cpu_ops.py), taking turns on
 the same clips; the least of the repeats, in seconds of CPU time, which other programs disturb less than the clock. Then whole
 steps of that length by the clock: one process of one thread, one of two threads, two of one; medians.
 """
@@ -15,16 +15,15 @@ import time
 
 import torch
 
-from slmsam2_cli.finetuning.learner import take_step, total_of
-from slmsam2_cli.finetuning.loop import followed
-from slmsam2_cli.model import faster
+from slmsam2_cli.model import cpu_ops
 from slmsam2_cli.model.slmsam2 import MemoryBank
-from slmsam2_cli.pretraining import loop
-from slmsam2_cli.pretraining import model as models
-from slmsam2_cli.pretraining.helpers import gather_gradients
-from slmsam2_cli.pretraining.parts import drawn
-from slmsam2_cli.pretraining.reading import Reader
+from slmsam2_cli.pretraining import step as models
+from slmsam2_cli.pretraining import train
 from slmsam2_cli.pretraining.recipe import NANO, Recipe, read_recipe
+from slmsam2_cli.pretraining.step import Reader, drawn
+from slmsam2_cli.pretraining.workers import gather_gradients
+from slmsam2_cli.training.learner import take_step, total_of
+from slmsam2_cli.training.trainer import followed
 
 CPU = torch.device("cpu")
 NAMES = ("draw", "encode", "annotate", "track", "backward", "optimise")
@@ -39,7 +38,7 @@ def fixed(windows: int, length: int, parts: int = 1, policy: str = "shortlong") 
     return Recipe.model_validate(read_recipe(NANO).model_dump() | changes)
 
 
-def one_step(learner: loop.Pretrainer, recipe: Recipe, gradients: torch.Tensor, step: int) -> list[float]:
+def one_step(learner: train.Pretrainer, recipe: Recipe, gradients: torch.Tensor, step: int) -> list[float]:
     """Seconds of CPU time of every phase."""
     model, marks = learner.model, [time.process_time()]
     gradients.zero_()
@@ -63,11 +62,11 @@ def one_step(learner: loop.Pretrainer, recipe: Recipe, gradients: torch.Tensor, 
 def phases(windows: int, length: int, repeats: int) -> None:
     """The first table."""
     recipe = fixed(windows, length)
-    quick = loop.new_learner(recipe, CPU)
+    quick = train.new_learner(recipe, CPU)
     route, models.make_faster = models.make_faster, lambda model: None
-    plain = loop.new_learner(recipe, CPU)
+    plain = train.new_learner(recipe, CPU)
     models.make_faster = route
-    assert any(type(module) is faster.PointwiseConv2d for module in quick.model.modules())
+    assert any(type(module) is cpu_ops.PointwiseConv2d for module in quick.model.modules())
     arms = {"as in sam2": plain, "quicker routes": quick}
     gradients = {name: gather_gradients(arm.model) for name, arm in arms.items()}
     found: dict[str, list[list[float]]] = {name: [] for name in arms}
@@ -88,7 +87,7 @@ def processes(windows: int, length: int, steps: int) -> None:
         torch.set_num_threads(threads)
         recipe = fixed(windows, length, parts)
         seconds = [
-            step.seconds for step in itertools.islice(loop.train(loop.new_learner(recipe, CPU), recipe, bool, side_by_side), steps + 1)
+            step.seconds for step in itertools.islice(train.train(train.new_learner(recipe, CPU), recipe, bool, side_by_side), steps + 1)
         ]
         median = statistics.median(seconds[1:])
         print(f"| {name} | {median:.2f} | {windows / median:.1f} |", flush=True)

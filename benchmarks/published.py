@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slmsam2_cli.data.prepared import PreparedCase
-from slmsam2_cli.finetuning.clips import Clips, ClipSampler, _Structure
-from slmsam2_cli.finetuning.loop import clip_losses
-from slmsam2_cli.finetuning.losses import Weights
+from slmsam2_cli.dataset.cache import PreparedCase
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import Plan
+from slmsam2_cli.training.clips import Clips, ClipSampler, _Structure
+from slmsam2_cli.training.losses import Weights
+from slmsam2_cli.training.trainer import clip_losses
 
 SLICES, OBJECTS, STEPS = 8, 3, 100
 LOSSES = Weights(absent=0.0)

@@ -25,7 +25,7 @@ FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-
 
 def evaluate(dataset: Path, workspace: Path, out: Path, *more: str) -> float:
     """Seconds that the whole command takes, start of Python included."""
-    command = [sys.executable, "-c", "from slmsam2_cli.cli import main; main()", "evaluate", "-d", str(dataset), "-w", str(workspace)]
+    command = [sys.executable, "-c", "from slmsam2_cli.cli.app import main; main()", "evaluate", "-d", str(dataset), "-w", str(workspace)]
     started = time.perf_counter()
     done = subprocess.run([*command, "-o", str(out), "--quiet", *more], capture_output=True, text=True, check=False)
     if done.returncode == 2:

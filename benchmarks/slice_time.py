@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import torch
 
-from slmsam2_cli.model.backbone import TRAITS, Widths
 from slmsam2_cli.model.memory.policy import Moment
+from slmsam2_cli.model.sam2_config import TRAITS, Widths
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
-from slmsam2_cli.planning.network import NetworkPlan
+from slmsam2_cli.planning.plan import NetworkPlan
 
 SETTINGS = [("nano", 128), ("nano", 160), ("nano", 256), ("tiny", 128), ("tiny", 256), ("tiny", 512), ("tiny", 1024)]
 CANDIDATES = {  # what nano might have been, at 160 px

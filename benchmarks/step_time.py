@@ -19,20 +19,20 @@ from pathlib import Path
 import torch
 
 from slmsam2_cli import console
-from slmsam2_cli.data.dataset import read_dataset
-from slmsam2_cli.data.phantom import write_phantom_dataset
-from slmsam2_cli.data.prepared import prepare_all
-from slmsam2_cli.finetuning import loop
-from slmsam2_cli.finetuning.beside import Beside
-from slmsam2_cli.finetuning.tuning import fresh_learner, material_of
+from slmsam2_cli.commands.plan import plan
+from slmsam2_cli.dataset.cache import prepare_all
+from slmsam2_cli.dataset.dataset import read_dataset
+from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.model.checkpoint import base_weights
 from slmsam2_cli.planning.plan import read_plan
-from slmsam2_cli.stages.plan import plan
+from slmsam2_cli.training import trainer
+from slmsam2_cli.training.background import Beside
+from slmsam2_cli.training.trainer import fresh_learner, material_of
 from slmsam2_cli.workspace import Workspace
 
 STEPS = 6  # in a block
 CPU = torch.device("cpu")
-BESIDE = loop.beside
+BESIDE = trainer.beside
 
 
 @contextmanager
@@ -65,10 +65,10 @@ def main() -> None:
         for _ in range(options.blocks):
             for way, (threads, beside) in ways.items():
                 torch.set_num_threads(threads)
-                loop.beside = beside
+                trainer.beside = beside
                 torch.set_rng_state(dropout[way]) if way in dropout else torch.manual_seed(0)
                 started = time.perf_counter()
-                for _step in zip(range(STEPS), loop.train(learners[way], material, training, lambda: False), strict=False):
+                for _step in zip(range(STEPS), trainer.train(learners[way], material, training, lambda: False), strict=False):
                     pass
                 times[way].append((time.perf_counter() - started) / STEPS)
                 dropout[way] = torch.get_rng_state()
@@ -78,7 +78,7 @@ def main() -> None:
         print(f"| {way} | {statistics.median(taken[1:]):.2f} | {ratio:.2f} | {digest(learners[way])} |")
 
 
-def digest(learner: loop.Learner) -> str:
+def digest(learner: trainer.Learner) -> str:
     tensors = learner.average.state_dict()
     return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()[:12]
 

@@ -14,19 +14,19 @@ from pathlib import Path
 
 import numpy as np
 
-from slmsam2_cli.data.dataset import read_dataset
-from slmsam2_cli.data.phantom import write_phantom_dataset
-from slmsam2_cli.data.prepared import prepare_all
-from slmsam2_cli.data.volume import read_labels
+from slmsam2_cli.commands.finetune import finetune
+from slmsam2_cli.commands.plan import plan
+from slmsam2_cli.commands.predict import predict
+from slmsam2_cli.dataset.cache import prepare_all
+from slmsam2_cli.dataset.dataset import read_dataset
+from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.evaluation.metrics import dice
-from slmsam2_cli.finetuning.calibrating import said_and_true
-from slmsam2_cli.inference.ready import build_model
+from slmsam2_cli.inference.load_model import build_model
+from slmsam2_cli.io.volume import read_labels
 from slmsam2_cli.model.calibration import calibration_error
 from slmsam2_cli.model.checkpoint import read_checkpoint
 from slmsam2_cli.planning.plan import read_plan, write_plan
-from slmsam2_cli.stages.finetune import finetune
-from slmsam2_cli.stages.plan import plan
-from slmsam2_cli.stages.predict import predict
+from slmsam2_cli.training.calibrate import said_and_true
 from slmsam2_cli.workspace import Workspace
 
 SHAPE = (16, 34, 34)  # slices, rows, columns: 128 px

@@ -22,14 +22,14 @@ import numpy as np
 from skimage.registration import optical_flow_tvl1
 from skimage.transform import warp
 
-from slmsam2_cli.data.dataset import Case, Dataset, read_dataset
-from slmsam2_cli.data.geometry import View
-from slmsam2_cli.data.intensity import normalise
-from slmsam2_cli.data.volume import read_image, read_labels
+from slmsam2_cli.commands.plan import plan as make_plan
+from slmsam2_cli.commands.predict import predict
+from slmsam2_cli.dataset.dataset import Case, Dataset, read_dataset
+from slmsam2_cli.dataset.intensity import normalise
+from slmsam2_cli.dataset.slices import View
 from slmsam2_cli.evaluation.metrics import dice, hd95
+from slmsam2_cli.io.volume import read_image, read_labels
 from slmsam2_cli.planning.plan import read_plan
-from slmsam2_cli.stages.plan import plan as make_plan
-from slmsam2_cli.stages.predict import predict
 from slmsam2_cli.workspace import Workspace
 
 Array = np.ndarray[Any, Any]

@@ -1,4 +1,4 @@
-"""SLM-SAM 2 from Python: build or load a model, encode slices, propagate masks through arrays, files and sets of images.
+"""SLM-SAM 2 from Python: build or load a model, encode slices, propagate masks through array_io, files and sets of images.
 
 Nothing is written unless asked for. What is wrong with an argument is a ValueError of one line that names it; what is wrong with a
 file is the error that the command line would show (errors.py). docs/how-to/python.md shows it all.
@@ -17,23 +17,21 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from slmsam2_cli.data.cases import Case
-from slmsam2_cli.data.listing import stem
+from slmsam2_cli.dataset.dataset_json import Case
+from slmsam2_cli.dataset.discovery import stem
 from slmsam2_cli.device import DeviceName, choose_device
-from slmsam2_cli.inference import arrays, engine, folder
-from slmsam2_cli.inference import images as one_prompt
-from slmsam2_cli.inference.arrays import Array, Match, Track, Window
-from slmsam2_cli.inference.drawn import Drawn
-from slmsam2_cli.inference.folder import Segmented
-from slmsam2_cli.inference.ready import build_model, warnings_of
+from slmsam2_cli.inference import array_io, propagation
+from slmsam2_cli.inference import image_set as one_prompt
+from slmsam2_cli.inference.array_io import Array, Drawn, Match, Track, Window
+from slmsam2_cli.inference.load_model import build_model, warnings_of
+from slmsam2_cli.inference.segment import Segmented, segment_case
+from slmsam2_cli.io.strict_json import explain
 from slmsam2_cli.model import slmsam2, zoo
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import RANDOM_WARNING, Checkpoint, fit, read_checkpoint, with_its_base
-from slmsam2_cli.model.portable import model_in
+from slmsam2_cli.model.export import model_in
 from slmsam2_cli.model.slmsam2 import SliceFeatures
-from slmsam2_cli.planning.explaining import explain
-from slmsam2_cli.planning.network import NetworkPlan, NetworkSize
-from slmsam2_cli.planning.plan import Plan, read_plan
+from slmsam2_cli.planning.plan import NetworkPlan, NetworkSize, Plan, read_plan
 
 FilePath = str | PathLike[str]
 Numbers = Array | Tensor
@@ -73,7 +71,7 @@ class SlmSam2:
         SliceFeatures on the network's device: top (T, C, px/16, px/16), fine (T, C/8, px/4, px/4) and (T, C/4, px/8, px/8).
         ValueError.
         """
-        _, frames = arrays.frame(slices, self.frame_px, window, neighbours=self.neighbours)
+        _, frames = array_io.frame(slices, self.frame_px, window, neighbours=self.neighbours)
         with torch.no_grad():
             return self.network.encode(frames.to(self.network.device))
 
@@ -164,13 +162,13 @@ def propagate(
 
     A Track for each label. Labels are found by themselves, so their masks may overlap; annotated slices come back exactly.
     """
-    view, frames = arrays.frame(slices, model.frame_px, window, neighbours=model.neighbours)
+    view, frames = array_io.frame(slices, model.frame_px, window, neighbours=model.neighbours)
     if not isinstance(prompts, Mapping) or not prompts:
         raise ValueError("prompts: give {label: {slice index: mask}}, one label at least")
-    drawn = [arrays.drawn_on(masks, view, f"prompts[{label!r}]") for label, masks in prompts.items()]
-    objects = {n: arrays.anchors_on(one, view, model.frame_px) for n, one in enumerate(drawn)}
-    found = engine.propagate(model.network, frames, objects)
-    return {label: arrays.track_of(found[n], drawn[n], view, model.frame_px) for n, label in enumerate(prompts)}
+    drawn = [array_io.drawn_on(masks, view, f"prompts[{label!r}]") for label, masks in prompts.items()]
+    objects = {n: array_io.anchors_on(one, view, model.frame_px) for n, one in enumerate(drawn)}
+    found = propagation.propagate(model.network, frames, objects)
+    return {label: array_io.track_of(found[n], drawn[n], view, model.frame_px) for n, label in enumerate(prompts)}
 
 
 def segment(
@@ -201,7 +199,7 @@ def segment(
         )
     paths = tuple(map(Path, given))
     case = Case(stem(paths[0]).removesuffix("_0000"), paths, None)
-    return folder.segment(case, paths[0].parent, Drawn(prompts, annotated_slices), model.network, model.plan, model.calibration)
+    return segment_case(case, paths[0].parent, Drawn(prompts, annotated_slices), model.network, model.plan, model.calibration)
 
 
 def segment_images(
@@ -215,8 +213,8 @@ def segment_images(
 
     A Match for each image, in their order; the order has no part in what is found.
     """
-    views, frames = arrays.images_of(images, model.frame_px, window)
-    drawn = arrays.drawn_masks(prompts, views)
-    given = {i: arrays.mask_on(mask, views[i], model.frame_px) for i, mask in drawn.items()}
+    views, frames = array_io.images_of(images, model.frame_px, window)
+    drawn = array_io.drawn_masks(prompts, views)
+    given = {i: array_io.mask_on(mask, views[i], model.frame_px) for i, mask in drawn.items()}
     found = one_prompt.segment_images(model.network, frames, given)
-    return [arrays.match_of(one, drawn.get(i), view, model.frame_px) for i, (one, view) in enumerate(zip(found, views, strict=True))]
+    return [array_io.match_of(one, drawn.get(i), view, model.frame_px) for i, (one, view) in enumerate(zip(found, views, strict=True))]

@@ -2,7 +2,7 @@
 
 import torch
 
-from slmsam2_cli.data.dataset import read_dataset
+from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.model import adapters
 from slmsam2_cli.model.checkpoint import Needs, Provenance, fit, read_checkpoint, save_adapter, save_checkpoint
 from slmsam2_cli.model.slmsam2 import SlmSam2

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slmsam2_cli.model.slmsam2 import SlmSam2
-from slmsam2_cli.planning.network import NetworkPlan
+from slmsam2_cli.planning.plan import NetworkPlan
 
 
 def as_the_authors_name_them(state: Mapping[str, Tensor], scale: str = "gamma", layers: str = "layers.") -> dict[str, Tensor]:

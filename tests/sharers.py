@@ -7,14 +7,13 @@ import torch
 from stacks import case, whole
 
 from slmsam2_cli.errors import TrainingError
-from slmsam2_cli.finetuning.clips import ClipSampler
-from slmsam2_cli.finetuning.feeding import Material
-from slmsam2_cli.finetuning.loop import new_learner, train
-from slmsam2_cli.finetuning.recognising import SliceSampler, new_recogniser
-from slmsam2_cli.finetuning.sharing import ALONE
 from slmsam2_cli.model.slmsam2 import SlmSam2
-from slmsam2_cli.planning.network import NetworkPlan
-from slmsam2_cli.planning.plan import TrainingPlan
+from slmsam2_cli.planning.plan import NetworkPlan, TrainingPlan
+from slmsam2_cli.training.clips import ClipSampler
+from slmsam2_cli.training.dataloader import Material
+from slmsam2_cli.training.distributed import ALONE
+from slmsam2_cli.training.label_unet import SliceSampler, new_recogniser
+from slmsam2_cli.training.trainer import new_learner, train
 
 PX = 32
 

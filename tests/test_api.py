@@ -12,16 +12,15 @@ from made_models import planned, save_adapter_alone, save_model, sure
 
 import slmsam2_cli
 from slmsam2_cli import build, load, propagate, segment, segment_images
-from slmsam2_cli.data.phantom import write_phantom_dataset
+from slmsam2_cli.commands.predict import predict
+from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.errors import CaseError, DeviceError, PlanError, WeightsError
-from slmsam2_cli.inference.engine import Anchor, full_resolution
-from slmsam2_cli.inference.engine import propagate as through_the_engine
+from slmsam2_cli.inference.propagation import Anchor, full_resolution
+from slmsam2_cli.inference.propagation import propagate as through_the_engine
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import read_checkpoint
 from slmsam2_cli.model.slmsam2 import SlmSam2
-from slmsam2_cli.planning.network import NetworkPlan
-from slmsam2_cli.planning.plan import write_plan
-from slmsam2_cli.stages.predict import predict
+from slmsam2_cli.planning.plan import NetworkPlan, write_plan
 
 PX = 64
 HALVED = Calibration(method="isotonic", confidence=(0.0, 1.0), dice=(0.0, 0.5), slices=99, error_before=0.3, error_after=0.1)

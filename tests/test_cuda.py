@@ -1,4 +1,4 @@
-"""What a GPU does as a CPU does: masks, fine-tuning, going on with it, pre-training. Skipped where there is none."""
+"""What a GPU does as a CPU does: masks, fine-trainer, going on with it, pre-training. Skipped where there is none."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from slmsam2_cli.data.phantom import write_phantom_dataset
+from slmsam2_cli.commands import finetune as stage
+from slmsam2_cli.commands.finetune import finetune
+from slmsam2_cli.commands.predict import predict
+from slmsam2_cli.commands.pretrain import pretrain
+from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.evaluation.metrics import dice
-from slmsam2_cli.finetuning import tuning, validating
 from slmsam2_cli.model.checkpoint import read_checkpoint
-from slmsam2_cli.stages import finetune as stage
-from slmsam2_cli.stages.finetune import finetune
-from slmsam2_cli.stages.predict import predict
-from slmsam2_cli.stages.pretrain import pretrain
+from slmsam2_cli.training import cross_validation, trainer
 from slmsam2_cli.workspace import Workspace
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -60,7 +60,7 @@ def test_a_model_tuned_there_is_read_here_and_its_losses_are_numbers(tuned, data
 
 
 def test_what_is_left_out_is_judged_there(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(validating, "LEAST_STEPS", 1)
+    monkeypatch.setattr(cross_validation, "LEAST_STEPS", 1)
     assert finetune(dataset, Workspace(tmp_path), cases=2, steps=4, seed=1, device="cuda") == 0
     found = read_checkpoint(Workspace(tmp_path).model).provenance.validation
     assert len(found.left_out) == 2 and 0 < found.base < 1 and 0 < found.tuned < 1
@@ -70,7 +70,7 @@ def test_a_run_that_was_stopped_there_goes_on_where_it_was(dataset, tmp_path, mo
     class PoweredOff(Exception):
         pass
 
-    train, broken, begun = tuning.train, Workspace(tmp_path), []
+    train, broken, begun = trainer.train, Workspace(tmp_path), []
 
     def cut_short(learner, *rest):
         begun.append(learner.step)
@@ -79,7 +79,7 @@ def test_a_run_that_was_stopped_there_goes_on_where_it_was(dataset, tmp_path, mo
             if learner.step == 3 and len(begun) == 1:
                 raise PoweredOff
 
-    monkeypatch.setattr(tuning, "train", cut_short)
+    monkeypatch.setattr(trainer, "train", cut_short)
     monkeypatch.setattr(stage, "SAVE_EVERY_S", 0.0)
     with pytest.raises(PoweredOff):
         finetune(dataset, broken, cases=1, steps=6, seed=1, device="cuda")

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slmsam2_cli.data.phantom import write_phantom_dataset
-from slmsam2_cli.data.store import sha256_of
-from slmsam2_cli.data.volume import read_labels, write_mask
-from slmsam2_cli.demo import LEARNED_FROM, demo
-from slmsam2_cli.outcome import exit_code_of
-from slmsam2_cli.stages.evaluate import evaluate
-from slmsam2_cli.stages.predict import predict
+from slmsam2_cli.cli.exit_codes import exit_code_of
+from slmsam2_cli.commands.demo import LEARNED_FROM, demo
+from slmsam2_cli.commands.evaluate import evaluate
+from slmsam2_cli.commands.predict import predict
+from slmsam2_cli.dataset.phantom import write_phantom_dataset
+from slmsam2_cli.io.atomic import sha256_of
+from slmsam2_cli.io.volume import read_labels, write_mask
 from slmsam2_cli.workspace import Workspace
 
 BLINK = 0.001  # minutes of training: one step

@@ -13,9 +13,9 @@ import torch
 from made_models import planned, save_adapter_alone, save_model
 
 import slmsam2_cli
-from slmsam2_cli.data.phantom import write_phantom_dataset
+from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.model.slmsam2 import SlmSam2
-from slmsam2_cli.planning.network import NetworkPlan
+from slmsam2_cli.planning.plan import NetworkPlan
 
 PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "python.md"
 TEXT = PAGE.read_text(encoding="utf-8")

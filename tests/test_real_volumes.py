@@ -10,11 +10,11 @@ import nibabel
 import numpy as np
 import pytest
 
-from slmsam2_cli.outcome import exit_code_of
-from slmsam2_cli.stages.evaluate import evaluate
-from slmsam2_cli.stages.finetune import finetune
-from slmsam2_cli.stages.plan import plan
-from slmsam2_cli.stages.predict import predict
+from slmsam2_cli.cli.exit_codes import exit_code_of
+from slmsam2_cli.commands.evaluate import evaluate
+from slmsam2_cli.commands.finetune import finetune
+from slmsam2_cli.commands.plan import plan
+from slmsam2_cli.commands.predict import predict
 from slmsam2_cli.workspace import Workspace
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"

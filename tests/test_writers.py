@@ -10,9 +10,9 @@ import pytest
 import slmsam2_cli
 
 PACKAGE = Path(slmsam2_cli.__file__).parent
-DOOR = "data/store.py"
-# They fill the temporary file that the door hands to data/volume.py's writer, in formats only their libraries write.
-BEHIND_THE_DOOR = {"data/itk.py", "data/raster.py"}
+DOOR = "io/atomic.py"
+# They fill the temporary file that the door hands to io/volume.py's writer, in formats only their libraries write.
+BEHIND_THE_DOOR = {"io/itk.py", "io/raster.py"}
 WRITERS = {"WriteImage", "to_filename", "tofile", "save", "savez", "savez_compressed", "savetxt", "save_file", "save_pretrained"}
 WRITERS |= {"write_text", "write_bytes", "NamedTemporaryFile", "mkstemp", "copy2", "copyfile", "copytree", "move"}
 OPENERS = {"open", "fdopen", "memmap", "open_memmap", "ZipFile", "TarFile", "GzipFile"}
@@ -29,7 +29,7 @@ def writes(call: ast.Call) -> bool:
         owner, name = ast.unparse(function.value), function.attr
     else:
         owner, name = "", getattr(function, "id", "")
-    if owner == "store" or ast.unparse(call).startswith("gzip.GzipFile('',"):  # packs into a file that is open already
+    if owner == "atomic" or ast.unparse(call).startswith("gzip.GzipFile('',"):  # packs into a file that is open already
         return False
     if name in ("save", "ZipFile") and ast.unparse(call.args[0] if call.args else call) == "memory":  # by that name, an io.BytesIO
         return False
@@ -60,9 +60,9 @@ def test_what_writes_behind_the_door_is_called_by_the_door_alone() -> None:
             path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if f"{function}(" in path.read_text(encoding="utf-8")
         }
 
-    assert callers("write_itk") == {"data/itk.py", "data/volume.py"}
-    assert callers("write_raster") == {"data/raster.py", "data/volume.py"}
-    assert "store.write_atomically(path, write, verify)" in (PACKAGE / "data/volume.py").read_text(encoding="utf-8")
+    assert callers("write_itk") == {"io/itk.py", "io/volume.py"}
+    assert callers("write_raster") == {"io/raster.py", "io/volume.py"}
+    assert "atomic.write_atomically(path, write, verify)" in (PACKAGE / "io/volume.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_the_rule_sees(source: str) -> None:
     [
         "open(path)",
         "open(path, 'rb')",
-        "store.write_text(path, text)",
+        "atomic.write_text(path, text)",
         "save(state, header)",
         "image.save(memory, 'WEBP')",
         "zipfile.ZipFile(memory, 'w')",

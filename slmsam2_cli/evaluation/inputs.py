@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slmsam2_cli.data import store
-from slmsam2_cli.data.cases import Structure
-from slmsam2_cli.data.dataset import Dataset, read_dataset, read_image_folder
+from slmsam2_cli.dataset.dataset import Dataset, read_dataset, read_image_folder
+from slmsam2_cli.dataset.dataset_json import Structure
 from slmsam2_cli.errors import DatasetError, PlanError, UsageError
-from slmsam2_cli.evaluation.manifest import Manifest, read_manifest
+from slmsam2_cli.evaluation.matching import Pairing, References, case_name, pair, references_of_dataset, references_of_folder, with_problems
 from slmsam2_cli.evaluation.metrics import NSD_TOLERANCE_MM
-from slmsam2_cli.evaluation.pairing import Pairing, References, case_name, pair, references_of_dataset, references_of_folder, with_problems
+from slmsam2_cli.inference.manifest import Manifest, read_manifest
+from slmsam2_cli.io import atomic
 from slmsam2_cli.planning.plan import read_plan
 from slmsam2_cli.workspace import Workspace
 
@@ -148,7 +148,7 @@ def _split_cases(space: Workspace | None) -> frozenset[str]:
     """The cases that fine-tuning learned from, by the workspace's split."""
     if space is None or not space.split.is_file():
         return frozenset()
-    split = store.read_json(space.split, "the split")
+    split = atomic.read_json(space.split, "the split")
     listed = split.get("training") if isinstance(split, dict) else None
     if not isinstance(listed, list) or not all(isinstance(case, str) for case in listed):
         raise PlanError(f'{space.split.name}: expected {{"training": ["case", …]}}. Run slmsam2 finetune again')

@@ -1,6 +1,8 @@
 """Cases in, scores out: reads two masks, compares their grids, measures every label; many cases on a few processes.
 
 One bad case never stops another, and the scores do not depend on the number of processes.
+
+A mask brought onto another grid, when a person asks for it: each voxel takes the value of the nearest one.
 """
 
 from __future__ import annotations
@@ -15,17 +17,44 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from slmsam2_cli.data.cases import Structure
-from slmsam2_cli.data.check import compare_geometry
-from slmsam2_cli.data.volume import LabelVolume, read_labels, relative
+from slmsam2_cli import parallel
+from slmsam2_cli.dataset.checks import compare_geometry
+from slmsam2_cli.dataset.dataset_json import Structure
 from slmsam2_cli.errors import CaseError
-from slmsam2_cli.evaluation import processes
-from slmsam2_cli.evaluation.hints import hints, may_apply
+from slmsam2_cli.evaluation.diagnostics import hints, may_apply
 from slmsam2_cli.evaluation.metrics import NSD_TOLERANCE_MM, LabelScore, Pair, box_of, coarsest_axis, measure, measure_missing
-from slmsam2_cli.evaluation.resampling import onto
+from slmsam2_cli.io.image import Grid
+from slmsam2_cli.io.volume import LabelVolume, read_labels, relative
 
-if TYPE_CHECKING:  # what a data set is need not be known to a process that only scores
-    from slmsam2_cli.evaluation.pairing import Group
+if TYPE_CHECKING:
+    from slmsam2_cli.evaluation.matching import Group
+
+
+def onto(grid: Grid, labels: np.ndarray, source: Grid) -> tuple[np.ndarray, int]:
+    """(labels (Z, Y, X) on `grid`, number of labelled voxels of `source` that lie outside it). 0 where `source` does not reach."""
+    there = _index_map(grid, source)
+    from scipy import ndimage  # slow to import, and rarely needed
+
+    moved = ndimage.affine_transform(
+        labels, there[:3, :3], offset=there[:3, 3], output_shape=grid.shape, output=labels.dtype, order=0, mode="grid-constant", cval=0
+    )
+    return np.asarray(moved), _outside(grid, labels, source)
+
+
+def _outside(grid: Grid, labels: np.ndarray, source: Grid) -> int:
+    back = _index_map(source, grid)
+    voxels = np.argwhere(labels)
+    places = voxels @ back[:3, :3].T + back[:3, 3]
+    inside = np.all((places >= -0.5) & (places < np.array(grid.shape) - 0.5), axis=1)
+    return int(np.count_nonzero(~inside))
+
+
+def _index_map(start: Grid, end: Grid) -> np.ndarray:
+    """(4, 4): index (z, y, x, 1) on `start` -> the same place's index on `end`."""
+    matrix = np.linalg.solve(end.affine(), start.affine())
+    order = [2, 1, 0, 3]
+    return np.asarray(matrix[np.ix_(order, order)])
+
 
 CaseStatus = Literal["ok", "pred_missing", "failed"]
 HELD_BYTES = 2**28  # of what `afterwards` made; what is beyond is dropped, to be made again from the files
@@ -135,7 +164,7 @@ def score_all(
     """Scores in the order of the jobs. workers: processes, None for one a core (at most 8); held_bytes: of what `afterwards` made."""
     scores: dict[int, CaseScore] = {}
     held = 0
-    count = min(processes.count(workers), len(jobs))
+    count = min(parallel.count(workers), len(jobs))
     for place, score in _pooled(jobs, count) if count > 1 else enumerate(map(score_case, jobs)):
         held += score.made.size if score.made is not None else 0
         scores[place] = score if held <= held_bytes else replace(score, made=None)
@@ -149,7 +178,7 @@ def _pooled(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, CaseScore]
     A process that dies takes its pool with it: what it left undone is tried again, each case in a process of its own.
     """
     left = dict(enumerate(jobs))
-    pool = processes.pool(workers)
+    pool = parallel.pool(workers)
     if pool is None:
         yield from enumerate(map(score_case, jobs))
         return
@@ -174,7 +203,7 @@ def _pooled(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, CaseScore]
 def _on_its_own(job: Job) -> CaseScore:
     """Without anything made of the masks: that may be what took too much memory."""
     job = replace(job, afterwards=None)
-    pool = processes.pool(1)
+    pool = parallel.pool(1)
     if pool is None:
         return score_case(job)
     with pool:

@@ -2,23 +2,27 @@
 
 `mean` and `foreground_mean` are the headline: unseen cases only. Cases the model has learned from are summarised apart under `training`,
 slices that were given are left out under `unprompted`. Strict JSON: null, never NaN; paths are relative; nothing depends on the clock.
+
+Limits that a result must reach, for use in continuous integration: `Dice=0.8`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
-from slmsam2_cli.data.cases import Structure
+from slmsam2_cli.dataset.dataset_json import Structure
+from slmsam2_cli.errors import UsageError
 from slmsam2_cli.evaluation import statistics
+from slmsam2_cli.evaluation.matching import Group
 from slmsam2_cli.evaluation.metrics import DEFINITIONS, NSD_TOLERANCE_MM, LabelScore, metric_names, unmeasured
-from slmsam2_cli.evaluation.pairing import Group
 from slmsam2_cli.evaluation.scoring import CaseScore
 from slmsam2_cli.evaluation.statistics import Case
+from slmsam2_cli.evaluation.surface import nsd_key
 
 FORMAT_VERSION = 1
 TOOL = "slmsam2"
@@ -137,3 +141,42 @@ def _curve(scores: Sequence[CaseScore], value: Structure) -> list[Json]:
 
 def _percentiles(values: Sequence[float]) -> dict[str, float]:
     return {f"p{q}": float(np.percentile(values, q)) for q in (10, 50, 90)}
+
+
+KNOWN = {"dice": "Dice", "iou": "IoU", "precision": "precision", "recall": "recall", "nsd": "nsd"}
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least that the foreground mean of a measure may be. metric: as in summary.json; "nsd" at whatever tolerance was used."""
+
+    metric: str
+    least: float
+
+
+def floors_of(asked: Iterable[str]) -> list[Floor]:
+    """Limits from "Dice=0.8" (upper or lower case), or "0.8" for Dice. UsageError."""
+    return [_floor(text) for text in asked]
+
+
+def shortfalls(summary: Mapping[str, Any], floors: Sequence[Floor]) -> list[str]:
+    """One line for each limit that the foreground mean of unseen cases does not reach; an undefined mean reaches none."""
+    lines = []
+    for floor in floors:
+        key = nsd_key(summary["definitions"]["nsd_tolerance_mm"]) if floor.metric == "nsd" else floor.metric
+        value = summary["foreground_mean"][key]
+        if value is None or value < floor.least:
+            lines.append(f"{key} {'is undefined' if value is None else f'{value:.4f}'}, the limit is {floor.least:g}")
+    return lines
+
+
+def _floor(text: str) -> Floor:
+    metric, _, number = text.rpartition("=")
+    try:
+        least = float(number)
+    except ValueError:
+        least = -1.0
+    name = KNOWN.get(metric.strip().lower() or "dice")
+    if name is None or not 0 <= least <= 1:
+        raise UsageError(f"{text!r} is no limit. Write Dice=0.8; known are {', '.join(KNOWN.values())}, from 0 to 1")
+    return Floor(name, least)

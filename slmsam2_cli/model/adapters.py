@@ -20,10 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from slmsam2_cli.errors import WeightsError
-from slmsam2_cli.model.branches import Bottleneck, LowRank, bottleneck, low_rank, saved_bottleneck
-from slmsam2_cli.model.projection import Projection, fits, means
-from slmsam2_cli.planning.channels import COLOURS
-from slmsam2_cli.planning.plan import AdapterPlan, Plan
+from slmsam2_cli.model.adapter_layers import Bottleneck, LowRank, Projection, bottleneck, fits, low_rank, means, saved_bottleneck
+from slmsam2_cli.planning.plan import COLOURS, AdapterPlan, Plan
 
 PREFIX = "adapters."
 INPUT = "input.weight"

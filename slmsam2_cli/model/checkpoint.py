@@ -1,6 +1,8 @@
 """Models on disk: safetensors with a JSON header that says what they are, where they come from, and for which plan.
 
-Loading is strict: a missing, unexpected or misshapen tensor is refused by name. Files of others pass through foreign.py.
+Loading is strict: a missing, unexpected or misshapen tensor is refused by name. Files of others pass through convert.py.
+
+What a tuned model and its base were worth on volumes that neither had learned from, as the model's file records it.
 """
 
 from __future__ import annotations
@@ -10,25 +12,41 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from slmsam2_cli.data import store
 from slmsam2_cli.errors import PlanError, WeightsError
-from slmsam2_cli.model import adapters, foreign, zoo
+from slmsam2_cli.io import atomic
+from slmsam2_cli.model import adapters, convert, zoo
 from slmsam2_cli.model.calibration import Calibration
-from slmsam2_cli.model.foreign import State, first_line
-from slmsam2_cli.model.recogniser import PREFIX as RECOGNISER
-from slmsam2_cli.model.recogniser import Recogniser, recogniser_in, without_recogniser
+from slmsam2_cli.model.convert import State, first_line
+from slmsam2_cli.model.label_unet import PREFIX as RECOGNISER
+from slmsam2_cli.model.label_unet import Recogniser, recogniser_in, without_recogniser
 from slmsam2_cli.model.slmsam2 import SlmSam2
-from slmsam2_cli.model.validation import Validation
 from slmsam2_cli.model.zoo import EMBEDDED as EMBEDDED
-from slmsam2_cli.planning.network import NetworkPlan
-from slmsam2_cli.planning.plan import Plan, parse_plan
+from slmsam2_cli.planning.plan import NetworkPlan, Plan, parse_plan
 from slmsam2_cli.version import VERSION
+
+
+class Validation(BaseModel):
+    """left_out: what nothing was learned from, in each short run; base, tuned: mean Dice there, before and after; steps: of the run on
+    everything that these led to, 0 where there was none; recogniser: whether it helped there, None where there is none; kept: which of
+    the two the file holds.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    left_out: tuple[str, ...]
+    base: float
+    tuned: float
+    steps: int
+    recogniser: bool | None = None
+    kept: Literal["base", "tuned"]
+
 
 FORMAT_VERSION = 1
 RANDOM = "random"
@@ -94,7 +112,7 @@ class Checkpoint:
     def base_digest(self) -> str:
         """The digest of the weights without adapters and recogniser."""
         base = without_recogniser(adapters.split(self.state)[0])
-        return digest_of(base) if len(base) < len(self.state) else self.digest
+        return tensors_digest(base) if len(base) < len(self.state) else self.digest
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -111,7 +129,7 @@ class Checkpoint:
         return (RANDOM_WARNING,) if self.provenance and self.provenance.random else ()
 
 
-def digest_of(state: State) -> str:
+def tensors_digest(state: State) -> str:
     """SHA-256 (hex) over the tensors in order of name."""
     digest = hashlib.sha256()
     for name in sorted(state):
@@ -156,12 +174,12 @@ def save_weights(
 
     notes: more entries of the header, which no reader relies on.
     """
-    digest = digest_of(state)
+    digest = tensors_digest(state)
     parts = {"network": network, "provenance": provenance, "plan": plan, "calibration": calibration, "needs": needs}
     header = dict(notes or {}) | {"format_version": str(FORMAT_VERSION), "tool_version": VERSION, "digest": digest}
     header |= {name: part.model_dump_json() for name, part in parts.items() if part is not None}
     header |= {"warning": RANDOM_WARNING} if provenance.random else {}
-    store.write_bytes(path, save(state, header))
+    atomic.write_bytes(path, save(state, header))
     return digest
 
 
@@ -169,7 +187,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Weights of ours or of SAM 2.1. WeightsError names the file and the reason."""
     _refuse_what_is_no_checkpoint(path)
     try:
-        return _read_own(path) if path.suffix == ".safetensors" else _of_others(path.name, foreign.read_pt(path))
+        return _read_own(path) if path.suffix == ".safetensors" else _of_others(path.name, convert.read_pt(path))
     except OSError as error:
         raise WeightsError(f"{path.name}: cannot be read: {error.strerror or error}. Restore the file") from None
 
@@ -189,9 +207,9 @@ def _refuse_what_is_no_checkpoint(path: Path) -> None:
 def _json_reason(path: Path) -> str:
     """A plan given where weights belong: say what is wrong with it as a plan too, if anything is."""
     try:
-        parse_plan(store.read_json(path, "plan"), path.name)
+        parse_plan(atomic.read_json(path, "plan"), path.name)
         found = "is a plan"
-    except (PlanError, store.JsonError) as error:
+    except (PlanError, atomic.JsonError) as error:
         found = f"is a plan at best ({error})"
     return f"{path.name}: {found}, not a model. Give the .safetensors file that slmsam2 finetune wrote"
 
@@ -211,7 +229,7 @@ def _read_own(path: Path) -> Checkpoint:
         raise WeightsError(
             f"{path.name}: format version {header['format_version']} is newer than this tool's {FORMAT_VERSION}. Update slmsam2"
         )
-    digest = digest_of(state)
+    digest = tensors_digest(state)
     if digest != header.get("digest"):
         raise WeightsError(f"{path.name}: corrupt: its weights do not match the digest in its header. Fetch or train it again")
     try:
@@ -236,8 +254,8 @@ def _with_recipe(provenance: Provenance, header: Mapping[str, str]) -> Provenanc
 
 def _of_others(name: str, state: State) -> Checkpoint:
     """Weights made elsewhere, in our layout."""
-    converted = foreign.convert(name, state)
-    digest = digest_of(converted.state)
+    converted = convert.convert(name, state)
+    digest = tensors_digest(converted.state)
     return Checkpoint(name, converted.state, digest, converted.network, family=converted.family, notes=converted.notes)
 
 
@@ -253,7 +271,7 @@ def fit(model: SlmSam2, checkpoint: Checkpoint, modality: str | None = None) -> 
     wanted = without_recogniser(model.state_dict())
     fresh = not any(name.startswith(_SHORT) for name in given)
     needed = {name: tensor.shape for name, tensor in wanted.items() if not (fresh and name.startswith(_SHORT))}
-    if wrong := foreign.misfit(needed, given):
+    if wrong := convert.misfit(needed, given):
         raise WeightsError(_which_network(checkpoint, model.network, wrong))
     model.load_state_dict(model.state_dict() | given)
     if fresh and hasattr(model, "short_memory_attention"):
@@ -300,7 +318,7 @@ def on_base(adapter: Checkpoint, base: Checkpoint) -> Checkpoint:
             f"Give the base that it was made for with --weights"
         )
     state = without_recogniser(base.state) | adapter.state
-    return replace(adapter, state=state, digest=digest_of(state), needs=None)
+    return replace(adapter, state=state, digest=tensors_digest(state), needs=None)
 
 
 def with_its_base(adapter: Checkpoint, weights: str | None) -> Checkpoint:

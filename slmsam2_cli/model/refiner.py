@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from sam2.modeling.sam2_utils import LayerNorm2d
 from torch import Tensor, nn
 
-from slmsam2_cli.model.evidence import likely
+from slmsam2_cli.model.block_matching import likely
 
 FINER = 4  # pixels of a refined mask along the edge of one of the decoder's
 _MAPS = 3 * FINER**2 + 8  # carried mask, two likelihoods; the mask unmoved, logits, change, two matches, two likenesses, presence

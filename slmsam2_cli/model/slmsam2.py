@@ -3,6 +3,8 @@
 The modules are `sam2`'s; what differs is where memory is read. A policy says which slices a slice looks at
 (`memory/`), this file gathers their tokens, attends, fuses, decodes and writes the next memory. The state of a run
 lives in a `MemoryBank` that the caller owns, never on the module. Chen et al., arXiv:2505.01854.
+
+One network, slices of several sizes: everything that depends on the edge of a slice, and nothing that is learned, changes.
 """
 
 from __future__ import annotations
@@ -18,17 +20,16 @@ from sam2.modeling.sam2_utils import get_1d_sine_pe
 from torch import Tensor, nn
 
 from slmsam2_cli.model import adapters
-from slmsam2_cli.model.backbone import TRAITS, DecoderSize, Traits, sam2_parts
+from slmsam2_cli.model.block_matching import moved
 from slmsam2_cli.model.calibration import Calibration
-from slmsam2_cli.model.decoder import build_heads
-from slmsam2_cli.model.evidence import moved
 from slmsam2_cli.model.fusion import build_fuser
-from slmsam2_cli.model.memory.choice import policy_of
+from slmsam2_cli.model.label_unet import Recogniser
+from slmsam2_cli.model.memory.features import Traces, evidence_of, traces_of
 from slmsam2_cli.model.memory.policy import MemoryPolicy, Moment, Stream
-from slmsam2_cli.model.memory.traces import Traces, evidence_of, traces_of
-from slmsam2_cli.model.recogniser import Recogniser
+from slmsam2_cli.model.memory.registry import policy_of
 from slmsam2_cli.model.refiner import FINER, Detail, Refiner, Sight
-from slmsam2_cli.planning.network import NetworkPlan
+from slmsam2_cli.model.sam2_config import TRAITS, DecoderSize, Traits, build_heads, sam2_parts
+from slmsam2_cli.planning.plan import NetworkPlan
 
 ABSENT_LOGIT = float(NO_OBJ_SCORE)  # of every pixel where an object is absent
 MASK_LOGIT = 10.0  # a person's mask enters as logits of +-10, as in SAM 2
@@ -159,7 +160,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
 
     With `fifo` and `selfsort` the state dict has exactly SAM 2.1's keys (plus `carry_gain` where the size carries masks).
     calibration: what these weights' confidence is worth, for policies that weigh it; None while nobody knows, as in training.
-    recogniser: of a data set's labels, where it was tuned on one; tracking does not ask it, inference/recognised.py does.
+    recogniser: of a data set's labels, where it was tuned on one; tracking does not ask it, inference/label_prior.py does.
     """
 
     def __init__(self, network: NetworkPlan, frame_px: int, traits: Traits | None = None) -> None:
@@ -379,3 +380,14 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         confidence = output.iou.detach().gather(1, output.best[:, None]).squeeze(1)
         traces = traces_of(features.top.detach(), cover, output.presence.detach(), confidence)
         return Memory(spatial, output.pointer, output.chosen, traces, features.detail)
+
+
+def set_frame(model: SlmSam2, frame_px: int) -> None:
+    """Let a network take slices of `frame_px` from now on; memories of other sizes cannot be read any more. ValueError."""
+    if frame_px <= 0 or frame_px % 32:
+        raise ValueError(f"frame_px is {frame_px}; it must be a positive multiple of 32")
+    edge = frame_px // model.backbone_stride
+    model.image_size, model.sam_image_embedding_size = frame_px, edge
+    prompts = model.sam_prompt_encoder
+    prompts.image_embedding_size, prompts.mask_input_size = (edge, edge), (4 * edge, 4 * edge)
+    prompts.input_image_size = (frame_px, frame_px)

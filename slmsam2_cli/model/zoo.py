@@ -12,10 +12,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from slmsam2_cli.data import store
-from slmsam2_cli.data.files import InputError, cause
 from slmsam2_cli.errors import WeightsError
-from slmsam2_cli.planning.network import NetworkSize
+from slmsam2_cli.io import atomic
+from slmsam2_cli.io.files import InputError, cause
+from slmsam2_cli.planning.plan import NetworkSize
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "nano.safetensors"
 EMBEDDED_NAME = "nano"
@@ -204,7 +204,7 @@ def verify_digest(path: Path, entry: Entry | None) -> str | None:
     if wanted is None or entry is None or path.suffix == ".safetensors":
         return None
     try:
-        found = store.sha256_of(path)
+        found = atomic.sha256_of(path)
     except (InputError, OSError) as error:
         raise WeightsError(f"{path.name}: cannot be read: {cause(error) if isinstance(error, OSError) else error.what}") from None
     if found != wanted:

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from slmsam2_cli.data import store
-from slmsam2_cli.data.geometry import AXES, SliceAxis
+from slmsam2_cli.dataset.slices import AXES, SliceAxis
 from slmsam2_cli.errors import PlanError
-from slmsam2_cli.planning.explaining import explain
+from slmsam2_cli.io import atomic
+from slmsam2_cli.io.strict_json import explain
 from slmsam2_cli.planning.plan import Frozen, digest_of, read_document
 
 Triple = tuple[float, float, float]
@@ -116,4 +116,4 @@ def read_fingerprint(path: Path) -> Fingerprint:
 
 def write_fingerprint(path: Path, fingerprint: Fingerprint) -> None:
     """Write the fingerprint so that a crash leaves the old one or the new one."""
-    store.write_json(path, fingerprint.model_dump(mode="json"))
+    atomic.write_json(path, fingerprint.model_dump(mode="json"))

@@ -13,17 +13,16 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from slmsam2_cli.data.dataset import Case, Dataset
-from slmsam2_cli.data.footprint import bytes_on_disk, bytes_to_read, free_bytes
-from slmsam2_cli.data.geometry import orient, oriented_size
-from slmsam2_cli.data.grid import Grid
-from slmsam2_cli.data.prepared import read_pair
-from slmsam2_cli.data.workers import cores, spread
+from slmsam2_cli.dataset.cache import read_pair
+from slmsam2_cli.dataset.dataset import Case, Dataset
+from slmsam2_cli.dataset.resources import bytes_on_disk, bytes_to_read, free_bytes
+from slmsam2_cli.dataset.slices import orient, oriented_size
 from slmsam2_cli.errors import CaseError
+from slmsam2_cli.io.image import Grid
+from slmsam2_cli.parallel import cores, spread
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint, Fingerprint
-from slmsam2_cli.planning.greys import PIECE, Greys, evenly, short, statistics
-from slmsam2_cli.planning.ranks import Array
-from slmsam2_cli.planning.structures import box_of, measure_labels
+from slmsam2_cli.planning.intensity_stats import PIECE, Array, Greys, evenly, short, statistics
+from slmsam2_cli.planning.label_stats import box_of, measure_labels
 from slmsam2_cli.version import VERSION
 
 SAMPLE = 10_000  # foreground voxels a case gives to the data set's statistics

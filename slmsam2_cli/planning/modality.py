@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import re
 
-from slmsam2_cli.planning.decision import Decision
 from slmsam2_cli.planning.fingerprint import Fingerprint
-from slmsam2_cli.planning.plan import ChannelIntensity
+from slmsam2_cli.planning.plan import ChannelIntensity, Decision
 
 PERCENTILES = (0.5, 99.5)
 NARROWEST_WINDOW_HU = 400.0

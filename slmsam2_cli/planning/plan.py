@@ -1,23 +1,88 @@
 """The plan: every decision about a data set, as one frozen value and one JSON file a person can read, compare and edit.
 
 Decides nothing (see rules.py). Refuses what it does not know: misspelt keys, impossible sizes, files written by a newer major format.
+
+The part of a plan that says which network runs: size, memory policy, fuser.
+
+The policies are pictured in docs/explanation/memory.md. Their options are written to a plan only where they differ from
+their default, so that a plan shows what somebody chose.
+
+How many channels the network is shown: up to three as colours, more through a learned projection to three.
+
+What every rule returns.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
-from slmsam2_cli.data import store
-from slmsam2_cli.data.geometry import SliceAxis
+from slmsam2_cli.dataset.slices import SliceAxis
 from slmsam2_cli.errors import PlanError
-from slmsam2_cli.planning.channels import MOST_CHANNELS
-from slmsam2_cli.planning.explaining import explain
-from slmsam2_cli.planning.network import NetworkPlan
+from slmsam2_cli.io import atomic
+from slmsam2_cli.io.strict_json import explain
+
+NetworkSize = Literal["nano", "tiny", "small", "base_plus", "large"]
+PolicyName = Literal["fifo", "shortlong", "selfsort", "shortlong+selfsort"]
+FuserName = Literal["gated", "sum"]
+_ALWAYS_WRITTEN = {"size", "policy", "fuser"}
+
+
+class NetworkPlan(BaseModel):
+    """Which network, and how it remembers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: NetworkSize = Field(default="nano", description="network size; nano is made for CPUs, the others are SAM 2.1's")
+    policy: PolicyName = Field(
+        default="shortlong",
+        description="memory policy: fifo (SAM 2), shortlong (SLM-SAM 2), selfsort (MedSAM-2's bank), shortlong+selfsort (both)",
+    )
+    fuser: FuserName = Field(default="gated", description="how the two streams meet: gated (exact SAM 2 at step 0) or sum (as published)")
+    presence_gate: bool = Field(default=False, description="read only slices that surely hold the object, and the slice just passed")
+    two_sided: bool = Field(default=False, description="a pass may read what the passes in the other direction have written, as in SAM 2")
+    bank_slices: int = Field(default=16, description="selfsort: tracked slices in the bank, at most", ge=1, le=1024)
+    bank_read: int = Field(default=6, description="selfsort: slices read from the bank, the most similar ones", ge=1, le=64)
+    bank_confidence: float = Field(
+        default=0.5,
+        description="selfsort: confidence, calibrated or else predicted IoU, from which on a slice may enter the bank",
+        ge=0,
+        le=1,
+    )
+    bank_similarity: float = Field(default=0.5, description="selfsort: similarity to an anchor from which on it may enter", ge=-1, le=1)
+
+    @property
+    def has_short_stream(self) -> bool:
+        """Whether the network carries a short memory-attention stack and a fuser."""
+        return self.policy.startswith("shortlong")
+
+    @property
+    def has_bank(self) -> bool:
+        """Whether the long stream reads a self-sorting bank."""
+        return self.policy.endswith("selfsort")
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        options = type(self).model_fields
+        return {name: v for name, v in whole(self).items() if name in _ALWAYS_WRITTEN or v != options[name].default}
+
+
+COLOURS = 3  # red, green, blue
+MOST_CHANNELS = 16
+
+
+def groups(channels: int) -> tuple[range, ...]:
+    """Which of more than three channels each colour starts as the mean of: neighbours, the larger groups first (4: 2, 1, 1)."""
+    least, larger = divmod(channels, COLOURS)
+    starts = [colour * least + min(colour, larger) for colour in range(COLOURS + 1)]
+    return tuple(range(start, stop) for start, stop in pairwise(starts))
+
 
 FORMAT_VERSION = 1
 _NO_DECISION = {"reasons", "asked", "decided_digest", "tool_version"}
@@ -228,7 +293,7 @@ def parse_plan(value: object, name: str) -> Plan:
 
 def write_plan(path: Path, plan: Plan) -> None:
     """Write the plan so that a crash leaves the old one or the new one."""
-    store.write_json(path, plan.model_dump(mode="json"))
+    atomic.write_json(path, plan.model_dump(mode="json"))
 
 
 def leaves(plan: Plan) -> dict[str, Any]:
@@ -274,8 +339,8 @@ def read_document(path: Path, what: str) -> dict[str, Any]:
     if not path.exists():
         raise PlanError(f"no {what} at {path}. Run slmsam2 plan first")
     try:
-        value = store.read_json(path, what)
-    except store.JsonError as error:
+        value = atomic.read_json(path, what)
+    except atomic.JsonError as error:
         raise PlanError(f"{error}. Correct it, or run slmsam2 plan --overwrite for a fresh one") from None
     return check_document(value, path.name, what)
 
@@ -288,3 +353,14 @@ def check_document(value: object, name: str, what: str) -> dict[str, Any]:
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise PlanError(f"{name}: format_version {version} is newer than this tool's {FORMAT_VERSION}. Update slmsam2, or plan anew")
     return value
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Decision(Generic[T]):
+    """A value and why it was chosen."""
+
+    value: T
+    reason: str

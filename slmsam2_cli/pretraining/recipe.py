@@ -11,11 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from slmsam2_cli.data import store
 from slmsam2_cli.errors import PlanError
-from slmsam2_cli.planning.explaining import explain
-from slmsam2_cli.planning.network import NetworkPlan, PolicyName
-from slmsam2_cli.planning.plan import Frozen, digest_of
+from slmsam2_cli.io import atomic
+from slmsam2_cli.io.strict_json import explain
+from slmsam2_cli.planning.plan import Frozen, NetworkPlan, PolicyName, digest_of
 from slmsam2_cli.pretraining.volumes import VolumesRecipe
 
 _ASSETS = Path(__file__).parents[1] / "assets"
@@ -169,8 +168,8 @@ def read_recipe(path: Path) -> Recipe:
     if not path.is_file():
         raise PlanError(f"no recipe at {path}. Name one with --recipe, or leave it out for the packaged one")
     try:
-        return Recipe.model_validate_json(json.dumps(store.read_json(path, "recipe")))
-    except store.JsonError as error:
+        return Recipe.model_validate_json(json.dumps(atomic.read_json(path, "recipe")))
+    except atomic.JsonError as error:
         raise PlanError(f"{error}. Correct it, or leave --recipe out for the packaged one") from None
     except ValidationError as error:
         raise PlanError(f"{path.name} (recipe): {explain(error, Recipe)}. Correct it, or leave --recipe out for the packaged one") from None

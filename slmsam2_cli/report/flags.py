@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from slmsam2_cli.report.contents import SliceMark, Structure
+from slmsam2_cli.report.schema import SliceMark, Structure
 
 DICE, HD95_MM, VOLUME_PERCENT = 0.7, 10.0, 20.0  # below, beyond, off by more
 END_SLICES, END_MM = 3, 5.0  # either counts

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slmsam2_cli.data.volume import Grid
-from slmsam2_cli.report.contents import ViewerVolumes
-from slmsam2_cli.report.opened import Opened, grey
+from slmsam2_cli.io.volume import Grid
+from slmsam2_cli.report.case_files import Opened, grey
+from slmsam2_cli.report.schema import ViewerVolumes
 
 Array = NDArray[Any]
 MAX_VOXELS = 4_000_000

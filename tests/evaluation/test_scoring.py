@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from slmsam2_cli.evaluation import processes, scoring
+from slmsam2_cli import parallel
+from slmsam2_cli.evaluation import scoring
 from slmsam2_cli.evaluation.scoring import Job, score_all, score_case, with_labels
 
 SHAPE = (6, 5, 4)
@@ -205,7 +206,7 @@ def test_what_is_made_of_the_masks_comes_back_with_the_scores(job, monkeypatch):
         job(labels(), labels(), case="c", afterwards=Weighing()),
         job(labels(v1=(1, 2)), labels(v1=(1, 2)), case="d", grid={"spacing": (2.0, 1.0, 3.0)}, afterwards=Weighing()),
     ]
-    monkeypatch.setattr(processes, "START_METHOD", "fork")  # a forked process knows this file
+    monkeypatch.setattr(parallel, "START_METHOD", "fork")  # a forked process knows this file
     a, b, c, d = score_all(jobs, workers=2)
     assert a.made.seen == ("ok", 8, 12, ((1, 5), (1, 3), (1, 3)), False)
     assert b.made.seen == ("pred_missing", 8, None, ((1, 3), (1, 3), (1, 3)), False)
@@ -227,7 +228,7 @@ def killing(job):
 
 def test_a_killed_process_fails_its_own_case_only(job, monkeypatch):
     jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}") for i in range(3)]
-    monkeypatch.setattr(processes, "START_METHOD", "fork")  # a forked process knows the stand-in
+    monkeypatch.setattr(parallel, "START_METHOD", "fork")  # a forked process knows the stand-in
     monkeypatch.setattr(scoring, "score_case", killing)
     found = score_all(jobs, workers=2)
     assert [(s.case, s.status) for s in found] == [("c0", "ok"), ("c1", "failed"), ("c2", "ok")]
@@ -246,7 +247,7 @@ class Deadly:
 
 def test_a_case_that_was_too_much_together_with_its_pictures_is_scored_without(job, monkeypatch):
     jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}", afterwards=Deadly() if i else None) for i in range(2)]
-    monkeypatch.setattr(processes, "START_METHOD", "fork")  # a forked process knows this file
+    monkeypatch.setattr(parallel, "START_METHOD", "fork")  # a forked process knows this file
     assert [(s.case, s.status, s.made) for s in score_all(jobs, workers=2)] == [("c0", "ok", None), ("c1", "ok", None)]
 
 
@@ -260,7 +261,7 @@ def waiting(job):
 
 def test_a_slow_case_does_not_keep_what_is_made_of_the_others_from_being_counted(job, monkeypatch, tmp_path):
     jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}") for i in range(2)]
-    monkeypatch.setattr(processes, "START_METHOD", "fork")  # a forked process knows the stand-in
+    monkeypatch.setattr(parallel, "START_METHOD", "fork")  # a forked process knows the stand-in
     monkeypatch.setattr(scoring, "score_case", waiting)
     found = score_all(jobs, workers=2, advance=(tmp_path / "counted").touch)
     assert [(s.case, s.problem) for s in found] == [("c0", None), ("c1", None)]
@@ -270,7 +271,7 @@ def test_where_no_process_can_be_made_this_one_scores(job, monkeypatch):
     def refused(*args, **kwargs):
         raise FileNotFoundError(2, "No such file or directory")  # what a system without /dev/shm says
 
-    monkeypatch.setattr(processes, "ProcessPoolExecutor", refused)
+    monkeypatch.setattr(parallel, "ProcessPoolExecutor", refused)
     jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}") for i in range(2)]
     assert [(s.case, s.status) for s in score_all(jobs, workers=2)] == [("c0", "ok"), ("c1", "ok")]
 

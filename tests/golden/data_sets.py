@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from slmsam2_cli.data.dataset import read_dataset
+from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.planning.fingerprint import Fingerprint, read_fingerprint
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.plan import Plan, read_plan

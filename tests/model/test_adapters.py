@@ -10,8 +10,7 @@ from slmsam2_cli.errors import WeightsError
 from slmsam2_cli.model import adapters
 from slmsam2_cli.model.memory.policy import Moment
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
-from slmsam2_cli.planning.network import NetworkPlan
-from slmsam2_cli.planning.plan import AdapterPlan
+from slmsam2_cli.planning.plan import AdapterPlan, NetworkPlan
 
 PX = 64
 LORA, BOTTLENECK = AdapterPlan(), AdapterPlan(kind="bottleneck")

@@ -19,19 +19,18 @@ from slmsam2_cli.model.checkpoint import (
     Needs,
     Provenance,
     base_weights,
-    digest_of,
     fit,
     on_base,
     read_checkpoint,
     recogniser_of,
     save_adapter,
     save_checkpoint,
+    tensors_digest,
     with_its_base,
 )
-from slmsam2_cli.model.recogniser import Recogniser
+from slmsam2_cli.model.label_unet import Recogniser
 from slmsam2_cli.model.slmsam2 import SlmSam2
-from slmsam2_cli.planning.network import NetworkPlan
-from slmsam2_cli.planning.plan import AdapterPlan, ChannelIntensity, GeometryPlan, Plan
+from slmsam2_cli.planning.plan import AdapterPlan, ChannelIntensity, GeometryPlan, NetworkPlan, Plan
 from slmsam2_cli.planning.rules import choose_training
 
 PX = 32
@@ -69,19 +68,19 @@ def test_what_is_saved_is_read_back_with_plan_provenance_and_digest(written, pla
     checkpoint = read_checkpoint(written)
     assert checkpoint.plan == plan
     assert checkpoint.provenance == Provenance(base="random", random=True, training=("a",))
-    assert checkpoint.digest == digest_of(build().state_dict())
+    assert checkpoint.digest == tensors_digest(build().state_dict())
 
 
 def test_the_digest_changes_with_any_value_and_not_with_the_order():
     state = {"a": torch.zeros(2), "b": torch.ones(3)}
-    assert digest_of(state) == digest_of(dict(reversed(state.items())))
-    assert digest_of(state) != digest_of({**state, "a": torch.tensor([0.0, 1e-30])})
+    assert tensors_digest(state) == tensors_digest(dict(reversed(state.items())))
+    assert tensors_digest(state) != tensors_digest({**state, "a": torch.tensor([0.0, 1e-30])})
 
 
 def test_loading_gives_the_same_model(written):
     model = build(seed=1)
     fit(model, read_checkpoint(written))
-    assert digest_of(model.state_dict()) == read_checkpoint(written).digest
+    assert tensors_digest(model.state_dict()) == read_checkpoint(written).digest
 
 
 def test_a_tuned_short_stack_is_never_copied_over_again(written):
@@ -188,7 +187,7 @@ def test_a_sam2_checkpoint_in_torchs_own_format_is_read(tmp_path):
     state = build(policy="fifo").state_dict()
     torch.save({"model": state}, tmp_path / "sam2.pt")
     checkpoint = read_checkpoint(tmp_path / "sam2.pt")
-    assert checkpoint.plan is None and checkpoint.digest == digest_of(state)
+    assert checkpoint.plan is None and checkpoint.digest == tensors_digest(state)
     fit(build(seed=1), checkpoint)
 
 
@@ -221,7 +220,7 @@ def adapted(seed=0, modality="MR"):
 
 def base_of(seed=0):
     state = build(seed).state_dict()
-    return Checkpoint(f"base{seed}", state, digest_of(state))
+    return Checkpoint(f"base{seed}", state, tensors_digest(state))
 
 
 @pytest.fixture
@@ -240,7 +239,7 @@ def test_a_whole_model_with_an_adapter_is_read_back_and_puts_it_in_force_where_a
     used, unused = build(seed=1), build(seed=1)
     fit(used, checkpoint, "MR")
     fit(unused, checkpoint, "CT")
-    assert digest_of(used.state_dict()) == digest_of(adapted().state_dict())
+    assert tensors_digest(used.state_dict()) == tensors_digest(adapted().state_dict())
     assert used.adapters.active == "MR" and unused.adapters.active is None
     assert torch.equal(unused.stream_fuser.gate, build().stream_fuser.gate)
 
@@ -250,7 +249,7 @@ def test_an_adapter_file_is_a_fraction_of_the_model_and_does_the_same_on_its_bas
     assert adapter_file.stat().st_size < 0.3 * sum(t.nbytes for t in build().state_dict().values())
     model = build(seed=1)
     fit(model, checkpoint, "MR")
-    assert digest_of(model.state_dict()) == digest_of(adapted().state_dict())
+    assert tensors_digest(model.state_dict()) == tensors_digest(adapted().state_dict())
 
 
 def test_an_adapter_on_another_base_is_refused_naming_both(adapter_file):
@@ -305,7 +304,7 @@ def test_what_a_base_recognises_is_not_taken_over_and_not_part_of_its_digest(tmp
     before = {name: tensor.clone() for name, tensor in fresh.recogniser.state_dict().items()}
     fit(fresh, base)
     assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.recogniser.state_dict().items())
-    assert base.base_digest == digest_of(build().state_dict()) != base.digest
+    assert base.base_digest == tensors_digest(build().state_dict()) != base.digest
 
 
 def test_an_adapter_brings_its_own_recogniser_to_a_base_that_has_another(tmp_path, plan):

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from slmsam2_cli.model.memory.choice import policy_of
 from slmsam2_cli.model.memory.fifo import Fifo
 from slmsam2_cli.model.memory.policy import Evidence, Moment
+from slmsam2_cli.model.memory.registry import policy_of
 from slmsam2_cli.model.memory.shortlong import ShortLong
-from slmsam2_cli.planning.network import NetworkPlan
+from slmsam2_cli.planning.plan import NetworkPlan
 
 SPATIAL, PER_POINTER = 4096, 4
 PICTURES = Path(__file__).resolve().parents[2] / "docs" / "images"

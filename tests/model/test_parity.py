@@ -11,13 +11,13 @@ import sam2.sam2_video_predictor as stock
 import torch
 from sam2.modeling.sam2_base import SAM2Base
 
-from slmsam2_cli.finetuning.clips import Clips
-from slmsam2_cli.finetuning.loop import clip_losses
-from slmsam2_cli.finetuning.losses import slice_loss
-from slmsam2_cli.inference.engine import ABSENT, Anchor, propagate
-from slmsam2_cli.model.backbone import TRAITS, sam2_parts
+from slmsam2_cli.inference.propagation import ABSENT, Anchor, propagate
+from slmsam2_cli.model.sam2_config import TRAITS, sam2_parts
 from slmsam2_cli.model.slmsam2 import SliceOutput, SlmSam2
-from slmsam2_cli.planning.network import NetworkPlan
+from slmsam2_cli.planning.plan import NetworkPlan
+from slmsam2_cli.training.clips import Clips
+from slmsam2_cli.training.losses import slice_loss
+from slmsam2_cli.training.trainer import clip_losses
 
 PX, SLICES, TOLERANCE = 64, 14, 1e-4
 

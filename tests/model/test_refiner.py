@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from slmsam2_cli.model.evidence import moved
+from slmsam2_cli.model.block_matching import moved
 from slmsam2_cli.model.memory.policy import Moment
 from slmsam2_cli.model.refiner import Detail, Refiner, Sight
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
-from slmsam2_cli.planning.network import NetworkPlan
+from slmsam2_cli.planning.plan import NetworkPlan
 
 PX = 64
 

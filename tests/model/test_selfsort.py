@@ -6,16 +6,16 @@ from itertools import permutations
 import pytest
 import torch
 
-from slmsam2_cli.finetuning.clips import Clips
-from slmsam2_cli.finetuning.loop import clip_losses
-from slmsam2_cli.inference.engine import Anchor, propagate
+from slmsam2_cli.inference.propagation import Anchor, propagate
 from slmsam2_cli.model.calibration import Calibration
+from slmsam2_cli.model.memory.features import evidence_of, similarity, traces_of
 from slmsam2_cli.model.memory.policy import Evidence, Moment, gated
 from slmsam2_cli.model.memory.selfsort import NEIGHBOUR, SelfSort
-from slmsam2_cli.model.memory.shortlong_selfsort import ShortLongSelfSort
-from slmsam2_cli.model.memory.traces import evidence_of, similarity, traces_of
+from slmsam2_cli.model.memory.shortlong import ShortLongSelfSort
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
-from slmsam2_cli.planning.network import NetworkPlan
+from slmsam2_cli.planning.plan import NetworkPlan
+from slmsam2_cli.training.clips import Clips
+from slmsam2_cli.training.trainer import clip_losses
 
 ANCHOR, PX = 0, 64
 

@@ -7,14 +7,14 @@ import sam2.sam2_video_predictor as stock
 import torch
 from safetensors.torch import save_file
 
-from slmsam2_cli.finetuning.clips import Clips
-from slmsam2_cli.finetuning.loop import clip_losses
-from slmsam2_cli.inference.engine import Anchor, propagate
-from slmsam2_cli.model.backbone import TRAITS, sam2_parts
+from slmsam2_cli.inference.propagation import Anchor, propagate
 from slmsam2_cli.model.checkpoint import fit, read_checkpoint
 from slmsam2_cli.model.memory.policy import Moment
+from slmsam2_cli.model.sam2_config import TRAITS, sam2_parts
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
-from slmsam2_cli.planning.network import NetworkPlan
+from slmsam2_cli.planning.plan import NetworkPlan
+from slmsam2_cli.training.clips import Clips
+from slmsam2_cli.training.trainer import clip_losses
 
 PX, SLICES, START = 64, 20, 3
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from slmsam2_cli.data.geometry import AXES
+from slmsam2_cli.dataset.slices import AXES
 from slmsam2_cli.planning.advice import advise
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint, Extent, Fingerprint, LabelFingerprint
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from golden.data_sets import NAMES, golden_fingerprint, golden_plan
 
-from slmsam2_cli.data.dataset import read_dataset
+from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.plan import differences
 from slmsam2_cli.planning.rules import decide

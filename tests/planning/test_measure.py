@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from slmsam2_cli.data import workers
-from slmsam2_cli.data.dataset import Case, Dataset
-from slmsam2_cli.data.grid import Grid
-from slmsam2_cli.data.phantom import nifti_bytes
+from slmsam2_cli import parallel
+from slmsam2_cli.dataset.dataset import Case, Dataset
+from slmsam2_cli.dataset.phantom import nifti_bytes
+from slmsam2_cli.io.image import Grid
 from slmsam2_cli.planning import measure as module
 from slmsam2_cli.planning.fingerprint import read_fingerprint, write_fingerprint
 from slmsam2_cli.planning.measure import measure, measure_case, orientation_code, worthwhile
@@ -100,7 +100,7 @@ def test_progress_is_told_once_a_case(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_the_number_of_processes_changes_nothing(tmp_path, workers):
+def test_the_number_of_processes_changes_nothing(tmp_path, parallel):
     small, large = block(), (np.full((4, 10, 12), 10.0), np.ones((4, 10, 12)))
     data = dataset(tmp_path, small, large, small, large)
     data.training[1].images[0].write_bytes(b"nonsense")
@@ -119,7 +119,7 @@ def killing(case, dataset):
 
 
 def test_a_killed_process_is_its_own_case_s_problem_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "START_METHOD", "fork")  # a forked process knows the stand-in
+    monkeypatch.setattr(parallel, "START_METHOD", "fork")  # a forked process knows the stand-in
     monkeypatch.setattr(module, "measure_case", killing)
     fingerprint, problems = measure(dataset(tmp_path, block(), block(), block()), workers=2)
     assert [case.id for case in fingerprint.cases] == ["c0", "c2"]

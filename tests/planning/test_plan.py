@@ -7,12 +7,12 @@ import json
 import pytest
 
 from slmsam2_cli.errors import PlanError
-from slmsam2_cli.planning.network import NetworkPlan
 from slmsam2_cli.planning.plan import (
     ChannelIntensity,
     EvaluationPlan,
     GeometryPlan,
     InferencePlan,
+    NetworkPlan,
     Plan,
     TrainingPlan,
     differences,

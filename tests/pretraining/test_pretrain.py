@@ -8,16 +8,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from slmsam2_cli.data.phantom import write_phantom_dataset
+from slmsam2_cli.commands import pretrain as stage
+from slmsam2_cli.commands.finetune import finetune
+from slmsam2_cli.commands.predict import predict
+from slmsam2_cli.commands.pretrain import pretrain
+from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.errors import PlanError, UsageError, WeightsError
 from slmsam2_cli.model.checkpoint import base_weights, fit, read_checkpoint
 from slmsam2_cli.model.slmsam2 import SlmSam2
-from slmsam2_cli.planning.network import NetworkPlan
+from slmsam2_cli.planning.plan import NetworkPlan
 from slmsam2_cli.pretraining.recipe import SMOKE
-from slmsam2_cli.stages import pretrain as stage
-from slmsam2_cli.stages.finetune import finetune
-from slmsam2_cli.stages.predict import predict
-from slmsam2_cli.stages.pretrain import pretrain
 from slmsam2_cli.workspace import Workspace
 
 TINY = {"frame_px": 32, "slices_per_step": 4, "most_windows": 2, "steps": 4, "minutes": None, "checks": {"windows": 2, "length": 4}}

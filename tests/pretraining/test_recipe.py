@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from slmsam2_cli.errors import PlanError
-from slmsam2_cli.pretraining.model import PRESENCE_BIAS, build, kept
 from slmsam2_cli.pretraining.recipe import NANO, SMOKE, read_recipe
+from slmsam2_cli.pretraining.step import PRESENCE_BIAS, build, kept
 
 
 def changed(tmp_path, **changes):

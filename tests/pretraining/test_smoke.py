@@ -6,12 +6,12 @@ import nibabel
 import numpy as np
 import pytest
 
-from slmsam2_cli.data.dataset import read_dataset
-from slmsam2_cli.data.phantom import write_phantom_dataset
-from slmsam2_cli.data.prompts import choose_slice
+from slmsam2_cli.commands.predict import predict
+from slmsam2_cli.commands.pretrain import pretrain
+from slmsam2_cli.dataset.dataset import read_dataset
+from slmsam2_cli.dataset.phantom import write_phantom_dataset
+from slmsam2_cli.dataset.prompts import choose_slice
 from slmsam2_cli.evaluation.metrics import dice
-from slmsam2_cli.stages.predict import predict
-from slmsam2_cli.stages.pretrain import pretrain
 
 LABELS = (1, 2, 3)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from slmsam2_cli.finetuning.clips import Clips
 from slmsam2_cli.pretraining.anatomy import AnatomyRecipe, draw_anatomy
-from slmsam2_cli.pretraining.draw import Draw
+from slmsam2_cli.pretraining.random_fields import Draw
 from slmsam2_cli.pretraining.volumes import VolumesRecipe, draw_clips
+from slmsam2_cli.training.clips import Clips
 
 WINDOWS, LENGTH, TRACKS, PX = 24, 8, 96, 64
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from slmsam2_cli.pretraining.draw import Draw, smooth_field
+from slmsam2_cli.pretraining.random_fields import Draw, smooth_field
 
 
 def draw(seed: int = 0) -> Draw:

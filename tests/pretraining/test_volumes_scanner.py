@@ -6,11 +6,22 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from slmsam2_cli.pretraining.appearance import AppearanceRecipe, Looks, draw_looks, filled
-from slmsam2_cli.pretraining.draw import Draw
-from slmsam2_cli.pretraining.scanner import CT, MR, PET, PIXELS, ScannerRecipe, Scanners, draw_scanners, scanned
-from slmsam2_cli.pretraining.tracks import SMALLEST_PX, areas, choose
-from slmsam2_cli.pretraining.volumes import VolumesRecipe
+from slmsam2_cli.pretraining.appearance import (
+    CT,
+    MR,
+    PET,
+    PIXELS,
+    AppearanceRecipe,
+    Looks,
+    ScannerRecipe,
+    Scanners,
+    draw_looks,
+    draw_scanners,
+    filled,
+    scanned,
+)
+from slmsam2_cli.pretraining.random_fields import Draw
+from slmsam2_cli.pretraining.volumes import SMALLEST_PX, VolumesRecipe, areas, choose
 
 PERFECT = ScannerRecipe(
     noise=(1e-9, 1e-8), bias=(1e-9, 1e-8), unsteady=0.0, thick=0.0, streaks=0.0, ghosts=0.0, pixels=(0.0, 0.0, 1.0, 0.0, 0.0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slmsam2_cli.pretraining.anatomy import STRUCTURES, AnatomyRecipe, draw_anatomy
-from slmsam2_cli.pretraining.draw import Draw
+from slmsam2_cli.pretraining.random_fields import Draw
 from slmsam2_cli.pretraining.shapes import Primitives, Tiles, cut, joined, paint, paint_around, pixel_centres, poses, section
 
 PX, SLICES, FIRST = 64, 9, 10

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from slmsam2_cli.data.volume import Grid, LabelVolume, Source, write_mask
-from slmsam2_cli.report.opened import Opened
+from slmsam2_cli.io.volume import Grid, LabelVolume, Source, write_mask
+from slmsam2_cli.report.case_files import Opened
 
 LPS = np.eye(3)
 

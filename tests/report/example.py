@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 from PIL import Image
 
-from slmsam2_cli.report.contents import CaseReport, CurvePoint, Kind, Picture, Report, SliceMark, Structure, Table, ViewerVolumes
+from slmsam2_cli.report.schema import CaseReport, CurvePoint, Kind, Picture, Report, SliceMark, Structure, Table, ViewerVolumes
 
 SHAPE = (44, 44, 24)
 COLUMNS = (

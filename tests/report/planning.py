@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from slmsam2_cli.data import store
-from slmsam2_cli.data.dataset import read_dataset
-from slmsam2_cli.data.phantom import nifti_bytes
-from slmsam2_cli.planning.decision import Decision
+from slmsam2_cli.dataset.dataset import read_dataset
+from slmsam2_cli.dataset.phantom import nifti_bytes
+from slmsam2_cli.io import atomic
 from slmsam2_cli.planning.measure import measure
+from slmsam2_cli.planning.plan import Decision
 from slmsam2_cli.planning.rules import decide
 
 
@@ -24,11 +24,11 @@ def case_of(name, spacing=(3.0, 1.0, 1.0)):
 def dataset(root, *cases, label="organ", modality="MRI"):
     """(the data set, its fingerprint)."""
     for case in cases:
-        store.write_bytes(root / "imagesTr" / f"{case.id}.nii.gz", nifti_bytes(case.image, case.spacing))
-        store.write_bytes(root / "labelsTr" / f"{case.id}.nii.gz", nifti_bytes(case.labels, case.spacing))
+        atomic.write_bytes(root / "imagesTr" / f"{case.id}.nii.gz", nifti_bytes(case.image, case.spacing))
+        atomic.write_bytes(root / "labelsTr" / f"{case.id}.nii.gz", nifti_bytes(case.labels, case.spacing))
     head = {"name": "Blocks", "modality": {"0": modality}, "labels": {"0": "background", "1": label}}
     entries = [{"image": f"./imagesTr/{case.id}.nii.gz", "label": f"./labelsTr/{case.id}.nii.gz"} for case in cases]
-    store.write_json(root / "dataset.json", {**head, "tensorImageSize": "3D", "numTraining": len(cases), "training": entries, "test": []})
+    atomic.write_json(root / "dataset.json", {**head, "tensorImageSize": "3D", "numTraining": len(cases), "training": entries, "test": []})
     data = read_dataset(root)
     return data, measure(data)[0]
 

@@ -20,8 +20,8 @@ from PIL import Image
 from report import cases, example
 
 from slmsam2_cli.report import viewer
-from slmsam2_cli.report.contents import Report
-from slmsam2_cli.report.page import render, volumes_script
+from slmsam2_cli.report.render import render, volumes_script
+from slmsam2_cli.report.schema import Report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)

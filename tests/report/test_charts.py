@@ -5,10 +5,19 @@ from __future__ import annotations
 import pytest
 from report.example import COLUMNS
 
-from slmsam2_cli.report.charts import curves, distributions
-from slmsam2_cli.report.contents import CaseReport, CurvePoint, Report, SliceMark, Structure
-from slmsam2_cli.report.scales import Scale, length_scale, share_scale, tidy
-from slmsam2_cli.report.strips import dice_class, slice_range, strip, strips_of
+from slmsam2_cli.report.charts import (
+    Scale,
+    curves,
+    dice_class,
+    distributions,
+    length_scale,
+    share_scale,
+    slice_range,
+    strip,
+    strips_of,
+    tidy,
+)
+from slmsam2_cli.report.schema import CaseReport, CurvePoint, Report, SliceMark, Structure
 
 
 def liver(*marks: SliceMark, dice: float | None = None, hd95: float | None = None) -> Structure:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from slmsam2_cli.stages.evaluate import evaluate
+from slmsam2_cli.commands.evaluate import evaluate
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 ROOT = Path(__file__).resolve().parents[2]

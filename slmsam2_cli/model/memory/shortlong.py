@@ -1,6 +1,11 @@
 """SLM-SAM 2's memory: the long view of SAM 2, and a short view of the slices just passed.
 
 Chen et al., "SLM-SAM 2", IEEE TMI 2025 (arXiv:2505.01854); the published short length is 1.
+
+Both ideas at once: SLM-SAM 2's short view of the slice just passed, beside MedSAM-2's bank as the long view.
+
+The short stream follows the shape from slice to slice; the long one says what the object looks like. Where slices have no
+order, the short stream sees the most similar slice of the long one instead.
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from dataclasses import dataclass, field
 
 from slmsam2_cli.model.memory.fifo import Fifo
 from slmsam2_cli.model.memory.policy import Moment, Stream, recent
+from slmsam2_cli.model.memory.selfsort import NEIGHBOUR, SelfSort
 
 
 @dataclass(frozen=True)
@@ -42,3 +48,39 @@ def near(moment: Moment, short: int) -> Stream:
     """The last `short` slices, tracked or annotated, at temporal rows k - 1, with unsigned pointer distances."""
     known = [(s, k) for s, k in recent(moment, short) if s in moment.tracked or s in moment.anchors]
     return Stream(tuple((s, k - 1) for s, k in known), tuple(reversed(known)))
+
+
+@dataclass(frozen=True)
+class ShortLongSelfSort:
+    """short: how many slices the short stream sees; everything else is the bank's."""
+
+    bank: SelfSort = field(default_factory=SelfSort)
+    short: int = 1
+    name: str = "shortlong+selfsort"
+    weighs: bool = True
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether the bank is."""
+        return self.bank.two_sided
+
+    @property
+    def min_similarity(self) -> float:
+        """What the bank asks for."""
+        return self.bank.min_similarity
+
+    def read(self, moment: Moment) -> tuple[Stream, ...]:
+        """Two streams: long, short."""
+        long = self.bank.long(moment)
+        return (long, near(moment, self.short) if moment.step else most_similar(long, moment))
+
+    def keep(self, moment: Moment) -> list[int]:
+        """The bank, and as many of the last slices as the short stream sees."""
+        last = {moment.slice - moment.step * distance for distance in range(self.short)}
+        return [*{*self.bank.keep(moment), *last.intersection(moment.tracked)}]
+
+
+def most_similar(long: Stream, moment: Moment) -> Stream:
+    """Of what the long stream reads, the slice most similar to this one, in row 0."""
+    best = max((s for s, _ in long.spatial), key=lambda s: moment.evidence.here[s])
+    return Stream(((best, 0),), ((best, NEIGHBOUR),))

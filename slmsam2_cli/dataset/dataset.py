@@ -1,0 +1,188 @@
+"""What a data set holds: cases, channels and labels, from dataset.json and the folders beside it.
+
+    imagesTr/  labelsTr/   training images and masks      imagesTs/ (labelsTs/)   test images (and masks, if any)
+
+One unusable case is a problem in `Dataset.problems`; an unusable dataset.json is a DatasetError. No voxel is read here.
+Where dataset.json lists its cases (the Decathlon, or nnU-Net's `dataset`), what lies beside them unlisted is a warning;
+where it does not, every image in imagesTr needs a mask and every mask an image.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from slmsam2_cli.dataset.checks import check_pair, compare_geometry
+from slmsam2_cli.dataset.dataset_json import NAME, Case, Dataset, Entry, read_description, refuse
+from slmsam2_cli.dataset.discovery import Found, list_images, list_labels, same_name, stem
+from slmsam2_cli.errors import CaseError
+from slmsam2_cli.io.dicom import dicom_files
+from slmsam2_cli.io.files import is_junk
+from slmsam2_cli.io.volume import ENDINGS, image_ending, relative
+
+__all__ = ["Case", "Dataset", "check_pair", "compare_geometry", "find_label", "read_dataset", "read_image_folder"]
+
+
+def read_dataset(root: Path) -> Dataset:
+    """The data set at `root`. DatasetError when dataset.json is unusable, or there is not one training case to speak of."""
+    said = read_description(root)
+    problems: list[CaseError] = []
+    warnings: list[str] = []
+    if said.training is None:
+        training = _found_training(root, problems)
+    else:
+        training = _listed(said.training, root, problems)
+        warnings += _unlisted(said.training, root)
+    training = _with_all_channels(training, len(said.channels), problems)
+    test = _test_cases(said.test, root, warnings)
+    seen = len(training) + len({problem.case for problem in problems})
+    if not seen:
+        refuse("no training case was found: imagesTr is missing or empty")
+    if said.count is not None and said.count != seen:
+        warnings.append(f"{NAME}: numTraining is {str(said.count)[:20]}, but {seen} training cases were found")
+    ordered = tuple(sorted(problems, key=lambda problem: (problem.case, problem.file)))
+    return Dataset(
+        root,
+        said.name,
+        said.channels,
+        said.labels,
+        said.ignore,
+        said.file_ending,
+        tuple(training),
+        tuple(test),
+        ordered,
+        tuple(warnings),
+        said.structures,
+    )
+
+
+def _found_training(root: Path, problems: list[CaseError]) -> list[Case]:
+    """Cases of imagesTr and labelsTr, paired by id."""
+    images = _images(root / "imagesTr", root)
+    labels = list_labels(root / "labelsTr", root) if (root / "labelsTr").is_dir() else Found()
+    named = {same_name(problem.case) for problem in images.problems}
+    problems += images.problems + [problem for problem in labels.problems if same_name(problem.case) not in named]
+    refused = {same_name(problem.case) for problem in problems}
+    by_name = {same_name(case): paths[0] for case, paths in labels.cases.items()}
+    cases: list[Case] = []
+    for case, paths in images.cases.items():
+        label = by_name.pop(same_name(case), None)
+        if label is not None:
+            cases.append(Case(case, paths, label))
+        elif same_name(case) not in refused:
+            problems.append(
+                CaseError(case, relative(paths[0], root), "no label: its mask in labelsTr is missing", "Add the mask, or move the image")
+            )
+    for case, label in by_name.items():
+        if case not in refused:
+            problems.append(
+                CaseError(case, relative(label, root), "no image: its image in imagesTr is missing", "Add the image, or remove the mask")
+            )
+    return cases
+
+
+def _images(folder: Path, root: Path) -> Found:
+    return list_images(folder, root) if os.path.lexists(folder) else Found()
+
+
+def _listed(entries: Sequence[Entry], root: Path, problems: list[CaseError]) -> list[Case]:
+    """The cases dataset.json lists, without those named twice or whose files are missing."""
+    times = Counter(same_name(entry.id) for entry in entries)
+    cases: list[Case] = []
+    for entry in sorted(entries, key=lambda entry: entry.id):
+        images = _on_disk(entry)
+        missing = next((path for path in (*images, entry.label) if path is not None and not os.path.lexists(path)), None)
+        if times[same_name(entry.id)] != 1:
+            if times.pop(same_name(entry.id), None):
+                problems.append(_problem(entry, entry.images[0], root, "a duplicate: listed twice in dataset.json", "List it once"))
+        elif entry.label is None:
+            problems.append(_problem(entry, images[0], root, "no label is listed in dataset.json", "Add its 'label', or move it to 'test'"))
+        elif missing is not None:
+            kind = "label" if missing == entry.label else "image"
+            problems.append(_problem(entry, missing, root, f"{kind} missing: file not found", "Restore the file, or remove the case"))
+        else:
+            cases.append(Case(entry.id, images, entry.label))
+    return cases
+
+
+def _problem(entry: Entry, path: Path, root: Path, what: str, remedy: str) -> CaseError:
+    return CaseError(same_name(entry.id), relative(path, root), what, remedy)
+
+
+def _on_disk(entry: Entry) -> tuple[Path, ...]:
+    """The listed images; where a listed x.nii.gz lies on disk as x_0000.nii.gz (nnU-Net v1 wrote such lists), those channels."""
+    if len(entry.images) > 1 or os.path.lexists(entry.images[0]):
+        return entry.images
+    image = entry.images[0]
+    ending = image_ending(image) or ""
+    channels: list[Path] = []
+    while os.path.lexists(numbered := image.with_name(f"{stem(image)}_{len(channels):04d}{ending}")):
+        channels.append(numbered)
+    return tuple(channels) or entry.images
+
+
+def _unlisted(entries: Iterable[Entry], root: Path) -> list[str]:
+    """Warnings about files in imagesTr and labelsTr that dataset.json does not list."""
+    listed = {path for entry in entries for path in (*_on_disk(entry), entry.label)}
+    warnings: list[str] = []
+    for name in ("imagesTr", "labelsTr"):
+        folder = root / name
+        files = sorted(folder.iterdir()) if folder.is_dir() else []
+        extra = [path.name for path in files if image_ending(path) and not is_junk(path.name) and path not in listed]
+        if extra:
+            warnings.append(f"{name}: {len(extra)} files are not listed in {NAME} and are left out, the first is {extra[0]}")
+    return warnings
+
+
+def _with_all_channels(cases: list[Case], channels: int, problems: list[CaseError]) -> list[Case]:
+    """Cases with one file, or one file a channel; the others become problems."""
+    for case in cases:
+        if len(case.images) not in (1, channels):
+            what = f"{len(case.images)} image files, but {NAME} declares {channels} channel{'s' * (channels > 1)}"
+            problems.append(CaseError(case.id, case.images[0].parent.name, what, "Add or remove channel files"))
+    return [case for case in cases if len(case.images) in (1, channels)]
+
+
+def _test_cases(entries: Sequence[Entry] | None, root: Path, warnings: list[str]) -> list[Case]:
+    """Test cases that are there; masks in labelsTs are found where there are any."""
+    if entries is None:
+        found = _images(root / "imagesTs", root)
+        warnings += [str(problem) for problem in found.problems]
+        pairs = list(found.cases.items())
+    else:
+        pairs = [(entry.id, _on_disk(entry)) for entry in sorted(entries, key=lambda entry: entry.id)]
+        absent = [case for case, images in pairs if not all(os.path.lexists(path) for path in images)]
+        if absent:
+            warnings.append(f"{NAME}: {len(absent)} of {len(pairs)} test images are missing, the first is {absent[0]}")
+        pairs = [(case, images) for case, images in pairs if case not in set(absent)]
+    return [Case(case, images, find_label(root / "labelsTs", case)) for case, images in pairs]
+
+
+def read_image_folder(folder: Path) -> tuple[tuple[Case, ...], tuple[CaseError, ...]]:
+    """Every volume in a folder as a case without label, channels put together; a DICOM series is one case.
+
+    `folder` may also be one volume. Problems are names that cannot be used. DatasetError when it is neither.
+    """
+    if folder.is_file() and image_ending(folder):
+        return (Case(stem(folder).removesuffix("_0000"), (folder,), None),), ()
+    found = list_images(folder, folder)
+    slices = dicom_files(folder)
+    if slices and not found.cases and not found.problems:
+        return (Case(folder.resolve().name, (folder,), None),), ()
+    if slices:
+        what = f"{len(slices)} DICOM slices lie beside other volumes"
+        found.problems.append(CaseError(stem(slices[0]), slices[0].name, what, "Move the series into a folder of its own"))
+    return tuple(Case(case, paths, None) for case, paths in found.cases.items()), tuple(found.problems)
+
+
+def find_label(folder: Path, case_id: str) -> Path | None:
+    """The mask named like the case, of any ending we read; None when there is none."""
+    for ending in ENDINGS:
+        if os.path.lexists(path := folder / f"{case_id}{ending}"):
+            return path
+    if case_id.isascii() or not folder.is_dir():
+        return None
+    wanted = same_name(case_id)
+    return next((path for path in sorted(folder.iterdir()) if image_ending(path) and same_name(stem(path)) == wanted), None)

@@ -1,0 +1,279 @@
+"""How a volume becomes a stack of slices, and the exact way back.
+
+Order of work: orient (closest LPS), put the slice axis in front, crop, resample. Knows nothing of intensities, files or models.
+Pixel sizes follow the rule that the edges of the field of view coincide before and after resampling (align_corners=False).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import permutations
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from slmsam2_cli.io.volume import Grid, Volume
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+SliceAxis = Literal["SI", "AP", "LR"]
+AXES: tuple[SliceAxis, ...] = ("SI", "AP", "LR")
+Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+Shape = tuple[int, int, int]
+Array = np.ndarray[Any, Any]
+
+
+class GeometryPlanLike(Protocol):
+    """The part of the plan that this module follows."""
+
+    @property
+    def slice_axis(self) -> SliceAxis: ...
+    @property
+    def in_plane_mm(self) -> float: ...
+    @property
+    def through_plane_mm(self) -> float | None: ...
+    @property
+    def stack_px(self) -> int: ...
+    @property
+    def crop_to_nonzero(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """Which stored axis serves each oriented axis, and which of them run backwards. Oriented axes are (slice, row, column)."""
+
+    order: tuple[int, int, int]
+    flipped: tuple[bool, bool, bool]
+
+    def apply(self, array: Array) -> Array:
+        """(..., Z, Y, X) -> (..., T0, R0, C0), a view."""
+        lead = array.ndim - 3
+        turned = array.transpose(*range(lead), *(lead + axis for axis in self.order))
+        steps: tuple[Any, ...] = tuple(slice(None, None, -1) if back else slice(None) for back in self.flipped)
+        return turned[(Ellipsis, *steps)]
+
+
+def orient(direction: Array, slice_axis: SliceAxis | None = None) -> Orientation:
+    """The permutation and flips that bring an array closest to S, P, L increasing; then the slice axis goes in front.
+
+    direction: (3, 3), columns are the LPS unit vectors of the x, y, z array axes. Each anatomical axis gets the array axis so that the
+    sum of the absolute cosines is largest. Ties (45 degrees) are decided by the vectors themselves, never by the order in which the array
+    was stored.
+    """
+    world = np.asarray(direction, dtype=np.float64)[::-1, ::-1].T  # row a: the (S, P, L) vector of array axis z, y, x
+    signed = np.array([row * _sign(row) for row in world])
+
+    def merit(order: tuple[int, ...]) -> tuple[float, ...]:
+        closeness = sum(abs(world[axis, anatomy]) for anatomy, axis in enumerate(order))
+        return (round(closeness, 6), *np.round(signed[list(order)], 6).ravel())
+
+    best = max(permutations(range(3)), key=merit)
+    front = AXES.index(slice_axis) if slice_axis else 0
+    anatomies = (front, *(a for a in range(3) if a != front))
+    order = tuple(best[a] for a in anatomies)
+    flipped = tuple(bool((world[axis, a] or _sign(world[axis])) < 0) for axis, a in zip(order, anatomies, strict=True))
+    return Orientation(order, flipped)  # type: ignore[arg-type]
+
+
+def _sign(vector: Array) -> float:
+    """+1 or -1: the sign of the first clearly non-zero component."""
+    clear = vector[np.abs(vector) > 1e-6]
+    return 1.0 if clear.size == 0 or clear[0] > 0 else -1.0
+
+
+def oriented_size(grid: Grid) -> tuple[Shape, tuple[float, float, float]]:
+    """Shape in voxels and spacing in mm along (S, P, L)."""
+    order = orient(grid.direction).order
+    return tuple(grid.shape[a] for a in order), tuple(float(grid.spacing_mm[a]) for a in order)  # type: ignore[return-value]
+
+
+def slice_axis_of(grid: Grid, planned: SliceAxis) -> SliceAxis:
+    """The planned axis; but a volume of one slice is always cut along its singleton axis."""
+    shape, _ = oriented_size(grid)
+    if 1 not in shape or shape[AXES.index(planned)] == 1:
+        return planned
+    return AXES[shape.index(1)]
+
+
+def nonzero_box(stack: Array) -> Box:
+    """Where any channel is not 0: (C, T, R, C) -> half-open ranges. The whole array when it is all zero."""
+    full = tuple((0, n) for n in stack.shape[1:])
+    busy = (stack != 0).any(axis=0)
+    if not busy.any():
+        return full  # type: ignore[return-value]
+    spans = []
+    for axis in range(3):
+        held = np.flatnonzero(busy.any(axis=tuple(a for a in range(3) if a != axis)))
+        spans.append((int(held[0]), int(held[-1]) + 1))
+    return tuple(spans)  # type: ignore[return-value]
+
+
+def weights(size_in: int, size_out: int, antialias: bool = True) -> csr_matrix:
+    """Linear interpolation as a sparse matrix (size_out, size_in), rows sum to 1; a wider triangle when shrinking."""
+    from scipy.sparse import csr_matrix  # slow to import, and a plan can be read without
+
+    scale = size_in / size_out
+    reach = max(1.0, scale) if antialias else 1.0
+    centres = (np.arange(size_out) + 0.5) * scale - 0.5
+    taps = np.floor(centres - reach).astype(int)[:, None] + np.arange(int(np.ceil(2 * reach)) + 2)
+    weight = np.maximum(0.0, 1.0 - np.abs(taps - centres[:, None]) / reach)
+    weight[(taps < 0) | (taps >= size_in)] = 0.0
+    weight /= weight.sum(axis=1, keepdims=True)
+    rows = np.broadcast_to(np.arange(size_out)[:, None], taps.shape)
+    keep = weight > 0
+    return csr_matrix((weight[keep].astype(np.float32), (rows[keep], taps[keep])), shape=(size_out, size_in))
+
+
+def resample_plane(plane: Array, rows: csr_matrix, columns: csr_matrix) -> Array:
+    """(R, C) -> (H, W) float32 by two passes of linear interpolation."""
+    return np.ascontiguousarray((columns @ (rows @ plane.astype(np.float32)).T).T)
+
+
+def nearest(size_in: int, size_out: int) -> Array:
+    """(size_out,) indices of the input pixels nearest to the output pixels' centres."""
+    picks: Array = ((np.arange(size_out) + 0.5) * size_in / size_out).astype(int)
+    return picks.clip(max=size_in - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """How one volume becomes a stack of slices, and the exact way back.
+
+    box: ((t0, t1), (r0, r1), (c0, c1)), the crop in the oriented array. stack_shape: (T, H, W) after resampling.
+    shrink: 1, or the common factor below 1 by which the slices were made smaller than planned to fit the frame.
+    """
+
+    grid: Grid
+    axis: SliceAxis
+    box: Box
+    stack_shape: Shape
+    shrink: float = 1.0
+
+    @classmethod
+    def fit(cls, volume: Volume, geometry: GeometryPlanLike) -> View:
+        """Crop to the non-zero voxels where the plan says so, and choose the stack's size."""
+        axis = slice_axis_of(volume.grid, geometry.slice_axis)
+        orientation = orient(volume.grid.direction, axis)
+        oriented = orientation.apply(volume.voxels)
+        full: Box = tuple((0, n) for n in oriented.shape[1:])  # type: ignore[assignment]
+        box = nonzero_box(oriented) if geometry.crop_to_nonzero else full
+        spacing = [float(volume.grid.spacing_mm[a]) for a in orientation.order]
+        extent_mm = [(end - start) * mm for (start, end), mm in zip(box, spacing, strict=True)]
+        room = geometry.stack_px * geometry.in_plane_mm / max(extent_mm[1:])
+        shrink = room if room < 1 - 1e-4 else 1.0  # less than that is rounding
+        height, width = (min(geometry.stack_px, max(1, round(mm / geometry.in_plane_mm * shrink))) for mm in extent_mm[1:])
+        through = geometry.through_plane_mm
+        slices = box[0][1] - box[0][0] if through is None else max(1, round(extent_mm[0] / through))
+        return cls(volume.grid, axis, box, (slices, height, width), shrink)
+
+    @cached_property
+    def orientation(self) -> Orientation:
+        return orient(self.grid.direction, self.axis)
+
+    @property
+    def slice_mm(self) -> float:
+        """Distance between two native slices."""
+        return float(self.grid.spacing_mm[self.orientation.order[0]])
+
+    def oriented(self, array: Array) -> Array:
+        """(Z, Y, X) -> (T0, R0, C0): oriented, neither cropped nor resampled; a view, so writing to it writes to the array."""
+        return self.orientation.apply(array)
+
+    def native_slices(self) -> int:
+        """Number of slices of the oriented, uncropped array."""
+        return self.grid.shape[self.orientation.order[0]]
+
+    def file_index(self, native_slice: int) -> int:
+        """Native slice index <-> voxel index along the same axis as the file stores it (its own inverse)."""
+        return self.native_slices() - 1 - native_slice if self.orientation.flipped[0] else native_slice
+
+    def slices_with(self, mask: Array) -> list[int]:
+        """Native slice indices where the mask (Z, Y, X) is non-zero."""
+        return [int(t) for t in np.flatnonzero((self.oriented(mask) != 0).any(axis=(1, 2)))]
+
+    def to_stack(self, native_slice: int) -> int:
+        """Native slice -> the stack slice that shows it; slices cut off by the crop map to the nearest end."""
+        start, end = self.box[0]
+        inside = min(max(native_slice, start), end - 1) - start
+        return min(int((inside + 0.5) * self.stack_shape[0] / (end - start)), self.stack_shape[0] - 1)
+
+    def cropped(self, array: Array) -> Array:
+        """(..., Z, Y, X) -> (..., T', R', C'): oriented and cropped, a view."""
+        ranges: tuple[Any, ...] = tuple(slice(start, end) for start, end in self.box)
+        return self.orientation.apply(array)[(Ellipsis, *ranges)]
+
+    def frames(self, voxels: Array) -> Array:
+        """(C, Z, Y, X) -> (C, T, H, W) float32: linear, averaging when shrinking."""
+        cut = self.cropped(voxels)
+        count, height, width = self.stack_shape
+        rows, columns, through = weights(cut.shape[2], height), weights(cut.shape[3], width), weights(cut.shape[1], count)
+        planes = np.empty((cut.shape[0], cut.shape[1], height, width), dtype=np.float32)
+        for channel in range(cut.shape[0]):
+            for t in range(cut.shape[1]):
+                planes[channel, t] = resample_plane(cut[channel, t], rows, columns)
+        if count == cut.shape[1]:
+            return planes
+        mixed = [(through @ plane.reshape(cut.shape[1], -1)).reshape(self.stack_shape) for plane in planes]
+        return np.stack(mixed)
+
+    def labels(self, labels: Array) -> Array:
+        """(Z, Y, X) -> (T, H, W), same dtype: the nearest voxel."""
+        cut = self.cropped(labels)
+        picks = [nearest(before, after) for before, after in zip(cut.shape, self.stack_shape, strict=True)]
+        return np.ascontiguousarray(cut[np.ix_(*picks)])
+
+    def restore(self, logits: Callable[[int], Array], values: Sequence[int]) -> Array:
+        """Labels (Z, Y, X) on the volume's own grid, uint8 or uint16.
+
+        logits(t): (K, H, W) float32 of stack slice t; values: the K labels. Each native slice is interpolated between its neighbours in the
+        stack and resized bilinearly; a voxel gets the label with the largest logit above 0, the first on a tie; 0 elsewhere and outside
+        the crop.
+        """
+        result = np.zeros(self.grid.shape, dtype=np.uint8 if max(values, default=0) < 256 else np.uint16)
+        cut = self.cropped(result)
+        sizes = zip(self.stack_shape, cut.shape, strict=True)
+        through, rows, columns = (weights(before, after, antialias=False) for before, after in sizes)
+        names = np.asarray(values, dtype=result.dtype)
+        known: dict[int, Array] = {}
+        for t in range(cut.shape[0]):
+            taps = through[t]
+            known = {int(s): known[int(s)] if int(s) in known else logits(int(s)) for s in taps.indices}
+            mixed = sum(float(w) * known[int(s)] for s, w in zip(taps.indices, taps.data, strict=True))
+            planes = np.stack([resample_plane(plane, rows, columns) for plane in np.asarray(mixed)])
+            best = planes.argmax(axis=0)
+            cut[t] = np.where(planes.max(axis=0) > 0, names[best], 0)
+        return result
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain JSON values."""
+        grid = self.grid
+        return {
+            "grid": {
+                "shape": list(grid.shape),
+                "spacing_mm": list(map(float, grid.spacing_mm)),
+                "origin_mm": list(map(float, grid.origin_mm)),
+                "direction": np.asarray(grid.direction, dtype=float).tolist(),
+            },
+            "axis": self.axis,
+            "box": [list(span) for span in self.box],
+            "stack_shape": list(self.stack_shape),
+            "shrink": self.shrink,
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> View:
+        """The inverse of to_json; KeyError, TypeError or ValueError when the value is not one."""
+        stored = value["grid"]
+        grid = Grid(
+            shape=tuple(stored["shape"]),
+            spacing_mm=tuple(stored["spacing_mm"]),
+            origin_mm=tuple(stored["origin_mm"]),
+            direction=np.asarray(stored["direction"], dtype=np.float64).reshape(3, 3),
+        )
+        if value["axis"] not in AXES:
+            raise ValueError(f"axis {value['axis']!r}")
+        box = tuple((int(start), int(end)) for start, end in value["box"])
+        return cls(grid, value["axis"], box, tuple(value["stack_shape"]), float(value["shrink"]))  # type: ignore[arg-type]

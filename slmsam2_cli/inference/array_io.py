@@ -1,0 +1,318 @@
+"""Plain arrays of any size, to the network's frame and back; what is wrong with one is said in one line that names the argument.
+
+An array carries no millimetres, so its pixels are taken for squares, and its longer edge fills the frame; the shorter one is
+padded with zeros at the bottom or at the right. Masks come back at the array's own size.
+
+Prompts for a volume that are given in Python, as arrays or single files, in place of a folder of masks.
+
+What they mean is what it means in `dataset/prompts.py`: a slice with anything painted on it is annotated, for every label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slmsam2_cli.dataset.dataset_json import Case
+from slmsam2_cli.dataset.intensity import normalise
+from slmsam2_cli.dataset.prompts import Prompts, impose, painted_prompts, read_painted
+from slmsam2_cli.dataset.slices import View
+from slmsam2_cli.inference.image_set import Found
+from slmsam2_cli.inference.propagation import Anchor, Propagated
+from slmsam2_cli.inference.segment import anchors_of, labels_of
+from slmsam2_cli.io.image import Grid
+from slmsam2_cli.io.volume import Volume
+from slmsam2_cli.model.roi import framed, to_input
+from slmsam2_cli.planning.modality import PERCENTILES
+from slmsam2_cli.planning.plan import Plan
+
+Array = np.ndarray[Any, Any]
+Window = tuple[float, float] | Literal["percentile"]
+_OBJECT = 1  # the one label of a mask
+
+
+@dataclass(frozen=True, eq=False)
+class Track:
+    """One object on every slice of a stack.
+
+    mask (T, H, W) bool; confidence (T,) float32: presence probability times predicted IoU, 1 on annotated slices, 0 where no
+    pass came by; disagreement (T,) float32: 1 - Dice of the passes from both sides, NaN where there were not two.
+    """
+
+    mask: Array
+    confidence: Array
+    disagreement: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """One object on one image.
+
+    mask (H, W) bool; confidence: presence probability times predicted IoU, 1 on annotated images; nearest: index of the annotated
+    image whose object it resembles most; similarity: to that one, -1 to 1; warning: "" if all is well.
+    """
+
+    mask: Array
+    confidence: float
+    nearest: int
+    similarity: float
+    warning: str
+
+
+@dataclass(frozen=True)
+class _Scheme:
+    """How one channel becomes 0…1."""
+
+    scheme: Literal["ct", "percentile"]
+    lower: float
+    upper: float
+
+
+def numbers(value: object, name: str) -> Array:
+    """A NumPy array or torch tensor of finite numbers or booleans as a NumPy array. ValueError."""
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided:
+            raise ValueError(f"{name}: a sparse tensor; give a dense one")
+        value = (value.float() if value.dtype is torch.bfloat16 else value).detach().cpu().numpy()
+    if not isinstance(value, np.ndarray):
+        raise ValueError(f"{name}: a {type(value).__name__}; give a NumPy array or a torch tensor")
+    if isinstance(value, np.ma.MaskedArray):
+        raise ValueError(f"{name}: a masked array; put a value where it is masked, with its method filled")
+    if value.dtype.kind not in "buif":
+        raise ValueError(f"{name}: values of type {value.dtype}; give numbers")
+    if value.size == 0:
+        raise ValueError(f"{name}: shape {value.shape} holds nothing")
+    if value.dtype.kind == "f" and not np.isfinite(value).all():
+        raise ValueError(f"{name}: holds NaN or infinite values; replace them, for instance by the background's")
+    return value
+
+
+def mask_of(value: object, shape: tuple[int, ...], name: str) -> Array:
+    """A mask of that shape as bool; 0 and one other value may occur in it. ValueError."""
+    mask = numbers(value, name)
+    if mask.shape != shape:
+        raise ValueError(f"{name}: shape {mask.shape}, but the image's is {shape}")
+    painted: Array = mask != 0
+    if painted.any() and (mask[painted] != mask[painted][0]).any():
+        shown = ", ".join(f"{one:g}" for one in np.unique(mask[painted])[:3].tolist())
+        raise ValueError(f"{name}: more than one value besides 0 ({shown}, …); give one mask an object, 0 where it is not")
+    return painted
+
+
+def frame(slices: object, frame_px: int, window: Window | None, name: str = "slices", neighbours: bool = False) -> tuple[View, Tensor]:
+    """How a stack (T, H, W) or (T, C, H, W) fits the frame, and what the network sees of it: (T, C, px, px) in [0, 1], C at least 3.
+
+    window: the grey values that become 0 and 1; "percentile": the stack's own, as plans have it for all but CT; None: the values
+    are from 0 to 1 already. neighbours: of one channel, the slices before and after are colours, too. ValueError.
+    """
+    stack = numbers(slices, name)
+    if stack.ndim not in (3, 4):
+        raise ValueError(f"{name}: shape {stack.shape}; give (T, H, W) or (T, C, H, W)")
+    stack = stack[None] if stack.ndim == 3 else stack.swapaxes(0, 1)
+    view = _filling(stack.shape[1:], frame_px)
+    frames = view.frames(_scaled(stack, window, name))
+    return view, framed(to_input(torch.from_numpy(frames), neighbours), frame_px)
+
+
+def _filling(shape: tuple[int, ...], frame_px: int) -> View:
+    """The longer edge of (T, H, W) fills the frame."""
+    count, height, width = shape
+    grid = Grid((count, height, width), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), np.eye(3))
+    rows, columns = (max(1, round(edge * frame_px / max(height, width))) for edge in (height, width))
+    return View(grid, "SI", ((0, count), (0, height), (0, width)), (count, rows, columns))
+
+
+def _scaled(stack: Array, window: Window | None, name: str) -> Array:
+    """(C, T, H, W) -> float32 in [0, 1]."""
+    if window is None:
+        low, high = float(stack.min()), float(stack.max())
+        if low < 0 or high > 1:
+            wanted = 'window=(lower, upper), the grey values that become 0 and 1, or window="percentile"'
+            raise ValueError(f"{name}: values from {low:g} to {high:g}, not from 0 to 1; give {wanted}")
+        return stack.astype(np.float32)
+    return normalise(stack, [_scheme_of(window)] * len(stack))
+
+
+def _scheme_of(window: Window) -> _Scheme:
+    if isinstance(window, str):
+        if window != "percentile":
+            raise ValueError(f'window: {window!r}; give (lower, upper) or "percentile"')
+        return _Scheme("percentile", *PERCENTILES)
+    try:
+        lower, upper = (float(edge) for edge in window)
+    except (TypeError, ValueError):
+        raise ValueError(f"window: {window!r}; give the grey values that become 0 and 1") from None
+    if not np.isfinite(upper - lower):
+        raise ValueError(f"window: {lower:g} to {upper:g}; give finite values")
+    if not lower < upper:
+        raise ValueError(f"window: {lower:g} to {upper:g}; the second value must be above the first")
+    return _Scheme("ct", lower, upper)
+
+
+def drawn_on(masks: object, view: View, name: str) -> Prompts:
+    """The annotated slices of one object: slice index -> mask (H, W); an empty one says that it is not there. ValueError."""
+    count, *size = view.grid.shape
+    if not isinstance(masks, Mapping) or not masks:
+        raise ValueError(f"{name}: give {{slice index: mask}}, one annotated slice at least")
+    labels = np.zeros(view.grid.shape, np.uint8)
+    for index, mask in masks.items():
+        place = number(index, count, name, "slice")
+        labels[place] = mask_of(mask, tuple(size), f"{name}, slice {place}")
+    if not labels.any():
+        raise ValueError(f"{name}: every mask is empty; annotate a slice that holds the object")
+    slices = tuple(sorted(int(index) for index in masks))
+    return Prompts(labels, {_OBJECT: slices}, slices)
+
+
+def number(index: object, count: int, name: str, what: str) -> int:
+    """An index from 0 to count - 1. ValueError."""
+    if isinstance(index, bool) or not isinstance(index, int | np.integer) or not 0 <= index < count:
+        raise ValueError(f"{name}: no {what} {index!r}; they are numbered from 0 to {count - 1}")
+    return int(index)
+
+
+def anchors_on(prompts: Prompts, view: View, frame_px: int) -> list[Anchor]:
+    """The same on the frame, for the engine."""
+    return anchors_of(prompts, view, (_OBJECT,), frame_px)[_OBJECT]
+
+
+def track_of(found: Propagated, prompts: Prompts, view: View, frame_px: int) -> Track:
+    """What was found, at the stack's own size; annotated slices exactly as drawn."""
+    mask = impose(labels_of({_OBJECT: found}, view, frame_px), prompts, view) == _OBJECT
+    return Track(mask, found.confidence.numpy(), found.disagreement.numpy())
+
+
+def images_of(images: object, frame_px: int, window: Window | None) -> tuple[list[View], Tensor]:
+    """How each image (H, W) or (C, H, W) fits the frame, and what the network sees of them: (N, C, px, px), C at least 3. ValueError."""
+    if isinstance(images, np.ndarray | Tensor):
+        images = [*numbers(images, "images")] if images.ndim in (3, 4) else None
+    if not isinstance(images, Sequence) or isinstance(images, str) or not images:
+        raise ValueError("images: give an array (N, H, W) or (N, C, H, W), or a list of arrays (H, W) or (C, H, W)")
+    views, frames = zip(*(_image(image, frame_px, window, f"images[{i}]") for i, image in enumerate(images)))
+    if len(seen := sorted({one.shape[1] for one in frames})) > 1:
+        raise ValueError(f"images: some of {seen[0]} channels or fewer, some of {seen[-1]}; give as many channels of each")
+    return list(views), torch.cat(frames)
+
+
+def _image(image: object, frame_px: int, window: Window | None, name: str) -> tuple[View, Tensor]:
+    pixels = numbers(image, name)
+    if pixels.ndim not in (2, 3):
+        raise ValueError(f"{name}: shape {pixels.shape}; give (H, W) or (C, H, W)")
+    return frame(pixels[None], frame_px, window, name)
+
+
+def drawn_masks(masks: object, views: list[View]) -> dict[int, Array]:
+    """The annotated images: index -> mask (H, W) bool at the image's own size. ValueError."""
+    if not isinstance(masks, Mapping):
+        raise ValueError("prompts: give {image index: mask}")
+    places = {number(index, len(views), "prompts", "image"): mask for index, mask in masks.items()}
+    drawn = {i: mask_of(mask, views[i].grid.shape[1:], f"prompts, image {i}") for i, mask in places.items()}
+    if not any(mask.any() for mask in drawn.values()):
+        raise ValueError("prompts: no mask holds the object; annotate an image that does")
+    return drawn
+
+
+def mask_on(mask: Array, view: View, frame_px: int) -> Tensor:
+    """A mask (H, W) on the frame: (px, px) bool."""
+    anchors = anchors_of(Prompts(mask[None].astype(np.uint8), {_OBJECT: (0,)}, ()), view, (_OBJECT,), frame_px)
+    return anchors[_OBJECT][0].mask if anchors else torch.zeros(frame_px, frame_px, dtype=torch.bool)
+
+
+def match_of(found: Found, drawn: Array | None, view: View, frame_px: int) -> Match:
+    """What was found on one image, at its own size; an annotated image exactly as drawn."""
+    alone = Propagated(found.logits[None], torch.tensor([found.confidence]), torch.tensor([torch.nan]))
+    mask = drawn if drawn is not None else labels_of({_OBJECT: alone}, view, frame_px)[0] == _OBJECT
+    return Match(mask, found.confidence, found.nearest, found.similarity, found.warning)
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """masks: one mask that holds label values, or one mask a label, by the label's value or name; each an array (Z, Y, X) on the
+    image's grid or the path of a file. annotated_slices: further slices on which nothing is painted because nothing is there,
+    numbered as the file stores them; None when nobody listed any.
+    """
+
+    masks: object
+    annotated_slices: Sequence[int] | None = None
+
+    def read(self, case: Case, image: Volume, view: View, plan: Plan) -> tuple[Prompts, tuple[str, ...]]:
+        """The prompts, and no warnings. ValueError for what was given in Python, CaseError for what is wrong with a file."""
+        if isinstance(self.masks, Mapping):
+            mask = self._joined(self.masks, case, image, view, plan)
+        else:
+            mask = _declared(_voxels(self.masks, "prompts", case, image, view), plan)
+        found = painted_prompts(
+            mask,
+            view,
+            tuple(plan.labels),
+            plan.ignore,
+            self._listed(view),
+            case=case.id,
+            file=Path(self.masks).name if isinstance(self.masks, str | PathLike) else "prompts",
+            list_in="annotated_slices",
+        )
+        if found is None:
+            raise ValueError("prompts: nothing is painted; give a mask with at least one painted slice")
+        return found, ()
+
+    def _joined(self, masks: Mapping[object, object], case: Case, image: Volume, view: View, plan: Plan) -> Array:
+        """One mask (Z, Y, X) of all labels."""
+        joined = np.zeros(view.grid.shape, _dtype(plan))
+        for key, mask in masks.items():
+            name = f"prompts[{key!r}]"
+            value = _value_of(key, plan)
+            painted = mask_of(_voxels(mask, name, case, image, view), view.grid.shape, name)
+            if (other := joined[painted]).any():
+                raise ValueError(f"{name}: {np.count_nonzero(other)} of its voxels are painted as label {other[other != 0][0]} too")
+            joined[painted] = value
+        return joined
+
+    def _listed(self, view: View) -> tuple[int, ...] | None:
+        if self.annotated_slices is None:
+            return None
+        if not isinstance(self.annotated_slices, Sequence | np.ndarray):
+            raise ValueError(f"annotated_slices: {self.annotated_slices!r}; give a list of slice numbers")
+        count = view.native_slices()
+        return tuple(view.file_index(number(index, count, "annotated_slices", "slice")) for index in self.annotated_slices)
+
+
+def _voxels(mask: object, name: str, case: Case, image: Volume, view: View) -> Array:
+    """A mask (Z, Y, X) of the image's shape, from wherever it is."""
+    if isinstance(mask, str | PathLike):
+        path = Path(mask)
+        return read_painted(path, view, image, case=case.id, root=path.parent)
+    voxels = numbers(mask, name)
+    if voxels.shape != view.grid.shape:
+        raise ValueError(f"{name}: shape {voxels.shape}, but the image's is {view.grid.shape} (z, y, x)")
+    return voxels
+
+
+def _declared(mask: Array, plan: Plan) -> Array:
+    """A mask of label values in a type that holds them. ValueError for others than the plan's."""
+    known = {0, *plan.labels, *([] if plan.ignore is None else [plan.ignore])}
+    if unknown := [value for value in np.unique(mask).tolist() if value not in known]:
+        raise ValueError(f"prompts: holds {', '.join(f'{value:g}' for value in unknown[:3])}; the plan knows {_labels(plan)}")
+    return mask.astype(_dtype(plan), copy=False)
+
+
+def _value_of(key: object, plan: Plan) -> int:
+    """The label that a value or a name means. ValueError."""
+    for value, name in plan.labels.items():
+        if key in (value, name):
+            return value
+    raise ValueError(f"prompts: no label {key!r}; the plan knows {_labels(plan)}")
+
+
+def _labels(plan: Plan) -> str:
+    return ", ".join(f"{value} ({name})" for value, name in plan.labels.items())
+
+
+def _dtype(plan: Plan) -> type[np.uint8 | np.uint16]:
+    return np.uint8 if max(*plan.labels, plan.ignore or 0) < 256 else np.uint16

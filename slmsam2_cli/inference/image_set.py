@@ -1,0 +1,136 @@
+"""Many images in no order, one of them annotated: masks for all the others, without training (MedSAM-2, arXiv:2408.00874).
+
+The annotated images are anchors: always read, never evicted. The others are segmented from the most similar to the least;
+what is present, confident and similar enough enters the self-sorting bank. Then all of them are segmented once more with the
+bank as it stands at the end, each without its own memory, so that no image profits from having come late.
+
+Images are numbered by their content, not by their place in the list: the order in which they are given cannot matter, not
+even to the last bit. The same image given twice is one image. Intensities and crop should have been made alike before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from slmsam2_cli.inference.propagation import ABSENT, Features, confidence_of, stored
+from slmsam2_cli.model.memory.features import similarity
+from slmsam2_cli.model.memory.policy import Moment
+from slmsam2_cli.model.memory.registry import bank_of
+from slmsam2_cli.model.memory.selfsort import SelfSort
+from slmsam2_cli.model.memory.shortlong import ShortLongSelfSort
+from slmsam2_cli.model.slmsam2 import MemoryBank, SliceOutput, SlmSam2
+
+UNORDERED = 0  # the step of a pass through images: none lies behind another
+_NOWHERE = -1  # no image's number
+BankPolicy = SelfSort | ShortLongSelfSort
+
+
+@dataclass(frozen=True)
+class Found:
+    """One object on one image.
+
+    logits (n, n) float32, below 0 where absent; confidence: presence probability times predicted IoU, 1 on annotated images;
+    nearest: the annotated image whose object it is most similar to; similarity: to that one, -1 to 1; warning: "" if all is well.
+    """
+
+    logits: Tensor
+    confidence: float
+    nearest: int
+    similarity: float
+    warning: str = ""
+
+
+def bank_policy(model: SlmSam2) -> BankPolicy:
+    """The self-sorting bank that goes with a network's weights, whatever its own policy is; thresholds are its plan's."""
+    bank = bank_of(model.network, model.num_maskmem)
+    return ShortLongSelfSort(bank) if model.network.has_short_stream else bank
+
+
+@torch.inference_mode()
+def segment_images(
+    model: SlmSam2,
+    images: Tensor,
+    prompts: Mapping[int, Tensor],
+    policy: BankPolicy | None = None,
+    advance: Callable[[int], None] = lambda images: None,
+) -> list[Found]:
+    """One object on every image, in the order given.
+
+    images (N, C, px, px) in [0, 1]; prompts: index of an annotated image -> its mask (px, px) bool; an empty mask says that the
+    object is not there. policy: `bank_policy(model)` if none. `advance` is told of every segmentation, twice an image.
+    ValueError when no annotated image holds the object.
+    """
+    if not any(bool(mask.any()) for mask in prompts.values()):
+        raise ValueError("no annotated image holds the object; annotate one that does")
+    model.eval()
+    names = [_name(image, prompts.get(i)) for i, image in enumerate(images)]
+    places = [names.index(name) for name in sorted(set(names))]  # of each image once, by content
+    number = {names[place]: n for n, place in enumerate(places)}
+    given = {number[names[i]]: mask for i, mask in prompts.items()}
+    found = _Unordered(model, images[places], policy or bank_policy(model), advance).segment(given)
+    shown = [found[number[name]] for name in names]
+    return [replace(one, nearest=i if i in prompts else places[one.nearest]) for i, one in enumerate(shown)]
+
+
+def _name(image: Tensor, mask: Tensor | None) -> str:
+    """SHA-256 of an image, and of its mask if a person drew one."""
+    parts = [image.cpu().contiguous(), *([mask.cpu().contiguous()] if mask is not None else [])]
+    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+
+
+class _Unordered:
+    """One object through N different images that are numbered by content."""
+
+    def __init__(self, model: SlmSam2, images: Tensor, policy: BankPolicy, advance: Callable[[int], None]) -> None:
+        self.model, self.policy, self.advance = model, policy, advance
+        self.features = Features(model, images, batch=1)  # an image's features must not depend on its neighbours in a batch
+        self.bank = MemoryBank()
+
+    def segment(self, given: Mapping[int, Tensor]) -> dict[int, Found]:
+        """Both rounds. given: number of an annotated image -> its mask (px, px)."""
+        found = {i: self._anchor(i, given[i]) for i in sorted(given)}
+        nearest = {i: self._nearest(i) for i in range(len(self.features.frames)) if i not in given}
+        order = sorted(nearest, key=lambda i: (-nearest[i][1], i))
+        for i in order:
+            self.bank.write(i, stored(self.model.remember(self.features[i], self._track(i, self.bank))))
+            self.model.forget(self.bank, self._moment(i, self.bank), self.policy)
+            self.advance(1)
+        self.model.forget(self.bank, self._moment(_NOWHERE, self.bank), self.policy)  # now the bank's members alone are left
+        for i in order:
+            others = {s: memory for s, memory in self.bank.tracked.items() if s != i}
+            found[i] = self._found(self._track(i, MemoryBank(self.bank.anchors, others)), *nearest[i])
+            self.advance(1)
+        return found
+
+    def _anchor(self, i: int, mask: Tensor) -> Found:
+        """A person's word, stored if the object is there."""
+        drawn = mask.float()[None, None].to(self.model.device)
+        output = self.model.anchor(self.features[i], drawn)
+        if bool(mask.any()):
+            self.bank.anchors[i] = stored(self.model.remember(self.features[i], output, drawn))
+        return Found(output.logits[0, 0].float().cpu(), 1.0, i, 1.0)
+
+    def _nearest(self, i: int) -> tuple[int, float]:
+        """(annotated image, similarity) of the one whose object this image resembles most."""
+        traces = [memory.traces for memory in self.bank.anchors.values()]
+        vectors, areas = torch.cat([t.vector for t in traces]), torch.cat([t.area for t in traces])
+        alike = dict(zip(self.bank.anchors, similarity(vectors, areas, self.features[i].top[0]).tolist()))
+        nearest = max(alike, key=lambda anchor: (alike[anchor], -anchor))
+        return nearest, alike[nearest]
+
+    def _moment(self, i: int, bank: MemoryBank) -> Moment:
+        return Moment(i, UNORDERED, bank.anchors, bank.tracked, self.model.max_obj_ptrs_in_encoder)
+
+    def _track(self, i: int, bank: MemoryBank) -> SliceOutput:
+        return self.model.track(self.features[i], bank, self._moment(i, bank), self.policy)
+
+    def _found(self, output: SliceOutput, nearest: int, alike: float) -> Found:
+        wanted = self.policy.min_similarity
+        warning = f"resembles no annotated image (similarity {alike:.2f}, wanted {wanted:.2f}). Check it, or annotate one like it"
+        logits = output.logits[0, 0].float().clamp(min=ABSENT).cpu()
+        return Found(logits, confidence_of(output), nearest, alike, warning if alike < wanted else "")

@@ -1,0 +1,293 @@
+"""One file over HTTP: resumed where a cut connection left it, verified before its name appears. Nothing else in the package
+opens a connection.
+
+What arrives lies in a hidden partial file beside the final name, with a note of what it is part of: a server that has the
+same file still (If-Range) sends the rest, any other sends all of it again. RFC 9110, section 14. Proxies come from the
+environment, certificates are verified, and a redirect never leaves https.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import shutil
+import socket
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from email.message import Message
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from slmsam2_cli.errors import OutputError, SlmSam2Error
+from slmsam2_cli.io import atomic
+from slmsam2_cli.io.files import cause
+from slmsam2_cli.version import VERSION
+
+TIMEOUT_S = 30.0
+PAUSES_S = (1.0, 2.0, 4.0, 8.0)
+MOST_BYTES = 4 * 2**30
+_BLOCK = 1 << 18
+_TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
+_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")
+
+
+class DownloadError(SlmSam2Error):
+    """A file that could not be fetched; what has arrived is kept for the next try."""
+
+
+class DigestError(SlmSam2Error):
+    """A file that arrived whole and is not the one that was wanted; it is gone."""
+
+
+class _Cut(Exception):
+    """The connection failed in a way that may pass."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A file: where from, where to, and what is known of it beforehand (None: nothing)."""
+
+    url: str
+    path: Path
+    bytes: int | None = None
+    sha256: str | None = None
+
+    @property
+    def partial(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.part")
+
+    @property
+    def note(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.part.json")
+
+
+Report = Callable[[int, "int | None"], None]
+
+
+def fetch(wanted: Wanted, report: Report = lambda have, total: None, tell: Callable[[str], None] = lambda line: None) -> str:
+    """Bring a file here and return its SHA-256. The final name appears only when length and digest are right.
+
+    report(bytes here, bytes in all or None) is called as they arrive; tell(line) says what goes wrong and is tried again.
+    DownloadError (kept for resuming), DigestError (nothing kept), OutputError (kept).
+    """
+    _refuse_address(wanted.url)
+    failures, have = 0, _bytes_of(wanted.partial)
+    while True:
+        try:
+            _receive(wanted, report, tell)
+            return _finish(wanted)
+        except _Cut as cut:
+            now = _bytes_of(wanted.partial)
+            failures, have = (0 if now > have else failures + 1), max(now, have)
+            if failures > len(PAUSES_S):
+                raise DownloadError(f"{cut}, {failures} times in a row") from None
+            pause = PAUSES_S[max(failures - 1, 0)]
+            tell(f"{cut}; trying again in {pause:g} s, {now / 1e6:.1f} MB are here")
+            time.sleep(pause)
+
+
+def _refuse_address(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme not in ("https", "http") or not parts.hostname:
+        raise DownloadError(f"{url}: not an http or https address")
+    if "@" in parts.netloc:
+        raise DownloadError(f"{parts.hostname}: an address with a password in it is not used. Fetch the file by hand")
+
+
+def _bytes_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _receive(wanted: Wanted, report: Report, tell: Callable[[str], None]) -> None:
+    """Add to the partial file until it is whole. _Cut when that may be tried again."""
+    have, headers = _asked_for(wanted)
+    try:
+        with _open(wanted.url, headers) as response:
+            start = _start_of(response, have)
+            if have and not start:
+                tell("the server sends the file from its beginning")
+            total = _total_of(response, start)
+            _refuse_size(wanted, total, start)
+            _note(wanted, response.headers, total)
+            _copy(response, wanted, start, total, report)
+    except urllib.error.HTTPError as error:
+        _complete_or_refused(wanted, error, have)
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
+        raise _trouble(wanted.url, error) from None
+
+
+def _asked_for(wanted: Wanted) -> tuple[int, dict[str, str]]:
+    """The bytes here already, if they can be added to, and the headers that ask for the others."""
+    headers = {"User-Agent": f"slmsam2/{VERSION}", "Accept-Encoding": "identity"}
+    have, note = _bytes_of(wanted.partial), _read_note(wanted)
+    validator = note.get("validator") if note.get("url") == wanted.url else None
+    if not have or not (validator or wanted.sha256):
+        return 0, headers
+    headers["Range"] = f"bytes={have}-"
+    return have, headers | ({"If-Range": validator} if validator else {})
+
+
+def _read_note(wanted: Wanted) -> dict[str, Any]:
+    with suppress(atomic.JsonError):
+        note = atomic.read_json(wanted.note, "the note of a download")
+        if isinstance(note, dict):
+            return note
+    return {}
+
+
+def _note(wanted: Wanted, headers: Message, total: int | None) -> None:
+    """What the partial file is part of: a strong ETag, else the date of the last change."""
+    etag = headers.get("ETag", "")
+    validator = etag if etag.startswith('"') else headers.get("Last-Modified")
+    note = {"url": wanted.url, "validator": validator, "bytes": total}
+    if note != _read_note(wanted):
+        atomic.write_json(wanted.note, note)
+
+
+class _StayOnHttps(urllib.request.HTTPRedirectHandler):
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
+    ) -> urllib.request.Request | None:
+        if req.type == "https" and urlsplit(newurl).scheme != "https":
+            raise DownloadError(f"{urlsplit(req.full_url).hostname}: the server leads away from https, which is not followed")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+    opener = urllib.request.build_opener(_StayOnHttps)
+    response: http.client.HTTPResponse = opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
+    return response
+
+
+def _start_of(response: http.client.HTTPResponse, have: int) -> int:
+    """The place in the file that the first byte of the response has."""
+    found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if response.status != 206:
+        return 0
+    if found is None or found[1] is None or int(found[1]) != have:
+        raise DownloadError("the server sends another part of the file than it was asked for. Delete the partial file and try again")
+    return have
+
+
+def _total_of(response: http.client.HTTPResponse, start: int) -> int | None:
+    """The length of the whole file, of which the response may hold less than the rest."""
+    found = _RANGE.fullmatch(response.headers.get("Content-Range", "")) if start else None
+    if found is not None and found[2].isdecimal():
+        return int(found[2])
+    length = response.headers.get("Content-Length", "")
+    return start + int(length) if length.isdecimal() else None
+
+
+def _refuse_size(wanted: Wanted, total: int | None, start: int) -> None:
+    """Stop before anything is written when the file cannot be the one that is wanted, or does not fit the disk."""
+    if total is not None and wanted.bytes is not None and total != wanted.bytes:
+        _forget(wanted)
+        raise DigestError(f"{wanted.url}: holds {total} bytes, not the {wanted.bytes} that were published: another file, refused")
+    expected = total or wanted.bytes or 0
+    if expected > MOST_BYTES:
+        raise DigestError(f"{wanted.url}: {expected} bytes are too many for weights of ours, refused")
+    folder = next(parent for parent in wanted.path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if expected - start > free:
+        raise OutputError(f"{wanted.path.parent}: {(expected - start) / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free")
+
+
+def _copy(response: http.client.HTTPResponse, wanted: Wanted, start: int, total: int | None, report: Report) -> None:
+    whole = total if total is not None else wanted.bytes
+    limit = MOST_BYTES if whole is None else whole
+    with _appending(wanted, start) as file:
+        have = start
+        report(have, total)
+        while block := response.read(_BLOCK):
+            have += len(block)
+            if have > limit:
+                _forget(wanted)
+                raise DigestError(f"{wanted.url}: the server sends more than the {limit} bytes there should be, refused")
+            _write(file, block, wanted)
+            report(have, total)
+    if whole is not None and have < whole:
+        raise _Cut(f"{urlsplit(wanted.url).hostname}: the connection was cut")
+
+
+def _appending(wanted: Wanted, start: int) -> IO[bytes]:
+    try:
+        file = atomic.append(wanted.partial)
+        file.truncate(start)
+        return file
+    except OSError as error:
+        raise OutputError(f"{wanted.partial}: could not be written: {cause(error)}") from None
+
+
+def _write(file: IO[bytes], block: bytes, wanted: Wanted) -> None:
+    try:
+        file.write(block)
+        file.flush()
+    except OSError as error:
+        raise OutputError(
+            f"{wanted.partial}: could not be written: {cause(error)}. What has arrived is kept; make room and run the same command again"
+        ) from None
+
+
+def _complete_or_refused(wanted: Wanted, error: urllib.error.HTTPError, have: int) -> None:
+    """Whether an HTTP error means that all is here already; if not, raise what it means."""
+    host = urlsplit(wanted.url).hostname
+    with error:
+        if error.code == 416:
+            found = _RANGE.fullmatch(error.headers.get("Content-Range", ""))
+            if found is not None and found[2] == str(have):
+                return
+            _forget(wanted)
+            raise _Cut(f"{host}: the partial file is no beginning of the file there and was removed")
+        what = f"{host}: HTTP {error.code} {error.reason}".rstrip()
+        raise _Cut(what) if error.code in _TRY_AGAIN else DownloadError(what)
+
+
+def _trouble(url: str, error: Exception) -> Exception:
+    """What a failed connection means: something that may pass, or something to be told at once."""
+    host = urlsplit(url).hostname
+    reason = getattr(error, "reason", error)
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return DownloadError(f"{host}: its certificate could not be verified ({reason.verify_message})")
+    if isinstance(reason, socket.gaierror):
+        return DownloadError(f"{host}: no such host, or no network")
+    if isinstance(reason, TimeoutError):
+        return _Cut(f"{host}: no answer within {TIMEOUT_S:g} s")
+    if isinstance(reason, OSError) and reason.strerror:
+        return _Cut(f"{host}: {reason.strerror.lower()}")
+    return _Cut(f"{host}: the connection was cut" if isinstance(reason, http.client.IncompleteRead) else f"{host}: {reason}")
+
+
+def _finish(wanted: Wanted) -> str:
+    """Verify the whole file, then let it have its name."""
+    found = ""
+
+    def verify(partial: Path) -> None:
+        nonlocal found
+        found = atomic.sha256_of(partial)
+        if wanted.sha256 is not None and found != wanted.sha256:
+            raise DigestError(
+                f"{wanted.url}: refused: its SHA-256 is {found}, not {wanted.sha256}. What arrived was removed; "
+                "the file was changed on its way, or another one lies there now"
+            )
+
+    try:
+        atomic.adopt(wanted.partial, wanted.path, verify)
+    except DigestError:
+        _forget(wanted)
+        raise
+    with suppress(OSError):
+        os.unlink(wanted.note)
+    return found
+
+
+def _forget(wanted: Wanted) -> None:
+    for path in (wanted.partial, wanted.note):
+        with suppress(OSError):
+            os.unlink(path)

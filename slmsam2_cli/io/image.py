@@ -1,0 +1,197 @@
+"""Where the voxels of a volume lie in the patient.
+
+Array axes are (z, y, x); the world is LPS millimetres, as in ITK. Nothing here reads a file.
+Tolerances: shape exact; spacing 1e-3 relative; direction 1e-3; origin 1 % of a voxel.
+
+What every reader of one file hands on, and what a mask needs to look like that file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slmsam2_cli.io.files import InputError
+
+SPACING_TOLERANCE = 1e-3  # relative
+DIRECTION_TOLERANCE = 1e-3  # largest difference of one cosine
+ORIGIN_TOLERANCE = 1e-2  # voxels
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """A regular grid of voxels.
+
+    shape, spacing_mm: (z, y, x); origin_mm: LPS (x, y, z) of voxel 0;
+    direction: (3, 3), its columns are the LPS unit vectors of the array axes x, y, z (ITK's convention).
+    """
+
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    origin_mm: tuple[float, float, float]
+    direction: NDArray[np.float64]
+
+    def affine(self) -> NDArray[np.float64]:
+        """(4, 4): voxel index (x, y, z, 1) -> LPS mm (x, y, z, 1)."""
+        matrix = np.eye(4)
+        matrix[:3, :3] = self.direction * np.array(self.spacing_mm[::-1])
+        matrix[:3, 3] = self.origin_mm
+        return matrix
+
+    @classmethod
+    def from_affine(cls, shape: tuple[int, int, int], affine: NDArray[np.float64]) -> Grid:
+        """The grid of an LPS affine (4, 4), its axes made exactly orthonormal; the affine must be finite and regular."""
+        columns = affine[:3, :3]
+        x, y, z = (float(length) for length in np.linalg.norm(columns, axis=0))
+        origin = (float(affine[0, 3]), float(affine[1, 3]), float(affine[2, 3]))
+        return cls(shape, (z, y, x), origin, nearest_orthonormal(columns / np.array([x, y, z])))
+
+    def difference(self, other: Grid) -> str | None:
+        """None when both are the same grid, else the first thing that differs, this grid's value first."""
+        if self.shape != other.shape:
+            return f"shape {_numbers(self.shape)} but {_numbers(other.shape)} voxels (z, y, x)"
+        return self.spacing_difference(other) or self.direction_difference(other) or self.origin_difference(other)
+
+    def spacing_difference(self, other: Grid) -> str | None:
+        """None, or both spacings when they differ by more than one part in a thousand."""
+        mine, theirs = np.array(self.spacing_mm), np.array(other.spacing_mm)
+        if np.all(np.abs(mine - theirs) <= SPACING_TOLERANCE * np.maximum(mine, theirs)):
+            return None
+        return f"spacing {_numbers(self.spacing_mm)} but {_numbers(other.spacing_mm)} mm (z, y, x)"
+
+    def direction_difference(self, other: Grid) -> str | None:
+        """None, or both directions when any cosine differs by more than 1e-3."""
+        if np.max(np.abs(self.direction - other.direction)) <= DIRECTION_TOLERANCE:
+            return None
+        return f"direction {_axes(self.direction)} but {_axes(other.direction)} (LPS cosines of the x, y, z axes)"
+
+    def origin_difference(self, other: Grid) -> str | None:
+        """None, or both origins when they are further apart than one hundredth of a voxel."""
+        gap = self.direction.T @ (np.array(other.origin_mm) - np.array(self.origin_mm))
+        if np.all(np.abs(gap) <= ORIGIN_TOLERANCE * np.array(self.spacing_mm[::-1])):
+            return None
+        return f"origin {_numbers(self.origin_mm)} but {_numbers(other.origin_mm)} mm (LPS)"
+
+
+def nearest_orthonormal(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The orthonormal (3, 3) closest to `matrix`, of the same handedness (polar decomposition)."""
+    if np.max(np.abs(matrix.T @ matrix - np.eye(3))) < 1e-14:
+        return np.array(matrix, dtype=np.float64)
+    left, _, right = np.linalg.svd(matrix)
+    return np.asarray(left @ right, dtype=np.float64)
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return "(" + ", ".join(f"{value:.6g}" for value in values) + ")"
+
+
+def _axes(direction: NDArray[np.float64]) -> str:
+    return " ".join("(" + ", ".join(f"{cosine + 0.0:.3g}" for cosine in column) + ")" for column in direction.T)
+
+
+SHEAR_TOLERANCE = 1e-3
+_SPACING_PLAUSIBLE_MM = (0.01, 100.0)
+
+Doubt = Literal["orientation", "spacing"]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Opaque to everybody but the readers, the mask writer and the comparison of geometries.
+
+    ending, mask_ending: of the file read, and of masks that belong to it;
+    template: a NIfTI header holding the geometry fields alone (no texts), or None;
+    doubts: what the file does not really know about its geometry;
+    alternative: the grid by the qform, where the sform says something else.
+    """
+
+    ending: str
+    mask_ending: str
+    template: bytes | None = None
+    doubts: frozenset[Doubt] = frozenset()
+    alternative: Grid | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """One file: voxels (C, Z, Y, X), native byte order, finite; warnings, one line each."""
+
+    voxels: NDArray[Any]
+    grid: Grid
+    source: Source
+    warnings: tuple[str, ...]
+
+
+def check_size(size: Sequence[int], channels: int, max_voxels: int) -> None:
+    """size (x, y, z). InputError when an axis is not positive or there are more voxels than allowed."""
+    if any(length < 1 for length in (*size, channels)):
+        raise InputError(f"a dimension is zero or negative: {tuple(size)}", "Export the image again from its source")
+    total = channels
+    for length in size:
+        total *= length
+    if total > max_voxels:
+        raise InputError(f"too large: the header declares {total} voxels, at most {max_voxels} are read", "Crop it, or raise --max-voxels")
+
+
+def check_spacing(spacing: Sequence[float]) -> None:
+    """spacing (x, y, z) mm. InputError unless finite and positive."""
+    if not all(np.isfinite(spacing)):
+        raise InputError(f"the spacing {_tuple(spacing)} mm is not finite", "Set the voxel size in mm in the header")
+    if any(length <= 0 for length in spacing):
+        raise InputError(f"the spacing {_tuple(spacing)} mm is not above 0", "Set the voxel size in mm in the header")
+
+
+def check_affine(affine: NDArray[np.float64]) -> None:
+    """LPS or RAS (4, 4). InputError unless finite, regular and orthonormal to 1e-3 (with the angle and the repaired affine)."""
+    if not np.all(np.isfinite(affine)):
+        raise InputError("the affine (direction and origin) is not finite", "Export the image again from its source")
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if np.any(lengths == 0) or abs(np.linalg.det(affine[:3, :3] / np.where(lengths, lengths, 1))) < 1e-6:
+        raise InputError("the affine is singular: its directions are degenerate", "Export the image again from its source")
+    cosines = affine[:3, :3] / lengths
+    gram = np.abs(cosines.T @ cosines - np.eye(3))
+    if np.max(gram) > SHEAR_TOLERANCE:
+        angle = np.degrees(np.arcsin(min(1.0, float(np.max(gram)))))
+        repaired = nearest_orthonormal(cosines) * lengths
+        rows = "; ".join(" ".join(f"{v:.5g}" for v in (*row, shift)) for row, shift in zip(repaired, affine[:3, 3], strict=True))
+        what = f"the axes are not orthonormal: sheared by {angle:.2g} degrees"
+        raise InputError(what, f"Resample the image to a rectangular grid; if the shear is an error, use the affine [{rows}]")
+
+
+def geometry_warnings(grid: Grid) -> tuple[list[str], frozenset[Doubt]]:
+    """Warnings about an implausible spacing or a very small volume, and the doubts that follow."""
+    warnings: list[str] = []
+    low, high = _SPACING_PLAUSIBLE_MM
+    odd = min(grid.spacing_mm) < low or max(grid.spacing_mm) > high
+    if odd:
+        warnings.append(f"the spacing {_tuple(grid.spacing_mm)} mm (z, y, x) is implausible; another unit than mm?")
+    if sorted(grid.shape)[1] < 8:
+        warnings.append(f"a very small volume: {grid.shape} voxels (z, y, x)")
+    return warnings, frozenset({"spacing"}) if odd else frozenset()
+
+
+def value_warnings(voxels: NDArray[Any]) -> list[str]:
+    """Warnings about a constant image or an extreme range. InputError when a value is not finite."""
+    low, high = float(voxels.min()), float(voxels.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise InputError(_not_finite(voxels), "Replace these values, for instance by the background's, and try again")
+    if low == high:
+        return [f"a constant image: every voxel is {low:g}"]
+    if max(abs(low), abs(high)) > 1e12:
+        return [f"an extreme range of values: {low:g} to {high:g}"]
+    return []
+
+
+def _not_finite(voxels: NDArray[Any]) -> str:
+    nan = sum(int(np.isnan(slab).sum()) for channel in voxels for slab in channel)
+    infinite = sum(int(np.isinf(slab).sum()) for channel in voxels for slab in channel)
+    counts = [f"{nan} NaN"] * (nan > 0) + [f"{infinite} infinite (Inf)"] * (infinite > 0)
+    return f"{' and '.join(counts)} of {voxels.size} voxels, all must be finite"
+
+
+def _tuple(values: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{value:g}" for value in values) + ")"

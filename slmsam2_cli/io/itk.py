@@ -1,0 +1,225 @@
+"""NRRD, MetaImage (.mha, .mhd) through SimpleITK, after their text headers and the size of their data were checked here.
+
+SimpleITK zero-fills truncated data and repairs impossible spacings; what it would repair is refused before it opens the file.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import SimpleITK
+from numpy.typing import NDArray
+
+from slmsam2_cli.io.files import InputError, open_regular
+from slmsam2_cli.io.gzip_stream import GZIP, ZLIB_OR_GZIP, DeflateStream, PlainStream, expect_end, skip
+from slmsam2_cli.io.image import Decoded, Grid, Source, check_affine, check_size, check_spacing, geometry_warnings
+
+sitk: Any = SimpleITK  # untyped
+_MAX_HEADER = 1 << 20
+_EXPORT = "Export the file again from its source"
+_META_BYTES = {
+    "CHAR": 1,
+    "UCHAR": 1,
+    "SHORT": 2,
+    "USHORT": 2,
+    "INT": 4,
+    "UINT": 4,
+    "FLOAT": 4,
+    "DOUBLE": 8,
+    "LONG_LONG": 8,
+    "ULONG_LONG": 8,
+}
+_NRRD_BYTES = {
+    **dict.fromkeys(("signed char", "int8", "int8_t", "uchar", "unsigned char", "uint8", "uint8_t"), 1),
+    **dict.fromkeys(("short", "short int", "signed short", "signed short int", "int16", "int16_t"), 2),
+    **dict.fromkeys(("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"), 2),
+    **dict.fromkeys(("int", "signed int", "int32", "int32_t", "uint", "unsigned int", "uint32", "uint32_t", "float"), 4),
+    **dict.fromkeys(("longlong", "long long", "long long int", "signed long long", "signed long long int", "int64", "int64_t"), 8),
+    **dict.fromkeys(("ulonglong", "unsigned long long", "unsigned long long int", "uint64", "uint64_t", "double"), 8),
+}
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the voxels are: how many values of how many bytes, and how they are packed ("raw", "gzip", "zlib")."""
+
+    sizes: tuple[int, ...]
+    bytes_per_value: int
+    packing: str
+    data: Path
+
+
+def read_itk(path: Path, ending: str, max_voxels: int) -> Decoded:
+    """A .nrrd, .mha or .mhd file. InputError."""
+    with open_regular(path) as file:
+        layout = _nrrd_layout(file, path) if ending == ".nrrd" else _meta_layout(file, path)
+        total = int(np.prod(layout.sizes, dtype=object))
+        check_size(layout.sizes, 1, max_voxels)
+        if layout.data == path:
+            warnings = _check_data(file, layout, total * layout.bytes_per_value)
+        else:
+            with open_regular(layout.data) as data:
+                warnings = _check_data(data, layout, total * layout.bytes_per_value)
+    image = decode(path)
+    voxels, grid = from_image(image)
+    odd, doubts = geometry_warnings(grid)
+    mask_ending = ".mha" if ending == ".mhd" else ending
+    return Decoded(voxels, grid, Source(ending, mask_ending, doubts=doubts), (*warnings, *odd))
+
+
+def decode(path: Path) -> Any:
+    """What SimpleITK makes of a file already checked. InputError without the path SimpleITK would print."""
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK would print paths and header texts
+    try:
+        return sitk.ReadImage(str(path))
+    except (RuntimeError, UnicodeError) as error:
+        reason = "a direction that is singular" if "determinant" in str(error) else "data that cannot be decoded"
+        raise InputError(f"corrupt: {reason}", _EXPORT) from None
+
+
+def from_image(image: Any) -> tuple[NDArray[Any], Grid]:
+    """((C, Z, Y, X), grid) of a 3-D image, or a 4-D one whose last axis holds channels. InputError."""
+    dimension = image.GetDimension()
+    if dimension not in (3, 4):
+        raise InputError(f"{dimension}-D, but 3-D is wanted", "Save it as a volume of one slice, or as PNG")
+    if "complex" in image.GetPixelIDTypeAsString():
+        raise InputError("unsupported data type: complex numbers", "Convert the voxels to an integer or float type")
+    array = sitk.GetArrayFromImage(image)
+    if image.GetNumberOfComponentsPerPixel() > 1:
+        array = np.moveaxis(array, -1, 0)
+    voxels = array.reshape(-1, *array.shape[-3:])
+    affine = np.eye(4)
+    spacing = image.GetSpacing()[:3]
+    check_spacing(spacing)
+    affine[:3, :3] = np.array(image.GetDirection()).reshape(dimension, dimension)[:3, :3] * spacing
+    affine[:3, 3] = image.GetOrigin()[:3]
+    check_affine(affine)
+    shape = (int(voxels.shape[1]), int(voxels.shape[2]), int(voxels.shape[3]))
+    return np.ascontiguousarray(voxels), Grid.from_affine(shape, affine)
+
+
+def _check_data(file: BinaryIO, layout: _Layout, count: int) -> list[str]:
+    """Read the packed voxels to their end and check their number. InputError."""
+    stream = PlainStream(file) if layout.packing == "raw" else DeflateStream(file, GZIP if layout.packing == "gzip" else ZLIB_OR_GZIP)
+    if stream.capacity < count:
+        what = f"truncated: the header declares {count} bytes of voxels, too large for the {stream.capacity} the file can hold"
+        raise InputError(what, "Copy or download the file again")
+    if layout.packing == "raw":
+        file.seek(count, 1)
+    else:
+        skip(stream, count, f"last of {count} bytes of voxels")
+    expect_end(stream, count)
+    return stream.warnings
+
+
+def _lines(file: BinaryIO) -> list[str]:
+    """Header lines up to an empty line or the data file's name; the file then stands at the data."""
+    lines: list[str] = []
+    while file.tell() < _MAX_HEADER:
+        line = file.readline(1 << 16)
+        text = line.decode("utf-8", "replace").strip()
+        if not line or not text:
+            return lines
+        lines.append(text)
+        if text.lower().startswith("elementdatafile"):
+            return lines
+    raise InputError("the header has no end", _EXPORT)
+
+
+def _field(fields: dict[str, str], name: str) -> str:
+    if name not in fields:
+        raise InputError(f"the header has no '{name}'", _EXPORT)
+    return fields[name]
+
+
+def _whole(text: str) -> tuple[int, ...]:
+    """Numbers of a header field. InputError when they are not whole or there are very many."""
+    words = text.split()
+    if not 1 <= len(words) <= 16 or not all(re.fullmatch(r"-?\d{1,18}", word) for word in words):
+        raise InputError(f"the header's dimensions are not whole numbers: {text[:60]}", _EXPORT)
+    return tuple(int(word) for word in words)
+
+
+def _check_numbers(fields: dict[str, str], spacing: tuple[str, ...], others: tuple[str, ...]) -> None:
+    """Refuse what SimpleITK would repair: spacings that are not above 0, and NaN or infinity anywhere."""
+    for name in (*spacing, *others):
+        words = re.findall(r"[^\s(),]+", fields.get(name, ""))
+        values = [_number(word) for word in words if word.lower() != "none"]
+        if not np.all(np.isfinite(values)):
+            raise InputError(f"the header's '{name}' is not finite (spacing, direction or origin)", _EXPORT)
+        if name in spacing and values:
+            check_spacing(values)
+
+
+def _number(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        return float("nan")
+
+
+def _nrrd_layout(file: BinaryIO, path: Path) -> _Layout:
+    lines = _lines(file)
+    if not lines or not re.fullmatch(r"NRRD000\d", lines[0]):
+        raise InputError("an empty file" if not lines else "not an NRRD file", _EXPORT)
+    pairs = (line.split(": ", 1) for line in lines[1:] if ": " in line and not line.startswith("#") and ":=" not in line)
+    fields = {name.strip().lower(): value.strip() for name, value in pairs}
+    if {"data file", "datafile"} & set(fields):
+        raise InputError("the voxels are in another file (detached header)", "Save header and voxels in one .nrrd file")
+    if any(int(fields.get(name, "0") or 0) for name in ("byte skip", "byteskip", "line skip", "lineskip") if fields.get(name) != "0"):
+        raise InputError("unsupported: the header skips bytes or lines", _EXPORT)
+    _check_numbers(fields, (), ("spacings", "space directions", "space origin"))
+    sizes, encoding = _whole(_field(fields, "sizes")), _field(fields, "encoding").lower()
+    packing = {"raw": "raw", "gz": "gzip", "gzip": "gzip"}.get(encoding)
+    width = _NRRD_BYTES.get(_field(fields, "type").lower())
+    if packing is None or width is None or _whole(_field(fields, "dimension")) != (len(sizes),):
+        raise InputError(f"unsupported: type {fields['type']}, dimension {fields['dimension']}, encoding {encoding}", _EXPORT)
+    return _Layout(sizes, width, packing, path)
+
+
+def _meta_layout(file: BinaryIO, path: Path) -> _Layout:
+    pairs = [line.split("=", 1) for line in _lines(file) if "=" in line]
+    fields = {name.strip(): value.strip() for name, value in pairs}
+    if not fields or "ObjectType" not in fields and "NDims" not in fields:
+        raise InputError("an empty file" if file.tell() == 0 else "not a MetaImage file", _EXPORT)
+    _check_numbers(
+        fields, ("ElementSpacing", "ElementSize"), ("TransformMatrix", "Rotation", "Orientation", "Offset", "Position", "Origin")
+    )
+    sizes = (*_whole(fields.get("ElementNumberOfChannels", "1")), *_whole(_field(fields, "DimSize")))
+    width = _META_BYTES.get(_field(fields, "ElementType").removeprefix("MET_"))
+    if width is None or fields.get("BinaryData", "True").lower() != "true" or fields.get("HeaderSize", "0") != "0":
+        raise InputError(f"unsupported: {fields['ElementType']}, or text data, or a second header", _EXPORT)
+    packing = "zlib" if fields.get("CompressedData", "False").lower() == "true" else "raw"
+    return _Layout(sizes, width, packing, _data_file(path, _field(fields, "ElementDataFile")))
+
+
+def _data_file(path: Path, name: str) -> Path:
+    """The file that holds the voxels: this one, or one beside it."""
+    if name == "LOCAL":
+        return path
+    if name.startswith("LIST") or "%" in name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise InputError("the voxels must be in one file beside the header, outside paths and lists are refused", "Save it as .mha")
+    return path.with_name(name)
+
+
+def meta_files(path: Path) -> tuple[Path, ...]:
+    """The files of a MetaImage: its header, and its data where they are apart. InputError."""
+    with open_regular(path) as file:
+        data = _meta_layout(file, path).data
+    return (path,) if data == path else (path, data)
+
+
+def write_itk(path: Path, labels: NDArray[Any], grid: Grid) -> None:
+    """labels (Z, Y, X) as compressed .nrrd or .mha. ValueError when SimpleITK reports a failure."""
+    image = sitk.GetImageFromArray(labels)
+    image.SetSpacing(grid.spacing_mm[::-1])
+    image.SetOrigin(grid.origin_mm)
+    image.SetDirection(grid.direction.ravel().tolist())
+    try:
+        sitk.WriteImage(image, str(path), useCompression=True)
+    except RuntimeError:
+        raise ValueError("SimpleITK could not write it") from None

@@ -1,0 +1,168 @@
+"""JSON as strangers may send it: bounded, unambiguous, and refused with a line or a key.
+
+At most 20 MB of UTF-8 (a byte order mark is allowed), 100 levels, 100 digits a number; no duplicate keys, no NaN, no Infinity.
+
+What is wrong with a file that a person may edit: the key, what was found there, and what is allowed, in one line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from difflib import get_close_matches
+from typing import Any, NoReturn, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+MAX_BYTES = 20_000_000
+MAX_DEPTH = 100
+MAX_DIGITS = 100
+_TOKEN = re.compile(rf'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{{]|[\]}}]|-?(?:NaN|Infinity)|\d{{{MAX_DIGITS + 1},}}', re.DOTALL)
+
+
+class Refused(ValueError):
+    """Why a text is not JSON as we accept it, with the line or key."""
+
+
+def parse(data: bytes) -> Any:
+    """The value of a JSON document. Refused."""
+    if len(data) > MAX_BYTES:
+        raise Refused(f"larger than {MAX_BYTES // 1_000_000} MB of JSON")
+    text = _decoded(data)
+    if not text.strip():
+        raise Refused("empty, no JSON in it")
+    _scan(text)
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_float=_finite)
+    except json.JSONDecodeError as error:
+        raise Refused(f"not valid JSON, line {error.lineno} column {error.colno}: {error.msg}") from None
+    except RecursionError:
+        raise Refused("JSON nested too deeply") from None
+
+
+def dump(value: object, indent: int | None = 2) -> bytes:
+    """Strict JSON: NaN and unknown types are a ValueError or TypeError. Ends with a line feed."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+    return (text + "\n").encode("utf-8", "backslashreplace")  # lone surrogates become \udcxx, which JSON reads back
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise Refused(f"line {line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file with UTF-8 encoding") from None
+
+
+def _scan(text: str) -> None:
+    """Refuse depth, long numbers and NaN before anything is built, with the line."""
+    depth = 0
+    for token in _TOKEN.finditer(text):
+        kind = token[0][0]
+        if kind == '"':
+            continue
+        if kind in "[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                _refuse(text, token.start(), f"JSON nested more than {MAX_DEPTH} levels deep")
+        elif kind in "]}":
+            depth -= 1
+        elif token[0][-1].isdigit():
+            _refuse(text, token.start(), f"a number of {len(token[0])} digits is not accepted in JSON")
+        else:
+            _refuse(text, token.start(), f"{token[0]} is not a JSON number")
+
+
+def _refuse(text: str, position: int, what: str) -> NoReturn:
+    line = text.count("\n", 0, position) + 1
+    raise Refused(f"line {line}: {what}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise Refused(f'duplicate key "{key[:80]}": it is given twice')
+        found[key] = value
+    return found
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise Refused(f"the number {digits[:40]} is too large for JSON")
+    return value
+
+
+_LONGEST = 60
+_SHOWN = str | int | float | bool | None
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """All of pydantic's findings on a value for `model`."""
+    return "; ".join(_finding(item, model) for item in error.errors(include_url=False))
+
+
+def _finding(item: Any, model: type[BaseModel]) -> str:
+    loc = tuple(part for part in item["loc"] if part != "[key]")
+    key = ".".join(map(str, loc)) or "the whole"
+    seen = f" (found {shortened(repr(item['input']))})" if isinstance(item["input"], _SHOWN) else ""
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key{seen}{_meant(str(loc[-1]), _owner(model, loc))}"
+    if item["type"] == "missing":
+        return f"{key}: {item['msg']}"
+    field = _field(model, loc)
+    allowed = _allowed(field) if field is not None else ""
+    return f"{key}: {item['msg'].removeprefix('Value error, ')}{seen}{f'; allowed: {allowed}' if allowed else ''}"
+
+
+def shortened(text: str) -> str:
+    """No more of it than helps."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else f"{value:g}"
+
+
+def _meant(name: str, owner: type[BaseModel] | None) -> str:
+    close = get_close_matches(name, owner.model_fields, n=1) if owner is not None else []
+    return f"; perhaps {close[0]} is meant" if close else ""
+
+
+def _owner(model: type[BaseModel], loc: tuple[str | int, ...]) -> type[BaseModel] | None:
+    """The model whose field the last part of a place names; None where the place leads elsewhere."""
+    owner: type[BaseModel] | None = model
+    for part in loc[:-1]:
+        if isinstance(part, int):
+            continue
+        if owner is None or part not in owner.model_fields:
+            return None
+        owner = _inside(owner.model_fields[part].annotation)
+    return owner
+
+
+def _field(model: type[BaseModel], loc: tuple[str | int, ...]) -> FieldInfo | None:
+    owner = _owner(model, loc) if loc else None
+    return owner.model_fields.get(str(loc[-1])) if owner is not None else None
+
+
+def _inside(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds: itself, or within a tuple or a choice."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for each in get_args(annotation) if (found := _inside(each)) is not None), None)
+
+
+def _allowed(field: FieldInfo) -> str:
+    """ "32 to 2048, multiples of 32" or ""."""
+    bounds: dict[str, Any] = {}
+    for rule in field.metadata:
+        bounds |= {name: value for name in ("ge", "gt", "le", "lt", "multiple_of") if (value := getattr(rule, name, None)) is not None}
+    ends = [f"{_number(bounds['ge'])} or more"] if "ge" in bounds else [f"more than {_number(bounds['gt'])}"] if "gt" in bounds else []
+    ends += [f"at most {_number(bounds['le'])}"] if "le" in bounds else [f"less than {_number(bounds['lt'])}"] if "lt" in bounds else []
+    span = f"{_number(bounds['ge'])} to {_number(bounds['le'])}" if {"ge", "le"} <= set(bounds) else ", ".join(ends)
+    steps = f"multiples of {_number(bounds['multiple_of'])}" if "multiple_of" in bounds else ""
+    return ", ".join(part for part in (span, steps) if part)

@@ -1,0 +1,253 @@
+"""The one door through which volumes come in and masks go out.
+
+Readers for one file each live in nifti, itk, dicom and raster; here files become cases: channels are put together,
+label values checked, errors given their case, and masks written on the grid of the image they belong to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slmsam2_cli.errors import CaseError, OutputError
+from slmsam2_cli.io import atomic
+from slmsam2_cli.io.files import InputError, cause
+from slmsam2_cli.io.image import Decoded, Grid, Source, value_warnings
+from slmsam2_cli.io.nifti import read_nifti, template_for, write_nifti
+
+__all__ = [
+    "ENDINGS",
+    "MAX_VOXELS",
+    "Grid",
+    "LabelVolume",
+    "Source",
+    "Volume",
+    "files_of",
+    "image_ending",
+    "mask_ending",
+    "read_image",
+    "read_labels",
+    "relative",
+    "write_mask",
+]
+
+MAX_VOXELS = 2_000_000_000
+MAX_LABEL = 65535
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """An image: voxels (C, Z, Y, X) as stored (scaled where the header asks for it) on a grid; warnings, one line each."""
+
+    voxels: NDArray[Any]
+    grid: Grid
+    source: Source
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class LabelVolume:
+    """A mask: voxels (Z, Y, X), uint8 or uint16, on a grid; warnings, one line each."""
+
+    voxels: NDArray[Any]
+    grid: Grid
+    source: Source
+    warnings: tuple[str, ...] = ()
+
+
+def _read_itk(path: Path, ending: str, max_voxels: int) -> Decoded:
+    from slmsam2_cli.io.itk import read_itk  # SimpleITK is slow to import, and NIfTI does without
+
+    return read_itk(path, ending, max_voxels)
+
+
+def _read_raster(path: Path, ending: str, max_voxels: int) -> Decoded:
+    from slmsam2_cli.io.raster import read_raster
+
+    return read_raster(path, ending, max_voxels)
+
+
+_READERS = {
+    ".nii.gz": read_nifti,
+    ".nii": read_nifti,
+    ".nrrd": _read_itk,
+    ".mha": _read_itk,
+    ".mhd": _read_itk,
+    ".png": _read_raster,
+    ".jpg": _read_raster,
+    ".jpeg": _read_raster,
+    ".tif": _read_raster,
+    ".tiff": _read_raster,
+}
+ENDINGS = tuple(_READERS)
+
+
+def image_ending(path: Path) -> str | None:
+    """ ".nii.gz", ".nrrd", ... (lower case), or None when the file is not a volume we read. By name only; DICOM folders have none."""
+    name = path.name.lower()
+    return next((ending for ending in ENDINGS if name.endswith(ending) and len(name) > len(ending)), None)
+
+
+def mask_ending(like: Volume | LabelVolume) -> str:
+    """The ending of masks for a volume: its own, but .nii.gz for DICOM, .png for JPEG, .mha for .mhd."""
+    return like.source.mask_ending
+
+
+def read_image(paths: Sequence[Path], *, case: str, root: Path, max_voxels: int = MAX_VOXELS, channels: int | None = None) -> Volume:
+    """The image of one case: one file per channel, or one file (or DICOM folder) that holds all of them.
+
+    root: error messages name files relative to it; channels: how many the data set declares, None for any number.
+    CaseError when a file cannot be trusted, or the files do not share one grid.
+    """
+    parts = [_read(path, case, root, max_voxels, channels if len(paths) == 1 else 1) for path in paths]
+    if not parts:
+        raise CaseError(case, "", "no image", "Add the image file, or remove the case")
+    if channels is not None and len(paths) not in (1, channels):
+        raise CaseError(case, "", f"{len(paths)} image files, but dataset.json declares {channels} channels", "Add or remove channel files")
+    first = parts[0]
+    for path, part in zip(paths[1:], parts[1:], strict=True):
+        if difference := first.grid.difference(part.grid):
+            raise CaseError(
+                case, relative(path, root), f"another grid than the first channel: {difference}", "Resample the channels to one grid"
+            )
+    voxels = first.voxels if len(parts) == 1 else np.concatenate([part.voxels for part in parts])
+    warnings = tuple(dict.fromkeys(line for part in parts for line in part.warnings))
+    return Volume(voxels, first.grid, first.source, warnings)
+
+
+def _read(path: Path, case: str, root: Path, max_voxels: int, channels: int | None) -> Decoded:
+    """One file of an image, its values checked too."""
+    with case_errors(case, path, root):
+        decoded = decode(path, max_voxels)
+        found = len(decoded.voxels)
+        if channels is not None and found != channels:
+            what = f"{found} channels (4-D or colour), but {channels} {'is' if channels == 1 else 'are'} declared or wanted here"
+            raise InputError(what, "Declare the channels in dataset.json, or save one 3-D volume; time series are not supported")
+        return replace(decoded, warnings=(*decoded.warnings, *value_warnings(decoded.voxels)))
+
+
+def read_labels(path: Path, *, case: str, root: Path, max_voxels: int = MAX_VOXELS) -> LabelVolume:
+    """The mask of one case. CaseError, also for values that are not whole numbers from 0 to 65535."""
+    with case_errors(case, path, root):
+        decoded = decode(path, max_voxels)
+        if len(decoded.voxels) != 1:
+            raise InputError(f"4-D, one-hot or coloured: {len(decoded.voxels)} channels", "Save a 3-D mask with one value per structure")
+        return LabelVolume(_label_values(decoded.voxels[0]), decoded.grid, decoded.source, decoded.warnings)
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """Every file a volume is read from: the slices of a DICOM folder, header and data of a .mhd, else the file itself. InputError."""
+    from slmsam2_cli.io.dicom import dicom_files
+    from slmsam2_cli.io.itk import meta_files
+
+    if path.is_dir():
+        return tuple(dicom_files(path))
+    return meta_files(path) if image_ending(path) == ".mhd" else (path,)
+
+
+def decode(path: Path, max_voxels: int = MAX_VOXELS) -> Decoded:
+    """One file or DICOM folder, whatever its format. InputError, OSError."""
+    if path.is_dir():
+        from slmsam2_cli.io.dicom import read_dicom
+
+        return read_dicom(path, max_voxels)
+    ending = image_ending(path)
+    if ending is None:
+        raise InputError("not the name of a volume", f"Use one of {', '.join(ENDINGS)}")
+    return _READERS[ending](path, ending, max_voxels)
+
+
+@contextmanager
+def case_errors(case: str, path: Path, root: Path) -> Iterator[None]:
+    """What goes wrong with a file inside the block, as a CaseError that names the case and the file."""
+    try:
+        yield
+    except InputError as error:
+        raise CaseError(case, relative(path, root), error.what, error.remedy) from None
+    except OSError as error:
+        raise CaseError(case, relative(path, root), f"cannot be read: {cause(error)}", "Restore the file") from None
+    except MemoryError:
+        raise CaseError(case, relative(path, root), "too large for this machine's memory", "Use a machine with more memory") from None
+
+
+def relative(path: Path, root: Path) -> str:
+    """The path as messages show it: relative to the root, else the name alone."""
+    try:
+        return path.relative_to(root).as_posix()
+    except ValueError:
+        return path.name
+
+
+def _label_values(voxels: NDArray[Any]) -> NDArray[Any]:
+    """As uint8 or uint16, or an InputError that names the first bad value; the same array where it is uint8 already."""
+    if voxels.dtype == np.uint8:
+        return voxels
+    if voxels.dtype.kind == "f":
+        _check_floats(voxels)
+    low, high = voxels.min(), voxels.max()
+    if low < 0:
+        raise InputError(f"a negative label: {low:g}", "Use 0 for background and positive whole numbers for structures")
+    if high > MAX_LABEL:
+        raise InputError(f"the label {int(high)} is above {MAX_LABEL}", "Renumber the labels")
+    return voxels.astype(np.uint8 if high < 256 else np.uint16, copy=False)
+
+
+def _check_floats(voxels: NDArray[Any]) -> None:
+    for z, plane in enumerate(voxels):
+        odd = plane != np.trunc(plane)  # True for NaN as well
+        odd |= ~np.isfinite(plane)
+        if np.any(odd):
+            value = plane[odd][0]
+            what = f"a non-integer label: {'NaN' if np.isnan(value) else f'{value:g}'} (first seen in slice {z})"
+            raise InputError(what, "Save the mask with whole numbers, without interpolation")
+
+
+def write_mask(path: Path, labels: NDArray[Any], like: Volume | LabelVolume) -> None:
+    """labels (Z, Y, X), whole numbers, on the grid of `like`; uint8 below 256, else uint16; read back before it gets its name.
+
+    The ending of `path` decides the format. NIfTI keeps qform, sform, codes and units of a NIfTI source, and no text.
+    OutputError.
+    """
+    ending = image_ending(path)
+    if ending is None or labels.shape != like.grid.shape:
+        raise OutputError(f"{path}: could not be written: {labels.shape} voxels for {like.grid.shape}, ending {ending}")
+    try:
+        values = _label_values(labels.astype(np.uint8) if labels.dtype == bool else labels)
+    except InputError as error:
+        raise OutputError(f"{path}: could not be written: {error.what}") from None
+
+    def write(temporary: Path) -> None:
+        _write(temporary, ending, values, like)
+
+    def verify(temporary: Path) -> None:
+        found = read_labels(temporary, case="", root=path.parent)
+        difference = None if ending in _WITHOUT_GEOMETRY else like.grid.difference(found.grid)
+        if difference or found.voxels.dtype != values.dtype or not np.array_equal(found.voxels, values):
+            raise ValueError(f"what was read back is not what was written ({difference or 'voxels'})")
+
+    atomic.write_atomically(path, write, verify)
+
+
+_WITHOUT_GEOMETRY = frozenset({".png", ".tif", ".tiff"})
+
+
+def _write(path: Path, ending: str, values: NDArray[Any], like: Volume | LabelVolume) -> None:
+    if ending in (".nii", ".nii.gz"):
+        with atomic.create(path) as file:
+            write_nifti(file, values, like.source.template or template_for(like.grid), compressed=ending == ".nii.gz")
+    elif ending in (".nrrd", ".mha"):
+        from slmsam2_cli.io.itk import write_itk
+
+        write_itk(path, values, like.grid)
+    elif ending in _WITHOUT_GEOMETRY:
+        from slmsam2_cli.io.raster import write_raster
+
+        write_raster(path, values)
+    else:
+        raise ValueError(f"masks are not written as {ending}")

@@ -1,0 +1,151 @@
+"""SAM 2.1's parts at every size, assembled from the configurations that the package `sam2` carries.
+
+`nano` is the tiny configuration with the values below replaced: the same architecture, narrower everywhere
+(trunk, neck, memory, decoder), for slices of 128-256 px on a CPU.
+
+The prompt encoder, mask decoder and pointer heads, at widths that SAM 2 fixes in code and `nano` narrows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import sam2
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from sam2.modeling.sam.mask_decoder import MaskDecoder
+from sam2.modeling.sam.prompt_encoder import PromptEncoder
+from sam2.modeling.sam.transformer import TwoWayTransformer
+from sam2.modeling.sam2_utils import MLP
+from torch import nn
+
+from slmsam2_cli.planning.plan import NetworkSize
+
+_CONFIG_FILES = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l", "nano": "t"}
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Channels of a scaled-down SAM 2: first trunk stage, neck (and everything behind it), memory. Why these: explanation/network.md."""
+
+    trunk: int = 32
+    neck: int = 128
+    memory: int = 32
+
+
+def nano_values(widths: Widths) -> dict[str, Any]:
+    """What nano replaces in the configuration of tiny."""
+    neck, memory = widths.neck, widths.memory
+    attention = {"embedding_dim": neck, "dropout": 0.0}
+    return {
+        "image_encoder": {
+            "trunk": {
+                "embed_dim": widths.trunk,
+                "stages": [1, 2, 4, 1],
+                "global_att_blocks": [4, 5, 6],
+                "window_spec": [8, 4, 4, 4],
+            },
+            "neck": {
+                "d_model": neck,
+                "position_encoding": {"num_pos_feats": neck},
+                "backbone_channel_list": [widths.trunk * factor for factor in (8, 4, 2, 1)],
+            },
+        },
+        "memory_attention": {
+            "d_model": neck,
+            "num_layers": 2,
+            "layer": {
+                "d_model": neck,
+                "dim_feedforward": 4 * neck,
+                "dropout": 0.0,  # augmentation does its work, and on a CPU its random draws cost a tenth of a step
+                "self_attention": attention,
+                "cross_attention": attention | {"kv_in_dim": memory},
+            },
+        },
+        "memory_encoder": {
+            "out_dim": memory,
+            "in_dim": neck,
+            "position_encoding": {"num_pos_feats": memory},
+            "mask_downsampler": {"embed_dim": neck},
+            "fuser": {"layer": {"dim": neck}},
+        },
+        "multimask_output_for_tracking": False,
+        "use_multimask_token_for_obj_ptr": False,
+    }
+
+
+@dataclass(frozen=True)
+class DecoderSize:
+    """The mask decoder's widths, which SAM 2 fixes in code: feed-forward, heads, and the IoU head."""
+
+    mlp: int = 2048
+    heads: int = 8
+    iou_hidden: int = 256
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a size has besides its modules.
+
+    native_px: the edge it was made for; carry_mask: the previous slice's mask enters the decoder as a dense prompt
+    and as a residual (needed to train from random weights in minutes, see docs/decisions.md); widths: of nano alone.
+    """
+
+    native_px: int
+    decoder: DecoderSize
+    carry_mask: bool
+    refine: bool = False
+    widths: Widths = Widths()
+
+
+_STOCK = Traits(native_px=1024, decoder=DecoderSize(), carry_mask=False)
+TRAITS = {size: _STOCK for size in get_args(NetworkSize)} | {
+    "nano": Traits(native_px=256, decoder=DecoderSize(mlp=512, heads=4, iou_hidden=128), carry_mask=True, refine=True)
+}
+
+
+def _configuration(size: NetworkSize, frame_px: int, widths: Widths) -> DictConfig:
+    path = Path(sam2.__path__[0]) / "configs" / "sam2.1" / f"sam2.1_hiera_{_CONFIG_FILES[size]}.yaml"
+    model = OmegaConf.load(path).model
+    if size == "nano":
+        model = OmegaConf.merge(model, OmegaConf.create(nano_values(widths)))
+    model.image_size = frame_px
+    for attention in (model.memory_attention.layer.self_attention, model.memory_attention.layer.cross_attention):
+        attention.feat_sizes = [frame_px // 16, frame_px // 16]
+    assert isinstance(model, DictConfig)
+    return model
+
+
+def sam2_parts(size: NetworkSize, frame_px: int, widths: Widths | None = None) -> dict[str, Any]:
+    """Keyword arguments of `SAM2Base` for a size and a slice edge in px (a multiple of 32)."""
+    model = _configuration(size, frame_px, widths or TRAITS[size].widths)
+    plain = OmegaConf.to_container(model, resolve=True)
+    assert isinstance(plain, dict)
+    modules = {name: instantiate(part) for name, part in model.items() if isinstance(part, DictConfig)}
+    settings = {str(name): value for name, value in plain.items() if name not in modules and name != "_target_"}
+    return settings | {str(name): module for name, module in modules.items()}
+
+
+def build_heads(model: Any, size: DecoderSize) -> None:
+    """Give a `SAM2Base` its heads; with `DecoderSize()` they are SAM 2.1's, key for key."""
+    width, edge = model.hidden_dim, model.image_size // model.backbone_stride
+    model.sam_prompt_embed_dim, model.sam_image_embedding_size = width, edge
+    model.sam_prompt_encoder = PromptEncoder(
+        embed_dim=width, image_embedding_size=(edge, edge), input_image_size=(model.image_size,) * 2, mask_in_chans=16
+    )
+    model.sam_mask_decoder = MaskDecoder(
+        num_multimask_outputs=3,
+        transformer=TwoWayTransformer(depth=2, embedding_dim=width, mlp_dim=size.mlp, num_heads=size.heads),
+        transformer_dim=width,
+        iou_head_depth=3,
+        iou_head_hidden_dim=size.iou_hidden,
+        use_high_res_features=model.use_high_res_features_in_sam,
+        iou_prediction_use_sigmoid=model.iou_prediction_use_sigmoid,
+        pred_obj_scores=model.pred_obj_scores,
+        pred_obj_scores_mlp=model.pred_obj_scores_mlp,
+        use_multimask_token_for_obj_ptr=model.use_multimask_token_for_obj_ptr,
+    )
+    model.obj_ptr_proj = MLP(width, width, width, 3)
+    model.obj_ptr_tpos_proj = nn.Linear(width, model.mem_dim)

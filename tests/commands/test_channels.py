@@ -1,0 +1,144 @@
+"""Four and five channels from the data set to the mask: planned, prepared, learned from, predicted, handed on."""
+
+import json
+import shutil
+
+import nibabel
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from slmsam2_cli import api
+from slmsam2_cli.commands.export import export_model, import_model
+from slmsam2_cli.commands.finetune import finetune
+from slmsam2_cli.commands.plan import plan
+from slmsam2_cli.commands.predict import predict
+from slmsam2_cli.dataset.phantom import nifti_bytes, phantom_volume
+from slmsam2_cli.errors import PlanError, WeightsError
+from slmsam2_cli.model.adapter_layers import means
+from slmsam2_cli.model.checkpoint import read_checkpoint
+from slmsam2_cli.planning.plan import read_plan, write_plan
+from slmsam2_cli.workspace import Workspace
+
+FOUR = ("T1", "T2", "FLAIR", "T1c")
+FIVE = ("PET", "T1", "T2", "FLAIR", "T1c")
+SHAPE = (5, 32, 32)
+
+
+def write_channels(folder, names, cases=2):
+    """A data set in nnU-Net's layout, one file a channel: the same made-up patient, ever darker."""
+    for sub in ("imagesTr", "labelsTr"):
+        (folder / sub).mkdir(parents=True)
+    for index in range(cases):
+        image, labels, spacing = phantom_volume(np.random.default_rng([3, index]), SHAPE)
+        (folder / "labelsTr" / f"p{index}.nii.gz").write_bytes(nifti_bytes((labels == 1).astype(np.uint8), spacing))
+        for channel in range(len(names)):
+            darker = np.rint(image / (channel + 1)).astype(np.float32)
+            (folder / "imagesTr" / f"p{index}_{channel:04d}.nii.gz").write_bytes(nifti_bytes(darker, spacing))
+    about = {"channel_names": dict(enumerate(names)), "labels": {"background": 0, "organ": 1}, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(about | {"numTraining": cases}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """A data set of four channels, and its workspace with a model tuned for one step."""
+    folder = write_channels(tmp_path_factory.mktemp("four"), FOUR)
+    workspace = Workspace(folder / "slmsam2")
+    assert plan(folder, workspace) == 0
+    assert finetune(folder, workspace, cases=1, weights="random", steps=1) == 0
+    return folder, workspace
+
+
+@pytest.fixture(scope="module")
+def five(four, tmp_path_factory):
+    """The same of five channels of another modality, as an adapter on the model of four."""
+    folder = write_channels(tmp_path_factory.mktemp("five"), FIVE)
+    workspace = Workspace(folder / "slmsam2")
+    plan(folder, workspace)
+    planned = read_plan(workspace.plan)
+    write_plan(workspace.plan, planned.model_copy(update={"training": planned.training.model_copy(update={"strategy": "adapters"})}))
+    assert finetune(folder, workspace, cases=1, weights=str(four[1].model), steps=1) == 0
+    return folder, workspace
+
+
+def masks(folder):
+    return {path.name: np.asarray(nibabel.load(path).dataobj) for path in sorted(folder.glob("*.nii.gz"))}
+
+
+@pytest.mark.parametrize("which", ["four", "five"])
+def test_prepared_stacks_hold_every_channel(which, request):
+    folder, workspace = request.getfixturevalue(which)
+    frames = np.load(workspace.prepared / "p0" / "frames.npy", mmap_mode="r")
+    names = read_plan(workspace.plan).channels
+    assert frames.shape[:2] == (len(names), nibabel.load(folder / "labelsTr" / "p0.nii.gz").shape[2])
+    assert frames.dtype == np.float16 and all(channel.any() for channel in frames)
+
+
+def test_the_model_learned_how_to_read_four_channels_and_says_nothing_more(four):
+    tensors = load_file(four[1].model)
+    assert [name for name in tensors if name.startswith("adapters.")] == ["adapters.MR.input.weight"]
+    learned = tensors["adapters.MR.input.weight"]
+    assert learned.shape == (3, 4, 1, 1) and not learned.equal(means(4))
+    assert read_checkpoint(four[1].model).plan.channels == FOUR
+
+
+def test_it_predicts_the_unseen_case_on_the_images_grid(four):
+    folder, workspace = four
+    assert predict(None, None, dataset=folder, workspace=workspace, report=False) == 0
+    (name,) = masks(workspace.predictions)
+    assert masks(workspace.predictions)[name].shape == nibabel.load(folder / "labelsTr" / name).shape
+
+
+def test_an_adapter_for_five_channels_of_another_modality_lies_beside_that_for_four(four, five):
+    _, workspace = five
+    whole = read_checkpoint(workspace.model).state
+    assert whole["adapters.PET.input.weight"].shape == (3, 5, 1, 1)
+    assert whole["adapters.MR.input.weight"].equal(load_file(four[1].model)["adapters.MR.input.weight"])
+    assert "adapters.PET.input.weight" in load_file(workspace.finetuned / "adapter.safetensors")
+
+
+def test_the_adapter_on_its_base_predicts_like_the_whole_model_also_when_it_was_handed_on(four, five, tmp_path):
+    folder, workspace = five
+    adapter, base = workspace.finetuned / "adapter.safetensors", str(four[1].model)
+    assert export_model(None, adapter, tmp_path / "adapter.zip") == 0
+    assert import_model(tmp_path / "adapter.zip", tmp_path / "imported") == 0
+    assert "channels    PET, T1, T2, FLAIR, T1c, in this order" in (tmp_path / "imported" / "README.txt").read_text()
+    options = {"prompts_from": folder / "labelsTr", "report": False}
+    assert predict(folder / "imagesTr", tmp_path / "whole", workspace=workspace, **options) == 0
+    assert predict(folder / "imagesTr", tmp_path / "apart", model=tmp_path / "imported", weights=base, **options) == 0
+    one, other = masks(tmp_path / "whole"), masks(tmp_path / "apart")
+    assert list(one) == list(other) == ["p0.nii.gz", "p1.nii.gz"]
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_a_model_for_four_channels_is_refused_on_a_data_set_of_five(four, five, tmp_path):
+    with pytest.raises(PlanError, match=r"model\.safetensors reads 4 channels \(T1, T2, FLAIR, T1c\), the data set has 5 \(PET, T1"):
+        predict(None, tmp_path / "masks", dataset=five[0], model=four[1].model, workspace=five[1])
+    assert not (tmp_path / "masks").exists()
+
+
+def test_arrays_of_four_channels_are_propagated_from_python_and_others_refused(four):
+    model, frames = api.load(four[1].model), np.random.default_rng(0).random((3, 4, 24, 32), np.float32)
+    drawn = np.zeros((24, 32), bool)
+    drawn[8:16, 8:20] = True
+    assert api.propagate(model, frames, {"organ": {1: drawn}})["organ"].mask.shape == (3, 24, 32)
+    with pytest.raises(ValueError, match="slices of 3 channels, where the network reads 4"):
+        api.propagate(model, frames[:, :3], {"organ": {1: drawn}})
+
+
+def test_learning_from_five_channels_of_a_modality_of_which_the_base_knows_four_is_refused(four, tmp_path):
+    folder = write_channels(tmp_path / "data", ("T1", "T2", "FLAIR", "T1c", "ADC"), cases=1)
+    workspace = Workspace(tmp_path / "space")
+    with pytest.raises(WeightsError, match="tuned on 4 channels of MR, the plan has 5"):
+        finetune(folder, workspace, cases=1, weights=str(four[1].model), steps=1)
+    assert not workspace.prepared.exists()
+
+
+def test_other_names_for_as_many_channels_are_said_because_their_order_counts(four, tmp_path, capsys):
+    folder = tmp_path / "renamed"
+    shutil.copytree(four[0], folder, ignore=shutil.ignore_patterns("slmsam2"))
+    about = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(about | {"channel_names": {"0": "T1", "1": "T2", "2": "FLAIR", "3": "T1gd"}}))
+    assert predict(None, tmp_path / "masks", dataset=folder, model=four[1].model, workspace=Workspace(tmp_path), report=False) == 0
+    assert "T1, T2, FLAIR, T1gd, are taken for T1, T2, FLAIR, T1c, in this order" in capsys.readouterr().err

@@ -1,0 +1,478 @@
+"""Fine-tuning as a stage: what it writes, what it refuses, what it does on a second call."""
+
+import json
+import re
+import shutil
+from contextlib import ExitStack
+
+import nibabel
+import numpy as np
+import pytest
+from published import tuned_slm_sam2
+from safetensors import safe_open
+
+from slmsam2_cli.commands import finetune as stage
+from slmsam2_cli.commands.finetune import finetune
+from slmsam2_cli.commands.predict import predict
+from slmsam2_cli.dataset.dataset import read_dataset
+from slmsam2_cli.dataset.phantom import write_phantom_dataset
+from slmsam2_cli.errors import DatasetError, DeviceError, OutputError, PlanError, UsageError, WeightsError
+from slmsam2_cli.io import atomic
+from slmsam2_cli.model.checkpoint import Provenance, on_base, read_checkpoint, recogniser_of, save_checkpoint
+from slmsam2_cli.model.label_unet import Recogniser
+from slmsam2_cli.model.slmsam2 import SlmSam2
+from slmsam2_cli.planning.plan import read_plan, signed, write_plan
+from slmsam2_cli.planning.rules import choose_training, training_for, with_training
+from slmsam2_cli.training import trainer
+from slmsam2_cli.training.state import keep
+from slmsam2_cli.workspace import Workspace
+
+SHAPE = (10, 40, 40)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("phantoms")
+    write_phantom_dataset(folder, cases=4, test_cases=1, seed=3, shape=SHAPE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(dataset):
+    workspace = Workspace(dataset / "slmsam2")
+    assert finetune(dataset, workspace, cases=2, weights="random", steps=1) == 0
+    return workspace
+
+
+def test_it_plans_prepares_and_trains_and_writes_exactly_these_files(tuned):
+    assert tuned.plan.exists() and tuned.fingerprint.exists()
+    written = {"split.json", "model.safetensors", "log.csv", "log.jsonl", "progress.png"}
+    assert {p.name for p in tuned.finetuned.iterdir()} - {"tensorboard"} == written
+
+
+def test_the_split_names_training_and_unseen_cases_and_they_do_not_overlap(tuned):
+    split = json.loads(tuned.split.read_text())
+    assert len(split["training"]) == 2 and len(split["unseen"]) == 2
+    assert not set(split["training"]) & set(split["unseen"])
+    assert split["finished"] is True
+
+
+def test_the_model_carries_plan_provenance_and_the_warning_of_random_weights(tuned):
+    checkpoint = read_checkpoint(tuned.model)
+    assert checkpoint.plan is not None and checkpoint.plan.training.steps == 1
+    assert checkpoint.provenance.random and checkpoint.provenance.base == "random"
+    assert list(checkpoint.provenance.training) == json.loads(tuned.split.read_text())["training"]
+    with safe_open(tuned.model, framework="pt") as file:
+        assert file.metadata()["digest"] == checkpoint.digest
+
+
+def test_the_log_has_one_row_per_step(tuned):
+    rows = (tuned.finetuned / "log.csv").read_text().splitlines()
+    assert rows[0].startswith("step,seconds") and len(rows) == 2
+
+
+def test_the_same_run_is_not_done_twice(tuned, dataset, capsys):
+    before = tuned.model.stat().st_mtime_ns
+    assert finetune(dataset, tuned, cases=2, weights="random", steps=1) == 0
+    assert "finished already" in capsys.readouterr().err
+    assert tuned.model.stat().st_mtime_ns == before
+
+
+def test_another_runs_model_is_not_overwritten_without_being_asked(tuned, dataset):
+    with pytest.raises(UsageError, match="--overwrite"):
+        finetune(dataset, tuned, cases=1, weights="random", steps=1)
+
+
+def test_the_same_seed_gives_the_same_weights(dataset, tmp_path, tuned):
+    other = Workspace(tmp_path)
+    finetune(dataset, other, cases=2, weights="random", steps=1)
+    assert read_checkpoint(other.model).digest == read_checkpoint(tuned.model).digest
+
+
+def test_without_embedded_weights_it_names_the_way_out(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("slmsam2_cli.model.checkpoint.EMBEDDED", tmp_path / "absent")
+    with pytest.raises(WeightsError, match="--weights random"):
+        finetune(dataset, Workspace(tmp_path), cases=1)
+
+
+def test_continuing_nothing_is_an_error(dataset, tmp_path):
+    with pytest.raises(WeightsError, match="nothing to continue"):
+        finetune(dataset, Workspace(tmp_path), cases=1, weights="random", steps=1, resume=True)
+
+
+def test_a_label_that_no_chosen_volume_holds_is_named(tmp_path, capsys):
+    write_phantom_dataset(tmp_path / "data", cases=1, test_cases=0, seed=3, shape=SHAPE)
+    description = tmp_path / "data" / "dataset.json"
+    value = json.loads(description.read_text())
+    description.write_text(json.dumps(value | {"labels": value["labels"] | {"9": "ghost"}}))
+    assert finetune(tmp_path / "data", Workspace(tmp_path / "w"), cases=1, weights="random", steps=1) == 0
+    assert "warning: ghost (9): in none of the volumes that are learned from" in capsys.readouterr().err
+
+
+def test_how_long_the_device_waited_for_data_is_said(dataset, tmp_path, capsys):
+    finetune(dataset, Workspace(tmp_path), cases=1, weights="random", steps=1)
+    assert re.search(r"1 steps, \d+ s, \d+ % of it waiting for data|1 steps, \d+ s, \d+% of it waiting for data", capsys.readouterr().err)
+
+
+def test_zero_cases_make_no_sense(dataset, tmp_path):
+    with pytest.raises(UsageError, match="-n 0"):
+        finetune(dataset, Workspace(tmp_path), cases=0, weights="random")
+
+
+def test_another_network_than_the_plans_is_refused(tuned, dataset):
+    with pytest.raises(PlanError, match="--network tiny"):
+        finetune(dataset, tuned, cases=2, weights="random", network="tiny")
+
+
+def test_a_plan_for_other_channels_is_refused_before_anything_is_prepared(tuned, tmp_path):
+    write_phantom_dataset(tmp_path / "other", cases=1, test_cases=0, seed=3, shape=SHAPE)
+    description = tmp_path / "other" / "dataset.json"
+    description.write_text(description.read_text().replace('"MRI"', '"T2"'))
+    workspace = Workspace(tmp_path / "workspace")
+    workspace.root.mkdir()
+    workspace.plan.write_bytes(tuned.plan.read_bytes())
+    with pytest.raises(PlanError, match="MRI.*T2"):
+        finetune(tmp_path / "other", workspace, cases=1, weights="random")
+    assert not workspace.prepared.exists()
+
+
+def test_memory_that_is_short_is_one_line_with_a_setting_that_needs_half_as_much(dataset, tuned, tmp_path, monkeypatch):
+    import torch
+
+    def starved(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    workspace = Workspace(tmp_path)
+    workspace.plan.write_bytes(tuned.plan.read_bytes())
+    monkeypatch.setattr("slmsam2_cli.training.trainer.train", starved)
+    with pytest.raises(DeviceError, match=r"^out of memory. Set training.clip_slices to 4 in plan.json \(now 8\), or close other"):
+        finetune(dataset, workspace, cases=1, weights="random", steps=1, device="cpu")
+
+
+def test_two_processes_share_the_steps_of_a_run(dataset, tuned, tmp_path, capsys):
+    workspace = Workspace(tmp_path)
+    workspace.plan.write_bytes(tuned.plan.read_bytes())
+    assert finetune(dataset, workspace, cases=2, weights="random", steps=2, processes=2) == 0
+    assert "shared by 2 processes" in capsys.readouterr().err
+    assert read_checkpoint(workspace.model).plan.training.processes == 2
+    assert json.loads(workspace.split.read_text())["options"]["processes"] == 2
+
+
+def test_more_processes_than_cores_are_refused_before_anything_is_trained(dataset, tmp_path):
+    with pytest.raises(DeviceError, match="64 processes: there is room for"):
+        finetune(dataset, Workspace(tmp_path), cases=1, weights="random", steps=1, processes=64)
+
+
+def test_an_interrupted_run_goes_on_with_its_own_options_and_ends_like_an_undisturbed_one(dataset, tmp_path, monkeypatch):
+    """SIGINT after the second of four steps; --continue needs nothing but itself."""
+    import signal
+
+    from slmsam2_cli.training import trainer as stage
+
+    whole, broken = Workspace(tmp_path / "whole"), Workspace(tmp_path / "broken")
+    finetune(dataset, whole, cases=1, weights="random", steps=4, seed=1)
+    train = stage.train
+
+    def interrupted(learner, *rest):
+        for progress in train(learner, *rest):
+            if learner.step == 2:
+                signal.raise_signal(signal.SIGINT)
+            yield progress
+
+    monkeypatch.setattr(stage, "train", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite run in the background ignores it
+    with pytest.raises(KeyboardInterrupt):
+        finetune(dataset, broken, cases=1, weights="random", steps=4, seed=1)
+    signal.signal(signal.SIGINT, before)
+    monkeypatch.setattr(stage, "train", train)
+    assert json.loads(broken.split.read_text())["finished"] is False and broken.model.exists()
+    assert finetune(dataset, broken, resume=True) == 0
+    assert read_checkpoint(broken.model).digest == read_checkpoint(whole.model).digest
+    assert [row.split(",")[0] for row in (broken.finetuned / "log.csv").read_text().splitlines()] == ["step", "1", "2", "3", "4"]
+
+
+def test_a_disk_that_fails_in_the_middle_is_one_line_that_says_how_to_go_on_from_what_was_saved(dataset, tmp_path, monkeypatch):
+    train, broken, disk, begun = trainer.train, Workspace(tmp_path), ExitStack(), []
+
+    def until_the_disk_fails(learner, *rest):
+        begun.append(learner.step)
+        for progress in train(learner, *rest):
+            if learner.step == 2 and len(begun) == 1:
+                disk.enter_context(atomic.fail_at(1))
+            yield progress
+
+    monkeypatch.setattr(trainer, "train", until_the_disk_fails)
+    monkeypatch.setattr(stage, "SAVE_EVERY_S", 0.0)
+    with disk, pytest.raises(OutputError, match="could not be written: .*go on with slmsam2 finetune --continue$"):
+        finetune(dataset, broken, cases=1, weights="random", steps=3, seed=1)
+    assert not broken.model.exists()
+    assert finetune(dataset, broken, resume=True) == 0
+    assert begun == [0, 1]
+    assert read_checkpoint(broken.model).provenance.steps == 3
+
+
+def test_a_disk_that_fails_before_anything_is_learned_says_nothing_of_going_on_with_another_run(dataset, tmp_path):
+    workspace = Workspace(tmp_path)
+    finetune(dataset, workspace, cases=1, weights="random", steps=1, seed=1)
+    shutil.rmtree(workspace.prepared)
+    with atomic.fail_at(1), pytest.raises(OutputError, match="Mend that and try again, or choose a workspace") as caught:
+        finetune(dataset, workspace, cases=1, weights="random", steps=1, seed=2, overwrite=True)
+    assert "--continue" not in str(caught.value)
+
+
+def test_a_bad_training_case_stops_it_unless_it_may_be_left_out(tmp_path):
+    write_phantom_dataset(tmp_path, cases=3, test_cases=0, seed=4, shape=SHAPE)
+    broken = sorted((tmp_path / "imagesTr").iterdir())[0]
+    broken.write_bytes(broken.read_bytes()[:200])
+    workspace = Workspace(tmp_path / "slmsam2")
+    with pytest.raises(DatasetError) as caught:
+        finetune(tmp_path, workspace, cases=2, weights="random", steps=1)
+    assert [problem.case for problem in caught.value.problems] == [broken.name.removesuffix(".nii.gz")]
+    assert not workspace.model.exists()
+    assert finetune(tmp_path, workspace, cases=2, weights="random", steps=1, skip_bad=True) == 0
+
+
+def test_a_model_trained_on_its_own_weights_descends_from_random_too(tuned, dataset, tmp_path):
+    workspace = Workspace(tmp_path)
+    finetune(dataset, workspace, cases=1, weights=str(tuned.model), steps=1)
+    provenance = read_checkpoint(workspace.model).provenance
+    assert provenance.random and provenance.base_digest == read_checkpoint(tuned.model).digest
+
+
+def test_cases_that_the_base_has_learned_from_never_count_as_unseen(tuned, dataset, tmp_path):
+    before = json.loads(tuned.split.read_text())["training"]
+    workspace = Workspace(tmp_path)
+    finetune(dataset, workspace, cases=1, weights=str(tuned.model), steps=1, seed=1)
+    split = json.loads(workspace.split.read_text())
+    assert set(before) <= set(split["training"]) and not set(before) & set(split["unseen"])
+    assert set(before) <= set(read_checkpoint(workspace.model).provenance.training)
+
+
+def test_a_run_killed_before_its_first_model_is_not_started_anew_in_silence(dataset, tmp_path):
+    workspace = Workspace(tmp_path)
+    finetune(dataset, workspace, cases=1, weights="random", steps=1)
+    workspace.model.rename(workspace.finetuned / "state.safetensors")
+    with pytest.raises(UsageError, match="--continue"):
+        finetune(dataset, workspace, cases=2, weights="random", steps=1)
+
+
+def by_rule(count, from_scratch=False, **changes):
+    return choose_training("nano", count, from_scratch).value.model_copy(update=changes)
+
+
+def test_a_persons_own_training_settings_are_kept_and_the_rules_own_are_fitted_to_the_run(tuned):
+    planned = read_plan(tuned.plan)
+    assert training_for(planned, 2, from_scratch=True) == by_rule(2, from_scratch=True, finds=True)
+    own = planned.model_copy(update={"training": planned.training.model_copy(update={"learning_rate": 1e-5})})
+    assert training_for(own, 2, from_scratch=True).learning_rate == 1e-5
+
+
+def test_an_edit_elsewhere_in_a_plan_for_many_volumes_leaves_the_rule_for_one_alone(tuned):
+    planned = read_plan(tuned.plan)
+    many = signed(planned.model_copy(update={"training": choose_training("nano", 20).value}))
+    edited = many.model_copy(update={"network": many.network.model_copy(update={"policy": "fifo"})})
+    assert edited.edited and training_for(edited, 1) == by_rule(1, finds=False)
+    timid = many.model_copy(update={"training": many.training.model_copy(update={"finds": False, "presence": "truth"})})
+    assert training_for(timid, 5) == by_rule(5, finds=False, presence="truth")
+
+
+def test_continue_and_overwrite_together_are_refused(dataset, tmp_path):
+    with pytest.raises(UsageError, match="contradict"):
+        finetune(dataset, Workspace(tmp_path), cases=1, weights="random", resume=True, overwrite=True)
+
+
+def test_a_published_slm_sam2_is_tuned_further_with_its_own_fuser_whatever_the_plan_says(dataset, tuned, tmp_path, capsys):
+    workspace, base = Workspace(tmp_path / "space"), tuned_slm_sam2(tmp_path / "slm.pt")
+    workspace.root.mkdir()
+    workspace.plan.write_bytes(tuned.plan.read_bytes())
+    finetune(dataset, workspace, cases=1, weights=str(base), steps=1)
+    assert "warning: plan.json says network.fuser gated, but slm.pt has sum: sum is used" in capsys.readouterr().err
+    model = read_checkpoint(workspace.model)
+    assert model.network.fuser == model.plan.network.fuser == "sum" and "stream_fuser.gate" not in model.state
+
+
+def test_a_fresh_plan_names_the_fuser_of_the_weights_it_is_made_for(dataset, tmp_path, capsys):
+    from slmsam2_cli.commands.finetune import _plan
+
+    workspace, base = Workspace(tmp_path / "space"), read_checkpoint(tuned_slm_sam2(tmp_path / "slm.pt"))
+    workspace.root.mkdir()
+    assert _plan(read_dataset(dataset), workspace, None, base).network.fuser == "sum"
+    assert _plan(read_dataset(dataset), workspace, None, base).network.fuser == read_plan(workspace.plan).network.fuser == "sum"
+    assert "network.fuser" not in capsys.readouterr().err
+
+
+# What the labels look like
+
+
+def test_the_model_knows_the_labels_and_predict_says_how_far_it_agrees_with_what_was_drawn(tuned, dataset, tmp_path):
+    known = recogniser_of(read_checkpoint(tuned.model))
+    assert known.values == list(read_plan(tuned.plan).labels)
+    assert predict(None, tmp_path / "masks", dataset=dataset, workspace=tuned, report=False) == 0
+    cases = json.loads((tmp_path / "masks" / "manifest.json").read_text(encoding="utf-8"))["cases"]
+    shares = [share for case in cases.values() for share in case["recognised"].values()]
+    assert shares and all(0 <= share <= 1 for share in shares)
+
+
+def test_a_plan_may_leave_the_recogniser_out(tuned, dataset, tmp_path):
+    workspace, planned = Workspace(tmp_path), read_plan(tuned.plan)
+    write_plan(workspace.plan, planned.model_copy(update={"training": planned.training.model_copy(update={"recogniser": False})}))
+    finetune(dataset, workspace, cases=2, weights="random", steps=1)
+    assert recogniser_of(read_checkpoint(workspace.model)) is None
+
+
+def test_a_plan_that_nobody_edited_is_trained_by_today_s_rule_also_where_an_earlier_one_made_it(tuned):
+    planned = read_plan(tuned.plan)
+    earlier = signed(planned.model_copy(update={"training": planned.training.model_copy(update={"steps": 520, "clips_per_step": 2})}))
+    assert training_for(earlier, 2, from_scratch=False) == by_rule(2, finds=False)
+
+
+def test_whether_a_recogniser_may_find_travels_with_its_model_and_stays_with_a_base_that_is_kept(tuned, tmp_path):
+    planned, path = read_plan(tuned.plan), tmp_path / "one.safetensors"
+    model = SlmSam2(planned.network, planned.geometry.frame_px)
+    model.recogniser = Recogniser(1, list(planned.labels), 32, width=8)
+    for may in (False, True):
+        model.recogniser.raises = may
+        keep(path, model, planned, Provenance(base="base"), None, None)  # whatever the run's own plan says
+        assert recogniser_of(read_checkpoint(path)).raises is may
+
+
+@pytest.mark.parametrize(("presence", "may"), [("base", False), ("truth", True)])
+def test_a_model_from_before_finds_was_a_setting_goes_by_its_presence(tuned, tmp_path, presence, may):
+    planned, path = read_plan(tuned.plan), tmp_path / "one.safetensors"
+    model = SlmSam2(planned.network, planned.geometry.frame_px)
+    model.recogniser = Recogniser(1, list(planned.labels), 32, width=8)
+    earlier = planned.model_copy(update={"training": planned.training.model_copy(update={"presence": presence})})
+    save_checkpoint(path, model, earlier, Provenance(base="base"))
+    assert recogniser_of(read_checkpoint(path)).raises is may
+
+
+# Strategies
+
+
+@pytest.fixture(scope="module")
+def adapted(dataset, tuned, tmp_path_factory):
+    """A workspace whose plan asks for adapters, tuned for two steps from `tuned`."""
+    workspace = Workspace(tmp_path_factory.mktemp("adapted"))
+    planned = read_plan(tuned.plan)
+    write_plan(workspace.plan, planned.model_copy(update={"training": planned.training.model_copy(update={"strategy": "adapters"})}))
+    assert finetune(dataset, workspace, cases=2, weights=str(tuned.model), steps=2) == 0
+    return workspace
+
+
+def test_adapters_leave_a_whole_model_and_a_small_file_that_names_its_base(adapted, tuned):
+    whole, small = read_checkpoint(adapted.model), read_checkpoint(adapted.finetuned / "adapter.safetensors")
+    assert {p.name for p in adapted.finetuned.iterdir()} - {"tensorboard"} == {
+        "split.json",
+        "model.safetensors",
+        "adapter.safetensors",
+        "log.csv",
+        "log.jsonl",
+        "progress.png",
+    }
+    assert whole.base_digest == read_checkpoint(tuned.model).base_digest == small.needs.digest
+    assert whole.modalities == small.modalities == (whole.plan.modality,)
+    assert whole.plan.training.strategy == "adapters" and whole.plan.training.steps == 2
+    assert on_base(small, read_checkpoint(tuned.model)).digest == whole.digest
+
+
+def test_an_interrupted_run_of_adapters_ends_like_an_undisturbed_one(adapted, dataset, tuned, tmp_path, monkeypatch):
+    import signal
+
+    from slmsam2_cli.training import trainer as stage
+
+    broken = Workspace(tmp_path)
+    broken.plan.write_bytes(adapted.plan.read_bytes())
+    train = stage.train
+
+    def interrupted(learner, *rest):
+        for progress in train(learner, *rest):
+            signal.raise_signal(signal.SIGINT)
+            yield progress
+
+    monkeypatch.setattr(stage, "train", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(dataset, broken, cases=2, weights=str(tuned.model), steps=2)
+    signal.signal(signal.SIGINT, before)
+    monkeypatch.setattr(stage, "train", train)
+    assert finetune(dataset, broken, weights=str(tuned.model), resume=True) == 0
+    assert read_checkpoint(broken.model).digest == read_checkpoint(adapted.model).digest
+
+
+def test_random_weights_bring_nothing_that_could_stay_as_it_is(adapted, dataset, tmp_path):
+    workspace = Workspace(tmp_path)
+    workspace.plan.write_bytes(adapted.plan.read_bytes())
+    with pytest.raises(PlanError, match="training.strategy is adapters"):
+        finetune(dataset, workspace, cases=2, weights="random", steps=1)
+    assert not workspace.prepared.exists()
+
+
+def test_tuning_everything_from_a_model_with_an_adapter_starts_from_what_it_did(adapted, dataset, tmp_path):
+    workspace = Workspace(tmp_path)
+    finetune(dataset, workspace, cases=1, weights=str(adapted.model), steps=1)
+    assert read_checkpoint(workspace.model).modalities == ()
+    assert not (workspace.finetuned / "adapter.safetensors").exists()
+
+
+def test_the_header_says_what_the_confidence_is_worth_and_on_which_volumes(tuned, capsys):
+    found = read_checkpoint(tuned.model).calibration
+    assert found is not None and found.slices >= 20 and "volumes it learned from" in found.note
+    assert found.error_after < found.error_before
+
+
+def test_what_an_option_of_plan_settled_holds_for_any_number_of_cases(tuned):
+    asked = with_training(read_plan(tuned.plan), {"minutes": 7.0, "clip_slices": 4})
+    settled = training_for(asked, 3, from_scratch=False)
+    assert (settled.minutes, settled.clip_slices) == (7.0, 4)
+    assert settled.steps == choose_training("nano", 3).value.steps
+
+
+@pytest.mark.parametrize(
+    ("free", "told"), [(10e9, None), (0.9e9, "Run slmsam2 plan --memory "), (0.01e9, "Close other programs, or use a machine with more")]
+)
+def test_where_memory_is_short_the_setting_that_fits_is_told(dataset, tmp_path, capsys, monkeypatch, free, told):
+    monkeypatch.setattr("slmsam2_cli.training.interrupts.free_bytes", lambda: int(free))
+    assert finetune(dataset, Workspace(tmp_path), cases=1, weights="random", steps=1) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "of memory are needed" in line]
+    assert (told in lines[0]) if told else not lines
+
+
+def test_a_corrected_label_makes_it_another_run(dataset, tmp_path):
+    """Nobody is told that a run is finished which learned from labels that are not there any more."""
+    import shutil
+
+    root = tmp_path / "data"
+    shutil.copytree(dataset, root, ignore=shutil.ignore_patterns("slmsam2"))
+    workspace = Workspace(tmp_path / "workspace")
+    finetune(root, workspace, cases=2, weights="random", steps=1)
+    case = json.loads(workspace.split.read_text())["training"][0]
+    (label,) = (root / "labelsTr").glob(f"{case}.nii*")
+    was = nibabel.load(label)
+    voxels = np.asarray(was.dataobj).copy()
+    voxels[voxels == 1] = 2
+    nibabel.save(nibabel.Nifti1Image(voxels, was.affine, was.header), label)
+    with pytest.raises(UsageError, match="their files"):
+        finetune(root, workspace, cases=2, weights="random", steps=1)
+
+
+def test_a_run_that_is_stopped_while_confidence_is_calibrated_can_be_ended_later(dataset, tuned, tmp_path, monkeypatch, capsys):
+    import signal
+
+    from slmsam2_cli.commands import finetune as stage
+
+    calibrated_on, workspace = stage.calibrated_on, Workspace(tmp_path)
+
+    def interrupted(model, cases, plan, stopped):
+        signal.raise_signal(signal.SIGINT)
+        return calibrated_on(model, cases, plan, stopped)
+
+    monkeypatch.setattr(stage, "calibrated_on", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite run in the background ignores it
+    with pytest.raises(KeyboardInterrupt):
+        finetune(dataset, workspace, cases=2, weights="random", steps=1)
+    signal.signal(signal.SIGINT, before)
+    monkeypatch.setattr(stage, "calibrated_on", calibrated_on)
+    assert json.loads(workspace.split.read_text())["finished"] is False
+    assert finetune(dataset, workspace, resume=True) == 0
+    assert json.loads(workspace.split.read_text())["finished"] is True
+    assert read_checkpoint(workspace.model).digest == read_checkpoint(tuned.model).digest

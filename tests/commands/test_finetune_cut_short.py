@@ -1,0 +1,90 @@
+"""A prepared volume that is cut short while it is in use costs a line, and nothing of what was saved."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+
+from slmsam2_cli.commands import finetune as stage
+from slmsam2_cli.commands.finetune import finetune
+from slmsam2_cli.dataset.cache import open_prepared
+from slmsam2_cli.dataset.phantom import write_phantom_dataset
+from slmsam2_cli.errors import OutputError, SlmSam2Error, TrainingError
+from slmsam2_cli.io import atomic
+from slmsam2_cli.model.checkpoint import read_checkpoint
+from slmsam2_cli.planning.plan import read_plan
+from slmsam2_cli.training import calibrate, cross_validation, trainer
+from slmsam2_cli.training.cross_validation import Fold, area_of, folds_of, judged
+from slmsam2_cli.training.interrupts import Continuable, continuable
+from slmsam2_cli.workspace import Workspace
+
+STEPS = 4
+
+
+@pytest.fixture
+def data(tmp_path):
+    write_phantom_dataset(tmp_path / "data", cases=2, test_cases=0, seed=3, shape=(8, 32, 32))
+    return tmp_path / "data"
+
+
+def cut(workspace, name="frames"):
+    for path in workspace.root.rglob(f"{name}.npy"):
+        os.truncate(path, 200)
+
+
+def test_the_run_ends_in_one_line_and_goes_on_to_the_same_weights(data, tmp_path, monkeypatch):
+    undisturbed, disturbed = Workspace(tmp_path / "undisturbed"), Workspace(tmp_path / "disturbed")
+    options = {"cases": 2, "weights": "random", "steps": STEPS, "device": "cpu"}
+    assert finetune(data, undisturbed, **options) == 0
+    monkeypatch.setattr(stage, "SAVE_EVERY_S", 0.0)
+    saved = []
+
+    def save_and_cut(*given):
+        cross_validation.save_state(*given)
+        saved.append(given[1].step)
+        if saved[-1] == STEPS // 2:
+            cut(disturbed)
+
+    monkeypatch.setattr(trainer, "save_state", save_and_cut)
+    with pytest.raises(TrainingError, match=rf"step {STEPS // 2}: case \w+: frames.npy was cut short.*slmsam2 finetune --continue"):
+        finetune(data, disturbed, **options)
+    assert saved[-1] == STEPS // 2
+    assert finetune(data, disturbed, resume=True) == 0
+    assert read_checkpoint(disturbed.model).digest == read_checkpoint(undisturbed.model).digest
+
+
+@pytest.mark.parametrize("name", ["frames", "labels"])
+def test_nothing_that_looks_at_a_volume_reads_what_is_gone(data, tmp_path, name):
+    space = Workspace(tmp_path / "work")
+    assert finetune(data, space, cases=2, weights="random", steps=1, device="cpu") == 0
+    plan = read_plan(space.plan)
+    cases = [open_prepared(space.prepared, f"phantom_00{number}") for number in (0, 1)]
+    fold = Fold("one", (cases[1],), replace(cases[0], frames=cases[0].frames[:, :6], labels=cases[0].labels[:6]))
+    model = trainer.new_model(plan, read_checkpoint(space.model))
+    cut(space, name)
+    for look in (
+        lambda: judged(model, fold, plan, heeded=False),
+        lambda: calibrate.said_and_true(model, cases, plan),
+        lambda: folds_of(cases, plan),
+        lambda: area_of(cases[0], 1, None),
+        lambda: trainer.material_of(cases, plan),
+        lambda: cross_validation.draw_overlays(tmp_path / "x.png", cases[0], cases[0].labels, "title"),
+    ):
+        with pytest.raises(atomic.ArrayError, match=rf"case phantom_00[01]: {name}.npy was cut short"):
+            look()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (atomic.ArrayError("case a: frames.npy was cut short"), r"short. Go on with slmsam2 finetune --continue, which makes it anew$"),
+        (OutputError("model: the disk is full"), r"full. Mend that, and go on with slmsam2 finetune --continue$"),
+    ],
+)
+def test_what_ends_a_run_that_has_begun_says_how_to_go_on(error, said):
+    with pytest.raises(Continuable, match=said), continuable("slmsam2 finetune"):
+        raise error
+    with pytest.raises(SlmSam2Error, match="^as it is$"), continuable("slmsam2 finetune"):
+        raise TrainingError("as it is")

@@ -1,0 +1,321 @@
+"""slmsam2 plan: measures, decides, says why, and leaves a person's edits alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from slmsam2_cli.commands.plan import compare, plan
+from slmsam2_cli.dataset.phantom import write_phantom_dataset
+from slmsam2_cli.errors import DatasetError, OutputError, PlanError, UsageError
+from slmsam2_cli.planning.plan import read_plan
+from slmsam2_cli.workspace import Workspace
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+
+
+@pytest.fixture
+def data(tmp_path):
+    write_phantom_dataset(tmp_path / "data", cases=3, test_cases=1, shape=(5, 24, 24))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    return Workspace(tmp_path / "work")
+
+
+def edit(workspace, **geometry):
+    value = json.loads(workspace.plan.read_text())
+    value["geometry"].update(geometry)
+    workspace.plan.write_text(json.dumps(value))
+
+
+def test_the_files_written_are_these(data, workspace):
+    assert plan(data, workspace) == 0
+    assert sorted(p.name for p in workspace.root.iterdir() if not p.name.startswith(".")) == [
+        "fingerprint.json",
+        "plan.html",
+        "plan.json",
+    ]
+
+
+def test_the_decisions_are_shown_with_their_reasons(data, workspace, capsys):
+    plan(data, workspace)
+    shown = capsys.readouterr().out
+    assert "geometry.slice_axis" in shown and "coarse axis" in shown
+    assert "1 organ" in shown and "3 of 3" in shown
+
+
+def test_one_bad_case_is_named_and_the_others_are_planned(data, workspace, capsys):
+    (data / "imagesTr" / "phantom_001.nii.gz").write_bytes(b"nonsense")
+    assert plan(data, workspace) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "case phantom_001: imagesTr/phantom_001.nii.gz" in errors[0]
+    assert read_plan(workspace.plan)
+
+
+def test_no_usable_case_is_an_error_with_every_problem(data, workspace):
+    for image in (data / "imagesTr").iterdir():
+        image.write_bytes(b"nonsense")
+    with pytest.raises(DatasetError, match="none of its 3 training cases is usable") as error:
+        plan(data, workspace)
+    assert len(error.value.problems) == 3
+    assert not workspace.plan.exists()
+
+
+def test_planning_again_changes_nothing(data, workspace):
+    plan(data, workspace)
+    before = workspace.plan.read_bytes(), workspace.fingerprint.read_bytes()
+    plan(data, workspace)
+    assert (workspace.plan.read_bytes(), workspace.fingerprint.read_bytes()) == before
+
+
+def test_an_edited_plan_survives_and_the_difference_is_told(data, workspace, capsys):
+    plan(data, workspace)
+    edit(workspace, frame_px=224)
+    assert plan(data, workspace) == 0
+    assert read_plan(workspace.plan).geometry.frame_px == 224
+    assert "geometry.frame_px is 224; the tool would take 96" in capsys.readouterr().err
+
+
+def test_overwrite_drops_the_edits(data, workspace):
+    plan(data, workspace)
+    edit(workspace, frame_px=224)
+    plan(data, workspace, overwrite=True)
+    assert read_plan(workspace.plan).geometry.frame_px == 96
+
+
+def test_overwrite_replaces_a_broken_plan(data, workspace):
+    plan(data, workspace)
+    workspace.plan.write_text("{")
+    with pytest.raises(PlanError):
+        plan(data, workspace)
+    assert plan(data, workspace, overwrite=True) == 0
+
+
+def test_an_edited_plan_and_changed_data_are_not_reconciled_in_silence(data, workspace):
+    plan(data, workspace)
+    edit(workspace, frame_px=224)
+    before = workspace.plan.read_bytes()
+    (data / "labelsTr" / "phantom_002.nii.gz").unlink()
+    with pytest.raises(PlanError, match=r"geometry\.frame_px is 224"):
+        plan(data, workspace)
+    assert workspace.plan.read_bytes() == before
+
+
+def test_a_network_asked_for_once_is_kept(data, workspace):
+    plan(data, workspace, network="tiny")
+    plan(data, workspace)
+    assert read_plan(workspace.plan).network.size == "tiny"
+
+
+def test_a_network_does_not_drop_a_person_s_edits(data, workspace):
+    plan(data, workspace)
+    edit(workspace, frame_px=224)
+    with pytest.raises(PlanError, match=r"keeps its network.size: set it to tiny there"):
+        plan(data, workspace, network="tiny")
+
+
+def test_a_workspace_that_cannot_be_made_says_how_to_go_on(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="Choose a workspace you can write to with -w"):
+        plan(data, Workspace(tmp_path / "file" / "work"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_data_set_says_how_to_go_on(data):
+    data.chmod(0o555)
+    try:
+        with pytest.raises(OutputError, match="-w"):
+            plan(data, Workspace.of(data, None))
+    finally:
+        data.chmod(0o755)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared volumes are not beside this checkout")
+@pytest.mark.parametrize(
+    ("name", "modality", "axis", "slice_px", "square_px", "whole_px"),
+    [
+        ("Sarcoma_CT", "CT", "SI", 224, 128, 544),
+        ("Sarcoma_MR_T1", "MR", "SI", 192, 128, 480),
+        ("Sarcoma_PET", "PET", "SI", 64, 96, 128),
+        ("SpinalCord_MRI", "MR", "SI", 288, 128, 384),
+        ("SpinalGM_T2star", "MR", "SI", 64, 96, 160),
+        ("Task04_Hippocampus", "MR", "LR", 64, 96, 160),
+        ("Task09_Spleen_crop", "CT", "SI", 192, 128, 448),
+    ],
+)
+def test_the_decisions_on_real_data_sets(workspace, name, modality, axis, slice_px, square_px, whole_px):
+    """slice_px: of nano, which sees squares of slices at square_px; whole_px: of tiny, which sees whole slices."""
+    assert plan(SHARED / name, workspace) == 0
+    decided = read_plan(workspace.plan)
+    assert (decided.modality, decided.geometry.slice_axis, decided.geometry.slice_px) == (modality, axis, slice_px)
+    assert (decided.geometry.focus, decided.geometry.frame_px) == (2.0, square_px)
+    assert plan(SHARED / name, workspace, network="tiny", overwrite=True) == 0
+    assert read_plan(workspace.plan).geometry.frame_px == whole_px
+
+
+def test_an_axis_that_was_asked_for_is_kept_when_planning_anew(data, workspace):
+    plan(data, workspace, axis="LR")
+    plan(data, workspace)
+    settled = read_plan(workspace.plan)
+    assert (settled.geometry.slice_axis, settled.asked, settled.edited) == ("LR", ("geometry.slice_axis",), False)
+    assert settled.reasons["geometry.slice_axis"].startswith("asked for; the measurements speak for SI")
+
+
+def test_auto_takes_the_axis_back(data, workspace):
+    plan(data, workspace, axis="LR")
+    plan(data, workspace, axis="auto")
+    settled = read_plan(workspace.plan)
+    assert (settled.geometry.slice_axis, settled.asked) == ("SI", ())
+
+
+def test_an_edited_plan_is_not_turned_by_an_option(data, workspace):
+    plan(data, workspace)
+    edit(workspace, frame_px=160)
+    with pytest.raises(PlanError, match="keeps its geometry.slice_axis: set it to LR there, or add --overwrite"):
+        plan(data, workspace, axis="LR")
+    assert read_plan(workspace.plan).geometry.frame_px == 160
+
+
+def test_a_comparison_shows_an_edit_beside_what_would_be_decided_and_writes_nothing(data, workspace, capsys):
+    plan(data, workspace)
+    edit(workspace, frame_px=160)
+    before = {path: path.read_bytes() for path in workspace.root.iterdir() if path.is_file()}
+    capsys.readouterr()
+    assert compare(data, workspace.plan) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("geometry.frame_px"))
+    assert row.split()[1:3] == ["160", "96"]
+    assert {path: path.read_bytes() for path in workspace.root.iterdir() if path.is_file()} == before
+
+
+def test_a_plan_that_nobody_touched_differs_in_nothing(data, workspace, capsys):
+    plan(data, workspace)
+    capsys.readouterr()
+    compare(data, workspace.plan)
+    assert capsys.readouterr().out == "plan.json: every decision is as it would be made now\n"
+
+
+def test_a_comparison_says_that_the_data_have_changed(data, workspace, capsys):
+    plan(data, workspace)
+    value = json.loads(workspace.plan.read_text())
+    value["fingerprint_digest"] = "0" * 64
+    workspace.plan.write_text(json.dumps(value))
+    compare(data, workspace.plan)
+    assert "rests on other measurements" in capsys.readouterr().err
+
+
+def test_what_to_annotate_and_what_looks_odd_is_said(data, workspace, capsys):
+    for folder in ("imagesTr", "labelsTr"):
+        (data / folder / "phantom_001.nii.gz").write_bytes((data / folder / "phantom_000.nii.gz").read_bytes())
+    plan(data, workspace)
+    shown = capsys.readouterr()
+    assert "what to annotate on a new volume" in shown.out
+    assert "cases phantom_000, phantom_001: the same image, and their masks" in shown.err
+
+
+def test_the_page_tells_what_the_terminal_tells(data, workspace, capsys):
+    plan(data, workspace)
+    page, shown = workspace.plan_page.read_text(), capsys.readouterr()
+    for said in ("annotate its middle slice", "geometry.slice_axis", "phantom_002"):
+        assert said in page
+    assert f"wrote {workspace.plan_page}" in shown.err
+
+
+def test_a_page_that_cannot_be_written_is_a_warning_and_the_plan_stands(data, workspace, capsys):
+    workspace.plan_page.parent.mkdir()
+    workspace.plan_page.write_text("mine")
+    assert plan(data, workspace) == 0
+    assert read_plan(workspace.plan) and workspace.plan_page.read_text() == "mine"
+    assert "warning: plan.html could not be made" in capsys.readouterr().err
+
+
+def test_without_a_report_no_page_is_written(data, workspace):
+    plan(data, workspace, report=False)
+    assert read_plan(workspace.plan) and not workspace.plan_page.exists()
+
+
+def test_a_time_limit_and_a_memory_limit_are_kept_when_planning_anew(data, workspace):
+    plan(data, workspace, minutes=7.0, memory_gb=0.95)
+    first = read_plan(workspace.plan)
+    plan(data, workspace)
+    again = read_plan(workspace.plan)
+    assert again.training == first.training and first.training.minutes == 7.0 and 2 <= first.training.clip_slices < 8
+    assert set(again.asked) == {"training.minutes", "training.clip_slices"} and not again.edited
+
+
+def test_a_memory_limit_that_nothing_fits_is_refused_with_the_least(data, workspace):
+    with pytest.raises(UsageError, match=r"--memory 0.3: even clips of 2 slices need \d\.\d\d GB"):
+        plan(data, workspace, memory_gb=0.3)
+    assert not workspace.plan.exists()
+
+
+def test_of_other_networks_no_memory_limit_can_be_kept(data, workspace):
+    with pytest.raises(UsageError, match="what network tiny needs is not known"):
+        plan(data, workspace, network="tiny", memory_gb=8.0)
+
+
+def test_where_the_modality_is_not_known_a_person_is_asked_to_name_it(data, workspace, capsys):
+    described = json.loads((data / "dataset.json").read_text())
+    key = "modality" if "modality" in described else "channel_names"
+    described[key] = {"0": "scan"}
+    (data / "dataset.json").write_text(json.dumps(described))
+    plan(data, workspace)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "name the channel in dataset.json" in line]
+    assert len(warnings) == 1 and "CT, MR, PET, US, XR, RGB" in warnings[0]
+
+
+def test_a_limit_of_0_or_one_taken_out_by_hand_is_no_limit(data, workspace):
+    plan(data, workspace, minutes=7.0, memory_gb=0.95)
+    plan(data, workspace, memory_gb=0)
+    assert read_plan(workspace.plan).asked == ("training.minutes",)
+    value = json.loads(workspace.plan.read_text())
+    value["training"]["minutes"] = None
+    workspace.plan.write_text(json.dumps(value))
+    assert compare(data, workspace.plan) == 0
+    assert plan(data, workspace) == 0 and read_plan(workspace.plan).training.minutes is None
+
+
+def test_only_what_an_option_can_settle_can_have_been_asked(data, workspace):
+    plan(data, workspace)
+    value = json.loads(workspace.plan.read_text())
+    value["asked"] = ["training.stepz"]
+    workspace.plan.write_text(json.dumps(value))
+    with pytest.raises(PlanError, match="asked.0: Input should be 'geometry.slice_axis'"):
+        plan(data, workspace)
+
+
+def test_an_edited_plan_that_needs_more_memory_than_allowed_is_not_kept_in_silence(data, workspace):
+    plan(data, workspace)
+    value = json.loads(workspace.plan.read_text())
+    value["training"] |= {"clips_per_step": 8, "clip_slices": 4}
+    workspace.plan.write_text(json.dumps(value))
+    with pytest.raises(PlanError, match="keeps its training.clip_slices"):
+        plan(data, workspace, memory_gb=1.25)
+
+
+def test_an_axis_is_not_taken_back_from_an_edited_plan_in_silence(data, workspace):
+    plan(data, workspace, axis="LR")
+    value = json.loads(workspace.plan.read_text())
+    value["training"]["learning_rate"] = 2e-4
+    workspace.plan.write_text(json.dumps(value))
+    with pytest.raises(PlanError, match="keeps its geometry.slice_axis: set it to SI there"):
+        plan(data, workspace, axis="auto")
+
+
+def test_times_that_cannot_be_tried_out_are_left_open(data, workspace, capsys, monkeypatch):
+    monkeypatch.setattr("slmsam2_cli.model.speed._trial", lambda *_: 1 / 0)
+    assert plan(data, workspace) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("finetune -n 1"))
+    assert row.split()[3:] == ["-", row.split()[4], "GB"]
+
+
+def test_the_same_data_and_plan_give_the_same_page(data, workspace):
+    plan(data, workspace)
+    first = workspace.plan_page.read_bytes()
+    plan(data, workspace)
+    assert workspace.plan_page.read_bytes() == first

@@ -1,0 +1,216 @@
+"""Prepared cases are made once, redone when anything they rest on changes, and never trusted half-made."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import SimpleITK
+
+from slmsam2_cli.dataset.cache import check_whole, open_prepared, prepare, prepare_all, settings_digest
+from slmsam2_cli.dataset.dataset import read_dataset
+from slmsam2_cli.dataset.phantom import write_phantom_dataset
+from slmsam2_cli.dataset.slices import View
+from slmsam2_cli.errors import CaseError, OutputError
+from slmsam2_cli.io import atomic
+
+GEOMETRY = SimpleNamespace(slice_axis="SI", in_plane_mm=1.0, through_plane_mm=None, stack_px=64, crop_to_nonzero=True)
+INTENSITY = (SimpleNamespace(scheme="percentile", lower=0.5, upper=99.5),)
+
+
+@pytest.fixture
+def data(tmp_path):
+    write_phantom_dataset(tmp_path / "data", cases=2, test_cases=0, shape=(5, 24, 24))
+    return read_dataset(tmp_path / "data")
+
+
+def again(data, folder, geometry=GEOMETRY, intensity=INTENSITY, **options):
+    told = []
+    outcome = prepare_all(data, geometry, intensity, folder, tell=told.append, **options)
+    return outcome, told
+
+
+def test_a_prepared_case_holds_slices_between_0_and_1_and_its_view(data, tmp_path):
+    case = prepare(data.training[0], data, GEOMETRY, INTENSITY, tmp_path / "out")
+    assert case.frames.dtype == np.float16
+    assert case.frames.shape == (1, *case.view.stack_shape)
+    assert case.labels.shape == case.view.stack_shape
+    assert 0 == case.frames.min() < case.frames.max() == 1
+    assert set(np.unique(case.labels)) <= {0, 1, 2, 3}
+
+
+def test_the_files_written_are_these(data, tmp_path):
+    prepare(data.training[0], data, GEOMETRY, INTENSITY, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out" / "phantom_000").iterdir()) == ["frames.npy", "labels.npy", "record.json"]
+
+
+def test_another_process_is_told_where_the_arrays_lie_and_gets_parts_of_them_whole(data, tmp_path):
+    case = prepare(data.training[0], data, GEOMETRY, INTENSITY, tmp_path / "out")
+    sent, upper = pickle.dumps(case), replace(case, frames=case.frames[:, 2:])
+    assert len(sent) < case.frames.nbytes
+    there, there_upper = pickle.loads(sent), pickle.loads(pickle.dumps(upper))
+    assert np.array_equal(there.frames, case.frames) and np.array_equal(there.labels, case.labels) and not there.frames.flags.writeable
+    assert np.array_equal(there_upper.frames, case.frames[:, 2:])
+
+
+def test_a_case_without_a_label_has_none(data, tmp_path):
+    case = prepare(replace(data.training[0], label=None), data, GEOMETRY, INTENSITY, tmp_path / "out")
+    assert case.labels is None
+    assert not (tmp_path / "out" / "phantom_000" / "labels.npy").exists()
+
+
+def test_the_record_holds_no_absolute_path(data, tmp_path):
+    case = prepare(data.training[0], data, GEOMETRY, INTENSITY, tmp_path / "out")
+    assert set(case.record["inputs"]) == {"imagesTr/phantom_000.nii.gz", "labelsTr/phantom_000.nii.gz"}
+    assert str(tmp_path) not in json.dumps(case.record)
+
+
+def test_the_second_run_does_nothing(data, tmp_path):
+    assert again(data, tmp_path / "out")[0].fresh == 2
+    before = (tmp_path / "out" / "phantom_000" / "frames.npy").stat().st_mtime_ns
+    outcome, told = again(data, tmp_path / "out")
+    assert (outcome.fresh, told, len(outcome.cases)) == (0, [], 2)
+    assert (tmp_path / "out" / "phantom_000" / "frames.npy").stat().st_mtime_ns == before
+
+
+def test_a_changed_image_is_prepared_again_and_named(data, tmp_path):
+    again(data, tmp_path / "out")
+    shutil.copy(data.training[1].images[0], data.training[0].images[0])
+    shutil.copy(data.training[1].label, data.training[0].label)
+    outcome, told = again(data, tmp_path / "out")
+    assert outcome.fresh == 1
+    assert told == ["case phantom_000: prepared again: imagesTr/phantom_000.nii.gz changed"]
+    assert np.array_equal(outcome.cases[0].frames, outcome.cases[1].frames)
+
+
+def test_new_voxels_behind_an_unchanged_header_are_noticed(data, tmp_path):
+    image = data.training[0].images[0]
+    header = image.with_name("phantom_000.mhd")
+    SimpleITK.WriteImage(SimpleITK.ReadImage(str(image)), str(header))
+    apart = replace(data, training=(replace(data.training[0], images=(header,)),))
+    assert again(apart, tmp_path / "out")[0].fresh == 1
+    raw = header.with_suffix(".raw")
+    raw.write_bytes(raw.read_bytes()[::-1])
+    assert again(apart, tmp_path / "out")[1] == ["case phantom_000: prepared again: imagesTr/phantom_000.raw changed"]
+    raw.unlink()
+    assert [problem.case for problem in again(apart, tmp_path / "out")[0].problems] == ["phantom_000"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"stack_px": 32}, {"slice_axis": "AP"}, {"in_plane_mm": 2.0}, {"through_plane_mm": 1.0}, {"crop_to_nonzero": False}]
+)
+def test_a_changed_plan_prepares_everything_again(data, tmp_path, change):
+    again(data, tmp_path / "out")
+    outcome, told = again(data, tmp_path / "out", SimpleNamespace(**{**vars(GEOMETRY), **change}))
+    assert outcome.fresh == 2
+    assert all("the plan's geometry or intensities changed" in line for line in told)
+
+
+def test_intensities_count_as_the_plan(tmp_path):
+    other = (SimpleNamespace(scheme="percentile", lower=1.0, upper=99.5),)
+    assert settings_digest(GEOMETRY, INTENSITY) != settings_digest(GEOMETRY, other)
+
+
+def test_overwrite_prepares_again_and_says_so(data, tmp_path):
+    again(data, tmp_path / "out")
+    assert again(data, tmp_path / "out", overwrite=True)[1][0].endswith("prepared again: --overwrite")
+
+
+@pytest.mark.parametrize("spoil", ["frames.npy", "labels.npy", "record.json"])
+def test_a_damaged_file_is_made_again(data, tmp_path, spoil):
+    good = again(data, tmp_path / "out")[0].cases[0].frames.copy()
+    path = tmp_path / "out" / "phantom_000" / spoil
+    path.write_bytes(path.read_bytes()[:-9] + b"!")
+    outcome, told = again(data, tmp_path / "out")
+    assert len(told) == 1 and "damaged" in told[0]
+    assert np.array_equal(outcome.cases[0].frames, good)
+
+
+def test_an_unfinished_case_is_not_opened(data, tmp_path):
+    again(data, tmp_path / "out")
+    (tmp_path / "out" / "phantom_000" / "record.json").unlink()
+    with pytest.raises(CaseError, match=r"case phantom_000: is not prepared, or only half. Run slmsam2 preprocess"):
+        open_prepared(tmp_path / "out", "phantom_000")
+    assert "was not finished" in again(data, tmp_path / "out")[1][0]
+
+
+def test_a_truncated_array_is_not_opened(data, tmp_path):
+    again(data, tmp_path / "out")
+    path = tmp_path / "out" / "phantom_000" / "frames.npy"
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(CaseError, match="not prepared, or only half"):
+        open_prepared(tmp_path / "out", "phantom_000")
+
+
+@pytest.mark.parametrize("name", ["frames", "labels"])
+def test_a_file_that_is_cut_short_while_it_is_open_is_said_before_it_is_read(data, tmp_path, name):
+    case = again(data, tmp_path / "out")[0].cases[0]
+    part = replace(case, frames=case.frames[:, 2:], labels=case.labels[2:])
+    for one in (case, part):
+        check_whole(one)
+    path = tmp_path / "out" / case.id / f"{name}.npy"
+    os.truncate(path, path.stat().st_size - 1)
+    for one in (case, part):
+        with pytest.raises(atomic.ArrayError, match=rf"case {case.id}: {name}.npy was cut short"):
+            check_whole(one)
+
+
+def test_a_file_that_another_one_replaces_stays_readable(data, tmp_path):
+    case = again(data, tmp_path / "out")[0].cases[0]
+    before = case.frames.copy()
+    again(data, tmp_path / "out", overwrite=True)
+    check_whole(case)
+    assert np.array_equal(case.frames, before)
+
+
+def test_a_record_that_points_elsewhere_is_not_followed(data, tmp_path):
+    again(data, tmp_path / "out")
+    path = tmp_path / "out" / "phantom_000" / "record.json"
+    record = json.loads(path.read_text())
+    record["outputs"]["../phantom_001/frames.npy"] = "0"
+    path.write_text(json.dumps(record))
+    with pytest.raises(CaseError, match="not prepared"):
+        open_prepared(tmp_path / "out", "phantom_000")
+
+
+def test_one_bad_case_does_not_stop_the_others(data, tmp_path):
+    data.training[0].images[0].write_bytes(b"not an image")
+    outcome, _ = again(data, tmp_path / "out")
+    assert [case.id for case in outcome.cases] == ["phantom_001"]
+    assert [problem.case for problem in outcome.problems] == ["phantom_000"]
+
+
+def test_a_vanished_image_is_that_case_s_problem(data, tmp_path):
+    data.training[1].images[0].unlink()
+    outcome, _ = again(data, tmp_path / "out")
+    assert [problem.case for problem in outcome.problems] == ["phantom_001"]
+
+
+def test_a_fault_at_any_step_leaves_a_whole_case_or_none(data, tmp_path):
+    want = prepare(data.training[0], data, GEOMETRY, INTENSITY, tmp_path / "good").frames
+    for step in range(1, 40):
+        folder = tmp_path / f"out{step}"
+        try:
+            with atomic.fail_at(step):
+                prepare(data.training[0], data, GEOMETRY, INTENSITY, folder)
+            break
+        except OutputError:
+            pass
+        outcome, _ = again(data, folder)
+        assert np.array_equal(outcome.cases[0].frames, want)
+    else:
+        pytest.fail("never ran through")
+
+
+def test_a_prepared_case_leads_back_to_the_native_grid(data, tmp_path):
+    case = prepare(data.training[0], data, GEOMETRY, INTENSITY, tmp_path / "out")
+    assert isinstance(case.view, View)
+    stack = np.asarray(case.labels)
+    back = case.view.restore(lambda t: np.where(stack[t] == 1, 1.0, -1.0)[None].astype(np.float32), [1])
+    assert back.shape == case.view.grid.shape

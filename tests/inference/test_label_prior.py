@@ -1,0 +1,186 @@
+"""A recogniser is heeded as far as it agrees with what was drawn on this volume, and no further."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from slmsam2_cli.inference.label_prior import GOOD, LEAST_AREA, MOST, SURE, Hint, recognised
+from slmsam2_cli.inference.propagation import Anchor, propagate
+from slmsam2_cli.model.label_unet import REACH, Recogniser
+from slmsam2_cli.model.roi import Square
+from slmsam2_cli.model.slmsam2 import SliceOutput, SlmSam2
+from slmsam2_cli.planning.plan import NetworkPlan
+
+PX = 64
+
+
+class Bright(Recogniser):
+    """Finds label 4 wherever the slice in the middle of its reach is brighter than a half, and is sure of it."""
+
+    def __init__(self):
+        super().__init__(1, [4], PX, width=8)
+
+    def forward(self, slices):
+        sure = 20 * (slices[:, REACH : REACH + 1] - 0.5)
+        return torch.cat([-sure, sure], dim=1)
+
+
+def stack(slices=7, held=(2, 3, 4)):
+    """Bright squares on some slices."""
+    frames = torch.zeros(slices, 3, PX, PX)
+    frames[list(held), :, 24:40, 24:40] = 1.0
+    return frames
+
+
+def drawn(low=24, high=40):
+    mask = torch.zeros(PX, PX, dtype=torch.bool)
+    mask[low:high, low:high] = True
+    return mask
+
+
+def hint(agreement=1.0, margin=SURE, view=None, area=16.0):
+    return Hint(torch.full((1, PX, PX), margin), view or Square(0, 0, PX), PX, agreement, area)
+
+
+def output(logit, presence, edge=PX):
+    mask = torch.full((1, 1, edge, edge), logit)
+    one = torch.ones(1, 1)
+    return SliceOutput(mask, 0.8 * one, torch.zeros(1, dtype=torch.long), presence * one, mask, mask, torch.zeros(1, 8))
+
+
+def test_what_is_recognised_exactly_as_drawn_agrees_wholly_and_counts_one_half():
+    found = recognised(Bright(), stack(), {4: [(3, drawn())]})[4]
+    assert found.agreement == pytest.approx(1.0)
+    assert found.share == MOST
+
+
+def test_agreement_is_the_dice_of_what_is_recognised_with_what_was_drawn():
+    half = drawn()
+    half[32:] = False  # 8 rows of 16: Dice 2 * 128 / (256 + 128)
+    found = recognised(Bright(), stack(), {4: [(3, half)]})[4]
+    assert found.agreement == pytest.approx(2 / 3)
+    assert found.share == pytest.approx(MOST * (2 / 3 / GOOD) ** 2)
+
+
+def test_an_end_stop_says_nothing_of_agreement():
+    found = recognised(Bright(), stack(), {4: [(0, torch.zeros(PX, PX, dtype=torch.bool)), (3, drawn())]})[4]
+    assert found.agreement == pytest.approx(1.0)
+
+
+def test_a_label_that_it_does_not_know_or_that_nobody_drew_gets_no_hint():
+    assert recognised(Bright(), stack(), {5: [(3, drawn())]}) == {}
+    assert recognised(Bright(), stack(), {4: [(3, torch.zeros(PX, PX, dtype=torch.bool))]}) == {}
+
+
+def test_one_that_finds_nothing_of_what_was_drawn_changes_nothing():
+    found = recognised(Bright(), stack(held=()), {4: [(3, drawn())]})[4]
+    seen = output(3.0, 2.0)
+    assert found.share == 0
+    assert found.heeded(seen, 3, None) is seen
+
+
+def test_logits_and_presence_are_the_mean_of_both_where_it_counts_one_half():
+    mixed = hint(margin=4.0).heeded(output(-2.0, -1.0), 0, None)
+    assert mixed.chosen.unique().tolist() == [1.0]
+    assert mixed.presence.item() == pytest.approx(1.5)
+    assert (mixed.logits > 0).all()
+
+
+def test_one_that_may_not_raise_ends_a_structure_but_finds_none():
+    """Presence -4 and recognised at +10, which counts one half: +3 for one that may; +4 and -10: -3 for both."""
+    for raises, found in ((True, 3.0), (False, -4.0)):
+        assert float(replace(hint(), raises=raises).heeded(output(2.0, -4.0), 0, None).presence) == pytest.approx(found)
+        assert float(replace(hint(margin=-SURE), raises=raises).heeded(output(2.0, 4.0), 0, None).presence) == pytest.approx(-3.0)
+
+
+def test_neither_counts_more_than_sure():
+    mixed = hint(margin=-500.0).heeded(output(500.0, 500.0), 0, None)
+    assert mixed.chosen.abs().max() < 1e-5
+    assert mixed.presence.item() < 0  # an empty mask is no object
+
+
+def test_where_it_did_not_look_the_mask_stays_as_it_was():
+    mixed = hint(view=Square(0, 0, 32)).heeded(output(-3.0, 1.0), 0, None)
+    assert (mixed.chosen[..., :31, :31] > 0).all()
+    assert torch.equal(mixed.chosen[..., 33:, :], torch.full((1, 1, 31, 64), -3.0))
+
+
+def test_what_lies_outside_of_its_view_is_no_reason_to_believe_in_the_structure():
+    mixed = hint(margin=-SURE, view=Square(16, 16, 32)).heeded(output(3.0, 3.0), 0, None)
+    assert mixed.presence.item() == pytest.approx(-3.5)
+    assert (mixed.logits < 0).all()
+
+
+def test_where_it_did_not_look_at_all_nothing_changes():
+    seen = output(3.0, 3.0)
+    assert hint(margin=-SURE, view=Square(0, 0, 16)).heeded(seen, 0, Square(32, 32, 32)) is seen
+
+
+def test_the_pointer_follows_the_presence():
+    absent, present = torch.zeros(1, 8), torch.ones(1, 8)
+    lost = replace(output(-2.0, -1.0), pointer=absent, pointers=(absent, present))
+    assert torch.equal(hint(margin=SURE).heeded(lost, 0, None).pointer, present)
+    held = replace(output(2.0, 1.0), pointer=present, pointers=(absent, present))
+    assert torch.equal(hint(margin=-SURE).heeded(held, 0, None).pointer, absent)
+
+
+def test_of_several_channels_it_reads_its_own():
+    class Second(Bright):
+        """Two channels, of which the second one counts."""
+
+        def __init__(self):
+            Recogniser.__init__(self, 2, [4], PX, width=8)
+
+        def forward(self, slices):
+            sure = 20 * (slices[:, 2 * REACH + 1 : 2 * REACH + 2] - 0.5)
+            return torch.cat([-sure, sure], dim=1)
+
+    frames = torch.zeros(7, 3, PX, PX)
+    frames[:, 1] = stack()[:, 0]
+    assert recognised(Second(), frames, {4: [(3, drawn())]})[4].agreement == pytest.approx(1.0)
+
+
+def test_a_speck_is_not_the_structure():
+    margins = torch.full((1, PX, PX), -SURE)
+    margins[0, 5:7, 5:7] = SURE  # 4 pixels
+    speck = Hint(margins, Square(0, 0, PX), PX, 1.0, area=40 / LEAST_AREA)  # 40 would be enough
+    assert speck.heeded(output(-SURE, -SURE), 0, None).presence.item() < -5
+    assert (speck.heeded(output(-SURE, -SURE), 0, None).logits < 0).all()
+
+
+def test_a_network_that_sees_a_square_is_told_of_that_square():
+    margins = torch.full((1, PX, PX), -4.0)
+    margins[0, :, 32:] = 4.0
+    mixed = Hint(margins, Square(0, 0, PX), PX, 1.0, 16.0).heeded(output(0.0, 5.0, edge=32), 0, Square(16, 40, 16))
+    assert (mixed.chosen == 2.0).all()
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights that believe nothing to be present."""
+    torch.manual_seed(0)
+    made = SlmSam2(NetworkPlan(size="nano"), PX).eval()
+    torch.nn.init.constant_(made.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, -6.0)
+    made.recogniser = Bright().eval()
+    return made
+
+
+def shown(found):
+    return [bool((plane > 0).any()) for plane in found.logits]
+
+
+@pytest.mark.parametrize("focus", [None, 2.0])
+def test_a_structure_that_propagation_loses_is_found_again_and_ends_where_it_ends(model, focus):
+    anchors = {4: [Anchor(3, drawn())]}
+    heard = propagate(model, stack(), anchors, focus=focus, recognise=True)[4]
+    assert shown(heard) == [False, False, True, True, True, False, False]
+    assert heard.agreement == pytest.approx(1.0)
+    alone = propagate(model, stack(), anchors, focus=focus)[4]
+    assert shown(alone) == [False, False, False, True, False, False, False]
+    assert alone.agreement is None
+
+
+def test_objects_that_are_no_labels_of_the_data_set_are_not_recognised(model):
+    found = propagate(model, stack(), {9: [Anchor(3, drawn())]}, recognise=True)[9]
+    assert found.agreement is None and shown(found)[2:5] == [False, True, False]

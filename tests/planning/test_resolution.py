@@ -1,0 +1,114 @@
+"""Structures thinner than what a network draws are seen beforehand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from measured_cases import known
+
+from slmsam2_cli.dataset.slices import AXES, Orientation
+from slmsam2_cli.errors import DatasetError
+from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint
+from slmsam2_cli.planning.label_stats import measure_labels
+from slmsam2_cli.planning.resolution import choose_focused_px, may_be_lost, thinnest, width_mm
+from slmsam2_cli.planning.rules import decide
+
+
+def holding(mask, spacing=(3.0, 1.0, 1.0)):
+    """A case whose label 1 is the mask (S, P, L)."""
+    return CaseFingerprint(
+        id="a",
+        stored_shape=mask.shape,
+        orientation="LPS",
+        shape=mask.shape,
+        spacing_mm=spacing,
+        content_mm=tuple(n * mm for n, mm in zip(mask.shape, spacing, strict=True)),
+        channels=(ChannelFingerprint(whole=None, foreground=None),),
+        labels=measure_labels(mask.astype(np.uint8), [1], Orientation((0, 1, 2), (False, False, False))),
+    )
+
+
+def bar(width, length, slices=3, edge=260):
+    """`width` rows of `length` voxels, in slices of 100 x `edge`."""
+    mask = np.zeros((slices, 100, edge), bool)
+    mask[:, 10 : 10 + width, 5 : 5 + length] = True
+    return mask
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2, 200), (4, 40), (5, 5), (1, 1)])
+def test_the_width_of_a_rectangle_is_its_shorter_edge(rows, columns):
+    assert width_mm(holding(bar(rows, columns)), 1, "SI") == pytest.approx(rows)
+
+
+def test_the_width_is_measured_in_millimetres_on_the_slices():
+    assert width_mm(holding(bar(2, 200), spacing=(3.0, 0.5, 1.0)), 1, "SI") == pytest.approx(1.0)
+    assert width_mm(holding(bar(2, 200), spacing=(0.1, 1.0, 1.0)), 1, "SI") == pytest.approx(2.0)
+
+
+def test_a_disc_counts_as_half_of_its_diameter():
+    rows, columns = np.ogrid[:100, :100]
+    disc = (rows - 50) ** 2 + (columns - 50) ** 2 <= 40**2
+    # area pi / 4 d^2, border 4 d: (2 - sqrt(4 - pi)) / 2 d
+    assert width_mm(holding(np.stack([disc, disc])), 1, "SI") == pytest.approx(0.537 * 80, rel=0.03)
+
+
+def test_several_small_pieces_count_for_half_of_one_at_least():
+    two = bar(6, 6)
+    two[:, 60:66, 200:206] = True
+    assert 3 < width_mm(holding(two), 1, "SI") < 6
+
+
+@pytest.mark.parametrize(("edge", "px"), [(10, 96), (24, 96), (25, 128), (90, 128)])
+def test_a_structure_of_few_voxels_is_seen_at_no_more_pixels_than_its_mask_has_use_for(edge, px):
+    # square of 2 * 24 pixels as stored, two network pixels for one of the mask: 96
+    decision = choose_focused_px(known(holding(bar(edge, edge))), "SI", 2.0, 1.0)
+    assert decision.value == px and ("squares of" in decision.reason) == (px == 96)
+
+
+def test_where_slices_are_stored_finer_because_of_some_case_the_mask_is_finer_too():
+    found = known(holding(bar(20, 20)))
+    assert (choose_focused_px(found, "SI", 2.0, 1.0).value, choose_focused_px(found, "SI", 2.0, 0.5).value) == (96, 128)
+
+
+def test_what_is_wide_enough_is_seen_at_the_usual_size():
+    # square of 2 * 40 mm, 64 pixels of the mask: 1.25 mm each
+    found = known(holding(bar(4, 40)))
+    assert thinnest(found, "SI", "nano", 128, 2.0, 1.0).pixels == pytest.approx(4 / 1.25)
+    assert choose_focused_px(found, "SI", 2.0, 1.0).value == 128
+
+
+def test_a_structure_thinner_than_a_pixel_of_the_mask_is_seen_twice_as_large():
+    decision = choose_focused_px(known(holding(bar(3, 120))), "SI", 2.0, 1.0)  # 240 / 64 mm a pixel
+    assert decision.value == 256 and "organ, the thinnest, is 3 mm wide, a pixel of the mask 3.8 mm" in decision.reason
+
+
+def test_a_square_is_not_larger_than_the_slice():
+    # 2 * 240 mm, but slices of 260: 260 / 64 mm a pixel
+    assert thinnest(known(holding(bar(4, 240))), "SI", "nano", 128, 2.0, 1.0).pixel_mm == pytest.approx(260 / 64)
+
+
+def test_what_may_be_too_thin_for_squares_around_it_is_said():
+    found = known(holding(bar(1, 240)))  # 260 / 128 mm a pixel at 256 px
+    said = may_be_lost(found, "SI", "nano", 256, 2.0)
+    assert said.startswith("organ is 1 mm wide, and a pixel of its mask may be 2 mm: parts of it may be lost")
+    assert may_be_lost(known(holding(bar(2, 240))), "SI", "nano", 256, 2.0) is None
+    assert decide(found).geometry.frame_px == 256
+
+
+def test_what_a_network_of_whole_slices_would_lose_is_refused_with_what_to_do():
+    with pytest.raises(
+        DatasetError, match=r"organ is 1 mm wide, and a pixel of the mask that tiny draws .* mm: it would be lost. Plan with"
+    ):
+        decide(known(holding(bar(1, 240, edge=2000))), "tiny")
+
+
+def test_a_label_without_measured_borders_is_not_judged():
+    case = holding(bar(1, 200))
+    plain = case.model_copy(update={"labels": {1: case.labels[1].model_copy(update={"borders": {}})}})
+    assert width_mm(plain, 1, "SI") is None
+    assert thinnest(known(plain), "SI", "nano", 128, 2.0, 1.0) is None
+
+
+def test_every_voxel_alone_has_six_faces():
+    label = holding(np.ones((1, 1, 1), bool)).labels[1]
+    assert label.borders == dict.fromkeys(AXES, 2)

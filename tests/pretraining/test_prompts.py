@@ -1,0 +1,81 @@
+"""Boxes and points: drawn where the mask says, and enough for a mask of their own."""
+
+import pytest
+import torch
+
+from slmsam2_cli.model.slmsam2 import SlmSam2
+from slmsam2_cli.planning.plan import NetworkPlan
+from slmsam2_cli.pretraining.prompts import box_of, boxed, filled, improved, nearly, pointed, points_of, reduced
+
+PX = 64
+
+
+def rng():
+    return torch.Generator().manual_seed(0)
+
+
+def rectangle(left=10, top=20, right=29, bottom=35):
+    mask = torch.zeros(1, 1, PX, PX)
+    mask[..., top : bottom + 1, left : right + 1] = 1
+    return mask
+
+
+def test_the_box_of_a_rectangle_is_its_two_corners():
+    box = box_of(rectangle(), rng(), jitter=0.0)
+    assert box.tolist() == [[[10, 20], [29, 35]]]
+    assert torch.equal(filled(box, PX), rectangle())
+
+
+def test_a_shifted_box_stays_in_the_frame_and_near_the_mask():
+    masks = rectangle(0, 0, 63, 9).expand(50, -1, -1, -1)
+    points = box_of(masks, rng(), jitter=0.1)
+    assert points.min() >= 0 and points.max() <= PX - 1
+    assert (points[:, 1, 1] - 9).abs().max() <= 1.0 and points[:, 1, 1].std() > 0
+
+
+def test_the_first_point_is_inside_and_the_others_are_what_their_labels_say():
+    mask = rectangle()
+    points, labels = points_of(mask.expand(40, -1, -1, -1), 3, rng())
+    x, y = points.long().unbind(-1)
+    assert torch.equal(mask[0, 0][y, x].long(), labels)
+    assert labels[:, 0].all() and 0 < labels[:, 1:].float().mean() < 1
+
+
+def test_where_everything_is_inside_no_point_is_outside():
+    _, labels = points_of(torch.ones(8, 1, PX, PX), 3, rng())
+    assert labels.all()
+
+
+@pytest.mark.parametrize(("points", "candidates"), [(1, 3), (2, 1)])
+def test_one_point_may_mean_three_things_and_several_mean_one(points, candidates):
+    model = SlmSam2(NetworkPlan(size="nano"), PX).eval()
+    with torch.no_grad():
+        output = pointed(model, model.encode(torch.rand(2, 3, PX, PX)), *points_of(rectangle().expand(2, -1, -1, -1), points, rng()))
+    assert output.candidates.shape == (2, candidates, PX, PX) and output.iou.shape == (2, candidates)
+
+
+def test_a_mask_that_is_nearly_right_keeps_its_shape_and_stays_near():
+    masks = rectangle().expand(50, -1, -1, -1)
+    others = nearly(masks, rng(), shift=0.25, scale=1.4)
+    shared = (others * masks).sum(dim=(1, 2, 3)) / torch.maximum(others, masks).sum(dim=(1, 2, 3))
+    assert shared.min() > 0.2 and shared.max() < 1.01 and shared.std() > 0.05
+    assert set(others.unique().tolist()) == {0.0, 1.0}
+
+
+def test_a_mask_that_is_neither_moved_nor_scaled_is_itself():
+    assert torch.equal(nearly(rectangle(), rng(), shift=0.0, scale=1.0), rectangle())
+
+
+def test_what_would_leave_the_frame_altogether_stays():
+    pixel = rectangle(63, 63, 63, 63).expand(20, -1, -1, -1)
+    assert nearly(pixel, rng(), shift=1.0, scale=4.0).flatten(1).any(dim=1).all()
+
+
+@torch.no_grad()
+def test_before_it_has_learned_anything_a_model_that_carries_masks_says_the_box_or_the_mask_it_was_given():
+    torch.manual_seed(0)
+    model = SlmSam2(NetworkPlan(size="nano"), PX).eval()
+    features, box = model.encode(torch.rand(1, 3, PX, PX)), torch.tensor([[[8.0, 8.0], [39.0, 31.0]]])
+    given = reduced(model, filled(box, PX)) > 0
+    assert torch.equal(boxed(model, features, box).chosen > 0, given)
+    assert torch.equal(improved(model, features, filled(box, PX)).chosen > 0, given)

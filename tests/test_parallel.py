@@ -1,0 +1,114 @@
+"""Cases spread over processes: none is lost, whatever becomes of the process that holds it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from slmsam2_cli import parallel
+from slmsam2_cli.errors import CaseError
+from slmsam2_cli.parallel import spread
+
+SLEEPING = (
+    "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored where the tests run in the background
+    "from slmsam2_cli.parallel import spread; spread(time.sleep, {'a': 60, 'b': 60}, 2)"
+)
+
+
+def shell(folder, *scripts):
+    """Cases a, b, c, ... : shell scripts run in a folder by the process that holds the case, and its id is $PPID."""
+    return {chr(97 + place): ["sh", "-c", f"cd '{folder}'; {script}"] for place, script in enumerate(scripts)}
+
+
+def processes_of(group):
+    """How many processes of a group there are; zombies do not count."""
+    listed = subprocess.run(["ps", "-eo", "pgid,stat"], capture_output=True, text=True, check=True).stdout.split("\n")[1:]
+    return sum(line.split()[0] == str(group) and line.split()[1][0] != "Z" for line in listed if line)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_answers_come_in_the_order_of_the_cases(count):
+    told = []
+    assert spread(str.upper, {"c": "x", "a": "y", "b": "z"}, count, advance=lambda steps, case: told.append(case)) == ["X", "Y", "Z"]
+    assert sorted(told) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_killed_process_is_reported_with_its_case_and_the_others_go_on(count):
+    first, killed, last = spread(signal.raise_signal, {"first": 0, "killed": signal.SIGKILL, "last": 0}, count)
+    assert (first, last) == (None, None)
+    assert isinstance(killed, CaseError)
+    assert str(killed).startswith("case killed: the process that worked on it was ended")
+
+
+def test_a_case_whose_process_died_beside_others_is_tried_once_more_alone(tmp_path):
+    dies_once = "if mkdir died; then kill -9 $PPID; else test ! -e busy; fi"
+    beside = "mkdir busy; while ! test -e died; do sleep 0.02; done; sleep 0.3; rmdir busy"
+    assert spread(subprocess.call, shell(tmp_path, beside, dies_once), 2) == [0, 0]
+    assert (tmp_path / "died").exists()
+
+
+def test_cases_too_large_to_run_together_run_one_after_the_other(tmp_path):
+    one = "mkdir busy || exit 1; sleep 0.1; rmdir busy"
+    assert spread(subprocess.call, shell(tmp_path, one, one, one), 3, bytes_of=lambda job: 6, room=10) == [0, 0, 0]
+
+
+def test_cases_that_fit_together_run_together(tmp_path):
+    meet = "touch {}; for i in $(seq 500); do test -e {} && exit 0; sleep 0.02; done; exit 1"
+    jobs = shell(tmp_path, meet.format("one", "two"), meet.format("two", "one"))
+    assert spread(subprocess.call, jobs, 2, bytes_of=lambda job: 5, room=10) == [0, 0]
+
+
+def test_a_case_larger_than_all_memory_is_tried_alone(tmp_path):
+    one = "mkdir busy || exit 1; sleep 0.1; rmdir busy"
+    assert spread(subprocess.call, shell(tmp_path, one, one), 2, bytes_of=lambda job: 11, room=10) == [0, 0]
+
+
+def test_where_no_process_can_be_had_this_one_does_it_all(monkeypatch):
+    monkeypatch.setattr(parallel, "START_METHOD", "a method that no system has")
+    assert spread(str.upper, {"a": "x", "b": "y"}, 2) == ["X", "Y"]
+
+
+def test_an_unexpected_error_in_a_process_is_raised_here():
+    with pytest.raises(RuntimeError, match="ValueError: invalid literal"):
+        spread(int, {"a": "1", "b": "one"}, 2)
+
+
+def begun(script):
+    """A Python in a process group of its own, when its two workers sleep."""
+    program = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for _ in range(200):
+        if processes_of(program.pid) >= 5:  # it, the tracker of resources, the server and two workers
+            break
+        time.sleep(0.1)
+    time.sleep(0.5)
+    return program
+
+
+def ends(group):
+    """Whether all processes of a group end within five seconds."""
+    for _ in range(50):
+        if not processes_of(group):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_ctrl_c_ends_it_quickly_and_without_noise():
+    program = begun(SLEEPING)
+    os.killpg(program.pid, signal.SIGINT)
+    said = program.communicate(timeout=10)[1]
+    assert ends(program.pid)
+    assert said.count("Traceback") == 1 and said.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_workers_end_with_a_parent_that_is_killed():
+    program = begun(SLEEPING)
+    os.kill(program.pid, signal.SIGKILL)
+    assert ends(program.pid)
+    program.communicate(timeout=10)

@@ -1,0 +1,157 @@
+"""What a step learns from is a matter of the seed and the step, whoever draws it; who dies drawing is named."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from stacks import case, whole
+
+from slmsam2_cli.errors import TrainingError
+from slmsam2_cli.io import atomic
+from slmsam2_cli.planning.plan import TrainingPlan
+from slmsam2_cli.training.clips import ClipSampler
+from slmsam2_cli.training.dataloader import Batches, Feed, Material, workers_for
+from slmsam2_cli.training.label_unet import SliceSampler
+
+PX, LENGTH = 32, 4
+
+
+def plan(**changes):
+    base = {"steps": 9, "clip_slices": 4, "clips_per_step": 2, "learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 0.01}
+    return TrainingPlan(**{**base, **changes})
+
+
+def material():
+    cases = [case(name=name, size=(PX, PX)) for name in ("left", "right")]
+    return Material(ClipSampler(cases, [1], whole(PX)), SliceSampler(cases, [1], PX))
+
+
+def feed(first=0, workers=0, batches=None, **changes):
+    return Feed(batches or Batches(material(), plan(), 48), first, lambda: LENGTH, workers, **changes)
+
+
+def same(one, other):
+    tensors = [(batch.clips.frames, batch.clips.masks, batch.clips.window, *batch.seen) for batch in (one, other)]
+    return all(torch.equal(a, b) for a, b in zip(*tensors))
+
+
+def test_the_same_batches_come_from_one_process_and_from_two_that_draw_ahead():
+    alone, helped = feed(), feed(workers=2)
+    assert all(same(alone.next(), helped.next()) for _ in range(6))
+
+
+def test_a_feed_that_begins_later_goes_on_as_if_it_had_not_been_away():
+    whole_, late = feed(), feed(first=3)
+    for _ in range(3):
+        whole_.next()
+    assert all(same(whole_.next(), late.next()) for _ in range(3))
+
+
+def test_steps_differ_and_so_do_seeds():
+    one = feed()
+    assert not same(one.next(), one.next())
+    assert not same(feed().next(), feed(batches=Batches(material(), plan(seed=1), 48)).next())
+
+
+def test_a_batch_holds_as_many_windows_as_the_plan_says_and_none_loses_all_its_tracks():
+    for _, batch in zip(range(10), iter(feed().next, None)):
+        assert batch.clips.frames.shape[:2] == (LENGTH, 2) and set(batch.clips.window.tolist()) == {0, 1}
+
+
+def test_random_draws_of_others_are_left_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    feed().next()
+    assert torch.equal(torch.rand(1), expected)
+
+
+class Dying(Batches):
+    """Step 2 cannot be drawn."""
+
+    def __init__(self, how):
+        super().__init__(material(), plan(), 48)
+        self.how = how
+
+    def __getitem__(self, at):
+        if at[0] == 2:
+            self.how()
+        return super().__getitem__(at)
+
+
+def until_it_fails(one):
+    try:
+        for _ in range(5):
+            one.next()
+            time.sleep(0.05)
+    except RuntimeError as error:
+        raise one.death(error) or error from None
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_process_that_is_killed_while_it_draws_is_an_error_with_step_and_volumes(workers):
+    with pytest.raises(TrainingError, match=r"step 2, (left|right|left, right|right, left): a process that draws clips ended.*--continue"):
+        until_it_fails(feed(workers=workers, batches=Dying(lambda: os.kill(os.getpid(), signal.SIGKILL))))
+
+
+def test_a_process_that_hangs_is_an_error_after_the_patience_is_over():
+    with pytest.raises(TrainingError, match=r"step 2, .*hung"):
+        until_it_fails(feed(workers=1, batches=Dying(lambda: time.sleep(60)), patience_s=2))
+
+
+FINISHING = """
+import os, signal
+from test_feeding import feed
+signal.signal(signal.SIGTERM, lambda *_: None)  # who trains finishes its step
+one = feed(workers=1)
+one.next()
+os.killpg(0, signal.SIGTERM)
+for _ in range(5):  # more than were drawn ahead
+    one.next()
+"""
+
+
+def test_who_draws_goes_on_when_the_whole_group_is_told_to_end_so_that_a_step_can_be_finished():
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent)])
+    subprocess.run([sys.executable, "-c", FINISHING], env=os.environ | {"PYTHONPATH": path}, start_new_session=True, check=True, timeout=60)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_volume_that_cannot_be_shown_is_named(workers, monkeypatch):
+    made = Batches(material(), plan(), 48)
+
+    def damaged(*_):
+        raise ValueError("cannot reshape")
+
+    monkeypatch.setattr(made.material.clips, "show", damaged)
+    with pytest.raises(TrainingError, match=r"step 0, .*(left|right).*: cannot reshape.*prepared/"):
+        feed(workers=workers, batches=made).next()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_volume_that_is_cut_short_while_it_is_learned_from_is_named(workers, tmp_path):
+    shown = case(name="left", size=(PX, PX))
+    atomic.write_npy(tmp_path / "frames.npy", shown.frames)
+    mapped = SimpleNamespace(**(vars(shown) | {"frames": atomic.open_npy(tmp_path / "frames.npy")}))
+    one = feed(workers=workers, batches=Batches(Material(ClipSampler([mapped], [1], whole(PX))), plan()))
+    one.next()
+    idle = 0
+    while workers and idle < 5:  # what is being read is not to go away under it
+        time.sleep(0.02)
+        idle = idle + 1 if (one.at_work[:, 1] == -1).all() else 0
+    os.truncate(tmp_path / "frames.npy", 200)
+    with pytest.raises(TrainingError, match=r"step [1-4]: case left: frames.npy was cut short.*prepared/"):
+        until_it_fails(one)
+
+
+def test_on_a_cpu_and_from_random_weights_nobody_draws_ahead():
+    assert workers_for(torch.device("cpu"), from_scratch=False) == 0
+    assert workers_for(torch.device("cuda"), from_scratch=True) == 0
+    assert workers_for(torch.device("cuda"), from_scratch=False) >= 1
