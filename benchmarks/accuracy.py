@@ -37,7 +37,7 @@ from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.evaluation.metrics import Pair, measure
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.volume import read_labels
-from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, base_weights, fit, read_checkpoint, save_checkpoint, save_weights
+from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, fit, load_base_weights, read_checkpoint, save_checkpoint, save_weights
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.measure import measure as measure_dataset
 from slmsam2_cli.planning.plan import Plan, write_plan
@@ -88,12 +88,12 @@ def remembers_the_truth() -> Any:
     remember, truth = SlmSam2.remember, dict[str, torch.Tensor]()
 
     def noted(output: Any, target: torch.Tensor, *rest: Any) -> Any:
-        truth["presence"] = 20 * (target.flatten(1).amax(dim=1, keepdim=True) > 0).float() - 10
+        truth["object_score"] = 20 * (target.flatten(1).amax(dim=1, keepdim=True) > 0).float() - 10
         return slice_loss(output, target, *rest)
 
     def told(self: SlmSam2, features: Any, output: Any, masks: Any = None) -> Any:
         if self.training and masks is None:
-            output = replace(output, presence=truth["presence"].to(output.presence))
+            output = replace(output, object_score=truth["object_score"].to(output.object_score))
         return remember(self, features, output, masks)
 
     patches = contextlib.ExitStack()
@@ -120,17 +120,17 @@ def carries_nothing() -> Any:
     return patches
 
 
-PLAIN = {"recogniser": False, "validation": "none"}  # so that nothing but what is named differs
+PLAIN = {"label_unet": False, "validation": "none"}  # so that nothing but what is named differs
 ARMS = {
     PLANNED: Arm("nano, untuned"),
-    LONG: Arm("SAM 2's memory, untuned", {"policy": "fifo", "two_sided": True}, long=True, published=True),
-    SAM2: Arm("SAM 2, published recipe", {"policy": "fifo", "two_sided": True}, long=True, published=True),
-    SLM: Arm("SLM-SAM 2, as published", {"fuser": "sum", "two_sided": True}, long=True, published=True),
+    LONG: Arm("SAM 2's memory, untuned", {"policy": "fifo", "shared_memory": True}, long=True, published=True),
+    SAM2: Arm("SAM 2, published recipe", {"policy": "fifo", "shared_memory": True}, long=True, published=True),
+    SLM: Arm("SLM-SAM 2, as published", {"fuser": "sum", "shared_memory": True}, long=True, published=True),
     FIFO: Arm("SAM 2's memory, our recipe", {"policy": "fifo"}, long=True),
     OURS: Arm("ours"),
     "plain": Arm("plain: ours without recogniser and left-out volumes", training=PLAIN),
-    "recogniser": Arm("plain, with recogniser", training={"validation": "none"}),
-    "presence-truth": Arm("plain, presence learns the truth", training=PLAIN | {"presence": "truth"}),
+    "label_unet": Arm("plain, with recogniser", training={"validation": "none"}),
+    "presence-truth": Arm("plain, presence learns the truth", training=PLAIN | {"object_score_target": "ground_truth"}),
     "published-clips": Arm(
         "plain, published clips",
         training=PLAIN,
@@ -163,15 +163,17 @@ def upwards(runs: Callable[..., list[tuple[int, bool]]]) -> Callable[..., list[t
 
 def base_of(arm: Arm, folder: Path) -> tuple[str, Checkpoint]:
     """What is given as --weights, and the same as read."""
-    base = base_weights("auto")
+    base = load_base_weights("auto")
     assert base is not None and base.network is not None and base.provenance is not None
     if not arm.long:
         return "auto", base
     state = {name: tensor for name, tensor in base.state.items() if not name.startswith(SHORT)}
     file = folder / "long-memory.safetensors"
-    network = base.network.model_copy(update={"policy": "fifo", "two_sided": arm.network.get("two_sided", False)})  # untuned: as it is
+    network = base.network.model_copy(
+        update={"policy": "fifo", "shared_memory": arm.network.get("shared_memory", False)}
+    )  # untuned: as it is
     save_weights(file, state, network, base.provenance)
-    found = base_weights(str(file))
+    found = load_base_weights(str(file))
     assert found is not None
     return str(file), found
 
@@ -188,7 +190,7 @@ def plan_of(root: Path, arm: Arm, base: Checkpoint) -> Plan:
         }
     )
     if arm.published:  # as its predictor does
-        plan = plan.model_copy(update={"inference": plan.inference.model_copy(update={"patience": None})})
+        plan = plan.model_copy(update={"inference": plan.inference.model_copy(update={"max_empty_slices": None})})
     return plan
 
 
@@ -203,29 +205,29 @@ def run(root: Path, arm: Arm, count: int, seed: int) -> Row:
         write_plan(space.plan, plan)
         data, started, steps = read_dataset(root), time.perf_counter(), 0
         if count == 0:
-            unseen = [case.id for case in data.training]
+            held_out = [case.id for case in data.training]
             predict(None, folder / "masks", dataset=root, workspace=space, weights=weights, report=False)
         elif arm.published:
             cases = prepare_all(data, plan.geometry, plan.intensity, space.prepared).cases
             picked = picked_of(
                 [case.id for case in cases if case.labels is not None and len(case.labels) > 1 and case.labels.any()], count, seed
             )
-            unseen = [case.id for case in cases if case.id not in picked]
-            model = SlmSam2(plan.network, plan.geometry.frame_px)
+            held_out = [case.id for case in cases if case.id not in picked]
+            model = SlmSam2(plan.network, plan.geometry.input_size)
             fit(model, base)
             steps = published.train(model, [case for case in cases if case.id in picked], plan, seed)
-            keep(space, model, plan, picked, unseen)
+            keep(space, model, plan, picked, held_out)
         else:
             asked = round(arm.training["steps"] * training_for(plan, count).steps) if "steps" in arm.training else None
             finetune(root, space, cases=count, weights=weights, seed=seed, steps=asked)
             learned = read_checkpoint(space.model).provenance
             steps = learned.steps if learned is not None else 0
             split: Any = atomic.read_json(space.split, "split")
-            unseen = split["unseen"]
+            held_out = split["held_out"]
         seconds = time.perf_counter() - started
         if count:
             predict(None, folder / "masks", dataset=root, workspace=space, report=False)
-        return {"steps": steps, "seconds": round(seconds, 1) if count else 0, "scores": list(scores(root, folder / "masks", unseen))}
+        return {"steps": steps, "seconds": round(seconds, 1) if count else 0, "scores": list(scores(root, folder / "masks", held_out))}
 
 
 def picked_of(ids: Sequence[str], count: int, seed: int) -> set[str]:
@@ -235,25 +237,25 @@ def picked_of(ids: Sequence[str], count: int, seed: int) -> set[str]:
     return {usable[i] for i in order[:count]}
 
 
-def keep(space: Workspace, model: SlmSam2, plan: Plan, picked: set[str], unseen: list[str]) -> None:
+def keep(space: Workspace, model: SlmSam2, plan: Plan, picked: set[str], held_out: list[str]) -> None:
     provenance = Provenance(base="nano", training=tuple(sorted(picked)))
     save_checkpoint(space.model, model, plan, provenance)
-    atomic.write_json(space.split, {"training": sorted(picked), "unseen": unseen, "skipped": [], "finished": True})
+    atomic.write_json(space.split, {"training": sorted(picked), "held_out": held_out, "skipped": [], "finished": True})
 
 
-def scores(root: Path, masks: Path, unseen: Sequence[str]) -> Iterator[Row]:
+def scores(root: Path, masks: Path, held_out: Sequence[str]) -> Iterator[Row]:
     """Of every unseen case and label that it holds; `rest`: without the given slice."""
     data: Any = read_dataset(root)
     accounts: Any = json.loads((masks / "manifest.json").read_text(encoding="utf-8"))["cases"]
-    for case in (case for case in data.training if case.id in unseen):
-        account = accounts[case.id]
+    for case in (case for case in data.training if case.id in held_out):
+        metadata = accounts[case.id]
         truth = read_labels(case.label, case=case.id, root=data.root)
-        found = read_labels(masks / account["output"], case=case.id, root=masks).voxels
+        found = read_labels(masks / metadata["output"], case=case.id, root=masks).voxels
         for value in data.labels:
             if not (truth.voxels == value).any():
                 continue
-            pair = Pair.of(truth.voxels == value, found == value, truth.grid.spacing_mm, account["array_axis"])
-            score = measure(pair, account["prompted_slices"].get(str(value), ()))
+            pair = Pair.of(truth.voxels == value, found == value, truth.grid.spacing_mm, metadata["array_axis"])
+            score = measure(pair, metadata["prompted_slices"].get(str(value), ()))
             assert score.unprompted is not None
             yield {"case": case.id, "label": value, "rest": score.unprompted["Dice"], **{key: rounded(score.all[key]) for key in KEYS}}
 

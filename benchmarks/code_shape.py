@@ -84,8 +84,8 @@ def import_graph(modules: dict[str, Module]) -> dict[str, set[str]]:
 def in_a_cycle(graph: dict[str, set[str]]) -> set[str]:
     """The names that are part of a cycle, or reach one."""
     left = dict(graph)
-    while leaves := [name for name, used in left.items() if not used & set(left)]:
-        for name in leaves:
+    while flatten_plan := [name for name, used in left.items() if not used & set(left)]:
+        for name in flatten_plan:
             del left[name]
     return set(left)
 

@@ -38,14 +38,14 @@ def main() -> None:
     manifest = json.loads((space.predictions / "manifest.json").read_text(encoding="utf-8"))
     labels = {case.id: case.label for case in data.training}
     scores: dict[str, dict[int, list[tuple[float, float | None]]]] = {}
-    for case, account in manifest["cases"].items():
-        if account["training"] or labels.get(case) is None:
+    for case, metadata in manifest["cases"].items():
+        if metadata["training"] or labels.get(case) is None:
             continue
         truth = read_labels(labels[case], case=case, root=data.root)
-        predicted = read_labels(space.predictions / account["output"], case=case, root=space.predictions).voxels
-        for value, slices in account["prompted_slices"].items():
+        predicted = read_labels(space.predictions / metadata["output"], case=case, root=space.predictions).voxels
+        for value, slices in metadata["prompted_slices"].items():
             mask = truth.voxels == int(value)
-            for method, found in (copies(mask, slices, account["array_axis"]) | {"slmsam2": predicted == int(value)}).items():
+            for method, found in (copies(mask, slices, metadata["array_axis"]) | {"slmsam2": predicted == int(value)}).items():
                 score = (dice(mask, found), hd95(mask, found, truth.grid.spacing_mm))
                 scores.setdefault(method, {}).setdefault(int(value), []).append(score)
     names = [data.labels[value] for value in sorted(next(iter(scores.values())))]

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from slmsam2_cli.commands.plan import plan
-from slmsam2_cli.model.speed import pace_s
-from slmsam2_cli.planning.estimate import Cost, cost_of_predicting, cost_of_tuning
+from slmsam2_cli.model.speed import seconds_per_slice
+from slmsam2_cli.planning.estimate import Estimate, estimate_finetuning, estimate_prediction
 from slmsam2_cli.planning.fingerprint import read_fingerprint
 from slmsam2_cli.planning.plan import NetworkPlan, read_plan
 from slmsam2_cli.workspace import Workspace
@@ -44,7 +44,7 @@ def measured(command: list[str]) -> tuple[float, float]:
     return time.perf_counter() - started, float(peak)
 
 
-def line(name: str, run: str, foretold: Cost | None, took: tuple[float, float]) -> str:
+def line(name: str, run: str, foretold: Estimate | None, took: tuple[float, float]) -> str:
     assert foretold is not None and foretold.seconds is not None
     memory, seconds = foretold.memory_bytes / took[1], foretold.seconds / took[0]
     shown = (
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("-n", "--cases", type=int, default=1)
     parser.add_argument("--steps", type=int)
     options = parser.parse_args()
-    pace = pace_s(NetworkPlan(), 128, torch.device("cpu"))
+    pace = seconds_per_slice(NetworkPlan(), 128, torch.device("cpu"))
     print(f"pace: {1000 * pace:.1f} ms a slice\n", flush=True)
     print(
         "| set | run | MB foretold | MB taken | ratio | seconds foretold | seconds taken | ratio |\n|---|---|---|---|---|---|---|---|",
@@ -75,12 +75,12 @@ def main() -> None:
             common = ["-d", str(root), "-w", str(space.root), "--quiet", "--disable-progress"]
             took = measured([SLMSAM2, "predict", "-o", str(Path(folder) / "masks"), "--weights", "nano", "--no-report", *common])
             count = len(fingerprint.cases)
-            print(line(name, f"predict {count} volumes", cost_of_predicting(settled, fingerprint.cases, pace), took), flush=True)
+            print(line(name, f"predict {count} volumes", estimate_prediction(settled, fingerprint.cases, pace), took), flush=True)
             steps = ["--steps", str(options.steps)] if options.steps else []
             took = measured([SLMSAM2, "finetune", "-n", str(options.cases), "--weights", "nano", *steps, *common])
             if options.steps:  # as an edit, which is foretold by its own steps
                 settled = settled.model_copy(update={"training": settled.training.model_copy(update={"steps": options.steps})})
-            tuning = cost_of_tuning(settled, fingerprint, options.cases, pace)
+            tuning = estimate_finetuning(settled, fingerprint, options.cases, pace)
             print(line(name, f"finetune -n {options.cases}{f', {options.steps} steps' * bool(options.steps)}", tuning, took), flush=True)
 
 

@@ -21,7 +21,7 @@ from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.dataset.prompts import choose_slice
 from slmsam2_cli.io.volume import read_image, read_labels
 from slmsam2_cli.model.block_matching import moved
-from slmsam2_cli.model.roi import around, box_of, framed, to_input
+from slmsam2_cli.model.roi import around, box_of, pad_to_square, to_input
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.rules import decide
 
@@ -32,16 +32,16 @@ def squares(root: Path, cases: set[str]) -> Iterator[tuple[Tensor, Tensor, int]]
     """Slices (T, 1, px, px), masks (T, 1, px, px) and the given slice, of every label of the cases."""
     data = read_dataset(root)
     plan = decide(measure(data)[0], "nano")
-    geometry, px = plan.geometry, plan.geometry.stack_px
+    geometry, px = plan.geometry, plan.geometry.stack_size
     for case in (case for case in data.training if case.id in cases):
         view, frames = make_frames(read_image(case.images, case=case.id, root=root, channels=1), geometry, plan.intensity)
         labels = view.labels(read_labels(case.label, case=case.id, root=root).voxels)
-        stack = framed(to_input(torch.from_numpy(frames)), px)[:, :1]
+        stack = pad_to_square(to_input(torch.from_numpy(frames)), px)[:, :1]
         for value in plan.labels:
-            masks = framed(torch.from_numpy(labels == value), px)
+            masks = pad_to_square(torch.from_numpy(labels == value), px)
             given = choose_slice(masks.flatten(1).sum(1).numpy(), "middle")
-            square = around(box_of([masks[given]]), geometry.focus or 2.0, px)
-            yield square.cut(stack, geometry.frame_px), square.cut_masks(masks, geometry.frame_px).float()[:, None], given
+            square = around(box_of([masks[given]]), geometry.roi_scale or 2.0, px)
+            yield square.cut(stack, geometry.input_size), square.crop_masks(masks, geometry.input_size).float()[:, None], given
 
 
 def carried(slices: Tensor, masks: Tensor, given: int, carry: Carry) -> list[float]:

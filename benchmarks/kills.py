@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--validation", choices=["none", "left-out"], default="none")
+    parser.add_argument("--validation", choices=["none", "cross-validation"], default="none")
     options = parser.parse_args()
     console.settings.quiet = True
     draw = random.Random(options.seed)

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 
 from slmsam2_cli.model.memory.fifo import Fifo
-from slmsam2_cli.model.memory.policy import Evidence, MemoryPolicy, Moment
+from slmsam2_cli.model.memory.policy import MemoryPolicy, MemoryScores, ReadContext
 from slmsam2_cli.model.memory.selfsort import SelfSort
 from slmsam2_cli.model.memory.shortlong import ShortLong, ShortLongSelfSort
 
@@ -73,15 +73,15 @@ def legend(picture: Picture, y: float, items: Iterable[tuple[str, str]]) -> None
         x += 36 + 6.7 * len(text)
 
 
-def evidence(angles: Mapping[int, float], confidence: Mapping[int, float], here: float) -> Evidence:
+def evidence(angles: Mapping[int, float], confidence: Mapping[int, float], here: float) -> MemoryScores:
     """Made-up evidence: objects are points on a circle, similar by the cosine of the angle between them (degrees)."""
 
     def cosine(one: float, other: float) -> float:
         return math.cos(math.radians(one - other))
 
-    presence = {s: 6.0 if confidence[s] > 0.05 else -6.0 for s in angles}
+    object_score = {s: 6.0 if confidence[s] > 0.05 else -6.0 for s in angles}
     alike = {(a, b): cosine(angles[a], angles[b]) for a in angles for b in angles}
-    return Evidence(presence, dict(confidence), {s: cosine(a, here) for s, a in angles.items()}, alike)
+    return MemoryScores(object_score, dict(confidence), {s: cosine(a, here) for s, a in angles.items()}, alike)
 
 
 def policies() -> str:
@@ -89,11 +89,11 @@ def policies() -> str:
     anchor, here, slices = 2, 12, 15
     angles = {2: 0.0, 3: 15.0, 4: 50.0, 5: 54.0, 6: 25.0, 7: 75.0, 8: 40.0, 9: 30.0, 10: 50.0, 11: 52.0}
     confidence = {2: 1.0, 3: 0.9, 4: 0.8, 5: 0.9, 6: 0.9, 7: 0.8, 8: 0.3, 9: 0.9, 10: 0.0, 11: 0.8}
-    moment = Moment(here, 1, (anchor,), range(anchor + 1, here), slices, evidence(angles, confidence, here=20.0))
+    moment = ReadContext(here, 1, (anchor,), range(anchor + 1, here), slices, evidence(angles, confidence, here=20.0))
     bank = SelfSort(nearest=3)
     rows: list[tuple[str, str, MemoryPolicy]] = [
         ("fifo", "SAM 2", Fifo()),
-        ("fifo, presence gate", "10 holds nothing: not read", Fifo(presence_gate=True)),
+        ("fifo, presence gate", "10 holds nothing: not read", Fifo(object_score_gate=True)),
         ("shortlong", "SLM-SAM 2", ShortLong()),
         ("selfsort", "MedSAM-2 (here 3 read of 6)", bank),
         ("shortlong+selfsort", "both", ShortLongSelfSort(bank)),
@@ -115,7 +115,7 @@ def policies() -> str:
     return picture.svg("Which slices each memory policy reads")
 
 
-def strip(picture: Picture, y: float, policy: MemoryPolicy, moment: Moment, slices: int) -> None:
+def strip(picture: Picture, y: float, policy: MemoryPolicy, moment: ReadContext, slices: int) -> None:
     """One policy's answer, a box a slice, its row inside."""
     streams = policy.read(moment)
     long, short = dict(streams[0].spatial), dict(streams[1].spatial) if len(streams) > 1 else {}
@@ -136,7 +136,7 @@ def bank() -> str:
     angles = {0: 0.0, 1: 5.0, 2: 30.0, 3: 34.0, 4: 58.0, 5: 75.0, 6: 40.0, 7: 45.0, 8: -10.0}
     confidence = {0: 1.0, 1: 0.9, 2: 0.8, 3: 0.9, 4: 0.9, 5: 0.8, 6: 0.3, 7: 0.9, 8: 0.7}
     told, here = evidence(angles, confidence, here=20.0), 9
-    moment = Moment(here, 1, (0,), range(1, here), 16, told)
+    moment = ReadContext(here, 1, (0,), range(1, here), 16, told)
     rule = SelfSort(capacity=4, nearest=2)
     members = rule.members(moment)
     read = [s for s, _ in rule.long(moment).spatial]
@@ -176,7 +176,7 @@ def passes() -> str:
         y = TOP + 28 + n * (LINE + 44)
         picture.text(16, y + 17, name, bold=True)
         picture.text(16, y + 34, note, QUIET)
-        (stream,) = Fifo().read(Moment(anchor - 1, -1, (anchor,), known, slices))
+        (stream,) = Fifo().read(ReadContext(anchor - 1, -1, (anchor,), known, slices))
         read = dict(stream.spatial)
         for t in range(slices):
             fill = ANCHOR if t == anchor else LONG if t in read else IDLE if t in written else HERE

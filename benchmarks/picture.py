@@ -26,9 +26,9 @@ ZOOM, COLUMNS, GAP, MARGIN = 5, 6, 8, 22
 
 def median_case(summary: dict) -> dict:
     """The unseen case whose mean Dice over labels is the median."""
-    unseen = [entry for entry in summary["metric_per_case"] if entry["group"] == "unseen"]
-    scores = [np.mean([m["Dice"] for m in entry["metrics"].values() if m["Dice"] is not None]) for entry in unseen]
-    return unseen[int(np.argsort(scores)[(len(scores) - 1) // 2])]
+    held_out = [entry for entry in summary["metric_per_case"] if entry["group"] == "held_out"]
+    scores = [np.mean([m["Dice"] for m in entry["metrics"].values() if m["Dice"] is not None]) for entry in held_out]
+    return held_out[int(np.argsort(scores)[(len(scores) - 1) // 2])]
 
 
 def tile(grey: np.ndarray, found: np.ndarray, truth: np.ndarray) -> Image.Image:
@@ -51,14 +51,14 @@ def main() -> None:
     plan = read_plan(space.plan)
     entry = median_case(json.loads((space.evaluation / "summary.json").read_text(encoding="utf-8")))
     case = next(case for case in data.training if case.id == entry["case"])
-    account = json.loads((space.predictions / "manifest.json").read_text(encoding="utf-8"))["cases"][case.id]
+    metadata = json.loads((space.predictions / "manifest.json").read_text(encoding="utf-8"))["cases"][case.id]
     image = read_image(case.images, case=case.id, root=data.root)
     view, _ = make_frames(image, plan.geometry, plan.intensity)
     low, high = np.percentile(image.voxels, (0.5, 99.5))
     grey = view.oriented(((image.voxels[0] - low) / (high - low)).clip(0, 1))
     truth = view.oriented(read_labels(case.label, case=case.id, root=data.root).voxels)
-    found = view.oriented(read_labels(space.predictions / account["output"], case=case.id, root=space.predictions).voxels)
-    given = {view.file_index(s) for slices in account["prompted_slices"].values() for s in slices}
+    found = view.oriented(read_labels(space.predictions / metadata["output"], case=case.id, root=space.predictions).voxels)
+    given = {view.file_index(s) for slices in metadata["prompted_slices"].values() for s in slices}
     held = np.flatnonzero((truth > 0).any(axis=(1, 2)) | (found > 0).any(axis=(1, 2)))
     others = [t for t in range(held[0], held[-1] + 1) if t not in given]
     spread = np.linspace(0, len(others) - 1, 2 * COLUMNS - len(given)).round().astype(int)

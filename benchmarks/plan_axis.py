@@ -35,7 +35,7 @@ def rows_of(root: Path, weights: str, most: int | None) -> list[str]:
             scores = []
             for ends in (False, True):
                 masks = Path(folder) / f"{axis}{ends}"
-                predict(None, masks, dataset=root, workspace=turned, weights=weights, end_stops=ends, report=False)
+                predict(None, masks, dataset=root, workspace=turned, weights=weights, mark_ends=ends, report=False)
                 scores.append(mean_dice(root, masks, cases))
             rows.append(
                 f"| {root.name} | {axis}{', planned' if axis == planned else ''} | {scores[0]:.3f} | {scores[1]:.3f} | {len(cases)} |"

@@ -24,7 +24,7 @@ from slmsam2_cli.evaluation.metrics import dice
 from slmsam2_cli.inference.load_model import build_model
 from slmsam2_cli.inference.segment import PromptSource, segment_case
 from slmsam2_cli.io.volume import read_labels
-from slmsam2_cli.model.checkpoint import base_weights
+from slmsam2_cli.model.checkpoint import load_base_weights
 from slmsam2_cli.planning.fingerprint import Fingerprint
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.plan import Plan
@@ -33,8 +33,8 @@ from slmsam2_cli.planning.rules import decide
 Arm = Callable[[Plan, float], Plan]
 
 
-def patience(slices: int | None) -> Arm:
-    return lambda plan, _: plan.model_copy(update={"inference": plan.inference.model_copy(update={"patience": slices})})
+def max_empty_slices(slices: int | None) -> Arm:
+    return lambda plan, _: plan.model_copy(update={"inference": plan.inference.model_copy(update={"max_empty_slices": slices})})
 
 
 def spacing(times: float) -> Arm:
@@ -42,14 +42,14 @@ def spacing(times: float) -> Arm:
 
 
 def pixels(edge: int) -> Arm:
-    return lambda plan, _: plan.model_copy(update={"geometry": plan.geometry.model_copy(update={"frame_px": edge})})
+    return lambda plan, _: plan.model_copy(update={"geometry": plan.geometry.model_copy(update={"input_size": edge})})
 
 
 ARMS: dict[str, Arm] = {
     "as planned": lambda plan, _: plan,
-    "patience 3": patience(3),
-    "patience 10": patience(10),
-    "no patience": patience(None),
+    "patience 3": max_empty_slices(3),
+    "patience 10": max_empty_slices(10),
+    "no patience": max_empty_slices(None),
     "0.5 times the spacing": spacing(0.5),
     "2 times the spacing": spacing(2.0),
     "3 times the spacing": spacing(3.0),
@@ -69,12 +69,12 @@ def scores_of(root: Path, weights: str) -> dict[str, tuple[float, float]]:
     """Arm -> mean Dice, milliseconds a slice and label."""
     data = read_dataset(root)
     fingerprint, _ = measure(data)
-    checkpoint = base_weights(weights)
+    checkpoint = load_base_weights(weights)
     assert checkpoint is not None
     planned = decide(fingerprint, checkpoint.network.size).model_copy(update={"network": checkpoint.network})
     plans = {name: arm(planned, through_mm(fingerprint, planned)) for name, arm in ARMS.items()}
-    models = {px: build_model(checkpoint, plan).eval() for plan in plans.values() for px in [plan.geometry.frame_px]}
-    source = PromptSource(data.root, "middle", own_labels=True)
+    models = {px: build_model(checkpoint, plan).eval() for plan in plans.values() for px in [plan.geometry.input_size]}
+    source = PromptSource(data.root, "middle", dataset_labels=True)
     found: dict[str, dict[int, list[float]]] = {name: {} for name in ARMS}
     seconds, slices = dict.fromkeys(ARMS, 0.0), 0
     for case in (case for case in data.training if case.id in CHOSEN_ON[root.name]):
@@ -82,11 +82,11 @@ def scores_of(root: Path, weights: str) -> dict[str, tuple[float, float]]:
         held = [value for value in data.labels if (truth == value).any()]
         for name, plan in plans.items():
             started = time.perf_counter()
-            result = segment_case(case, data.root, source, models[plan.geometry.frame_px], plan)
+            result = segment_case(case, data.root, source, models[plan.geometry.input_size], plan)
             seconds[name] += time.perf_counter() - started
             for value in held:
                 found[name].setdefault(value, []).append(dice(truth == value, result.labels == value))
-        slices += truth.shape[result.account["array_axis"]] * len(held)
+        slices += truth.shape[result.metadata["array_axis"]] * len(held)
     means = {name: float(np.mean([np.mean(each) for each in by_label.values()])) for name, by_label in found.items()}
     return {name: (means[name], 1000 * seconds[name] / slices) for name in ARMS}
 

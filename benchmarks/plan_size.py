@@ -25,11 +25,11 @@ from slmsam2_cli.commands.predict import predict
 from slmsam2_cli.dataset.cache import make_frames
 from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.dataset.prompts import simulate_prompts
-from slmsam2_cli.inference.propagation import Anchor, propagate
-from slmsam2_cli.inference.segment import anchors_of
+from slmsam2_cli.inference.propagation import AnnotatedSlice, propagate
+from slmsam2_cli.inference.segment import annotated_slices_of
 from slmsam2_cli.io.atomic import read_json
 from slmsam2_cli.io.volume import read_image, read_labels
-from slmsam2_cli.model.roi import framed, to_input
+from slmsam2_cli.model.roi import pad_to_square, to_input
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.fingerprint import Fingerprint
 from slmsam2_cli.planning.measure import measure
@@ -43,7 +43,7 @@ STOCK_PX, CLIP = 1024, 6
 def stock(plan: Plan) -> Plan:
     """The plan for a SAM 2 network, at the size that SAM 2 always takes."""
     geometry, px = plan.geometry, STOCK_PX
-    larger = geometry.model_copy(update={"frame_px": px, "in_plane_mm": geometry.in_plane_mm * geometry.frame_px / px})
+    larger = geometry.model_copy(update={"input_size": px, "in_plane_mm": geometry.in_plane_mm * geometry.input_size / px})
     return plan.model_copy(update={"geometry": larger})
 
 
@@ -56,22 +56,23 @@ class Pipeline:
         image = read_image(case.images, case=case.id, root=root, channels=len(data.channels))
         view, frames = make_frames(image, plan.geometry, plan.intensity)
         labels = read_labels(case.label, case=case.id, root=root)
-        objects = anchors_of(
-            simulate_prompts(labels.voxels, view, tuple(plan.labels), "middle"), view, tuple(plan.labels), plan.geometry.stack_px
+        objects = annotated_slices_of(
+            simulate_prompts(labels.voxels, view, tuple(plan.labels), "middle"), view, tuple(plan.labels), plan.geometry.stack_size
         )
         given = next(anchor.slice for anchors in objects.values() for anchor in anchors)
         start = max(0, min(given - CLIP // 2, frames.shape[1] - CLIP))
         self.plan, self.slices, self.objects = plan, frames.shape[1], len(objects)
         self.anchors = {
-            value: [Anchor(a.slice - start, a.mask) for a in one if start <= a.slice < start + CLIP] for value, one in objects.items()
+            value: [AnnotatedSlice(a.slice - start, a.mask) for a in one if start <= a.slice < start + CLIP]
+            for value, one in objects.items()
         }
-        self.stack = framed(to_input(torch.from_numpy(frames[:, start : start + CLIP])), plan.geometry.stack_px)
-        self.model = SlmSam2(plan.network, plan.geometry.frame_px).eval()
+        self.stack = pad_to_square(to_input(torch.from_numpy(frames[:, start : start + CLIP])), plan.geometry.stack_size)
+        self.model = SlmSam2(plan.network, plan.geometry.input_size).eval()
 
     def seconds(self) -> float:
         """A volume's worth."""
         started = time.perf_counter()
-        propagate(self.model, self.stack, {v: a for v, a in self.anchors.items() if a}, focus=self.plan.geometry.focus)
+        propagate(self.model, self.stack, {v: a for v, a in self.anchors.items() if a}, roi_scale=self.plan.geometry.roi_scale)
         return (time.perf_counter() - started) * self.slices / len(self.stack)
 
 
@@ -90,7 +91,7 @@ def cost(root: Path, repeats: int) -> list[str]:
     lines = []
     for name, pipeline in pipelines.items():
         took, geometry = statistics.median(times[name]), pipeline.plan.geometry
-        seen = f"{geometry.frame_px} px" + (f", {geometry.focus:g} widths" if geometry.focus else "")
+        seen = f"{geometry.input_size} px" + (f", {geometry.roi_scale:g} widths" if geometry.roi_scale else "")
         about = f"| {root.name} | {name}: {pipeline.plan.network.size} | {seen} | {pipeline.slices} x {pipeline.objects}"
         lines.append(f"{about} | {took:.1f} | {slowest / took:.0f} |")
     return lines
@@ -108,8 +109,8 @@ def accuracy(root: Path, settings: list[str], count: int, steps: int | None) -> 
             tuned = time.perf_counter()
             predict(None, None, dataset=root, workspace=space, report=False)
             split: Any = read_json(space.split, "split")
-            took = (time.perf_counter() - tuned) / len(split["unseen"])
-            score = mean_dice(root, space.predictions, split["unseen"])
+            took = (time.perf_counter() - tuned) / len(split["held_out"])
+            score = mean_dice(root, space.predictions, split["held_out"])
         lines.append(f"| {root.name} | {setting} | {score:.3f} | {(tuned - started) / 60:.1f} | {took:.1f} |")
         print(lines[-1], flush=True)
     return lines
@@ -119,14 +120,14 @@ def at(fingerprint: Fingerprint, setting: str) -> Plan:
     """The plan, but for the size of what nano sees."""
     px, width, *more = setting.split(":")
     plan = decide(fingerprint)
-    geometry = plan.geometry.model_copy(update={"neighbours": "neighbours" in more})
+    geometry = plan.geometry.model_copy(update={"adjacent_slices": "adjacent_slices" in more})
     if width == "whole":
-        scale = geometry.stack_px / int(px)
-        changed: dict[str, object] = {"focus": None, "slice_px": None, "in_plane_mm": geometry.in_plane_mm * scale}
+        scale = geometry.stack_size / int(px)
+        changed: dict[str, object] = {"roi_scale": None, "storage_size": None, "in_plane_mm": geometry.in_plane_mm * scale}
     else:
-        changed = {"focus": float(width)}
+        changed = {"roi_scale": float(width)}
     training = plan.training.model_copy(update={"validation": "none"})
-    return plan.model_copy(update={"geometry": geometry.model_copy(update={"frame_px": int(px), **changed}), "training": training})
+    return plan.model_copy(update={"geometry": geometry.model_copy(update={"input_size": int(px), **changed}), "training": training})
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from slmsam2_cli.inference.propagation import stored
-from slmsam2_cli.model.memory.policy import Moment
+from slmsam2_cli.model.memory.policy import ReadContext
 from slmsam2_cli.model.slmsam2 import MemoryBank, SliceFeatures, SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan, PolicyName
 
@@ -46,7 +46,7 @@ def slices_of(image: Path, label: Path, count: int, px: int) -> tuple[torch.Tens
 def build(name: str, size: str, px: int) -> SlmSam2:
     """A network whose random weights are the same for every policy."""
     torch.manual_seed(0)
-    options = {"bank_confidence": 0.0, "bank_similarity": -1.0, "presence_gate": name == GATED}
+    options = {"bank_confidence": 0.0, "bank_similarity": -1.0, "object_score_gate": name == GATED}
     model = SlmSam2(NetworkPlan(size=size, policy=name.partition(",")[0], **options), px).eval()
     torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 5.0)
     return model
@@ -62,7 +62,7 @@ class Run:
     def step(self, t: int, here: SliceFeatures) -> float:
         """Track and remember slice t; seconds."""
         started = time.perf_counter()
-        moment = Moment(t, 1, self.bank.anchors, self.bank.tracked, self.slices)
+        moment = ReadContext(t, 1, self.bank.anchors, self.bank.tracked, self.slices)
         self.bank.write(t, stored(self.model.remember(here, self.model.track(here, self.bank, moment))))
         self.model.forget(self.bank, moment)
         return time.perf_counter() - started

@@ -22,7 +22,7 @@ from slmsam2_cli.pretraining import train
 from slmsam2_cli.pretraining.recipe import NANO, Recipe, read_recipe
 from slmsam2_cli.pretraining.step import Reader, drawn
 from slmsam2_cli.pretraining.workers import gather_gradients
-from slmsam2_cli.training.learner import take_step, total_of
+from slmsam2_cli.training.learner import optimiser_step, total_loss
 from slmsam2_cli.training.trainer import followed
 
 CPU = torch.device("cpu")
@@ -32,9 +32,11 @@ PROCESSES = {"1 process, 1 thread": (1, 1, False), "1 process, 2 threads": (1, 2
 
 def fixed(windows: int, length: int, parts: int = 1, policy: str = "shortlong") -> Recipe:
     """The packaged recipe with nothing left to chance but the volumes."""
-    changes = {"parts": parts, "most_windows": windows, "slices_per_step": windows * length, "other_frames": {}, "minutes": None}
+    changes = {"parts": parts, "most_windows": windows, "slices_per_step": windows * length, "other_input_sizes": {}, "minutes": None}
     changes |= {"phases": ({"until": 1.0, "lengths": (length,)},), "prompts": {"box": 0.0, "points": 0.0}}
-    changes |= {"reading": {"policies": {policy: 1.0}, "drop_tracked": 0.0, "drop_carried": 0.0, "drop_all": 0.0, "two_anchors": 0.0}}
+    changes |= {
+        "reading": {"policies": {policy: 1.0}, "drop_tracked": 0.0, "drop_carried": 0.0, "drop_all": 0.0, "two_conditioning_slices": 0.0}
+    }
     return Recipe.model_validate(read_recipe(NANO).model_dump() | changes)
 
 
@@ -50,11 +52,11 @@ def one_step(learner: train.Pretrainer, recipe: Recipe, gradients: torch.Tensor,
     bank = MemoryBank({0: model.remember(first, model.anchor(first, clips.masks[0]), clips.masks[0])})
     marks.append(time.process_time())
     reader = Reader(model, recipe, clips.slices, random.Random(0))
-    total = total_of(followed(model, clips, features, bank, reader.track, len(clips.masks)))
+    total = total_loss(followed(model, clips, features, bank, reader.track, len(clips.masks)))
     marks.append(time.process_time())
     total.backward()
     marks.append(time.process_time())
-    take_step(learner, 1e-5, recipe.average)
+    optimiser_step(learner, 1e-5, recipe.average)
     marks.append(time.process_time())
     return [after - before for before, after in itertools.pairwise(marks)]
 
@@ -63,9 +65,9 @@ def phases(windows: int, length: int, repeats: int) -> None:
     """The first table."""
     recipe = fixed(windows, length)
     quick = train.new_learner(recipe, CPU)
-    route, models.make_faster = models.make_faster, lambda model: None
+    route, models.optimise_for_cpu = models.optimise_for_cpu, lambda model: None
     plain = train.new_learner(recipe, CPU)
-    models.make_faster = route
+    models.optimise_for_cpu = route
     assert any(type(module) is cpu_ops.PointwiseConv2d for module in quick.model.modules())
     arms = {"as in sam2": plain, "quicker routes": quick}
     gradients = {name: gather_gradients(arm.model) for name, arm in arms.items()}
@@ -73,7 +75,7 @@ def phases(windows: int, length: int, repeats: int) -> None:
     for repeat in range(repeats + 1):
         for name, arm in arms.items():
             found[name].append(one_step(arm, recipe, gradients[name], repeat % 2))
-    print(f"| {windows} clips of {length} slices, {recipe.frame_px} px | " + " | ".join(NAMES) + " | sum | clips/s |")
+    print(f"| {windows} clips of {length} slices, {recipe.input_size} px | " + " | ".join(NAMES) + " | sum | clips/s |")
     print("|" + "---|" * (len(NAMES) + 3))
     for name, rows in found.items():
         least = [min(column) for column in zip(*rows[1:])]
@@ -83,11 +85,11 @@ def phases(windows: int, length: int, repeats: int) -> None:
 def processes(windows: int, length: int, steps: int) -> None:
     """The second table."""
     print("\n| | seconds a step | clips/s |\n|---|---|---|")
-    for name, (parts, threads, side_by_side) in PROCESSES.items():
+    for name, (parts, threads, use_processes) in PROCESSES.items():
         torch.set_num_threads(threads)
         recipe = fixed(windows, length, parts)
         seconds = [
-            step.seconds for step in itertools.islice(train.train(train.new_learner(recipe, CPU), recipe, bool, side_by_side), steps + 1)
+            step.seconds for step in itertools.islice(train.train(train.new_learner(recipe, CPU), recipe, bool, use_processes), steps + 1)
         ]
         median = statistics.median(seconds[1:])
         print(f"| {name} | {median:.2f} | {windows / median:.1f} |", flush=True)

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import torch
 
-from slmsam2_cli.model.memory.policy import Moment
-from slmsam2_cli.model.sam2_config import TRAITS, Widths
+from slmsam2_cli.model.memory.policy import ReadContext
+from slmsam2_cli.model.sam2_config import SIZE_OPTIONS, Widths
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan
 
@@ -33,13 +33,13 @@ def once(model: SlmSam2, frames: torch.Tensor) -> tuple[float, float]:
     features = model.encode(frames)
     encoded = time.perf_counter()
     first = features.at(slice(0, 1))
-    mask = torch.zeros(1, 1, model.frame_px, model.frame_px)
-    mask[..., : model.frame_px // 2, : model.frame_px // 2] = 1
+    mask = torch.zeros(1, 1, model.input_size, model.input_size)
+    mask[..., : model.input_size // 2, : model.input_size // 2] = 1
     bank = MemoryBank({0: model.remember(first, model.anchor(first, mask), mask)})
     tracking = time.perf_counter()
     for t in range(1, len(frames)):
         here = features.at(slice(t, t + 1))
-        bank.tracked[t] = model.remember(here, model.track(here, bank, Moment(t, 1, bank.anchors, bank.tracked, 30)))
+        bank.tracked[t] = model.remember(here, model.track(here, bank, ReadContext(t, 1, bank.anchors, bank.tracked, 30)))
     return 1000 * (encoded - started) / len(frames), 1000 * (time.perf_counter() - tracking) / (len(frames) - 1)
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     settings = SETTINGS if options.only is None else [(s, int(px)) for s, _, px in (one.partition(":") for one in options.only)]
     models = {(size, px): SlmSam2(NetworkPlan(size=size), px).eval() for size, px in settings}
     for name, widths in CANDIDATES.items() if options.only is None else ():
-        models[name, 160] = SlmSam2(NetworkPlan(size="nano"), 160, replace(TRAITS["nano"], widths=widths)).eval()
+        models[name, 160] = SlmSam2(NetworkPlan(size="nano"), 160, replace(SIZE_OPTIONS["nano"], widths=widths)).eval()
     frames = {px: torch.rand(SLICES, 3, px, px) for _, px in models}
     times: dict[tuple[str, int], list[tuple[float, float]]] = {setting: [] for setting in models}
     for repeat in range(options.repeats + 1):

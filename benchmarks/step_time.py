@@ -23,11 +23,11 @@ from slmsam2_cli.commands.plan import plan
 from slmsam2_cli.dataset.cache import prepare_all
 from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
-from slmsam2_cli.model.checkpoint import base_weights
+from slmsam2_cli.model.checkpoint import load_base_weights
 from slmsam2_cli.planning.plan import read_plan
 from slmsam2_cli.training import trainer
 from slmsam2_cli.training.background import Beside
-from slmsam2_cli.training.trainer import fresh_learner, material_of
+from slmsam2_cli.training.trainer import init_learner, training_data_of
 from slmsam2_cli.workspace import Workspace
 
 STEPS = 6  # in a block
@@ -57,18 +57,18 @@ def main() -> None:
         cases = prepare_all(read_dataset(root), decided.geometry, decided.intensity, space.prepared).cases[:5]
         training = decided.training.model_copy(update={"steps": STEPS * options.blocks})
         decided = decided.model_copy(update={"training": training})
-        base = base_weights("auto")
+        base = load_base_weights("auto")
         ways = {"one thread": (1, nobody), f"{options.threads} threads": (options.threads, nobody)}
         ways["two halves, side by side"] = (options.threads, BESIDE)
-        learners = {way: fresh_learner(decided, base, material_of(cases, decided), CPU) for way in ways}
-        material, times, dropout = material_of(cases, decided), {way: list[float]() for way in ways}, {}
+        learners = {way: init_learner(decided, base, training_data_of(cases, decided), CPU) for way in ways}
+        training_data, times, dropout = training_data_of(cases, decided), {way: list[float]() for way in ways}, {}
         for _ in range(options.blocks):
             for way, (threads, beside) in ways.items():
                 torch.set_num_threads(threads)
                 trainer.beside = beside
                 torch.set_rng_state(dropout[way]) if way in dropout else torch.manual_seed(0)
                 started = time.perf_counter()
-                for _step in zip(range(STEPS), trainer.train(learners[way], material, training, lambda: False), strict=False):
+                for _step in zip(range(STEPS), trainer.train(learners[way], training_data, training, lambda: False), strict=False):
                     pass
                 times[way].append((time.perf_counter() - started) / STEPS)
                 dropout[way] = torch.get_rng_state()

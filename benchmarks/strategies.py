@@ -26,7 +26,7 @@ from slmsam2_cli.io.volume import read_labels
 from slmsam2_cli.model.calibration import calibration_error
 from slmsam2_cli.model.checkpoint import read_checkpoint
 from slmsam2_cli.planning.plan import read_plan, write_plan
-from slmsam2_cli.training.calibrate import said_and_true
+from slmsam2_cli.training.calibrate import confidence_and_dice
 from slmsam2_cli.workspace import Workspace
 
 SHAPE = (16, 34, 34)  # slices, rows, columns: 128 px
@@ -34,24 +34,24 @@ CLIP = {"clip_slices": 4, "warmup_steps": 4}  # short, as the volumes are
 STRATEGIES = ("full", "frozen-encoder", "decoder+memory", "adapters")
 
 
-def mean_dice(dataset: Path, masks: Path, unseen: list[str]) -> float:
+def mean_dice(dataset: Path, masks: Path, held_out: list[str]) -> float:
     """Over labels and unseen cases."""
     data = read_dataset(dataset)
     manifest = json.loads((masks / "manifest.json").read_text(encoding="utf-8"))["cases"]
     scores = []
-    for case in (case for case in data.training if case.id in unseen):
+    for case in (case for case in data.training if case.id in held_out):
         truth = read_labels(case.label, case=case.id, root=data.root).voxels
         found = read_labels(masks / manifest[case.id]["output"], case=case.id, root=masks).voxels
         scores += [dice(truth == value, found == value) for value in data.labels if (truth == value).any()]
     return float(np.mean(scores))
 
 
-def calibration_errors(dataset: Path, model: Path, unseen: list[str], prepared: Path) -> tuple[float, float | None]:
+def calibration_errors(dataset: Path, model: Path, held_out: list[str], prepared: Path) -> tuple[float, float | None]:
     """On slices of unseen cases: of the raw confidence, and of the calibrated one."""
     checkpoint = read_checkpoint(model)
     outcome = prepare_all(read_dataset(dataset), checkpoint.plan.geometry, checkpoint.plan.intensity, prepared)
-    cases = [case for case in outcome.cases if case.id in unseen]
-    said, true = np.array(said_and_true(build_model(checkpoint, checkpoint.plan), cases, checkpoint.plan)).T
+    cases = [case for case in outcome.cases if case.id in held_out]
+    said, true = np.array(confidence_and_dice(build_model(checkpoint, checkpoint.plan), cases, checkpoint.plan)).T
     table = checkpoint.calibration
     return calibration_error(said, true), calibration_error(table(said), true) if table else None
 
@@ -76,15 +76,15 @@ def main() -> None:
         space = Workspace(ct / strategy)
         write_plan(space.plan, planned.model_copy(update={"training": planned.training.model_copy(update=CLIP | {"strategy": strategy})}))
         finetune(ct, space, cases=options.cases, weights=str(base.model), steps=options.steps)
-        unseen = json.loads(space.split.read_text())["unseen"]
+        held_out = json.loads(space.split.read_text())["held_out"]
         for name, weights in (("", None), ("before", str(base.model)))[: 2 if strategy == "full" else 1]:
             masks = space.root / f"masks{name}"
             predict(None, masks, dataset=ct, workspace=space, weights=weights, report=False)
-            errors = calibration_errors(ct, space.model, unseen, space.prepared) if not name else (float("nan"), None)
+            errors = calibration_errors(ct, space.model, held_out, space.prepared) if not name else (float("nan"), None)
             small = space.finetuned / "adapter.safetensors"
             size = (small if small.exists() else space.model).stat().st_size / 2**20
-            rows.append((name and "not adapted" or strategy, mean_dice(ct, masks, unseen), *errors, size))
-    print(f"| strategy | Dice, {len(unseen)} unseen CT cases | calibration error, raw | calibrated | file (MB) |\n|---|---|---|---|---|")
+            rows.append((name and "not adapted" or strategy, mean_dice(ct, masks, held_out), *errors, size))
+    print(f"| strategy | Dice, {len(held_out)} unseen CT cases | calibration error, raw | calibrated | file (MB) |\n|---|---|---|---|---|")
     for name, score, raw, after, size in rows:
         shown = "" if np.isnan(raw) else f"{raw:.3f}"
         print(f"| {name} | {score:.3f} | {shown} | {'' if after is None else f'{after:.3f}'} | {size:.1f} |")

@@ -73,7 +73,7 @@ def of_dataset(root: Path, weights: str, everything: bool) -> list[dict[str, Any
         make_plan(root, space)
         started, runs = time.monotonic(), {MODEL: Path(folder) / "middle", ENDS: Path(folder) / "ends"}
         for method, masks in runs.items():
-            predict(None, masks, dataset=root, workspace=space, weights=weights, end_stops=method == ENDS, report=False)
+            predict(None, masks, dataset=root, workspace=space, weights=weights, mark_ends=method == ENDS, report=False)
         print(f"{root.name}: predicted twice in {time.monotonic() - started:.0f} s", file=sys.stderr)
         for case in data.training:
             if everything or case.id not in CHOSEN_ON.get(root.name, ()):
@@ -84,14 +84,14 @@ def of_dataset(root: Path, weights: str, everything: bool) -> list[dict[str, Any
 def of_case(case: Case, data: Dataset, space: Workspace, runs: dict[str, Path]) -> Iterator[dict[str, Any]]:
     """The scores of one case."""
     plan, manifest = read_plan(space.plan), json.loads((runs[MODEL] / "manifest.json").read_text(encoding="utf-8"))
-    account = manifest["cases"][case.id]
+    metadata = manifest["cases"][case.id]
     truth = read_labels(case.label, case=case.id, root=data.root)
     image = read_image(case.images, case=case.id, root=data.root, channels=len(data.channels))
     view = View.fit(image, plan.geometry)
     slices = view.oriented(normalise(image.voxels, plan.intensity)[0])
-    found = {method: read_labels(masks / account["output"], case=case.id, root=masks).voxels for method, masks in runs.items()}
+    found = {method: read_labels(masks / metadata["output"], case=case.id, root=masks).voxels for method, masks in runs.items()}
     flows = Flows(slices)
-    for value, prompted in account["prompted_slices"].items():
+    for value, prompted in metadata["prompted_slices"].items():
         mask = view.oriented(truth.voxels == int(value))
         if not prompted:
             continue

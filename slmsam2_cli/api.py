@@ -24,11 +24,11 @@ from slmsam2_cli.inference import array_io, propagation
 from slmsam2_cli.inference import image_set as one_prompt
 from slmsam2_cli.inference.array_io import Array, Drawn, Match, Track, Window
 from slmsam2_cli.inference.load_model import build_model, warnings_of
-from slmsam2_cli.inference.segment import Segmented, segment_case
+from slmsam2_cli.inference.segment import SegmentedCase, segment_case
 from slmsam2_cli.io.strict_json import explain
 from slmsam2_cli.model import slmsam2, zoo
 from slmsam2_cli.model.calibration import Calibration
-from slmsam2_cli.model.checkpoint import RANDOM_WARNING, Checkpoint, fit, read_checkpoint, with_its_base
+from slmsam2_cli.model.checkpoint import RANDOM_WARNING, Checkpoint, fit, read_checkpoint, resolve_adapter
 from slmsam2_cli.model.export import model_in
 from slmsam2_cli.model.slmsam2 import SliceFeatures
 from slmsam2_cli.planning.plan import NetworkPlan, NetworkSize, Plan, read_plan
@@ -53,17 +53,17 @@ class SlmSam2:
 
     def __repr__(self) -> str:
         made_of, tuned = self.network.network, f", tuned on {self.plan.dataset_name}" if self.plan else ""
-        return f"SlmSam2({made_of.size}, {made_of.policy}, {self.frame_px} px, {self.network.device}{tuned})"
+        return f"SlmSam2({made_of.size}, {made_of.policy}, {self.input_size} px, {self.network.device}{tuned})"
 
     @property
-    def frame_px(self) -> int:
+    def input_size(self) -> int:
         """Edge of the square that the network sees, in pixels."""
-        return self.network.frame_px
+        return self.network.input_size
 
     @property
-    def neighbours(self) -> bool:
+    def adjacent_slices(self) -> bool:
         """Whether, of one channel, the network was taught to see the slices before and after as colours."""
-        return self.plan is not None and self.plan.geometry.neighbours
+        return self.plan is not None and self.plan.geometry.adjacent_slices
 
     def encode(self, slices: Numbers, *, window: Window | None = None) -> SliceFeatures:
         """What the image encoder says of slices (T, H, W) or (T, C, H, W), all at once; sizes and window as in `propagate`.
@@ -71,18 +71,18 @@ class SlmSam2:
         SliceFeatures on the network's device: top (T, C, px/16, px/16), fine (T, C/8, px/4, px/4) and (T, C/4, px/8, px/8).
         ValueError.
         """
-        _, frames = array_io.frame(slices, self.frame_px, window, neighbours=self.neighbours)
+        _, frames = array_io.frame(slices, self.input_size, window, adjacent_slices=self.adjacent_slices)
         with torch.no_grad():
             return self.network.encode(frames.to(self.network.device))
 
 
-def build(size: NetworkSize = "nano", *, frame_px: int, seed: int = 0, device: DeviceName = "auto", **options: Any) -> SlmSam2:
+def build(size: NetworkSize = "nano", *, input_size: int, seed: int = 0, device: DeviceName = "auto", **options: Any) -> SlmSam2:
     """A network with random weights, to be trained: what it predicts is noise.
 
-    size: nano, tiny, small, base_plus or large; frame_px: edge of its input, a multiple of 32; options: further keys of
+    size: nano, tiny, small, base_plus or large; input_size: edge of its input, a multiple of 32; options: further keys of
     `network` in plan.json, such as policy="fifo". ValueError, DeviceError.
     """
-    frame_px, seed = _whole(frame_px, "frame_px"), _whole(seed, "seed")
+    input_size, seed = _whole(input_size, "input_size"), _whole(seed, "seed")
     try:
         made_of = NetworkPlan(size=size, **options)
     except ValidationError as error:
@@ -90,7 +90,7 @@ def build(size: NetworkSize = "nano", *, frame_px: int, seed: int = 0, device: D
     chosen = choose_device(device)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        network = slmsam2.SlmSam2(made_of, frame_px)
+        network = slmsam2.SlmSam2(made_of, input_size)
     return SlmSam2(network.to(chosen).eval(), warnings=(RANDOM_WARNING,))
 
 
@@ -99,21 +99,21 @@ def load(
     *,
     base: FilePath | None = None,
     plan: FilePath | Plan | None = None,
-    frame_px: int | None = None,
+    input_size: int | None = None,
     device: DeviceName = "auto",
 ) -> SlmSam2:
     """The model in a file: tuned by `slmsam2 finetune` (or the folder it wrote), an adapter, or SAM 2.1 and its kin.
 
     path may also be a name of `slmsam2 weights list`. base: the weights that an adapter belongs on, where they are not found by
-    themselves. plan: a plan or the path of a plan.json in place of the one inside. frame_px: for weights that carry no plan and
+    themselves. plan: a plan or the path of a plan.json in place of the one inside. input_size: for weights that carry no plan and
     get none: the edge of the input, a multiple of 32. ValueError, WeightsError, PlanError, DeviceError.
     """
     checkpoint = _checkpoint(path, base)
     decided = checkpoint.plan if plan is None else _plan_for(checkpoint, plan)
-    if decided is not None and frame_px is not None:
-        raise ValueError(f"frame_px: {frame_px}, but the plan says {decided.geometry.frame_px}; leave it out")
+    if decided is not None and input_size is not None:
+        raise ValueError(f"input_size: {input_size}, but the plan says {decided.geometry.input_size}; leave it out")
     chosen = choose_device(device)
-    network = build_model(checkpoint, decided) if decided is not None else _without_plan(checkpoint, frame_px)
+    network = build_model(checkpoint, decided) if decided is not None else _build_without_plan(checkpoint, input_size)
     if decided is None:
         return SlmSam2(network.to(chosen).eval(), warnings=checkpoint.warnings)
     table = checkpoint.calibration_for(decided.modality)
@@ -125,7 +125,7 @@ def _checkpoint(path: FilePath, base: FilePath | None) -> Checkpoint:
     checkpoint = read_checkpoint(model_in(file) if file.is_dir() else file)
     if checkpoint.needs is None and base is not None:
         raise ValueError(f"base: {checkpoint.name} is no adapter but a whole model; leave it out")
-    return with_its_base(checkpoint, None if base is None else str(base))
+    return resolve_adapter(checkpoint, None if base is None else str(base))
 
 
 def _plan_for(checkpoint: Checkpoint, plan: FilePath | Plan) -> Plan:
@@ -134,10 +134,10 @@ def _plan_for(checkpoint: Checkpoint, plan: FilePath | Plan) -> Plan:
     return given if checkpoint.plan is not None else given.model_copy(update={"network": checkpoint.network})
 
 
-def _without_plan(checkpoint: Checkpoint, frame_px: int | None) -> slmsam2.SlmSam2:
-    if frame_px is None or checkpoint.network is None:
-        raise ValueError(f"frame_px: {checkpoint.name} carries no plan; give the edge of its input in pixels, or a plan")
-    network = slmsam2.SlmSam2(checkpoint.network, _whole(frame_px, "frame_px"))
+def _build_without_plan(checkpoint: Checkpoint, input_size: int | None) -> slmsam2.SlmSam2:
+    if input_size is None or checkpoint.network is None:
+        raise ValueError(f"input_size: {checkpoint.name} carries no plan; give the edge of its input in pixels, or a plan")
+    network = slmsam2.SlmSam2(checkpoint.network, _whole(input_size, "input_size"))
     fit(network, checkpoint)
     return network
 
@@ -162,13 +162,13 @@ def propagate(
 
     A Track for each label. Labels are found by themselves, so their masks may overlap; annotated slices come back exactly.
     """
-    view, frames = array_io.frame(slices, model.frame_px, window, neighbours=model.neighbours)
+    view, frames = array_io.frame(slices, model.input_size, window, adjacent_slices=model.adjacent_slices)
     if not isinstance(prompts, Mapping) or not prompts:
         raise ValueError("prompts: give {label: {slice index: mask}}, one label at least")
-    drawn = [array_io.drawn_on(masks, view, f"prompts[{label!r}]") for label, masks in prompts.items()]
-    objects = {n: array_io.anchors_on(one, view, model.frame_px) for n, one in enumerate(drawn)}
+    drawn = [array_io.prompts_from_masks(masks, view, f"prompts[{label!r}]") for label, masks in prompts.items()]
+    objects = {n: array_io.annotated_slices_on(one, view, model.input_size) for n, one in enumerate(drawn)}
     found = propagation.propagate(model.network, frames, objects)
-    return {label: array_io.track_of(found[n], drawn[n], view, model.frame_px) for n, label in enumerate(prompts)}
+    return {label: array_io.track_of(found[n], drawn[n], view, model.input_size) for n, label in enumerate(prompts)}
 
 
 def segment(
@@ -177,7 +177,7 @@ def segment(
     prompts: FilePath | Numbers | Mapping[int | str, FilePath | Numbers],
     *,
     annotated_slices: Sequence[int] | None = None,
-) -> Segmented:
+) -> SegmentedCase:
     """A whole volume as `slmsam2 predict` segments it, by the plan of the model; the same prompts give the same mask.
 
     image: a volume's file, a folder with one DICOM series, or one file a channel. prompts: a mask with the plan's label values,
@@ -213,8 +213,8 @@ def segment_images(
 
     A Match for each image, in their order; the order has no part in what is found.
     """
-    views, frames = array_io.images_of(images, model.frame_px, window)
-    drawn = array_io.drawn_masks(prompts, views)
-    given = {i: array_io.mask_on(mask, views[i], model.frame_px) for i, mask in drawn.items()}
+    views, frames = array_io.images_of(images, model.input_size, window)
+    drawn = array_io.read_image_prompts(prompts, views)
+    given = {i: array_io.mask_at_input_size(mask, views[i], model.input_size) for i, mask in drawn.items()}
     found = one_prompt.segment_images(model.network, frames, given)
-    return [array_io.match_of(one, drawn.get(i), view, model.frame_px) for i, (one, view) in enumerate(zip(found, views, strict=True))]
+    return [array_io.match_of(one, drawn.get(i), view, model.input_size) for i, (one, view) in enumerate(zip(found, views, strict=True))]

@@ -39,7 +39,7 @@ START_METHOD = "forkserver"  # a copy of this process, which may have threads, m
 REFUSED = (OSError, EOFError, ImportError, NotImplementedError, ValueError)  # no place for a socket, no more processes, no such method
 _SAFE_PATH = "PYTHONSAFEPATH"  # heeded from Python 3.11 on
 _ALONE = float("inf")  # bytes: what leaves no room for others
-_LOST = object()
+_WORKER_DIED = object()
 
 ForkingPickler.register(CaseError, lambda error: (CaseError, (error.case, error.file, error.what, error.remedy)))
 
@@ -72,7 +72,7 @@ def spread(
         advance(1, case)
 
     if workers and not multiprocessing.current_process().daemon:  # which may have no processes of its own
-        _share(jobs, _Team(work, workers, loaded), bytes_of, room, note)
+        _share(jobs, _WorkerPool(work, workers, loaded), bytes_of, room, note)
     for case in [case for case in jobs if case not in answers]:
         note(case, _attempt(work, jobs[case]))
     return [answers[case] for case in jobs]
@@ -86,7 +86,7 @@ def _attempt(work: Callable[[Job], Answer], job: Job) -> Answer | CaseError:
 
 
 def _share(
-    jobs: Mapping[str, Job], team: _Team, bytes_of: Callable[[Job], int], room: int, note: Callable[[str, Answer | CaseError], None]
+    jobs: Mapping[str, Job], team: _WorkerPool, bytes_of: Callable[[Job], int], room: int, note: Callable[[str, Answer | CaseError], None]
 ) -> None:
     """Let the team do the jobs. What is not noted in the end, no process could be had for."""
     waiting = deque(jobs)
@@ -103,7 +103,7 @@ def _share(
             if not team.workers:
                 return
             for case, answer in team.hear():
-                if answer is not _LOST:
+                if answer is not _WORKER_DIED:
                     note(case, answer)
                 elif team.held() and needs[case] < _ALONE:
                     needs[case] = _ALONE
@@ -134,7 +134,7 @@ class _Worker:
         return True
 
 
-class _Team:
+class _WorkerPool:
     """Up to `size` processes that do one work."""
 
     def __init__(self, work: Callable[[Any], Any], size: int, loaded: Sequence[str]) -> None:
@@ -159,13 +159,13 @@ class _Team:
             self.size = 0
 
     def hear(self) -> Iterator[tuple[str, Any]]:
-        """Wait for news: a case and what came of it, _LOST when its process has died. RuntimeError."""
+        """Wait for news: a case and what came of it, _WORKER_DIED when its process has died. RuntimeError."""
         news = wait([worker.line for worker in self.workers])
         for worker in [worker for worker in self.workers if worker.line in news]:
             try:
                 said = worker.line.recv()
             except (OSError, EOFError):
-                said = _LOST
+                said = _WORKER_DIED
                 self.workers.remove(worker)
                 self.size = self.size if worker.begun else 0  # the next would fare no better
             if isinstance(said, _Failure):
@@ -188,14 +188,14 @@ def _started(work: Callable[[Any], Any], loaded: list[str]) -> _Worker:
     context.set_forkserver_preload(loaded)
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(work, theirs), daemon=True)
-    with undisturbed(), _without_script():
+    with without_interrupts(), _without_main_module():
         process.start()
     theirs.close()
     return _Worker(process, ours)
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def without_interrupts() -> Iterator[None]:
     """A Python started meanwhile leaves Ctrl-C to this one from the beginning, and imports nothing from the working directory."""
     before = os.environ.get(_SAFE_PATH)
     os.environ[_SAFE_PATH] = "1"
@@ -214,7 +214,7 @@ def undisturbed() -> Iterator[None]:
 
 
 @contextmanager
-def _without_script() -> Iterator[None]:
+def _without_main_module() -> Iterator[None]:
     """A Python started meanwhile does not run again what runs here: a script may not expect it, and no work is defined in one."""
     script = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
@@ -234,7 +234,7 @@ class _Failure:
 
 def _serve(work: Callable[[Any], Any], line: Connection) -> None:
     """A process's life: answer until nobody asks any more."""
-    follow_the_parent()
+    exit_with_parent()
     line.send("begun")
     while True:
         try:
@@ -248,13 +248,13 @@ def _serve(work: Callable[[Any], Any], line: Connection) -> None:
         line.send(answer)
 
 
-def follow_the_parent() -> None:
+def exit_with_parent() -> None:
     """Leave Ctrl-C to it, and end when it has ended, however that came."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_after, args=(multiprocessing.parent_process(),), daemon=True).start()
+    threading.Thread(target=_exit_after, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
-def _end_after(parent: BaseProcess) -> None:
+def _exit_after(parent: BaseProcess) -> None:
     parent.join()
     os._exit(1)
 
@@ -274,7 +274,7 @@ def prepare(also: Sequence[str] = ()) -> None:
     Where that cannot be, `pool` will find out.
     """
     multiprocessing.get_context(START_METHOD).set_forkserver_preload([*_LOADED, *also])
-    with suppress(*REFUSED), undisturbed():
+    with suppress(*REFUSED), without_interrupts():
         multiprocessing.forkserver.ensure_running()
 
 
@@ -282,8 +282,8 @@ def pool(processes: int) -> ProcessPoolExecutor | None:
     """Processes that leave Ctrl-C to this one and end with it; None where the system does not let them be made."""
     made = None
     try:
-        made = ProcessPoolExecutor(processes, multiprocessing.get_context(START_METHOD), initializer=follow_the_parent)
-        with undisturbed():
+        made = ProcessPoolExecutor(processes, multiprocessing.get_context(START_METHOD), initializer=exit_with_parent)
+        with without_interrupts():
             made.submit(os.getpid)  # starts the first process
     except REFUSED:
         if made is not None:

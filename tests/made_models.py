@@ -26,7 +26,7 @@ def planned(dataset):
 def save_model(path, plan, calibration=None):
     """A model file with that plan inside, as slmsam2 finetune writes it; the network."""
     torch.manual_seed(0)
-    network = sure(SlmSam2(plan.network, plan.geometry.frame_px))
+    network = sure(SlmSam2(plan.network, plan.geometry.input_size))
     save_checkpoint(path, network, plan, Provenance(base="random", random=True), calibration)
     return network
 
@@ -34,7 +34,7 @@ def save_model(path, plan, calibration=None):
 def save_adapter_alone(path, base):
     """An adapter of the base's modality that changes what the network sees, without the base."""
     tuned = read_checkpoint(base)
-    network = SlmSam2(tuned.network, tuned.plan.geometry.frame_px)
+    network = SlmSam2(tuned.network, tuned.plan.geometry.input_size)
     fit(network, tuned)
     adapters.add(network, tuned.plan.modality, AdapterPlan(), 0)
     with torch.no_grad():

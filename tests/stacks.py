@@ -8,8 +8,8 @@ from slmsam2_cli.planning.plan import GeometryPlan
 
 
 def whole(px, **changes):
-    """Slices of `px` pixels that the network sees whole; or, with focus and slice_px, in squares."""
-    return GeometryPlan(slice_axis="SI", in_plane_mm=1.0, through_plane_mm=None, frame_px=px, crop_to_nonzero=False, **changes)
+    """Slices of `px` pixels that the network sees whole; or, with focus and storage_size, in squares."""
+    return GeometryPlan(slice_axis="SI", in_plane_mm=1.0, through_plane_mm=None, input_size=px, crop_to_nonzero=False, **changes)
 
 
 def case(slices=20, held=range(6, 14), size=(24, 32), value=1, name="a"):

@@ -15,7 +15,7 @@ from slmsam2_cli import build, load, propagate, segment, segment_images
 from slmsam2_cli.commands.predict import predict
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.errors import CaseError, DeviceError, PlanError, WeightsError
-from slmsam2_cli.inference.propagation import Anchor, full_resolution
+from slmsam2_cli.inference.propagation import AnnotatedSlice, full_resolution
 from slmsam2_cli.inference.propagation import propagate as through_the_engine
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import read_checkpoint
@@ -28,7 +28,7 @@ HALVED = Calibration(method="isotonic", confidence=(0.0, 1.0), dice=(0.0, 0.5), 
 
 @pytest.fixture(scope="module")
 def model():
-    made = build("nano", frame_px=PX, device="cpu")
+    made = build("nano", input_size=PX, device="cpu")
     sure(made.network)
     return made
 
@@ -76,16 +76,16 @@ def test_the_same_seed_builds_the_same_network_and_disturbs_no_other_random_draw
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
-    one, same, other = (build("nano", frame_px=PX, seed=seed, device="cpu").network.state_dict() for seed in (1, 1, 2))
+    one, same, other = (build("nano", input_size=PX, seed=seed, device="cpu").network.state_dict() for seed in (1, 1, 2))
     assert torch.equal(torch.rand(1), expected)
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_built_network_is_what_was_asked_for_and_says_that_it_is_random():
-    made = build("nano", frame_px=96, policy="fifo", two_sided=True, device="cpu")
-    assert made.network.network == NetworkPlan(size="nano", policy="fifo", two_sided=True)
-    assert (made.frame_px, made.plan, made.network.training) == (96, None, False)
+    made = build("nano", input_size=96, policy="fifo", shared_memory=True, device="cpu")
+    assert made.network.network == NetworkPlan(size="nano", policy="fifo", shared_memory=True)
+    assert (made.input_size, made.plan, made.network.training) == (96, None, False)
     assert repr(made) == "SlmSam2(nano, fifo, 96 px, cpu)" and "random weights" in made.warnings[0]
 
 
@@ -93,17 +93,17 @@ def test_a_built_network_is_what_was_asked_for_and_says_that_it_is_random():
     ("options", "message"),
     [
         ({"size": "huge"}, "size: .*'nano'.*found 'huge'"),
-        ({"frame_px": 100}, "frame_px is 100; it must be a positive multiple of 32"),
+        ({"input_size": 100}, "input_size is 100; it must be a positive multiple of 32"),
         ({"polcy": "fifo"}, "polcy: unknown key"),
         ({"policy": "lifo"}, "policy: .*found 'lifo'"),
-        ({"frame_px": "64"}, "frame_px: '64'; give a whole number"),
-        ({"frame_px": 64.0}, "frame_px: 64.0; give a whole number"),
+        ({"input_size": "64"}, "input_size: '64'; give a whole number"),
+        ({"input_size": 64.0}, "input_size: 64.0; give a whole number"),
         ({"seed": None}, "seed: None; give a whole number"),
     ],
 )
 def test_an_impossible_network_is_refused_in_one_line(options, message):
     with pytest.raises(ValueError, match=message) as caught:
-        build(**{"size": "nano", "frame_px": PX, **options})
+        build(**{"size": "nano", "input_size": PX, **options})
     assert "\n" not in str(caught.value)
 
 
@@ -127,9 +127,9 @@ def test_a_slice_of_the_frames_own_size_is_encoded_as_it_is(model):
 
 def test_a_plan_that_shows_neighbouring_slices_shows_them_here_too(folder):
     plan = planned(folder)
-    geometry = plan.geometry.model_copy(update={"neighbours": True})
+    geometry = plan.geometry.model_copy(update={"adjacent_slices": True})
     told = load(folder / "model.safetensors", plan=plan.model_copy(update={"geometry": geometry}), device="cpu")
-    slices = torch.rand(3, told.frame_px, told.frame_px)
+    slices = torch.rand(3, told.input_size, told.input_size)
     colours = torch.stack([slices, slices[[0, 0, 1]], slices[[1, 2, 2]]], dim=1)
     with torch.no_grad():
         expected = told.network.encode(colours)
@@ -152,7 +152,7 @@ def test_masks_have_the_size_of_the_slices_and_the_drawn_slice_comes_back_exactl
 def test_slices_of_the_frames_own_size_go_through_the_engine_as_they_are(model):
     slices, drawn = noise(5, PX, PX), square(PX, PX)
     frames = torch.from_numpy(slices)[:, None].expand(-1, 3, -1, -1)
-    found = through_the_engine(model.network, frames, {1: [Anchor(2, torch.from_numpy(drawn))]})[1]
+    found = through_the_engine(model.network, frames, {1: [AnnotatedSlice(2, torch.from_numpy(drawn))]})[1]
     expected = (full_resolution(found.logits, PX, PX, PX) > 0).numpy()
     track = propagate(model, slices, {1: {2: drawn}})[1]
     others = [0, 1, 3, 4]
@@ -239,8 +239,8 @@ def test_what_is_wrong_with_an_argument_is_one_line_that_names_it(model, slices,
 def test_a_tuned_model_comes_with_its_plan_its_table_and_its_warnings(folder):
     tuned = load(folder / "model.safetensors", device="cpu")
     assert (tuned.plan, tuned.calibration, tuned.network.training) == (planned(folder), HALVED, False)
-    assert tuned.frame_px == tuned.plan.geometry.frame_px and "random weights" in tuned.warnings[0]
-    assert repr(tuned) == f"SlmSam2(nano, shortlong, {tuned.frame_px} px, cpu, tuned on Phantom_MR)"
+    assert tuned.input_size == tuned.plan.geometry.input_size and "random weights" in tuned.warnings[0]
+    assert repr(tuned) == f"SlmSam2(nano, shortlong, {tuned.input_size} px, cpu, tuned on Phantom_MR)"
     loaded = tuned.network.state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in read_checkpoint(folder / "model.safetensors").state.items())
 
@@ -259,9 +259,9 @@ def sam(tmp_path_factory):
 
 
 def test_weights_of_sam_2_1_want_a_frame(sam):
-    made = load(sam, frame_px=96, device="cpu")
-    assert (made.plan, made.frame_px, made.network.network.policy) == (None, 96, "fifo")
-    with pytest.raises(ValueError, match=r"^frame_px: sam2.1.pt carries no plan; give the edge of its input in pixels, or a plan$"):
+    made = load(sam, input_size=96, device="cpu")
+    assert (made.plan, made.input_size, made.network.network.policy) == (None, 96, "fifo")
+    with pytest.raises(ValueError, match=r"^input_size: sam2.1.pt carries no plan; give the edge of its input in pixels, or a plan$"):
         load(sam)
 
 
@@ -272,8 +272,8 @@ def test_weights_of_sam_2_1_follow_a_plan_with_the_network_that_they_are_of(sam,
 
 
 def test_a_frame_beside_a_plan_is_refused(folder):
-    with pytest.raises(ValueError, match="^frame_px: 160, but the plan says 96"):
-        load(folder / "model.safetensors", frame_px=160)
+    with pytest.raises(ValueError, match="^input_size: 160, but the plan says 96"):
+        load(folder / "model.safetensors", input_size=160)
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +302,7 @@ def test_a_model_that_has_not_learned_to_read_its_plan_s_channels_has_it_among_i
 
 def test_a_device_that_nobody_knows_is_refused(sam):
     with pytest.raises(DeviceError, match="--device gpu: unknown. Use auto, cpu, cuda or mps"):
-        load(sam, frame_px=PX, device="gpu")
+        load(sam, input_size=PX, device="gpu")
 
 
 def test_files_that_are_no_models_are_refused_as_the_command_does_it(folder):
@@ -350,8 +350,8 @@ def predicted(folder, tmp_path_factory, request):
         nibabel.save(volume.slicer[:, :, ::-1] if request.param == "from the head" else volume, path)
     (prompts / "phantom_000.prompts.json").write_text(json.dumps({"axis": "SI", "annotated_slices": [0]}))
     assert predict(file, masks, prompts=prompts, model=folder / "model.safetensors", device="cpu", report=False) == 0
-    account = json.loads((masks / "manifest.json").read_text())["cases"]["phantom_000"]
-    return voxels(masks / file.name), account, file, prompts / file.name
+    metadata = json.loads((masks / "manifest.json").read_text())["cases"]["phantom_000"]
+    return voxels(masks / file.name), metadata, file, prompts / file.name
 
 
 def in_three_ways(painted, file):
@@ -361,15 +361,15 @@ def in_three_ways(painted, file):
 
 
 def test_a_volume_is_segmented_exactly_as_by_predict_however_the_prompts_are_given(tuned, predicted):
-    labels, account, image, file = predicted
+    labels, metadata, image, file = predicted
     painted = voxels(file)
     given = np.flatnonzero(painted.any(axis=(1, 2)))
     assert (np.delete(labels, (0, *given), axis=0) != 0).any() and not labels[0].any()
     for prompts in in_three_ways(painted, file):
         found = segment(tuned, image, prompts, annotated_slices=[0])
         assert np.array_equal(found.labels, labels) and found.labels.dtype == labels.dtype
-    told = {int(v): {int(k): share for k, share in one["slices"].items()} for v, one in account["confidence"].items()}
-    assert found.confidence == told and account["calibrated"] and found.confidence[1][given[0]] == 1
+    told = {int(v): {int(k): share for k, share in one["slices"].items()} for v, one in metadata["confidence"].items()}
+    assert found.confidence == told and metadata["calibrated"] and found.confidence[1][given[0]] == 1
 
 
 def test_without_a_word_about_them_only_painted_slices_are_annotated(folder, tuned):

@@ -60,7 +60,7 @@ def test_a_model_tuned_there_is_read_here_and_its_losses_are_numbers(tuned, data
 
 
 def test_what_is_left_out_is_judged_there(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(cross_validation, "LEAST_STEPS", 1)
+    monkeypatch.setattr(cross_validation, "MIN_STEPS", 1)
     assert finetune(dataset, Workspace(tmp_path), cases=2, steps=4, seed=1, device="cuda") == 0
     found = read_checkpoint(Workspace(tmp_path).model).provenance.validation
     assert len(found.left_out) == 2 and 0 < found.base < 1 and 0 < found.tuned < 1

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slmsam2_cli.cli.exit_codes import exit_code_of
-from slmsam2_cli.commands.demo import LEARNED_FROM, demo
+from slmsam2_cli.cli.exit_codes import run_for_exit_code
+from slmsam2_cli.commands.demo import TRAINING_CASES, demo
 from slmsam2_cli.commands.evaluate import evaluate
 from slmsam2_cli.commands.predict import predict
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
@@ -26,7 +26,7 @@ UNSEEN = 1
 def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """The workspace that a demo of six small patients leaves."""
     folder = tmp_path_factory.mktemp("demo")
-    write_phantom_dataset(folder / "dataset", cases=LEARNED_FROM + UNSEEN, test_cases=1, shape=(8, 40, 40))
+    write_phantom_dataset(folder / "dataset", cases=TRAINING_CASES + UNSEEN, test_cases=1, shape=(8, 40, 40))
     assert demo(folder, minutes=BLINK, device="cpu") == 0
     return Workspace.of(folder / "dataset", None)
 
@@ -35,23 +35,23 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def unseen(space: Workspace) -> str:
-    (case,) = read(space.split)["unseen"]
+def held_out(space: Workspace) -> str:
+    (case,) = read(space.split)["held_out"]
     return str(case)
 
 
 def test_every_stage_leaves_what_the_next_one_needs(space: Workspace) -> None:
     split = read(space.split)
-    assert len(split["training"]) == LEARNED_FROM
-    assert {path.name for path in space.prepared.iterdir() if path.is_dir()} == {*split["training"], *split["unseen"]}
-    assert list(read(space.predictions / "manifest.json")["cases"]) == split["unseen"]
+    assert len(split["training"]) == TRAINING_CASES
+    assert {path.name for path in space.prepared.iterdir() if path.is_dir()} == {*split["training"], *split["held_out"]}
+    assert list(read(space.predictions / "manifest.json")["cases"]) == split["held_out"]
     assert {path.name for path in space.evaluation.iterdir()} >= {"summary.json", "cases.csv", "slices.csv", "summary.md"}
 
 
 def test_the_score_is_that_of_the_unseen_case_alone(space: Workspace) -> None:
     summary = read(space.evaluation / "summary.json")
-    assert [case["case"] for case in summary["metric_per_case"]] == [unseen(space)]
-    assert summary["cases"]["unseen"] == UNSEEN
+    assert [case["case"] for case in summary["metric_per_case"]] == [held_out(space)]
+    assert summary["cases"]["held_out"] == UNSEEN
     assert 0 <= summary["foreground_mean"]["Dice"] <= 1
 
 
@@ -71,7 +71,7 @@ def test_a_second_run_changes_nothing(space: Workspace) -> None:
 
 
 def test_a_persons_slice_comes_back_as_painted_and_the_mask_fits_the_image(space: Workspace, tmp_path: Path) -> None:
-    dataset, case = space.root.parent, unseen(space)
+    dataset, case = space.root.parent, held_out(space)
     truth = read_labels(dataset / "labelsTr" / f"{case}.nii.gz", case=case, root=dataset)
     middle = int(np.flatnonzero((truth.voxels == 1).any(axis=(1, 2))).mean())
     painted = np.zeros_like(truth.voxels)
@@ -93,7 +93,8 @@ def test_masks_never_go_where_the_images_are(space: Workspace, capsys: pytest.Ca
     images = space.root.parent / "imagesTr"
     before = {path.name: sha256_of(path) for path in images.iterdir()}
     assert (
-        exit_code_of(lambda: predict(images, images, prompts_from=space.root.parent / "labelsTr", model=space.finetuned, device="cpu")) == 2
+        run_for_exit_code(lambda: predict(images, images, prompts_from=space.root.parent / "labelsTr", model=space.finetuned, device="cpu"))
+        == 2
     )
     assert "same folder" in capsys.readouterr().err
     assert {path.name: sha256_of(path) for path in images.iterdir()} == before

@@ -62,7 +62,7 @@ def test_every_example_runs_and_gives_arrays_of_the_shapes_that_the_page_tells(a
     assert list(after["found"]) == ["organ", "vessel"]
     for track in after["found"].values():
         assert (track.mask.shape, track.confidence.shape, track.disagreement.shape) == (slices.shape, (count,), (count,))
-    px, features = after["tuned"].frame_px, after["features"]
+    px, features = after["tuned"].input_size, after["features"]
     channels = features.top.shape[1]
     assert features.top.shape == (4, channels, px // 16, px // 16)
     assert [part.shape for part in features.fine] == [(4, channels // 8, px // 4, px // 4), (4, channels // 4, px // 8, px // 8)]

@@ -10,7 +10,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from slmsam2_cli.cli.exit_codes import exit_code_of
+from slmsam2_cli.cli.exit_codes import run_for_exit_code
 from slmsam2_cli.commands.evaluate import evaluate
 from slmsam2_cli.commands.finetune import finetune
 from slmsam2_cli.commands.plan import plan
@@ -55,28 +55,28 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 def test_every_unseen_case_has_a_mask_on_its_own_grid(scored: Workspace) -> None:
-    unseen = json.loads(scored.split.read_text())["unseen"]
-    assert len(unseen) == 2
-    for case in unseen:
+    held_out = json.loads(scored.split.read_text())["held_out"]
+    assert len(held_out) == 2
+    for case in held_out:
         image, mask = nibabel.load(SOURCE / "imagesTr" / f"{case}.nii.gz"), nibabel.load(scored.predictions / f"{case}.nii.gz")
         assert mask.shape == image.shape
         assert np.abs(mask.affine - image.affine).max() <= 1e-6
 
 
 def test_the_prompted_slices_are_those_of_the_labels(scored: Workspace) -> None:
-    for case, account in json.loads((scored.predictions / "manifest.json").read_text())["cases"].items():
+    for case, metadata in json.loads((scored.predictions / "manifest.json").read_text())["cases"].items():
         mask = np.asarray(nibabel.load(scored.predictions / f"{case}.nii.gz").dataobj).T
         truth = np.asarray(nibabel.load(SOURCE / "labelsTr" / f"{case}.nii.gz").dataobj).T
-        assert set(account["prompted_slices"]) == {"1", "2"}
-        for label, (given,) in account["prompted_slices"].items():
-            axis = account["array_axis"]
+        assert set(metadata["prompted_slices"]) == {"1", "2"}
+        for label, (given,) in metadata["prompted_slices"].items():
+            axis = metadata["array_axis"]
             assert np.array_equal(mask.take(given, axis) == int(label), truth.take(given, axis) == int(label))
 
 
 def test_the_headline_counts_the_unseen_cases_alone(scored: Workspace) -> None:
     summary = json.loads((scored.evaluation / "summary.json").read_text())
-    assert {entry["case"] for entry in summary["metric_per_case"] if entry["group"] == "unseen"} == set(
-        json.loads(scored.split.read_text())["unseen"]
+    assert {entry["case"] for entry in summary["metric_per_case"] if entry["group"] == "held_out"} == set(
+        json.loads(scored.split.read_text())["held_out"]
     )
     assert 0 <= summary["foreground_mean"]["Dice"] <= 1
 
@@ -106,7 +106,7 @@ def test_every_broken_case_gets_one_line_with_its_file_and_the_cure_and_the_heal
     assert sorted(line.split()[2].rstrip(":") for line in lines) == sorted(BROKEN)
     assert all(".nii.gz" in line and ". " in line for line in lines)
     capsys.readouterr()
-    assert exit_code_of(lambda: finetune(dataset, space, cases=1, weights="random", steps=1)) == 2
+    assert run_for_exit_code(lambda: finetune(dataset, space, cases=1, weights="random", steps=1)) == 2
     assert not space.finetuned.exists()
 
 
@@ -115,6 +115,6 @@ def test_a_dicom_series_is_one_volume_to_predict(scored: Workspace, tmp_path: Pa
     images, prompts = tmp_path / "images", tmp_path / "prompts"
     prompts.mkdir()
     shutil.copytree(BAD / "dicom_series_HCrop_unlabelled", images / "series")
-    assert exit_code_of(lambda: predict(images, tmp_path / "masks", prompts=prompts, model=scored.model)) == 2
+    assert run_for_exit_code(lambda: predict(images, tmp_path / "masks", prompts=prompts, model=scored.model)) == 2
     assert "case series: has no annotated slice" in capsys.readouterr().err
     assert not list((tmp_path / "masks").glob("*.nii.gz"))

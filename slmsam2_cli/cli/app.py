@@ -18,8 +18,8 @@ from slmsam2_cli.cli.options import (
     NetworkOption,
     OverwriteOption,
     WorkspaceOption,
-    commands_of,
-    examples_in_help,
+    command_decorator,
+    format_examples,
 )
 from slmsam2_cli.cli.pretrain import EXAMPLES as PRETRAIN_EXAMPLES
 from slmsam2_cli.cli.pretrain import pretrain
@@ -28,7 +28,7 @@ from slmsam2_cli.errors import UsageError
 from slmsam2_cli.version import VERSION
 from slmsam2_cli.workspace import Workspace
 
-NNUNET_SPELLINGS = {
+NNUNET_ALIASES = {
     "-num_parts": "--num-parts",
     "-part_id": "--part-id",
     "-device": "--device",
@@ -46,20 +46,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(weights_commands)
-command = commands_of(app)
+command = command_decorator(app)
 
 
 def main() -> None:
     """The console script."""
     signal.signal(signal.SIGTERM, terminate)
-    app(args=modern_spellings(sys.argv[1:]), prog_name="slmsam2")
+    app(args=translate_aliases(sys.argv[1:]), prog_name="slmsam2")
 
 
-def modern_spellings(arguments: Sequence[str]) -> list[str]:
+def translate_aliases(arguments: Sequence[str]) -> list[str]:
     """nnU-Net's option names as ours; what follows a bare -- is left alone."""
     end = list(arguments).index("--") if "--" in arguments else len(arguments)
     named = [argument.partition("=") for argument in arguments[:end]]
-    return [NNUNET_SPELLINGS.get(name, name) + equals + value for name, equals, value in named] + list(arguments[end:])
+    return [NNUNET_ALIASES.get(name, name) + equals + value for name, equals, value in named] + list(arguments[end:])
 
 
 def _show_version(asked: bool) -> None:
@@ -72,7 +72,7 @@ VersionOption = Annotated[bool, typer.Option("--version", callback=_show_version
 
 
 @app.callback(
-    epilog=examples_in_help("slmsam2 demo", "cd Task04_Hippocampus && slmsam2 finetune -n 5 && slmsam2 predict && slmsam2 evaluate")
+    epilog=format_examples("slmsam2 demo", "cd Task04_Hippocampus && slmsam2 finetune -n 5 && slmsam2 predict && slmsam2 evaluate")
 )
 def _slmsam2(version: VersionOption = False) -> None:
     """Annotate one slice of a CT or MR volume, get the whole volume.
@@ -82,13 +82,13 @@ def _slmsam2(version: VersionOption = False) -> None:
     """
 
 
-def _near(dataset: Path | None) -> Path | None:
+def _dataset_or_current(dataset: Path | None) -> Path | None:
     """The data set asked for, else the current folder if it is one."""
     return dataset if dataset is not None or not Path("dataset.json").is_file() else Path()
 
 
-def _needed(dataset: Path | None) -> Path:
-    found = _near(dataset)
+def _require_dataset(dataset: Path | None) -> Path:
+    found = _dataset_or_current(dataset)
     if found is None:
         raise UsageError("no data set: the current folder holds no dataset.json. Name a data set with -d")
     return found
@@ -134,13 +134,13 @@ def plan(
     """
     from slmsam2_cli.commands import plan as stage
 
-    root = _needed(dataset)
+    root = _require_dataset(dataset)
     space = Workspace.of(root, workspace)
     if diff or against is not None:
         if overwrite:
             raise UsageError("--diff writes nothing, so there is nothing to --overwrite. Leave one of them out")
-        return stage.compare(root, against or space.plan, network=network, axis=axis, minutes=minutes, memory_gb=memory)
-    return stage.plan(root, space, overwrite=overwrite, network=network, axis=axis, minutes=minutes, memory_gb=memory, report=report)
+        return stage.compare(root, against or space.plan, network=network, axis=axis, minutes=minutes, max_memory_gb=memory)
+    return stage.plan(root, space, overwrite=overwrite, network=network, axis=axis, minutes=minutes, max_memory_gb=memory, report=report)
 
 
 @command("slmsam2 preprocess", "slmsam2 preprocess -d Task09_Spleen")
@@ -152,7 +152,7 @@ def preprocess(dataset: DatasetOption = None, workspace: WorkspaceOption = None,
     """
     from slmsam2_cli.commands import preprocess as stage
 
-    root = _needed(dataset)
+    root = _require_dataset(dataset)
     return stage.preprocess(root, Workspace.of(root, workspace), overwrite=overwrite)
 
 
@@ -178,7 +178,7 @@ def finetune(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Chooses the cases and every random draw.")] = 0,
     resume: Annotated[bool, typer.Option("--continue", help="Go on where an interrupted run stopped.")] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out unusable training cases instead of stopping.")] = False,
+    skip_invalid: Annotated[bool, typer.Option("--skip-bad", help="Leave out unusable training cases instead of stopping.")] = False,
     device: DeviceOption = "auto",
     processes: Annotated[
         int | None,
@@ -195,7 +195,7 @@ def finetune(
     """
     from slmsam2_cli.commands import finetune as stage
 
-    root = _needed(dataset)
+    root = _require_dataset(dataset)
     return stage.finetune(
         root,
         Workspace.of(root, workspace),
@@ -205,7 +205,7 @@ def finetune(
         steps=steps,
         seed=seed,
         resume=resume,
-        skip_bad=skip_bad,
+        skip_invalid=skip_invalid,
         device=device,
         processes=processes,
         network=network,
@@ -233,7 +233,7 @@ def predict(
         Path | None, typer.Option("--prompts-from", metavar="LABELS", help="Whole masks of which one slice a label is taken, as a trial.")
     ] = None,
     where: Annotated[Literal["middle", "largest", "quarter"], typer.Option("--slice", help="Which slice --prompts-from takes.")] = "middle",
-    end_stops: Annotated[
+    mark_ends: Annotated[
         bool, typer.Option("--end-stops", help="From whole masks take, too, that the slices just beyond each label's ends are empty.")
     ] = False,
     dataset: DatasetOption = None,
@@ -262,14 +262,14 @@ def predict(
 
     if overwrite and resume:
         raise UsageError("--continue and --overwrite contradict each other. Give one of them")
-    root = _near(dataset) if images is not None else _needed(dataset)
+    root = _dataset_or_current(dataset) if images is not None else _require_dataset(dataset)
     return stage.predict(
         images,
         masks,
         prompts=prompts,
         prompts_from=prompts_from,
         where=where,
-        end_stops=end_stops,
+        mark_ends=mark_ends,
         dataset=root,
         workspace=Workspace.of(root, workspace) if root is not None else Workspace(workspace) if workspace is not None else None,
         model=model,
@@ -330,13 +330,13 @@ def evaluate(
         parallel.prepare(["slmsam2_cli.report.case_images"] if report else [])
     from slmsam2_cli.commands import evaluate as stage
 
-    folders_say_it_all = bool(predictions) and labels is not None
+    folders_given = bool(predictions) and labels is not None
     return stage.evaluate(
         predictions or (),
         labels,
         Workspace(workspace) if workspace is not None else None,
         out,
-        dataset=dataset if folders_say_it_all else _near(dataset),
+        dataset=dataset if folders_given else _dataset_or_current(dataset),
         images=images,
         tolerance_mm=tolerance,
         as_json=as_json,
@@ -377,7 +377,7 @@ def export_model(
     """
     from slmsam2_cli.commands import export as stage
 
-    root = _near(None)
+    root = _dataset_or_current(None)
     space = Workspace(workspace) if workspace is not None else Workspace.of(root, None) if root is not None else None
     return stage.export_model(space, model, out, overwrite=overwrite)
 

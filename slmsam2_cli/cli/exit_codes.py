@@ -16,7 +16,7 @@ from slmsam2_cli import console
 from slmsam2_cli.device import is_out_of_memory
 from slmsam2_cli.errors import NOTHING_DONE, DatasetError, SlmSam2Error
 
-INTERRUPTED, NOBODY_READS, TERMINATED = 130, 141, 143
+INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143
 
 
 class Terminated(BaseException):
@@ -28,7 +28,7 @@ def terminate(signal_number: int, frame: object) -> NoReturn:
     raise Terminated
 
 
-def exit_code_of(work: Callable[[], int], debug: bool = False) -> int:
+def run_for_exit_code(work: Callable[[], int], debug: bool = False) -> int:
     """What the work returns, or the exit code of what stopped it, after saying so in one line (and one for each bad case)."""
     try:
         return work()
@@ -39,8 +39,8 @@ def exit_code_of(work: Callable[[], int], debug: bool = False) -> int:
         console.error("terminated. What is finished is kept; run the same command again to go on, finetune and pretrain with --continue")
         return TERMINATED
     except BrokenPipeError:
-        _let_go_of_the_pipe()
-        return NOBODY_READS
+        _redirect_to_devnull()
+        return BROKEN_PIPE
     except Exception as error:  # noqa: BLE001 the last place where an exception can become a line
         if debug:
             for line in traceback.format_exc().splitlines():
@@ -62,7 +62,7 @@ def _lines(error: Exception) -> list[str]:
     return [f"unexpected {text}. Run again with --debug for the traceback"]
 
 
-def _let_go_of_the_pipe() -> None:
+def _redirect_to_devnull() -> None:
     """Whoever read our output has left; what is still buffered goes nowhere instead of failing when Python ends."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):

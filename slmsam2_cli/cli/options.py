@@ -12,10 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from slmsam2_cli import console
-from slmsam2_cli.cli.exit_codes import exit_code_of
+from slmsam2_cli.cli.exit_codes import run_for_exit_code
 from slmsam2_cli.device import DeviceName
 
-COMMON = {
+COMMON_OPTIONS = {
     "verbose": (bool, typer.Option("--verbose", help="Say more.")),
     "quiet": (bool, typer.Option("--quiet", help="Say nothing but warnings and errors.")),
     "disable_progress": (bool, typer.Option("--disable-progress", help="No progress.")),
@@ -37,12 +37,12 @@ NetworkOption = Annotated[
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Do again what is already there.")]
 
 
-def examples_in_help(*lines: str) -> str:
+def format_examples(*lines: str) -> str:
     """The end of a command's help."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def commands_of(app: typer.Typer) -> Callable[..., Callable[[Stage], Stage]]:
+def command_decorator(app: typer.Typer) -> Callable[..., Callable[[Stage], Stage]]:
     """The decorator that makes functions commands of an app: called with examples for the help, and a name if it is another."""
 
     def command(*examples: str, name: str | None = None) -> Callable[[Stage], Stage]:
@@ -52,12 +52,12 @@ def commands_of(app: typer.Typer) -> Callable[..., Callable[[Stage], Stage]]:
                 talk = console.settings
                 talk.verbose, talk.quiet, talk.progress = verbose or debug, quiet and not debug, not disable_progress
                 talk.debug = debug
-                raise typer.Exit(exit_code_of(lambda: function(**options), debug))
+                raise typer.Exit(run_for_exit_code(lambda: function(**options), debug))
 
             parameters = [*_own(function), *_common()]
             run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
             run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-            app.command(name, epilog=examples_in_help(*examples))(run)
+            app.command(name, epilog=format_examples(*examples))(run)
             return function
 
         return register
@@ -71,4 +71,6 @@ def _own(function: Stage) -> list[Parameter]:
 
 
 def _common() -> list[Parameter]:
-    return [Parameter(n, Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[t, option]) for n, (t, option) in COMMON.items()]
+    return [
+        Parameter(n, Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[t, option]) for n, (t, option) in COMMON_OPTIONS.items()
+    ]

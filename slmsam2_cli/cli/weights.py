@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from slmsam2_cli.cli.options import commands_of, examples_in_help
+from slmsam2_cli.cli.options import command_decorator, format_examples
 
 weights = typer.Typer(
     name="weights",
@@ -17,9 +17,9 @@ weights = typer.Typer(
 
     Only slmsam2 weights get uses the network. What it fetches is kept for this user, and finetune and predict find it by name:
     --weights sam2.1-tiny.""",
-    epilog=examples_in_help("slmsam2 weights list", "slmsam2 weights get sam2.1-tiny", "slmsam2 finetune -n 5 --weights sam2.1-tiny"),
+    epilog=format_examples("slmsam2 weights list", "slmsam2 weights get sam2.1-tiny", "slmsam2 finetune -n 5 --weights sam2.1-tiny"),
 )
-command = commands_of(weights)
+command = command_decorator(weights)
 
 
 @command("slmsam2 weights list", name="list")

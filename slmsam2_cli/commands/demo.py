@@ -17,11 +17,11 @@ from slmsam2_cli.commands.preprocess import preprocess
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.device import DeviceName
 from slmsam2_cli.errors import DONE
-from slmsam2_cli.inference.load_model import split_of
-from slmsam2_cli.model.checkpoint import EMBEDDED
+from slmsam2_cli.inference.load_model import read_split
+from slmsam2_cli.model.checkpoint import BUNDLED_WEIGHTS
 from slmsam2_cli.workspace import Workspace
 
-LABELLED, LEARNED_FROM = 8, 5
+LABELLED_CASES, TRAINING_CASES = 8, 5
 SHAPE = (24, 44, 44)  # slices, rows, columns: small enough to learn in minutes on two cores
 MINUTES = 5.0  # of training; the rest takes seconds
 
@@ -50,23 +50,23 @@ def _make_dataset(dataset: Path) -> None:
     if (dataset / "dataset.json").is_file():
         console.say(f"made-up patients are there: {dataset}")
         return
-    write_phantom_dataset(dataset, cases=LABELLED, shape=SHAPE)
-    console.say(f"{LABELLED} made-up patients: {dataset}")
+    write_phantom_dataset(dataset, cases=LABELLED_CASES, shape=SHAPE)
+    console.say(f"{LABELLED_CASES} made-up patients: {dataset}")
 
 
 def _finetune(dataset: Path, space: Workspace, minutes: float, device: DeviceName, overwrite: bool) -> int:
     """From the packaged base if there is one; goes on with an interrupted run, leaves a finished one alone."""
-    interrupted = split_of(space).get("finished") is False
-    nothing_to_lose = not interrupted and not space.model.exists()
+    interrupted = read_split(space).get("finished") is False
+    no_model_yet = not interrupted and not space.model.exists()
     return finetune(
         dataset,
         space,
-        cases=LEARNED_FROM,
-        weights="auto" if EMBEDDED.is_file() else "random",
+        cases=TRAINING_CASES,
+        weights="auto" if BUNDLED_WEIGHTS.is_file() else "random",
         minutes=minutes,
         resume=interrupted and not overwrite,
         device=device,
-        overwrite=overwrite or nothing_to_lose,
+        overwrite=overwrite or no_model_yet,
     )
 
 

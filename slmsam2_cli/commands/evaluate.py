@@ -18,16 +18,16 @@ from slmsam2_cli.dataset.dataset_json import Structure
 from slmsam2_cli.errors import DONE, NOTHING_DONE, SOME_FAILED, CaseError, UsageError
 from slmsam2_cli.evaluation import tables
 from slmsam2_cli.evaluation.comparison import compare, compared_metrics
-from slmsam2_cli.evaluation.inputs import Predicted, Truth, dataset_root, names_of, predicted_in, truth_of
+from slmsam2_cli.evaluation.inputs import Predicted, Truth, dataset_root, load_ground_truth, load_predictions, unique_names
 from slmsam2_cli.evaluation.matching import Pairing, case_name, group_of, relative_name
-from slmsam2_cli.evaluation.scoring import HELD_BYTES, CaseScore, Job, score_all, with_labels
-from slmsam2_cli.evaluation.summary import TOOL, About, Floor, Json, floors_of, shortfalls, summarise
+from slmsam2_cli.evaluation.scoring import MAX_KEPT_BYTES, CaseScore, Job, fill_missing_labels, score_all
+from slmsam2_cli.evaluation.summary import TOOL, About, Json, Threshold, failed_thresholds, parse_thresholds, summarise
 from slmsam2_cli.inference.manifest import Manifest
 from slmsam2_cli.io import atomic
 from slmsam2_cli.report import render
 from slmsam2_cli.report.case_files import Sources
 from slmsam2_cli.report.case_images import MOST_CASES, Beside, Drawing
-from slmsam2_cli.report.evaluation_page import of_evaluation
+from slmsam2_cli.report.evaluation_page import evaluation_report
 from slmsam2_cli.report.schema import Report, Table
 from slmsam2_cli.version import VERSION
 from slmsam2_cli.workspace import Workspace
@@ -40,7 +40,7 @@ OUTPUTS = {
     "summary.md": b"# Evaluation\n\n" + tables.DEFINITION.encode(),
     render.NAME: render.PAGE_BEGINS,
 }
-COMPARISONS = {
+COMPARISON_OUTPUTS = {
     "comparison.json": OUTPUTS["summary.json"],
     "comparison.csv": ",".join(tables.COMPARISON_KEYS).encode(),
     "comparison.md": tables.COMPARISON.encode(),
@@ -50,16 +50,16 @@ BESIDE = "evaluation"  # within the folder of masks, whose own report.html is pr
 
 @dataclass(frozen=True)
 class Options:
-    """How to score and what to leave out. held_bytes: of what is drawn while scoring."""
+    """How to score and what to leave out. max_kept_bytes: of what is drawn while scoring."""
 
     workers: int | None = None
     resample: bool = False
     report: bool = True
-    held_bytes: int = HELD_BYTES
+    max_kept_bytes: int = MAX_KEPT_BYTES
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluated:
+class EvaluationResult:
     """One folder of predictions, scored. out: where its files go."""
 
     predicted: Predicted
@@ -82,18 +82,18 @@ def evaluate(
     options: Options | None = None,
 ) -> int:
     """Score folders of predictions against labels; -> exit code. `fail_under` ("Dice=0.8"): a lower foreground mean is exit 1."""
-    floors, options = floors_of(fail_under), options or Options()
+    floors, options = parse_thresholds(fail_under), options or Options()
     root = dataset_root(labels, dataset)
     space = workspace or (Workspace.of(root, None) if root is not None else None)
-    truth = truth_of(labels, root, space, images, tolerance_mm)
+    truth = load_ground_truth(labels, root, space, images, tolerance_mm)
     folders = _predictions(predictions, space)
-    target = _target(out, folders, space, beside_masks=bool(predictions) and workspace is None)
-    outs = {target / name if len(folders) > 1 else target: folder for name, folder in zip(names_of(folders), folders, strict=True)}
-    _refuse_targets(outs, target, truth)
+    target = _target(out, folders, space, next_to_masks=bool(predictions) and workspace is None)
+    outs = {target / name if len(folders) > 1 else target: folder for name, folder in zip(unique_names(folders), folders, strict=True)}
+    _check_targets(outs, target, truth)
     for warning in truth.warnings:
         console.warn(warning)
-    options = replace(options, held_bytes=HELD_BYTES // len(outs))
-    evaluated = [_evaluate(predicted_in(folder, truth), truth, one, options) for one, folder in outs.items()]
+    options = replace(options, max_kept_bytes=MAX_KEPT_BYTES // len(outs))
+    evaluated = [_evaluate(load_predictions(folder, truth), truth, one, options) for one, folder in outs.items()]
     comparison = compare({one.out.name: one.summary for one in evaluated}) if len(evaluated) > 1 else None
     for one in evaluated:
         _write(one, truth, comparison, options)
@@ -114,40 +114,40 @@ def _predictions(named: Sequence[Path], space: Workspace | None) -> list[Path]:
     return folders
 
 
-def _target(out: Path | None, folders: Sequence[Path], space: Workspace | None, beside_masks: bool) -> Path:
+def _target(out: Path | None, folders: Sequence[Path], space: Workspace | None, next_to_masks: bool) -> Path:
     """Where results go: where asked, else into the folder of masks that was named, else the workspace."""
     if out is not None:
         return out
-    if beside_masks and len(folders) == 1:
+    if next_to_masks and len(folders) == 1:
         return folders[0] / BESIDE
     if space is None:
         raise UsageError("several predictions were named: say where the comparison goes with -o")
     return space.evaluation
 
 
-def _refuse_targets(outs: Mapping[Path, Path], target: Path, truth: Truth) -> None:
+def _check_targets(outs: Mapping[Path, Path], target: Path, truth: Truth) -> None:
     """Inputs are never written to, and nobody else's file is replaced. UsageError."""
     holding = {truth.references.root.resolve(), *(path.parent.resolve() for path in truth.references.masks.values())}
     ours = {one / name: start for one in outs for name, start in OUTPUTS.items()}
-    ours |= {target / name: start for name, start in COMPARISONS.items()} if len(outs) > 1 else {}
+    ours |= {target / name: start for name, start in COMPARISON_OUTPUTS.items()} if len(outs) > 1 else {}
     for out in {*outs, target}:
         if out.resolve() in holding:
             raise UsageError(f"{out} holds the labels. Name another folder with -o")
     for path, start in ours.items():
-        if path.exists() and not render.is_ours(path, start):
+        if path.exists() and not render.is_own_file(path, start):
             raise UsageError(f"{path} was not written by slmsam2 evaluate. Move it away, or name another folder with -o")
 
 
-def _evaluate(predicted: Predicted, truth: Truth, out: Path, options: Options) -> Evaluated:
+def _evaluate(predicted: Predicted, truth: Truth, out: Path, options: Options) -> EvaluationResult:
     """Score one folder, and say what is wrong with it."""
-    _refuse_nothing_to_score(predicted, truth)
+    _check_anything_to_score(predicted, truth)
     scores, structures = _scores(predicted, truth, options)
     summary = summarise(scores, _about(predicted, truth, structures))
-    _report_troubles(scores, predicted)
-    return Evaluated(predicted, scores, summary, out)
+    _print_problems(scores, predicted)
+    return EvaluationResult(predicted, scores, summary, out)
 
 
-def _refuse_nothing_to_score(predicted: Predicted, truth: Truth) -> None:
+def _check_anything_to_score(predicted: Predicted, truth: Truth) -> None:
     """Folders that have nothing in common are a slip, not a bad result. UsageError."""
     if any(prediction is not None for _, _, prediction in predicted.pairing.pairs):
         return
@@ -167,11 +167,11 @@ def _scores(predicted: Predicted, truth: Truth, options: Options) -> tuple[list[
     draws = options.report and len(pairs) <= MOST_CASES
     jobs = [_job(predicted, truth, options.resample, draws, *found) for found in pairs]
     with console.progress("evaluate", len(jobs)) as advance:
-        scored = score_all(jobs, options.workers, advance, options.held_bytes)
+        scored = score_all(jobs, options.workers, advance, options.max_kept_bytes)
     occurring = {value: "" for value in sorted({v for score in scored for v in score.labels if isinstance(v, int)})}
     structures = declared if declared is not None else dict[Structure, str](occurring.items())
-    refused = [_refused(predicted, truth, problem) for problem in (*truth.references.problems, *predicted.pairing.problems)]
-    return [*refused, *with_labels(scored, list(structures))], structures
+    refused = [_failed_score(predicted, truth, problem) for problem in (*truth.references.problems, *predicted.pairing.problems)]
+    return [*refused, *fill_missing_labels(scored, list(structures))], structures
 
 
 def _job(predicted: Predicted, truth: Truth, resample: bool, draws: bool, case: str, reference: Path, prediction: Path | None) -> Job:
@@ -191,11 +191,11 @@ def _job(predicted: Predicted, truth: Truth, resample: bool, draws: bool, case: 
         prompted=given,
         tolerance_mm=truth.tolerance_mm,
         resample=resample,
-        afterwards=Drawing(_sources(predicted, truth, False, case, reference, prediction)) if draws else None,
+        post_scoring=Drawing(_sources(predicted, truth, False, case, reference, prediction)) if draws else None,
     )
 
 
-def _refused(predicted: Predicted, truth: Truth, problem: CaseError) -> CaseScore:
+def _failed_score(predicted: Predicted, truth: Truth, problem: CaseError) -> CaseScore:
     """A case that was no use before anything was opened."""
     reference = truth.references.masks.get(problem.case)
     name = problem.file if reference is None else relative_name(reference, truth.references.root)
@@ -210,7 +210,7 @@ def _about(predicted: Predicted, truth: Truth, structures: Mapping[Structure, st
         manifest.model,
         manifest.tool_version,
         pairing.without_reference,
-        pairing.not_asked_for,
+        pairing.not_requested,
         pairing.renamed,
         tolerance_mm=truth.tolerance_mm,
         warnings=[*_pairing_warnings(pairing), *manifest.warnings],
@@ -226,7 +226,7 @@ def _pairing_warnings(pairing: Pairing) -> list[str]:
     return [f"no mask has the name of a label; matched by what their affixes leave: {name} with {case}{more}"]
 
 
-def _report_troubles(scores: Sequence[CaseScore], predicted: Predicted) -> None:
+def _print_problems(scores: Sequence[CaseScore], predicted: Predicted) -> None:
     """What went wrong, one line each; then what is merely worth knowing."""
     pairing = predicted.pairing
     for score in scores:
@@ -242,14 +242,14 @@ def _report_troubles(scores: Sequence[CaseScore], predicted: Predicted) -> None:
     if pairing.without_reference:
         listed = ", ".join(pairing.without_reference[:5])
         console.warn(f"{len(pairing.without_reference)} predictions have no label and are not scored: {listed}")
-    if pairing.not_asked_for:
-        console.say(f"{len(pairing.not_asked_for)} training cases were not predicted and are not scored")
+    if pairing.not_requested:
+        console.say(f"{len(pairing.not_requested)} training cases were not predicted and are not scored")
     if scores and all(score.group == "training" for score in scores):
         console.warn("every case was used for training: there is no unseen case, so the headline is empty")
 
 
-def _write(one: Evaluated, truth: Truth, comparison: Json | None, options: Options) -> None:
-    with atomic.one_writer(one.out):
+def _write(one: EvaluationResult, truth: Truth, comparison: Json | None, options: Options) -> None:
+    with atomic.lock_folder(one.out):
         atomic.write_text(one.out / "cases.csv", tables.cases_csv(one.summary))
         atomic.write_text(one.out / "slices.csv", tables.slices_csv(one.scores))
         atomic.write_text(one.out / "summary.md", tables.markdown(one.summary))
@@ -261,7 +261,7 @@ def _write(one: Evaluated, truth: Truth, comparison: Json | None, options: Optio
                 render.write_report(one.out, lambda beside: _report(one, truth, comparison, beside, advance))
 
 
-def _report(one: Evaluated, truth: Truth, comparison: Json | None, beside: Beside, advance: Callable[..., None]) -> Report:
+def _report(one: EvaluationResult, truth: Truth, comparison: Json | None, beside: Beside, advance: Callable[..., None]) -> Report:
     """The page; volumes that are too large for it go through `beside`."""
     resampled = {score.case for score in one.scores if score.resampled}
     sources = {
@@ -269,7 +269,7 @@ def _report(one: Evaluated, truth: Truth, comparison: Json | None, beside: Besid
         for case, reference, prediction in one.predicted.pairing.pairs
     }
     hints = {score.case: score.hints for score in one.scores}
-    return of_evaluation(
+    return evaluation_report(
         one.summary,
         one.scores,
         sources,
@@ -293,16 +293,16 @@ def _comparison_table(comparison: Json) -> Table:
     return Table("Predictions compared in pairs", tuple(tables.comparison_columns()), rows, tables.DIFFERENCE)
 
 
-def _write_comparison(out: Path, comparison: Json, evaluated: Sequence[Evaluated]) -> None:
+def _write_comparison(out: Path, comparison: Json, evaluated: Sequence[EvaluationResult]) -> None:
     summaries = {one.out.name: one.summary for one in evaluated}
     metrics = compared_metrics(evaluated[0].summary)
-    with atomic.one_writer(out):
+    with atomic.lock_folder(out):
         atomic.write_text(out / "comparison.csv", tables.comparison_csv(summaries, comparison, metrics))
         atomic.write_text(out / "comparison.md", tables.comparison_markdown(comparison))
         atomic.write_json(out / "comparison.json", comparison)
 
 
-def _show(evaluated: Sequence[Evaluated], comparison: Json | None, target: Path, as_json: bool, options: Options) -> None:
+def _show(evaluated: Sequence[EvaluationResult], comparison: Json | None, target: Path, as_json: bool, options: Options) -> None:
     if as_json:
         shown: Any = comparison if comparison is not None else evaluated[0].summary
         console.result(json.dumps(shown, indent=2, allow_nan=False))
@@ -319,15 +319,15 @@ def _show(evaluated: Sequence[Evaluated], comparison: Json | None, target: Path,
         for name in OUTPUTS:
             if name != render.NAME or options.report:
                 console.say(f"wrote {one.out / name}")
-    for name in COMPARISONS if comparison is not None else ():
+    for name in COMPARISON_OUTPUTS if comparison is not None else ():
         console.say(f"wrote {target / name}")
 
 
-def _exit_code(one: Evaluated, floors: Sequence[Floor], several: bool) -> int:
+def _exit_code(one: EvaluationResult, floors: Sequence[Threshold], several: bool) -> int:
     """1 when a case failed or is missing, or a limit is not reached; 2 when there is nothing but failures."""
     if all(score.status == "failed" for score in one.scores):
         return NOTHING_DONE
-    short = shortfalls(one.summary, floors)
+    short = failed_thresholds(one.summary, floors)
     for line in short:
         console.error(f"{one.out.name}: {line}" if several else line)
     return SOME_FAILED if short or any(score.status != "ok" for score in one.scores) else DONE

@@ -21,7 +21,7 @@ def export_model(workspace: Workspace | None, model: Path | None, out: Path, *, 
     checkpoint = read_checkpoint(source)
     with open_regular(source) as file:
         content = export.pack(checkpoint, file.read())
-    if not _is_there(out, content, overwrite):
+    if not _already_written(out, content, overwrite):
         atomic.write_bytes(out, content)
         console.say(f"wrote {out}: {len(content) / 2**20:.1f} MB, weights {checkpoint.digest[:12]}")
     for warning in checkpoint.warnings:
@@ -44,7 +44,7 @@ def _source(workspace: Workspace | None, model: Path | None) -> Path:
     return workspace.model
 
 
-def _is_there(path: Path, content: bytes, overwrite: bool) -> bool:
+def _already_written(path: Path, content: bytes, overwrite: bool) -> bool:
     """Whether exactly this is there already. OutputError when something else is, and may not be overwritten."""
     if overwrite or not path.exists():
         return False
@@ -63,11 +63,11 @@ def import_model(archive: Path, out: Path | None, *, overwrite: bool = False) ->
         raise UsageError(f"{archive}: {error.what}. Name a zip that slmsam2 export-model wrote") from None
     folder = out if out is not None else Path(archive.stem)
     _refuse_to_lose(folder, package, overwrite)
-    with atomic.one_writer(folder):
+    with atomic.lock_folder(folder):
         checkpoint = _write_model(folder / package.model, package, archive.name)
         for name in sorted(set(package.files) - {package.model}):
             atomic.write_bytes(folder / name, package.files[name])
-    _say(folder, checkpoint)
+    _print_import(folder, checkpoint)
     return DONE
 
 
@@ -94,7 +94,7 @@ def _write_model(path: Path, package: export.Package, source: str) -> Checkpoint
 
     def verify(temporary: Path) -> None:
         read.append(read_checkpoint(temporary))
-        export.refuse_another(package, read[0], source)
+        export.check_contents(package, read[0], source)
 
     try:
         atomic.write_atomically(path, write, verify)
@@ -105,7 +105,7 @@ def _write_model(path: Path, package: export.Package, source: str) -> Checkpoint
     return read[0]
 
 
-def _say(folder: Path, checkpoint: Checkpoint) -> None:
+def _print_import(folder: Path, checkpoint: Checkpoint) -> None:
     needs = checkpoint.needs
     console.say(f"imported into {folder}: weights {checkpoint.digest[:12]}")
     for warning in checkpoint.warnings:

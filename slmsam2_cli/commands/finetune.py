@@ -22,29 +22,36 @@ from slmsam2_cli.dataset.cache import Outcome, PreparedCase, prepare_all
 from slmsam2_cli.dataset.dataset import Dataset, read_dataset
 from slmsam2_cli.device import DeviceName, choose_device, describe, is_out_of_memory
 from slmsam2_cli.errors import DONE, DatasetError, DeviceError, OutputError, PlanError, TrainingError, UsageError
-from slmsam2_cli.inference.load_model import fuser_of, with_fuser_of
+from slmsam2_cli.inference.load_model import fuser_of, match_fuser
 from slmsam2_cli.io import atomic
 from slmsam2_cli.model import zoo
 from slmsam2_cli.model.calibration import Calibration
-from slmsam2_cli.model.checkpoint import RANDOM, Checkpoint, Provenance, Validation, base_weights
+from slmsam2_cli.model.checkpoint import RANDOM, Checkpoint, Provenance, Validation, load_base_weights
 from slmsam2_cli.planning.fingerprint import write_fingerprint
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.plan import COLOURS, Plan, TrainingPlan, read_plan, write_plan
 from slmsam2_cli.planning.rules import choose_training, decide, training_for
-from slmsam2_cli.training.calibrate import calibrated_on
+from slmsam2_cli.training.calibrate import calibrate_model
 from slmsam2_cli.training.cross_validation import FILE as FOLDS_FILE
-from slmsam2_cli.training.cross_validation import base_recogniser, forget_folds, planned_folds, say_validated, training_after, validate
-from slmsam2_cli.training.dataloader import Material
+from slmsam2_cli.training.cross_validation import (
+    delete_folds,
+    plan_folds,
+    pretrained_label_unet,
+    print_validation,
+    settings_after_folds,
+    validate,
+)
+from slmsam2_cli.training.dataloader import TrainingData
 from slmsam2_cli.training.distributed import check_processes
-from slmsam2_cli.training.interrupts import Continuable, continuable, remedy, shortage, stoppable
-from slmsam2_cli.training.learner import Progress, share_done
+from slmsam2_cli.training.interrupts import ResumableError, graceful_stop, memory_warning, remedy, resumable
+from slmsam2_cli.training.learner import Progress, fraction_done
 from slmsam2_cli.training.monitoring import Log, draw_progress, events
-from slmsam2_cli.training.state import Run, Wish, check_state, image_digests, keep, learned_by, load_state, previous_of, save_state
-from slmsam2_cli.training.trainer import Learner, absent_labels, follow, fresh_learner, material_of, new_model
+from slmsam2_cli.training.state import Run, Wish, backup_path, check_state, image_digests, keep, load_state, save_state, training_images_of
+from slmsam2_cli.training.trainer import Learner, absent_labels, follow, init_learner, new_model, training_data_of
 from slmsam2_cli.workspace import Workspace
 
 SAVE_EVERY_S = 120.0
-_A_FILE = "file"
+_FROM_FILE = "file"
 
 
 def finetune(
@@ -57,7 +64,7 @@ def finetune(
     steps: int | None = None,
     seed: int = 0,
     resume: bool = False,
-    skip_bad: bool = False,
+    skip_invalid: bool = False,
     device: DeviceName = "auto",
     processes: int | None = None,
     network: str | None = None,
@@ -65,7 +72,7 @@ def finetune(
 ) -> int:
     """Adapt the network to `cases` training volumes. The exit code: 0.
 
-    Raises DatasetError (bad training cases, unless `skip_bad`), PlanError, WeightsError, TrainingError, DeviceError,
+    Raises DatasetError (bad training cases, unless `skip_invalid`), PlanError, WeightsError, TrainingError, DeviceError,
     OutputError, UsageError.
     """
     if cases < 1:
@@ -75,22 +82,22 @@ def finetune(
     chosen = choose_device(device)
     wish = Wish(cases, weights, minutes, steps, seed, processes)
     if resume:
-        wish = _kept_wish(workspace, wish)
-    base = base_weights(wish.weights)
+        wish = _saved_options(workspace, wish)
+    base = load_base_weights(wish.weights)
     data = read_dataset(dataset)
     try:
-        with atomic.one_writer(workspace.root):
+        with atomic.lock_folder(workspace.root):
             plan = _plan(data, workspace, network, base)
             new_model(plan, base)
-            ready = _prepare(data, plan, workspace, skip_bad)
-            run = _run_of(plan, data, ready, wish, base)
+            ready = _prepare(data, plan, workspace, skip_invalid)
+            run = _make_run(plan, data, ready, wish, base)
             if _finished(workspace, run, resume, overwrite):
                 return DONE
-            check_processes(run.plan.training.processes, chosen)
-            if warning := shortage(run.plan, workspace.fingerprint, len(run.cases), chosen):
+            check_processes(run.plan.training.workers, chosen)
+            if warning := memory_warning(run.plan, workspace.fingerprint, len(run.cases), chosen):
                 console.warn(warning)
             _tune(run, ready, workspace, chosen, wish, resume)
-    except Continuable:
+    except ResumableError:
         raise
     except OutputError as error:
         raise OutputError(f"{error}. Mend that and try again, or choose a workspace you can write to with -w") from None
@@ -101,16 +108,16 @@ def finetune(
     return DONE
 
 
-def _kept_wish(workspace: Workspace, given: Wish) -> Wish:
+def _saved_options(workspace: Workspace, given: Wish) -> Wish:
     """The options of the run to go on with; a base that is a file has to be named again."""
     split = atomic.read_json(workspace.split, "the split") if workspace.split.exists() else None
     kept = split.get("options") if isinstance(split, dict) else None
     if not isinstance(kept, dict) or set(kept) != {field.name for field in fields(Wish)}:
         return given
     wish = Wish(**kept)
-    if wish.weights == _A_FILE and given.weights in ("auto", RANDOM):
+    if wish.weights == _FROM_FILE and given.weights in ("auto", RANDOM):
         raise UsageError("this run started from a file of weights. Name the same file again: --continue --weights FILE")
-    wish = replace(wish, weights=given.weights) if wish.weights == _A_FILE else wish
+    wish = replace(wish, weights=given.weights) if wish.weights == _FROM_FILE else wish
     console.say(f"going on with -n {wish.cases} --seed {wish.seed} --weights {Path(wish.weights).name}")
     return wish
 
@@ -124,8 +131,8 @@ def _plan(data: Dataset, workspace: Workspace, network: str | None, base: Checkp
             raise PlanError(f"plan.json knows the channels {plan.channels}, the data set has {data.channels}. Run slmsam2 plan --overwrite")
         if network and network != plan.network.size:
             raise PlanError(f"plan.json is for network {plan.network.size}. Run slmsam2 plan --network {network} first")
-        _mind_the_order(plan, base)
-        return with_fuser_of(plan, base) if base else plan
+        _warn_channel_order(plan, base)
+        return match_fuser(plan, base) if base else plan
     with console.progress("measuring", len(data.training)) as advance:
         fingerprint, problems = measure(data, advance)
     if not fingerprint.cases:
@@ -133,12 +140,12 @@ def _plan(data: Dataset, workspace: Workspace, network: str | None, base: Checkp
     plan = decide(fingerprint, network, (fuser_of(base) if base else None) or "gated")
     write_fingerprint(workspace.fingerprint, fingerprint)
     write_plan(workspace.plan, plan)
-    console.say(f"planned: slices along {plan.geometry.slice_axis}, {plan.geometry.frame_px} px, {plan.modality} (slmsam2 plan says why)")
-    _mind_the_order(plan, base)
+    console.say(f"planned: slices along {plan.geometry.slice_axis}, {plan.geometry.input_size} px, {plan.modality} (slmsam2 plan says why)")
+    _warn_channel_order(plan, base)
     return plan
 
 
-def _mind_the_order(plan: Plan, base: Checkpoint | None) -> None:
+def _warn_channel_order(plan: Plan, base: Checkpoint | None) -> None:
     """A line where the base has learned to read as many channels, but under other names."""
     before = base.plan if base else None
     if before is None or before.modality != plan.modality or before.channels == plan.channels:
@@ -148,10 +155,10 @@ def _mind_the_order(plan: Plan, base: Checkpoint | None) -> None:
     console.warn(f"the channels {', '.join(plan.channels)} are taken for the base's {', '.join(before.channels)}, in this order")
 
 
-def _prepare(data: Dataset, plan: Plan, workspace: Workspace, skip_bad: bool) -> Outcome:
+def _prepare(data: Dataset, plan: Plan, workspace: Workspace, skip_invalid: bool) -> Outcome:
     with console.progress("preparing", len(data.training)) as advance:
         outcome = prepare_all(data, plan.geometry, plan.intensity, workspace.prepared, tell=console.say, advance=advance)
-    if outcome.problems and not (skip_bad and outcome.cases):
+    if outcome.problems and not (skip_invalid and outcome.cases):
         raise DatasetError(
             f"{data.name}: {len(outcome.problems)} training cases are unusable, so nothing was trained. "
             "Mend them, or leave them out with --skip-bad",
@@ -162,7 +169,7 @@ def _prepare(data: Dataset, plan: Plan, workspace: Workspace, skip_bad: bool) ->
     return outcome
 
 
-def _run_of(plan: Plan, data: Dataset, ready: Outcome, wish: Wish, base: Checkpoint | None) -> Run:
+def _make_run(plan: Plan, data: Dataset, ready: Outcome, wish: Wish, base: Checkpoint | None) -> Run:
     """The split, drawn from the seed over all cases that can teach propagation, and the training settings for that many."""
     usable = sorted(case.id for case in ready.cases if case.labels is not None and len(case.labels) > 1 and case.labels.any())
     if wish.cases > len(usable):
@@ -170,16 +177,16 @@ def _run_of(plan: Plan, data: Dataset, ready: Outcome, wish: Wish, base: Checkpo
     order = np.random.default_rng(wish.seed).permutation(len(usable))
     picked = tuple(sorted(usable[i] for i in order[: wish.cases]))
     images = {case.id: image_digests(case, data) for case in ready.cases}
-    learned = learned_by(base)
+    learned = training_images_of(base)
     known = tuple(case for case in images if case not in picked and learned & set(images[case]))
     if known:
         console.warn(f"{len(known)} more case(s) were learned from by {base.name if base else 'the base'} and do not count as unseen")
     training = training_for(plan, len(picked), base is None)
     changes = {name: getattr(wish, name) or getattr(training, name) for name in ("minutes", "steps", "processes")} | {"seed": wish.seed}
     settled = plan.model_copy(update={"training": TrainingPlan.model_validate(training.model_dump() | changes)})
-    unseen = tuple(case for case in images if case not in {*picked, *known})
+    held_out = tuple(case for case in images if case not in {*picked, *known})
     files = tuple(sorted(d for case in ready.cases if case.id in picked for d in case.record["inputs"].values()))
-    return Run(settled, picked, known, unseen, tuple(d for case in picked for d in images[case]), files, base, wish.weights)
+    return Run(settled, picked, known, held_out, tuple(d for case in picked for d in images[case]), files, base, wish.weights)
 
 
 def _finished(workspace: Workspace, run: Run, resume: bool, overwrite: bool) -> bool:
@@ -194,7 +201,7 @@ def _finished(workspace: Workspace, run: Run, resume: bool, overwrite: bool) -> 
     if resume:
         return False
     folds_begun = (workspace.finetuned / FOLDS_FILE).exists() and not (isinstance(split, dict) and split.get("finished"))
-    if folds_begun or _state(workspace).exists() or previous_of(_state(workspace)).exists():
+    if folds_begun or _state(workspace).exists() or backup_path(_state(workspace)).exists():
         raise UsageError("an unfinished run is here. Go on with slmsam2 finetune --continue, or start anew with --overwrite")
     if workspace.model.exists():
         raise UsageError(
@@ -204,7 +211,7 @@ def _finished(workspace: Workspace, run: Run, resume: bool, overwrite: bool) -> 
     return False
 
 
-def _unfinished(workspace: Workspace, run: Run) -> bool:
+def _can_start_over(workspace: Workspace, run: Run) -> bool:
     """Whether the split is of this run, which was ended before it had a state: it can begin where it was, at step 0."""
     split = atomic.read_json(workspace.split, "the split") if workspace.split.exists() else None
     return isinstance(split, dict) and split.get("run") == run.digest and not split.get("finished")
@@ -218,33 +225,33 @@ def _tune(run: Run, ready: Outcome, workspace: Workspace, device: torch.device, 
     if run.base is None:
         console.warn("--weights random: everything is learned from these volumes alone; for trials and tests, not for clinical data")
     used = [case for case in ready.cases if case.id in run.cases]
-    material_of(used, run.plan)  # is there anything to learn from?
+    training_data_of(used, run.plan)  # is there anything to learn from?
     if absent := absent_labels(used, run.plan):
         console.warn(
             f"{', '.join(absent)}: in none of the volumes that are learned from, so nothing is learned of it (--seed draws others)"
         )
     state, folder = _state(workspace), workspace.finetuned
-    begun = state.exists() or previous_of(state).exists() or not _unfinished(workspace, run)
+    begun = state.exists() or backup_path(state).exists() or not _can_start_over(workspace, run)
     if resume and begun:
         check_state(state, Learner, run.digest)
-    where = describe(device) + (f", shared by {run.plan.training.processes} processes" if run.plan.training.processes > 1 else "")
+    where = describe(device) + (f", shared by {run.plan.training.workers} processes" if run.plan.training.workers > 1 else "")
     console.say(f"training on {len(run.cases)} volume(s) on {where}: {', '.join(run.cases)}")
     skipped = tuple(problem.case for problem in ready.problems)
     if not resume:  # of a run that --overwrite gave up: not to be gone on with by this one's split
-        for old in (state, previous_of(state)):
+        for old in (state, backup_path(state)):
             old.unlink(missing_ok=True)
-        forget_folds(folder)
+        delete_folds(folder)
     _write_split(workspace, run, wish, skipped, finished=False)  # from here on, however it ends, there is something to continue
-    with continuable("slmsam2 finetune"), stoppable() as stopped:
+    with resumable("slmsam2 finetune"), graceful_stop() as stopped:
         by_rule = choose_training(run.plan.network.size, len(used)).value.steps
         validation = validate(run, used, device, folder, SAVE_EVERY_S, stopped, asked=run.plan.training.steps != by_rule)
         if stopped() and validation is None:
             console.say("stopped before the first step of tuning on everything. Go on with slmsam2 finetune --continue")
             return
-        _on_everything(run, used, workspace, device, wish, validation, skipped, resume and begun, stopped)
+        _train_on_all(run, used, workspace, device, wish, validation, skipped, resume and begun, stopped)
 
 
-def _on_everything(
+def _train_on_all(
     run: Run,
     used: Sequence[PreparedCase],
     workspace: Workspace,
@@ -258,25 +265,25 @@ def _on_everything(
     """Tune on all volumes, as the folds speak for, or keep the base."""
     state, plan = _state(workspace), run.plan
     if validation is not None:
-        say_validated(validation, len(used))
-        if validation.recogniser is False:
-            plan = plan.model_copy(update={"training": plan.training.model_copy(update={"recogniser": False})})
+        print_validation(validation, len(used))
+        if validation.label_unet is False:
+            plan = plan.model_copy(update={"training": plan.training.model_copy(update={"label_unet": False})})
     kept_base = validation is not None and validation.kept == "base"
-    material = material_of(used, plan)
-    training = training_after(run.plan.training, len(planned_folds(run, used)[0]), validation)
-    learner = fresh_learner(plan, run.base, material, device)
+    training_data = training_data_of(used, plan)
+    training = settings_after_folds(run.plan.training, len(plan_folds(run, used)[0]), validation)
+    learner = init_learner(plan, run.base, training_data, device)
     if begun and (warning := load_state(state, learner, run.digest)):
         console.warn(warning)
     if not begun:
         save_state(state, learner, run.digest)
     log = Log(workspace.finetuned / "log.csv", from_step=learner.step)
     if kept_base:
-        learner.average.recogniser = base_recogniser(run)
+        learner.average.label_unet = pretrained_label_unet(run)
     elif not stopped():
-        _follow(learner, material, training, run, state, log, stopped)
+        _follow(learner, training_data, training, run, state, log, stopped)
     _save(workspace, run, learner, validation)
     _note(log, run)
-    finished = kept_base or share_done(learner, training) >= 1
+    finished = kept_base or fraction_done(learner, training) >= 1
     if finished and (calibration := _calibrate(learner, used, run.plan, stopped)):
         _save(workspace, run, learner, validation, calibration)
     elif stopped() or not finished:
@@ -284,12 +291,12 @@ def _on_everything(
         save_state(state, learner, run.digest)
         console.say(f"stopped at step {learner.step}; the model so far is saved. Go on with slmsam2 finetune --continue")
     _write_split(workspace, run, wish, skipped, finished)
-    for old in (state, previous_of(state)) if finished else ():
+    for old in (state, backup_path(state)) if finished else ():
         old.unlink(missing_ok=True)
 
 
 def _follow(
-    learner: Learner, material: Material, training: TrainingPlan, run: Run, state: Path, log: Log, stopped: Callable[[], bool]
+    learner: Learner, training_data: TrainingData, training: TrainingPlan, run: Run, state: Path, log: Log, stopped: Callable[[], bool]
 ) -> None:
     """Train on everything; the log grows with every step."""
 
@@ -303,7 +310,7 @@ def _follow(
         try:
             follow(
                 learner,
-                material,
+                training_data,
                 training,
                 stopped,
                 title="training",
@@ -332,11 +339,11 @@ def _note(log: Log, run: Run) -> None:
 
 def _write_split(workspace: Workspace, run: Run, wish: Wish, skipped: tuple[str, ...], finished: bool) -> None:
     """split.json: which cases were learned from, which count as unseen, and what --continue needs."""
-    kept = wish if wish.weights in ("auto", RANDOM) or zoo.is_name(wish.weights) else replace(wish, weights=_A_FILE)
+    kept = wish if wish.weights in ("auto", RANDOM) or zoo.is_name(wish.weights) else replace(wish, weights=_FROM_FILE)
     split = {
         "format_version": 1,
         "training": sorted([*run.cases, *run.known]),
-        "unseen": list(run.unseen),
+        "held_out": list(run.held_out),
         "skipped": list(skipped),
         "seed": run.plan.training.seed,
         "options": asdict(kept),
@@ -348,7 +355,7 @@ def _write_split(workspace: Workspace, run: Run, wish: Wish, skipped: tuple[str,
 
 def _calibrate(learner: Learner, cases: Sequence[PreparedCase], plan: Plan, stopped: Callable[[], bool]) -> Calibration | None:
     """What the tuned model's confidence is worth, said in a line."""
-    found = calibrated_on(learner.average, cases, plan, stopped)
+    found = calibrate_model(learner.average, cases, plan, stopped)
     if found is None:
         console.say(
             f"confidence stays uncalibrated: {'stopped' if stopped() else 'too few slices to compare it with, or no table that says more'}"
@@ -379,5 +386,5 @@ def _save(workspace: Workspace, run: Run, learner: Learner, validation: Validati
     )
     digest = keep(workspace.model, learner.average, run.plan, provenance, run.base, calibration)
     if calibration is None:
-        waited = f", {learner.waited / learner.seconds:.0%} of it waiting for data" if learner.seconds else ""
-        console.say(f"model: {workspace.model} ({learner.step} steps, {learner.seconds:.0f} s{waited}, weights {digest[:12]})")
+        data_wait_s = f", {learner.data_wait_s / learner.seconds:.0%} of it waiting for data" if learner.seconds else ""
+        console.say(f"model: {workspace.model} ({learner.step} steps, {learner.seconds:.0f} s{data_wait_s}, weights {digest[:12]})")

@@ -15,15 +15,22 @@ from slmsam2_cli.dataset.dataset import Dataset, read_dataset
 from slmsam2_cli.dataset.slices import AXES, SliceAxis
 from slmsam2_cli.device import choose_device, describe
 from slmsam2_cli.errors import DONE, SOME_FAILED, DatasetError, OutputError, PlanError, UsageError
-from slmsam2_cli.io.atomic import one_writer
-from slmsam2_cli.planning.advice import advise, oddities
-from slmsam2_cli.planning.estimate import KNOWN, KNOWN_PX, cost_of_predicting, cost_of_tuning, in_words, longest_clip
+from slmsam2_cli.io.atomic import lock_folder
+from slmsam2_cli.planning.advice import annotation_advice, dataset_warnings
+from slmsam2_cli.planning.estimate import (
+    KNOWN,
+    REFERENCE_INPUT_SIZE,
+    estimate_finetuning,
+    estimate_prediction,
+    format_estimate,
+    longest_clip,
+)
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, Fingerprint, write_fingerprint
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.modality import NAMES, UNKNOWN
-from slmsam2_cli.planning.plan import Plan, differences, leaves, read_plan, settle, write_plan
-from slmsam2_cli.planning.resolution import may_be_lost
-from slmsam2_cli.planning.rules import TRAINING, asked_axis, decide, with_training
+from slmsam2_cli.planning.plan import Plan, differences, flatten_plan, keep_edits, read_plan, write_plan
+from slmsam2_cli.planning.resolution import resolution_warning
+from slmsam2_cli.planning.rules import TRAINING, decide, override_training, requested_axis
 from slmsam2_cli.report.plan_page import PlanNotes, steps, write_plan_page
 from slmsam2_cli.report.schema import Table
 from slmsam2_cli.workspace import Workspace
@@ -32,7 +39,7 @@ AxisName = Literal["auto"] | SliceAxis
 AXIS_KEY: Final = "geometry.slice_axis"
 Rows = tuple[tuple[str, str, str], ...]
 COST_COLUMNS = ("run", "time", "memory")
-FACT_COLUMNS = ("what", "lowest", "median", "highest")
+MEASUREMENT_COLUMNS = ("what", "lowest", "median", "highest")
 LABEL_COLUMNS = ("label", "cases", "voxels", *(f"slices {axis}" for axis in AXES), *(f"copy Dice {axis}" for axis in AXES))
 
 
@@ -44,23 +51,23 @@ def plan(
     network: str | None = None,
     axis: AxisName | None = None,
     minutes: float | None = None,
-    memory_gb: float | None = None,
+    max_memory_gb: float | None = None,
     report: bool = True,
 ) -> int:
     """Measure a data set, decide how to treat it, and say why. The exit code: 0, or 1 when some cases are unusable.
 
-    network, axis, minutes and memory_gb, of fine-tuning, are kept when planning anew; axis "auto" and limits of 0 take them back.
+    network, axis, minutes and max_memory_gb, of fine-tuning, are kept when planning anew; axis "auto" and limits of 0 take them back.
     report: also draw plan.html.
     Raises DatasetError with all problems when no case is usable, PlanError for an edited plan that cannot be kept, OutputError.
     """
-    data, wish = _read(dataset), Wish(network, axis, minutes, memory_gb)
+    data, wish = _read(dataset), Wish(network, axis, minutes, max_memory_gb)
     previous = read_plan(workspace.plan) if workspace.plan.exists() and not overwrite else None
     try:
-        with one_writer(workspace.root):
+        with lock_folder(workspace.root):
             fingerprint, failed = _measure(data)
             decided = _decide(fingerprint, previous, wish)
-            settled = settle(previous, decided)
-            _mind_the_edits(settled, decided, fingerprint, wish)
+            settled = keep_edits(previous, decided)
+            _check_edits(settled, decided, fingerprint, wish)
             write_fingerprint(workspace.fingerprint, fingerprint)
             write_plan(workspace.plan, settled)
             costs = _costs(settled, fingerprint)
@@ -81,7 +88,7 @@ def compare(
     network: str | None = None,
     axis: AxisName | None = None,
     minutes: float | None = None,
-    memory_gb: float | None = None,
+    max_memory_gb: float | None = None,
 ) -> int:
     """Say in what the plan in a file differs from what would be decided now; nothing is written. The exit code as of `plan`.
 
@@ -91,9 +98,9 @@ def compare(
         raise PlanError(f"no plan at {path} to compare with. Name a plan.json with --against, or run slmsam2 plan first")
     mine = read_plan(path)
     fingerprint, failed = _measure(_read(dataset))
-    fresh = _decide(fingerprint, mine, Wish(network, axis, minutes, memory_gb))
+    fresh = _decide(fingerprint, mine, Wish(network, axis, minutes, max_memory_gb))
     differing = differences(mine, fresh)
-    rows = [[key, shown(before), shown(now), fresh.reasons.get(_reason_key(key, fresh), "-")] for key, before, now in differing]
+    rows = [[key, shown(before), shown(now), fresh.reasons.get(_reason_key_of(key, fresh), "-")] for key, before, now in differing]
     if mine.fingerprint_digest != fresh.fingerprint_digest:
         console.say(f"{path.name} rests on other measurements: the data have changed since, or it was made for other data")
     if rows:
@@ -117,51 +124,51 @@ class Wish:
     network: str | None = None
     axis: AxisName | None = None
     minutes: float | None = None
-    memory_gb: float | None = None
+    max_memory_gb: float | None = None
 
 
 def _decide(fingerprint: Fingerprint, previous: Plan | None, wish: Wish) -> Plan:
     """Fresh decisions, with what was asked for, now or for the previous plan. UsageError where the memory is too little for any."""
-    before = previous.asked if previous is not None else ()
+    before = previous.overrides if previous is not None else ()
     axis = previous.geometry.slice_axis if previous is not None and wish.axis is None and AXIS_KEY in before else wish.axis
     network = wish.network or (previous.network.size if previous else None)
     if axis is None or axis == "auto":
         plan = decide(fingerprint, network)
     else:
-        plan = decide(fingerprint, network, axis=asked_axis(fingerprint, axis), asked=(AXIS_KEY,))
-    settings = {key.removeprefix(TRAINING): leaves(previous)[key] for key in before if key.startswith(TRAINING)} if previous else {}
+        plan = decide(fingerprint, network, axis=requested_axis(fingerprint, axis), overrides=(AXIS_KEY,))
+    settings = {key.removeprefix(TRAINING): flatten_plan(previous)[key] for key in before if key.startswith(TRAINING)} if previous else {}
     if wish.minutes is not None:
         settings["minutes"] = wish.minutes or None
-    if wish.memory_gb is not None:
-        settings["clip_slices"] = _clip_that_fits(plan, fingerprint, wish.memory_gb) if wish.memory_gb else None
-    return with_training(plan, {name: value for name, value in settings.items() if value is not None})
+    if wish.max_memory_gb is not None:
+        settings["clip_slices"] = _clip_that_fits(plan, fingerprint, wish.max_memory_gb) if wish.max_memory_gb else None
+    return override_training(plan, {name: value for name, value in settings.items() if value is not None})
 
 
-def _clip_that_fits(plan: Plan, fingerprint: Fingerprint, memory_gb: float) -> int:
+def _clip_that_fits(plan: Plan, fingerprint: Fingerprint, max_memory_gb: float) -> int:
     """The longest clips that fine-tuning can learn from in so much memory."""
-    if (longest := longest_clip(plan, fingerprint, int(memory_gb * 1e9))) is not None:
+    if (longest := longest_clip(plan, fingerprint, int(max_memory_gb * 1e9))) is not None:
         return longest
     if plan.network.size != KNOWN:
         raise UsageError(f"--memory: what network {plan.network.size} needs is not known. Set training.clip_slices in plan.json yourself")
-    need = cost_of_tuning(with_training(plan, {"clip_slices": 2}), fingerprint, 1)
+    need = estimate_finetuning(override_training(plan, {"clip_slices": 2}), fingerprint, 1)
     assert need is not None
-    raise UsageError(f"--memory {memory_gb:g}: even clips of 2 slices need {math.ceil(need.memory_bytes / 1e7) / 100:.2f} GB")
+    raise UsageError(f"--memory {max_memory_gb:g}: even clips of 2 slices need {math.ceil(need.memory_bytes / 1e7) / 100:.2f} GB")
 
 
-def _mind_the_edits(settled: Plan, decided: Plan, fingerprint: Fingerprint, wish: Wish) -> None:
+def _check_edits(settled: Plan, decided: Plan, fingerprint: Fingerprint, wish: Wish) -> None:
     """PlanError where an edited plan is kept that says otherwise than an option."""
-    kept, fresh = leaves(settled), leaves(decided)
+    kept, fresh = flatten_plan(settled), flatten_plan(decided)
     wanted = {"network.size": wish.network, AXIS_KEY: wish.axis, f"{TRAINING}minutes": wish.minutes}
     against = [key for key, value in wanted.items() if value is not None and kept[key] != fresh[key]]
-    cost = cost_of_tuning(settled, fingerprint, 1) if wish.memory_gb else None
-    if cost is not None and wish.memory_gb and cost.memory_bytes > wish.memory_gb * 1e9:
+    cost = estimate_finetuning(settled, fingerprint, 1) if wish.max_memory_gb else None
+    if cost is not None and wish.max_memory_gb and cost.memory_bytes > wish.max_memory_gb * 1e9:
         against.append(f"{TRAINING}clip_slices")
     if against:
         key = against[0]
         raise PlanError(f"plan.json was edited by hand and keeps its {key}: set it to {fresh[key]} there, or add --overwrite")
 
 
-def _reason_key(key: str, plan: Plan) -> str:
+def _reason_key_of(key: str, plan: Plan) -> str:
     """The key under which the plan gives the reason for a decision: its own, or that of the group it belongs to."""
     return next((name for name in plan.reasons if key == name or key.startswith(f"{name}.")), key)
 
@@ -189,19 +196,19 @@ def _costs(settled: Plan, fingerprint: Fingerprint) -> Rows:
     """A row for each run that is likely to follow. Nothing where the network's needs are not known; no time where trying failed."""
     if settled.network.size != KNOWN:
         return ()
-    pace, count = _pace(settled), len(fingerprint.cases)
-    runs = {f"finetune -n {n}": cost_of_tuning(settled, fingerprint, n, pace) for n in sorted({1, min(5, count)})}
-    runs[f"predict {count} volume{'s' if count != 1 else ''}"] = cost_of_predicting(settled, fingerprint.cases, pace)
-    return tuple((name, *in_words(cost)) for name, cost in runs.items() if cost is not None)
+    pace, count = _measure_speed(settled), len(fingerprint.cases)
+    runs = {f"finetune -n {n}": estimate_finetuning(settled, fingerprint, n, pace) for n in sorted({1, min(5, count)})}
+    runs[f"predict {count} volume{'s' if count != 1 else ''}"] = estimate_prediction(settled, fingerprint.cases, pace)
+    return tuple((name, *format_estimate(cost)) for name, cost in runs.items() if cost is not None)
 
 
-def _pace(settled: Plan) -> float | None:
+def _measure_speed(settled: Plan) -> float | None:
     """Seconds a slice on this machine; None, and a line, where it could not be tried out."""
     try:
-        from slmsam2_cli.model.speed import pace_s  # torch takes seconds to load, and a comparison needs none
+        from slmsam2_cli.model.speed import seconds_per_slice  # torch takes seconds to load, and a comparison needs none
 
         device = choose_device()
-        pace = pace_s(settled.network, KNOWN_PX, device)
+        pace = seconds_per_slice(settled.network, REFERENCE_INPUT_SIZE, device)
     except Exception as error:  # noqa: BLE001 - the plan is written; nothing about an estimate may make the run fail
         console.detail(f"times are not foretold: {error or type(error).__name__}")
         console.trace(error)
@@ -214,13 +221,13 @@ def _draw(path: Path, data: Dataset, fingerprint: Fingerprint, settled: Plan, co
     """plan.html: what the terminal says, and pictures."""
     axis = settled.geometry.slice_axis
     measured = (
-        Table("What was measured", FACT_COLUMNS, tuple(tuple(row) for row in facts(fingerprint.cases))),
-        Table("Labels", LABEL_COLUMNS, tuple(tuple(row) for row in label_facts(fingerprint))),
+        Table("What was measured", MEASUREMENT_COLUMNS, tuple(tuple(row) for row in facts(fingerprint.cases))),
+        Table("Labels", LABEL_COLUMNS, tuple(tuple(row) for row in label_measurement_rows(fingerprint))),
     )
     notes = PlanNotes(
         decisions=tuple((key, value, why) for key, value, why in decisions(settled)),
         warnings=(*(f"case {case.id}: {line}" for case in fingerprint.cases for line in case.warnings), *warnings_of(fingerprint, settled)),
-        advice=tuple((f"{one.label} {one.name}", one.words(axis)) for one in advise(fingerprint, axis)),
+        advice=tuple((f"{one.label} {one.name}", one.words(axis)) for one in annotation_advice(fingerprint, axis)),
         costs=tuple((run, memory) for run, _, memory in costs),  # not the time, which is another with every run
         measured=measured,
     )
@@ -235,8 +242,8 @@ def _draw(path: Path, data: Dataset, fingerprint: Fingerprint, settled: Plan, co
 
 def _show(fingerprint: Fingerprint, previous: Plan | None, settled: Plan, decided: Plan, costs: Rows) -> None:
     """The facts and the decisions, as tables; then what differs from before."""
-    console.table(f"{fingerprint.dataset_name}: what was measured", FACT_COLUMNS, facts(fingerprint.cases))
-    console.table("labels", LABEL_COLUMNS, label_facts(fingerprint))
+    console.table(f"{fingerprint.dataset_name}: what was measured", MEASUREMENT_COLUMNS, facts(fingerprint.cases))
+    console.table("labels", LABEL_COLUMNS, label_measurement_rows(fingerprint))
     console.table("what was decided", ["decision", "value", "because"], decisions(settled))
     axis = settled.geometry.slice_axis
     console.table("what to annotate on a new volume", ["label", f"slices along {axis}"], advice_rows(fingerprint, axis))
@@ -258,8 +265,8 @@ def warnings_of(fingerprint: Fingerprint, settled: Plan) -> tuple[str, ...]:
     )
     asked = (f"{unsure} ({', '.join(NAMES)}), and plan again",) if settled.modality == UNKNOWN else ()
     geometry, size = settled.geometry, settled.network.size
-    thin = may_be_lost(fingerprint, geometry.slice_axis, size, geometry.frame_px, geometry.focus)
-    return (*asked, *([thin] if thin else []), *oddities(fingerprint))
+    thin = resolution_warning(fingerprint, geometry.slice_axis, size, geometry.input_size, geometry.roi_scale)
+    return (*asked, *([thin] if thin else []), *dataset_warnings(fingerprint))
 
 
 def facts(cases: tuple[CaseFingerprint, ...]) -> list[list[str]]:
@@ -277,7 +284,7 @@ def facts(cases: tuple[CaseFingerprint, ...]) -> list[list[str]]:
     return rows
 
 
-def label_facts(fingerprint: Fingerprint) -> list[list[str]]:
+def label_measurement_rows(fingerprint: Fingerprint) -> list[list[str]]:
     """One row a label: in how many cases, its median size, and how well its middle slice copied to all slices would do."""
     rows = []
     for value, name in fingerprint.labels.items():
@@ -292,12 +299,12 @@ def label_facts(fingerprint: Fingerprint) -> list[list[str]]:
 
 def advice_rows(fingerprint: Fingerprint, axis: SliceAxis) -> list[list[str]]:
     """One row a label: which slices to annotate."""
-    return [[f"{one.label} {one.name}", one.words(axis)] for one in advise(fingerprint, axis)]
+    return [[f"{one.label} {one.name}", one.words(axis)] for one in annotation_advice(fingerprint, axis)]
 
 
 def decisions(settled: Plan) -> list[list[str]]:
     """One row a reason: the key, its value or values, why."""
-    values = leaves(settled)
+    values = flatten_plan(settled)
 
     def value_of(key: str) -> str:
         if key == "intensity":

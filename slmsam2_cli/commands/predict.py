@@ -31,15 +31,15 @@ from slmsam2_cli.errors import (
     OutputError,
     UsageError,
 )
-from slmsam2_cli.inference.load_model import build_model, choose_model, plan_for, split_of
-from slmsam2_cli.inference.manifest import Records, key_of, whole
-from slmsam2_cli.inference.segment import PromptSource, Segmented, segment_case
+from slmsam2_cli.inference.load_model import build_model, choose_model, plan_from_prompts, read_split
+from slmsam2_cli.inference.manifest import Records, cache_key, whole
+from slmsam2_cli.inference.segment import PromptSource, SegmentedCase, segment_case
 from slmsam2_cli.io import atomic
-from slmsam2_cli.io.volume import ENDINGS, files_of, image_ending, mask_ending, write_mask
+from slmsam2_cli.io.volume import ENDINGS, image_ending, mask_ending, volume_files, write_mask
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import Checkpoint
 from slmsam2_cli.planning.plan import Plan
-from slmsam2_cli.report.prediction_page import report_on
+from slmsam2_cli.report.prediction_page import write_prediction_report
 from slmsam2_cli.version import VERSION
 from slmsam2_cli.workspace import Workspace
 
@@ -73,14 +73,14 @@ class Job:
         """Digest of everything that shapes this case's mask."""
         table = self.calibration.model_dump_json() if self.calibration else ""
         settings = f"{VERSION} {self.checkpoint.digest} {self.plan.digest} {self.prompts.words()} {table}"
-        return key_of(hashlib.sha256(settings.encode()).hexdigest(), [*case.images, *self.prompts.files(case)])
+        return cache_key(hashlib.sha256(settings.encode()).hexdigest(), [*case.images, *self.prompts.files(case)])
 
     def learned_from(self, case: Case) -> bool:
         """Whether the model, or one that it descends from, has learned from this case, under this name or any other."""
         provenance = self.checkpoint.provenance
         known = {*self.training, *(provenance.training if provenance else ())}
         images = frozenset(provenance.learned_from) if provenance else frozenset[str]()
-        return case.id in known or any(atomic.sha256_of(file) in images for path in case.images for file in files_of(path))
+        return case.id in known or any(atomic.sha256_of(file) in images for path in case.images for file in volume_files(path))
 
     def model(self) -> dict[str, Any]:
         """Which model and which plan, for the manifest."""
@@ -109,7 +109,7 @@ def predict(
     prompts: Path | None = None,
     prompts_from: Path | None = None,
     where: Where = "middle",
-    end_stops: bool = False,
+    mark_ends: bool = False,
     workspace: Workspace | None = None,
     model: Path | None = None,
     weights: str | None = None,
@@ -129,15 +129,15 @@ def predict(
     data = read_dataset(dataset) if images is None and dataset is not None else None
     found = _cases(images, data, workspace)
     masks = _masks_folder(masks, workspace, images)
-    source = _prompt_source(prompts, prompts_from, where, end_stops, data)
+    source = _prompt_source(prompts, prompts_from, where, mark_ends, data)
     files = [file for case in found.cases for file in (*case.images, *([case.label] if case.label else []))]
-    _refuse_overlap(masks, [found.root, source.folder, *(file.parent for file in files)])
-    unplanned = partial(plan_for, found.cases, source, masks=masks, anew=overwrite) if data is None else None
+    _check_output_folder(masks, [found.root, source.folder, *(file.parent for file in files)])
+    unplanned = partial(plan_from_prompts, found.cases, source, masks=masks, anew=overwrite) if data is None else None
     checkpoint, plan = choose_model(workspace, model, weights, data, unplanned)
     chosen = choose_device(device)
     shown = {case.id: case.images for case in found.cases} if report else None
     job = Job(found.root, masks, source, plan, checkpoint, found.learned_from, overwrite, shown)
-    with atomic.one_writer(masks, f"{part_id}-of-{num_parts}" if num_parts > 1 else ""):
+    with atomic.lock_folder(masks, f"{part_id}-of-{num_parts}" if num_parts > 1 else ""):
         return _run(job, found.cases[part_id::num_parts], found.problems if part_id == 0 else (), chosen, device == "auto")
 
 
@@ -160,16 +160,16 @@ def _cases(images: Path | None, data: Dataset | None, workspace: Workspace | Non
             raise UsageError(f"-i {images}: not the name of a volume. Name one that ends in {', '.join(ENDINGS)}, or a folder of them")
         found = Chosen(images.parent if images.is_file() else images, *read_image_folder(images))
     elif data is not None and workspace is not None:
-        split = split_of(workspace)
+        split = read_split(workspace)
         seen, unusable = frozenset(split.get("training", ())), frozenset(split.get("skipped", ()))
-        unseen = tuple(case for case in data.training if case.id not in seen)
-        if seen and not {case.id for case in unseen} - unusable:
+        held_out = tuple(case for case in data.training if case.id not in seen)
+        if seen and not {case.id for case in held_out} - unusable:
             console.warn(
                 "no case is unseen: the cases that the model has learned from are segmented; their scores are not those of unseen cases"
             )
             found = Chosen(data.root, data.training, data.problems, seen)
         else:
-            found = Chosen(data.root, unseen, data.problems)
+            found = Chosen(data.root, held_out, data.problems)
     else:
         raise UsageError("no images named. Give -i IMAGES -o MASKS, or run inside a data set")
     if not found.cases:
@@ -185,11 +185,11 @@ def _masks_folder(masks: Path | None, workspace: Workspace | None, images: Path 
     raise UsageError("-o MASKS is missing: name a folder for the masks")
 
 
-def _prompt_source(prompts: Path | None, prompts_from: Path | None, where: Where, end_stops: bool, data: Dataset | None) -> PromptSource:
+def _prompt_source(prompts: Path | None, prompts_from: Path | None, where: Where, mark_ends: bool, data: Dataset | None) -> PromptSource:
     """Where prompts come from; without a word about it, a slice of each label of the data set's own masks."""
     if prompts is not None and prompts_from is not None:
         raise UsageError("-p and --prompts-from both give prompts. Give one of them")
-    if prompts is not None and end_stops:
+    if prompts is not None and mark_ends:
         raise UsageError("--end-stops is for --prompts-from. Beside masks of your own, list the empty slices in CASE.prompts.json")
     folder = prompts if prompts is not None else prompts_from
     if folder is None and data is None:
@@ -198,13 +198,13 @@ def _prompt_source(prompts: Path | None, prompts_from: Path | None, where: Where
         )
     if folder is None:
         assert data is not None
-        return PromptSource(data.root, where, own_labels=True, end_stops=end_stops)
+        return PromptSource(data.root, where, dataset_labels=True, mark_ends=mark_ends)
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder of prompts")
-    return PromptSource(folder, where if prompts is None else None, end_stops=end_stops)
+    return PromptSource(folder, where if prompts is None else None, mark_ends=mark_ends)
 
 
-def _refuse_overlap(masks: Path, inputs: Sequence[Path]) -> None:
+def _check_output_folder(masks: Path, inputs: Sequence[Path]) -> None:
     """Masks never go where images or prompts come from, not even through a link (R8)."""
     if masks.exists() and not masks.is_dir():
         raise OutputError(f"{masks}: is a file, not a directory. Name a folder with -o")
@@ -213,21 +213,21 @@ def _refuse_overlap(masks: Path, inputs: Sequence[Path]) -> None:
             raise UsageError(f"-o {masks}: is the same folder as an input. Choose another for the masks")
 
 
-def _run(job: Job, cases: Sequence[Case], problems: Sequence[CaseError], device: torch.device, may_move: bool) -> int:
-    todo, done = _sort_out(job, cases)
+def _run(job: Job, cases: Sequence[Case], problems: Sequence[CaseError], device: torch.device, allow_cpu_fallback: bool) -> int:
+    todo, done = _split_done(job, cases)
     failed = list(problems)
     for problem in problems:
         console.error(str(problem))
     if todo:
-        runner = _Runner(job, device, may_move)
+        runner = _Runner(job, device, allow_cpu_fallback)
         try:
-            failed += _each(job, runner, todo)
+            failed += _predict_cases(job, runner, todo)
         finally:  # also when interrupted: what is there is accounted for
             job.records.write_manifest(job.head())
     else:
         job.records.write_manifest(job.head())
     if job.shown is not None:
-        report_on(job.masks, job.shown, job.plan.intensity[0], anew=bool(todo))
+        write_prediction_report(job.masks, job.shown, job.plan.intensity[0], anew=bool(todo))
     console.say(
         f"{len(todo) + len(problems) - len(failed)} masks written, {len(done)} already there, {len(failed)} cases failed: {job.masks}"
     )
@@ -239,7 +239,7 @@ def _run(job: Job, cases: Sequence[Case], problems: Sequence[CaseError], device:
     return SOME_FAILED if failed else DONE
 
 
-def _each(job: Job, runner: _Runner, cases: Sequence[Case]) -> list[CaseError]:
+def _predict_cases(job: Job, runner: _Runner, cases: Sequence[Case]) -> list[CaseError]:
     """Segment every case; the problems of those that cannot be."""
     failed = []
     with console.progress("predicting", len(cases)) as advance:
@@ -250,25 +250,25 @@ def _each(job: Job, runner: _Runner, cases: Sequence[Case]) -> list[CaseError]:
                 failed.append(problem)
                 console.error(str(problem))
                 console.trace(problem)
-                _disown(job, case.id)
+                _mark_stale(job, case.id)
             advance(1, case.id)
     return failed
 
 
-def _disown(job: Job, case_id: str) -> None:
+def _mark_stale(job: Job, case_id: str) -> None:
     """An earlier mask of a case that now fails stays, but is out of date and leaves the manifest."""
-    if name := job.records.disown(case_id):
+    if name := job.records.mark_stale(case_id):
         console.warn(f"case {case_id}: {name} is from an earlier run and out of date")
 
 
-def _sort_out(job: Job, cases: Sequence[Case]) -> tuple[list[Case], set[str]]:
+def _split_done(job: Job, cases: Sequence[Case]) -> tuple[list[Case], set[str]]:
     """Cases to do, and ids of those done. OutputError when a mask that is not ours, or was changed, would be lost."""
     todo, done, foreign = [], set[str](), []
     for case in cases:
-        record, existing = job.records.read(case.id), job.records.namesakes(case.id)
+        record, existing = job.records.read(case.id), job.records.files_named(case.id)
         if record and not job.overwrite and job.records.intact(record):
             if record.get("key") == job.key(case):
-                job.records.own_again(case.id)
+                job.records.unmark_stale(case.id)
                 done.add(case.id)
                 continue
             console.say(f"case {case.id}: segmented again: its image, prompts, model or settings changed")
@@ -290,8 +290,8 @@ def _sort_out(job: Job, cases: Sequence[Case]) -> tuple[list[Case], set[str]]:
 class _Runner:
     """Holds the model for all cases. When memory runs out it takes slices one by one, then moves to the CPU if it may."""
 
-    def __init__(self, job: Job, device: torch.device, may_move: bool) -> None:
-        self.job, self.device, self.may_move, self.batch = job, device, may_move, job.plan.inference.batch_slices
+    def __init__(self, job: Job, device: torch.device, allow_cpu_fallback: bool) -> None:
+        self.job, self.device, self.allow_cpu_fallback, self.batch = job, device, allow_cpu_fallback, job.plan.inference.batch_slices
         self.model = build_model(job.checkpoint, job.plan).to(device).eval()
         console.detail(f"running on {describe(device)}")
 
@@ -306,10 +306,10 @@ class _Runner:
         name = f"{case.id}{mask_ending(result.image)}"
         job.records.begin(case.id)
         write_mask(job.masks / name, result.labels, result.image)
-        account = {"output": name, "training": job.learned_from(case), "model": job.model(), "prompts": job.prompts.words()}
-        job.records.finish(case.id, key, account | result.account)
+        metadata = {"output": name, "training": job.learned_from(case), "model": job.model(), "prompts": job.prompts.words()}
+        job.records.finish(case.id, key, metadata | result.metadata)
 
-    def _attempt(self, case: Case) -> Segmented | None:
+    def _attempt(self, case: Case) -> SegmentedCase | None:
         """The case, segmented; None when memory ran out and it is worth another try. What failed is freed before that."""
         try:
             return segment_case(case, self.job.root, self.job.prompts, self.model, self.job.plan, self.job.calibration, self.batch)
@@ -317,12 +317,12 @@ class _Runner:
             if not is_out_of_memory(error):
                 what = f"cannot be segmented: {type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
                 raise CaseError(case.id, "", what, "Run again with --debug for the traceback") from error
-            if not self._make_room(case, error):
+            if not self._reduce_memory(case, error):
                 remedy = "Close other programs, or plan a smaller network (slmsam2 plan --network nano)"
                 raise CaseError(case.id, "", f"out of memory on {self.device.type}", remedy) from error
         return None
 
-    def _make_room(self, case: Case, error: Exception) -> bool:
+    def _reduce_memory(self, case: Case, error: Exception) -> bool:
         """Use less memory from now on, which is said; False when there is no way left. DeviceError for a device other than the CPU."""
         if self.batch > 1:
             self.batch = 1
@@ -330,7 +330,7 @@ class _Runner:
             return True
         if self.device.type == "cpu" or not isinstance(error, torch.OutOfMemoryError):
             return False
-        if not self.may_move:
+        if not self.allow_cpu_fallback:
             raise DeviceError(f"case {case.id}: out of memory on {self.device.type}. Use --device cpu") from error
         console.warn(f"out of memory on {self.device.type}: going on with the CPU")
         self.device = torch.device("cpu")

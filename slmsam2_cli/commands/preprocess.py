@@ -8,7 +8,7 @@ from slmsam2_cli import console
 from slmsam2_cli.dataset.cache import prepare_all
 from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.errors import DONE, SOME_FAILED, DatasetError, OutputError, PlanError
-from slmsam2_cli.io.atomic import one_writer
+from slmsam2_cli.io.atomic import lock_folder
 from slmsam2_cli.planning.plan import read_plan
 from slmsam2_cli.workspace import Workspace
 
@@ -23,7 +23,7 @@ def preprocess(dataset: Path, workspace: Workspace, *, overwrite: bool = False) 
     if data.channels != plan.channels:
         raise PlanError(f"plan.json knows the channels {plan.channels}, the data set has {data.channels}. Run slmsam2 plan --overwrite")
     try:
-        with one_writer(workspace.root), console.progress("preparing", len(data.training)) as advance:
+        with lock_folder(workspace.root), console.progress("preparing", len(data.training)) as advance:
             outcome = prepare_all(
                 data, plan.geometry, plan.intensity, workspace.prepared, overwrite=overwrite, tell=console.say, advance=advance
             )
@@ -35,6 +35,6 @@ def preprocess(dataset: Path, workspace: Workspace, *, overwrite: bool = False) 
         console.error(str(problem))
     for case in outcome.cases:
         if case.view.shrink < 1:
-            console.warn(f"case {case.id}: slices were shrunk to {case.view.shrink:.0%} to fit {plan.geometry.stack_px} px")
+            console.warn(f"case {case.id}: slices were shrunk to {case.view.shrink:.0%} to fit {plan.geometry.stack_size} px")
     console.say(f"{len(outcome.cases)} cases ready, {outcome.fresh} of them prepared now")
     return SOME_FAILED if outcome.problems else DONE

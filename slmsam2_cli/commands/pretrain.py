@@ -18,20 +18,20 @@ from slmsam2_cli import console
 from slmsam2_cli.device import DeviceName, choose_device, describe
 from slmsam2_cli.errors import DONE, DeviceError, TrainingError, UsageError
 from slmsam2_cli.io import atomic
-from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, base_weights, save_weights
+from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, load_base_weights, save_weights
 from slmsam2_cli.pretraining.recipe import NANO, SMOKE, Recipe, read_recipe
 from slmsam2_cli.pretraining.step import kept
 from slmsam2_cli.pretraining.train import Pretrainer, Step, new_learner, train
 from slmsam2_cli.pretraining.validation import Check, check, held_out
-from slmsam2_cli.training.interrupts import stoppable
-from slmsam2_cli.training.learner import share_done
-from slmsam2_cli.training.monitoring import COLUMNS, RECOGNISED, Log
-from slmsam2_cli.training.state import load_state, previous_of, save_state
+from slmsam2_cli.training.interrupts import graceful_stop
+from slmsam2_cli.training.learner import fraction_done
+from slmsam2_cli.training.monitoring import COLUMNS, LABEL_UNET_COLUMN, Log
+from slmsam2_cli.training.state import backup_path, load_state, save_state
 
 SAVE_EVERY_S = 120.0
 WEIGHTS, RECIPE, STATE, STARTED_FROM = "nano.safetensors", "recipe.json", "state.safetensors", "started_from.json"
 LICENCE, BASE = "Apache-2.0", "procedural volumes"
-_LOG = (*COLUMNS[:2], "phase", "length", "clips", *(name for name in COLUMNS[2:] if name != RECOGNISED), "clips_per_s")
+_LOG = (*COLUMNS[:2], "phase", "length", "clips", *(name for name in COLUMNS[2:] if name != LABEL_UNET_COLUMN), "clips_per_s")
 _CHECKS = ("step", "seconds", *Check.__dataclass_fields__)
 
 
@@ -65,21 +65,21 @@ def pretrain(
             "--continue goes on by the recipe, seed and weights that the run was started with. "
             "Leave --recipe, --smoke, --seed and --weights out"
         )
-    start = base_weights(weights) if weights is not None else None
+    start = load_base_weights(weights) if weights is not None else None
     chosen = choose_device(device)
-    with atomic.one_writer(run):
+    with atomic.lock_folder(run):
         wanted = _kept(run) if resume else read_recipe(recipe or (SMOKE if smoke else NANO))
-        wanted = _adjusted(wanted, minutes, steps, seed)
+        wanted = _apply_options(wanted, minutes, steps, seed)
         if not resume and not overwrite:
-            _refuse_to_replace(run)
+            _check_output(run)
         try:
-            _train(run, wanted, chosen, resume, start, commit, _side_by_side(wanted, chosen, threads))
+            _train(run, wanted, chosen, resume, start, commit, _use_processes(wanted, chosen, threads))
         except torch.OutOfMemoryError:
             raise DeviceError("out of memory. Set slices_per_step lower in the recipe, or use --device cpu") from None
     return DONE
 
 
-def _side_by_side(recipe: Recipe, device: torch.device, threads: int | None) -> bool:
+def _use_processes(recipe: Recipe, device: torch.device, threads: int | None) -> bool:
     """Whether there are threads enough for a process a part; sets those of this one."""
     if device.type != "cpu":
         return False
@@ -95,45 +95,45 @@ def _kept(run: Path) -> Recipe:
     return read_recipe(run / RECIPE)
 
 
-def _adjusted(recipe: Recipe, minutes: float | None, steps: int | None, seed: int | None) -> Recipe:
+def _apply_options(recipe: Recipe, minutes: float | None, steps: int | None, seed: int | None) -> Recipe:
     """The recipe with what the command line says. --steps alone lifts the recipe's limit in minutes, so that a run can be repeated."""
     changes = {"steps": steps, "minutes": minutes, "seed": seed}
     kept = recipe.model_dump() | ({"minutes": None} if steps is not None and minutes is None else {})
     return Recipe.model_validate(kept | {name: value for name, value in changes.items() if value is not None})
 
 
-def _refuse_to_replace(run: Path) -> None:
-    if (run / STATE).exists() or previous_of(run / STATE).exists():
+def _check_output(run: Path) -> None:
+    if (run / STATE).exists() or backup_path(run / STATE).exists():
         raise UsageError(f"{run}: holds an unfinished run. Go on with slmsam2 pretrain --continue, or start anew with --overwrite")
     if (run / WEIGHTS).exists():
         raise UsageError(f"{run}: holds the weights of another run. Choose another folder with -o, or add --overwrite")
 
 
 def _train(
-    run: Path, recipe: Recipe, device: torch.device, resume: bool, start: Checkpoint | None, commit: str, side_by_side: bool
+    run: Path, recipe: Recipe, device: torch.device, resume: bool, start: Checkpoint | None, commit: str, use_processes: bool
 ) -> None:
     learner, state = new_learner(recipe, device, start), run / STATE
     if resume and (warning := load_state(state, learner, recipe.digest)):
         console.warn(warning)
     if not resume:
-        for old in (state, previous_of(state)):
+        for old in (state, backup_path(state)):
             old.unlink(missing_ok=True)
         (run / STARTED_FROM).unlink(missing_ok=True)
     if start is not None:
         atomic.write_json(run / STARTED_FROM, {"name": start.name, "digest": start.digest})
     atomic.write_json(run / RECIPE, recipe.model_dump(mode="json"))
-    where = f"cpu ({recipe.parts} processes)" if side_by_side else describe(device)
+    where = f"cpu ({recipe.parts} processes)" if use_processes else describe(device)
     parameters = sum(p.numel() for p in learner.model.parameters())
-    console.say(f"training {recipe.network.size} ({parameters / 1e6:.2f} million parameters, {recipe.frame_px} px) on {where}")
+    console.say(f"training {recipe.network.size} ({parameters / 1e6:.2f} million parameters, {recipe.input_size} px) on {where}")
     log, checks = Log(run / "log.csv", learner.step, _LOG), Log(run / "checks.csv", learner.step, _CHECKS)
-    with stoppable() as stopped:
+    with graceful_stop() as stopped:
         try:
-            _follow(learner, recipe, run, commit, log, checks, train(learner, recipe, stopped, side_by_side))
+            _follow(learner, recipe, run, commit, log, checks, train(learner, recipe, stopped, use_processes))
         except TrainingError:
             log.write()  # what led there
             raise
         log.write()
-        finished = share_done(learner, recipe) >= 1
+        finished = fraction_done(learner, recipe) >= 1
         if finished:
             _check(learner, recipe, checks)
         else:
@@ -143,7 +143,7 @@ def _train(
             console.say(f"stopped at step {learner.step}; state and weights so far are saved. Go on with slmsam2 pretrain --continue")
     if finished:
         state.unlink(missing_ok=True)
-        previous_of(state).unlink(missing_ok=True)
+        backup_path(state).unlink(missing_ok=True)
 
 
 def _follow(learner: Pretrainer, recipe: Recipe, run: Path, commit: str, log: Log, checks: Log, steps: Iterator[Step]) -> None:
@@ -183,7 +183,7 @@ def _check(learner: Pretrainer, recipe: Recipe, checks: Log) -> None:
     console.say(
         f"step {learner.step}, {learner.seconds / 60:.1f} min: Dice {found.dice:.3f} "
         f"(first mask copied {found.copy:.3f}, memory emptied {found.carried:.3f}, ends told {found.told:.3f}), "
-        f"presence {found.presence:.3f}, beyond ends {found.beyond:.3f}, missed {found.missed:.3f}"
+        f"presence {found.object_score:.3f}, beyond ends {found.beyond:.3f}, missed {found.missed:.3f}"
     )
 
 
@@ -200,5 +200,5 @@ def _save(path: Path, learner: Pretrainer, recipe: Recipe, commit: str) -> None:
         versions={name: version(name) for name in ("torch", "sam2", "numpy")},
     )
     notes = {"recipe": recipe.model_dump_json()} | ({"commit": commit} if commit else {})
-    digest = save_weights(path, kept(learner.average, recipe.presence_shift), recipe.network, provenance, notes=notes)
+    digest = save_weights(path, kept(learner.average, recipe.object_score_shift), recipe.network, provenance, notes=notes)
     console.say(f"weights: {path} ({learner.step} steps, {learner.seconds:.0f} s, {path.stat().st_size / 1e6:.1f} MB, {digest[:12]})")

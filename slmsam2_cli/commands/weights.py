@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from slmsam2_cli import console
 from slmsam2_cli.errors import DONE, SOME_FAILED, UsageError, WeightsError
 from slmsam2_cli.io import atomic
-from slmsam2_cli.io.download import DownloadError, Wanted, fetch
-from slmsam2_cli.io.files import InputError, cause
-from slmsam2_cli.io.strict_json import Refused, parse
+from slmsam2_cli.io.download import DownloadError, DownloadTarget, fetch
+from slmsam2_cli.io.files import InputError, error_reason
+from slmsam2_cli.io.strict_json import JsonRejected, parse
 from slmsam2_cli.model import zoo
 from slmsam2_cli.model.zoo import Entry
 
@@ -36,7 +36,7 @@ _VERIFY_COLUMNS = ["name", "SHA-256", "layout", "network", "tensors", "digest co
 
 def list_weights() -> int:
     """A table of what is known by name and what is here. The exit code: 0."""
-    rows = [_embedded_row()] if zoo.present(zoo.EMBEDDED_NAME) else []
+    rows = [_embedded_row()] if zoo.present(zoo.BUNDLED_NAME) else []
     rows += [_published_row(entry) for entry in zoo.ENTRIES]
     rows += [_imported_row(name) for name in zoo.imported() if zoo.find(name) is None]
     console.table("weights", _LIST_COLUMNS, rows)
@@ -45,8 +45,8 @@ def list_weights() -> int:
 
 
 def _embedded_row() -> list[str]:
-    size = _megabytes(zoo.EMBEDDED.stat().st_size)
-    return [zoo.EMBEDDED_NAME, size, "nano", "Apache-2.0", "yes", "when read", "comes with slmsam2; --weights auto"]
+    size = _megabytes(zoo.BUNDLED_WEIGHTS.stat().st_size)
+    return [zoo.BUNDLED_NAME, size, "nano", "Apache-2.0", "yes", "when read", "comes with slmsam2; --weights auto"]
 
 
 def _published_row(entry: Entry) -> list[str]:
@@ -79,7 +79,7 @@ def _header(path: Path) -> tuple[dict[str, object], dict[str, object]]:
         with safe_open(path, framework="np") as file:
             header = file.metadata() or {}
         network, provenance = (parse(header.get(key, "{}").encode()) for key in ("network", "provenance"))
-    except (SafetensorError, OSError, ValueError, struct.error, Refused):
+    except (SafetensorError, OSError, ValueError, struct.error, JsonRejected):
         return {}, {}
     return (network, provenance) if isinstance(network, dict) and isinstance(provenance, dict) else ({}, {})
 
@@ -95,9 +95,9 @@ def get(name: str, *, to: Path | None = None, sha256: str | None = None, url: st
     """
     entry = _entry(name)
     folder = to if to is not None else zoo.folder()
-    wanted = Wanted(url or entry.url, folder / entry.file, entry.bytes, _digest_wanted(entry, sha256))
-    with atomic.one_writer(folder, entry.name):
-        if _is_here(wanted, entry):
+    wanted = DownloadTarget(url or entry.url, folder / entry.file, entry.bytes, _expected_digest(entry, sha256))
+    with atomic.lock_folder(folder, entry.name):
+        if _already_downloaded(wanted, entry):
             console.say(f"{name} is here already and unchanged: {wanted.path}")
         else:
             _fetch(wanted, entry)
@@ -114,7 +114,7 @@ def _entry(name: str) -> Entry:
     return entry
 
 
-def _digest_wanted(entry: Entry, sha256: str | None) -> str | None:
+def _expected_digest(entry: Entry, sha256: str | None) -> str | None:
     """The digest a file must have: the published one, the one that was pinned, or None."""
     if sha256 is None:
         return entry.sha256
@@ -126,9 +126,9 @@ def _digest_wanted(entry: Entry, sha256: str | None) -> str | None:
     return given
 
 
-def _is_here(wanted: Wanted, entry: Entry) -> bool:
+def _already_downloaded(wanted: DownloadTarget, entry: Entry) -> bool:
     """Whether the file is there and is the one that is wanted; a changed one is said and fetched again."""
-    known = wanted.sha256 or zoo.pinned(wanted.path)
+    known = wanted.sha256 or zoo.recorded_digest(wanted.path)
     if not wanted.path.is_file() or known is None:
         return False
     if atomic.sha256_of(wanted.path) == known:
@@ -137,10 +137,10 @@ def _is_here(wanted: Wanted, entry: Entry) -> bool:
     return False
 
 
-def _fetch(wanted: Wanted, entry: Entry) -> None:
+def _fetch(wanted: DownloadTarget, entry: Entry) -> None:
     console.say(f"fetching {wanted.url}")
     try:
-        with _Bar(entry.name) as bar:
+        with _ProgressBar(entry.name) as bar:
             digest = fetch(wanted, bar.report, console.say)
     except DownloadError as error:
         kept = "What has arrived is kept: run the same command again" if wanted.partial.exists() else "Run the same command later"
@@ -157,7 +157,7 @@ def _fetch(wanted: Wanted, entry: Entry) -> None:
 
 
 @dataclass
-class _Bar:
+class _ProgressBar:
     """A progress bar in megabytes that opens when the length is known."""
 
     name: str
@@ -165,7 +165,7 @@ class _Bar:
     advance: console.Advance | None = None
     shown: int = 0
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> _ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -187,7 +187,7 @@ def verify(target: str | None) -> int:
 
     WeightsError when the one that was named is bad or absent.
     """
-    found = [_named(target)] if target is not None else list(_all_here())
+    found = [_named(target)] if target is not None else list(_installed_weights())
     if not found:
         console.say(f"no weights are here ({zoo.folder()}). slmsam2 weights list shows which there are")
         return DONE
@@ -210,8 +210,8 @@ def _named(target: str) -> tuple[str, Path]:
     return (target, path) if path is not None else (target, zoo.locate(target))
 
 
-def _all_here() -> Iterator[tuple[str, Path]]:
-    names = [zoo.EMBEDDED_NAME, *(entry.name for entry in zoo.ENTRIES), *zoo.imported()]
+def _installed_weights() -> Iterator[tuple[str, Path]]:
+    names = [zoo.BUNDLED_NAME, *(entry.name for entry in zoo.ENTRIES), *zoo.imported()]
     for name in dict.fromkeys(names):
         if (path := zoo.present(name)) is not None:
             yield name, path
@@ -225,18 +225,18 @@ def _verified_row(name: str, path: Path) -> list[str]:
     entry = zoo.find(name) or zoo.published(digest)
     zoo.verify_digest(path, entry)
     read = checkpoint.read_checkpoint(path)
-    _refuse_what_is_not_whole(path.name, read)
-    return [name, digest, read.family, _network_of(read), str(len(read.state)), _compared(path, entry)]
+    _check_complete(path.name, read)
+    return [name, digest, read.family, _network_of(read), str(len(read.state)), _digest_source(path, entry)]
 
 
-def _refuse_what_is_not_whole(name: str, read: Checkpoint) -> None:
+def _check_complete(name: str, read: Checkpoint) -> None:
     """Every tensor of the network is there, in its shape, and nothing else but adapters; their fit is seen when they are attached."""
     from slmsam2_cli.model import adapters, convert
 
     base, _ = adapters.split(read.state)
     if read.needs is not None or read.network is None:
         return
-    if wrong := convert.misfit(convert.layout(read.network), base):
+    if wrong := convert.shape_mismatch(convert.layout(read.network), base):
         raise WeightsError(f"{name}: is not a whole {read.network.size} network: {wrong}. Fetch, import or train it again")
 
 
@@ -246,12 +246,12 @@ def _network_of(read: Checkpoint) -> str:
     return f"{kind}{read.network.size}, policy {read.network.policy}"
 
 
-def _compared(path: Path, entry: Entry | None) -> str:
+def _digest_source(path: Path, entry: Entry | None) -> str:
     if path.suffix == ".safetensors":
         return "the digest inside"
     if entry is None:
         return "nothing: not published"
-    return "the published one" if entry.sha256 else "the one at download" if zoo.pinned(path) else "nothing: none was published"
+    return "the published one" if entry.sha256 else "the one at download" if zoo.recorded_digest(path) else "nothing: none was published"
 
 
 def _sha256(path: Path) -> str:
@@ -262,7 +262,7 @@ def _sha256(path: Path) -> str:
     except InputError as error:
         raise WeightsError(f"{path}: {error.what}. Name a file of weights") from None
     except OSError as error:
-        raise WeightsError(f"{path}: cannot be read: {cause(error)}") from None
+        raise WeightsError(f"{path}: cannot be read: {error_reason(error)}") from None
 
 
 def import_weights(file: Path, *, name: str | None = None, overwrite: bool = False) -> int:
@@ -280,10 +280,10 @@ def import_weights(file: Path, *, name: str | None = None, overwrite: bool = Fal
         raise UsageError(f"{path}: weights of that name are here already. Choose another --name, or add --overwrite")
     read = checkpoint.read_checkpoint(file)
     assert read.network is not None
-    _refuse_what_is_not_whole(file.name, read)
+    _check_complete(file.name, read)
     made = checkpoint.Provenance(base=entry.name if entry else file.name, base_digest=digest, licence=entry.licence if entry else "")
     state = _finite_state(file.name, read)
-    with atomic.one_writer(zoo.folder(), name):
+    with atomic.lock_folder(zoo.folder(), name):
         checkpoint.save_weights(path, state, read.network, read.provenance or made, read.plan, read.calibration, read.needs)
     for note in read.notes:
         console.say(note)

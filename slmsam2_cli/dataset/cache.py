@@ -22,8 +22,8 @@ from slmsam2_cli.dataset.intensity import ChannelIntensityLike, normalise
 from slmsam2_cli.dataset.slices import GeometryPlanLike, View
 from slmsam2_cli.errors import CaseError, OutputError, SlmSam2Error
 from slmsam2_cli.io import atomic
-from slmsam2_cli.io.files import cause
-from slmsam2_cli.io.volume import LabelVolume, Volume, case_errors, files_of, read_image, read_labels, relative
+from slmsam2_cli.io.files import error_reason
+from slmsam2_cli.io.volume import LabelVolume, Volume, case_errors, read_image, read_labels, relative, volume_files
 from slmsam2_cli.version import VERSION
 
 FORMAT_VERSION = 1
@@ -33,7 +33,7 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class _Mapped:
+class _MappedFile:
     """A file of one array."""
 
     path: Path
@@ -55,13 +55,13 @@ class PreparedCase:
 
     def __getstate__(self) -> dict[str, Any]:
         """Another process opens the files itself; what is only a part of one is sent."""
-        return {name: _Mapped(Path(value.filename)) if _is_whole_map(value) else value for name, value in vars(self).items()}
+        return {name: _MappedFile(Path(value.filename)) if _is_whole_map(value) else value for name, value in vars(self).items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({name: atomic.open_npy(value.path) if isinstance(value, _Mapped) else value for name, value in state.items()})
+        vars(self).update({name: atomic.open_npy(value.path) if isinstance(value, _MappedFile) else value for name, value in state.items()})
 
 
-def check_whole(case: PreparedCase) -> None:
+def check_not_truncated(case: PreparedCase) -> None:
     """ArrayError where a file is shorter than when it was mapped: reading what is gone would end the process by a signal."""
     for name in ("frames", "labels"):
         mapped: Any = getattr(case, name)
@@ -94,7 +94,7 @@ def settings_digest(geometry: GeometryPlanLike, intensity: Sequence[ChannelInten
         "slice_axis": geometry.slice_axis,
         "in_plane_mm": geometry.in_plane_mm,
         "through_plane_mm": geometry.through_plane_mm,
-        "frame_px": geometry.stack_px,
+        "input_size": geometry.stack_size,
         "crop_to_nonzero": geometry.crop_to_nonzero,
         "intensity": [[channel.scheme, channel.lower, channel.upper] for channel in intensity],
     }
@@ -106,7 +106,7 @@ def _inputs(case: Case, root: Path) -> dict[str, str]:
     digests: dict[str, str] = {}
     for path in [*case.images, *([case.label] if case.label else [])]:
         with case_errors(case.id, path, root):
-            files = files_of(path)
+            files = volume_files(path)
         for file in files:
             with case_errors(case.id, file, root):
                 digests[relative(file, root)] = atomic.sha256_of(file)
@@ -125,7 +125,7 @@ def prepare(
     return open_prepared(folder, case.id)
 
 
-def why_prepare(
+def stale_reason(
     case: Case,
     root: Path,
     geometry: GeometryPlanLike,
@@ -162,7 +162,7 @@ def _write(place: Path, frames: Array, mask: Array | None, view: View, inputs: d
         if mask is None:
             (place / "labels.npy").unlink(missing_ok=True)
     except OSError as error:
-        raise OutputError(f"{place}: cannot be written: {cause(error)}") from None
+        raise OutputError(f"{place}: cannot be written: {error_reason(error)}") from None
     arrays = {"frames.npy": frames} | ({"labels.npy": mask} if mask is not None else {})
     for name, array in arrays.items():
         atomic.write_npy(place / name, array)
@@ -231,7 +231,7 @@ def prepare_all(
     fresh = 0
     for case in dataset.training:
         try:
-            reason = why_prepare(case, dataset.root, geometry, intensity, folder, overwrite=overwrite)
+            reason = stale_reason(case, dataset.root, geometry, intensity, folder, overwrite=overwrite)
             if reason:
                 tell(f"case {case.id}: prepared again: {reason}")
             fresh += reason is not None

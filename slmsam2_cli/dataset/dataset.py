@@ -16,10 +16,10 @@ from pathlib import Path
 
 from slmsam2_cli.dataset.checks import check_pair, compare_geometry
 from slmsam2_cli.dataset.dataset_json import NAME, Case, Dataset, Entry, read_description, refuse
-from slmsam2_cli.dataset.discovery import Found, list_images, list_labels, same_name, stem
+from slmsam2_cli.dataset.discovery import Found, list_images, list_labels, normalise_name, stem
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.io.dicom import dicom_files
-from slmsam2_cli.io.files import is_junk
+from slmsam2_cli.io.files import is_ignored_name
 from slmsam2_cli.io.volume import ENDINGS, image_ending, relative
 
 __all__ = ["Case", "Dataset", "check_pair", "compare_geometry", "find_label", "read_dataset", "read_image_folder"]
@@ -31,7 +31,7 @@ def read_dataset(root: Path) -> Dataset:
     problems: list[CaseError] = []
     warnings: list[str] = []
     if said.training is None:
-        training = _found_training(root, problems)
+        training = _discover_training(root, problems)
     else:
         training = _listed(said.training, root, problems)
         warnings += _unlisted(said.training, root)
@@ -58,20 +58,20 @@ def read_dataset(root: Path) -> Dataset:
     )
 
 
-def _found_training(root: Path, problems: list[CaseError]) -> list[Case]:
+def _discover_training(root: Path, problems: list[CaseError]) -> list[Case]:
     """Cases of imagesTr and labelsTr, paired by id."""
     images = _images(root / "imagesTr", root)
     labels = list_labels(root / "labelsTr", root) if (root / "labelsTr").is_dir() else Found()
-    named = {same_name(problem.case) for problem in images.problems}
-    problems += images.problems + [problem for problem in labels.problems if same_name(problem.case) not in named]
-    refused = {same_name(problem.case) for problem in problems}
-    by_name = {same_name(case): paths[0] for case, paths in labels.cases.items()}
+    named = {normalise_name(problem.case) for problem in images.problems}
+    problems += images.problems + [problem for problem in labels.problems if normalise_name(problem.case) not in named]
+    refused = {normalise_name(problem.case) for problem in problems}
+    by_name = {normalise_name(case): paths[0] for case, paths in labels.cases.items()}
     cases: list[Case] = []
     for case, paths in images.cases.items():
-        label = by_name.pop(same_name(case), None)
+        label = by_name.pop(normalise_name(case), None)
         if label is not None:
             cases.append(Case(case, paths, label))
-        elif same_name(case) not in refused:
+        elif normalise_name(case) not in refused:
             problems.append(
                 CaseError(case, relative(paths[0], root), "no label: its mask in labelsTr is missing", "Add the mask, or move the image")
             )
@@ -89,13 +89,13 @@ def _images(folder: Path, root: Path) -> Found:
 
 def _listed(entries: Sequence[Entry], root: Path, problems: list[CaseError]) -> list[Case]:
     """The cases dataset.json lists, without those named twice or whose files are missing."""
-    times = Counter(same_name(entry.id) for entry in entries)
+    times = Counter(normalise_name(entry.id) for entry in entries)
     cases: list[Case] = []
     for entry in sorted(entries, key=lambda entry: entry.id):
         images = _on_disk(entry)
         missing = next((path for path in (*images, entry.label) if path is not None and not os.path.lexists(path)), None)
-        if times[same_name(entry.id)] != 1:
-            if times.pop(same_name(entry.id), None):
+        if times[normalise_name(entry.id)] != 1:
+            if times.pop(normalise_name(entry.id), None):
                 problems.append(_problem(entry, entry.images[0], root, "a duplicate: listed twice in dataset.json", "List it once"))
         elif entry.label is None:
             problems.append(_problem(entry, images[0], root, "no label is listed in dataset.json", "Add its 'label', or move it to 'test'"))
@@ -108,7 +108,7 @@ def _listed(entries: Sequence[Entry], root: Path, problems: list[CaseError]) -> 
 
 
 def _problem(entry: Entry, path: Path, root: Path, what: str, remedy: str) -> CaseError:
-    return CaseError(same_name(entry.id), relative(path, root), what, remedy)
+    return CaseError(normalise_name(entry.id), relative(path, root), what, remedy)
 
 
 def _on_disk(entry: Entry) -> tuple[Path, ...]:
@@ -130,7 +130,7 @@ def _unlisted(entries: Iterable[Entry], root: Path) -> list[str]:
     for name in ("imagesTr", "labelsTr"):
         folder = root / name
         files = sorted(folder.iterdir()) if folder.is_dir() else []
-        extra = [path.name for path in files if image_ending(path) and not is_junk(path.name) and path not in listed]
+        extra = [path.name for path in files if image_ending(path) and not is_ignored_name(path.name) and path not in listed]
         if extra:
             warnings.append(f"{name}: {len(extra)} files are not listed in {NAME} and are left out, the first is {extra[0]}")
     return warnings
@@ -184,5 +184,5 @@ def find_label(folder: Path, case_id: str) -> Path | None:
             return path
     if case_id.isascii() or not folder.is_dir():
         return None
-    wanted = same_name(case_id)
-    return next((path for path in sorted(folder.iterdir()) if image_ending(path) and same_name(stem(path)) == wanted), None)
+    wanted = normalise_name(case_id)
+    return next((path for path in sorted(folder.iterdir()) if image_ending(path) and normalise_name(stem(path)) == wanted), None)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from slmsam2_cli.errors import CaseError, DatasetError
 from slmsam2_cli.io.dicom import dicom_files
-from slmsam2_cli.io.files import cause, is_junk
+from slmsam2_cli.io.files import error_reason, is_ignored_name
 from slmsam2_cli.io.volume import image_ending
 
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})\Z", re.DOTALL)
@@ -28,7 +28,7 @@ class Found:
     problems: list[CaseError] = field(default_factory=list)
 
 
-def same_name(text: str) -> str:
+def normalise_name(text: str) -> str:
     """What two spellings of one name have in common."""
     return unicodedata.normalize("NFC", text)
 
@@ -49,7 +49,7 @@ def list_images(folder: Path, root: Path) -> Found:
         groups.setdefault(case, {}).setdefault(channel, []).append(path)
     for case, channels in groups.items():
         _add(found, case, channels, root)
-    _refuse_twins(found, root)
+    _reject_duplicates(found, root)
     found.cases = dict(sorted(found.cases.items()))
     return found
 
@@ -66,18 +66,18 @@ def list_labels(folder: Path, root: Path) -> Found:
             found.problems.append(_duplicate(case, paths, root))
         else:
             found.cases[case] = (paths[0],)
-    _refuse_twins(found, root)
+    _reject_duplicates(found, root)
     return found
 
 
 def _entries(folder: Path, root: Path, problems: list[CaseError]) -> list[Path]:
     """Entries that may be volumes, sorted; names that are not UTF-8 become problems."""
     try:
-        entries = sorted(path for path in folder.iterdir() if not is_junk(path.name))
+        entries = sorted(path for path in folder.iterdir() if not is_ignored_name(path.name))
     except NotADirectoryError:
         raise DatasetError(f"{_shown(folder, root)}: not a directory") from None
     except OSError as error:
-        raise DatasetError(f"{_shown(folder, root)}: cannot be read: {cause(error)}") from None
+        raise DatasetError(f"{_shown(folder, root)}: cannot be read: {error_reason(error)}") from None
     usable: list[Path] = []
     for path in entries:
         if image_ending(path) is None and not (path.is_dir() and dicom_files(path)):
@@ -122,14 +122,14 @@ def _add(found: Found, case: str, channels: dict[int, list[Path]], root: Path) -
 
 def _duplicate(case: str, paths: list[Path], root: Path) -> CaseError:
     names = ", ".join(sorted(_shown(path, root) for path in paths))
-    return CaseError(same_name(case), names, "a duplicate: two files have the same case id", "Keep one of them")
+    return CaseError(normalise_name(case), names, "a duplicate: two files have the same case id", "Keep one of them")
 
 
-def _refuse_twins(found: Found, root: Path) -> None:
+def _reject_duplicates(found: Found, root: Path) -> None:
     """Case ids that differ only in the spelling of Unicode are refused together."""
     spellings: dict[str, list[str]] = {}
     for case in found.cases:
-        spellings.setdefault(same_name(case), []).append(case)
+        spellings.setdefault(normalise_name(case), []).append(case)
     for twins in spellings.values():
         if len(twins) > 1:
             found.problems.append(_duplicate(twins[0], [path for case in twins for path in found.cases.pop(case)], root))

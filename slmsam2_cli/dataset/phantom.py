@@ -34,8 +34,8 @@ def phantom_volume(
     rng: Rng, shape: tuple[int, int, int] = (24, 96, 96), modality: Modality = "MR"
 ) -> tuple[Array, Array, tuple[float, float, float]]:
     """One made-up patient: image (Z, Y, X) float32, labels (Z, Y, X) uint8, spacing in mm (z, y, x)."""
-    z, y, x = _bent_space(rng, shape)
-    body = _ball(z, y, x, (0, 0, 0), (9, rng.uniform(0.72, 0.82), rng.uniform(0.80, 0.90)))
+    z, y, x = _warped_coordinates(rng, shape)
+    body = _ellipsoid(z, y, x, (0, 0, 0), (9, rng.uniform(0.72, 0.82), rng.uniform(0.80, 0.90)))
     tissue = np.full(shape, BODY)
     for kind, inside in _anatomy(rng, z, y, x).items():
         tissue[inside & body] = kind
@@ -45,7 +45,7 @@ def phantom_volume(
     return image, labels.astype(np.uint8), (round(float(rng.uniform(2.5, 3.5)), 3), in_plane, in_plane)
 
 
-def _bent_space(rng: Rng, shape: tuple[int, int, int]) -> tuple[Array, Array, Array]:
+def _warped_coordinates(rng: Rng, shape: tuple[int, int, int]) -> tuple[Array, Array, Array]:
     """Coordinates in [-1, 1] along z, y, x, turned, shifted and gently warped: three arrays of the shape."""
     z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in shape), indexing="ij")
     z, y, x = (c + 0.06 * _smooth(rng, shape, 4) for c in (z, y, x))
@@ -63,7 +63,7 @@ def _smooth(rng: Rng, shape: tuple[int, int, int], knots: int) -> Array:
     return np.asarray(field / spread if spread > 0 else field * 0)
 
 
-def _ball(z: Array, y: Array, x: Array, centre: tuple[float, ...], radius: tuple[float, ...]) -> Array:
+def _ellipsoid(z: Array, y: Array, x: Array, centre: tuple[float, ...], radius: tuple[float, ...]) -> Array:
     """Inside of an axis-parallel ellipsoid."""
     distance = np.zeros(z.shape)
     for coordinate, middle, reach in zip((z, y, x), centre, radius, strict=True):
@@ -87,13 +87,13 @@ def _anatomy(rng: Rng, z: Array, y: Array, x: Array) -> dict[int, Array]:
 
     swing, phase = 0.12 + j(0.04), j(0.5)
     path = (0.25 + j(0.05) + 0.10 * z, 0.30 + j(0.05) + swing * np.sin(2.2 * z + phase))
-    dent = _ball(z, y, x, (0.1 + j(0.1), -0.30 + j(0.04), -0.10 + j(0.04)), (0.5, 0.18, 0.16))
+    dent = _ellipsoid(z, y, x, (0.1 + j(0.1), -0.30 + j(0.04), -0.10 + j(0.04)), (0.5, 0.18, 0.16))
     return {
         BONE: _tube(z, y, x, (0.55 + j(0.03), j(0.03)), 0.13 * s(), -9, 9),
-        GLAND: _ball(z, y, x, (-0.3 + j(0.1), -0.35 + j(0.05), 0.40 + j(0.05)), (0.55 * s(), 0.20 * s(), 0.24 * s())),
-        ORGAN: _ball(z, y, x, (0.05 + j(0.1), -0.10 + j(0.05), -0.38 + j(0.05)), (0.62 * s(), 0.42 * s(), 0.32 * s())) & ~dent,
+        GLAND: _ellipsoid(z, y, x, (-0.3 + j(0.1), -0.35 + j(0.05), 0.40 + j(0.05)), (0.55 * s(), 0.20 * s(), 0.24 * s())),
+        ORGAN: _ellipsoid(z, y, x, (0.05 + j(0.1), -0.10 + j(0.05), -0.38 + j(0.05)), (0.62 * s(), 0.42 * s(), 0.32 * s())) & ~dent,
         VESSEL: _tube(z, y, x, path, 0.11 * s(), -9, 0.45 + j(0.2)),
-        NODULE: _ball(z, y, x, (0.45 + j(0.12), -0.25 + j(0.06), 0.35 + j(0.06)), (0.32 * s(), 0.13 * s(), 0.13 * s())),
+        NODULE: _ellipsoid(z, y, x, (0.45 + j(0.12), -0.25 + j(0.06), 0.35 + j(0.06)), (0.32 * s(), 0.13 * s(), 0.13 * s())),
     }
 
 

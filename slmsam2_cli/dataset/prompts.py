@@ -28,7 +28,7 @@ from slmsam2_cli.io.volume import Volume, read_labels
 
 Array = np.ndarray[Any, Any]
 Where = Literal["middle", "largest", "quarter"]
-FEW_SLICES = 3  # as many as a person who paints single slices leaves
+MAX_PAINTED_SLICES = 3  # as many as a person who paints single slices leaves
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +36,13 @@ class Prompts:
     """The annotated slices of one volume.
 
     labels: (Z, Y, X) sparse mask on the native grid. annotated: label value -> ascending native slice indices on which that label's mask
-    is the person's word (empty allowed: the label is not there). whole_slices: slices that come back bit-exact as a whole.
+    is the person's word (empty allowed: the label is not there). exact_slices: slices that come back bit-exact as a whole.
     ignore: the value in `labels` that means "not looked at", or None.
     """
 
     labels: Array
     annotated: dict[int, tuple[int, ...]]
-    whole_slices: tuple[int, ...]
+    exact_slices: tuple[int, ...]
     ignore: int | None = None
 
 
@@ -59,12 +59,12 @@ def read_prompts(
         if listing.exists():
             raise CaseError(case_id, listing.name, "there is no mask of the same name beside it", "Save the annotated mask next to it")
         return None
-    mask = read_painted(path, view, image, case=case_id, root=folder)
+    mask = read_annotated_mask(path, view, image, case=case_id, root=folder)
     listed = _listed(listing, case_id, view) if listing.exists() else None
-    return painted_prompts(mask, view, values, ignore, listed, case=case_id, file=path.name, list_in=listing.name)
+    return prompts_from_mask(mask, view, values, ignore, listed, case=case_id, file=path.name, list_in=listing.name)
 
 
-def read_painted(path: Path, view: View, image: Volume | None = None, *, case: str, root: Path) -> Array:
+def read_annotated_mask(path: Path, view: View, image: Volume | None = None, *, case: str, root: Path) -> Array:
     """A mask (Z, Y, X) that somebody painted on the grid of the view; image as in read_prompts. CaseError."""
     volume = read_labels(path, case=case, root=root)
     difference = view.grid.difference(volume.grid) if image is None else compare_geometry(image, volume)[0]
@@ -75,7 +75,7 @@ def read_painted(path: Path, view: View, image: Volume | None = None, *, case: s
     return volume.voxels
 
 
-def painted_prompts(
+def prompts_from_mask(
     mask: Array,
     view: View,
     values: Sequence[int],
@@ -93,8 +93,8 @@ def painted_prompts(
     """
     ignored = ignore if ignore is not None and (mask == ignore).any() else None
     _refuse_unknown(mask, values, ignore, case, file)
-    painted = _looked_at(mask, view, ignored)
-    if listed is None and (other := _painted_along(mask if ignored is None else mask != ignored, view)):
+    painted = _annotated_slices(mask, view, ignored)
+    if listed is None and (other := _annotated_along(mask if ignored is None else mask != ignored, view)):
         raise CaseError(
             case,
             file,
@@ -121,12 +121,12 @@ def _refuse_unknown(mask: Array, values: Sequence[int], ignore: int | None, case
         )
 
 
-def _looked_at(mask: Array, view: View, ignore: int | None) -> list[int]:
+def _annotated_slices(mask: Array, view: View, ignore: int | None) -> list[int]:
     """Native slices with paint on them; with an ignore label, those with anything that is not ignored."""
     return view.slices_with(mask != 0 if ignore is None else mask != ignore)
 
 
-def _painted_along(paint: Array, view: View) -> SliceAxis | None:
+def _annotated_along(paint: Array, view: View) -> SliceAxis | None:
     """The other axis along which somebody painted slices, if it looks so: few slices along it hold all paint, many along the view's do.
 
     A structure that is thin in both directions (a vessel) is no painted slice unless it is exactly one voxel thick in one of them, and an
@@ -135,9 +135,9 @@ def _painted_along(paint: Array, view: View) -> SliceAxis | None:
     along = {axis: _slices_along(paint, view, axis) for axis in AXES}
     here = along.pop(view.axis)[0]
     (few, axis), (more, _) = sorted((count, axis) for axis, (count, _) in along.items())
-    deep = along[axis][1] > FEW_SLICES
-    flat = few <= FEW_SLICES and (more > FEW_SLICES or few == 1 < more)
-    return axis if deep and flat and here > max(FEW_SLICES, 2 * few) else None
+    deep = along[axis][1] > MAX_PAINTED_SLICES
+    flat = few <= MAX_PAINTED_SLICES and (more > MAX_PAINTED_SLICES or few == 1 < more)
+    return axis if deep and flat and here > max(MAX_PAINTED_SLICES, 2 * few) else None
 
 
 def _slices_along(paint: Array, view: View, axis: SliceAxis) -> tuple[int, int]:
@@ -174,10 +174,10 @@ def _listed(path: Path, case_id: str, view: View) -> tuple[int, ...]:
     return tuple(view.file_index(index) for index in listed)
 
 
-def simulate_prompts(labels: Array, view: View, values: Sequence[int], where: Where, end_stops: bool = False) -> Prompts:
+def simulate_prompts(labels: Array, view: View, values: Sequence[int], where: Where, mark_ends: bool = False) -> Prompts:
     """One slice for each label, cut out of a full mask (Z, Y, X). A label that does not occur is annotated nowhere.
 
-    end_stops: the slices just before its first and just behind its last one, where there are such, say that it is not there.
+    mark_ends: the slices just before its first and just behind its last one, where there are such, say that it is not there.
     """
     stack = view.oriented(labels)
     sparse = np.zeros_like(labels)
@@ -188,11 +188,11 @@ def simulate_prompts(labels: Array, view: View, values: Sequence[int], where: Wh
         given = (choose_slice(area, where),) if area.any() else ()
         for t in given:
             kept[t][stack[t] == value] = value
-        annotated[value] = tuple(sorted({*given, *(_beyond(area) if end_stops else ())}))
+        annotated[value] = tuple(sorted({*given, *(_end_slices(area) if mark_ends else ())}))
     return Prompts(sparse, annotated, ())
 
 
-def _beyond(area: Array) -> list[int]:
+def _end_slices(area: Array) -> list[int]:
     """The slices just beyond either end of a label, given its area (T,) on each slice."""
     held = np.flatnonzero(area)
     return [t for t in (int(held[0]) - 1, int(held[-1]) + 1) if 0 <= t < len(area)] if held.size else []
@@ -212,17 +212,17 @@ def choose_slice(area: Array, where: Where) -> int:
     return int(holding[np.abs(holding - target).argmin()])
 
 
-def impose(result: Array, prompts: Prompts, view: View) -> Array:
+def restore_annotated(result: Array, prompts: Prompts, view: View) -> Array:
     """A copy of the result (Z, Y, X) with every annotated slice exactly as annotated."""
     imposed = result.copy()
     stack, given = view.oriented(imposed), view.oriented(prompts.labels)
-    for t in prompts.whole_slices:
+    for t in prompts.exact_slices:
         known = np.ones(given[t].shape, bool) if prompts.ignore is None else given[t] != prompts.ignore
         stack[t][known] = given[t][known]
     for value, slices in prompts.annotated.items():
-        for t in set(slices) - set(prompts.whole_slices):
+        for t in set(slices) - set(prompts.exact_slices):
             stack[t][stack[t] == value] = 0
     for value, slices in prompts.annotated.items():
-        for t in set(slices) - set(prompts.whole_slices):
+        for t in set(slices) - set(prompts.exact_slices):
             stack[t][given[t] == value] = value
     return imposed

@@ -12,8 +12,8 @@ from slmsam2_cli.dataset.dataset_json import Case
 from slmsam2_cli.io.files import InputError, open_regular
 from slmsam2_cli.io.gzip_stream import GZIP_MAGIC, DeflateStream, PlainStream, read_exactly
 
-PACKED = 4  # how many times its size on disk a file is taken to be, once unpacked, where the header is not understood
-UNKNOWN_FREE = 1 << 32  # bytes
+ASSUMED_COMPRESSION = 4  # how many times its size on disk a file is taken to be, once unpacked, where the header is not understood
+DEFAULT_FREE_BYTES = 1 << 32  # bytes
 _NIFTI_1, _NIFTI_2 = 348, 540  # bytes of a header
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 
@@ -30,7 +30,7 @@ def bytes_to_read(case: Case) -> int:
 
 def free_bytes() -> int:
     """Memory that new processes may take, as far as the system tells."""
-    free = [UNKNOWN_FREE]
+    free = [DEFAULT_FREE_BYTES]
     with suppress(OSError, ValueError, AttributeError):
         free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
     with suppress(OSError, ValueError, StopIteration):
@@ -64,7 +64,7 @@ def _unpacked(path: Path) -> int:
             declared = _declared(read_exactly(stream, _NIFTI_1, "header").tobytes())
     except (InputError, OSError):
         declared = None
-    return 2 * PACKED * _size(path) if declared is None else declared
+    return 2 * ASSUMED_COMPRESSION * _size(path) if declared is None else declared
 
 
 def _declared(header: bytes) -> int | None:

@@ -36,7 +36,7 @@ class GeometryPlanLike(Protocol):
     @property
     def through_plane_mm(self) -> float | None: ...
     @property
-    def stack_px(self) -> int: ...
+    def stack_size(self) -> int: ...
     @property
     def crop_to_nonzero(self) -> bool: ...
 
@@ -162,9 +162,9 @@ class View:
         box = nonzero_box(oriented) if geometry.crop_to_nonzero else full
         spacing = [float(volume.grid.spacing_mm[a]) for a in orientation.order]
         extent_mm = [(end - start) * mm for (start, end), mm in zip(box, spacing, strict=True)]
-        room = geometry.stack_px * geometry.in_plane_mm / max(extent_mm[1:])
+        room = geometry.stack_size * geometry.in_plane_mm / max(extent_mm[1:])
         shrink = room if room < 1 - 1e-4 else 1.0  # less than that is rounding
-        height, width = (min(geometry.stack_px, max(1, round(mm / geometry.in_plane_mm * shrink))) for mm in extent_mm[1:])
+        height, width = (min(geometry.stack_size, max(1, round(mm / geometry.in_plane_mm * shrink))) for mm in extent_mm[1:])
         through = geometry.through_plane_mm
         slices = box[0][1] - box[0][0] if through is None else max(1, round(extent_mm[0] / through))
         return cls(volume.grid, axis, box, (slices, height, width), shrink)

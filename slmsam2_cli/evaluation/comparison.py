@@ -33,7 +33,7 @@ def compare(summaries: Mapping[str, Json]) -> dict[str, Any]:
     labels = {key: name for summary in summaries.values() for key, name in summary["labels"].items()}
     cases = _shared_cases(summaries)
     pairs = [
-        {"first": one, "second": other, "label": label, "part": _part_word(part), "metric": metric, **_paired(found, metric)}
+        {"first": one, "second": other, "label": label, "part": _part_name(part), "metric": metric, **_paired(found, metric)}
         for one, other in combinations(summaries, 2)
         for part in PARTS
         for label, found in _differences(summaries[one], summaries[other], labels, cases, part, metrics)
@@ -61,14 +61,14 @@ def higher_is_better(metric: str) -> bool:
     return metric == "Dice" or metric.startswith("nsd@")
 
 
-def _part_word(part: str) -> str:
+def _part_name(part: str) -> str:
     return "all" if part == "metrics" else part
 
 
 def _shared_cases(summaries: Mapping[str, Json]) -> list[str]:
     """Cases that every prediction was scored on and no model had seen."""
     usable = [
-        {case["case"] for case in summary["metric_per_case"] if case["group"] == "unseen" and case["status"] != "failed"}
+        {case["case"] for case in summary["metric_per_case"] if case["group"] == "held_out" and case["status"] != "failed"}
         for summary in summaries.values()
     ]
     return sorted(set.intersection(*usable))
@@ -81,9 +81,9 @@ def _differences(
     one: Json, other: Json, labels: Mapping[str, str], cases: Sequence[str], part: str, metrics: Sequence[str]
 ) -> list[tuple[str, Values]]:
     """For every label, then for all of them together: both predictions' values."""
-    right = np.stack([_rightly_empty(s, labels, cases, part) for s in (one, other)], axis=-1)
+    right = np.stack([_correctly_empty(s, labels, cases, part) for s in (one, other)], axis=-1)
     tables = {
-        metric: _with_perfect(np.stack([_table(s, labels, cases, part, metric) for s in (one, other)], axis=-1), right, metric)
+        metric: _fill_perfect(np.stack([_table(s, labels, cases, part, metric) for s in (one, other)], axis=-1), right, metric)
         for metric in metrics
     }
     every: list[tuple[str, Values]] = [
@@ -98,7 +98,7 @@ def _table(summary: Json, labels: Mapping[str, str], cases: Sequence[str], part:
     return np.array([[np.nan if value is None else value for value in row] for row in found], dtype=np.float64).reshape(-1, len(labels))
 
 
-def _rightly_empty(summary: Json, labels: Mapping[str, str], cases: Sequence[str], part: str) -> np.ndarray:
+def _correctly_empty(summary: Json, labels: Mapping[str, str], cases: Sequence[str], part: str) -> np.ndarray:
     """(cases, labels) bool: neither the reference nor the prediction holds the label, which some summaries then do not even list."""
     records = {case["case"]: case for case in summary["metric_per_case"]}
     unlisted = {"status": "both_empty"}
@@ -106,7 +106,7 @@ def _rightly_empty(summary: Json, labels: Mapping[str, str], cases: Sequence[str
     return np.array(found, dtype=bool).reshape(-1, len(labels))
 
 
-def _with_perfect(table: np.ndarray, right: np.ndarray, metric: str) -> np.ndarray:
+def _fill_perfect(table: np.ndarray, right: np.ndarray, metric: str) -> np.ndarray:
     """(cases, labels, 2), what one rightly left empty as perfect where the other has a value."""
     beside = ~np.isnan(table[..., ::-1])
     return np.where(np.isnan(table) & right & beside, 1.0 if higher_is_better(metric) else 0.0, table)

@@ -24,10 +24,10 @@ def hints(truth: np.ndarray, prediction: np.ndarray, values: Sequence[int]) -> l
     if not present or len(present) > MOST_LABELS:
         return []
     joint = _joint_counts(truth, prediction, present)
-    return [*_exchanged(joint, present), *_mirrored(truth, prediction, joint)]
+    return [*_swapped_labels(joint, present), *_mirrored(truth, prediction, joint)]
 
 
-def may_apply(dice: Iterable[float | None]) -> bool:
+def may_have_hints(dice: Iterable[float | None]) -> bool:
     """Whether there can be a hint at all, given the Dice of every label: where all fit, nothing mended is better by GAIN."""
     return any(value is not None and value <= 1 - GAIN for value in dice)
 
@@ -46,7 +46,7 @@ def _joint_counts(truth: np.ndarray, prediction: np.ndarray, values: Sequence[in
     return counts.reshape(size, size)
 
 
-def _exchanged(joint: np.ndarray, values: Sequence[int]) -> Iterator[str]:
+def _swapped_labels(joint: np.ndarray, values: Sequence[int]) -> Iterator[str]:
     reference, predicted = joint.sum(axis=1), joint.sum(axis=0)
 
     def dice(row: int, column: int) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from slmsam2_cli.dataset.dataset import Dataset, read_dataset, read_image_folder
 from slmsam2_cli.dataset.dataset_json import Structure
 from slmsam2_cli.errors import DatasetError, PlanError, UsageError
-from slmsam2_cli.evaluation.matching import Pairing, References, case_name, pair, references_of_dataset, references_of_folder, with_problems
+from slmsam2_cli.evaluation.matching import Pairing, References, add_problems, case_name, pair, references_of_dataset, references_of_folder
 from slmsam2_cli.evaluation.metrics import NSD_TOLERANCE_MM
 from slmsam2_cli.inference.manifest import Manifest, read_manifest
 from slmsam2_cli.io import atomic
@@ -53,7 +53,7 @@ class Predicted:
     pairing: Pairing
 
 
-def truth_of(
+def load_ground_truth(
     labels: Path | None, root: Path | None, space: Workspace | None, images: Path | None = None, tolerance_mm: float | None = None
 ) -> Truth:
     """The labels and what is known of them. root: the data set they belong to, if any. UsageError, DatasetError, PlanError."""
@@ -74,7 +74,7 @@ def truth_of(
     )
 
 
-def predicted_in(folder: Path, truth: Truth) -> Predicted:
+def load_predictions(folder: Path, truth: Truth) -> Predicted:
     """A folder of predictions matched with the labels. UsageError when its manifest cannot be understood."""
     manifest = read_manifest(folder)
     told = {case for case, entry in manifest.cases.items() if entry.training} if manifest is not None else set[str]()
@@ -115,7 +115,7 @@ def _references(labels: Path | None, root: Path | None, space: Workspace | None,
     if declared is not None:
         references = references_of_folder(labels, declared.structures, declared.ignore)
         own = any(case.label is not None and case.label.parent.resolve() == labels.resolve() for case in declared.training)
-        return with_problems(references, declared.problems) if own else references
+        return add_problems(references, declared.problems) if own else references
     planned = read_plan(space.plan).labels if space is not None and space.plan.is_file() else None
     return references_of_folder(labels, None if planned is None else dict[Structure, str](planned.items()), None)
 
@@ -155,7 +155,7 @@ def _split_cases(space: Workspace | None) -> frozenset[str]:
     return frozenset(listed)
 
 
-def names_of(folders: Sequence[Path]) -> list[str]:
+def unique_names(folders: Sequence[Path]) -> list[str]:
     """Short names for several folders: as many last parts of their paths as it takes to tell them apart. UsageError for one named twice.
 
     Every name is one component of a path, and no two are alike, also where upper and lower case are. Where only the names of users

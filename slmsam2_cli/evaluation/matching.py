@@ -22,7 +22,7 @@ from typing import Literal
 
 from slmsam2_cli.dataset.dataset import Dataset
 from slmsam2_cli.dataset.dataset_json import Structure
-from slmsam2_cli.dataset.discovery import list_labels, same_name, stem
+from slmsam2_cli.dataset.discovery import list_labels, normalise_name, stem
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.inference.manifest import Manifest
 
@@ -50,7 +50,7 @@ class Affix:
         return name[len(self.before) : len(name) - len(self.after)] if carries else None
 
     @property
-    def tells_nothing(self) -> bool:
+    def is_generic(self) -> bool:
         """Whether no word of it could tell one case from another."""
         return all(word.lower() in KINDS for word in _WORDS.findall(f"{self.before} {self.after}") if word[0].isalnum())
 
@@ -78,7 +78,7 @@ def _candidates(labels: Sequence[str], predictions: Sequence[str]) -> Iterator[t
     """Affixes common to all names of either side, and those around a name of one side in the first of the other, or the other way round."""
     nothing = Affix()
     both = ((ours, theirs) for ours in _common(labels) for theirs in _common(predictions))
-    yield from ((ours, theirs) for ours, theirs in both if ours.tells_nothing or theirs.tells_nothing)
+    yield from ((ours, theirs) for ours, theirs in both if ours.is_generic or theirs.is_generic)
     pairs = [*((label, predictions[0]) for label in labels), *((labels[0], prediction) for prediction in predictions)]
     yield from ((nothing, affix) for label, prediction in pairs for affix in _around(label, prediction))
     yield from ((affix, nothing) for label, prediction in pairs for affix in _around(prediction, label))
@@ -130,7 +130,7 @@ def _around(core: str, name: str) -> Iterator[Affix]:
             yield Affix(before, after)
 
 
-Group = Literal["unseen", "training"]
+Group = Literal["held_out", "training"]
 CHANNEL_SUFFIX = "_0000"
 
 
@@ -154,13 +154,13 @@ class Pairing:
     """What is to be scored, and what is only to be mentioned.
 
     pairs: (case, reference, prediction or None when it is missing), sorted; without_reference: predictions nobody can judge;
-    not_asked_for: training cases that were not predicted; problems: cases with two files that could be meant;
+    not_requested: training cases that were not predicted; problems: cases with two files that could be meant;
     renamed: (case, name of its prediction) where the two are no namesakes and were matched by a common affix.
     """
 
     pairs: tuple[tuple[str, Path, Path | None], ...]
     without_reference: tuple[str, ...]
-    not_asked_for: tuple[str, ...]
+    not_requested: tuple[str, ...]
     problems: tuple[CaseError, ...]
     renamed: tuple[tuple[str, str], ...] = ()
 
@@ -173,21 +173,21 @@ def references_of_dataset(dataset: Dataset) -> References:
 
 def references_of_folder(folder: Path, labels: Mapping[Structure, str] | None, ignore: int | None) -> References:
     """The masks in a folder."""
-    masks, problems = masks_in(folder)
+    masks, problems = find_masks(folder)
     return References(folder, masks, labels, ignore, problems)
 
 
-def with_problems(references: References, problems: Sequence[CaseError]) -> References:
+def add_problems(references: References, problems: Sequence[CaseError]) -> References:
     """The same, and cases that ought to have a label there but have none that can be used."""
-    known = {same_name(case) for case in references.masks} | {same_name(problem.case) for problem in references.problems}
-    more = tuple(problem for problem in problems if same_name(problem.case) not in known)
+    known = {normalise_name(case) for case in references.masks} | {normalise_name(problem.case) for problem in references.problems}
+    more = tuple(problem for problem in problems if normalise_name(problem.case) not in known)
     return replace(references, problems=(*references.problems, *more))
 
 
-def masks_in(folder: Path) -> tuple[dict[str, Path], tuple[CaseError, ...]]:
+def find_masks(folder: Path) -> tuple[dict[str, Path], tuple[CaseError, ...]]:
     """Case id -> mask file, sorted by id; two files of one id are a problem, not a choice. DatasetError when it cannot be listed."""
     found = list_labels(folder, folder)
-    return {same_name(case): paths[0] for case, paths in sorted(found.cases.items())}, tuple(found.problems)
+    return {normalise_name(case): paths[0] for case, paths in sorted(found.cases.items())}, tuple(found.problems)
 
 
 def pair(references: References, predictions: Path, manifest: Manifest | None, seen: Collection[str]) -> Pairing:
@@ -195,12 +195,12 @@ def pair(references: References, predictions: Path, manifest: Manifest | None, s
 
     A reference without a prediction counts as missing, unless it is a training case that predict was not asked for.
     """
-    masks, problems = masks_in(predictions)
+    masks, problems = find_masks(predictions)
     listed = manifest.cases if manifest is not None else {}
     pairs: list[tuple[str, Path, Path | None]] = []
     taken = {problem.case for problem in references.problems}
-    not_asked_for = []
-    names = {case: name for case in references.masks if (name := _namesake(case, masks)) is not None}
+    not_requested = []
+    names = {case: name for case in references.masks if (name := _same_named_mask(case, masks)) is not None}
     renamed = {} if names else match_by_affix(references.masks, masks)
     refused = {problem.case.removesuffix(CHANNEL_SUFFIX) for problem in problems}
     for case, reference in sorted(references.masks.items()):
@@ -211,22 +211,22 @@ def pair(references: References, predictions: Path, manifest: Manifest | None, s
         elif case.removesuffix(CHANNEL_SUFFIX) in refused:
             continue
         elif case in seen and case not in listed:
-            not_asked_for.append(case)
+            not_requested.append(case)
         else:
             pairs.append((case, reference, None))
     strangers = [case for case in masks if case not in taken]
     ours = {case.removesuffix(CHANNEL_SUFFIX) for case in references.masks}
     mattering = tuple(problem for problem in problems if problem.case.removesuffix(CHANNEL_SUFFIX) in ours)
-    return Pairing(tuple(pairs), tuple(strangers), tuple(not_asked_for), mattering, tuple(sorted(renamed.items())))
+    return Pairing(tuple(pairs), tuple(strangers), tuple(not_requested), mattering, tuple(sorted(renamed.items())))
 
 
 def case_name(mask: Path) -> str:
     """The case a mask is named after."""
-    return same_name(stem(mask))
+    return normalise_name(stem(mask))
 
 
 def group_of(case: str, seen: Collection[str]) -> Group:
-    return "training" if case in seen else "unseen"
+    return "training" if case in seen else "held_out"
 
 
 def relative_name(path: Path, root: Path) -> str:
@@ -234,7 +234,7 @@ def relative_name(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
 
 
-def _namesake(case: str, masks: Mapping[str, Path]) -> str | None:
-    plain = same_name(case)
+def _same_named_mask(case: str, masks: Mapping[str, Path]) -> str | None:
+    plain = normalise_name(case)
     candidates = (plain, plain + CHANNEL_SUFFIX, plain.removesuffix(CHANNEL_SUFFIX))
     return next((name for name in candidates if name in masks), None)

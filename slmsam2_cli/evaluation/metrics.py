@@ -217,7 +217,7 @@ def measure_missing(pair: Pair, known: bool, tolerance_mm: float = NSD_TOLERANCE
     return LabelScore("pred_missing", record, "pred_missing" if known else None, dict(record) if known else None, table)
 
 
-def unmeasured(tolerance_mm: float = NSD_TOLERANCE_MM) -> Record:
+def empty_record(tolerance_mm: float = NSD_TOLERANCE_MM) -> Record:
     """A record in which nothing is known: the case could not be read."""
     return dict.fromkeys(metric_names(tolerance_mm))
 

@@ -21,7 +21,7 @@ from slmsam2_cli import parallel
 from slmsam2_cli.dataset.checks import compare_geometry
 from slmsam2_cli.dataset.dataset_json import Structure
 from slmsam2_cli.errors import CaseError
-from slmsam2_cli.evaluation.diagnostics import hints, may_apply
+from slmsam2_cli.evaluation.diagnostics import hints, may_have_hints
 from slmsam2_cli.evaluation.metrics import NSD_TOLERANCE_MM, LabelScore, Pair, box_of, coarsest_axis, measure, measure_missing
 from slmsam2_cli.io.image import Grid
 from slmsam2_cli.io.volume import LabelVolume, read_labels, relative
@@ -57,13 +57,13 @@ def _index_map(start: Grid, end: Grid) -> np.ndarray:
 
 
 CaseStatus = Literal["ok", "pred_missing", "failed"]
-HELD_BYTES = 2**28  # of what `afterwards` made; what is beyond is dropped, to be made again from the files
+MAX_KEPT_BYTES = 2**28  # of what `afterwards` made; what is beyond is dropped, to be made again from the files
 
 Boxes = Mapping[int, tuple[slice, ...]]
 
 
 @dataclass(frozen=True, eq=False)
-class Compared:
+class ComparedMasks:
     """The masks of a case once it is scored. reference: as read; truth, prediction: (z, y, x) on its grid, without ignored voxels;
     prediction: None when it is missing; box: half-open (z, y, x), around everything in both, None when they are empty; resampled: the
     prediction was on another grid."""
@@ -82,7 +82,7 @@ class Sized(Protocol):
     def size(self) -> int: ...
 
 
-Afterwards = Callable[["CaseScore", Compared], Sized | None]
+PostScoring = Callable[["CaseScore", ComparedMasks], Sized | None]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Job:
     prompted: Mapping[int, tuple[int, ...]] | None = None
     tolerance_mm: float = NSD_TOLERANCE_MM
     resample: bool = False
-    afterwards: Afterwards | None = None
+    post_scoring: PostScoring | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +148,7 @@ def failed(job: Job, problem: str) -> CaseScore:
     return CaseScore(job.case, job.group, "failed", *_names(job), problem=problem)
 
 
-def with_labels(scores: Sequence[CaseScore], values: Sequence[Structure]) -> list[CaseScore]:
+def fill_missing_labels(scores: Sequence[CaseScore], values: Sequence[Structure]) -> list[CaseScore]:
     """Every scored case with an entry for every label, in the order of `values`."""
     return [
         score if score.absent is None else replace(score, labels={v: score.labels.get(v, score.absent) for v in values}) for score in scores
@@ -159,20 +159,20 @@ def score_all(
     jobs: Sequence[Job],
     workers: int | None = None,
     advance: Callable[..., None] = lambda: None,
-    held_bytes: int = HELD_BYTES,
+    max_kept_bytes: int = MAX_KEPT_BYTES,
 ) -> list[CaseScore]:
-    """Scores in the order of the jobs. workers: processes, None for one a core (at most 8); held_bytes: of what `afterwards` made."""
+    """Scores in the order of the jobs. workers: processes, None for one a core (at most 8); max_kept_bytes: of what `afterwards` made."""
     scores: dict[int, CaseScore] = {}
     held = 0
     count = min(parallel.count(workers), len(jobs))
-    for place, score in _pooled(jobs, count) if count > 1 else enumerate(map(score_case, jobs)):
+    for place, score in _score_in_pool(jobs, count) if count > 1 else enumerate(map(score_case, jobs)):
         held += score.made.size if score.made is not None else 0
-        scores[place] = score if held <= held_bytes else replace(score, made=None)
+        scores[place] = score if held <= max_kept_bytes else replace(score, made=None)
         advance()
     return [scores[place] for place in range(len(jobs))]
 
 
-def _pooled(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, CaseScore]]:
+def _score_in_pool(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, CaseScore]]:
     """(place of the job, score) as they come, so that none waits for a slow one with all that was made of it.
 
     A process that dies takes its pool with it: what it left undone is tried again, each case in a process of its own.
@@ -197,12 +197,12 @@ def _pooled(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, CaseScore]
         finally:
             pool.shutdown(cancel_futures=True)
     for place, job in left.items():
-        yield place, _on_its_own(job)
+        yield place, _score_in_own_process(job)
 
 
-def _on_its_own(job: Job) -> CaseScore:
+def _score_in_own_process(job: Job) -> CaseScore:
     """Without anything made of the masks: that may be what took too much memory."""
-    job = replace(job, afterwards=None)
+    job = replace(job, post_scoring=None)
     pool = parallel.pool(1)
     if pool is None:
         return score_case(job)
@@ -220,7 +220,7 @@ def _score(job: Job) -> CaseScore:
     predicted, notes, resampled = _prediction(job, reference)
     job = replace(job, slice_axis=None, prompted=None) if resampled else job  # both are of the grid that the prediction was on
     axis = coarsest_axis(reference.grid.spacing_mm) if job.slice_axis is None else job.slice_axis
-    _refuse_slices_beyond(job, reference.voxels.shape[axis])
+    _check_prompted_slices(job, reference.voxels.shape[axis])
     truth, predicted, scored = _without_ignored(reference.voxels, predicted, job.ignore, axis)
     boxes = _boxes(truth, predicted)
 
@@ -232,7 +232,7 @@ def _score(job: Job) -> CaseScore:
 
     structures: tuple[Structure, ...] = tuple(boxes) if job.values is None else job.values
     values = {value for structure in structures for value in values_of(structure)}
-    _refuse_undeclared(job, truth, [v for v in boxes if v not in values])
+    _check_declared(job, truth, [v for v in boxes if v not in values])
     undeclared = _undeclared(predicted, [v for v in boxes if v not in values])
     status: CaseStatus = "ok" if job.prediction is not None else "pred_missing"
     labels = {structure: score(structure) for structure in structures}
@@ -241,13 +241,13 @@ def _score(job: Job) -> CaseScore:
     )
     said = [f"case {job.case}: {line}" for line in dict.fromkeys((*reference.warnings, *notes, *empty, *undeclared))]
     regions = any(len(values_of(structure)) > 1 for structure in structures)  # whose Dice does not tell that of their labels
-    doubtful = status == "ok" and (regions or may_apply(measured.all["Dice"] for measured in labels.values()))
+    doubtful = status == "ok" and (regions or may_have_hints(measured.all["Dice"] for measured in labels.values()))
     found = tuple(hints(truth, predicted, [v for v in boxes if v in values])) if doubtful else ()
     scores = CaseScore(job.case, job.group, status, *_names(job), labels, score(0), warnings=tuple(said), hints=found, resampled=resampled)
-    if job.afterwards is None:
+    if job.post_scoring is None:
         return scores
-    compared = Compared(reference, truth, None if job.prediction is None else predicted, _around(boxes), resampled)
-    return replace(scores, made=job.afterwards(scores, compared))
+    compared = ComparedMasks(reference, truth, None if job.prediction is None else predicted, _around(boxes), resampled)
+    return replace(scores, made=job.post_scoring(scores, compared))
 
 
 def values_of(structure: Structure) -> tuple[int, ...]:
@@ -281,7 +281,7 @@ def _prediction(job: Job, reference: LabelVolume) -> tuple[np.ndarray, tuple[str
     return moved, (*prediction.warnings, note), True
 
 
-def _refuse_slices_beyond(job: Job, slices: int) -> None:
+def _check_prompted_slices(job: Job, slices: int) -> None:
     beyond = sorted({k for given in (job.prompted or {}).values() for k in given if k >= slices})
     if beyond:
         what = f"the manifest lists prompted slice {beyond[0]}, the volume has slices 0 to {slices - 1}"
@@ -349,7 +349,7 @@ def _holding(labels: np.ndarray, values: Sequence[int]) -> np.ndarray:
     return np.asarray(labels == values[0] if len(values) == 1 else np.isin(labels, values))
 
 
-def _refuse_undeclared(job: Job, truth: np.ndarray, values: Sequence[int]) -> None:
+def _check_declared(job: Job, truth: np.ndarray, values: Sequence[int]) -> None:
     """A label that holds what nobody declared is not what the names say; CaseError."""
     counts = {value: int(np.count_nonzero(truth == value)) for value in values}
     listed = ", ".join(f"{value} ({count} voxels)" for value, count in counts.items() if count)

@@ -19,7 +19,7 @@ from slmsam2_cli.dataset.dataset_json import Structure
 from slmsam2_cli.errors import UsageError
 from slmsam2_cli.evaluation import statistics
 from slmsam2_cli.evaluation.matching import Group
-from slmsam2_cli.evaluation.metrics import DEFINITIONS, NSD_TOLERANCE_MM, LabelScore, metric_names, unmeasured
+from slmsam2_cli.evaluation.metrics import DEFINITIONS, NSD_TOLERANCE_MM, LabelScore, empty_record, metric_names
 from slmsam2_cli.evaluation.scoring import CaseScore
 from slmsam2_cli.evaluation.statistics import Case
 from slmsam2_cli.evaluation.surface import nsd_key
@@ -40,7 +40,7 @@ class About:
     model: Mapping[str, Any] = field(default_factory=dict)
     predicted_with: str = ""
     without_reference: Sequence[str] = ()
-    not_asked_for: Sequence[str] = ()
+    not_requested: Sequence[str] = ()
     renamed: Sequence[tuple[str, str]] = ()
     tolerance_mm: float = NSD_TOLERANCE_MM
     warnings: Sequence[str] = ()
@@ -49,18 +49,18 @@ class About:
 def summarise(scores: Sequence[CaseScore], about: About) -> Json:
     """The whole of summary.json; every scored case must hold every label of `about`. Cases in any order."""
     ordered = sorted(scores, key=lambda s: (s.status != "failed", s.case))
-    headline = _block(ordered, about, "unseen", "all")
+    headline = _block(ordered, about, "held_out", "all")
     return {
         "tool": TOOL,
         "format_version": FORMAT_VERSION,
         "tool_version": about.tool_version,
         "predicted_with": about.predicted_with,
         "model": dict(about.model),
-        "definitions": {**DEFINITIONS, "nsd_tolerance_mm": about.tolerance_mm, "ci95": _interval_words()},
+        "definitions": {**DEFINITIONS, "nsd_tolerance_mm": about.tolerance_mm, "ci95": _interval_description()},
         "labels": {str(value): name for value, name in about.labels.items()},
-        "cases": _census(ordered, about),
+        "cases": _case_counts(ordered, about),
         **headline,
-        "unprompted": _block(ordered, about, "unseen", "unprompted"),
+        "unprompted": _block(ordered, about, "held_out", "unprompted"),
         "training": {**_block(ordered, about, "training", "all"), "unprompted": _block(ordered, about, "training", "unprompted")},
         "slice_curve": {str(value): _curve(ordered, value) for value in about.labels},
         "warnings": [*about.warnings, *(line for score in ordered for line in score.warnings)],
@@ -68,19 +68,19 @@ def summarise(scores: Sequence[CaseScore], about: About) -> Json:
     }
 
 
-def _interval_words() -> str:
+def _interval_description() -> str:
     return f"95 % percentile bootstrap over cases, {statistics.RESAMPLES} resamples, seed {statistics.SEED}"
 
 
-def _census(scores: Sequence[CaseScore], about: About) -> Json:
+def _case_counts(scores: Sequence[CaseScore], about: About) -> Json:
     """How many cases of each kind, and by name those that are not simply scored."""
     return {
-        "unseen": sum(s.group == "unseen" for s in scores),
+        "held_out": sum(s.group == "held_out" for s in scores),
         "training": sum(s.group == "training" for s in scores),
         "failed": [{"case": s.case, "problem": s.problem} for s in scores if s.status == "failed"],
         "pred_missing": [s.case for s in scores if s.status == "pred_missing"],
         "without_reference": list(about.without_reference),
-        "training_not_predicted": list(about.not_asked_for),
+        "training_not_predicted": list(about.not_requested),
         "resampled": [s.case for s in scores if s.resampled],
         "matched_by_affix": [{"case": case, "prediction": name} for case, name in about.renamed],
     }
@@ -103,9 +103,9 @@ def _record(score: CaseScore, value: Structure, about: About, part: Part) -> Jso
     """The measures of one label with their status; all null when nothing is known."""
     label = score.labels.get(value)
     if label is None:
-        return {**unmeasured(about.tolerance_mm), "status": "failed"}
+        return {**empty_record(about.tolerance_mm), "status": "failed"}
     record, status = (label.all, label.status) if part == "all" else (label.unprompted, label.unprompted_status)
-    return {**(record or unmeasured(about.tolerance_mm)), "status": status}
+    return {**(record or empty_record(about.tolerance_mm)), "status": status}
 
 
 def _block(scores: Sequence[CaseScore], about: About, group: Group, part: Part) -> Json:
@@ -132,7 +132,7 @@ def _curve(scores: Sequence[CaseScore], value: Structure) -> list[Json]:
     """Dice of unseen cases' slices against their distance from the nearest given slice, in slices."""
     by_distance: dict[int, list[float]] = {}
     for score in scores:
-        label: LabelScore | None = score.labels.get(value) if score.group == "unseen" else None
+        label: LabelScore | None = score.labels.get(value) if score.group == "held_out" else None
         for row in label.slices if label is not None else ():
             if row["prompt_distance_slices"] is not None and row["Dice"] is not None:
                 by_distance.setdefault(abs(int(row["prompt_distance_slices"])), []).append(row["Dice"])
@@ -147,19 +147,19 @@ KNOWN = {"dice": "Dice", "iou": "IoU", "precision": "precision", "recall": "reca
 
 
 @dataclass(frozen=True)
-class Floor:
+class Threshold:
     """The least that the foreground mean of a measure may be. metric: as in summary.json; "nsd" at whatever tolerance was used."""
 
     metric: str
     least: float
 
 
-def floors_of(asked: Iterable[str]) -> list[Floor]:
+def parse_thresholds(asked: Iterable[str]) -> list[Threshold]:
     """Limits from "Dice=0.8" (upper or lower case), or "0.8" for Dice. UsageError."""
     return [_floor(text) for text in asked]
 
 
-def shortfalls(summary: Mapping[str, Any], floors: Sequence[Floor]) -> list[str]:
+def failed_thresholds(summary: Mapping[str, Any], floors: Sequence[Threshold]) -> list[str]:
     """One line for each limit that the foreground mean of unseen cases does not reach; an undefined mean reaches none."""
     lines = []
     for floor in floors:
@@ -170,7 +170,7 @@ def shortfalls(summary: Mapping[str, Any], floors: Sequence[Floor]) -> list[str]
     return lines
 
 
-def _floor(text: str) -> Floor:
+def _floor(text: str) -> Threshold:
     metric, _, number = text.rpartition("=")
     try:
         least = float(number)
@@ -179,4 +179,4 @@ def _floor(text: str) -> Floor:
     name = KNOWN.get(metric.strip().lower() or "dice")
     if name is None or not 0 <= least <= 1:
         raise UsageError(f"{text!r} is no limit. Write Dice=0.8; known are {', '.join(KNOWN.values())}, from 0 to 1")
-    return Floor(name, least)
+    return Threshold(name, least)

@@ -22,11 +22,11 @@ from functools import lru_cache
 import numpy as np
 
 NEIGHBOURS = 4000  # how many are looked at before a voxel counts as far: about a ball 20 voxels across
-FARTHEST = 200  # voxels along one axis, where voxels are needles or leaves
+MAX_STEPS_PER_AXIS = 200  # voxels along one axis, where voxels are needles or leaves
 FEW = 2048  # so few voxels look at many neighbours in one step
 LOOKS = 1 << 16  # that they take together in it, or a sixteenth of the volume's voxels if that is less
 # What the tree costs, counted in looks at one neighbour (about 2 ns): per voxel it is built of, and per voxel it is asked about.
-TREE_BUILT, TREE_ASKED = 100, 1000
+TREE_BUILD_COST, TREE_QUERY_COST = 100, 1000
 
 
 def nearest_mm(voxels: np.ndarray, other: np.ndarray, other_voxels: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
@@ -37,14 +37,14 @@ def nearest_mm(voxels: np.ndarray, other: np.ndarray, other_voxels: np.ndarray, 
     distances = np.zeros(len(voxels))
     left = np.flatnonzero(~other.ravel()[voxels])  # whatever both sets hold is 0 mm away
     if len(left):
-        afford = TREE_BUILT * len(other_voxels)
-        left = _look_around(distances, left, voxels, other, afford, tuple(float(s) for s in spacing_mm))
+        afford = TREE_BUILD_COST * len(other_voxels)
+        left = _search_neighbours(distances, left, voxels, other, afford, tuple(float(s) for s in spacing_mm))
     if len(left):
-        distances[left] = _ask_tree(voxels[left], other_voxels, other.shape, spacing_mm)
+        distances[left] = _query_tree(voxels[left], other_voxels, other.shape, spacing_mm)
     return distances
 
 
-def _look_around(
+def _search_neighbours(
     distances: np.ndarray, left: np.ndarray, voxels: np.ndarray, other: np.ndarray, afford: int, spacing_mm: tuple[float, ...]
 ) -> np.ndarray:
     """Fill in the distances of those of voxels[left] that find a neighbour in `other`; -> those still left."""
@@ -55,7 +55,7 @@ def _look_around(
     at = (np.stack(np.unravel_index(voxels[left], other.shape), axis=1) + air) @ strides
     steps, flat, done, looks = offsets @ strides, padded.ravel(), 0, 0
     together = min(LOOKS, max(FEW, padded.size // 16))
-    while len(left) and done < len(steps) and looks < afford + TREE_ASKED * len(left):
+    while len(left) and done < len(steps) and looks < afford + TREE_QUERY_COST * len(left):
         if len(left) < FEW:
             end = done + together // len(left)
             first, found = _first_of_many(flat, at, steps[done:end])
@@ -93,7 +93,7 @@ def _adjacent_rows(flat: tuple[bool, ...], spacing_mm: tuple[float, ...]) -> tup
     flat: axes along which there is only one voxel, and so no neighbour.
     """
     radius_mm = (NEIGHBOURS * math.prod(spacing_mm) * 3 / (4 * math.pi)) ** (1 / 3)
-    reach = [0 if only else min(int(radius_mm / s), FARTHEST) for only, s in zip(flat, spacing_mm, strict=True)]
+    reach = [0 if only else min(int(radius_mm / s), MAX_STEPS_PER_AXIS) for only, s in zip(flat, spacing_mm, strict=True)]
     beyond_mm = min((s * (r + 1) for only, s, r in zip(flat, spacing_mm, reach, strict=True) if not only), default=0.0)
     squares = [(np.arange(-r, r + 1) * s) ** 2 for r, s in zip(reach, spacing_mm, strict=True)]
     lengths_mm = np.sqrt(squares[0][:, np.newaxis, np.newaxis] + squares[1][:, np.newaxis] + squares[2])
@@ -104,7 +104,7 @@ def _adjacent_rows(flat: tuple[bool, ...], spacing_mm: tuple[float, ...]) -> tup
     return np.stack([(place - r).astype(np.int16) for place, r in zip(places, reach, strict=True)], axis=1), ordered[near]
 
 
-def _ask_tree(voxels: np.ndarray, others: np.ndarray, shape: tuple[int, ...], spacing_mm: Sequence[float]) -> np.ndarray:
+def _query_tree(voxels: np.ndarray, others: np.ndarray, shape: tuple[int, ...], spacing_mm: Sequence[float]) -> np.ndarray:
     from scipy.spatial import cKDTree  # slow to import, and often not needed
 
     points, targets = (np.stack(np.unravel_index(v, shape), axis=1) * np.asarray(spacing_mm, np.float64) for v in (voxels, others))

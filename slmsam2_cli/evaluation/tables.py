@@ -76,7 +76,7 @@ def groups(summary: Json) -> list[tuple[str, Json, int]]:
     """(title, block of means, number of cases) of the headline and, where there are any, of the training cases."""
     cases = summary["cases"]
     found = [
-        ("unseen cases", summary, cases["unseen"]),
+        ("unseen cases", summary, cases["held_out"]),
         ("training cases (the model has seen them)", summary["training"], cases["training"]),
     ]
     return [group for group in found if group[2]]
@@ -114,7 +114,7 @@ def comparison_rows(comparison: Json) -> list[list[str]]:
 def comparison_markdown(comparison: Json) -> str:
     """The comparison as a Markdown table."""
     left_out = f"\nNot compared: {', '.join(map(_plain, comparison['not_compared']))}.\n" if comparison["not_compared"] else ""
-    table = _pipes(comparison_columns(), comparison_rows(comparison))
+    table = _markdown_table(comparison_columns(), comparison_rows(comparison))
     return f"{COMPARISON}\n\n{DEFINITION}. {DIFFERENCE}\n\n{table}{left_out}"
 
 
@@ -153,10 +153,10 @@ def markdown(summary: Json) -> str:
     cases = summary["cases"]
     parts = [f"# Evaluation\n\n{DEFINITION}.\n", *(f"Warning: {_plain(warning)}\n" for warning in summary["warnings"])]
     for title, block, n in groups(summary):
-        parts.append(f"## {title.capitalize()}: {n}\n\n{_pipes(label_columns(summary), label_rows(summary, block))}")
+        parts.append(f"## {title.capitalize()}: {n}\n\n{_markdown_table(label_columns(summary), label_rows(summary, block))}")
     troubled = [[f["case"], f["problem"]] for f in cases["failed"]] + [[case, "no prediction"] for case in cases["pred_missing"]]
     if troubled:
-        parts.append(f"## Cases that failed or are missing ({len(troubled)})\n\n{_pipes(['case', 'why'], troubled)}")
+        parts.append(f"## Cases that failed or are missing ({len(troubled)})\n\n{_markdown_table(['case', 'why'], troubled)}")
     return "\n".join(parts)
 
 
@@ -179,7 +179,7 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _pipes(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "".join(f"| {' | '.join(_plain(str(cell)) for cell in line)} |\n" for line in lines)
 

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from slmsam2_cli.dataset.dataset_json import Case
 from slmsam2_cli.dataset.intensity import normalise
-from slmsam2_cli.dataset.prompts import Prompts, impose, painted_prompts, read_painted
+from slmsam2_cli.dataset.prompts import Prompts, prompts_from_mask, read_annotated_mask, restore_annotated
 from slmsam2_cli.dataset.slices import View
 from slmsam2_cli.inference.image_set import Found
-from slmsam2_cli.inference.propagation import Anchor, Propagated
-from slmsam2_cli.inference.segment import anchors_of, labels_of
+from slmsam2_cli.inference.propagation import AnnotatedSlice, Propagation
+from slmsam2_cli.inference.segment import annotated_slices_of, restore_labels
 from slmsam2_cli.io.image import Grid
 from slmsam2_cli.io.volume import Volume
-from slmsam2_cli.model.roi import framed, to_input
+from slmsam2_cli.model.roi import pad_to_square, to_input
 from slmsam2_cli.planning.modality import PERCENTILES
 from slmsam2_cli.planning.plan import Plan
 
@@ -106,26 +106,28 @@ def mask_of(value: object, shape: tuple[int, ...], name: str) -> Array:
     return painted
 
 
-def frame(slices: object, frame_px: int, window: Window | None, name: str = "slices", neighbours: bool = False) -> tuple[View, Tensor]:
+def frame(
+    slices: object, input_size: int, window: Window | None, name: str = "slices", adjacent_slices: bool = False
+) -> tuple[View, Tensor]:
     """How a stack (T, H, W) or (T, C, H, W) fits the frame, and what the network sees of it: (T, C, px, px) in [0, 1], C at least 3.
 
     window: the grey values that become 0 and 1; "percentile": the stack's own, as plans have it for all but CT; None: the values
-    are from 0 to 1 already. neighbours: of one channel, the slices before and after are colours, too. ValueError.
+    are from 0 to 1 already. adjacent_slices: of one channel, the slices before and after are colours, too. ValueError.
     """
     stack = numbers(slices, name)
     if stack.ndim not in (3, 4):
         raise ValueError(f"{name}: shape {stack.shape}; give (T, H, W) or (T, C, H, W)")
     stack = stack[None] if stack.ndim == 3 else stack.swapaxes(0, 1)
-    view = _filling(stack.shape[1:], frame_px)
+    view = _fit_to_input(stack.shape[1:], input_size)
     frames = view.frames(_scaled(stack, window, name))
-    return view, framed(to_input(torch.from_numpy(frames), neighbours), frame_px)
+    return view, pad_to_square(to_input(torch.from_numpy(frames), adjacent_slices), input_size)
 
 
-def _filling(shape: tuple[int, ...], frame_px: int) -> View:
+def _fit_to_input(shape: tuple[int, ...], input_size: int) -> View:
     """The longer edge of (T, H, W) fills the frame."""
     count, height, width = shape
     grid = Grid((count, height, width), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), np.eye(3))
-    rows, columns = (max(1, round(edge * frame_px / max(height, width))) for edge in (height, width))
+    rows, columns = (max(1, round(edge * input_size / max(height, width))) for edge in (height, width))
     return View(grid, "SI", ((0, count), (0, height), (0, width)), (count, rows, columns))
 
 
@@ -156,7 +158,7 @@ def _scheme_of(window: Window) -> _Scheme:
     return _Scheme("ct", lower, upper)
 
 
-def drawn_on(masks: object, view: View, name: str) -> Prompts:
+def prompts_from_masks(masks: object, view: View, name: str) -> Prompts:
     """The annotated slices of one object: slice index -> mask (H, W); an empty one says that it is not there. ValueError."""
     count, *size = view.grid.shape
     if not isinstance(masks, Mapping) or not masks:
@@ -178,37 +180,37 @@ def number(index: object, count: int, name: str, what: str) -> int:
     return int(index)
 
 
-def anchors_on(prompts: Prompts, view: View, frame_px: int) -> list[Anchor]:
+def annotated_slices_on(prompts: Prompts, view: View, input_size: int) -> list[AnnotatedSlice]:
     """The same on the frame, for the engine."""
-    return anchors_of(prompts, view, (_OBJECT,), frame_px)[_OBJECT]
+    return annotated_slices_of(prompts, view, (_OBJECT,), input_size)[_OBJECT]
 
 
-def track_of(found: Propagated, prompts: Prompts, view: View, frame_px: int) -> Track:
+def track_of(found: Propagation, prompts: Prompts, view: View, input_size: int) -> Track:
     """What was found, at the stack's own size; annotated slices exactly as drawn."""
-    mask = impose(labels_of({_OBJECT: found}, view, frame_px), prompts, view) == _OBJECT
+    mask = restore_annotated(restore_labels({_OBJECT: found}, view, input_size), prompts, view) == _OBJECT
     return Track(mask, found.confidence.numpy(), found.disagreement.numpy())
 
 
-def images_of(images: object, frame_px: int, window: Window | None) -> tuple[list[View], Tensor]:
+def images_of(images: object, input_size: int, window: Window | None) -> tuple[list[View], Tensor]:
     """How each image (H, W) or (C, H, W) fits the frame, and what the network sees of them: (N, C, px, px), C at least 3. ValueError."""
     if isinstance(images, np.ndarray | Tensor):
         images = [*numbers(images, "images")] if images.ndim in (3, 4) else None
     if not isinstance(images, Sequence) or isinstance(images, str) or not images:
         raise ValueError("images: give an array (N, H, W) or (N, C, H, W), or a list of arrays (H, W) or (C, H, W)")
-    views, frames = zip(*(_image(image, frame_px, window, f"images[{i}]") for i, image in enumerate(images)))
+    views, frames = zip(*(_image(image, input_size, window, f"images[{i}]") for i, image in enumerate(images)))
     if len(seen := sorted({one.shape[1] for one in frames})) > 1:
         raise ValueError(f"images: some of {seen[0]} channels or fewer, some of {seen[-1]}; give as many channels of each")
     return list(views), torch.cat(frames)
 
 
-def _image(image: object, frame_px: int, window: Window | None, name: str) -> tuple[View, Tensor]:
+def _image(image: object, input_size: int, window: Window | None, name: str) -> tuple[View, Tensor]:
     pixels = numbers(image, name)
     if pixels.ndim not in (2, 3):
         raise ValueError(f"{name}: shape {pixels.shape}; give (H, W) or (C, H, W)")
-    return frame(pixels[None], frame_px, window, name)
+    return frame(pixels[None], input_size, window, name)
 
 
-def drawn_masks(masks: object, views: list[View]) -> dict[int, Array]:
+def read_image_prompts(masks: object, views: list[View]) -> dict[int, Array]:
     """The annotated images: index -> mask (H, W) bool at the image's own size. ValueError."""
     if not isinstance(masks, Mapping):
         raise ValueError("prompts: give {image index: mask}")
@@ -219,16 +221,16 @@ def drawn_masks(masks: object, views: list[View]) -> dict[int, Array]:
     return drawn
 
 
-def mask_on(mask: Array, view: View, frame_px: int) -> Tensor:
+def mask_at_input_size(mask: Array, view: View, input_size: int) -> Tensor:
     """A mask (H, W) on the frame: (px, px) bool."""
-    anchors = anchors_of(Prompts(mask[None].astype(np.uint8), {_OBJECT: (0,)}, ()), view, (_OBJECT,), frame_px)
-    return anchors[_OBJECT][0].mask if anchors else torch.zeros(frame_px, frame_px, dtype=torch.bool)
+    anchors = annotated_slices_of(Prompts(mask[None].astype(np.uint8), {_OBJECT: (0,)}, ()), view, (_OBJECT,), input_size)
+    return anchors[_OBJECT][0].mask if anchors else torch.zeros(input_size, input_size, dtype=torch.bool)
 
 
-def match_of(found: Found, drawn: Array | None, view: View, frame_px: int) -> Match:
+def match_of(found: Found, drawn: Array | None, view: View, input_size: int) -> Match:
     """What was found on one image, at its own size; an annotated image exactly as drawn."""
-    alone = Propagated(found.logits[None], torch.tensor([found.confidence]), torch.tensor([torch.nan]))
-    mask = drawn if drawn is not None else labels_of({_OBJECT: alone}, view, frame_px)[0] == _OBJECT
+    alone = Propagation(found.logits[None], torch.tensor([found.confidence]), torch.tensor([torch.nan]))
+    mask = drawn if drawn is not None else restore_labels({_OBJECT: alone}, view, input_size)[0] == _OBJECT
     return Match(mask, found.confidence, found.nearest, found.similarity, found.warning)
 
 
@@ -248,7 +250,7 @@ class Drawn:
             mask = self._joined(self.masks, case, image, view, plan)
         else:
             mask = _declared(_voxels(self.masks, "prompts", case, image, view), plan)
-        found = painted_prompts(
+        found = prompts_from_mask(
             mask,
             view,
             tuple(plan.labels),
@@ -287,7 +289,7 @@ def _voxels(mask: object, name: str, case: Case, image: Volume, view: View) -> A
     """A mask (Z, Y, X) of the image's shape, from wherever it is."""
     if isinstance(mask, str | PathLike):
         path = Path(mask)
-        return read_painted(path, view, image, case=case.id, root=path.parent)
+        return read_annotated_mask(path, view, image, case=case.id, root=path.parent)
     voxels = numbers(mask, name)
     if voxels.shape != view.grid.shape:
         raise ValueError(f"{name}: shape {voxels.shape}, but the image's is {view.grid.shape} (z, y, x)")

@@ -20,11 +20,11 @@ from slmsam2_cli.inference.label_prior import SURE
 from slmsam2_cli.model.slmsam2 import SliceOutput, revised
 
 SHARE = 0.35  # what the taper counts; the network counts the rest
-STEEP = 40.0  # logits from the outline to the middle
-ENOUGH = 0.25  # area of the network's mask over what is expected, from which on it says where the structure is
+SLOPE = 40.0  # logits from the outline to the middle
+MIN_AREA_RATIO = 0.25  # area of the network's mask over what is expected, from which on it says where the structure is
 
 
-class Taper:
+class EndTaper:
     """From the mask (px, px) of slice `start` to nothing on slice `end`, for a network that draws masks of edge `edge`.
 
     Where the mask meets the edge of the frame, its outline stays: it may go on behind it.
@@ -42,17 +42,19 @@ class Taper:
         way = abs(t - self.start) / abs(self.end - self.start)
         depth = self.depth - 1 + math.sqrt(max(0.0, 1 - way**2))
         expected = depth[0, 0] > 0
-        if seen is not None and expected.any() and int(seen.sum()) >= ENOUGH * int(expected.sum()):
+        if seen is not None and expected.any() and int(seen.sum()) >= MIN_AREA_RATIO * int(expected.sum()):
             (row, column), (from_row, from_column) = _middle(seen), _middle(expected)
             depth = _moved(depth, round(row - from_row), round(column - from_column))
-        return (STEEP * depth).clamp(-SURE, SURE)
+        return (SLOPE * depth).clamp(-SURE, SURE)
 
     def followed(self, output: SliceOutput, t: int) -> SliceOutput:
         """The output of one object on slice t, with the taper mixed in."""
         expected = self.logits(t, output.chosen[0, 0].cpu() > 0).to(output.chosen)
         chosen = torch.lerp(output.chosen.clamp(-SURE, SURE), expected, SHARE)
-        presence = torch.lerp(output.presence.float().clamp(-SURE, SURE), expected.max().float().expand_as(output.presence), SHARE)
-        return revised(output, chosen, presence)
+        object_score = torch.lerp(
+            output.object_score.float().clamp(-SURE, SURE), expected.max().float().expand_as(output.object_score), SHARE
+        )
+        return revised(output, chosen, object_score)
 
 
 def _middle(mask: Tensor) -> tuple[float, float]:

@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from slmsam2_cli.inference.propagation import ABSENT, Features, confidence_of, stored
+from slmsam2_cli.inference.propagation import ABSENT, FeatureCache, confidence_of, stored
 from slmsam2_cli.model.memory.features import similarity
-from slmsam2_cli.model.memory.policy import Moment
-from slmsam2_cli.model.memory.registry import bank_of
+from slmsam2_cli.model.memory.policy import ReadContext
+from slmsam2_cli.model.memory.registry import build_bank
 from slmsam2_cli.model.memory.selfsort import SelfSort
 from slmsam2_cli.model.memory.shortlong import ShortLongSelfSort
 from slmsam2_cli.model.slmsam2 import MemoryBank, SliceOutput, SlmSam2
@@ -47,7 +47,7 @@ class Found:
 
 def bank_policy(model: SlmSam2) -> BankPolicy:
     """The self-sorting bank that goes with a network's weights, whatever its own policy is; thresholds are its plan's."""
-    bank = bank_of(model.network, model.num_maskmem)
+    bank = build_bank(model.network, model.num_maskmem)
     return ShortLongSelfSort(bank) if model.network.has_short_stream else bank
 
 
@@ -72,7 +72,7 @@ def segment_images(
     places = [names.index(name) for name in sorted(set(names))]  # of each image once, by content
     number = {names[place]: n for n, place in enumerate(places)}
     given = {number[names[i]]: mask for i, mask in prompts.items()}
-    found = _Unordered(model, images[places], policy or bank_policy(model), advance).segment(given)
+    found = _ImageSet(model, images[places], policy or bank_policy(model), advance).segment(given)
     shown = [found[number[name]] for name in names]
     return [replace(one, nearest=i if i in prompts else places[one.nearest]) for i, one in enumerate(shown)]
 
@@ -83,12 +83,12 @@ def _name(image: Tensor, mask: Tensor | None) -> str:
     return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
 
 
-class _Unordered:
+class _ImageSet:
     """One object through N different images that are numbered by content."""
 
     def __init__(self, model: SlmSam2, images: Tensor, policy: BankPolicy, advance: Callable[[int], None]) -> None:
         self.model, self.policy, self.advance = model, policy, advance
-        self.features = Features(model, images, batch=1)  # an image's features must not depend on its neighbours in a batch
+        self.features = FeatureCache(model, images, batch=1)  # an image's features must not depend on its neighbours in a batch
         self.bank = MemoryBank()
 
     def segment(self, given: Mapping[int, Tensor]) -> dict[int, Found]:
@@ -98,9 +98,9 @@ class _Unordered:
         order = sorted(nearest, key=lambda i: (-nearest[i][1], i))
         for i in order:
             self.bank.write(i, stored(self.model.remember(self.features[i], self._track(i, self.bank))))
-            self.model.forget(self.bank, self._moment(i, self.bank), self.policy)
+            self.model.forget(self.bank, self._context(i, self.bank), self.policy)
             self.advance(1)
-        self.model.forget(self.bank, self._moment(_NOWHERE, self.bank), self.policy)  # now the bank's members alone are left
+        self.model.forget(self.bank, self._context(_NOWHERE, self.bank), self.policy)  # now the bank's members alone are left
         for i in order:
             others = {s: memory for s, memory in self.bank.tracked.items() if s != i}
             found[i] = self._found(self._track(i, MemoryBank(self.bank.anchors, others)), *nearest[i])
@@ -123,11 +123,11 @@ class _Unordered:
         nearest = max(alike, key=lambda anchor: (alike[anchor], -anchor))
         return nearest, alike[nearest]
 
-    def _moment(self, i: int, bank: MemoryBank) -> Moment:
-        return Moment(i, UNORDERED, bank.anchors, bank.tracked, self.model.max_obj_ptrs_in_encoder)
+    def _context(self, i: int, bank: MemoryBank) -> ReadContext:
+        return ReadContext(i, UNORDERED, bank.anchors, bank.tracked, self.model.max_obj_ptrs_in_encoder)
 
     def _track(self, i: int, bank: MemoryBank) -> SliceOutput:
-        return self.model.track(self.features[i], bank, self._moment(i, bank), self.policy)
+        return self.model.track(self.features[i], bank, self._context(i, bank), self.policy)
 
     def _found(self, output: SliceOutput, nearest: int, alike: float) -> Found:
         wanted = self.policy.min_similarity

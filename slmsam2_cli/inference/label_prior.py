@@ -14,21 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slmsam2_cli.model.label_unet import Recogniser, neighbours, view_of
-from slmsam2_cli.model.roi import Square
+from slmsam2_cli.model.label_unet import LabelUNet, view_of, with_adjacent_slices
+from slmsam2_cli.model.roi import RoiCrop
 from slmsam2_cli.model.slmsam2 import SliceOutput, revised
 
 SURE = 10.0  # the most a logit counts
 MOST = 0.5  # what the recogniser counts at most; propagation counts the rest
 GOOD = 0.7  # Dice with what was drawn from which on it counts that much
-LEAST_AREA = 0.1  # share of what was drawn that has to be recognised for the structure to be there
-ZOOMS = (1.0, 0.87, 1.15)  # at which it is asked; one answer is worth less than their mean
+MIN_AREA_FRACTION = 0.1  # share of what was drawn that has to be recognised for the structure to be there
+SCALES = (1.0, 0.87, 1.15)  # at which it is asked; one answer is worth less than their mean
 _BATCH = 16
 _FEW = 4  # pixels
 
 
 @dataclass(frozen=True)
-class Hint:
+class LabelPrior:
     """What is recognised of one structure.
 
     margins (T, px, px): logits of the label against all others, in `view`; agreement: Dice with what was drawn, mean over the annotated
@@ -36,8 +36,8 @@ class Hint:
     """
 
     margins: Tensor
-    view: Square
-    slice_px: int
+    view: RoiCrop
+    storage_size: int
     agreement: float
     area: float
     raises: bool = True
@@ -47,53 +47,55 @@ class Hint:
         """What it counts, 0 to MOST."""
         return MOST * min(1.0, self.agreement / GOOD) ** 2
 
-    def heeded(self, output: SliceOutput, t: int, square: Square | None) -> SliceOutput:
+    def heeded(self, output: SliceOutput, t: int, square: RoiCrop | None) -> SliceOutput:
         """The output of one object on slice t, seen in `square`, or of the whole slice, with what is recognised mixed in."""
         if self.share == 0:
             return output
-        place = square or Square(0, 0, self.slice_px)
+        place = square or RoiCrop(0, 0, self.storage_size)
         margins, seen = self._at(t, place, output.chosen.shape[-1])
         if not seen.any():
             return output
         margins, share = margins.to(output.chosen), self.share * seen.to(output.chosen)
         chosen = torch.lerp(output.chosen.clamp(-SURE, SURE), margins, share)
-        pixels = max(_FEW, int(LEAST_AREA * self.area * (chosen.shape[-1] / place.edge) ** 2))
+        pixels = max(_FEW, int(MIN_AREA_FRACTION * self.area * (chosen.shape[-1] / place.edge) ** 2))
         there = torch.where(seen.to(share) > 0, margins, -SURE).flatten().topk(min(pixels, margins.numel())).values.mean()
-        presence = torch.lerp(output.presence.float().clamp(-SURE, SURE), there.float().expand_as(output.presence), self.share)
+        object_score = torch.lerp(output.object_score.float().clamp(-SURE, SURE), there.float().expand_as(output.object_score), self.share)
         if not self.raises:
-            presence = torch.minimum(presence, output.presence.float().clamp(-SURE, SURE))
-        return revised(output, chosen, presence)
+            object_score = torch.minimum(object_score, output.object_score.float().clamp(-SURE, SURE))
+        return revised(output, chosen, object_score)
 
-    def _at(self, t: int, place: Square, edge: int) -> tuple[Tensor, Tensor]:
+    def _at(self, t: int, place: RoiCrop, edge: int) -> tuple[Tensor, Tensor]:
         """(1, 1, n, n) each: margins of slice t in a square of the slice, and 1 where the recogniser looked, else 0."""
         margins = self.margins[t].float().clamp(-SURE, SURE)
-        both = torch.stack([self.view.paste(margins, self.slice_px, 0.0), self.view.paste(torch.ones_like(margins), self.slice_px, 0.0)])
+        both = torch.stack(
+            [self.view.paste(margins, self.storage_size, 0.0), self.view.paste(torch.ones_like(margins), self.storage_size, 0.0)]
+        )
         cut = place.cut(both[:, None], edge)
         return cut[:1], (cut[1:] > 0.99).float()
 
 
 @torch.inference_mode()
-def recognised(recogniser: Recogniser, frames: Tensor, drawn: Mapping[int, Sequence[tuple[int, Tensor]]]) -> dict[int, Hint]:
+def recognised(label_unet: LabelUNet, frames: Tensor, drawn: Mapping[int, Sequence[tuple[int, Tensor]]]) -> dict[int, LabelPrior]:
     """One hint for every label that it knows and somebody drew.
 
     frames (T, C or more, S, S) in [0, 1]; drawn: label -> (slice, mask (S, S) bool), empty masks included.
     """
     held = {value: [(t, mask) for t, mask in masks if bool(mask.any())] for value, masks in drawn.items()}
-    held = {value: masks for value, masks in held.items() if masks and value in recogniser.values}
+    held = {value: masks for value, masks in held.items() if masks and value in label_unet.values}
     if not held:
         return {}
-    slice_px = frames.shape[-1]
-    view = view_of([mask for masks in held.values() for _, mask in masks], slice_px)
-    margins = _margins(recogniser, view.cut(frames[:, : recogniser.channels].float(), recogniser.px), list(held))
-    return {value: _hint(margins[value], view, slice_px, masks, recogniser.raises) for value, masks in held.items()}
+    storage_size = frames.shape[-1]
+    view = view_of([mask for masks in held.values() for _, mask in masks], storage_size)
+    margins = _margins(label_unet, view.cut(frames[:, : label_unet.channels].float(), label_unet.px), list(held))
+    return {value: _hint(margins[value], view, storage_size, masks, label_unet.raises) for value, masks in held.items()}
 
 
-def _margins(recogniser: Recogniser, stack: Tensor, values: Sequence[int]) -> dict[int, Tensor]:
+def _margins(label_unet: LabelUNet, stack: Tensor, values: Sequence[int]) -> dict[int, Tensor]:
     """Label -> (T, px, px) float16 on the CPU: log p - log(1 - p), none beyond ±SURE, mean of what it says at every zoom."""
     found: dict[int, list[Tensor]] = {value: [] for value in values}
     for start in range(0, len(stack), _BATCH):
-        slices = torch.stack([neighbours(stack, t) for t in range(start, min(start + _BATCH, len(stack)))])
-        told = [_zoomed(_told(recogniser, _zoomed(slices, zoom), values), 1 / zoom) for zoom in ZOOMS]
+        slices = torch.stack([with_adjacent_slices(stack, t) for t in range(start, min(start + _BATCH, len(stack)))])
+        told = [_zoomed(_told(label_unet, _zoomed(slices, zoom), values), 1 / zoom) for zoom in SCALES]
         for row, value in enumerate(values):
             found[value].append(torch.stack([one[:, row] for one in told]).mean(dim=0).half())
     return {value: torch.cat(parts) for value, parts in found.items()}
@@ -108,9 +110,9 @@ def _zoomed(slices: Tensor, zoom: float) -> Tensor:
     return F.grid_sample(slices, grid, padding_mode="border", align_corners=False)
 
 
-def _told(recogniser: Recogniser, slices: Tensor, values: Sequence[int]) -> Tensor:
+def _told(label_unet: LabelUNet, slices: Tensor, values: Sequence[int]) -> Tensor:
     """(B, labels, px, px) on the CPU, in the order of `values`, of slices with their neighbours."""
-    logits, known = recogniser(slices.to(recogniser.labels.device)).float(), recogniser.values
+    logits, known = label_unet(slices.to(label_unet.labels.device)).float(), label_unet.values
     margins = []
     for row in (1 + known.index(value) for value in values):
         others = torch.cat([logits[:, :row], logits[:, row + 1 :]], dim=1)
@@ -118,11 +120,11 @@ def _told(recogniser: Recogniser, slices: Tensor, values: Sequence[int]) -> Tens
     return torch.stack(margins, dim=1).clamp(-SURE, SURE).cpu()
 
 
-def _hint(margins: Tensor, view: Square, slice_px: int, masks: Sequence[tuple[int, Tensor]], raises: bool) -> Hint:
+def _hint(margins: Tensor, view: RoiCrop, storage_size: int, masks: Sequence[tuple[int, Tensor]], raises: bool) -> LabelPrior:
     agreement, area = 0.0, 0.0
     for t, mask in masks:
-        said = view.paste(margins[t].float(), slice_px, -SURE) > 0
+        said = view.paste(margins[t].float(), storage_size, -SURE) > 0
         pixels = int(said.sum()) + int(mask.sum())
         agreement += 2 * int((said & mask).sum()) / pixels / len(masks)
         area += int(mask.sum()) / len(masks)
-    return Hint(margins, view, slice_px, agreement, area, raises)
+    return LabelPrior(margins, view, storage_size, agreement, area, raises)

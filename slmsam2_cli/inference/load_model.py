@@ -26,14 +26,14 @@ from slmsam2_cli.inference.segment import PromptSource
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.volume import read_labels
 from slmsam2_cli.model import adapters
-from slmsam2_cli.model.checkpoint import Checkpoint, base_weights, fit, read_checkpoint, recogniser_of, with_its_base
+from slmsam2_cli.model.checkpoint import Checkpoint, fit, label_unet_of, load_base_weights, read_checkpoint, resolve_adapter
 from slmsam2_cli.model.export import model_in
-from slmsam2_cli.model.label_unet import Recogniser
+from slmsam2_cli.model.label_unet import LabelUNet
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.fingerprint import Fingerprint
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.plan import COLOURS, Decision, FuserName, NetworkPlan, Plan, read_plan, signed, write_plan
-from slmsam2_cli.planning.rules import AS_STORED, LEAST_PATIENCE, decide
+from slmsam2_cli.planning.rules import AS_STORED, MIN_EMPTY_SLICES, decide
 from slmsam2_cli.workspace import Workspace
 
 
@@ -42,7 +42,7 @@ def choose_model(
     model: Path | None,
     weights: str | None,
     data: Dataset | None,
-    otherwise: Callable[[NetworkPlan], Plan] | None = None,
+    make_plan: Callable[[NetworkPlan], Plan] | None = None,
 ) -> tuple[Checkpoint, Plan]:
     """--model, else --weights, else the workspace's tuned model, else the base; and the plan that goes with it.
 
@@ -57,27 +57,27 @@ def choose_model(
     elif weights is None and workspace is not None and workspace.model.exists():
         checkpoint = read_checkpoint(workspace.model)
         plan = checkpoint.plan or _workspace_plan(workspace, checkpoint, data)
-        if split_of(workspace).get("finished") is False:
+        if read_split(workspace).get("finished") is False:
             console.warn("the workspace's model comes from an unfinished run. Go on with slmsam2 finetune --continue")
     else:
         checkpoint = _base(weights)
         plan = _workspace_plan(workspace, checkpoint, data) or checkpoint.plan
-    if plan is None and otherwise is not None and checkpoint.network is not None:
-        plan = otherwise(checkpoint.network)
+    if plan is None and make_plan is not None and checkpoint.network is not None:
+        plan = make_plan(checkpoint.network)
     if plan is None:
         raise PlanError(
             f"{checkpoint.name}: the plan is missing (weights made elsewhere carry none). "
             "Run slmsam2 plan on a data set like these images and name its workspace with -w"
         )
-    _refuse_other_channels(checkpoint, plan, data)
-    sees = f", squares {plan.geometry.focus:g} times as wide as the prompt" if plan.geometry.focus else ""
+    _check_channels(checkpoint, plan, data)
+    sees = f", squares {plan.geometry.roi_scale:g} times as wide as the prompt" if plan.geometry.roi_scale else ""
     console.say(
-        f"model: {checkpoint.name}, weights {checkpoint.digest[:12]}, {plan.network.size} at {plan.geometry.frame_px} px{sees}, "
+        f"model: {checkpoint.name}, weights {checkpoint.digest[:12]}, {plan.network.size} at {plan.geometry.input_size} px{sees}, "
         f"slices along {plan.geometry.slice_axis}"
     )
     for warning in warnings_of(checkpoint, plan):
         console.warn(warning)
-    if told := _about_confidence(checkpoint, plan):
+    if told := _confidence_message(checkpoint, plan):
         console.say(told)
     return checkpoint, plan
 
@@ -87,10 +87,10 @@ def _named(model: Path, weights: str | None) -> Checkpoint:
     checkpoint = read_checkpoint(model_in(model) if model.is_dir() else model)
     if checkpoint.needs is None and weights is not None:
         raise UsageError("--model and --weights both name a model. Give one of them")
-    return with_its_base(checkpoint, weights)
+    return resolve_adapter(checkpoint, weights)
 
 
-def _refuse_other_channels(checkpoint: Checkpoint, plan: Plan, data: Dataset | None) -> None:
+def _check_channels(checkpoint: Checkpoint, plan: Plan, data: Dataset | None) -> None:
     """PlanError for a data set of another number of channels; where their names differ, in a line, since their order counts."""
     if data is None or data.channels == plan.channels:
         return
@@ -125,9 +125,9 @@ def _modality_warning(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
     return (f"{checkpoint.name} has adapters for {', '.join(known)}, none for {plan.modality}: its base is used as it is",)
 
 
-def _about_confidence(checkpoint: Checkpoint, plan: Plan) -> str:
+def _confidence_message(checkpoint: Checkpoint, plan: Plan) -> str:
     """Whether confidence is calibrated, and whether memory goes by it; "" when it is and memory does not ask."""
-    asks = plan.network.has_bank or plan.network.presence_gate
+    asks = plan.network.has_bank or plan.network.object_score_gate
     if checkpoint.calibration_for(plan.modality) is None:
         memory = ", and memory admits slices by raw values" if asks else ""
         return f"confidence is uncalibrated: the model carries no table for images like these{memory}"
@@ -139,19 +139,19 @@ def build_model(checkpoint: Checkpoint, plan: Plan) -> SlmSam2:
 
     The adapter for the plan's modality is in force, merged where it can be. WeightsError.
     """
-    model = SlmSam2(plan.network, plan.geometry.frame_px)
+    model = SlmSam2(plan.network, plan.geometry.input_size)
     fit(model, checkpoint, plan.modality)
-    adapters.read_channels(model, plan.modality, len(plan.channels), checkpoint.name)
+    adapters.ensure_projection(model, plan.modality, len(plan.channels), checkpoint.name)
     if adapters.can_merge(model):
         adapters.merge(model)
     model.calibration = checkpoint.calibration_for(plan.modality)
-    model.recogniser = known_recogniser(checkpoint, plan)
+    model.label_unet = matching_label_unet(checkpoint, plan)
     return model
 
 
-def known_recogniser(checkpoint: Checkpoint, plan: Plan) -> Recogniser | None:
+def matching_label_unet(checkpoint: Checkpoint, plan: Plan) -> LabelUNet | None:
     """The weights' own recogniser, where the plan is of the labels and channels that it was learned from."""
-    found, theirs = recogniser_of(checkpoint), checkpoint.plan
+    found, theirs = label_unet_of(checkpoint), checkpoint.plan
     same = theirs is not None and (theirs.labels, theirs.channels) == (plan.labels, plan.channels)
     return found if same else None
 
@@ -174,13 +174,13 @@ def _workspace_plan(workspace: Workspace | None, base: Checkpoint, data: Dataset
         return plan
     if base.network.size != plan.network.size:
         console.warn(
-            f"plan.json is for network {plan.network.size}: its {plan.geometry.frame_px} px may not suit {base.name}, which is of network "
+            f"plan.json is for network {plan.network.size}: its {plan.geometry.input_size} px may not suit {base.name}, which is of network "
             f"{base.network.size}. Run slmsam2 plan --network {base.network.size} --overwrite"
         )
-    return with_fuser_of(plan, base).model_copy(update={"network": base.network})
+    return match_fuser(plan, base).model_copy(update={"network": base.network})
 
 
-def with_fuser_of(plan: Plan, weights: Checkpoint) -> Plan:
+def match_fuser(plan: Plan, weights: Checkpoint) -> Plan:
     """The plan with the fuser that the weights bring, which no other one fits; said where the plan names another."""
     theirs = fuser_of(weights)
     if theirs is None or not plan.network.has_short_stream or theirs == plan.network.fuser:
@@ -194,7 +194,7 @@ def fuser_of(weights: Checkpoint) -> FuserName | None:
     return weights.network.fuser if weights.network is not None and weights.network.has_short_stream else None
 
 
-def split_of(workspace: Workspace) -> dict[str, Any]:
+def read_split(workspace: Workspace) -> dict[str, Any]:
     """What finetune says of its run; empty when there was none."""
     split = atomic.read_json(workspace.split, "the split") if workspace.split.exists() else {}
     return split if isinstance(split, dict) else {}
@@ -202,7 +202,7 @@ def split_of(workspace: Workspace) -> dict[str, Any]:
 
 def _base(weights: str | None) -> Checkpoint:
     try:
-        base = base_weights(weights or "auto")
+        base = load_base_weights(weights or "auto")
     except WeightsError as error:
         raise WeightsError(f"no tuned model here, and {error}" if weights is None else str(error)) from None
     if base is None:
@@ -210,11 +210,11 @@ def _base(weights: str | None) -> Checkpoint:
     return base
 
 
-MOST_MEASURED = 20  # images; more would not change a decision
+MAX_MEASURED = 20  # images; more would not change a decision
 FILE = "plan.json"
 
 
-def plan_for(cases: Sequence[Case], prompts: PromptSource, network: NetworkPlan, masks: Path, anew: bool = False) -> Plan:
+def plan_from_prompts(cases: Sequence[Case], prompts: PromptSource, network: NetworkPlan, masks: Path, anew: bool = False) -> Plan:
     """The plan by which an earlier run into the folder `masks` went, or, `anew`, one measured on these cases, written there.
 
     DatasetError when no case can be measured, PlanError for a plan that cannot be read, OutputError.
@@ -222,7 +222,7 @@ def plan_for(cases: Sequence[Case], prompts: PromptSource, network: NetworkPlan,
     if (masks / FILE).exists() and not anew:
         console.say(f"plan: {masks / FILE}, as before (--overwrite plans anew)")
         return read_plan(masks / FILE)
-    prompted = [replace(case, label=file) for case in cases if (file := prompts.file(case)) is not None][:MOST_MEASURED]
+    prompted = [replace(case, label=file) for case in cases if (file := prompts.file(case)) is not None][:MAX_MEASURED]
     plan = _decided(prompted, prompts, network)
     write_plan(masks / FILE, plan)
     console.say(f"planned on {len(prompted)} of these images: {plan.modality}, slices along {plan.geometry.slice_axis}: {masks / FILE}")
@@ -241,13 +241,13 @@ def _decided(cases: Sequence[Case], prompts: PromptSource, network: NetworkPlan)
         fingerprint, found = measure(data, advance)
     if not fingerprint.cases:
         raise DatasetError(f"{prompts.folder}: none of the {len(found)} prompted images can be measured", found)
-    painted = None if prompts.simulated else _painted_axis(fingerprint, cases, prompts.folder)
+    painted = None if prompts.simulated else _annotated_axis(fingerprint, cases, prompts.folder)
     plan = decide(fingerprint, network.size, axis=painted)
     if not prompts.simulated:  # a slice or two tell nothing of how long structures are, and of gaps in them
         plan = plan.model_copy(
             update={
                 "geometry": plan.geometry.model_copy(update={"through_plane_mm": None}),
-                "inference": plan.inference.model_copy(update={"patience": LEAST_PATIENCE}),
+                "inference": plan.inference.model_copy(update={"max_empty_slices": MIN_EMPTY_SLICES}),
                 "reasons": plan.reasons | {"geometry.through_plane_mm": AS_STORED, "inference": "as where labels have no gaps"},
             }
         )
@@ -266,7 +266,7 @@ def _labels(cases: Sequence[Case], root: Path, problems: list[CaseError]) -> dic
     return {value: f"label {value}" for value in sorted(values)}
 
 
-def _painted_axis(fingerprint: Fingerprint, cases: Sequence[Case], folder: Path) -> Decision[SliceAxis] | None:
+def _annotated_axis(fingerprint: Fingerprint, cases: Sequence[Case], folder: Path) -> Decision[SliceAxis] | None:
     """The axis that a list of slices names, else the one along which the paint lies on the fewest slices; None when that is a tie."""
     listed = {axis for case in cases if (axis := _listed_axis(folder / f"{case.id}.prompts.json")) is not None}
     if len(listed) == 1:

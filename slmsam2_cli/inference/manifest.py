@@ -33,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from slmsam2_cli.errors import SlmSam2Error, UsageError
 from slmsam2_cli.io import atomic
-from slmsam2_cli.io.volume import files_of, image_ending, read_labels
+from slmsam2_cli.io.volume import image_ending, read_labels, volume_files
 
 MANIFEST = "manifest.json"
 _FOLDER = ".slmsam2"
@@ -56,21 +56,21 @@ class Records:
         """The mask of this case is about to be written. OutputError."""
         atomic.write_json(self._path(case_id), {"format_version": 1, "case": case_id, "unfinished": True})
 
-    def finish(self, case_id: str, key: str, account: Record) -> None:
+    def finish(self, case_id: str, key: str, metadata: Record) -> None:
         """The mask that `account` names as output is written. OutputError."""
-        digest = atomic.sha256_of(self.masks / account["output"])
-        record = {"format_version": 1, "case": case_id, "key": key, "sha256": digest, "account": account}
+        digest = atomic.sha256_of(self.masks / metadata["output"])
+        record = {"format_version": 1, "case": case_id, "key": key, "sha256": digest, "metadata": metadata}
         atomic.write_json(self._path(case_id), record)
 
-    def disown(self, case_id: str) -> str | None:
+    def mark_stale(self, case_id: str) -> str | None:
         """Mark an earlier mask of a case that now fails as out of date; the name of the mask, if there is one. OutputError."""
         record = self.read(case_id)
         if not self.intact(record):
             return None
         atomic.write_json(self._path(case_id), record | {"stale": True})
-        return str(record["account"]["output"])
+        return str(record["metadata"]["output"])
 
-    def own_again(self, case_id: str) -> None:
+    def unmark_stale(self, case_id: str) -> None:
         """What made the case fail is as it was before, and so is its mask. OutputError."""
         record = self.read(case_id)
         if record.pop("stale", False):
@@ -81,7 +81,7 @@ class Records:
         path = self._mask(record)
         return path is not None and atomic.sha256_of(path) == record.get("sha256")
 
-    def namesakes(self, case_id: str) -> list[Path]:
+    def files_named(self, case_id: str) -> list[Path]:
         """Files in the folder that carry the name of this case's mask."""
         if not self.masks.is_dir():
             return []
@@ -92,10 +92,10 @@ class Records:
 
         Runs that share the folder take turns, so that none writes a manifest of records older than those another has read.
         """
-        with atomic.taking_turns(self.masks / _TURN):
+        with atomic.wait_for_lock(self.masks / _TURN):
             folder = self.masks / _FOLDER
             records = [_load(path) for path in sorted(folder.glob("*.json"))] if folder.is_dir() else []
-            kept = {r["case"]: r["account"] for r in records if not r.get("stale") and self._mask(r)}
+            kept = {r["case"]: r["metadata"] for r in records if not r.get("stale") and self._mask(r)}
             atomic.write_json(self.masks / MANIFEST, head | {"cases": {case: kept[case] for case in sorted(kept)}})
 
     def _path(self, case_id: str) -> Path:
@@ -103,7 +103,7 @@ class Records:
 
     def _mask(self, record: Record) -> Path | None:
         """The mask that a record speaks of, when it is there."""
-        name = record.get("account", {}).get("output")
+        name = record.get("metadata", {}).get("output")
         path = self.masks / name if isinstance(name, str) and Path(name).name == name else None
         return path if path is not None and path.is_file() else None
 
@@ -114,7 +114,7 @@ def _load(path: Path) -> Record:
         record = atomic.read_json(path, "record of a mask") if path.exists() else {}
     except SlmSam2Error:
         return {}
-    whole = isinstance(record, dict) and isinstance(record.get("case"), str) and isinstance(record.get("account", {}), dict)
+    whole = isinstance(record, dict) and isinstance(record.get("case"), str) and isinstance(record.get("metadata", {}), dict)
     return record if whole else {}
 
 
@@ -127,7 +127,7 @@ def whole(path: Path, case_id: str) -> bool:
     return True
 
 
-def key_of(settings: str, inputs: Iterable[Path]) -> str:
+def cache_key(settings: str, inputs: Iterable[Path]) -> str:
     """Digest of everything that shapes a mask: the settings' digest and the content of its inputs; what cannot be read is absent."""
     return hashlib.sha256("\n".join([settings, *map(_content, inputs)]).encode()).hexdigest()
 
@@ -135,7 +135,7 @@ def key_of(settings: str, inputs: Iterable[Path]) -> str:
 def _content(path: Path) -> str:
     """Digest of a volume: of its file, or of every file it consists of."""
     try:
-        return " ".join(atomic.sha256_of(file) for file in ((path,) if path.is_dir() else files_of(path)))
+        return " ".join(atomic.sha256_of(file) for file in ((path,) if path.is_dir() else volume_files(path)))
     except (SlmSam2Error, OSError):
         return "absent"
 

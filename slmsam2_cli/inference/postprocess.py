@@ -9,7 +9,7 @@ import numpy as np
 from scipy.ndimage import binary_dilation, label
 
 Array = np.ndarray[Any, Any]
-NEARLY_ALL = 0.99  # of a structure's voxels lie in one piece, where it is one
+MIN_FRACTION = 0.99  # of a structure's voxels lie in one piece, where it is one
 GAP = 2  # slices without the structure that do not part two pieces
 _CORNERS = np.ones((3, 3, 3))
 
@@ -19,10 +19,10 @@ def is_one_piece(mask: Array) -> bool:
     if not mask.any():
         return True
     sizes = np.bincount(label(mask[_box(mask)], structure=_CORNERS)[0].ravel())[1:]
-    return bool(sizes.max() >= NEARLY_ALL * sizes.sum())
+    return bool(sizes.max() >= MIN_FRACTION * sizes.sum())
 
 
-def attached(labels: Array, drawn: Array, values: Iterable[int], axis: int = 0) -> Array:
+def keep_connected(labels: Array, drawn: Array, values: Iterable[int], axis: int = 0) -> Array:
     """Labels (Z, Y, X) without pieces that touch nothing drawn (Z, Y, X) of the same value; a copy.
 
     values: the labels that are one piece. Corners connect, and so do up to GAP empty slices along `axis`, on which a mask may have been

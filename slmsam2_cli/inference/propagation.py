@@ -5,7 +5,7 @@ where a person's word begins. Between two that hold the object the passes from b
 distance; towards one that marks its end the mask tapers (tapering.py). The passes are independent (docs/explanation/propagation.md),
 unless the memory policy is two-sided: then all passes share one store, as in SAM 2's predictor, first all forwards, then all backwards.
 
-With a focus the network sees, of every slice, a square around what is annotated (model/roi.py). An object whose mask reaches the
+With `roi_scale` the network sees, of every slice, a square around what is annotated (model/roi.py). An object whose mask reaches the
 edge of its square is tracked once more in a larger one.
 """
 
@@ -20,21 +20,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slmsam2_cli.inference.end_taper import Taper
-from slmsam2_cli.inference.label_prior import Hint, recognised
-from slmsam2_cli.model.memory.policy import Moment
-from slmsam2_cli.model.roi import Square, around, box_of
+from slmsam2_cli.inference.end_taper import EndTaper
+from slmsam2_cli.inference.label_prior import LabelPrior, recognised
+from slmsam2_cli.model.memory.policy import ReadContext
+from slmsam2_cli.model.roi import RoiCrop, around, box_of
 from slmsam2_cli.model.slmsam2 import Memory, MemoryBank, SliceFeatures, SliceOutput, SlmSam2
 
 ABSENT = -20.0  # logit of "nothing here" in results
 SURE = 10.0  # the most one of two passes counts where they are blended; "nothing here" would outvote the other from afar
 BATCH = 8  # slices encoded at a time
 ATTEMPTS = 3  # squares tried, each larger than the one before
-RIM = 1  # mask pixels along the edge of a square that a mask has to leave free
+BORDER = 1  # mask pixels along the edge of a square that a mask has to leave free
 
 
 @dataclass(frozen=True)
-class Anchor:
+class AnnotatedSlice:
     """One annotated slice of one object. mask (px, px) bool; an empty mask is an end-stop.
 
     end: whether an empty one marks the object's end, not only that it is not there, as a slice painted for the sake of others.
@@ -46,7 +46,7 @@ class Anchor:
 
 
 @dataclass(frozen=True)
-class Propagated:
+class Propagation:
     """One object on every slice.
 
     logits (T, n, n) float32, below 0 where absent: of `square`, or of whole slices; confidence (T,): presence probability
@@ -58,17 +58,17 @@ class Propagated:
     logits: Tensor
     confidence: Tensor
     disagreement: Tensor
-    square: Square | None = None
+    square: RoiCrop | None = None
     agreement: float | None = None
 
-    def plane(self, t: int, slice_px: int, height: int, width: int) -> Tensor:
-        """(H, W) logits of slice t on the stack's pixels; slice_px: edge of the frame that the stack's slices are padded to."""
+    def plane(self, t: int, storage_size: int, height: int, width: int) -> Tensor:
+        """(H, W) logits of slice t on the stack's pixels; storage_size: edge of the frame that the stack's slices are padded to."""
         if self.square is None:
-            return full_resolution(self.logits[t : t + 1], slice_px, height, width)[0]
-        return self.square.paste(self.logits[t], slice_px, ABSENT)[:height, :width]
+            return full_resolution(self.logits[t : t + 1], storage_size, height, width)[0]
+        return self.square.paste(self.logits[t], storage_size, ABSENT)[:height, :width]
 
 
-class Features:
+class FeatureCache:
     """Encodes slices in batches on demand and keeps them while there is room."""
 
     def __init__(self, model: SlmSam2, frames: Tensor, batch: int = BATCH, keep_bytes: int = 2**31) -> None:
@@ -97,125 +97,125 @@ class Features:
 def propagate(
     model: SlmSam2,
     frames: Tensor,
-    objects: Mapping[int, list[Anchor]],
+    objects: Mapping[int, list[AnnotatedSlice]],
     advance: Callable[[int], None] = lambda slices: None,
-    low_resolution_anchors: bool = False,
+    low_resolution_prompts: bool = False,
     batch: int = BATCH,
-    focus: float | None = None,
+    roi_scale: float | None = None,
     recognise: bool = False,
-    patience: int | None = None,
-) -> dict[int, Propagated]:
+    max_empty_slices: int | None = None,
+) -> dict[int, Propagation]:
     """Masks of every object on every slice.
 
-    frames (T, C, px, px) in [0, 1], of the network's size, or of any with a focus: the network then sees a square so many times
+    frames (T, C, px, px) in [0, 1], of the network's size, or of any with `roi_scale`: the network then sees a square so many times
     as wide as what is annotated, each object in its own. objects: label -> its annotated slices. `advance` is told how many slices were
-    tracked. low_resolution_anchors: write a person's mask to memory as SAM 2's predictor does, through the 4x smaller
+    tracked. low_resolution_prompts: write a person's mask to memory as SAM 2's predictor does, through the 4x smaller
     mask; otherwise at full resolution. batch: slices encoded at a time. recognise: the objects are the labels that the model was
     tuned on, so its recogniser, where it has one, is heeded as far as it agrees with what is annotated. patience: a pass with no annotated
     slice of the object ahead ends after so many slices without it; None: at the end of the volume.
     """
     model.eval()
-    hints = _hints(model, frames, objects) if recognise else {}
-    low = low_resolution_anchors
-    if focus is None:
-        features = Features(model, frames, batch)
-        each = partial(_object, model, features, advance=advance, low=low, patience=patience)
+    hints = _label_priors(model, frames, objects) if recognise else {}
+    low = low_resolution_prompts
+    if roi_scale is None:
+        features = FeatureCache(model, frames, batch)
+        each = partial(_propagate_object, model, features, advance=advance, low=low, max_empty_slices=max_empty_slices)
         return {label: each(anchors, hint=hints.get(label)) for label, anchors in objects.items()}
     return {
-        label: _focused(model, frames, anchors, focus, advance, low, batch, hints.get(label), patience)
+        label: _propagate_in_roi(model, frames, anchors, roi_scale, advance, low, batch, hints.get(label), max_empty_slices)
         for label, anchors in objects.items()
     }
 
 
-def _hints(model: SlmSam2, frames: Tensor, objects: Mapping[int, list[Anchor]]) -> dict[int, Hint]:
+def _label_priors(model: SlmSam2, frames: Tensor, objects: Mapping[int, list[AnnotatedSlice]]) -> dict[int, LabelPrior]:
     """What the model's recogniser says of each object; nothing where it has none."""
-    if model.recogniser is None:
+    if model.label_unet is None:
         return {}
-    return recognised(model.recogniser, frames, {label: [(a.slice, a.mask) for a in anchors] for label, anchors in objects.items()})
+    return recognised(model.label_unet, frames, {label: [(a.slice, a.mask) for a in anchors] for label, anchors in objects.items()})
 
 
-def _focused(
+def _propagate_in_roi(
     model: SlmSam2,
     frames: Tensor,
-    anchors: list[Anchor],
-    focus: float,
+    anchors: list[AnnotatedSlice],
+    roi_scale: float,
     advance: Callable[[int], None],
     low: bool,
     batch: int,
-    hint: Hint | None,
-    patience: int | None,
-) -> Propagated:
+    hint: LabelPrior | None,
+    max_empty_slices: int | None,
+) -> Propagation:
     """One object in a square around what is annotated; in a larger one where that turns out too small."""
-    slice_px, px = frames.shape[-1], model.frame_px
-    square = around(box_of([a.mask for a in anchors if bool(a.mask.any())]), focus, slice_px)
+    storage_size, px = frames.shape[-1], model.input_size
+    square = around(box_of([a.mask for a in anchors if bool(a.mask.any())]), roi_scale, storage_size)
     for attempt in range(1, ATTEMPTS + 1):
-        features = Features(model, square.cut(frames, px), batch)
-        seen = [replace(a, mask=square.cut_masks(a.mask, px)) for a in anchors]
-        told = advance if attempt == 1 else _quietly
-        found = replace(_object(model, features, seen, told, low, hint, square, patience), square=square)
-        larger = _larger(found, focus, slice_px)
+        features = FeatureCache(model, square.cut(frames, px), batch)
+        seen = [replace(a, mask=square.crop_masks(a.mask, px)) for a in anchors]
+        told = advance if attempt == 1 else _no_progress
+        found = replace(_propagate_object(model, features, seen, told, low, hint, square, max_empty_slices), square=square)
+        larger = _larger_roi(found, roi_scale, storage_size)
         if larger is None:
             break
         square = larger
     return found
 
 
-def _quietly(slices: int) -> None:
+def _no_progress(slices: int) -> None:
     """Slices tracked once more are no progress."""
 
 
-def _larger(found: Propagated, focus: float, slice_px: int) -> Square | None:
+def _larger_roi(found: Propagation, roi_scale: float, storage_size: int) -> RoiCrop | None:
     """A square that leaves the mask room; None where it has room enough, or there is no larger one."""
     assert found.square is not None
     square, held = found.square, (found.logits > 0).any(dim=0)
-    if square.edge >= slice_px or not held.any():
+    if square.edge >= storage_size or not held.any():
         return None
     top, left, bottom, right = box_of([held])
     count = held.shape[-1]
     ends = (top, square.row > 0), (left, square.column > 0)
-    tails = (bottom, square.row + square.edge < slice_px), (right, square.column + square.edge < slice_px)
-    if not (any(place < RIM and open_ for place, open_ in ends) or any(place > count - RIM and open_ for place, open_ in tails)):
+    tails = (bottom, square.row + square.edge < storage_size), (right, square.column + square.edge < storage_size)
+    if not (any(place < BORDER and open_ for place, open_ in ends) or any(place > count - BORDER and open_ for place, open_ in tails)):
         return None
     scale = square.edge / count
     low = [offset + int(place * scale) for offset, place in ((square.row, top), (square.column, left))]
     high = [offset + math.ceil(place * scale) for offset, place in ((square.row, bottom), (square.column, right))]
-    wanted = around((low[0], low[1], high[0], high[1]), focus, slice_px)
+    wanted = around((low[0], low[1], high[0], high[1]), roi_scale, storage_size)
     return wanted if wanted != square else None
 
 
-def _object(
+def _propagate_object(
     model: SlmSam2,
-    features: Features,
-    anchors: list[Anchor],
+    features: FeatureCache,
+    anchors: list[AnnotatedSlice],
     advance: Callable[[int], None],
     low: bool,
-    hint: Hint | None,
-    square: Square | None = None,
-    patience: int | None = None,
-) -> Propagated:
-    count, edge = len(features.frames), model.mask_px
+    hint: LabelPrior | None,
+    square: RoiCrop | None = None,
+    max_empty_slices: int | None = None,
+) -> Propagation:
+    count, edge = len(features.frames), model.mask_size
     logits = torch.full((count, edge, edge), ABSENT, dtype=torch.float32)
     confidence = torch.zeros(count)
     said = {anchor.slice: anchor for anchor in anchors}
-    memories = {a.slice: _remember(model, features, a, logits, confidence, low) for a in anchors if bool(a.mask.any())}
+    memories = {a.slice: _store_prompt(model, features, a, logits, confidence, low) for a in anchors if bool(a.mask.any())}
     for anchor in (a for a in anchors if not bool(a.mask.any())):
         confidence[anchor.slice] = 1.0
     weight, disagreement = torch.zeros(count), torch.full((count,), torch.nan)
     shared = MemoryBank(memories)
-    for start, step in _passes(memories, model.policy.two_sided):
-        bank = shared if model.policy.two_sided else MemoryBank(memories)
-        _run(model, features, bank, start, step, said, logits, confidence, weight, disagreement, advance, hint, square, patience)
-    return Propagated(logits, confidence, disagreement, agreement=hint.agreement if hint is not None else None)
+    for start, step in _passes(memories, model.policy.shared_memory):
+        bank = shared if model.policy.shared_memory else MemoryBank(memories)
+        _run(model, features, bank, start, step, said, logits, confidence, weight, disagreement, advance, hint, square, max_empty_slices)
+    return Propagation(logits, confidence, disagreement, agreement=hint.agreement if hint is not None else None)
 
 
-def _passes(starts: Iterable[int], two_sided: bool) -> list[tuple[int, int]]:
+def _passes(starts: Iterable[int], shared_memory: bool) -> list[tuple[int, int]]:
     """(anchor, step) of every pass, in order; two-sided: all forwards, ascending, then all backwards, descending."""
-    if two_sided:
+    if shared_memory:
         return [(start, 1) for start in sorted(starts)] + [(start, -1) for start in sorted(starts, reverse=True)]
     return [(start, step) for start in starts for step in (1, -1)]
 
 
-def _remember(model: SlmSam2, features: Features, anchor: Anchor, logits: Tensor, confidence: Tensor, low: bool) -> Memory:
+def _store_prompt(model: SlmSam2, features: FeatureCache, anchor: AnnotatedSlice, logits: Tensor, confidence: Tensor, low: bool) -> Memory:
     mask = anchor.mask.float()[None, None].to(model.device)
     output = model.anchor(features[anchor.slice], mask)
     logits[anchor.slice], confidence[anchor.slice] = output.logits[0, 0].float().cpu(), 1.0
@@ -229,33 +229,33 @@ def stored(memory: Memory) -> Memory:
 
 def confidence_of(output: SliceOutput) -> float:
     """Presence probability times predicted IoU of the one object on a slice."""
-    return float(output.presence.float().sigmoid() * output.iou.float().amax(dim=1, keepdim=True).clamp(0, 1))
+    return float(output.object_score.float().sigmoid() * output.iou.float().amax(dim=1, keepdim=True).clamp(0, 1))
 
 
 def _run(
     model: SlmSam2,
-    features: Features,
+    features: FeatureCache,
     bank: MemoryBank,
     start: int,
     step: int,
-    said: Mapping[int, Anchor],
+    said: Mapping[int, AnnotatedSlice],
     logits: Tensor,
     confidence: Tensor,
     weight: Tensor,
     disagreement: Tensor,
     advance: Callable[[int], None],
-    hint: Hint | None,
-    square: Square | None,
-    patience: int | None,
+    hint: LabelPrior | None,
+    square: RoiCrop | None,
+    max_empty_slices: int | None,
 ) -> None:
     """One pass from an anchor up to the next annotated slice, the end of the volume, or the end of patience."""
     count = len(features.frames)
     stop = next((s for s in range(start + step, count if step > 0 else -1, step) if s in said), count if step > 0 else -1)
     between, ends = stop in bank.anchors, stop in said and said[stop].end and not bool(said[stop].mask.any())
-    taper = Taper(said[start].mask, start, stop, model.mask_px) if ends else None
+    taper = EndTaper(said[start].mask, start, stop, model.mask_size) if ends else None
     without = 0
     for t in range(start + step, stop, step):
-        moment = Moment(t, step, bank.anchors, bank.tracked, count)
+        moment = ReadContext(t, step, bank.anchors, bank.tracked, count)
         output = model.track(features[t], bank, moment)
         output = hint.heeded(output, t, square) if hint is not None else output
         output = taper.followed(output, t) if taper is not None else output
@@ -272,7 +272,7 @@ def _run(
         weight[t] += share
         advance(1)
         without = 0 if bool((seen > 0).any()) else without + 1
-        if not between and without == patience:
+        if not between and without == max_empty_slices:
             advance(abs(stop - t) - 1)
             break
 
@@ -283,7 +283,7 @@ def _disagreement(one: Tensor, other: Tensor) -> float:
     return 1 - 2 * int((one & other).sum()) / pixels if pixels else 0.0
 
 
-def full_resolution(logits: Tensor, frame_px: int, height: int, width: int) -> Tensor:
+def full_resolution(logits: Tensor, input_size: int, height: int, width: int) -> Tensor:
     """(K, 4h, 4w) logits of one slice -> (K, H, W) on the stack's pixels: upsample to the frame, drop the padding."""
-    frame = F.interpolate(logits.float()[None], size=(frame_px, frame_px), mode="bilinear", align_corners=False)[0]
+    frame = F.interpolate(logits.float()[None], size=(input_size, input_size), mode="bilinear", align_corners=False)[0]
     return frame[:, :height, :width]

@@ -20,34 +20,36 @@ import torch
 from slmsam2_cli.dataset.cache import make_frames
 from slmsam2_cli.dataset.checks import check_mask
 from slmsam2_cli.dataset.dataset import Case, find_label
-from slmsam2_cli.dataset.prompts import Prompts, Where, impose, read_prompts, simulate_prompts
+from slmsam2_cli.dataset.prompts import Prompts, Where, read_prompts, restore_annotated, simulate_prompts
 from slmsam2_cli.dataset.slices import View, resample_plane, weights
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.inference.label_prior import GOOD
-from slmsam2_cli.inference.postprocess import attached
-from slmsam2_cli.inference.propagation import Anchor, Propagated, propagate
+from slmsam2_cli.inference.postprocess import keep_connected
+from slmsam2_cli.inference.propagation import AnnotatedSlice, Propagation, propagate
 from slmsam2_cli.io.volume import Volume, read_image, read_labels, write_mask
 from slmsam2_cli.model.calibration import Calibration
-from slmsam2_cli.model.roi import framed, to_input
+from slmsam2_cli.model.roi import pad_to_square, to_input
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import Plan
 
 
-def anchors_of(prompts: Prompts, view: View, values: Sequence[int], frame_px: int) -> dict[int, list[Anchor]]:
+def annotated_slices_of(prompts: Prompts, view: View, values: Sequence[int], input_size: int) -> dict[int, list[AnnotatedSlice]]:
     """Label value -> its annotated slices, ascending; labels that nobody annotated with anything are left out.
 
     Slices outside the crop hold nothing the network could see, so they anchor nothing (they still come back exact). A slice
     without the label is an end-stop only where all of it was looked at, and marks an end only where nothing at all is painted on it.
     Where several native slices meet in one stack slice, a painted one counts.
     """
-    found: dict[int, list[Anchor]] = {}
+    found: dict[int, list[AnnotatedSlice]] = {}
     for value in values:
         masks = {s: _mask(prompts, view, value, s) for s in prompts.annotated.get(value, ()) if _inside(view, s)}
         empty_first = sorted((s for s in masks if masks[s].any() or _seen_whole(prompts, view, s)), key=lambda s: bool(masks[s].any()))
         by_slice = {view.to_stack(s): masks[s] for s in empty_first}
         if any(mask.any() for mask in by_slice.values()):
             bare = {view.to_stack(s): not _painted(prompts, view, s) for s in empty_first}
-            found[value] = [Anchor(s, framed(torch.from_numpy(mask), frame_px), bare[s]) for s, mask in sorted(by_slice.items())]
+            found[value] = [
+                AnnotatedSlice(s, pad_to_square(torch.from_numpy(mask), input_size), bare[s]) for s, mask in sorted(by_slice.items())
+            ]
     return found
 
 
@@ -75,7 +77,7 @@ def _mask(prompts: Prompts, view: View, value: int, native_slice: int) -> np.nda
     return np.asarray(cover >= min(0.5, float(cover.max()))) & (cover > 0)
 
 
-def labels_of(found: Mapping[int, Propagated], view: View, slice_px: int) -> np.ndarray:
+def restore_labels(found: Mapping[int, Propagation], view: View, storage_size: int) -> np.ndarray:
     """What was found of one label at least, on every slice of the stack -> labels (Z, Y, X), uint8 or uint16.
 
     A voxel gets the label with the largest logit above 0, and 0 where there is none.
@@ -83,15 +85,15 @@ def labels_of(found: Mapping[int, Propagated], view: View, slice_px: int) -> np.
     _, height, width = view.stack_shape
 
     def planes(t: int) -> np.ndarray:
-        return torch.stack([one.plane(t, slice_px, height, width) for one in found.values()]).numpy()
+        return torch.stack([one.plane(t, storage_size, height, width) for one in found.values()]).numpy()
 
     return view.restore(planes, tuple(found))
 
 
-_SHARE_DIGITS = 4
+_DIGITS = 4
 
 
-class GivesPrompts(Protocol):
+class PromptReader(Protocol):
     """Whatever knows what a person annotated on an image."""
 
     def read(self, case: Case, image: Volume, view: View, plan: Plan) -> tuple[Prompts, tuple[str, ...]]:
@@ -103,18 +105,18 @@ class GivesPrompts(Protocol):
 class PromptSource:
     """Where prompts come from: a folder of sparse masks, or full masks from which one slice per label is cut.
 
-    own_labels: the full masks are those that the data set names for its cases, wherever they lie below `folder`; end_stops: from
+    dataset_labels: the full masks are those that the data set names for its cases, wherever they lie below `folder`; mark_ends: from
     full masks also the empty slices just beyond either end of a label.
     """
 
     folder: Path
     simulated: Where | None = None
-    own_labels: bool = False
-    end_stops: bool = False
+    dataset_labels: bool = False
+    mark_ends: bool = False
 
     def file(self, case: Case) -> Path | None:
         """The mask that holds this case's prompts, if there is one."""
-        return case.label if self.own_labels else find_label(self.folder, case.id)
+        return case.label if self.dataset_labels else find_label(self.folder, case.id)
 
     def files(self, case: Case) -> list[Path]:
         """Every file this case's prompts are read from."""
@@ -123,7 +125,7 @@ class PromptSource:
 
     def words(self) -> str:
         """What the manifest says of them."""
-        return f"simulated: {self.simulated}{', ends marked' if self.end_stops else ''}" if self.simulated else "given"
+        return f"simulated: {self.simulated}{', ends marked' if self.mark_ends else ''}" if self.simulated else "given"
 
     def read(self, case: Case, image: Volume, view: View, plan: Plan) -> tuple[Prompts, tuple[str, ...]]:
         """The prompts of one case, and warnings. CaseError when there are none, or they do not fit the image.
@@ -134,7 +136,7 @@ class PromptSource:
         if self.simulated is not None and path is not None:
             labels = read_labels(path, case=case.id, root=self.folder)
             warnings = check_mask(image, labels, plan.labels, plan.ignore, case=case.id, file=path.name)
-            return simulate_prompts(labels.voxels, view, tuple(plan.labels), self.simulated, self.end_stops), (*labels.warnings, *warnings)
+            return simulate_prompts(labels.voxels, view, tuple(plan.labels), self.simulated, self.mark_ends), (*labels.warnings, *warnings)
         prompts = read_prompts(self.folder, case.id, view, tuple(plan.labels), plan.ignore, image) if self.simulated is None else None
         if prompts is None or not any(prompts.annotated.values()):
             raise CaseError(
@@ -144,18 +146,18 @@ class PromptSource:
 
 
 @dataclass(frozen=True)
-class Segmented:
+class SegmentedCase:
     """A finished case: labels (Z, Y, X) on the image's grid, its image, warnings, and the account of it for the manifest."""
 
     labels: np.ndarray
     image: Volume
     warnings: tuple[str, ...]
-    account: dict[str, Any]
+    metadata: dict[str, Any]
 
     @property
     def confidence(self) -> dict[int, dict[int, float]]:
         """Label -> slice, numbered as the file stores it -> confidence from 0 to 1; 1 on annotated slices."""
-        told = self.account["confidence"]
+        told = self.metadata["confidence"]
         return {int(value): {int(s): share for s, share in one["slices"].items()} for value, one in told.items()}
 
     def write(self, path: str | Path) -> None:
@@ -166,12 +168,12 @@ class Segmented:
 def segment_case(
     case: Case,
     root: Path,
-    prompts_from: GivesPrompts,
+    prompts_from: PromptReader,
     model: SlmSam2,
     plan: Plan,
     calibration: Calibration | None = None,
     batch: int | None = None,
-) -> Segmented:
+) -> SegmentedCase:
     """Propagate one case. CaseError names what is wrong with it; nothing is written.
 
     batch: slices encoded at a time, where not as many as planned. calibration: turns the confidence of slices that nobody annotated
@@ -181,27 +183,27 @@ def segment_case(
     image = read_image(case.images, case=case.id, root=root, channels=len(plan.channels))
     view, frames = make_frames(image, plan.geometry, plan.intensity)
     prompts, warnings = prompts_from.read(case, image, view, plan)
-    objects = anchors_of(prompts, view, tuple(plan.labels), plan.geometry.stack_px)
-    stack = framed(to_input(torch.from_numpy(frames), plan.geometry.neighbours), plan.geometry.stack_px)
+    objects = annotated_slices_of(prompts, view, tuple(plan.labels), plan.geometry.stack_size)
+    stack = pad_to_square(to_input(torch.from_numpy(frames), plan.geometry.adjacent_slices), plan.geometry.stack_size)
     found = propagate(
         model,
         stack,
         objects,
         batch=batch or plan.inference.batch_slices,
-        focus=plan.geometry.focus,
+        roi_scale=plan.geometry.roi_scale,
         recognise=True,
-        patience=plan.inference.patience,
+        max_empty_slices=plan.inference.max_empty_slices,
     )
-    known = model.recogniser.pieces if model.recogniser is not None else []
+    known = model.label_unet.pieces if model.label_unet is not None else []
     one_piece = [value for value, one in found.items() if value in known and (one.agreement or 0) >= GOOD]
-    labels = impose(_labels(found, view, plan), prompts, view)
-    labels = attached(labels, prompts.labels, one_piece, view.orientation.order[0])
+    labels = restore_annotated(_labels(found, view, plan), prompts, view)
+    labels = keep_connected(labels, prompts.labels, one_piece, view.orientation.order[0])
     told = {value: _calibrated(one, objects[value], calibration) for value, one in found.items()}
-    account = _account(prompts, view, told, time.monotonic() - started) | {"calibrated": calibration is not None}
-    return Segmented(labels, image, (*image.warnings, *warnings), account)
+    metadata = _case_metadata(prompts, view, told, time.monotonic() - started) | {"calibrated": calibration is not None}
+    return SegmentedCase(labels, image, (*image.warnings, *warnings), metadata)
 
 
-def _calibrated(found: Propagated, anchors: list[Anchor], calibration: Calibration | None) -> Propagated:
+def _calibrated(found: Propagation, anchors: list[AnnotatedSlice], calibration: Calibration | None) -> Propagation:
     """The same masks with calibrated confidence; annotated slices, and slices that no pass came to, keep theirs."""
     if calibration is None:
         return found
@@ -211,21 +213,21 @@ def _calibrated(found: Propagated, anchors: list[Anchor], calibration: Calibrati
     return replace(found, confidence=torch.where(given | (found.confidence == 0), found.confidence, table))
 
 
-def _labels(found: dict[int, Propagated], view: View, plan: Plan) -> np.ndarray:
+def _labels(found: dict[int, Propagation], view: View, plan: Plan) -> np.ndarray:
     """(Z, Y, X) labels on the native grid."""
     if not found:
         return np.zeros(view.grid.shape, dtype=np.uint8 if max(plan.labels) < 256 else np.uint16)
-    labels = labels_of(found, view, plan.geometry.stack_px)
+    labels = restore_labels(found, view, plan.geometry.stack_size)
     return labels if max(plan.labels) < 256 else labels.astype(np.uint16)
 
 
-def _account(prompts: Prompts, view: View, found: dict[int, Propagated], seconds: float) -> dict[str, Any]:
+def _case_metadata(prompts: Prompts, view: View, found: dict[int, Propagation], seconds: float) -> dict[str, Any]:
     """What the manifest says of a case; slices are numbered as the file stores them, along `array_axis` of (z, y, x)."""
     start, end = view.box[0]
     natives = range(start, end)
     shown = {
         str(value): {
-            "mean": round(float(one.confidence.mean()), _SHARE_DIGITS),
+            "mean": round(float(one.confidence.mean()), _DIGITS),
             "slices": _by_slice(one.confidence, view, natives),
         }
         for value, one in found.items()
@@ -237,7 +239,7 @@ def _account(prompts: Prompts, view: View, found: dict[int, Propagated], seconds
         "prompted_slices": {str(v): sorted(view.file_index(s) for s in slices) for v, slices in prompts.annotated.items() if slices},
         "confidence": shown,
         "disagreement": {value: slices for value, slices in disagreement.items() if slices},
-        "recognised": {str(v): round(one.agreement, _SHARE_DIGITS) for v, one in found.items() if one.agreement is not None},
+        "recognised": {str(v): round(one.agreement, _DIGITS) for v, one in found.items() if one.agreement is not None},
         "seconds": round(seconds, 3),
     }
 
@@ -245,4 +247,4 @@ def _account(prompts: Prompts, view: View, found: dict[int, Propagated], seconds
 def _by_slice(shares: torch.Tensor, view: View, natives: range) -> dict[str, float]:
     """(T,) shares of the stack's slices, by the number that the file gives a slice; where there is none (NaN), no entry."""
     told = {view.file_index(s): float(shares[view.to_stack(s)]) for s in natives}
-    return {str(k): round(share, _SHARE_DIGITS) for k, share in told.items() if not math.isnan(share)}
+    return {str(k): round(share, _DIGITS) for k, share in told.items() if not math.isnan(share)}

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from slmsam2_cli.errors import LockError, OutputError, SlmSam2Error
 from slmsam2_cli.io import strict_json
-from slmsam2_cli.io.files import InputError, cause, is_junk, open_regular
+from slmsam2_cli.io.files import InputError, error_reason, is_ignored_name, open_regular
 
 CHUNK = 1 << 20
 _PREFIX = ".slmsam2-tmp-"
@@ -38,13 +38,13 @@ class ArrayError(SlmSam2Error):
     """A .npy file that cannot be read or is not whole."""
 
 
-class _Faults:
+class _FaultInjection:
     """Counts the steps of writing and makes one of them fail, for tests of what a fault leaves behind."""
 
     step = 0
     fail_at = 0
 
-    def pass_(self) -> bool:
+    def count_step(self) -> bool:
         """Count one step; True when it is the one to fail."""
         if not self.fail_at:
             return False
@@ -52,7 +52,7 @@ class _Faults:
         return self.step == self.fail_at
 
 
-_faults = _Faults()
+_faults = _FaultInjection()
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def fail_at(step: int) -> Iterator[None]:
 
 
 def _may_fail() -> None:
-    if _faults.pass_():
+    if _faults.count_step():
         raise OSError(errno.EIO, "injected fault")
 
 
@@ -86,7 +86,7 @@ def write_atomically(path: Path, write: Callable[[Path], None], verify: Callable
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise OutputError(f"{path}: could not be written: {cause(error)}") from error
+        raise OutputError(f"{path}: could not be written: {error_reason(error)}") from error
     except SlmSam2Error as error:
         raise OutputError(f"{path}: could not be written whole: {error}") from error
     except (ValueError, EOFError) as error:
@@ -107,7 +107,7 @@ def _fill(temporary: Path, write: Callable[[Path], None]) -> None:
     temporary.parent.mkdir(parents=True, exist_ok=True)
     _may_fail()
     write(temporary)
-    if _faults.pass_():  # a write that returns normally although the disk was full
+    if _faults.count_step():  # a write that returns normally although the disk was full
         os.truncate(temporary, os.path.getsize(temporary) // 2)
     _may_fail()
     _sync(temporary)
@@ -169,10 +169,10 @@ def read_json(path: Path, what: str) -> Any:
             return strict_json.parse(file.read(strict_json.MAX_BYTES + 1))
     except InputError as error:
         raise JsonError(f"{name}: {error.what}") from None
-    except strict_json.Refused as error:
+    except strict_json.JsonRejected as error:
         raise JsonError(f"{name}: {error}") from None
     except OSError as error:
-        raise JsonError(f"{name}: cannot be read: {cause(error)}") from None
+        raise JsonError(f"{name}: cannot be read: {error_reason(error)}") from None
 
 
 def write_npy(path: Path, array: NDArray[Any]) -> None:
@@ -218,7 +218,7 @@ def sha256_of(path: Path) -> str:
     """Hexadecimal digest of a regular file's bytes; of a folder, that of its files' names and digests. InputError, OSError."""
     digest = hashlib.sha256()
     if path.is_dir():
-        for file_path in sorted(p for p in path.iterdir() if not is_junk(p.name) and not p.is_dir()):
+        for file_path in sorted(p for p in path.iterdir() if not is_ignored_name(p.name) and not p.is_dir()):
             digest.update(f"{os.fsencode(file_path.name).hex()} {sha256_of(file_path)}\n".encode())
         return digest.hexdigest()
     with open_regular(path) as file:
@@ -228,7 +228,7 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def one_writer(folder: Path, part: str = "") -> Iterator[None]:
+def lock_folder(folder: Path, part: str = "") -> Iterator[None]:
     """Hold `folder` for writing; the kernel frees it when the process ends, however it ends.
 
     part: names one of several agreed parallel writers ("0-of-4"): parts exclude their like and a writer of the whole.
@@ -251,17 +251,17 @@ def _make_folder(folder: Path) -> None:
     except (FileExistsError, NotADirectoryError):
         raise OutputError(f"{folder}: is a file, not a directory") from None
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be written: {cause(error)}") from None
+        raise OutputError(f"{folder}: cannot be written: {error_reason(error)}") from None
 
 
 @contextmanager
-def taking_turns(path: Path) -> Iterator[None]:
+def wait_for_lock(path: Path) -> Iterator[None]:
     """Hold the lock file `path`, after waiting for whoever holds it; the kernel frees it. OutputError when it cannot be made."""
     with _opened(path) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:
-            raise OutputError(f"{path.parent}: cannot be locked: {cause(error)}") from None
+            raise OutputError(f"{path.parent}: cannot be locked: {error_reason(error)}") from None
         yield
 
 
@@ -278,7 +278,7 @@ def _opened(path: Path) -> Iterator[int]:
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise OutputError(f"{path.parent}: cannot be written: {cause(error)}") from None
+        raise OutputError(f"{path.parent}: cannot be written: {error_reason(error)}") from None
     try:
         yield handle
     finally:
@@ -295,7 +295,7 @@ def _lock(handle: int, folder: Path, shared: bool) -> None:
         owner = os.pread(handle, 200, 0).decode("ascii", "replace") or "another process"
         raise LockError(f"{folder}: {owner}, writes here already; wait for it or choose another folder") from None
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be locked: {cause(error)}") from None
+        raise OutputError(f"{folder}: cannot be locked: {error_reason(error)}") from None
 
 
 def _start() -> str:
@@ -323,7 +323,7 @@ def append(partial: Path) -> BinaryIO:
     return os.fdopen(os.open(partial, flags, 0o666), "ab")
 
 
-def adopt(partial: Path, path: Path, verify: Callable[[Path], None]) -> None:
+def commit_partial(partial: Path, path: Path, verify: Callable[[Path], None]) -> None:
     """Give a partial file its final name once it is on the disk and `verify` has read it back. OutputError; errors of `verify`."""
     try:
         _may_fail()
@@ -333,4 +333,4 @@ def adopt(partial: Path, path: Path, verify: Callable[[Path], None]) -> None:
         os.replace(partial, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise OutputError(f"{path}: could not be written: {cause(error)}") from error
+        raise OutputError(f"{path}: could not be written: {error_reason(error)}") from error

@@ -16,8 +16,8 @@ import numpy as np
 import SimpleITK
 from numpy.typing import NDArray
 
-from slmsam2_cli.io.files import InputError, is_junk, open_regular
-from slmsam2_cli.io.image import DIRECTION_TOLERANCE, SHEAR_TOLERANCE, Decoded, Source, check_size, geometry_warnings
+from slmsam2_cli.io.files import InputError, is_ignored_name, open_regular
+from slmsam2_cli.io.image import DIRECTION_TOLERANCE, SHEAR_TOLERANCE, DecodedVolume, Source, check_size, geometry_warnings
 from slmsam2_cli.io.itk import decode, from_image
 
 
@@ -33,7 +33,9 @@ def is_dicom_file(path: Path) -> bool:
 def dicom_files(folder: Path) -> list[Path]:
     """The DICOM files directly inside a folder, sorted by name."""
     try:
-        return [path for path in sorted(folder.iterdir()) if not is_junk(path.name) and path.name != "DICOMDIR" and is_dicom_file(path)]
+        return [
+            path for path in sorted(folder.iterdir()) if not is_ignored_name(path.name) and path.name != "DICOMDIR" and is_dicom_file(path)
+        ]
     except OSError:
         return []
 
@@ -65,12 +67,12 @@ class _Slice:
         )
 
 
-def read_dicom(folder: Path, max_voxels: int) -> Decoded:
+def read_dicom(folder: Path, max_voxels: int) -> DecodedVolume:
     """The one series in a folder. InputError."""
     files = dicom_files(folder)
     if not files:
         raise InputError("a directory without DICOM slices, not a file", "Put the image file itself here")
-    damaged = [path.name for path in folder.glob("*.[dD][cC][mM]") if not is_junk(path.name) and path not in files]
+    damaged = [path.name for path in folder.glob("*.[dD][cC][mM]") if not is_ignored_name(path.name) and path not in files]
     if damaged:
         raise InputError(f"{len(damaged)} .dcm files are not DICOM, the first is {damaged[0]}", _EXPORT)
     slices = [_information(path) for path in files]
@@ -83,7 +85,7 @@ def read_dicom(folder: Path, max_voxels: int) -> Decoded:
         image = _read(slices)
     voxels, grid = from_image(image)
     odd, doubts = geometry_warnings(grid)
-    return Decoded(voxels, grid, Source(SERIES, ".nii.gz", doubts=doubts), (*warnings, *odd))
+    return DecodedVolume(voxels, grid, Source(SERIES, ".nii.gz", doubts=doubts), (*warnings, *odd))
 
 
 def _information(path: Path) -> _Slice:

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from slmsam2_cli.errors import OutputError, SlmSam2Error
 from slmsam2_cli.io import atomic
-from slmsam2_cli.io.files import cause
+from slmsam2_cli.io.files import error_reason
 from slmsam2_cli.version import VERSION
 
 TIMEOUT_S = 30.0
@@ -46,12 +46,12 @@ class DigestError(SlmSam2Error):
     """A file that arrived whole and is not the one that was wanted; it is gone."""
 
 
-class _Cut(Exception):
+class _ConnectionLost(Exception):
     """The connection failed in a way that may pass."""
 
 
 @dataclass(frozen=True)
-class Wanted:
+class DownloadTarget:
     """A file: where from, where to, and what is known of it beforehand (None: nothing)."""
 
     url: str
@@ -71,19 +71,19 @@ class Wanted:
 Report = Callable[[int, "int | None"], None]
 
 
-def fetch(wanted: Wanted, report: Report = lambda have, total: None, tell: Callable[[str], None] = lambda line: None) -> str:
+def fetch(wanted: DownloadTarget, report: Report = lambda have, total: None, tell: Callable[[str], None] = lambda line: None) -> str:
     """Bring a file here and return its SHA-256. The final name appears only when length and digest are right.
 
     report(bytes here, bytes in all or None) is called as they arrive; tell(line) says what goes wrong and is tried again.
     DownloadError (kept for resuming), DigestError (nothing kept), OutputError (kept).
     """
-    _refuse_address(wanted.url)
+    _check_url(wanted.url)
     failures, have = 0, _bytes_of(wanted.partial)
     while True:
         try:
             _receive(wanted, report, tell)
             return _finish(wanted)
-        except _Cut as cut:
+        except _ConnectionLost as cut:
             now = _bytes_of(wanted.partial)
             failures, have = (0 if now > have else failures + 1), max(now, have)
             if failures > len(PAUSES_S):
@@ -93,7 +93,7 @@ def fetch(wanted: Wanted, report: Report = lambda have, total: None, tell: Calla
             time.sleep(pause)
 
 
-def _refuse_address(url: str) -> None:
+def _check_url(url: str) -> None:
     parts = urlsplit(url)
     if parts.scheme not in ("https", "http") or not parts.hostname:
         raise DownloadError(f"{url}: not an http or https address")
@@ -105,25 +105,25 @@ def _bytes_of(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _receive(wanted: Wanted, report: Report, tell: Callable[[str], None]) -> None:
-    """Add to the partial file until it is whole. _Cut when that may be tried again."""
-    have, headers = _asked_for(wanted)
+def _receive(wanted: DownloadTarget, report: Report, tell: Callable[[str], None]) -> None:
+    """Add to the partial file until it is whole. _ConnectionLost when that may be tried again."""
+    have, headers = _request_headers(wanted)
     try:
         with _open(wanted.url, headers) as response:
             start = _start_of(response, have)
             if have and not start:
                 tell("the server sends the file from its beginning")
             total = _total_of(response, start)
-            _refuse_size(wanted, total, start)
+            _check_length(wanted, total, start)
             _note(wanted, response.headers, total)
             _copy(response, wanted, start, total, report)
     except urllib.error.HTTPError as error:
-        _complete_or_refused(wanted, error, have)
+        _handle_http_error(wanted, error, have)
     except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
-        raise _trouble(wanted.url, error) from None
+        raise _translate_error(wanted.url, error) from None
 
 
-def _asked_for(wanted: Wanted) -> tuple[int, dict[str, str]]:
+def _request_headers(wanted: DownloadTarget) -> tuple[int, dict[str, str]]:
     """The bytes here already, if they can be added to, and the headers that ask for the others."""
     headers = {"User-Agent": f"slmsam2/{VERSION}", "Accept-Encoding": "identity"}
     have, note = _bytes_of(wanted.partial), _read_note(wanted)
@@ -134,7 +134,7 @@ def _asked_for(wanted: Wanted) -> tuple[int, dict[str, str]]:
     return have, headers | ({"If-Range": validator} if validator else {})
 
 
-def _read_note(wanted: Wanted) -> dict[str, Any]:
+def _read_note(wanted: DownloadTarget) -> dict[str, Any]:
     with suppress(atomic.JsonError):
         note = atomic.read_json(wanted.note, "the note of a download")
         if isinstance(note, dict):
@@ -142,7 +142,7 @@ def _read_note(wanted: Wanted) -> dict[str, Any]:
     return {}
 
 
-def _note(wanted: Wanted, headers: Message, total: int | None) -> None:
+def _note(wanted: DownloadTarget, headers: Message, total: int | None) -> None:
     """What the partial file is part of: a strong ETag, else the date of the last change."""
     etag = headers.get("ETag", "")
     validator = etag if etag.startswith('"') else headers.get("Last-Modified")
@@ -185,7 +185,7 @@ def _total_of(response: http.client.HTTPResponse, start: int) -> int | None:
     return start + int(length) if length.isdecimal() else None
 
 
-def _refuse_size(wanted: Wanted, total: int | None, start: int) -> None:
+def _check_length(wanted: DownloadTarget, total: int | None, start: int) -> None:
     """Stop before anything is written when the file cannot be the one that is wanted, or does not fit the disk."""
     if total is not None and wanted.bytes is not None and total != wanted.bytes:
         _forget(wanted)
@@ -199,7 +199,7 @@ def _refuse_size(wanted: Wanted, total: int | None, start: int) -> None:
         raise OutputError(f"{wanted.path.parent}: {(expected - start) / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free")
 
 
-def _copy(response: http.client.HTTPResponse, wanted: Wanted, start: int, total: int | None, report: Report) -> None:
+def _copy(response: http.client.HTTPResponse, wanted: DownloadTarget, start: int, total: int | None, report: Report) -> None:
     whole = total if total is not None else wanted.bytes
     limit = MOST_BYTES if whole is None else whole
     with _appending(wanted, start) as file:
@@ -213,29 +213,29 @@ def _copy(response: http.client.HTTPResponse, wanted: Wanted, start: int, total:
             _write(file, block, wanted)
             report(have, total)
     if whole is not None and have < whole:
-        raise _Cut(f"{urlsplit(wanted.url).hostname}: the connection was cut")
+        raise _ConnectionLost(f"{urlsplit(wanted.url).hostname}: the connection was cut")
 
 
-def _appending(wanted: Wanted, start: int) -> IO[bytes]:
+def _appending(wanted: DownloadTarget, start: int) -> IO[bytes]:
     try:
         file = atomic.append(wanted.partial)
         file.truncate(start)
         return file
     except OSError as error:
-        raise OutputError(f"{wanted.partial}: could not be written: {cause(error)}") from None
+        raise OutputError(f"{wanted.partial}: could not be written: {error_reason(error)}") from None
 
 
-def _write(file: IO[bytes], block: bytes, wanted: Wanted) -> None:
+def _write(file: IO[bytes], block: bytes, wanted: DownloadTarget) -> None:
     try:
         file.write(block)
         file.flush()
     except OSError as error:
         raise OutputError(
-            f"{wanted.partial}: could not be written: {cause(error)}. What has arrived is kept; make room and run the same command again"
+            f"{wanted.partial}: could not be written: {error_reason(error)}. What has arrived is kept; make room and run the same command again"
         ) from None
 
 
-def _complete_or_refused(wanted: Wanted, error: urllib.error.HTTPError, have: int) -> None:
+def _handle_http_error(wanted: DownloadTarget, error: urllib.error.HTTPError, have: int) -> None:
     """Whether an HTTP error means that all is here already; if not, raise what it means."""
     host = urlsplit(wanted.url).hostname
     with error:
@@ -244,12 +244,12 @@ def _complete_or_refused(wanted: Wanted, error: urllib.error.HTTPError, have: in
             if found is not None and found[2] == str(have):
                 return
             _forget(wanted)
-            raise _Cut(f"{host}: the partial file is no beginning of the file there and was removed")
+            raise _ConnectionLost(f"{host}: the partial file is no beginning of the file there and was removed")
         what = f"{host}: HTTP {error.code} {error.reason}".rstrip()
-        raise _Cut(what) if error.code in _TRY_AGAIN else DownloadError(what)
+        raise _ConnectionLost(what) if error.code in _TRY_AGAIN else DownloadError(what)
 
 
-def _trouble(url: str, error: Exception) -> Exception:
+def _translate_error(url: str, error: Exception) -> Exception:
     """What a failed connection means: something that may pass, or something to be told at once."""
     host = urlsplit(url).hostname
     reason = getattr(error, "reason", error)
@@ -258,13 +258,13 @@ def _trouble(url: str, error: Exception) -> Exception:
     if isinstance(reason, socket.gaierror):
         return DownloadError(f"{host}: no such host, or no network")
     if isinstance(reason, TimeoutError):
-        return _Cut(f"{host}: no answer within {TIMEOUT_S:g} s")
+        return _ConnectionLost(f"{host}: no answer within {TIMEOUT_S:g} s")
     if isinstance(reason, OSError) and reason.strerror:
-        return _Cut(f"{host}: {reason.strerror.lower()}")
-    return _Cut(f"{host}: the connection was cut" if isinstance(reason, http.client.IncompleteRead) else f"{host}: {reason}")
+        return _ConnectionLost(f"{host}: {reason.strerror.lower()}")
+    return _ConnectionLost(f"{host}: the connection was cut" if isinstance(reason, http.client.IncompleteRead) else f"{host}: {reason}")
 
 
-def _finish(wanted: Wanted) -> str:
+def _finish(wanted: DownloadTarget) -> str:
     """Verify the whole file, then let it have its name."""
     found = ""
 
@@ -278,7 +278,7 @@ def _finish(wanted: Wanted) -> str:
             )
 
     try:
-        atomic.adopt(wanted.partial, wanted.path, verify)
+        atomic.commit_partial(wanted.partial, wanted.path, verify)
     except DigestError:
         _forget(wanted)
         raise
@@ -287,7 +287,7 @@ def _finish(wanted: Wanted) -> str:
     return found
 
 
-def _forget(wanted: Wanted) -> None:
+def _forget(wanted: DownloadTarget) -> None:
     for path in (wanted.partial, wanted.note):
         with suppress(OSError):
             os.unlink(path)

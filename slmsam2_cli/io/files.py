@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from slmsam2_cli.errors import SlmSam2Error
 
-JUNK = frozenset({".ds_store", "thumbs.db", "desktop.ini", "__macosx"})
+IGNORED_NAMES = frozenset({".ds_store", "thumbs.db", "desktop.ini", "__macosx"})
 _CAUSES = {
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
@@ -35,7 +35,7 @@ class InputError(SlmSam2Error):
         super().__init__(f"{what}. {remedy}")
 
 
-def cause(error: OSError) -> str:
+def error_reason(error: OSError) -> str:
     """The reason of an operating system error, without the path it carries."""
     return _CAUSES.get(error.errno or 0) or (error.strerror or type(error).__name__).lower()
 
@@ -64,9 +64,9 @@ def _unopened(path: Path, error: OSError) -> InputError:
         return InputError("not found", "Restore the file, or remove the case")
     if error.errno in (errno.ENXIO, errno.ENODEV):
         return InputError("not a regular file", "Replace the pipe, socket or device by a file")
-    return InputError(f"cannot be opened: {cause(error)}", "Make it a file you may read")
+    return InputError(f"cannot be opened: {error_reason(error)}", "Make it a file you may read")
 
 
-def is_junk(name: str) -> bool:
+def is_ignored_name(name: str) -> bool:
     """Whether a folder entry is something an operating system or an unfinished write left behind."""
-    return name.startswith(".") or name.lower() in JUNK
+    return name.startswith(".") or name.lower() in IGNORED_NAMES

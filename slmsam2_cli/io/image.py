@@ -96,7 +96,7 @@ def _axes(direction: NDArray[np.float64]) -> str:
 SHEAR_TOLERANCE = 1e-3
 _SPACING_PLAUSIBLE_MM = (0.01, 100.0)
 
-Doubt = Literal["orientation", "spacing"]
+Uncertainty = Literal["orientation", "spacing"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,12 +112,12 @@ class Source:
     ending: str
     mask_ending: str
     template: bytes | None = None
-    doubts: frozenset[Doubt] = frozenset()
+    doubts: frozenset[Uncertainty] = frozenset()
     alternative: Grid | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class Decoded:
+class DecodedVolume:
     """One file: voxels (C, Z, Y, X), native byte order, finite; warnings, one line each."""
 
     voxels: NDArray[Any]
@@ -162,7 +162,7 @@ def check_affine(affine: NDArray[np.float64]) -> None:
         raise InputError(what, f"Resample the image to a rectangular grid; if the shear is an error, use the affine [{rows}]")
 
 
-def geometry_warnings(grid: Grid) -> tuple[list[str], frozenset[Doubt]]:
+def geometry_warnings(grid: Grid) -> tuple[list[str], frozenset[Uncertainty]]:
     """Warnings about an implausible spacing or a very small volume, and the doubts that follow."""
     warnings: list[str] = []
     low, high = _SPACING_PLAUSIBLE_MM

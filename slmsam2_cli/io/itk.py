@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from slmsam2_cli.io.files import InputError, open_regular
 from slmsam2_cli.io.gzip_stream import GZIP, ZLIB_OR_GZIP, DeflateStream, PlainStream, expect_end, skip
-from slmsam2_cli.io.image import Decoded, Grid, Source, check_affine, check_size, check_spacing, geometry_warnings
+from slmsam2_cli.io.image import DecodedVolume, Grid, Source, check_affine, check_size, check_spacing, geometry_warnings
 
 sitk: Any = SimpleITK  # untyped
 _MAX_HEADER = 1 << 20
@@ -53,7 +53,7 @@ class _Layout:
     data: Path
 
 
-def read_itk(path: Path, ending: str, max_voxels: int) -> Decoded:
+def read_itk(path: Path, ending: str, max_voxels: int) -> DecodedVolume:
     """A .nrrd, .mha or .mhd file. InputError."""
     with open_regular(path) as file:
         layout = _nrrd_layout(file, path) if ending == ".nrrd" else _meta_layout(file, path)
@@ -68,7 +68,7 @@ def read_itk(path: Path, ending: str, max_voxels: int) -> Decoded:
     voxels, grid = from_image(image)
     odd, doubts = geometry_warnings(grid)
     mask_ending = ".mha" if ending == ".mhd" else ending
-    return Decoded(voxels, grid, Source(ending, mask_ending, doubts=doubts), (*warnings, *odd))
+    return DecodedVolume(voxels, grid, Source(ending, mask_ending, doubts=doubts), (*warnings, *odd))
 
 
 def decode(path: Path) -> Any:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from slmsam2_cli.io.files import InputError, open_regular
 from slmsam2_cli.io.gzip_stream import GZIP_MAGIC, DeflateStream, PlainStream, Stream, expect_end, read_exactly, skip
-from slmsam2_cli.io.image import Decoded, Doubt, Grid, Source, check_affine, check_size, check_spacing, geometry_warnings
+from slmsam2_cli.io.image import DecodedVolume, Grid, Source, Uncertainty, check_affine, check_size, check_spacing, geometry_warnings
 
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}  # NIfTI unit codes metre and micron; everything else is taken as mm
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -31,7 +31,7 @@ CONFLICT_VOXELS = 0.1
 
 
 @dataclass(frozen=True, eq=False)
-class Forms:
+class NiftiForms:
     """The geometry fields of a NIfTI header, as stored. pixdim: (qfac, x, y, z); rows: (3, 4) sform."""
 
     pixdim: NDArray[np.float64]
@@ -43,21 +43,21 @@ class Forms:
     units: int
 
 
-Geometry = tuple[Grid, Grid | None, frozenset[Doubt], list[str]]
+Geometry = tuple[Grid, Grid | None, frozenset[Uncertainty], list[str]]
 
 
-def geometry(forms: Forms, size: tuple[int, int, int]) -> Geometry:
+def geometry(forms: NiftiForms, size: tuple[int, int, int]) -> Geometry:
     """(grid, the qform's grid where it contradicts, doubts, warnings) for size (x, y, z). InputError."""
     shape = size[::-1]
     grid = Grid.from_affine(shape, _chosen(forms))
     warnings, odd = geometry_warnings(grid)
-    doubts: set[Doubt] = set(odd)
+    doubts: set[Uncertainty] = set(odd)
     if forms.units in _MM_PER_UNIT:
         warnings.append(f"the header's unit of length is {'metre' if forms.units == 1 else 'micron'}; converted to mm")
     if forms.sform_code <= 0 and forms.qform_code <= 0:
         warnings.append("the orientation is unknown (no form codes): the axes are taken to run to the left, back and head")
         doubts.add("orientation")
-    alternative = _second(forms, shape) if forms.sform_code > 0 else None
+    alternative = _qform_grid(forms, shape) if forms.sform_code > 0 else None
     gap = _largest_gap(grid, alternative) if alternative else 0.0
     if gap > CONFLICT_VOXELS * min(grid.spacing_mm):
         warnings.append(f"sform and qform disagree by up to {gap:.3g} mm; the sform is used")
@@ -65,7 +65,7 @@ def geometry(forms: Forms, size: tuple[int, int, int]) -> Geometry:
     return grid, None, frozenset(doubts), warnings
 
 
-def _chosen(forms: Forms) -> NDArray[np.float64]:
+def _chosen(forms: NiftiForms) -> NDArray[np.float64]:
     """The checked LPS affine in mm that holds."""
     scale = np.diag([*[_MM_PER_UNIT.get(forms.units, 1.0)] * 3, 1.0])
     if forms.sform_code > 0:
@@ -80,7 +80,7 @@ def _chosen(forms: Forms) -> NDArray[np.float64]:
     return np.asarray(scale @ np.diag([*forms.pixdim[1:4], 1.0]), np.float64)
 
 
-def qform_affine(forms: Forms) -> NDArray[np.float64]:
+def qform_affine(forms: NiftiForms) -> NDArray[np.float64]:
     """(4, 4) RAS affine of the quaternion, in the header's unit. InputError when it is no rotation."""
     b, c, d = forms.quaternion
     rest = 1.0 - float(b * b + c * c + d * d)
@@ -103,12 +103,12 @@ def qform_affine(forms: Forms) -> NDArray[np.float64]:
     return affine
 
 
-def _second(forms: Forms, shape: tuple[int, int, int]) -> Grid | None:
+def _qform_grid(forms: NiftiForms, shape: tuple[int, int, int]) -> Grid | None:
     """The qform's grid beside a valid sform; None when there is none or it is unusable."""
     if forms.qform_code <= 0:
         return None
     try:
-        return Grid.from_affine(shape, _chosen(Forms(**{**vars(forms), "sform_code": 0})))
+        return Grid.from_affine(shape, _chosen(NiftiForms(**{**vars(forms), "sform_code": 0})))
     except InputError:
         return None
 
@@ -152,7 +152,7 @@ class Header:
     offset: int
 
 
-def read_nifti(path: Path, ending: str, max_voxels: int) -> Decoded:
+def read_nifti(path: Path, ending: str, max_voxels: int) -> DecodedVolume:
     """A .nii or .nii.gz file, scaled where scl_slope asks for it. InputError."""
     with open_regular(path) as file:
         stream = _stream(file)
@@ -166,7 +166,7 @@ def read_nifti(path: Path, ending: str, max_voxels: int) -> Decoded:
     source = Source(ending, ending, _geometry_only(header.fields), doubts, alternative)
     if ending == ".nii.gz" and isinstance(stream, PlainStream):
         warnings.append("not compressed although its name ends in .gz")
-    return Decoded(_scaled(voxels, header.fields), grid, source, (*stream.warnings, *warnings))
+    return DecodedVolume(_scaled(voxels, header.fields), grid, source, (*stream.warnings, *warnings))
 
 
 def _stream(file: BinaryIO) -> Stream:
@@ -274,8 +274,8 @@ def _scaled(voxels: NDArray[Any], fields: Any) -> NDArray[Any]:
     return np.asarray(scaled)
 
 
-def _forms(fields: Any) -> Forms:
-    return Forms(
+def _forms(fields: Any) -> NiftiForms:
+    return NiftiForms(
         pixdim=np.array(fields["pixdim"][:4], np.float64),
         qform_code=int(fields["qform_code"]),
         sform_code=int(fields["sform_code"]),

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
 from slmsam2_cli.io.files import InputError, open_regular
-from slmsam2_cli.io.image import Decoded, Grid, Source, check_size
+from slmsam2_cli.io.image import DecodedVolume, Grid, Source, check_size
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
 _MASK_ENDING = {".jpg": ".png", ".jpeg": ".png"}
@@ -23,7 +23,7 @@ _MAX_PAGES = 65535
 _EXPORT = "Export the image again from its source"
 
 
-def read_raster(path: Path, ending: str, max_voxels: int) -> Decoded:
+def read_raster(path: Path, ending: str, max_voxels: int) -> DecodedVolume:
     """One picture, or the pages of a TIFF. InputError."""
     Image.MAX_IMAGE_PIXELS = None  # the limit is ours, checked before anything is decoded
     with open_regular(path) as file:
@@ -31,7 +31,7 @@ def read_raster(path: Path, ending: str, max_voxels: int) -> Decoded:
     voxels = np.stack(pages, axis=1)
     grid = Grid((voxels.shape[1], voxels.shape[2], voxels.shape[3]), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), np.eye(3))
     source = Source(ending, _MASK_ENDING.get(ending, ending), doubts=frozenset({"orientation", "spacing"}))
-    return Decoded(voxels, grid, source, ("the format knows no spacing and no orientation: a pixel is taken as 1 mm",))
+    return DecodedVolume(voxels, grid, source, ("the format knows no spacing and no orientation: a pixel is taken as 1 mm",))
 
 
 def _pages(file: BinaryIO, form: str, max_voxels: int) -> list[NDArray[Any]]:

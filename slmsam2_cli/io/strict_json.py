@@ -22,24 +22,24 @@ MAX_DIGITS = 100
 _TOKEN = re.compile(rf'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{{]|[\]}}]|-?(?:NaN|Infinity)|\d{{{MAX_DIGITS + 1},}}', re.DOTALL)
 
 
-class Refused(ValueError):
+class JsonRejected(ValueError):
     """Why a text is not JSON as we accept it, with the line or key."""
 
 
 def parse(data: bytes) -> Any:
     """The value of a JSON document. Refused."""
     if len(data) > MAX_BYTES:
-        raise Refused(f"larger than {MAX_BYTES // 1_000_000} MB of JSON")
+        raise JsonRejected(f"larger than {MAX_BYTES // 1_000_000} MB of JSON")
     text = _decoded(data)
     if not text.strip():
-        raise Refused("empty, no JSON in it")
+        raise JsonRejected("empty, no JSON in it")
     _scan(text)
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_float=_finite)
     except json.JSONDecodeError as error:
-        raise Refused(f"not valid JSON, line {error.lineno} column {error.colno}: {error.msg}") from None
+        raise JsonRejected(f"not valid JSON, line {error.lineno} column {error.colno}: {error.msg}") from None
     except RecursionError:
-        raise Refused("JSON nested too deeply") from None
+        raise JsonRejected("JSON nested too deeply") from None
 
 
 def dump(value: object, indent: int | None = 2) -> bytes:
@@ -53,7 +53,7 @@ def _decoded(data: bytes) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise Refused(f"line {line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file with UTF-8 encoding") from None
+        raise JsonRejected(f"line {line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file with UTF-8 encoding") from None
 
 
 def _scan(text: str) -> None:
@@ -77,14 +77,14 @@ def _scan(text: str) -> None:
 
 def _refuse(text: str, position: int, what: str) -> NoReturn:
     line = text.count("\n", 0, position) + 1
-    raise Refused(f"line {line}: {what}")
+    raise JsonRejected(f"line {line}: {what}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise Refused(f'duplicate key "{key[:80]}": it is given twice')
+            raise JsonRejected(f'duplicate key "{key[:80]}": it is given twice')
         found[key] = value
     return found
 
@@ -92,7 +92,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _finite(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise Refused(f"the number {digits[:40]} is too large for JSON")
+        raise JsonRejected(f"the number {digits[:40]} is too large for JSON")
     return value
 
 
@@ -110,7 +110,7 @@ def _finding(item: Any, model: type[BaseModel]) -> str:
     key = ".".join(map(str, loc)) or "the whole"
     seen = f" (found {shortened(repr(item['input']))})" if isinstance(item["input"], _SHOWN) else ""
     if item["type"] == "extra_forbidden":
-        return f"{key}: unknown key{seen}{_meant(str(loc[-1]), _owner(model, loc))}"
+        return f"{key}: unknown key{seen}{_suggestion(str(loc[-1]), _owner(model, loc))}"
     if item["type"] == "missing":
         return f"{key}: {item['msg']}"
     field = _field(model, loc)
@@ -127,7 +127,7 @@ def _number(value: float) -> str:
     return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else f"{value:g}"
 
 
-def _meant(name: str, owner: type[BaseModel] | None) -> str:
+def _suggestion(name: str, owner: type[BaseModel] | None) -> str:
     close = get_close_matches(name, owner.model_fields, n=1) if owner is not None else []
     return f"; perhaps {close[0]} is meant" if close else ""
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from slmsam2_cli.errors import CaseError, OutputError
 from slmsam2_cli.io import atomic
-from slmsam2_cli.io.files import InputError, cause
-from slmsam2_cli.io.image import Decoded, Grid, Source, value_warnings
+from slmsam2_cli.io.files import InputError, error_reason
+from slmsam2_cli.io.image import DecodedVolume, Grid, Source, value_warnings
 from slmsam2_cli.io.nifti import read_nifti, template_for, write_nifti
 
 __all__ = [
@@ -28,12 +28,12 @@ __all__ = [
     "LabelVolume",
     "Source",
     "Volume",
-    "files_of",
     "image_ending",
     "mask_ending",
     "read_image",
     "read_labels",
     "relative",
+    "volume_files",
     "write_mask",
 ]
 
@@ -61,13 +61,13 @@ class LabelVolume:
     warnings: tuple[str, ...] = ()
 
 
-def _read_itk(path: Path, ending: str, max_voxels: int) -> Decoded:
+def _read_itk(path: Path, ending: str, max_voxels: int) -> DecodedVolume:
     from slmsam2_cli.io.itk import read_itk  # SimpleITK is slow to import, and NIfTI does without
 
     return read_itk(path, ending, max_voxels)
 
 
-def _read_raster(path: Path, ending: str, max_voxels: int) -> Decoded:
+def _read_raster(path: Path, ending: str, max_voxels: int) -> DecodedVolume:
     from slmsam2_cli.io.raster import read_raster
 
     return read_raster(path, ending, max_voxels)
@@ -121,7 +121,7 @@ def read_image(paths: Sequence[Path], *, case: str, root: Path, max_voxels: int 
     return Volume(voxels, first.grid, first.source, warnings)
 
 
-def _read(path: Path, case: str, root: Path, max_voxels: int, channels: int | None) -> Decoded:
+def _read(path: Path, case: str, root: Path, max_voxels: int, channels: int | None) -> DecodedVolume:
     """One file of an image, its values checked too."""
     with case_errors(case, path, root):
         decoded = decode(path, max_voxels)
@@ -141,7 +141,7 @@ def read_labels(path: Path, *, case: str, root: Path, max_voxels: int = MAX_VOXE
         return LabelVolume(_label_values(decoded.voxels[0]), decoded.grid, decoded.source, decoded.warnings)
 
 
-def files_of(path: Path) -> tuple[Path, ...]:
+def volume_files(path: Path) -> tuple[Path, ...]:
     """Every file a volume is read from: the slices of a DICOM folder, header and data of a .mhd, else the file itself. InputError."""
     from slmsam2_cli.io.dicom import dicom_files
     from slmsam2_cli.io.itk import meta_files
@@ -151,7 +151,7 @@ def files_of(path: Path) -> tuple[Path, ...]:
     return meta_files(path) if image_ending(path) == ".mhd" else (path,)
 
 
-def decode(path: Path, max_voxels: int = MAX_VOXELS) -> Decoded:
+def decode(path: Path, max_voxels: int = MAX_VOXELS) -> DecodedVolume:
     """One file or DICOM folder, whatever its format. InputError, OSError."""
     if path.is_dir():
         from slmsam2_cli.io.dicom import read_dicom
@@ -171,7 +171,7 @@ def case_errors(case: str, path: Path, root: Path) -> Iterator[None]:
     except InputError as error:
         raise CaseError(case, relative(path, root), error.what, error.remedy) from None
     except OSError as error:
-        raise CaseError(case, relative(path, root), f"cannot be read: {cause(error)}", "Restore the file") from None
+        raise CaseError(case, relative(path, root), f"cannot be read: {error_reason(error)}", "Restore the file") from None
     except MemoryError:
         raise CaseError(case, relative(path, root), "too large for this machine's memory", "Use a machine with more memory") from None
 

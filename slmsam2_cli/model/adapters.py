@@ -41,7 +41,7 @@ class Adapters(nn.Module):
         super().__init__()
         self.active: str | None = None
         self.branches: dict[str, dict[str, nn.Module]] = {}
-        self.shelf: dict[str | None, State] = {}
+        self.stored_values: dict[str | None, State] = {}
         self.projections: dict[str, Projection] = {}
         self.shown: str | None = None
 
@@ -134,7 +134,7 @@ def branch_parameters(model: nn.Module, modality: str) -> list[nn.Parameter]:
     return [p for branch in found.branches[modality].values() for p in branch.parameters()] if found is not None else []
 
 
-def in_colours(model: nn.Module, frames: Tensor) -> Tensor:
+def to_rgb(model: nn.Module, frames: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, 3, H, W): through the projection in use; where there is none, C is 3. ValueError for another C."""
     found = of(model)
     projection = found.projections[found.shown] if found is not None and found.shown is not None else None
@@ -144,7 +144,7 @@ def in_colours(model: nn.Module, frames: Tensor) -> Tensor:
     return projection(frames) if projection is not None else frames
 
 
-def read_channels(model: nn.Module, modality: str, channels: int, source: str) -> bool:
+def ensure_projection(model: nn.Module, modality: str, channels: int, source: str) -> bool:
     """Let the model in use read so many channels of a modality; whether that took a new projection, made of means of channels.
 
     Up to three take none. WeightsError names `source` when the modality's projection reads another number of channels.
@@ -160,15 +160,15 @@ def read_channels(model: nn.Module, modality: str, channels: int, source: str) -
         return False
     if there is None:
         _project(model, modality, means(channels))
-    _holder(model).shown = modality
+    _get_or_create(model).shown = modality
     return there is None
 
 
 def _project(model: nn.Module, modality: str, weight: Tensor) -> None:
-    _holder(model).project(checked_name(modality), Projection(weight.to(next(model.parameters()))))
+    _get_or_create(model).project(checked_name(modality), Projection(weight.to(next(model.parameters()))))
 
 
-def _holder(model: nn.Module) -> Adapters:
+def _get_or_create(model: nn.Module) -> Adapters:
     """The model's adapters; made when there are none yet."""
     found = of(model)
     if found is None:
@@ -194,7 +194,7 @@ def attach(model: nn.Module, modality: str, state: Mapping[str, Tensor], source:
     state = dict(state)
     weight = state.pop(INPUT, None)
     if weight is not None and not fits(weight):
-        raise WeightsError(_unfit(source, modality, INPUT))
+        raise WeightsError(_mismatch_message(source, modality, INPUT))
     if state:
         _attach_branches(model, modality, state, source)
     if weight is not None:
@@ -205,12 +205,12 @@ def _attach_branches(model: nn.Module, modality: str, state: State, source: str)
     tuned = {name.removeprefix(_TUNED): tensor for name, tensor in state.items() if name.startswith(_TUNED)}
     known = {name: parameter.shape for name, parameter in tuned_parameters(model).items()}
     if wrong := [name for name, tensor in tuned.items() if known.get(name) != tensor.shape]:
-        raise WeightsError(_unfit(source, modality, _TUNED + wrong[0]))
+        raise WeightsError(_mismatch_message(source, modality, _TUNED + wrong[0]))
     sites = {name.removesuffix(".weight").removesuffix(".down") for name in state if name.endswith((".down", ".down.weight"))}
     branches = {site: _saved_branch(model, modality, site, state, source) for site in sorted(sites)}
     given = {name for name in state if not name.startswith(_TUNED)}
     if extra := given - {f"{site}.{name}" for site, branch in branches.items() for name in branch.state_dict()}:
-        raise WeightsError(_unfit(source, modality, min(extra)))
+        raise WeightsError(_mismatch_message(source, modality, min(extra)))
     _install(model, modality, branches, tuned)
 
 
@@ -219,7 +219,7 @@ def _saved_branch(model: nn.Module, modality: str, site: str, state: Mapping[str
     own = {name.removeprefix(f"{site}."): tensor for name, tensor in state.items() if name.startswith(f"{site}.")}
     allowed = encoder_sites(model, "lora") | encoder_sites(model, "bottleneck") | memory_sites(model)
     if site not in allowed:
-        raise WeightsError(_unfit(source, modality, site))
+        raise WeightsError(_mismatch_message(source, modality, site))
     linear = _linear(model, site)
     branch: LowRank | Bottleneck | None = None
     if set(own) == {"down", "up"} and own["down"].ndim == 3:
@@ -229,24 +229,24 @@ def _saved_branch(model: nn.Module, modality: str, site: str, state: Mapping[str
     elif "down.weight" in own and own["down.weight"].ndim == 2:
         branch = saved_bottleneck(linear, own)
     if branch is None:
-        raise WeightsError(_unfit(source, modality, site))
+        raise WeightsError(_mismatch_message(source, modality, site))
     return branch
 
 
-def _unfit(source: str, modality: str, name: str) -> str:
+def _mismatch_message(source: str, modality: str, name: str) -> str:
     return f"{source}: its adapter for {modality} does not fit this network: {name}. Choose the base it was made for"
 
 
 def _install(model: nn.Module, modality: str, branches: Mapping[str, nn.Module], tuned: State) -> None:
-    adapters = _holder(model)
+    adapters = _get_or_create(model)
     if not adapters.branches:
         for site in encoder_sites(model, "lora") | encoder_sites(model, "bottleneck") | memory_sites(model):
             _linear(model, site).register_forward_hook(_Hook(adapters, site))
     if modality in adapters.branches:
         raise ValueError(f"there is an adapter for {modality} already")
     adapters.put(checked_name(modality), branches)
-    base = adapters.shelf[None] if adapters.active is not None else _values(model)
-    adapters.shelf[modality] = {name: value.clone() for name, value in base.items()} | tuned
+    base = adapters.stored_values[None] if adapters.active is not None else _values(model)
+    adapters.stored_values[modality] = {name: value.clone() for name, value in base.items()} | tuned
 
 
 def checked_name(modality: str) -> str:
@@ -272,9 +272,9 @@ def use(model: nn.Module, modality: str | None) -> None:
     wanted = modality if modality in adapters.branches else None
     if wanted == adapters.active:
         return
-    adapters.shelf[adapters.active] = _values(model)
+    adapters.stored_values[adapters.active] = _values(model)
     live = tuned_parameters(model)
-    for name, value in adapters.shelf.pop(wanted).items():
+    for name, value in adapters.stored_values.pop(wanted).items():
         live[name].copy_(value)
     adapters.active = wanted
 
@@ -314,7 +314,7 @@ def drop(model: nn.Module) -> None:
             del module._forward_hooks[key]
     del model._modules["adapters"]
     if found.shown is not None:
-        left = _holder(model)
+        left = _get_or_create(model)
         left.project(found.shown, found.projections[found.shown])
         left.shown = found.shown
 
@@ -327,19 +327,19 @@ def adapter_state(model: nn.Module, modality: str) -> State:
     if modality not in adapters.branches:
         return shown
     branches = adapters.branches[modality]
-    tuned = _values(model) if adapters.active == modality else adapters.shelf[modality]
+    tuned = _values(model) if adapters.active == modality else adapters.stored_values[modality]
     added = {f"{site}.{name}": tensor for site, branch in branches.items() for name, tensor in branch.state_dict().items()}
     return shown | added | {_TUNED + name: value for name, value in tuned.items()}
 
 
-def whole_state(model: nn.Module) -> State:
+def full_state(model: nn.Module) -> State:
     """The base's tensors under their own names, and every adapter's under `adapters.<modality>.`; whichever is in use."""
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(PREFIX)}
     adapters = of(model)
     if adapters is None:
         return state
     if adapters.active is not None:
-        state |= adapters.shelf[None]
+        state |= adapters.stored_values[None]
     return state | {f"{PREFIX}{m}.{name}": tensor for m in modalities(model) for name, tensor in adapter_state(model, m).items()}
 
 
@@ -353,7 +353,7 @@ def split(state: Mapping[str, Tensor]) -> tuple[State, dict[str, State]]:
     return base, found
 
 
-def other_channels(state: Mapping[str, Tensor], plan: Plan) -> str:
+def channel_mismatch(state: Mapping[str, Tensor], plan: Plan) -> str:
     """What is wrong with a file's projection for the channels of its own plan; "" when it fits."""
     name = f"{PREFIX}{plan.modality}.{INPUT}"
     wanted = len(plan.channels) if len(plan.channels) > COLOURS else None

@@ -47,7 +47,7 @@ def _averaged(planes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def likely(here: Tensor, known: Tensor, masks: Tensor) -> Tensor:
+def foreground_likelihood(here: Tensor, known: Tensor, masks: Tensor) -> Tensor:
     """How much better grey values here (B, 1, H, W) go with the inside than with the outside of masks on slices that are known.
 
     known, masks (B, 1, H', W); several known slices may lie below each other. 0 to 1; 0.5: they go with either.

@@ -88,7 +88,7 @@ def calibration_error(confidence: Array, dice: Array, groups: int = 10) -> float
     return float(sum(abs(values[where[p]].mean() - shared[p].mean()) * len(p) for p in parts) / len(order))
 
 
-def pooled(values: Array, weights: Array) -> Array:
+def isotonic(values: Array, weights: Array) -> Array:
     """The ascending sequence closest to `values` in weighted squares: pool adjacent violators."""
     blocks: list[tuple[float, float, int]] = []  # mean, weight, length
     for value, weight in zip(values, weights, strict=True):
@@ -108,7 +108,7 @@ def _isotonic_table(said: Array, true: Array) -> tuple[Array, Array]:
     weight = np.array([len(g) for g in groups], float)
     knots, where = np.unique(np.round(x, 6), return_inverse=True)  # equal confidences are one knot
     mass = np.bincount(where, weight)
-    return knots, pooled(np.bincount(where, weight * y) / mass, mass)
+    return knots, isotonic(np.bincount(where, weight * y) / mass, mass)
 
 
 def _logistic_table(said: Array, true: Array) -> tuple[Array, Array]:

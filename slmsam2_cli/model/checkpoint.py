@@ -24,10 +24,10 @@ from slmsam2_cli.io import atomic
 from slmsam2_cli.model import adapters, convert, zoo
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.convert import State, first_line
-from slmsam2_cli.model.label_unet import PREFIX as RECOGNISER
-from slmsam2_cli.model.label_unet import Recogniser, recogniser_in, without_recogniser
+from slmsam2_cli.model.label_unet import PREFIX as LABEL_UNET_PREFIX
+from slmsam2_cli.model.label_unet import LabelUNet, label_unet_from_state, without_label_unet
 from slmsam2_cli.model.slmsam2 import SlmSam2
-from slmsam2_cli.model.zoo import EMBEDDED as EMBEDDED
+from slmsam2_cli.model.zoo import BUNDLED_WEIGHTS as BUNDLED_WEIGHTS
 from slmsam2_cli.planning.plan import NetworkPlan, Plan, parse_plan
 from slmsam2_cli.version import VERSION
 
@@ -44,7 +44,7 @@ class Validation(BaseModel):
     base: float
     tuned: float
     steps: int
-    recogniser: bool | None = None
+    label_unet: bool | None = None
     kept: Literal["base", "tuned"]
 
 
@@ -111,7 +111,7 @@ class Checkpoint:
     @property
     def base_digest(self) -> str:
         """The digest of the weights without adapters and recogniser."""
-        base = without_recogniser(adapters.split(self.state)[0])
+        base = without_label_unet(adapters.split(self.state)[0])
         return tensors_digest(base) if len(base) < len(self.state) else self.digest
 
     @property
@@ -143,16 +143,16 @@ def tensors_digest(state: State) -> str:
 
 def save_checkpoint(path: Path, model: SlmSam2, plan: Plan, provenance: Provenance, calibration: Calibration | None = None) -> str:
     """Write a model with its adapters and its plan; returns the weights' digest. OutputError when it cannot be written whole."""
-    return save_weights(path, _plain(adapters.whole_state(model)), model.network, provenance, plan, calibration)
+    return save_weights(path, _plain(adapters.full_state(model)), model.network, provenance, plan, calibration)
 
 
 def save_adapter(
     path: Path, model: SlmSam2, modality: str, plan: Plan, provenance: Provenance, needs: Needs, calibration: Calibration | None = None
 ) -> str:
-    """Write one modality's adapter alone, to be put on its base by `on_base`, and the recogniser. Like `save_checkpoint`."""
+    """Write one modality's adapter alone, to be put on its base by `combine_with_base`, and the recogniser. Like `save_checkpoint`."""
     state = {f"{adapters.PREFIX}{modality}.{name}": tensor for name, tensor in adapters.adapter_state(model, modality).items()}
-    own = model.recogniser.state_dict() if model.recogniser is not None else {}
-    state |= {f"{RECOGNISER}{name}": tensor for name, tensor in own.items()}
+    own = model.label_unet.state_dict() if model.label_unet is not None else {}
+    state |= {f"{LABEL_UNET_PREFIX}{name}": tensor for name, tensor in own.items()}
     return save_weights(path, _plain(state), model.network, provenance, plan, calibration, needs)
 
 
@@ -185,14 +185,14 @@ def save_weights(
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Weights of ours or of SAM 2.1. WeightsError names the file and the reason."""
-    _refuse_what_is_no_checkpoint(path)
+    _check_file(path)
     try:
-        return _read_own(path) if path.suffix == ".safetensors" else _of_others(path.name, convert.read_pt(path))
+        return _read_native(path) if path.suffix == ".safetensors" else _read_external(path.name, convert.read_pt(path))
     except OSError as error:
         raise WeightsError(f"{path.name}: cannot be read: {error.strerror or error}. Restore the file") from None
 
 
-def _refuse_what_is_no_checkpoint(path: Path) -> None:
+def _check_file(path: Path) -> None:
     if not path.is_file():
         raise WeightsError(f"{path}: no such file. Name a model file or its folder with --model, or run slmsam2 finetune")
     size = path.stat().st_size
@@ -214,7 +214,7 @@ def _json_reason(path: Path) -> str:
     return f"{path.name}: {found}, not a model. Give the .safetensors file that slmsam2 finetune wrote"
 
 
-def _read_own(path: Path) -> Checkpoint:
+def _read_native(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -224,7 +224,7 @@ def _read_own(path: Path) -> Checkpoint:
             f"{path.name}: not a whole checkpoint, corrupt or truncated ({first_line(error)}). Fetch or train it again"
         ) from None
     if "format_version" not in header:
-        return _of_others(path.name, state)
+        return _read_external(path.name, state)
     if not header["format_version"].isdecimal() or int(header["format_version"]) > FORMAT_VERSION:
         raise WeightsError(
             f"{path.name}: format version {header['format_version']} is newer than this tool's {FORMAT_VERSION}. Update slmsam2"
@@ -240,7 +240,7 @@ def _read_own(path: Path) -> Checkpoint:
         needs = Needs.model_validate_json(header["needs"]) if "needs" in header else None
     except (KeyError, ValidationError, json.JSONDecodeError) as error:
         raise WeightsError(f"{path.name}: corrupt: its header is not readable ({first_line(error)})") from None
-    if plan is not None and (wrong := adapters.other_channels(state, plan)):
+    if plan is not None and (wrong := adapters.channel_mismatch(state, plan)):
         raise WeightsError(f"{path.name}: corrupt: {wrong}. Fetch or train it again")
     return Checkpoint(path.name, state, digest, network, plan, provenance, calibration, needs)
 
@@ -249,10 +249,10 @@ def _with_recipe(provenance: Provenance, header: Mapping[str, str]) -> Provenanc
     """What a recipe of pre-training says of the presence score. KeyError, JSONDecodeError."""
     if "recipe" not in header:
         return provenance
-    return provenance.model_copy(update={"lowered": -float(json.loads(header["recipe"]).get("presence_shift", 0.0))})
+    return provenance.model_copy(update={"lowered": -float(json.loads(header["recipe"]).get("object_score_shift", 0.0))})
 
 
-def _of_others(name: str, state: State) -> Checkpoint:
+def _read_external(name: str, state: State) -> Checkpoint:
     """Weights made elsewhere, in our layout."""
     converted = convert.convert(name, state)
     digest = tensors_digest(converted.state)
@@ -267,11 +267,11 @@ def fit(model: SlmSam2, checkpoint: Checkpoint, modality: str | None = None) -> 
     """
     if checkpoint.needs is not None:
         raise WeightsError(f"{checkpoint.name}: {_which_base(checkpoint.needs)}. Name that base with --weights")
-    given, added = adapters.split(without_recogniser(checkpoint.state))
-    wanted = without_recogniser(model.state_dict())
+    given, added = adapters.split(without_label_unet(checkpoint.state))
+    wanted = without_label_unet(model.state_dict())
     fresh = not any(name.startswith(_SHORT) for name in given)
     needed = {name: tensor.shape for name, tensor in wanted.items() if not (fresh and name.startswith(_SHORT))}
-    if wrong := convert.misfit(needed, given):
+    if wrong := convert.shape_mismatch(needed, given):
         raise WeightsError(_which_network(checkpoint, model.network, wrong))
     model.load_state_dict(model.state_dict() | given)
     if fresh and hasattr(model, "short_memory_attention"):
@@ -282,15 +282,17 @@ def fit(model: SlmSam2, checkpoint: Checkpoint, modality: str | None = None) -> 
         adapters.use(model, modality)
 
 
-def recogniser_of(checkpoint: Checkpoint) -> Recogniser | None:
+def label_unet_of(checkpoint: Checkpoint) -> LabelUNet | None:
     """What knows the labels these weights were tuned on, if anything does. WeightsError when it is damaged."""
     try:
-        found = recogniser_in(checkpoint.state)
+        found = label_unet_from_state(checkpoint.state)
     except ValueError as error:
         raise WeightsError(f"{checkpoint.name}: corrupt: {error}. Fetch or train it again") from None
     if found is not None and checkpoint.plan is not None:
         training = checkpoint.plan.training
-        found.raises = training.presence != "base" if training.finds is None else training.finds  # None: written before it was a setting
+        found.raises = (
+            training.object_score_target != "teacher" if training.can_add is None else training.can_add
+        )  # None: written before it was a setting
     return found
 
 
@@ -307,7 +309,7 @@ def _which_base(needs: Needs) -> str:
     return f"is an adapter for the base {needs.name} (weights {needs.digest[:12]}), not a whole model"
 
 
-def on_base(adapter: Checkpoint, base: Checkpoint) -> Checkpoint:
+def combine_with_base(adapter: Checkpoint, base: Checkpoint) -> Checkpoint:
     """An adapter on the base it was made for, as one whole. WeightsError names both when it is another base."""
     needs = adapter.needs
     if needs is None:
@@ -317,27 +319,27 @@ def on_base(adapter: Checkpoint, base: Checkpoint) -> Checkpoint:
             f"{adapter.name}: {_which_base(needs)}; {base.name} has the weights {base.base_digest[:12]}. "
             f"Give the base that it was made for with --weights"
         )
-    state = without_recogniser(base.state) | adapter.state
+    state = without_label_unet(base.state) | adapter.state
     return replace(adapter, state=state, digest=tensors_digest(state), needs=None)
 
 
-def with_its_base(adapter: Checkpoint, weights: str | None) -> Checkpoint:
+def resolve_adapter(adapter: Checkpoint, weights: str | None) -> Checkpoint:
     """An adapter on the base that `weights` names; on the one known by its name, or the embedded one, when None. WeightsError."""
     needs = adapter.needs
     if needs is None:
         return adapter
     if weights is None:
         known = zoo.NAME.fullmatch(needs.name) and zoo.present(needs.name)
-        if not known and not EMBEDDED.is_file():
+        if not known and not BUNDLED_WEIGHTS.is_file():
             raise WeightsError(f"{adapter.name}: {_which_base(needs)}. Name that base with --weights")
         weights = needs.name if known else "auto"
-    base = base_weights(weights)
+    base = load_base_weights(weights)
     if base is None:
         raise WeightsError(f"{adapter.name}: {_which_base(needs)}. Random weights are not it")
-    return on_base(adapter, base)
+    return combine_with_base(adapter, base)
 
 
-def base_weights(name: str) -> Checkpoint | None:
+def load_base_weights(name: str) -> Checkpoint | None:
     """The weights to start from: `auto` (the embedded model), `random` (None), a name of `slmsam2 weights list`, or a file.
 
     WeightsError when there are none.
@@ -345,12 +347,12 @@ def base_weights(name: str) -> Checkpoint | None:
     if name == RANDOM:
         return None
     if name == "auto":
-        if not EMBEDDED.is_file():
+        if not BUNDLED_WEIGHTS.is_file():
             raise WeightsError(
                 "the base that comes with the package is missing. Install slmsam2 again, or start from SAM 2.1 (slmsam2 weights get "
                 "sam2.1-tiny, then --weights sam2.1-tiny), from a checkpoint with --weights FILE, or from nothing with --weights random"
             )
-        return read_checkpoint(EMBEDDED)
+        return read_checkpoint(BUNDLED_WEIGHTS)
     entry = zoo.find(name)
     checkpoint = read_checkpoint(zoo.locate(name))
     if entry is None or checkpoint.provenance is not None:

@@ -36,7 +36,7 @@ _SIZES: dict[tuple[int, int], NetworkSize] = {
     (32, 8): "nano",
 }
 _ONLY_IN_2_1 = ("no_obj_embed_spatial", "obj_ptr_tpos_proj.weight", "obj_ptr_tpos_proj.bias")
-_DEAD = "rec_maskmem_tpos_enc"
+_UNUSED_KEY = "rec_maskmem_tpos_enc"
 _FUSER = re.compile(r"recent_memory_fuser\.(?:layers\.)?(\d+)\.(.+)")
 
 
@@ -99,7 +99,7 @@ def convert(name: str, state: State) -> Converted:
         state, added = _with_zeros(name, state)
         notes, family = (*notes, added), "SAM 2.0" if family == "SAM 2.1" else family
     network = _network_of(size, state)
-    if wrong := misfit(layout(network), state):
+    if wrong := shape_mismatch(layout(network), state):
         raise WeightsError(f"{name}: looks like {family} {size}, but is not whole: {wrong}. Fetch it again, or ask whoever made it")
     return Converted(family, network, state, notes)
 
@@ -121,13 +121,13 @@ def _size_of(name: str, state: Mapping[str, Tensor]) -> NetworkSize:
 def _renamed(state: State) -> tuple[State, str, tuple[str, ...]]:
     """Tensors under our names, the family, and what was left out."""
     if any(key.startswith("recent_memory_") for key in state):
-        kept = {_our_name(key): tensor for key, tensor in state.items() if key != _DEAD}
-        return kept, "SLM-SAM 2", (f"{_DEAD} left out: the model does not use it",) if _DEAD in state else ()
+        kept = {_map_name(key): tensor for key, tensor in state.items() if key != _UNUSED_KEY}
+        return kept, "SLM-SAM 2", (f"{_UNUSED_KEY} left out: the model does not use it",) if _UNUSED_KEY in state else ()
     ours = any(key.startswith("short_memory_attention.") for key in state)
     return dict(state), "slmsam2" if ours else "SAM 2.1", ()
 
 
-def _our_name(key: str) -> str:
+def _map_name(key: str) -> str:
     if fuser := _FUSER.fullmatch(key):
         return f"stream_fuser.blocks.{fuser[1]}.{'gamma' if fuser[2] == 'weight' else fuser[2]}"
     return key.replace("recent_memory_attention.", "short_memory_attention.", 1) if key.startswith("recent_memory_attention.") else key
@@ -167,7 +167,7 @@ def layout(network: NetworkPlan) -> dict[str, torch.Size]:
         return {name: tensor.shape for name, tensor in SlmSam2(network, 64).state_dict().items()}
 
 
-def misfit(wanted: Mapping[str, torch.Size], given: Mapping[str, Tensor]) -> str:
+def shape_mismatch(wanted: Mapping[str, torch.Size], given: Mapping[str, Tensor]) -> str:
     """Which tensors are missing, unexpected or of another shape, the first few by name; "" when all fit."""
     kinds = {
         "missing": [n for n in wanted if n not in given],

@@ -12,7 +12,7 @@ from sam2.modeling.sam2_utils import LayerNorm2d
 from torch import Tensor, nn
 
 
-class OneKernelLayerNorm2d(LayerNorm2d):  # type: ignore[misc]
+class FusedLayerNorm2d(LayerNorm2d):  # type: ignore[misc]
     """Layer norm over the channels of (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -26,11 +26,11 @@ class PointwiseConv2d(nn.Conv2d):
         return F.linear(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(0, 3, 1, 2)
 
 
-def make_faster(model: nn.Module) -> None:
+def optimise_for_cpu(model: nn.Module) -> None:
     """Let the modules of a network take the quicker routes from now on."""
     for module in model.modules():
         if type(module) is LayerNorm2d:
-            module.__class__ = OneKernelLayerNorm2d
+            module.__class__ = FusedLayerNorm2d
         elif type(module) is nn.Conv2d and _is_pointwise(module):
             module.__class__ = PointwiseConv2d
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

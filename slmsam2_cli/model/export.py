@@ -30,7 +30,7 @@ ABOUT, PLAN, PROVENANCE, LICENCE, README, DIGESTS = (
 )
 NAMES = frozenset({*MODELS, ABOUT, PLAN, PROVENANCE, LICENCE, README, DIGESTS})
 MOST_BYTES, MOST_TEXT = 4 * 2**30, 20 * 2**20
-_BEGINNING = (1980, 1, 1, 0, 0, 0)  # of time, for a zip
+_ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)  # of time, for a zip
 _LICENCE = """The files of slmsam2 that made this model are under the Apache License, Version 2.0:
 http://www.apache.org/licenses/LICENSE-2.0
 
@@ -79,7 +79,7 @@ def pack(checkpoint: Checkpoint, content: bytes) -> bytes:
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
-    entry = zipfile.ZipInfo(name, _BEGINNING)
+    entry = zipfile.ZipInfo(name, _ZIP_EPOCH)
     entry.create_system, entry.external_attr = 3, (stat.S_IFREG | 0o644) << 16
     return entry
 
@@ -91,7 +91,7 @@ def _readme(checkpoint: Checkpoint, name: str) -> str:
     lines = [
         f"A model of slmsam2 {VERSION}, for {plan.modality}: {', '.join(plan.labels[value] for value in sorted(plan.labels))}.",
         "",
-        f"network     {network.size}, {network.policy}, {plan.geometry.frame_px} px, slices along {plan.geometry.slice_axis}",
+        f"network     {network.size}, {network.policy}, {plan.geometry.input_size} px, slices along {plan.geometry.slice_axis}",
         *([f"channels    {', '.join(plan.channels)}, in this order"] if len(plan.channels) > 1 else []),
         f"learned     {provenance.steps} steps on {len(provenance.training)} case(s), from {provenance.base}",
         f"weights     {checkpoint.digest}",
@@ -112,15 +112,15 @@ def unpack(file: BinaryIO, name: str) -> Package:
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
-            _refuse_odd(members, name, file.seek(0, io.SEEK_END))
+            _check_members(members, name, file.seek(0, io.SEEK_END))
             files = {member.filename: archive.read(member) for member in members}
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError, OSError) as error:
         raise WeightsError(f"{name}: not a whole zip ({str(error)[:160]}). Fetch or export it again") from None
-    _refuse_changed(files, name)
+    _check_digests(files, name)
     return Package(_model_in(files, name), files)
 
 
-def _refuse_odd(members: list[zipfile.ZipInfo], name: str, size: int) -> None:
+def _check_members(members: list[zipfile.ZipInfo], name: str, size: int) -> None:
     """Everything that can be said from the directory of the zip, before any member is read."""
     for member in members:
         called, limit = member.filename, MOST_BYTES if member.filename in MODELS else MOST_TEXT
@@ -139,7 +139,7 @@ def _refuse_odd(members: list[zipfile.ZipInfo], name: str, size: int) -> None:
         raise WeightsError(f"{name}: holds a file twice. Nothing was taken from it")
 
 
-def _refuse_changed(files: dict[str, bytes], name: str) -> None:
+def _check_digests(files: dict[str, bytes], name: str) -> None:
     """Every file is the one that was listed, and no other; the list itself is taken out."""
     if DIGESTS not in files:
         raise WeightsError(f"{name}: {DIGESTS} is missing, so nothing in it can be trusted. Export it again")
@@ -168,14 +168,14 @@ def document(files: Mapping[str, bytes], called: str, name: str) -> dict[str, An
         value = strict_json.parse(files[called])
     except KeyError:
         raise WeightsError(f"{name}: {called} is missing. Export it again") from None
-    except strict_json.Refused as error:
+    except strict_json.JsonRejected as error:
         raise WeightsError(f"{name}: {called}: {error}. Export it again") from None
     if not isinstance(value, dict):
         raise WeightsError(f"{name}: {called} is no JSON object. Export it again")
     return value
 
 
-def refuse_another(package: Package, checkpoint: Checkpoint, name: str) -> None:
+def check_contents(package: Package, checkpoint: Checkpoint, name: str) -> None:
     """What stands beside the model is what stands inside it. WeightsError."""
     for called, inside in ((PLAN, checkpoint.plan), (PROVENANCE, checkpoint.provenance)):
         said = document(package.files, called, name)

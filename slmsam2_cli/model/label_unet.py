@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slmsam2_cli.model.roi import Square, around, box_of
+from slmsam2_cli.model.roi import RoiCrop, around, box_of
 
 REACH = 2  # slices seen on either side
 SLICES = 2 * REACH + 1
@@ -30,9 +30,9 @@ def _block(read: int, write: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class Recogniser(nn.Module):
+class LabelUNet(nn.Module):
     """channels: of the images; labels: values it tells apart; px: edge of what it sees, a multiple of 8; width: channels at full
-    resolution, a multiple of 8. ValueError. `raises`: whether it may find a structure where propagation sees none, as `training.finds`
+    resolution, a multiple of 8. ValueError. `raises`: whether it may find a structure where propagation sees none, as `training.can_add`
     of its plan says.
     """
 
@@ -76,7 +76,7 @@ class Recogniser(nn.Module):
         return [int(value) for value in self.labels[self.one_piece]]
 
     def forward(self, slices: Tensor) -> Tensor:
-        """(B, C * SLICES, px, px), as `neighbours` stacks them -> logits (B, 1 + K, px, px), background first."""
+        """(B, C * SLICES, px, px), as `with_adjacent_slices` stacks them -> logits (B, 1 + K, px, px), background first."""
         kept: list[Tensor] = []
         x = (slices - 0.5) * 4
         for i, block in enumerate(self.down):
@@ -89,30 +89,30 @@ class Recogniser(nn.Module):
         return found
 
 
-def neighbours(stack: Tensor, t: int) -> Tensor:
+def with_adjacent_slices(stack: Tensor, t: int) -> Tensor:
     """Slice t of a stack (T, C, h, w) with REACH slices on either side, the outermost repeated: (C * SLICES, h, w)."""
     index = torch.arange(t - REACH, t + REACH + 1).clamp(0, len(stack) - 1)
     return stack[index].flatten(0, 1)
 
 
-def view_of(masks: Sequence[Tensor], slice_px: int) -> Square:
+def view_of(masks: Sequence[Tensor], storage_size: int) -> RoiCrop:
     """Where a recogniser looks: around everything that was annotated, whichever label it is. masks (S, S), one at least not empty."""
-    return around(box_of(masks), FOCUS, slice_px)
+    return around(box_of(masks), FOCUS, storage_size)
 
 
-def without_recogniser(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_label_unet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a checkpoint that are not the recogniser's."""
     return {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
 
 
-def recogniser_in(state: Mapping[str, Tensor]) -> Recogniser | None:
+def label_unet_from_state(state: Mapping[str, Tensor]) -> LabelUNet | None:
     """The recogniser among the tensors of a checkpoint; None where it has none. ValueError when it is not whole."""
     own = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
     if not own:
         return None
     try:
         width, inputs = own["logits.weight"].shape[1], own["down.0.0.weight"].shape[1]
-        made = Recogniser(inputs // SLICES, own["labels"].tolist(), int(own["px_seen"]), width)
+        made = LabelUNet(inputs // SLICES, own["labels"].tolist(), int(own["px_seen"]), width)
         made.load_state_dict(own)
     except (KeyError, IndexError, RuntimeError, TypeError) as error:
         raise ValueError(f"its recogniser is not whole ({str(error).splitlines()[0][:120]})") from None

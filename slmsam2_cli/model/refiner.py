@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from sam2.modeling.sam2_utils import LayerNorm2d
 from torch import Tensor, nn
 
-from slmsam2_cli.model.block_matching import likely
+from slmsam2_cli.model.block_matching import foreground_likelihood
 
-FINER = 4  # pixels of a refined mask along the edge of one of the decoder's
-_MAPS = 3 * FINER**2 + 8  # carried mask, two likelihoods; the mask unmoved, logits, change, two matches, two likenesses, presence
+REFINER_UPSCALE = 4  # pixels of a refined mask along the edge of one of the decoder's
+_MAPS = 3 * REFINER_UPSCALE**2 + 8  # carried mask, two likelihoods; the mask unmoved, logits, change, two matches, two likenesses, presence
 _NEAR = 1.0  # a logit of this size is half a certainty, for the network's input
 _FEW = 1e-3
 
 
 @dataclass
-class Detail:
+class RefinerFeatures:
     """What the refiner keeps of B slices: maps to add up, for the slice looked at and for the one passed, and codes to compare.
 
     here, passed (B, C, 4h, 4w); codes (B, K, 4h, 4w) and coarse (B, K, 2h, 2w), of unit length; grey (B, 1, H, W).
@@ -39,16 +39,16 @@ class Detail:
     coarse: Tensor
     grey: Tensor
 
-    def at(self, index: Tensor | slice) -> Detail:
+    def at(self, index: Tensor | slice) -> RefinerFeatures:
         """The same of some of the slices."""
-        return Detail(self.here[index], self.passed[index], self.codes[index], self.coarse[index], self.grey[index])
+        return RefinerFeatures(self.here[index], self.passed[index], self.codes[index], self.coarse[index], self.grey[index])
 
 
 @dataclass
-class Sight:
+class PriorSlice:
     """Where B objects were on a slice. inside (B, 1, H, W), present (B, 1): probabilities."""
 
-    detail: Detail
+    detail: RefinerFeatures
     inside: Tensor
     present: Tensor
 
@@ -75,21 +75,21 @@ class Refiner(nn.Module):
         self.merge = _block(3 * width, 3 * width)
         self.up = nn.ModuleList([nn.Conv2d(3 * width, 2 * width, 1), nn.Conv2d(2 * width, width, 1)])
         self.leave = nn.ModuleList([_block(2 * width, 2 * width), _block(width, width)])
-        self.logits = nn.Conv2d(width, FINER**2, 3, padding=1)
+        self.logits = nn.Conv2d(width, REFINER_UPSCALE**2, 3, padding=1)
         scores = nn.Linear(64, 2)
         self.scores = nn.Sequential(nn.Linear(8 * width + 2 * _MAPS + 3, 64), nn.GELU(), scores)
         for parameter in (*self.logits.parameters(), *scores.parameters()):  # at first it changes nothing
             nn.init.zeros_(parameter)
 
-    def detail(self, frames: Tensor, fine: Tensor, grey: Tensor) -> Detail:
+    def detail(self, frames: Tensor, fine: Tensor, grey: Tensor) -> RefinerFeatures:
         """frames (B, 3, H, W) as the encoder sees them; fine (B, C, H / 4, W / 4); grey (B, 1, H, W) in [0, 1]."""
         seen = torch.cat([fine, self.stem(frames)], dim=1)
         code = self.code(seen)
         coarse = F.normalize(F.avg_pool2d(code, 2), dim=1)
-        return Detail(self.here(seen), self.passed(seen), F.normalize(code, dim=1), coarse, grey)
+        return RefinerFeatures(self.here(seen), self.passed(seen), F.normalize(code, dim=1), coarse, grey)
 
     def forward(
-        self, here: Detail, top: Tensor, logits: Tensor, carried: Tensor, passed: Sight, annotated: Sequence[Sight]
+        self, here: RefinerFeatures, top: Tensor, logits: Tensor, carried: Tensor, passed: PriorSlice, annotated: Sequence[PriorSlice]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What to add to logits (B, 1, H, W), presence (B, 1) and the logit of the IoU (B, 1).
 
@@ -97,14 +97,14 @@ class Refiner(nn.Module):
         moved to.
         """
         nearby, known = self._matched(here, [passed], 0), self._matched(here, annotated, 1)
-        inside, outside = _likeness(here, annotated)
+        inside, outside = _prototype_similarity(here, annotated)
         before = 2 * passed.present - 1
         there = before[:, :, None, None].expand_as(nearby)
         carried, grey = carried[:, :1], carried[:, 1:]
-        alike = [likely(here.grey, *_beneath(sights)) for sights in ([passed], annotated)]
-        fine = [F.pixel_unshuffle(2 * one - 1, FINER) for one in (carried, *alike)]
-        drawn, unmoved = F.avg_pool2d((logits / (2 * _NEAR)).tanh(), FINER), F.avg_pool2d(passed.inside, FINER)
-        change = 4 * F.avg_pool2d((here.grey - grey).abs(), FINER)
+        alike = [foreground_likelihood(here.grey, *_concat_slices(sights)) for sights in ([passed], annotated)]
+        fine = [F.pixel_unshuffle(2 * one - 1, REFINER_UPSCALE) for one in (carried, *alike)]
+        drawn, unmoved = F.avg_pool2d((logits / (2 * _NEAR)).tanh(), REFINER_UPSCALE), F.avg_pool2d(passed.inside, REFINER_UPSCALE)
+        change = 4 * F.avg_pool2d((here.grey - grey).abs(), REFINER_UPSCALE)
         maps = torch.cat([*fine, 2 * unmoved - 1, drawn, change, 2 * nearby - 1, 2 * known - 1, inside, outside, there], dim=1)
         x = self.enter(here.here + passed.detail.passed + self.maps(maps))
         middle = self.down(x)
@@ -112,22 +112,22 @@ class Refiner(nn.Module):
         above = low
         for skip, up, leave in zip((middle, x), self.up, self.leave):
             above = leave(F.interpolate(up(above), scale_factor=2.0) + skip)
-        delta: Tensor = F.pixel_shuffle(self.logits(above), FINER)
+        delta: Tensor = F.pixel_shuffle(self.logits(above), REFINER_UPSCALE)
         share = (logits + delta).sigmoid()
         seen = torch.cat([above, maps], dim=1)
-        within = [_within(seen, F.avg_pool2d(mask, FINER)) for mask in (carried, share)]
+        within = [_within(seen, F.avg_pool2d(mask, REFINER_UPSCALE)) for mask in (carried, share)]
         told = [low.mean((2, 3)), low.amax((2, 3)), *within, share.mean((2, 3)), share.amax((2, 3)), before]
-        presence, iou = self.scores(torch.cat(told, dim=1)).split(1, dim=1)
-        return delta, presence, iou
+        object_score, iou = self.scores(torch.cat(told, dim=1)).split(1, dim=1)
+        return delta, object_score, iou
 
-    def _matched(self, here: Detail, sights: Sequence[Sight], kind: int) -> Tensor:
+    def _matched(self, here: RefinerFeatures, sights: Sequence[PriorSlice], kind: int) -> Tensor:
         """Share of what every place resembles most that was inside, nearer places first. (B, 1, 4h, 4w)."""
         batch, _, height, width = here.coarse.shape
         place = _places(height, width, here.coarse)
         near = (place[:, None] - place[None]).square().sum(-1) * -self.nearness[kind].exp()
         query = here.coarse.flatten(2).transpose(1, 2) * self.sharpness[kind].exp()
         keys = torch.cat([sight.detail.coarse.flatten(2) for sight in sights], dim=2)
-        values = torch.cat([F.avg_pool2d(sight.inside, 2 * FINER).flatten(2) for sight in sights], dim=2)
+        values = torch.cat([F.avg_pool2d(sight.inside, 2 * REFINER_UPSCALE).flatten(2) for sight in sights], dim=2)
         weight = torch.softmax(query @ keys + near.repeat(1, len(sights)), dim=2)
         found = (weight @ values.transpose(1, 2)).transpose(1, 2).reshape(batch, 1, height, width)
         return F.interpolate(found, scale_factor=2.0, mode="bilinear", align_corners=False)
@@ -139,15 +139,15 @@ def _within(seen: Tensor, masks: Tensor) -> Tensor:
     return means
 
 
-def _beneath(sights: Sequence[Sight]) -> tuple[Tensor, Tensor]:
+def _concat_slices(sights: Sequence[PriorSlice]) -> tuple[Tensor, Tensor]:
     """Grey values and masks of several slices, one below the other."""
     return torch.cat([sight.detail.grey for sight in sights], dim=2), torch.cat([sight.inside for sight in sights], dim=2)
 
 
-def _likeness(here: Detail, annotated: Sequence[Sight]) -> tuple[Tensor, Tensor]:
+def _prototype_similarity(here: RefinerFeatures, annotated: Sequence[PriorSlice]) -> tuple[Tensor, Tensor]:
     """Cosine of every place's code with the mean code inside and outside of what was annotated. Each (B, 1, 4h, 4w)."""
     codes = torch.cat([sight.detail.codes.flatten(2) for sight in annotated], dim=2)
-    inside = torch.cat([F.avg_pool2d(sight.inside, FINER).flatten(2) for sight in annotated], dim=2)
+    inside = torch.cat([F.avg_pool2d(sight.inside, REFINER_UPSCALE).flatten(2) for sight in annotated], dim=2)
     found = []
     for share in (inside, 1 - inside):
         mean = (codes * share).sum(2) / share.sum(2).clamp(min=_FEW)

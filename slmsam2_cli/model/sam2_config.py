@@ -86,41 +86,41 @@ class DecoderSize:
 
 
 @dataclass(frozen=True)
-class Traits:
+class SizeOptions:
     """What a size has besides its modules.
 
-    native_px: the edge it was made for; carry_mask: the previous slice's mask enters the decoder as a dense prompt
+    native_size: the edge it was made for; carry_mask: the previous slice's mask enters the decoder as a dense prompt
     and as a residual (needed to train from random weights in minutes, see docs/decisions.md); widths: of nano alone.
     """
 
-    native_px: int
+    native_size: int
     decoder: DecoderSize
     carry_mask: bool
     refine: bool = False
     widths: Widths = Widths()
 
 
-_STOCK = Traits(native_px=1024, decoder=DecoderSize(), carry_mask=False)
-TRAITS = {size: _STOCK for size in get_args(NetworkSize)} | {
-    "nano": Traits(native_px=256, decoder=DecoderSize(mlp=512, heads=4, iou_hidden=128), carry_mask=True, refine=True)
+_STOCK = SizeOptions(native_size=1024, decoder=DecoderSize(), carry_mask=False)
+SIZE_OPTIONS = {size: _STOCK for size in get_args(NetworkSize)} | {
+    "nano": SizeOptions(native_size=256, decoder=DecoderSize(mlp=512, heads=4, iou_hidden=128), carry_mask=True, refine=True)
 }
 
 
-def _configuration(size: NetworkSize, frame_px: int, widths: Widths) -> DictConfig:
+def _configuration(size: NetworkSize, input_size: int, widths: Widths) -> DictConfig:
     path = Path(sam2.__path__[0]) / "configs" / "sam2.1" / f"sam2.1_hiera_{_CONFIG_FILES[size]}.yaml"
     model = OmegaConf.load(path).model
     if size == "nano":
         model = OmegaConf.merge(model, OmegaConf.create(nano_values(widths)))
-    model.image_size = frame_px
+    model.image_size = input_size
     for attention in (model.memory_attention.layer.self_attention, model.memory_attention.layer.cross_attention):
-        attention.feat_sizes = [frame_px // 16, frame_px // 16]
+        attention.feat_sizes = [input_size // 16, input_size // 16]
     assert isinstance(model, DictConfig)
     return model
 
 
-def sam2_parts(size: NetworkSize, frame_px: int, widths: Widths | None = None) -> dict[str, Any]:
+def sam2_parts(size: NetworkSize, input_size: int, widths: Widths | None = None) -> dict[str, Any]:
     """Keyword arguments of `SAM2Base` for a size and a slice edge in px (a multiple of 32)."""
-    model = _configuration(size, frame_px, widths or TRAITS[size].widths)
+    model = _configuration(size, input_size, widths or SIZE_OPTIONS[size].widths)
     plain = OmegaConf.to_container(model, resolve=True)
     assert isinstance(plain, dict)
     modules = {name: instantiate(part) for name, part in model.items() if isinstance(part, DictConfig)}

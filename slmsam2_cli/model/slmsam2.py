@@ -23,12 +23,12 @@ from slmsam2_cli.model import adapters
 from slmsam2_cli.model.block_matching import moved
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.fusion import build_fuser
-from slmsam2_cli.model.label_unet import Recogniser
-from slmsam2_cli.model.memory.features import Traces, evidence_of, traces_of
-from slmsam2_cli.model.memory.policy import MemoryPolicy, Moment, Stream
-from slmsam2_cli.model.memory.registry import policy_of
-from slmsam2_cli.model.refiner import FINER, Detail, Refiner, Sight
-from slmsam2_cli.model.sam2_config import TRAITS, DecoderSize, Traits, build_heads, sam2_parts
+from slmsam2_cli.model.label_unet import LabelUNet
+from slmsam2_cli.model.memory.features import ObjectStats, memory_scores, object_stats
+from slmsam2_cli.model.memory.policy import MemoryPolicy, ReadContext, Stream
+from slmsam2_cli.model.memory.registry import build_policy
+from slmsam2_cli.model.refiner import REFINER_UPSCALE, PriorSlice, Refiner, RefinerFeatures
+from slmsam2_cli.model.sam2_config import SIZE_OPTIONS, DecoderSize, SizeOptions, build_heads, sam2_parts
 from slmsam2_cli.planning.plan import NetworkPlan
 
 ABSENT_LOGIT = float(NO_OBJ_SCORE)  # of every pixel where an object is absent
@@ -47,7 +47,7 @@ class SliceFeatures:
     top: Tensor
     top_position: Tensor
     fine: tuple[Tensor, Tensor]
-    detail: Detail | None = None
+    detail: RefinerFeatures | None = None
 
     def at(self, index: Tensor | slice) -> SliceFeatures:
         """The features of some of the B slices."""
@@ -68,21 +68,21 @@ class SliceOutput:
     candidates: Tensor
     iou: Tensor
     best: Tensor
-    presence: Tensor
+    object_score: Tensor
     chosen: Tensor
     logits: Tensor
     pointer: Tensor
     pointers: tuple[Tensor, Tensor] | None = None
 
 
-def revised(output: SliceOutput, chosen: Tensor, presence: Tensor) -> SliceOutput:
+def revised(output: SliceOutput, chosen: Tensor, object_score: Tensor) -> SliceOutput:
     """The output with other mask logits (B, 1, n, n) and presence (B, 1), and all that follows from them; an empty mask is no object."""
     empty = (chosen <= 0).flatten(1).all(dim=1, keepdim=True)
-    presence = torch.where(empty, presence.clamp(max=-1.0), presence).to(output.presence)
-    present = presence > 0
+    object_score = torch.where(empty, object_score.clamp(max=-1.0), object_score).to(output.object_score)
+    present = object_score > 0
     logits = torch.where(present[..., None, None], chosen, ABSENT_LOGIT)
     pointer = torch.where(present, output.pointers[1], output.pointers[0]) if output.pointers is not None else output.pointer
-    return replace(output, chosen=chosen, logits=logits, presence=presence, pointer=pointer)
+    return replace(output, chosen=chosen, logits=logits, object_score=object_score, pointer=pointer)
 
 
 @dataclass
@@ -95,19 +95,19 @@ class Memory:
     spatial: Tensor
     pointer: Tensor
     chosen: Tensor
-    traces: Traces
-    detail: Detail | None = None
+    traces: ObjectStats
+    detail: RefinerFeatures | None = None
 
     def at(self, index: Tensor) -> Memory:
         """The memory of some of the B objects."""
         detail = self.detail.at(index) if self.detail is not None else None
         return Memory(self.spatial[index], self.pointer[index], self.chosen[index], self.traces.at(index), detail)
 
-    def sight(self) -> Sight | None:
+    def sight(self) -> PriorSlice | None:
         """Where the objects were on the slice, for the refiner; None where there is none."""
         if self.detail is None:
             return None
-        return Sight(self.detail, self.chosen.detach().float().sigmoid(), self.traces.presence.float().sigmoid()[:, None])
+        return PriorSlice(self.detail, self.chosen.detach().float().sigmoid(), self.traces.object_score.float().sigmoid()[:, None])
 
 
 @dataclass
@@ -142,9 +142,9 @@ class MemoryBank:
 class Seen:
     """What the refiner looks at: this slice, the one passed, the annotated ones."""
 
-    here: Detail
-    passed: Sight
-    annotated: list[Sight]
+    here: RefinerFeatures
+    passed: PriorSlice
+    annotated: list[PriorSlice]
 
 
 def _seen(features: SliceFeatures, passed: Memory, bank: MemoryBank) -> Seen | None:
@@ -163,18 +163,18 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
     recogniser: of a data set's labels, where it was tuned on one; tracking does not ask it, inference/label_prior.py does.
     """
 
-    def __init__(self, network: NetworkPlan, frame_px: int, traits: Traits | None = None) -> None:
-        if frame_px <= 0 or frame_px % 32:
-            raise ValueError(f"frame_px is {frame_px}; it must be a positive multiple of 32")
-        self.traits = traits if traits is not None else TRAITS[network.size]
-        self._decoder_size: DecoderSize = self.traits.decoder
-        super().__init__(**sam2_parts(network.size, frame_px, self.traits.widths))
+    def __init__(self, network: NetworkPlan, input_size: int, size_options: SizeOptions | None = None) -> None:
+        if input_size <= 0 or input_size % 32:
+            raise ValueError(f"input_size is {input_size}; it must be a positive multiple of 32")
+        self.size_options = size_options if size_options is not None else SIZE_OPTIONS[network.size]
+        self._decoder_size: DecoderSize = self.size_options.decoder
+        super().__init__(**sam2_parts(network.size, input_size, self.size_options.widths))
         self.network = network
         self.calibration: Calibration | None = None
-        self.recogniser: Recogniser | None = None
-        self.policy = policy_of(network, self.num_maskmem, self.max_obj_ptrs_in_encoder)
-        self.carry_gain = nn.Parameter(torch.tensor(0.25)) if self.traits.carry_mask else None
-        self.refiner = Refiner(self.hidden_dim // 8, self.hidden_dim) if self.traits.refine else None
+        self.label_unet: LabelUNet | None = None
+        self.policy = build_policy(network, self.num_maskmem, self.max_obj_ptrs_in_encoder)
+        self.carry_gain = nn.Parameter(torch.tensor(0.25)) if self.size_options.carry_mask else None
+        self.refiner = Refiner(self.hidden_dim // 8, self.hidden_dim) if self.size_options.refine else None
         if network.has_short_stream:
             self.short_memory_attention = copy.deepcopy(self.memory_attention)
             self.stream_fuser = build_fuser(network.fuser, self.hidden_dim)
@@ -185,13 +185,13 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         build_heads(self, self._decoder_size)
 
     @property
-    def frame_px(self) -> int:
+    def input_size(self) -> int:
         return int(self.image_size)
 
     @property
-    def mask_px(self) -> int:
+    def mask_size(self) -> int:
         """Edge of the masks it draws, in their own pixels."""
-        return self.frame_px // 4 * (FINER if self.refiner is not None else 1)
+        return self.input_size // 4 * (REFINER_UPSCALE if self.refiner is not None else 1)
 
     def copy_long_to_short(self) -> None:
         """Start the short stack as an exact copy of the long one."""
@@ -202,7 +202,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
 
         ValueError for any other number of channels.
         """
-        coloured = adapters.in_colours(self, frames)
+        coloured = adapters.to_rgb(self, frames)
         seen = (coloured - self._mean) / self._std
         output = self.forward_image(seen)
         s0, s1, top = output["backbone_fpn"][-3:]
@@ -211,14 +211,14 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
 
     def anchor(self, features: SliceFeatures, masks: Tensor) -> SliceOutput:
         """A person's masks as output. masks (B, 1, H, W) in {0, 1}."""
-        low, _, iou, _, _, pointer, presence = self._use_mask_as_output(features.top, list(features.fine), masks.float())
+        low, _, iou, _, _, pointer, object_score = self._use_mask_as_output(features.top, list(features.fine), masks.float())
         if self.refiner is not None:
-            size = (self.mask_px, self.mask_px)
+            size = (self.mask_size, self.mask_size)
             share = F.interpolate(masks.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
             low = (2 * share - 1) * MASK_LOGIT
-        return SliceOutput(low, iou, low.new_zeros(len(low), dtype=torch.long), presence, low, low, pointer)
+        return SliceOutput(low, iou, low.new_zeros(len(low), dtype=torch.long), object_score, low, low, pointer)
 
-    def track(self, features: SliceFeatures, bank: MemoryBank, moment: Moment, policy: MemoryPolicy | None = None) -> SliceOutput:
+    def track(self, features: SliceFeatures, bank: MemoryBank, moment: ReadContext, policy: MemoryPolicy | None = None) -> SliceOutput:
         """Segment B objects on one slice from memory alone; another policy than the network's reads with the same weights."""
         conditioned = self.condition(features, bank, moment, policy)
         just_passed = moment.slice - moment.step
@@ -231,12 +231,12 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
             return self.decode(conditioned, features.fine, None)
         return self.decode(conditioned, features.fine, passed.chosen, _seen(features, passed, bank))
 
-    def forget(self, bank: MemoryBank, moment: Moment, policy: MemoryPolicy | None = None) -> None:
+    def forget(self, bank: MemoryBank, moment: ReadContext, policy: MemoryPolicy | None = None) -> None:
         """Drop what no slice will read once `moment.slice` is stored, so that memory does not grow with the volume."""
         policy = policy or self.policy
         bank.retain({s for told in self._told(policy, bank, moment) for s in policy.keep(told)})
 
-    def condition(self, features: SliceFeatures, bank: MemoryBank, moment: Moment, policy: MemoryPolicy | None = None) -> Tensor:
+    def condition(self, features: SliceFeatures, bank: MemoryBank, moment: ReadContext, policy: MemoryPolicy | None = None) -> Tensor:
         """Attend to each stream that the policy names, and fuse. Returns (B, C, h, w).
 
         A policy that weighs evidence may read other slices for each object; objects that read the same are attended together.
@@ -253,14 +253,16 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         back = torch.tensor([i for objects in groups for i in objects], device=features.top.device).argsort()
         return torch.cat(parts)[back]
 
-    def _told(self, policy: MemoryPolicy, bank: MemoryBank, moment: Moment, features: SliceFeatures | None = None) -> list[Moment]:
+    def _told(
+        self, policy: MemoryPolicy, bank: MemoryBank, moment: ReadContext, features: SliceFeatures | None = None
+    ) -> list[ReadContext]:
         """The moment as each object sees it; once, for all, where the policy weighs no evidence. A person's slices need no calibration."""
-        if not policy.weighs:
+        if not policy.needs_scores:
             return [moment]
         traces = {s: bank[s].traces for s in (*bank.anchors, *bank.tracked)}
         top = features.top if features is not None else None
-        objects = len(next(iter(traces.values())).presence)
-        told = [evidence_of(traces, of, top) for of in range(objects)]
+        objects = len(next(iter(traces.values())).object_score)
+        told = [memory_scores(traces, of, top) for of in range(objects)]
         if self.calibration is not None:
             told = [one.calibrated(bank.tracked, self.calibration.of) for one in told]
         return [replace(moment, evidence=one) for one in told]
@@ -323,7 +325,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         previous = (2 * inside - 1).to(conditioned.dtype) * MASK_LOGIT if inside is not None else None
         rough = self.coarse(previous) if previous is not None else None
         sparse, dense = self.sam_prompt_encoder(points=self._no_points(batch, conditioned.device), boxes=None, masks=rough)
-        candidates, iou, tokens, presence = self.sam_mask_decoder(
+        candidates, iou, tokens, object_score = self.sam_mask_decoder(
             image_embeddings=conditioned,
             image_pe=self.sam_prompt_encoder.get_dense_pe(),
             sparse_prompt_embeddings=sparse,
@@ -332,62 +334,64 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
             repeat_image=False,
             high_res_features=list(fine),
         )
-        candidates = self.finer(candidates.float())
+        candidates = self.upsample_logits(candidates.float())
         if previous is not None and self.carry_gain is not None:
             candidates = candidates + self.carry_gain * previous.float()
         if seen is not None and self.refiner is not None and inside is not None:
             delta, present, quality = self.refiner(seen.here, conditioned, candidates, follows, seen.passed, seen.annotated)
-            candidates, presence = candidates + delta.float(), presence + present
+            candidates, object_score = candidates + delta.float(), object_score + present
             iou = (torch.logit(iou.float(), eps=1e-4) + quality.float()).sigmoid()
-        return self._choose(candidates, iou, tokens, presence)
+        return self._choose(candidates, iou, tokens, object_score)
 
-    def finer(self, logits: Tensor) -> Tensor:
+    def upsample_logits(self, logits: Tensor) -> Tensor:
         """The decoder's logits (B, M, 4h, 4w) at the size at which this network draws."""
         if self.refiner is None:
             return logits
-        return F.interpolate(logits, scale_factor=float(FINER), mode="bilinear", align_corners=False)
+        return F.interpolate(logits, scale_factor=float(REFINER_UPSCALE), mode="bilinear", align_corners=False)
 
     def coarse(self, logits: Tensor) -> Tensor:
         """Logits at the size at which this network draws, at the decoder's."""
-        return F.avg_pool2d(logits, FINER) if self.refiner is not None else logits
+        return F.avg_pool2d(logits, REFINER_UPSCALE) if self.refiner is not None else logits
 
     @staticmethod
     def _no_points(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
         return torch.zeros(batch, 1, 2, device=device), -torch.ones(batch, 1, dtype=torch.int32, device=device)
 
-    def _choose(self, candidates: Tensor, iou: Tensor, tokens: Tensor, presence: Tensor) -> SliceOutput:
+    def _choose(self, candidates: Tensor, iou: Tensor, tokens: Tensor, object_score: Tensor) -> SliceOutput:
         """The candidate of the highest predicted IoU; an absent object empties it and swaps the pointer."""
         rows = torch.arange(len(candidates), device=candidates.device)
         best = iou.argmax(dim=-1)
         token = tokens[rows, best] if tokens.size(1) > 1 else tokens[:, 0]
-        present = (presence > 0).to(token.dtype)
+        present = (object_score > 0).to(token.dtype)
         object_pointer = self.obj_ptr_proj(token)
         pointer = present * object_pointer + (1 - present) * self.no_obj_ptr
         chosen = candidates[rows, best].unsqueeze(1)
-        logits = torch.where((presence > 0)[..., None, None], chosen, NO_OBJ_SCORE)
-        return SliceOutput(candidates, iou, best, presence, chosen, logits, pointer, (self.no_obj_ptr.expand_as(pointer), object_pointer))
+        logits = torch.where((object_score > 0)[..., None, None], chosen, NO_OBJ_SCORE)
+        return SliceOutput(
+            candidates, iou, best, object_score, chosen, logits, pointer, (self.no_obj_ptr.expand_as(pointer), object_pointer)
+        )
 
     def remember(self, features: SliceFeatures, output: SliceOutput, masks: Tensor | None = None) -> Memory:
         """Write a memory of this slice. masks (B, 1, H, W): a person's, at full resolution, instead of the logits."""
-        size = (self.frame_px, self.frame_px)
+        size = (self.input_size, self.input_size)
         if masks is not None:
             logits = masks.float() * (2 * MASK_LOGIT) - MASK_LOGIT
         else:
             logits = F.interpolate(output.logits.float(), size=size, mode="bilinear", align_corners=False)
         top = features.top.flatten(2).permute(2, 0, 1)
-        spatial, _ = self._encode_new_memory([top], [features.top.shape[-2:]], logits, output.presence, masks is not None)
+        spatial, _ = self._encode_new_memory([top], [features.top.shape[-2:]], logits, output.object_score, masks is not None)
         cover = masks if masks is not None else output.logits.detach().sigmoid()
         confidence = output.iou.detach().gather(1, output.best[:, None]).squeeze(1)
-        traces = traces_of(features.top.detach(), cover, output.presence.detach(), confidence)
+        traces = object_stats(features.top.detach(), cover, output.object_score.detach(), confidence)
         return Memory(spatial, output.pointer, output.chosen, traces, features.detail)
 
 
-def set_frame(model: SlmSam2, frame_px: int) -> None:
-    """Let a network take slices of `frame_px` from now on; memories of other sizes cannot be read any more. ValueError."""
-    if frame_px <= 0 or frame_px % 32:
-        raise ValueError(f"frame_px is {frame_px}; it must be a positive multiple of 32")
-    edge = frame_px // model.backbone_stride
-    model.image_size, model.sam_image_embedding_size = frame_px, edge
+def set_input_size(model: SlmSam2, input_size: int) -> None:
+    """Let a network take slices of `input_size` from now on; memories of other sizes cannot be read any more. ValueError."""
+    if input_size <= 0 or input_size % 32:
+        raise ValueError(f"input_size is {input_size}; it must be a positive multiple of 32")
+    edge = input_size // model.backbone_stride
+    model.image_size, model.sam_image_embedding_size = input_size, edge
     prompts = model.sam_prompt_encoder
     prompts.image_embedding_size, prompts.mask_input_size = (edge, edge), (4 * edge, 4 * edge)
-    prompts.input_image_size = (frame_px, frame_px)
+    prompts.input_image_size = (input_size, input_size)

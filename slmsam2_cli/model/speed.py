@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from slmsam2_cli.model.memory.policy import Moment
+from slmsam2_cli.model.memory.policy import ReadContext
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan
 
@@ -16,14 +16,14 @@ TRIALS, LONGEST_S = 5, 1.5  # trials are given up after so many seconds, on a ma
 
 
 @torch.inference_mode()
-def pace_s(network: NetworkPlan, frame_px: int, device: torch.device) -> float:
+def seconds_per_slice(network: NetworkPlan, input_size: int, device: torch.device) -> float:
     """Seconds to encode one slice and track one object through it; the median of a few trials, without the one that warms up.
 
     Time does not depend on the weights, so they are random; the generators are left as they were.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        model = SlmSam2(network, frame_px).eval().to(device)
-        frames = torch.rand(SLICES, 3, frame_px, frame_px, device=device)
+        model = SlmSam2(network, input_size).eval().to(device)
+        frames = torch.rand(SLICES, 3, input_size, input_size, device=device)
     trials, started = [_trial(model, frames)], time.perf_counter()
     while len(trials) <= TRIALS and time.perf_counter() - started < LONGEST_S:
         trials.append(_trial(model, frames))
@@ -32,15 +32,15 @@ def pace_s(network: NetworkPlan, frame_px: int, device: torch.device) -> float:
 
 def _trial(model: SlmSam2, frames: torch.Tensor) -> float:
     """Seconds a slice, through a clip whose first slice is annotated."""
-    mask = torch.zeros(1, 1, model.frame_px, model.frame_px, device=frames.device)
-    mask[..., model.frame_px // 4 : model.frame_px // 2, model.frame_px // 4 : model.frame_px // 2] = 1
+    mask = torch.zeros(1, 1, model.input_size, model.input_size, device=frames.device)
+    mask[..., model.input_size // 4 : model.input_size // 2, model.input_size // 4 : model.input_size // 2] = 1
     started = time.perf_counter()
     features = model.encode(frames)
     first = features.at(slice(0, 1))
     bank = MemoryBank({0: model.remember(first, model.anchor(first, mask), mask)})
     for t in range(1, len(frames)):
         here = features.at(slice(t, t + 1))
-        output = model.track(here, bank, Moment(t, 1, bank.anchors, bank.tracked, len(frames)))
+        output = model.track(here, bank, ReadContext(t, 1, bank.anchors, bank.tracked, len(frames)))
         bank.tracked[t] = model.remember(here, output)
-    float(output.presence.sum())  # waits for the device
+    float(output.object_score.sum())  # waits for the device
     return (time.perf_counter() - started) / len(frames)

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from slmsam2_cli.errors import WeightsError
 from slmsam2_cli.io import atomic
-from slmsam2_cli.io.files import InputError, cause
+from slmsam2_cli.io.files import InputError, error_reason
 from slmsam2_cli.planning.plan import NetworkSize
 
-EMBEDDED = Path(__file__).parents[1] / "assets" / "nano.safetensors"
-EMBEDDED_NAME = "nano"
+BUNDLED_WEIGHTS = Path(__file__).parents[1] / "assets" / "nano.safetensors"
+BUNDLED_NAME = "nano"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
-RESERVED = ("auto", "random", EMBEDDED_NAME)
+RESERVED = ("auto", "random", BUNDLED_NAME)
 _META = "https://dl.fbaipublicfiles.com/segment_anything_2/"
 _WANGLAB = "https://huggingface.co/wanglab/MedSAM2/resolve/e4a6f35edd7e091619cbc0750f462f1574e23955/"
 _MIRROR_2_1 = "huggingface.co/camenduru/sam2-1-hiera, commit cdd35a4"
@@ -147,8 +147,8 @@ def published(sha256: str) -> Entry | None:
 
 def present(name: str) -> Path | None:
     """Where the weights of that name lie: embedded, fetched, or imported; None when they do not."""
-    if name == EMBEDDED_NAME:
-        return EMBEDDED if EMBEDDED.is_file() else None
+    if name == BUNDLED_NAME:
+        return BUNDLED_WEIGHTS if BUNDLED_WEIGHTS.is_file() else None
     entry = find(name)
     paths = [*([folder() / entry.file] if entry else []), folder() / f"{name}.safetensors"]
     return next((path for path in paths if path.is_file()), None)
@@ -172,12 +172,12 @@ def locate(name: str) -> Path:
     entry = find(name)
     path = present(name) if NAME.fullmatch(name) else None
     if path is None:
-        return _a_file(name, entry)
+        return _local_file(name, entry)
     verify_digest(path, entry)
     return path
 
 
-def _a_file(name: str, entry: Entry | None) -> Path:
+def _local_file(name: str, entry: Entry | None) -> Path:
     if entry is not None:
         raise WeightsError(f"{name}: not on this computer yet. Run slmsam2 weights get {name} (or slmsam2 weights import FILE)")
     path = Path(name)
@@ -186,7 +186,7 @@ def _a_file(name: str, entry: Entry | None) -> Path:
     return path
 
 
-def pinned(path: Path) -> str | None:
+def recorded_digest(path: Path) -> str | None:
     """The digest that a fetched file had when it arrived, from the note beside it (readable by sha256sum -c)."""
     try:
         words = path.with_name(path.name + ".sha256").read_text(encoding="utf-8").split()
@@ -200,13 +200,13 @@ def verify_digest(path: Path, entry: Entry | None) -> str | None:
 
     The digest, or None when there was nothing to compare with. WeightsError.
     """
-    wanted = (entry.sha256 if entry else None) or pinned(path)
+    wanted = (entry.sha256 if entry else None) or recorded_digest(path)
     if wanted is None or entry is None or path.suffix == ".safetensors":
         return None
     try:
         found = atomic.sha256_of(path)
     except (InputError, OSError) as error:
-        raise WeightsError(f"{path.name}: cannot be read: {cause(error) if isinstance(error, OSError) else error.what}") from None
+        raise WeightsError(f"{path.name}: cannot be read: {error_reason(error) if isinstance(error, OSError) else error.what}") from None
     if found != wanted:
         raise WeightsError(
             f"{path.name}: corrupt or changed: its SHA-256 is {found[:12]}…, that of {entry.name} is {wanted[:12]}…. "

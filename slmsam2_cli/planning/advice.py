@@ -17,8 +17,8 @@ from statistics import median
 from slmsam2_cli.dataset.slices import AXES, SliceAxis
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, Extent, Fingerprint
 
-SIDES: dict[SliceAxis, tuple[str, str]] = {"SI": ("inferior", "superior"), "AP": ("anterior", "posterior"), "LR": ("right", "left")}
-USUALLY = 0.5  # share of cases from which on something is usual
+AXIS_ENDS: dict[SliceAxis, tuple[str, str]] = {"SI": ("inferior", "superior"), "AP": ("anterior", "posterior"), "LR": ("right", "left")}
+MAJORITY = 0.5  # share of cases from which on something is usual
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Advice:
             return "lies on one slice: annotate that one"
         varies = f" ({self.shortest} to {self.longest})" if self.shortest != self.longest else ""
         length = f"{self.slices} slices{varies}, {self.length_mm:.0f} mm"
-        first = f"annotate its middle slice, about {self.place:.0%} of the way from the {SIDES[axis][0]} side ({length})"
+        first = f"annotate its middle slice, about {self.place:.0%} of the way from the {AXIS_ENDS[axis][0]} side ({length})"
         more = "; it has gaps, so annotate one slice in each of its pieces instead" if self.pieces else ""
-        ends = [side for side, share in zip(SIDES[axis], self.open_, strict=True) if share <= USUALLY]
+        ends = [side for side, share in zip(AXIS_ENDS[axis], self.open_, strict=True) if share <= MAJORITY]
         if not ends:
             return f"{first}{more}; it runs through the whole volume, so no end needs a mark"
         place = f"mark the first empty slice beyond its {' and '.join(ends)} end{'s' if len(ends) > 1 else ''}"
@@ -56,7 +56,7 @@ class Advice:
         return f"{first}{more}; {place}, {f'at most {most}' if most == usual else f'usually {usual}, at most {most}'} slices away"
 
 
-def advise(fingerprint: Fingerprint, axis: SliceAxis) -> tuple[Advice, ...]:
+def annotation_advice(fingerprint: Fingerprint, axis: SliceAxis) -> tuple[Advice, ...]:
     """For every label that lies in some case."""
     found = []
     for value, name in fingerprint.labels.items():
@@ -82,23 +82,23 @@ def _of_label(value: int, name: str, cases: Sequence[CaseFingerprint], axis: Sli
         shortest=min(lengths),
         longest=max(lengths),
         length_mm=median(length * mm for length, mm in zip(lengths, apart, strict=True)),
-        pieces=sum(broken) > USUALLY * len(cases),
+        pieces=sum(broken) > MAJORITY * len(cases),
         open_=(at_first / len(cases), at_last / len(cases)),
     )
 
 
 FEW = 3  # cases from which on there is a rest to differ from
-FAR = 3.0  # a size or spacing so many times the others' median, or one part in so many, is pointed out
-NAMED = 5  # cases named in one line; the others are counted
+OUTLIER_FACTOR = 3.0  # a size or spacing so many times the others' median, or one part in so many, is pointed out
+MAX_NAMED = 5  # cases named in one line; the others are counted
 
 
-def oddities(fingerprint: Fingerprint) -> tuple[str, ...]:
+def dataset_warnings(fingerprint: Fingerprint) -> tuple[str, ...]:
     """One line for each, cases by id. Nothing here is an error: all of it can be right."""
     cases = fingerprint.cases
-    return (*_twice(cases), *_turned(cases), *_sizes(cases), *_missing(fingerprint))
+    return (*_duplicate_images(cases), *_orientation_outliers(cases), *_sizes(cases), *_missing(fingerprint))
 
 
-def _twice(cases: Sequence[CaseFingerprint]) -> Iterator[str]:
+def _duplicate_images(cases: Sequence[CaseFingerprint]) -> Iterator[str]:
     """Images whose size and grey values agree in every number measured, to seven digits, in whatever order they are stored."""
     alike: dict[object, list[CaseFingerprint]] = {}
     for case in cases:
@@ -109,7 +109,7 @@ def _twice(cases: Sequence[CaseFingerprint]) -> Iterator[str]:
         yield f"{named(group)}: the same image, {also}. Keep one: a twin among the unseen cases makes their scores too good"
 
 
-def _turned(cases: Sequence[CaseFingerprint]) -> Iterator[str]:
+def _orientation_outliers(cases: Sequence[CaseFingerprint]) -> Iterator[str]:
     """Cases stored another way round than most. Headers say so and are followed; a wrong header shows in the picture."""
     usual, count = Counter(case.orientation for case in cases).most_common(1)[0]
     if len(cases) < FEW or 2 * count <= len(cases):
@@ -129,7 +129,11 @@ def _sizes(cases: Sequence[CaseFingerprint]) -> Iterator[str]:
         )
         for what, values in measured:
             middle = median(values)
-            far = [(case, value) for case, value in zip(cases, values, strict=True) if not middle / FAR <= value <= middle * FAR]
+            far = [
+                (case, value)
+                for case, value in zip(cases, values, strict=True)
+                if not middle / OUTLIER_FACTOR <= value <= middle * OUTLIER_FACTOR
+            ]
             if far and 2 * len(far) < len(cases):
                 low, high = (f"{end(value for _, value in far):.3g}" for end in (min, max))
                 span = low if low == high else f"{low} to {high}"
@@ -147,6 +151,6 @@ def _missing(fingerprint: Fingerprint) -> Iterator[str]:
 
 def named(cases: Sequence[CaseFingerprint]) -> str:
     """ "case a", "cases a, b", or the first few and how many more."""
-    shown = ", ".join(case.id for case in cases[:NAMED])
-    more = f" and {len(cases) - NAMED} more" if len(cases) > NAMED else ""
+    shown = ", ".join(case.id for case in cases[:MAX_NAMED])
+    more = f" and {len(cases) - MAX_NAMED} more" if len(cases) > MAX_NAMED else ""
     return f"case{'s' if len(cases) > 1 else ''} {shown}{more}"

@@ -1,7 +1,7 @@
 """What a run will need, before it runs: bytes of memory and seconds, from the plan and the fingerprint alone.
 
 The constants were measured on nano (benchmarks/cost.py prints them against what a run really takes); of other networks nothing is
-foretold. A pace is the seconds that this machine takes to encode and track one slice of one object at KNOWN_PX (model/speed.py).
+foretold. A pace is the seconds that this machine takes to encode and track one slice of one object at REFERENCE_INPUT_SIZE (model/speed.py).
 """
 
 from __future__ import annotations
@@ -14,49 +14,53 @@ from statistics import median
 from slmsam2_cli.dataset.slices import AXES
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, Fingerprint
 from slmsam2_cli.planning.plan import Plan
-from slmsam2_cli.planning.rules import in_plane, stack_slices, tracked_slices, training_for
+from slmsam2_cli.planning.rules import in_plane, propagated_slices, stack_length, training_for
 
 MIB = 2**20
 KNOWN = "nano"
-KNOWN_PX = 128  # the frame at which the constants were measured; what is kept of a slice grows with its area
+REFERENCE_INPUT_SIZE = 128  # the frame at which the constants were measured; what is kept of a slice grows with its area
 RUNTIME_BYTES = 440 * MIB  # interpreter, libraries and nano's weights
 VOXEL_BYTES, CHANNEL_BYTES = 11, 8  # of a volume and its mask, and of every channel of it, as read, normalised and brought into view
-KEPT_BYTES = int(1.64 * MIB)  # features and memory of one slice
-MOST_KEPT_BYTES = 2**31  # as inference/propagation.py
-LEARNED_BYTES = 94 * MIB  # gradients, two moments and the moving average of nano's weights
+CACHED_BYTES_PER_SLICE = int(1.64 * MIB)  # features and memory of one slice
+MAX_CACHED_BYTES = 2**31  # as inference/propagation.py
+OPTIMISER_BYTES = 94 * MIB  # gradients, two moments and the moving average of nano's weights
 ENCODED_BYTES, TRACKED_BYTES = 40 * MIB, 18 * MIB  # of a slice that is encoded, or tracked, for the way back through the network
 MAPS, NUMBER_BYTES, BATCH = 25, 4, 16  # feature maps that the recogniser keeps at full size, for so many slices
 TRACKS = 4  # at most, through each clip
-MOST_SEEN_PX, LEAST_SEEN_PX, FEW_SEEN_PX = 128, 48, 64  # as training/label_unet.py
-SEEN = 2.0  # the recogniser's square, in widths of everything that is annotated
-START_S = 4.0  # libraries and weights
-VOXEL_S = 1.5e-7  # to read, bring into view and back, and write; a second for some seven million voxels
-STEP_PACES = 1.45  # to learn from one slice and track, forwards and backwards, in paces
+MAX_LABEL_UNET_SIZE, MIN_LABEL_UNET_SIZE, NARROW_LABEL_UNET_SIZE = 128, 48, 64  # as training/label_unet.py
+LABEL_UNET_ROI_SCALE = 2.0  # the recogniser's square, in widths of everything that is annotated
+STARTUP_SECONDS = 4.0  # libraries and weights
+SECONDS_PER_VOXEL = 1.5e-7  # to read, bring into view and back, and write; a second for some seven million voxels
+STEP_COST = 1.45  # to learn from one slice and track, forwards and backwards, in paces
 TEACHER_BYTES = 80 * MIB  # the base, and what it makes of a clip
-TEACHER_PACES = 0.4  # to ask the base about the same, which nothing is learned of
-SEEN_PACES = 1.5e-6  # to learn from a channel and pixel that the recogniser sees
-CHECKED = 2  # times a volume that was learned from is segmented, to calibrate confidence
-FOLDS, SHARE, SHARE_OF_ONE = 2, 0.3, 0.2  # short runs, and their share of the steps, as training/cross_validation.py
-JUDGED = 8  # times the volume that a fold left out is segmented: three looks with and without recogniser, before, and for a picture
+TEACHER_COST = 0.4  # to ask the base about the same, which nothing is learned of
+LABEL_UNET_COST = 1.5e-6  # to learn from a channel and pixel that the recogniser sees
+CALIBRATION_PASSES = 2  # times a volume that was learned from is segmented, to calibrate confidence
+FOLDS, SHARE, SINGLE_CASE_FRACTION = 2, 0.3, 0.2  # short runs, and their share of the steps, as training/cross_validation.py
+VALIDATION_PASSES = (
+    8  # times the volume that a fold left out is segmented: three looks with and without recogniser, before, and for a picture
+)
 
 
 @dataclass(frozen=True)
-class Cost:
+class Estimate:
     """memory_bytes: peak of the process, or of the device where that is not the CPU; seconds: None where the pace is not known."""
 
     memory_bytes: int
     seconds: float | None = None
 
 
-def cost_of_predicting(plan: Plan, cases: Sequence[CaseFingerprint], pace_s: float | None = None) -> Cost | None:
+def estimate_prediction(plan: Plan, cases: Sequence[CaseFingerprint], seconds_per_slice: float | None = None) -> Estimate | None:
     """Of all these cases, one after the other; memory is that of the largest. None for a network that nothing is known of."""
     if plan.network.size != KNOWN or not cases:
         return None
-    seconds = None if pace_s is None else START_S + sum(_predicting_s(plan, case, pace_s) for case in cases)
-    return Cost(max(_predicting_bytes(plan, case) for case in cases), seconds)
+    seconds = (
+        None if seconds_per_slice is None else STARTUP_SECONDS + sum(_prediction_seconds(plan, case, seconds_per_slice) for case in cases)
+    )
+    return Estimate(max(_prediction_bytes(plan, case) for case in cases), seconds)
 
 
-def cost_of_tuning(plan: Plan, fingerprint: Fingerprint, count: int, pace_s: float | None = None) -> Cost | None:
+def estimate_finetuning(plan: Plan, fingerprint: Fingerprint, count: int, seconds_per_slice: float | None = None) -> Estimate | None:
     """Of fine-tuning on `count` of the cases, by the plan's settings but the rule's steps, and of preparing all of them.
 
     None for a network that nothing is known of.
@@ -64,39 +68,44 @@ def cost_of_tuning(plan: Plan, fingerprint: Fingerprint, count: int, pace_s: flo
     cases = fingerprint.cases
     if plan.network.size != KNOWN or not cases:
         return None
-    training, area = plan.training, (plan.geometry.frame_px / KNOWN_PX) ** 2
+    training, area = plan.training, (plan.geometry.input_size / REFERENCE_INPUT_SIZE) ** 2
     tracks = min(TRACKS, 2 * len(plan.labels))
     encoded, tracked = training.clip_slices, (training.clip_slices - 1) * tracks
-    px, width = recogniser_size(plan, cases)
-    maps = BATCH * width * px**2 if training.recogniser else 0
+    px, width = label_unet_size(plan, cases)
+    maps = BATCH * width * px**2 if training.label_unet else 0
     clips = training.clips_per_step * area
-    learning = RUNTIME_BYTES + LEARNED_BYTES + clips * (encoded * ENCODED_BYTES + tracked * TRACKED_BYTES) + MAPS * NUMBER_BYTES * maps
-    calibrating = LEARNED_BYTES + max(_predicting_bytes(plan, case) for case in cases)
-    steps, presence = (rule := training_for(plan, count)).steps, rule.presence
-    learning += TEACHER_BYTES if presence == "base" else 0
+    learning = RUNTIME_BYTES + OPTIMISER_BYTES + clips * (encoded * ENCODED_BYTES + tracked * TRACKED_BYTES) + MAPS * NUMBER_BYTES * maps
+    calibrating = OPTIMISER_BYTES + max(_prediction_bytes(plan, case) for case in cases)
+    rule = training_for(plan, count)
+    learning += TEACHER_BYTES if rule.object_score_target == "teacher" else 0
     seconds = None
-    if pace_s is not None:
-        paces = STEP_PACES + (TEACHER_PACES if presence == "base" else 0)
-        step = pace_s * (clips * (encoded + tracked) * paces + maps * SEEN_PACES)
-        apart = sum(_predicting_s(plan, case, pace_s) for case in cases) / len(cases)
-        folds, share = (0, 0.0) if training.validation == "none" else (1, SHARE_OF_ONE) if count == 1 else (FOLDS, SHARE)
-        looks = (CHECKED * count + JUDGED * folds) * apart
-        seconds = START_S + sum(math.prod(case.shape) for case in cases) * VOXEL_S + steps * (1 + folds * share) * step + looks
+    if seconds_per_slice is not None:
+        paces = STEP_COST + (TEACHER_COST if rule.object_score_target == "teacher" else 0)
+        step = seconds_per_slice * (clips * (encoded + tracked) * paces + maps * LABEL_UNET_COST)
+        apart = sum(_prediction_seconds(plan, case, seconds_per_slice) for case in cases) / len(cases)
+        folds, share = (0, 0.0) if training.validation == "none" else (1, SINGLE_CASE_FRACTION) if count == 1 else (FOLDS, SHARE)
+        looks = (CALIBRATION_PASSES * count + VALIDATION_PASSES * folds) * apart
+        seconds = (
+            STARTUP_SECONDS
+            + sum(math.prod(case.shape) for case in cases) * SECONDS_PER_VOXEL
+            + rule.steps * (1 + folds * share) * step
+            + looks
+        )
         seconds = min(seconds, training.minutes * 60) if training.minutes is not None else seconds
-    return Cost(int(max(learning, calibrating)), seconds)
+    return Estimate(int(max(learning, calibrating)), seconds)
 
 
-def longest_clip(plan: Plan, fingerprint: Fingerprint, room_bytes: int) -> int | None:
+def longest_clip(plan: Plan, fingerprint: Fingerprint, available_bytes: int) -> int | None:
     """training.clip_slices with which fine-tuning fits, at most the plan's; None where even two slices do not, or nothing is known."""
     for slices in range(plan.training.clip_slices, 1, -1):
         shorter = plan.model_copy(update={"training": plan.training.model_copy(update={"clip_slices": slices})})
-        cost = cost_of_tuning(shorter, fingerprint, 1)
-        if cost is not None and cost.memory_bytes <= room_bytes:
+        cost = estimate_finetuning(shorter, fingerprint, 1)
+        if cost is not None and cost.memory_bytes <= available_bytes:
             return slices
     return None
 
 
-def in_words(cost: Cost) -> tuple[str, str]:
+def format_estimate(cost: Estimate) -> tuple[str, str]:
     """Time and memory, as roughly as they are known."""
     if cost.seconds is None:
         span = "-"
@@ -107,21 +116,21 @@ def in_words(cost: Cost) -> tuple[str, str]:
     return span, f"{cost.memory_bytes / 1e9:.1f} GB"
 
 
-def _predicting_s(plan: Plan, case: CaseFingerprint, pace_s: float) -> float:
+def _prediction_seconds(plan: Plan, case: CaseFingerprint, seconds_per_slice: float) -> float:
     axis, through_mm = plan.geometry.slice_axis, plan.geometry.through_plane_mm
-    tracked = sum(tracked_slices(case, value, axis, plan.inference.patience, through_mm) for value in case.labels)
-    area = (plan.geometry.frame_px / KNOWN_PX) ** 2
-    return tracked * pace_s * area + math.prod(case.shape) * VOXEL_S
+    tracked = sum(propagated_slices(case, value, axis, plan.inference.max_empty_slices, through_mm) for value in case.labels)
+    area = (plan.geometry.input_size / REFERENCE_INPUT_SIZE) ** 2
+    return tracked * seconds_per_slice * area + math.prod(case.shape) * SECONDS_PER_VOXEL
 
 
-def _predicting_bytes(plan: Plan, case: CaseFingerprint) -> int:
-    through = stack_slices(case, plan.geometry.slice_axis, plan.geometry.through_plane_mm)
-    area = (plan.geometry.frame_px / KNOWN_PX) ** 2
-    kept = min(through * KEPT_BYTES * area, MOST_KEPT_BYTES)
+def _prediction_bytes(plan: Plan, case: CaseFingerprint) -> int:
+    through = stack_length(case, plan.geometry.slice_axis, plan.geometry.through_plane_mm)
+    area = (plan.geometry.input_size / REFERENCE_INPUT_SIZE) ** 2
+    kept = min(through * CACHED_BYTES_PER_SLICE * area, MAX_CACHED_BYTES)
     return int(RUNTIME_BYTES + math.prod(case.shape) * (VOXEL_BYTES + CHANNEL_BYTES * len(plan.channels)) + kept)
 
 
-def recogniser_size(plan: Plan, cases: Sequence[CaseFingerprint]) -> tuple[int, int]:
+def label_unet_size(plan: Plan, cases: Sequence[CaseFingerprint]) -> tuple[int, int]:
     """Edge in pixels and width in channels, from the extent of all labels together; that of one slice may be a little less."""
     edges = []
     for case in cases:
@@ -132,7 +141,7 @@ def recogniser_size(plan: Plan, cases: Sequence[CaseFingerprint]) -> tuple[int, 
                 span = max(extent.last for extent in extents) - min(extent.first for extent in extents) + 1
                 spans.append(span * case.spacing_mm[index] / plan.geometry.in_plane_mm)
         if spans:
-            edges.append(min(SEEN * max(spans), plan.geometry.stack_px))
-    edge = 16 * math.ceil(median(edges) / 16) if edges else LEAST_SEEN_PX
-    px = min(MOST_SEEN_PX, max(LEAST_SEEN_PX, edge))
-    return px, 32 if px <= FEW_SEEN_PX else 16
+            edges.append(min(LABEL_UNET_ROI_SCALE * max(spans), plan.geometry.stack_size))
+    edge = 16 * math.ceil(median(edges) / 16) if edges else MIN_LABEL_UNET_SIZE
+    px = min(MAX_LABEL_UNET_SIZE, max(MIN_LABEL_UNET_SIZE, edge))
+    return px, 32 if px <= NARROW_LABEL_UNET_SIZE else 16

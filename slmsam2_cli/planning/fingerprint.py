@@ -12,12 +12,12 @@ from slmsam2_cli.dataset.slices import AXES, SliceAxis
 from slmsam2_cli.errors import PlanError
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.strict_json import explain
-from slmsam2_cli.planning.plan import Frozen, digest_of, read_document
+from slmsam2_cli.planning.plan import FrozenModel, digest_of, read_document
 
 Triple = tuple[float, float, float]
 
 
-class Statistics(Frozen):
+class Statistics(FrozenModel):
     """Grey values of some voxels, in the image's own unit."""
 
     voxels: int = Field(description="how many voxels")
@@ -30,14 +30,14 @@ class Statistics(Frozen):
     p99_5: float = Field(description="99.5th percentile")
 
 
-class ChannelFingerprint(Frozen):
+class ChannelFingerprint(FrozenModel):
     """One channel of one case."""
 
     whole: Statistics | None = Field(description="non-zero voxels; null when there are none")
     foreground: Statistics | None = Field(description="labelled voxels; null when there are none")
 
 
-class Extent(Frozen):
+class Extent(FrozenModel):
     """Where a label lies along one anatomical axis of the oriented volume."""
 
     first: int = Field(description="first slice that holds it")
@@ -46,7 +46,7 @@ class Extent(Frozen):
     gap: int = Field(default=0, description="the most slices in a row without it between these two")
 
 
-class LabelFingerprint(Frozen):
+class LabelFingerprint(FrozenModel):
     """One label of one case."""
 
     voxels: int
@@ -60,7 +60,7 @@ class LabelFingerprint(Frozen):
     )
 
 
-class CaseFingerprint(Frozen):
+class CaseFingerprint(FrozenModel):
     """One training case. Triples are (S, P, L) in the oriented volume unless said otherwise."""
 
     id: str
@@ -86,10 +86,10 @@ class CaseFingerprint(Frozen):
         return AXES[self.shape.index(1)]
 
 
-class Fingerprint(Frozen):
+class Fingerprint(FrozenModel):
     """All measurements of one data set."""
 
-    format_version: Literal[1] = Field(default=1, description="major version of this file's format")
+    format_version: Literal[2] = Field(default=2, description="major version of this file's format")
     tool_version: str = Field(description="the version of slmsam2 that measured")
     dataset_name: str
     channels: tuple[str, ...] = Field(description="channel names in order", min_length=1)

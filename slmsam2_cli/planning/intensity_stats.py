@@ -101,7 +101,7 @@ def _assembled(kind: np.dtype[Any], leading: tuple[int, ...], last: Array) -> Ar
     return np.ascontiguousarray(digits[:, ::-1] if sys.byteorder == "little" else digits).view(kind)[:, 0]
 
 
-PIECE = 1 << 17  # values looked at together: few enough for the processor's cache
+CHUNK_VALUES = 1 << 17  # values looked at together: few enough for the processor's cache
 ROUNDS = 16  # how often, about, many values are gone through for a large sample of them
 PERCENTILES = np.array([0.5, 50, 99.5])
 
@@ -110,7 +110,7 @@ class Greys:
     """Any number of finite grey values of one type."""
 
     def __init__(self, pieces: Pieces) -> None:
-        self.pieces = _at_hand(pieces)
+        self.pieces = _cache_if_small(pieces)
         self.kind: np.dtype[Any] = np.dtype(np.float64)
         self.count, self.low, self.high, self.whole = 0, np.inf, -np.inf, True
         for piece in self.pieces():
@@ -170,7 +170,7 @@ def statistics(greys: Greys) -> Statistics | None:
     return Statistics(voxels=greys.count, **{key: short(value) for key, value in found.items()})
 
 
-def evenly(greys: Greys, count: int) -> Array:
+def sample_evenly(greys: Greys, count: int) -> Array:
     """At most `count` of the values, evenly spaced in order of size: a sample without chance, the same for every storage order."""
     if greys.count <= count:
         return greys.at(np.arange(greys.count)) if greys.count else np.empty(0)
@@ -182,7 +182,7 @@ def short(value: float) -> float:
     return float(f"{float(value):.7g}") + 0.0
 
 
-def _at_hand(pieces: Pieces) -> Pieces:
+def _cache_if_small(pieces: Pieces) -> Pieces:
     """The same pieces without empty ones, made only once if they hold few values."""
     kept: list[Array] = []
     count = 0

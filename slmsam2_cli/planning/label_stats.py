@@ -14,7 +14,7 @@ import numpy as np
 from slmsam2_cli.dataset.prompts import choose_slice
 from slmsam2_cli.dataset.slices import AXES, Box, Orientation, SliceAxis
 from slmsam2_cli.planning.fingerprint import Extent, LabelFingerprint
-from slmsam2_cli.planning.intensity_stats import PIECE, Array
+from slmsam2_cli.planning.intensity_stats import CHUNK_VALUES, Array
 
 
 def measure_labels(labels: Array, values: Iterable[int], orientation: Orientation) -> dict[int, LabelFingerprint]:
@@ -44,7 +44,7 @@ def box_of(shape: Sequence[int], held: Callable[[slice], Array]) -> Box | None:
 
 def runs(shape: Sequence[int]) -> Iterator[slice]:
     """The planes (Z, of Y by X voxels), as many at a time as fit a processor's cache, one at least."""
-    step = max(1, PIECE // (shape[1] * shape[2]))
+    step = max(1, CHUNK_VALUES // (shape[1] * shape[2]))
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
@@ -63,7 +63,7 @@ def _measure_label(labels: Array, value: int, box: Box, orientation: Orientation
         borders[axis] = 2 * (voxels - int(shared[stored].sum()))
         extents[axis] = Extent(first=first, last=first + end - start - 1, slices=int(np.count_nonzero(area)), gap=longest_gap(area))
         if slices > 1:
-            overlap[axis] = round(neighbour_overlap(area, shared[stored], ends=(start > 0) + (end < slices)), 6)
+            overlap[axis] = round(adjacent_overlap(area, shared[stored], ends=(start > 0) + (end < slices)), 6)
             middle = len(area) - 1 - choose_slice(area[::-1], "middle") if back else choose_slice(area, "middle")
             covered = int(shadows[stored][cut.take(middle, axis=stored) == value].sum())
             copied[axis] = round(copy_overlap(area, int(area[middle]), covered, slices), 6)
@@ -96,7 +96,7 @@ def _projected(cut: Array, value: int) -> tuple[tuple[Array, Array, Array], tupl
     return shadows, shared
 
 
-def neighbour_overlap(area: Array, shared: Array, ends: int) -> float:
+def adjacent_overlap(area: Array, shared: Array, ends: int) -> float:
     """Mean Dice of neighbouring slices of which at least one is not empty: area (T,) on each slice, shared (T - 1,) by neighbours.
 
     ends: how many of the stack's two ends border on an empty slice of the volume; such a pair overlaps by 0, so a label that often

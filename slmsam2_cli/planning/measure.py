@@ -21,12 +21,12 @@ from slmsam2_cli.errors import CaseError
 from slmsam2_cli.io.image import Grid
 from slmsam2_cli.parallel import cores, spread
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint, Fingerprint
-from slmsam2_cli.planning.intensity_stats import PIECE, Array, Greys, evenly, short, statistics
+from slmsam2_cli.planning.intensity_stats import CHUNK_VALUES, Array, Greys, sample_evenly, short, statistics
 from slmsam2_cli.planning.label_stats import box_of, measure_labels
 from slmsam2_cli.version import VERSION
 
 SAMPLE = 10_000  # foreground voxels a case gives to the data set's statistics
-WORTH_BYTES = 1 << 26  # on disk: one process takes a second and more to measure them, and half a second to start others
+MIN_PARALLEL_BYTES = 1 << 26  # on disk: one process takes a second and more to measure them, and half a second to start others
 PROCESS_BYTES = 1 << 27  # what a process takes beside the case it measures
 SHARE = 0.7  # of the free memory, for cases measured at one time
 LOADED = ("slmsam2_cli.planning.measure", "nibabel")
@@ -42,7 +42,7 @@ def measure(
     answers = spread(
         partial(measure_case, dataset=replace(dataset, training=(), test=(), problems=())),
         {case.id: case for case in dataset.training},
-        worthwhile(dataset.training) if workers is None else workers,
+        worker_count(dataset.training) if workers is None else workers,
         bytes_of=lambda case: PROCESS_BYTES + bytes_to_read(case),
         room=int(SHARE * free_bytes()),
         advance=advance,
@@ -62,9 +62,9 @@ def measure(
     return fingerprint, (*dataset.problems, *(answer for answer in answers if isinstance(answer, CaseError)))
 
 
-def worthwhile(cases: Sequence[Case]) -> int:
+def worker_count(cases: Sequence[Case]) -> int:
     """How many processes measure these cases soonest: one a core, but none for what is measured before they would have started."""
-    return min(cores(), len(cases)) if sum(map(bytes_on_disk, cases)) >= WORTH_BYTES else 0
+    return min(cores(), len(cases)) if sum(map(bytes_on_disk, cases)) >= MIN_PARALLEL_BYTES else 0
 
 
 def measure_case(case: Case, dataset: Dataset) -> tuple[CaseFingerprint, list[Array]]:
@@ -101,22 +101,22 @@ def _measure_case(case: Case, dataset: Dataset) -> tuple[CaseFingerprint, list[A
         labels=measure_labels(labels, dataset.labels, orientation),
         warnings=warnings,
     )
-    return fingerprint, [evenly(inside, SAMPLE) for inside in foreground]
+    return fingerprint, [sample_evenly(inside, SAMPLE) for inside in foreground]
 
 
 def nonzero(channel: Array) -> Iterator[Array]:
     """The values of a channel (Z, Y, X) that are not 0, in pieces."""
     flat = channel.reshape(-1)
-    for start in range(0, flat.size, PIECE):
-        piece = flat[start : start + PIECE]
+    for start in range(0, flat.size, CHUNK_VALUES):
+        piece = flat[start : start + CHUNK_VALUES]
         yield piece.compress(piece != 0)
 
 
 def labelled(channel: Array, labels: Array, ignore: int | None) -> Iterator[Array]:
     """The values of a channel (Z, Y, X) under a label other than `ignore`, in pieces."""
     flat, marks = channel.reshape(-1), labels.reshape(-1)
-    for start in range(0, flat.size, PIECE):
-        piece, mark = flat[start : start + PIECE], marks[start : start + PIECE]
+    for start in range(0, flat.size, CHUNK_VALUES):
+        piece, mark = flat[start : start + CHUNK_VALUES], marks[start : start + CHUNK_VALUES]
         yield piece.compress((mark != 0) & (mark != (ignore or 0)))
 
 

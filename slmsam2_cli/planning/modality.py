@@ -48,7 +48,7 @@ def choose_modality(fingerprint: Fingerprint, channel: int) -> Decision[str]:
     name = fingerprint.channels[channel]
     words = set(re.split(r"[^a-z0-9]+", name.lower())) - {""}
     declared = next((kind for kind, known in NAMES.items() if words & known), None)
-    hounsfield, evidence = hounsfield_evidence(fingerprint, channel)
+    hounsfield, evidence = check_hounsfield(fingerprint, channel)
     if declared == "CT" and not hounsfield:
         return Decision(UNKNOWN, f"named CT, but not in Hounsfield units ({evidence}), so every volume is scaled by itself")
     if declared:
@@ -59,7 +59,7 @@ def choose_modality(fingerprint: Fingerprint, channel: int) -> Decision[str]:
     return Decision(UNKNOWN, f"{said}; not Hounsfield units: {evidence}")
 
 
-def hounsfield_evidence(fingerprint: Fingerprint, channel: int) -> tuple[bool, str]:
+def check_hounsfield(fingerprint: Fingerprint, channel: int) -> tuple[bool, str]:
     """Whether the values look like Hounsfield units, and what was seen.
 
     They do when, in at least half of the cases, the 0.5th percentile lies below that of fat (-30) but not below -3100, and nothing
@@ -83,7 +83,7 @@ def choose_intensity(fingerprint: Fingerprint, channel: int, modality: str) -> D
     low, high = PERCENTILES
     if modality != "CT":
         whose = "these values" if modality == UNKNOWN else f"{modality} values"
-        hottest = modality == "PET" and cut_off(fingerprint, channel)
+        hottest = modality == "PET" and clips_foreground(fingerprint, channel)
         upper, why = (100.0, "; no more is cut off above, where what is labelled is the hottest") if hottest else (high, "")
         reason = f"{whose} carry no unit: percentiles {low:g} to {upper:g} of each volume's non-zero voxels become 0 to 1{why}"
         return Decision(ChannelIntensity(name=name, scheme="percentile", lower=low, upper=upper), reason)
@@ -99,7 +99,7 @@ def choose_intensity(fingerprint: Fingerprint, channel: int, modality: str) -> D
     return Decision(ChannelIntensity(name=name, scheme="ct", lower=lower, upper=upper), reason)
 
 
-def cut_off(fingerprint: Fingerprint, channel: int) -> bool:
+def clips_foreground(fingerprint: Fingerprint, channel: int) -> bool:
     """Whether the usual upper percentile of the volume lies below that of the labelled voxels, in half of the cases that have any."""
     pairs = [(c.whole, c.foreground) for c in (case.channels[channel] for case in fingerprint.cases) if c.whole and c.foreground]
     return bool(pairs) and 2 * sum(foreground.p99_5 > whole.p99_5 for whole, foreground in pairs) >= len(pairs)

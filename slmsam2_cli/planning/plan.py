@@ -45,8 +45,10 @@ class NetworkPlan(BaseModel):
         description="memory policy: fifo (SAM 2), shortlong (SLM-SAM 2), selfsort (MedSAM-2's bank), shortlong+selfsort (both)",
     )
     fuser: FuserName = Field(default="gated", description="how the two streams meet: gated (exact SAM 2 at step 0) or sum (as published)")
-    presence_gate: bool = Field(default=False, description="read only slices that surely hold the object, and the slice just passed")
-    two_sided: bool = Field(default=False, description="a pass may read what the passes in the other direction have written, as in SAM 2")
+    object_score_gate: bool = Field(default=False, description="read only slices that surely hold the object, and the slice just passed")
+    shared_memory: bool = Field(
+        default=False, description="a pass may read what the passes in the other direction have written, as in SAM 2"
+    )
     bank_slices: int = Field(default=16, description="selfsort: tracked slices in the bank, at most", ge=1, le=1024)
     bank_read: int = Field(default=6, description="selfsort: slices read from the bank, the most similar ones", ge=1, le=64)
     bank_confidence: float = Field(
@@ -84,22 +86,22 @@ def groups(channels: int) -> tuple[range, ...]:
     return tuple(range(start, stop) for start, stop in pairwise(starts))
 
 
-FORMAT_VERSION = 1
-_NO_DECISION = {"reasons", "asked", "decided_digest", "tool_version"}
+FORMAT_VERSION = 2
+_NOT_IN_DIGEST = {"reasons", "overrides", "decided_digest", "tool_version"}
 Strategy = Literal["full", "frozen-encoder", "decoder+memory", "adapters"]
-ValidationScheme = Literal["left-out", "none"]
-PresenceTarget = Literal["truth", "base"]
-Asked = Literal["geometry.slice_axis", "training.minutes", "training.clip_slices"]
+ValidationScheme = Literal["cross-validation", "none"]
+ObjectScoreTarget = Literal["ground_truth", "teacher"]
+OverrideKey = Literal["geometry.slice_axis", "training.minutes", "training.clip_slices"]
 Label = Annotated[int, Field(ge=1, le=65535)]
 
 
-class Frozen(BaseModel):
+class FrozenModel(BaseModel):
     """Values that never change and never carry a key nobody knows; no NaN, no infinity, no silent conversion."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class ChannelIntensity(Frozen):
+class ChannelIntensity(FrozenModel):
     """How one channel becomes 0…1."""
 
     name: str = Field(description="the channel's name in dataset.json")
@@ -118,47 +120,49 @@ class ChannelIntensity(Frozen):
         return self
 
 
-class GeometryPlan(Frozen):
+class GeometryPlan(FrozenModel):
     """How volumes become stacks of slices."""
 
     slice_axis: SliceAxis = Field(description="the anatomical axis that becomes time: SI, AP or LR")
     in_plane_mm: float = Field(description="edge of a network pixel in mm", gt=1e-3, le=1000)
     through_plane_mm: float | None = Field(description="distance between slices after resampling in mm; null: as stored", gt=1e-3, le=1000)
-    frame_px: int = Field(description="edge of the network's square input in pixels, a multiple of 32", ge=32, le=2048, multiple_of=32)
+    input_size: int = Field(description="edge of the network's square input in pixels, a multiple of 32", ge=32, le=2048, multiple_of=32)
     crop_to_nonzero: bool = Field(description="cut away the border where every channel is 0")
-    focus: float | None = Field(
+    roi_scale: float | None = Field(
         default=None, description="the network sees a square so many times as wide as what is annotated; null: whole slices", ge=1.1, le=16
     )
-    neighbours: bool = Field(
+    adjacent_slices: bool = Field(
         default=False, description="of one channel, the network is shown as its colours the slice, the one before and the one after"
     )
-    slice_px: int | None = Field(
+    storage_size: int | None = Field(
         default=None,
-        description="edge of the slices from which these squares are cut, in pixels, a multiple of 32; null: frame_px",
+        description="edge of the slices from which these squares are cut, in pixels, a multiple of 32; null: input_size",
         ge=32,
         le=2048,
         multiple_of=32,
     )
 
     @property
-    def stack_px(self) -> int:
+    def stack_size(self) -> int:
         """Edge of the slices as they are stored, in pixels."""
-        return self.slice_px or self.frame_px
+        return self.storage_size or self.input_size
 
     @model_validator(mode="after")
     def _slices(self) -> GeometryPlan:
-        if self.focus is None and self.slice_px not in (None, self.frame_px):
-            raise ValueError(f"slice_px is {self.slice_px}, but without focus the network sees whole slices of frame_px, {self.frame_px}")
+        if self.roi_scale is None and self.storage_size not in (None, self.input_size):
+            raise ValueError(
+                f"storage_size is {self.storage_size}, but without roi_scale the network sees whole slices of input_size, {self.input_size}"
+            )
         return self
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Focus, slice_px and neighbours are written only where somebody chose them."""
-        usual = {"focus": None, "slice_px": None, "neighbours": False}
+        """Focus, storage_size and adjacent_slices are written only where somebody chose them."""
+        usual = {"roi_scale": None, "storage_size": None, "adjacent_slices": False}
         return {name: value for name, value in whole(self).items() if name not in usual or value != usual[name]}
 
 
-class AdapterPlan(Frozen):
+class AdapterPlan(FrozenModel):
     """What is added to the network for one modality; read only where `training.strategy` is adapters."""
 
     kind: Literal["lora", "bottleneck"] = Field(
@@ -168,7 +172,7 @@ class AdapterPlan(Frozen):
     ratio: float = Field(default=0.25, description="width of a bottleneck over that of its block", gt=0, le=1)
 
 
-class TrainingPlan(Frozen):
+class TrainingPlan(FrozenModel):
     """How the network is adapted."""
 
     steps: int = Field(description="optimiser steps", ge=1, le=10_000_000)
@@ -178,53 +182,59 @@ class TrainingPlan(Frozen):
     warmup_steps: int = Field(description="steps over which the learning rate rises to its peak", ge=0)
     weight_decay: float = Field(description="decoupled weight decay of AdamW", ge=0, le=1)
     seed: int = Field(default=0, description="seed of every random draw", ge=0, lt=2**32)
-    processes: int = Field(default=1, description="GPUs, or processes on a CPU, that share each step, a clip or more each", ge=1, le=64)
+    workers: int = Field(default=1, description="GPUs, or processes on a CPU, that share each step, a clip or more each", ge=1, le=64)
     minutes: float | None = Field(default=None, description="stop after this many minutes even if steps remain; null: no limit", gt=0)
     strategy: Strategy = Field(
         default="full", description="what is trained: full, frozen-encoder, decoder+memory, or adapters for the plan's modality"
     )
     adapters: AdapterPlan = Field(default_factory=AdapterPlan, description="their kind and size")
-    recogniser: bool = Field(default=True, description="whether a second, small network learns what the labels look like")
-    finds: bool | None = Field(
+    label_unet: bool = Field(default=True, description="whether a second, small network learns what the labels look like")
+    can_add: bool | None = Field(
         default=None,
         description="whether the recogniser may find a structure where propagation sees none; null: by the number of volumes",
     )
-    presence: PresenceTarget = Field(
-        default="truth",
+    object_score_target: ObjectScoreTarget = Field(
+        default="ground_truth",
         description="what the presence score learns: truth, the labels; base, what the base believes, so that ends stay where it sees them",
     )
     validation: ValidationScheme = Field(
         default="none",
-        description="left-out: short runs first, each without one volume, so that the worse of base and tuned model is never kept; none",
+        description="cross-validation: short runs first, each without one volume, so that the worse of base and tuned model is never kept; none",
     )
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Strategy, adapters, recogniser, finds, presence, validation and processes are written only where they are not as ever."""
-        usual = {"strategy": "full", "adapters": AdapterPlan().model_dump(), "recogniser": True, "finds": None, "presence": "truth"}
-        usual |= {"validation": "none", "processes": 1}
+        """Strategy, adapters, label_unet, can_add, object_score_target, validation and workers are written only where they are not as ever."""
+        usual = {
+            "strategy": "full",
+            "adapters": AdapterPlan().model_dump(),
+            "label_unet": True,
+            "can_add": None,
+            "object_score_target": "ground_truth",
+        }
+        usual |= {"validation": "none", "workers": 1}
         return {name: value for name, value in whole(self).items() if name not in usual or value != usual[name]}
 
 
-class InferencePlan(Frozen):
+class InferencePlan(FrozenModel):
     """How the network is walked through a volume."""
 
     batch_slices: int = Field(default=8, description="slices encoded at a time", ge=1, le=256)
-    patience: int | None = Field(
+    max_empty_slices: int | None = Field(
         default=None, description="a pass ends after so many slices without its object; null: at the end of the volume", ge=1, le=100_000
     )
 
 
-class EvaluationPlan(Frozen):
+class EvaluationPlan(FrozenModel):
     """How masks are judged."""
 
     nsd_tolerance_mm: float = Field(default=2.0, description="borders closer than this count as equal in NSD, in mm", gt=0, le=100)
 
 
-class Plan(Frozen):
+class Plan(FrozenModel):
     """Every decision about one data set."""
 
-    format_version: Literal[1] = Field(default=1, description="major version of this file's format")
+    format_version: Literal[2] = Field(default=2, description="major version of this file's format")
     tool_version: str = Field(description="the version of slmsam2 that decided")
     dataset_name: str = Field(description="name in dataset.json")
     modality: str = Field(description="CT, MR, PET, … of the first channel, after looking at the values")
@@ -238,7 +248,7 @@ class Plan(Frozen):
     inference: InferencePlan = Field(default_factory=InferencePlan)
     evaluation: EvaluationPlan = Field(default_factory=EvaluationPlan)
     reasons: dict[str, str] = Field(default_factory=dict, description="decision key -> why; not part of the digest")
-    asked: tuple[Asked, ...] = Field(default=(), description="decision keys that an option settled; kept when planning anew")
+    overrides: tuple[OverrideKey, ...] = Field(default=(), description="decision keys that an option settled; kept when planning anew")
     fingerprint_digest: str = Field(description="SHA-256 of the measurements the decisions rest on")
     decided_digest: str = Field(default="", description="digest of the tool's own decisions; differs from the plan's digest after an edit")
 
@@ -246,20 +256,22 @@ class Plan(Frozen):
     def _consistent(self) -> Plan:
         if len(self.intensity) != len(self.channels):
             raise ValueError(f"intensity: {len(self.intensity)} entries for {len(self.channels)} channels")
-        if self.geometry.neighbours and len(self.channels) > 1:
-            raise ValueError(f"geometry.neighbours is true, but {len(self.channels)} channels leave no colour free for neighbouring slices")
+        if self.geometry.adjacent_slices and len(self.channels) > 1:
+            raise ValueError(
+                f"geometry.adjacent_slices is true, but {len(self.channels)} channels leave no colour free for neighbouring slices"
+            )
         return self
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """What was asked for is written only where something was, and inference where it is not as ever."""
-        usual: dict[str, Any] = {"asked": (), "inference": InferencePlan().model_dump()}
+        usual: dict[str, Any] = {"overrides": (), "inference": InferencePlan().model_dump()}
         return {name: value for name, value in whole(self).items() if name not in usual or (value and value != usual[name])}
 
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of the decisions: canonical JSON without reasons and without decided_digest."""
-        return digest_of(self.model_dump(mode="json", exclude=_NO_DECISION))
+        return digest_of(self.model_dump(mode="json", exclude=_NOT_IN_DIGEST))
 
     @property
     def edited(self) -> bool:
@@ -296,7 +308,7 @@ def write_plan(path: Path, plan: Plan) -> None:
     atomic.write_json(path, plan.model_dump(mode="json"))
 
 
-def leaves(plan: Plan) -> dict[str, Any]:
+def flatten_plan(plan: Plan) -> dict[str, Any]:
     """Every decision by its dotted key, as plain JSON values; lists count as one decision."""
     found: dict[str, Any] = {}
 
@@ -307,18 +319,18 @@ def leaves(plan: Plan) -> dict[str, Any]:
         else:
             found[prefix] = value
 
-    whole = plan.model_dump(mode="json", exclude=_NO_DECISION | {"fingerprint_digest"})
+    whole = plan.model_dump(mode="json", exclude=_NOT_IN_DIGEST | {"fingerprint_digest"})
     walk("", whole | {"inference": plan.inference.model_dump()})  # also where it is as ever
     return found
 
 
 def differences(mine: Plan, theirs: Plan) -> list[tuple[str, Any, Any]]:
     """(key, my value, their value) of every decision on which two plans differ."""
-    left, right = leaves(mine), leaves(theirs)
+    left, right = flatten_plan(mine), flatten_plan(theirs)
     return [(key, left.get(key), right.get(key)) for key in {**left, **right} if left.get(key) != right.get(key)]
 
 
-def settle(previous: Plan | None, decided: Plan) -> Plan:
+def keep_edits(previous: Plan | None, decided: Plan) -> Plan:
     """Which plan holds: an edited one as long as the data are the same, otherwise the fresh one.
 
     PlanError names the edited keys when the data changed: neither the edits nor the fresh decisions can then be trusted in silence.
@@ -350,6 +362,11 @@ def check_document(value: object, name: str, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise PlanError(f"{name}: the {what} must be a JSON object. Run slmsam2 plan --overwrite for a fresh one")
     version = value.get("format_version")
+    if isinstance(version, int) and version < FORMAT_VERSION:
+        raise PlanError(
+            f"{name}: format_version {version} was written by an earlier slmsam2; this version reads {FORMAT_VERSION}. "
+            "Run slmsam2 plan --overwrite for a fresh one"
+        )
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise PlanError(f"{name}: format_version {version} is newer than this tool's {FORMAT_VERSION}. Update slmsam2, or plan anew")
     return value

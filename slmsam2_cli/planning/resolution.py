@@ -14,13 +14,23 @@ from slmsam2_cli.errors import DatasetError
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, Fingerprint
 from slmsam2_cli.planning.plan import Decision, NetworkSize
 
-LEAST_PX, FOCUSED_PX, FINEST_PX = 96, 128, 256  # below the first nano gets worse; at the second it has learned most; the largest
-DRAWN: dict[NetworkSize, int] = {"nano": 2, "tiny": 4, "small": 4, "base_plus": 4, "large": 4}  # network pixels along one of the mask
-LOST = 0.5  # in pixels of the mask
+MIN_ROI_SIZE, DEFAULT_ROI_SIZE, MAX_ROI_SIZE = (
+    96,
+    128,
+    256,
+)  # below the first nano gets worse; at the second it has learned most; the largest
+MASK_STRIDES: dict[NetworkSize, int] = {
+    "nano": 2,
+    "tiny": 4,
+    "small": 4,
+    "base_plus": 4,
+    "large": 4,
+}  # network pixels along one of the mask
+MIN_MASK_PIXELS = 0.5  # in pixels of the mask
 
 
 @dataclass(frozen=True)
-class Thin:
+class ThinStructure:
     """The label that needs the finest masks. width_mm: its thickness; pixel_mm: edge of a pixel of the mask that would be drawn."""
 
     name: str
@@ -52,12 +62,12 @@ def width_mm(case: CaseFingerprint, value: int, axis: SliceAxis) -> float | None
     return (half - math.sqrt(max(0.0, half**2 - 4 * area))) / 2
 
 
-def thinnest(
-    fingerprint: Fingerprint, axis: SliceAxis, size: NetworkSize, frame_px: int, focus: float | None, in_plane_mm: float
-) -> Thin | None:
+def thinnest_structure(
+    fingerprint: Fingerprint, axis: SliceAxis, size: NetworkSize, input_size: int, roi_scale: float | None, in_plane_mm: float
+) -> ThinStructure | None:
     """The label with the fewest pixels of the mask along its width, by the medians over cases; None where nothing was measured.
 
-    frame_px: edge of what the network sees; focus: in widths of what is annotated; without it, pixels of in_plane_mm.
+    input_size: edge of what the network sees; roi_scale: in widths of what is annotated; without it, pixels of in_plane_mm.
     """
     found = []
     for value, name in fingerprint.labels.items():
@@ -66,57 +76,61 @@ def thinnest(
             width = width_mm(case, value, axis)
             if width is not None:
                 widths.append(width)
-                seen_mm = _seen_mm(case, value, axis, focus) if focus else in_plane_mm * frame_px
-                pixels.append(seen_mm / frame_px * DRAWN[size])
+                seen_mm = _roi_edge_mm(case, value, axis, roi_scale) if roi_scale else in_plane_mm * input_size
+                pixels.append(seen_mm / input_size * MASK_STRIDES[size])
         if widths:
-            found.append(Thin(name, median(widths), median(pixels)))
+            found.append(ThinStructure(name, median(widths), median(pixels)))
     return min(found, key=lambda thin: thin.pixels, default=None)
 
 
-def _seen_mm(case: CaseFingerprint, value: int, axis: SliceAxis, focus: float) -> float:
+def _roi_edge_mm(case: CaseFingerprint, value: int, axis: SliceAxis, roi_scale: float) -> float:
     """Edge of the square that is looked at, at most: that of the annotated slice is smaller where the label moves or grows."""
     extents, cut = case.labels[value].extents, case.axis(axis)
     in_plane = [index for index, one in enumerate(AXES) if one != cut]
     spans = [(extents[AXES[i]].last - extents[AXES[i]].first + 1) * case.spacing_mm[i] for i in in_plane if AXES[i] in extents]
-    return min(focus * max(spans), max(case.extent_mm[i] for i in in_plane))
+    return min(roi_scale * max(spans), max(case.extent_mm[i] for i in in_plane))
 
 
-def choose_focused_px(fingerprint: Fingerprint, axis: SliceAxis, focus: float, stored_mm: float) -> Decision[int]:
+def choose_roi_input_size(fingerprint: Fingerprint, axis: SliceAxis, roi_scale: float, stored_mm: float) -> Decision[int]:
     """What nano has learned on most; less where its mask would be finer than what is stored, the double where a structure is too thin.
 
     stored_mm: edge of a pixel of the slices from which squares are cut.
     """
-    thin = thinnest(fingerprint, axis, "nano", FOCUSED_PX, focus, 1.0)
+    thin = thinnest_structure(fingerprint, axis, "nano", DEFAULT_ROI_SIZE, roi_scale, 1.0)
     if thin is None:
-        return Decision(FOCUSED_PX, "what nano has learned on most")
+        return Decision(DEFAULT_ROI_SIZE, "what nano has learned on most")
     if thin.pixels < 1:
-        return Decision(FINEST_PX, f"{thin.words()} at {FOCUSED_PX} px")
-    edge = _seen_mm_of_largest(fingerprint, axis, focus) / stored_mm
-    enough = max(LEAST_PX, 32 * math.ceil(round(edge * DRAWN["nano"] / 32, 6)))
-    if enough < FOCUSED_PX:
-        return Decision(enough, f"squares of {edge:.3g} stored pixels have no use for more; {thin.words()} at {FOCUSED_PX} px")
-    return Decision(FOCUSED_PX, f"what nano has learned on most; {thin.words()}")
+        return Decision(MAX_ROI_SIZE, f"{thin.words()} at {DEFAULT_ROI_SIZE} px")
+    edge = _largest_roi_edge_mm(fingerprint, axis, roi_scale) / stored_mm
+    enough = max(MIN_ROI_SIZE, 32 * math.ceil(round(edge * MASK_STRIDES["nano"] / 32, 6)))
+    if enough < DEFAULT_ROI_SIZE:
+        return Decision(enough, f"squares of {edge:.3g} stored pixels have no use for more; {thin.words()} at {DEFAULT_ROI_SIZE} px")
+    return Decision(DEFAULT_ROI_SIZE, f"what nano has learned on most; {thin.words()}")
 
 
-def _seen_mm_of_largest(fingerprint: Fingerprint, axis: SliceAxis, focus: float) -> float:
+def _largest_roi_edge_mm(fingerprint: Fingerprint, axis: SliceAxis, roi_scale: float) -> float:
     """Edge of the largest label's square, by the medians over cases."""
-    by_label = [[_seen_mm(case, value, axis, focus) for case in fingerprint.cases if value in case.labels] for value in fingerprint.labels]
+    by_label = [
+        [_roi_edge_mm(case, value, axis, roi_scale) for case in fingerprint.cases if value in case.labels] for value in fingerprint.labels
+    ]
     return max(median(edges) for edges in by_label if edges)
 
 
-def refuse_to_lose(thin: Thin | None, size: NetworkSize, focus: float | None) -> None:
+def refuse_to_lose(thin: ThinStructure | None, size: NetworkSize, roi_scale: float | None) -> None:
     """DatasetError where a network that sees whole slices would draw a structure nowhere; of squares only the most is known."""
-    if thin is not None and thin.pixels < LOST and not focus:
+    if thin is not None and thin.pixels < MIN_MASK_PIXELS and not roi_scale:
         raise DatasetError(
             f"{thin.name} is {thin.width_mm:.2g} mm wide, and a pixel of the mask that {size} draws {thin.pixel_mm:.2g} mm: it would be "
             "lost. Plan with nano, which sees squares around what is annotated (--network nano), or cut along another axis (--axis)"
         )
 
 
-def may_be_lost(fingerprint: Fingerprint, axis: SliceAxis, size: NetworkSize, frame_px: int, focus: float | None) -> str | None:
+def resolution_warning(
+    fingerprint: Fingerprint, axis: SliceAxis, size: NetworkSize, input_size: int, roi_scale: float | None
+) -> str | None:
     """A line about a structure that may be too thin for the masks of squares around it; None where there is none."""
-    thin = thinnest(fingerprint, axis, size, frame_px, focus, 1.0) if focus else None
-    if thin is None or thin.pixels >= LOST:
+    thin = thinnest_structure(fingerprint, axis, size, input_size, roi_scale, 1.0) if roi_scale else None
+    if thin is None or thin.pixels >= MIN_MASK_PIXELS:
         return None
     return (
         f"{thin.name} is {thin.width_mm:.2g} mm wide, and a pixel of its mask may be {thin.pixel_mm:.2g} mm: parts of it may be lost. "

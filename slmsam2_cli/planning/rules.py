@@ -19,7 +19,6 @@ from slmsam2_cli.planning.modality import choose_intensity, choose_modality
 from slmsam2_cli.planning.plan import (
     COLOURS,
     MOST_CHANNELS,
-    Asked,
     Decision,
     EvaluationPlan,
     FuserName,
@@ -27,17 +26,18 @@ from slmsam2_cli.planning.plan import (
     InferencePlan,
     NetworkPlan,
     NetworkSize,
+    OverrideKey,
     Plan,
     TrainingPlan,
     groups,
     signed,
 )
-from slmsam2_cli.planning.resolution import choose_focused_px, refuse_to_lose, thinnest
+from slmsam2_cli.planning.resolution import choose_roi_input_size, refuse_to_lose, thinnest_structure
 from slmsam2_cli.version import VERSION
 
 LONG = 48  # slices; structures over more of them lose at each step, so that twice the step is better
-PATIENCE_IN_GAPS = 2  # times the longest gap that was seen in a training label
-LEAST_PATIENCE = 6
+EMPTY_SLICES_PER_GAP = 2  # times the longest gap that was seen in a training label
+MIN_EMPTY_SLICES = 6
 BATCH, BATCH_PX = 8, 256  # so many slices at a time, while they are not larger than this
 AS_STORED = "slices are left as stored, so that a person's slice is a slice of the network"
 
@@ -60,31 +60,36 @@ def choose_through_plane_mm(cases: Sequence[CaseFingerprint], axis: SliceAxis) -
     return Decision(wanted, f"{long}: about {times} slices each are joined")
 
 
-def choose_inference(cases: Sequence[CaseFingerprint], axis: SliceAxis, frame_px: int) -> Decision[InferencePlan]:
+def choose_inference(cases: Sequence[CaseFingerprint], axis: SliceAxis, input_size: int) -> Decision[InferencePlan]:
     """Slices encoded at a time, by their size; and after how many slices without its object a pass ends, by the gaps in the labels."""
-    batch = max(1, min(BATCH, math.floor(BATCH * (BATCH_PX / frame_px) ** 2)))
+    batch = max(1, min(BATCH, math.floor(BATCH * (BATCH_PX / input_size) ** 2)))
     gaps = [extent.gap for case in cases if 1 not in case.shape for extent in _extents(case, axis)]
     if not gaps:
         return Decision(InferencePlan(batch_slices=batch), "no label was measured, so every slice is tracked")
-    patience = max(LEAST_PATIENCE, PATIENCE_IN_GAPS * max(gaps))
+    max_empty_slices = max(MIN_EMPTY_SLICES, EMPTY_SLICES_PER_GAP * max(gaps))
     seen = f"labels have gaps of up to {max(gaps)} slices" if max(gaps) else "no label has a gap"
-    return Decision(InferencePlan(batch_slices=batch, patience=patience), f"{seen}: a pass ends {patience} slices after its object has")
+    return Decision(
+        InferencePlan(batch_slices=batch, max_empty_slices=max_empty_slices),
+        f"{seen}: a pass ends {max_empty_slices} slices after its object has",
+    )
 
 
-def stack_slices(case: CaseFingerprint, axis: SliceAxis, through_mm: float | None) -> int:
+def stack_length(case: CaseFingerprint, axis: SliceAxis, through_mm: float | None) -> int:
     """How many slices the network is given of a case."""
     slices = case.shape[AXES.index(case.axis(axis))]
     return slices if through_mm is None else max(1, round(slices * _through_mm(case, axis) / through_mm))
 
 
-def tracked_slices(case: CaseFingerprint, value: int, axis: SliceAxis, patience: int | None, through_mm: float | None = None) -> int:
+def propagated_slices(
+    case: CaseFingerprint, value: int, axis: SliceAxis, max_empty_slices: int | None, through_mm: float | None = None
+) -> int:
     """About how many of these are walked through for a label of a case."""
-    slices, stored = stack_slices(case, axis, through_mm), case.shape[AXES.index(case.axis(axis))]
+    slices, stored = stack_length(case, axis, through_mm), case.shape[AXES.index(case.axis(axis))]
     extent = case.labels[value].extents.get(case.axis(axis))
-    if extent is None or patience is None:
+    if extent is None or max_empty_slices is None:
         return slices
     first, last = round(extent.first * slices / stored), round((extent.last + 1) * slices / stored)
-    return min(slices, last + patience) - max(0, first - patience)
+    return min(slices, last + max_empty_slices) - max(0, first - max_empty_slices)
 
 
 def _extents(case: CaseFingerprint, axis: SliceAxis) -> list[Extent]:
@@ -97,19 +102,19 @@ def _through_mm(case: CaseFingerprint, axis: SliceAxis) -> float:
 
 
 MANY = 20  # training cases; more do not lengthen the run
-TOO_FEW_TO_FIND = 2  # volumes; a recogniser of so few takes for the structure what only looks like it
-COARSE = 1.5  # an axis is coarse when its spacing is this many times that of the next
+MAX_CASES_WITHOUT_ADDING = 2  # volumes; a recogniser of so few takes for the structure what only looks like it
+ANISOTROPY_RATIO = 1.5  # an axis is coarse when its spacing is this many times that of the next
 OVERLAP_MARGIN = 0.03  # neighbouring overlaps closer than this are equal, see docs/decisions.md
-MASK_PIXEL = 4  # network pixels along the edge of one pixel of the mask the network predicts
-MASK_PIXEL_IN_VOXELS = 1.5  # the most voxels one such pixel should span
-SMALLEST_FRAME = 128
+MASK_STRIDE = 4  # network pixels along the edge of one pixel of the mask the network predicts
+MAX_VOXELS_PER_MASK_PIXEL = 1.5  # the most voxels one such pixel should span
+MIN_INPUT_SIZE = 128
 FOCUS = 2.0  # edge of nano's square, in widths of what is annotated
-MOST_STORED_PX = 512
-NATIVE_PX: dict[NetworkSize, int] = {"nano": 256, "tiny": 1024, "small": 1024, "base_plus": 1024, "large": 1024}
+MAX_STORAGE_SIZE = 512
+NATIVE_SIZES: dict[NetworkSize, int] = {"nano": 256, "tiny": 1024, "small": 1024, "base_plus": 1024, "large": 1024}
 NSD_TOLERANCE_MM = 2.0
 TRAINING = "training."
 # A change of these leaves steps and rates to the rule.
-_SETTINGS = ("strategy", "adapters", "recogniser", "finds", "presence", "validation", "processes")
+_SETTINGS = ("strategy", "adapters", "label_unet", "can_add", "object_score_target", "validation", "workers")
 THIN = 3.0  # a tolerance of more than one part in so many of a structure's radius forgives nearly everything
 
 
@@ -118,9 +123,9 @@ def decide(
     network: str | None = None,
     fuser: FuserName = "gated",
     axis: Decision[SliceAxis] | None = None,
-    asked: tuple[Asked, ...] = (),
+    overrides: tuple[OverrideKey, ...] = (),
 ) -> Plan:
-    """The plan for a data set; fuser: that of the weights it starts from; axis: where that is settled already; asked: the keys that an
+    """The plan for a data set; fuser: that of the weights it starts from; axis: where that is settled already; overrides: the keys that an
     option settled. DatasetError when no case is usable, UsageError when the network is unknown.
     """
     cases = fingerprint.cases
@@ -137,15 +142,17 @@ def decide(
     crop = choose_crop(cases, modalities[0].value)
     fov = field_of_view_mm(cases, axis.value, crop.value)
     spacing = in_plane_spacing_mm(cases, axis.value)
-    focus, finest = choose_focus(size.value), finest_in_plane_mm(cases, axis.value)
-    slices = choose_slice_px(fov, finest) if focus.value else None
-    if focus.value and slices is not None:
-        pixel = choose_stored_mm(fov, finest, slices.value)
-        frame = choose_focused_px(fingerprint, axis.value, focus.value, pixel.value)
+    roi_scale, finest = choose_roi_scale(size.value), finest_in_plane_mm(cases, axis.value)
+    slices = choose_storage_size(fov, finest) if roi_scale.value else None
+    if roi_scale.value and slices is not None:
+        pixel = choose_storage_mm(fov, finest, slices.value)
+        frame = choose_roi_input_size(fingerprint, axis.value, roi_scale.value, pixel.value)
     else:
-        frame = choose_frame_px(fov, spacing, size.value)
+        frame = choose_input_size(fov, spacing, size.value)
         pixel = choose_in_plane_mm(fov, spacing, frame.value)
-    refuse_to_lose(thinnest(fingerprint, axis.value, size.value, frame.value, focus.value, pixel.value), size.value, focus.value)
+    refuse_to_lose(
+        thinnest_structure(fingerprint, axis.value, size.value, frame.value, roi_scale.value, pixel.value), size.value, roi_scale.value
+    )
     through, inference = choose_through_plane_mm(cases, axis.value), choose_inference(cases, axis.value, frame.value)
     intensity = [choose_intensity(fingerprint, index, kind.value) for index, kind in enumerate(modalities)]
     training = choose_training(size.value, len(cases))
@@ -155,9 +162,9 @@ def decide(
         **projection_reason(fingerprint.channels),
         "geometry.slice_axis": axis.reason,
         "geometry.crop_to_nonzero": crop.reason,
-        "geometry.focus": focus.reason,
-        **({"geometry.slice_px": slices.reason} if slices is not None else {}),
-        "geometry.frame_px": frame.reason,
+        "geometry.roi_scale": roi_scale.reason,
+        **({"geometry.storage_size": slices.reason} if slices is not None else {}),
+        "geometry.input_size": frame.reason,
         "geometry.in_plane_mm": pixel.reason,
         "geometry.through_plane_mm": through.reason,
         "intensity": "; ".join(f"{name}: {chosen.reason}" for name, chosen in zip(fingerprint.channels, intensity, strict=True)),
@@ -177,10 +184,10 @@ def decide(
             slice_axis=axis.value,
             in_plane_mm=pixel.value,
             through_plane_mm=through.value,
-            frame_px=frame.value,
+            input_size=frame.value,
             crop_to_nonzero=crop.value,
-            focus=focus.value,
-            slice_px=slices.value if slices is not None else None,
+            roi_scale=roi_scale.value,
+            storage_size=slices.value if slices is not None else None,
         ),
         intensity=tuple(chosen.value for chosen in intensity),
         network=NetworkPlan(size=size.value, policy="shortlong", fuser=fuser),
@@ -188,7 +195,7 @@ def decide(
         inference=inference.value,
         evaluation=EvaluationPlan(nsd_tolerance_mm=tolerance.value),
         reasons=reasons,
-        asked=asked,
+        overrides=overrides,
         fingerprint_digest=fingerprint.digest,
     )
     return signed(plan)
@@ -202,7 +209,7 @@ def projection_reason(channels: Sequence[str]) -> dict[str, str]:
     return {"channels": f"more than {COLOURS}: a projection to {COLOURS} is learned, which starts as the means of {shown}"}
 
 
-def asked_axis(fingerprint: Fingerprint, axis: SliceAxis) -> Decision[SliceAxis]:
+def requested_axis(fingerprint: Fingerprint, axis: SliceAxis) -> Decision[SliceAxis]:
     """What was asked for, and what the measurements say to it."""
     own = choose_slice_axis(fingerprint)
     agree = "the measurements agree" if own.value == axis else f"the measurements speak for {own.value}: {own.reason}"
@@ -224,7 +231,7 @@ def choose_slice_axis(fingerprint: Fingerprint) -> Decision[SliceAxis]:
     shown = ", ".join(f"{axis} {mm:.3g}" for axis, mm in zip(AXES, spacings, strict=True))
     coarsest = spacings.index(max(spacings))
     ratio = spacings[coarsest] / max(mm for index, mm in enumerate(spacings) if index != coarsest)
-    if ratio > COARSE:
+    if ratio > ANISOTROPY_RATIO:
         return Decision(AXES[coarsest], f"the coarse axis: median spacing {shown} mm, {ratio:.2g} times the next")
     overlaps = {axis: round(axis_mean(stacks, axis, "overlap"), 3) for axis in AXES}
     copies = {axis: round(axis_mean(stacks, axis, "copied"), 3) for axis in AXES}
@@ -273,42 +280,42 @@ def finest_in_plane_mm(cases: tuple[CaseFingerprint, ...], axis: SliceAxis) -> f
     return min(case.spacing_mm[index] for case in cases for index in in_plane(case, axis))
 
 
-def choose_focus(size: NetworkSize) -> Decision[float | None]:
+def choose_roi_scale(size: NetworkSize) -> Decision[float | None]:
     """nano looks at a square around what is annotated; the others, made for whole pictures of 1024 px, at whole slices."""
     if size != "nano":
         return Decision(None, f"{size} sees whole slices")
     return Decision(FOCUS, f"nano sees a square {FOCUS:g} times as wide as what is annotated, so that a structure has pixels enough")
 
 
-def choose_slice_px(fov_mm: float, spacing_mm: float) -> Decision[int]:
-    """The smallest multiple of 32 in which a slice keeps its voxels, at most MOST_STORED_PX."""
+def choose_storage_size(fov_mm: float, spacing_mm: float) -> Decision[int]:
+    """The smallest multiple of 32 in which a slice keeps its voxels, at most MAX_STORAGE_SIZE."""
     wanted = 32 * math.ceil(round(fov_mm / spacing_mm, 6) / 32)
-    basis = f"{fov_mm:.4g} mm wide slices of {spacing_mm:.3g} mm voxels are stored at {min(wanted, MOST_STORED_PX)} px"
-    return Decision(min(wanted, MOST_STORED_PX), basis + (", the most that is stored" if wanted > MOST_STORED_PX else ""))
+    basis = f"{fov_mm:.4g} mm wide slices of {spacing_mm:.3g} mm voxels are stored at {min(wanted, MAX_STORAGE_SIZE)} px"
+    return Decision(min(wanted, MAX_STORAGE_SIZE), basis + (", the most that is stored" if wanted > MAX_STORAGE_SIZE else ""))
 
 
-def choose_stored_mm(fov_mm: float, spacing_mm: float, slice_px: int) -> Decision[float]:
+def choose_storage_mm(fov_mm: float, spacing_mm: float, storage_size: int) -> Decision[float]:
     """A voxel a pixel; fewer only where the slice would not fit. Rounded up, so that all fits."""
-    filling = fov_mm / slice_px
-    reason = "a voxel a pixel" if filling <= spacing_mm else f"the largest training slice fills {slice_px} px"
+    filling = fov_mm / storage_size
+    reason = "a voxel a pixel" if filling <= spacing_mm else f"the largest training slice fills {storage_size} px"
     return Decision(round_up(max(filling, spacing_mm)), reason)
 
 
-def choose_frame_px(fov_mm: float, spacing_mm: float, size: NetworkSize) -> Decision[int]:
+def choose_input_size(fov_mm: float, spacing_mm: float, size: NetworkSize) -> Decision[int]:
     """The smallest multiple of 32 for which a pixel of the predicted mask spans at most 1.5 voxels, within [128, native size]."""
-    native = NATIVE_PX[size]
-    wanted = 32 * math.ceil(round(fov_mm / spacing_mm * MASK_PIXEL / MASK_PIXEL_IN_VOXELS, 6) / 32)
-    chosen = min(max(wanted, SMALLEST_FRAME), native)
-    basis = f"{fov_mm:.4g} mm wide slices of {spacing_mm:.3g} mm voxels need {wanted} px for mask pixels of {MASK_PIXEL_IN_VOXELS:g} voxels"
+    native = NATIVE_SIZES[size]
+    wanted = 32 * math.ceil(round(fov_mm / spacing_mm * MASK_STRIDE / MAX_VOXELS_PER_MASK_PIXEL, 6) / 32)
+    chosen = min(max(wanted, MIN_INPUT_SIZE), native)
+    basis = f"{fov_mm:.4g} mm wide slices of {spacing_mm:.3g} mm voxels need {wanted} px for mask pixels of {MAX_VOXELS_PER_MASK_PIXEL:g} voxels"
     if wanted > native:
         return Decision(chosen, f"{basis}; {size} takes at most {native}")
-    return Decision(chosen, basis if wanted >= SMALLEST_FRAME else f"{basis}; the smallest useful is {SMALLEST_FRAME}")
+    return Decision(chosen, basis if wanted >= MIN_INPUT_SIZE else f"{basis}; the smallest useful is {MIN_INPUT_SIZE}")
 
 
-def choose_in_plane_mm(fov_mm: float, spacing_mm: float, frame_px: int) -> Decision[float]:
+def choose_in_plane_mm(fov_mm: float, spacing_mm: float, input_size: int) -> Decision[float]:
     """The field of view fills the frame, but no voxel is blown up beyond one pixel of the predicted mask. Rounded up, so that all fits."""
-    filling, finest = fov_mm / frame_px, spacing_mm / MASK_PIXEL
-    reason = "the largest training slice fills the frame" if filling >= finest else f"a voxel is spread over {MASK_PIXEL} pixels at most"
+    filling, finest = fov_mm / input_size, spacing_mm / MASK_STRIDE
+    reason = "the largest training slice fills the frame" if filling >= finest else f"a voxel is spread over {MASK_STRIDE} pixels at most"
     return Decision(round_up(max(filling, finest)), reason)
 
 
@@ -323,8 +330,8 @@ def choose_network(asked: str | None) -> Decision[NetworkSize]:
     """What was asked for, else the network that comes with the tool and runs anywhere."""
     if asked in (None, "nano"):
         return Decision("nano", "comes with the tool and runs on a CPU")
-    if asked not in NATIVE_PX:
-        raise UsageError(f"--network {asked}: no such network. Choose one of {', '.join(NATIVE_PX)}")
+    if asked not in NATIVE_SIZES:
+        raise UsageError(f"--network {asked}: no such network. Choose one of {', '.join(NATIVE_SIZES)}")
     return Decision(asked, "asked for")
 
 
@@ -345,8 +352,8 @@ def choose_training(size: NetworkSize, cases: int, from_scratch: bool = False) -
         learning_rate=rate,
         warmup_steps=max(5, steps // 20),
         weight_decay=decay,
-        presence="base" if size == "nano" and not from_scratch else "truth",
-        validation="left-out",
+        object_score_target="teacher" if size == "nano" and not from_scratch else "ground_truth",
+        validation="cross-validation",
     )
     basis = (
         "from random weights"
@@ -361,7 +368,7 @@ def training_for(plan: Plan, used: int, from_scratch: bool = False) -> TrainingP
 
     Whether the recogniser may find, where nobody said, goes by that number in either case.
     """
-    asked = [key.removeprefix(TRAINING) for key in plan.asked if key.startswith(TRAINING)]
+    asked = [key.removeprefix(TRAINING) for key in plan.overrides if key.startswith(TRAINING)]
     rules = [choose_training(plan.network.size, count).value for count in range(1, MANY + 1)]
     decided = next((rule for rule in rules if rule.steps == plan.training.steps), plan.training)
     own = [name for name in _SETTINGS if plan.edited and getattr(plan.training, name) != getattr(decided, name)]
@@ -369,18 +376,18 @@ def training_for(plan: Plan, used: int, from_scratch: bool = False) -> TrainingP
     is_by_rule = not plan.edited or plan.training == decided.model_copy(update=chosen) and decided in rules
     by_rule = choose_training(plan.network.size, used, from_scratch).value
     settled = by_rule.model_copy(update=chosen) if is_by_rule else plan.training
-    finds = plan.network.size != "nano" or used > TOO_FEW_TO_FIND or from_scratch
-    return settled if settled.finds is not None else settled.model_copy(update={"finds": finds})
+    can_add = plan.network.size != "nano" or used > MAX_CASES_WITHOUT_ADDING or from_scratch
+    return settled if settled.can_add is not None else settled.model_copy(update={"can_add": can_add})
 
 
-def with_training(plan: Plan, asked: Mapping[str, float]) -> Plan:
+def override_training(plan: Plan, asked: Mapping[str, float]) -> Plan:
     """The plan with training settings that an option settled, by their names, as the tool's own decisions."""
     if not asked:
         return plan
     settings = TrainingPlan.model_validate(plan.training.model_dump() | dict(asked))
     reason = f"{plan.reasons['training']}; asked for: {', '.join(f'{name} {value}' for name, value in asked.items())}"
     keys = tuple(TRAINING + name for name in sorted(asked))
-    changed = {"training": settings, "asked": (*plan.asked, *keys), "reasons": plan.reasons | {"training": reason}}
+    changed = {"training": settings, "overrides": (*plan.overrides, *keys), "reasons": plan.reasons | {"training": reason}}
     return signed(plan.model_copy(update=changed))
 
 

@@ -18,8 +18,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from slmsam2_cli.planning.plan import Frozen
-from slmsam2_cli.pretraining.random_fields import Doublings, Draw, Five, Range, Share, Three
+from slmsam2_cli.planning.plan import FrozenModel
+from slmsam2_cli.pretraining.random_fields import Draw, Five, LogRange, Range, Share, Three
 from slmsam2_cli.pretraining.shapes import Primitives
 
 ALONE, LOOK_ALIKE, BRANCH, RETURN, NODULE = range(5)
@@ -111,22 +111,22 @@ WHOLE, HALVES, SHELL = range(3)
 _NOWHERE = 100.0  # a cut that is never reached
 
 
-class AnatomyRecipe(Frozen):
+class AnatomyRecipe(FrozenModel):
     """What structures look like. Sizes are in frame widths, as longest side."""
 
     close: Share = Field(default=0.75, description="share of windows that are crops around the first structure")
     close_size: Range = Field(default=(0.38, 0.68), description="size of the first structure in a crop")
-    far_size: Doublings = Field(default=(0.07, 0.45), description="the same in a whole slice")
+    far_size: LogRange = Field(default=(0.07, 0.45), description="the same in a whole slice")
     tiny: Share = Field(default=0.08, description="share of windows about something tiny")
     tiny_size: Range = Field(default=(0.025, 0.06), description="its size")
-    other_size: Doublings = Field(default=(0.1, 0.55), description="size of other structures")
-    minor_size: Doublings = Field(default=(0.03, 0.15), description="size of what gets in the way")
-    half_length: Doublings = Field(default=(4.0, 45.0), description="half the length of the first structure, slices")
+    other_size: LogRange = Field(default=(0.1, 0.55), description="size of other structures")
+    minor_size: LogRange = Field(default=(0.03, 0.15), description="size of what gets in the way")
+    half_length: LogRange = Field(default=(4.0, 45.0), description="half the length of the first structure, slices")
     still: Share = Field(default=0.12, description="share of windows in which hardly anything changes from slice to slice")
-    still_half_length: Doublings = Field(default=(60.0, 200.0), description="half_length of these")
+    still_half_length: LogRange = Field(default=(60.0, 200.0), description="half_length of these")
     through: Share = Field(default=0.0, description="share of windows of thick slices, through which the first structure goes on")
-    thicker: Doublings = Field(default=(1.0, 4.0), description="how many times thicker their slices are")
-    further: Doublings = Field(default=(5.0, 40.0), description="how many times longer than its half_length that structure is")
+    thicker: LogRange = Field(default=(1.0, 4.0), description="how many times thicker their slices are")
+    further: LogRange = Field(default=(5.0, 40.0), description="how many times longer than its half_length that structure is")
     lean: float = Field(default=0.3, description="slope of a structure's axis, standard deviation")
     tubes: Share = Field(default=0.2, description="share of structures that go on through many slices")
     slender: Share = Field(default=0.3, description="share of structures that are long and thin in the slice")

@@ -18,22 +18,22 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from slmsam2_cli.planning.plan import Frozen
-from slmsam2_cli.pretraining.random_fields import Doublings, Draw, Five, Four, Share, smooth_field
+from slmsam2_cli.planning.plan import FrozenModel
+from slmsam2_cli.pretraining.random_fields import Draw, Five, Four, LogRange, Share, smooth_field
 
 CT, MR, PET, US = range(4)
 PIXELS = (1.0, 0.75, 0.5, 0.375, 0.25)  # the scanner's pixels per frame pixel, along each axis
 
 
-class ScannerRecipe(Frozen):
+class ScannerRecipe(FrozenModel):
     """Kinds of scanners and their faults; strengths are in units of the window, 0 to 1."""
 
     kinds: Four = Field(default=(0.32, 0.5, 0.14, 0.04), description="shares of CT, MR, PET, ultrasound")
     pixels: Five = Field(
         default=(0.3, 0.2, 0.2, 0.2, 0.1), description=f"shares of scanners with {PIXELS} pixels per frame pixel; PET has the last two"
     )
-    noise: Doublings = Field(default=(0.006, 0.08), description="standard deviation of noise on the scanner's own pixels")
-    bias: Doublings = Field(default=(0.02, 0.35), description="standard deviation of the logarithm of MR's gain across the frame")
+    noise: LogRange = Field(default=(0.006, 0.08), description="standard deviation of noise on the scanner's own pixels")
+    bias: LogRange = Field(default=(0.02, 0.35), description="standard deviation of the logarithm of MR's gain across the frame")
     unsteady: Share = Field(default=0.3, description="share of MR whose gain differs from slice to slice")
     thick: Share = Field(default=0.5, description="share of windows whose slices overlap")
     streaks: Share = Field(default=0.12, description="share of CT with streaks along the rows")
@@ -134,19 +134,19 @@ def _windowed(draw: Draw, kind: Tensor, image: Tensor) -> Tensor:
     return image.sub_(low[:, None, None]).div_((high - low)[:, None, None]).clamp_(0, 1)
 
 
-class AppearanceRecipe(Frozen):
+class AppearanceRecipe(FrozenModel):
     """Grey values and textures."""
 
-    tissue_contrast: Doublings = Field(default=(0.02, 0.3), description="standard deviation of grey values between the tissues of a window")
-    ct_contrast: Doublings = Field(default=(0.03, 0.15), description="standard deviation of grey values between CT's organs")
+    tissue_contrast: LogRange = Field(default=(0.02, 0.3), description="standard deviation of grey values between the tissues of a window")
+    ct_contrast: LogRange = Field(default=(0.03, 0.15), description="standard deviation of grey values between CT's organs")
     bone: Share = Field(default=0.1, description="share of labels as bright as bone or contrast agent, in CT")
     rind: Share = Field(default=0.25, description="share of walls as bright as that, in CT")
     gas: Share = Field(default=0.05, description="share of labels as dark as gas or lung, in CT")
     hot: Share = Field(default=0.6, description="share of structures with uptake, in PET")
     faint: Share = Field(default=0.12, description="share of structures whose grey value is nearly that of a tissue around them")
     camouflage: Share = Field(default=0.1, description="share of other structures with the grey value of the first one")
-    jitter: Doublings = Field(default=(0.003, 0.04), description="difference between labels that are meant to look alike")
-    texture: Doublings = Field(default=(0.004, 0.07), description="standard deviation of a label's texture")
+    jitter: LogRange = Field(default=(0.003, 0.04), description="difference between labels that are meant to look alike")
+    texture: LogRange = Field(default=(0.004, 0.07), description="standard deviation of a label's texture")
     mottled: Share = Field(default=0.15, description="share of labels with a coarse texture up to four times as strong")
     fibres: Share = Field(default=0.3, description="share of labels with bright or dark lines, as fascia, vessels or sulci")
 
@@ -161,7 +161,7 @@ class Looks:
     lines: Tensor
 
 
-def draw_looks(recipe: AppearanceRecipe, draw: Draw, kind: Tensor, alike: Tensor, tissues: int, first: int) -> Looks:
+def draw_appearance(recipe: AppearanceRecipe, draw: Draw, kind: Tensor, alike: Tensor, tissues: int, first: int) -> Looks:
     """Looks for the labels of W windows. kind (W,): of scanner; alike (W, L): the label whose looks a label shares.
 
     Labels 1 to `tissues` are tissue, the label `first` and those behind it are structures, label 0 is air.

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slmsam2_cli.model.refiner import Sight
+from slmsam2_cli.model.refiner import PriorSlice
 from slmsam2_cli.model.slmsam2 import MASK_LOGIT, Seen, SliceFeatures, SliceOutput, SlmSam2
 
 OUTSIDE, INSIDE, CORNERS = 0, 1, (2, 3)
 
 
-def pointed(model: SlmSam2, features: SliceFeatures, points: Tensor, labels: Tensor) -> SliceOutput:
+def segment_from_points(model: SlmSam2, features: SliceFeatures, points: Tensor, labels: Tensor) -> SliceOutput:
     """Segment B objects on one slice from N points each, without memory. points (B, N, 2), labels (B, N).
 
     One point may mean several things: then there are three candidates, as in SAM 2.
@@ -27,21 +27,21 @@ def pointed(model: SlmSam2, features: SliceFeatures, points: Tensor, labels: Ten
     return _prompted(model, features, points, labels, None)
 
 
-def boxed(model: SlmSam2, features: SliceFeatures, boxes: Tensor) -> SliceOutput:
+def segment_from_boxes(model: SlmSam2, features: SliceFeatures, boxes: Tensor) -> SliceOutput:
     """Segment B objects on one slice from a box each, without memory. boxes (B, 2, 2): left top, right bottom."""
     labels = torch.tensor([CORNERS], device=boxes.device).expand(len(boxes), 2)
-    inside = reduced(model, filled(boxes, model.frame_px)) if model.carry_gain is not None else None
+    inside = to_mask_logits(model, filled(boxes, model.input_size)) if model.carry_gain is not None else None
     return _prompted(model, features, boxes, labels, inside)
 
 
-def improved(model: SlmSam2, features: SliceFeatures, masks: Tensor) -> SliceOutput:
+def refine_masks(model: SlmSam2, features: SliceFeatures, masks: Tensor) -> SliceOutput:
     """Segment B objects on one slice from masks that are nearly right, without memory. masks (B, 1, H, W).
 
     A refiner takes them for masks of a slice just passed that looks the same: so it learns to find borders where they are.
     """
-    carried, seen = reduced(model, masks), None
+    carried, seen = to_mask_logits(model, masks), None
     if features.detail is not None:
-        sight = Sight(features.detail, carried.sigmoid(), torch.ones(len(masks), 1, device=masks.device))
+        sight = PriorSlice(features.detail, carried.sigmoid(), torch.ones(len(masks), 1, device=masks.device))
         seen = Seen(features.detail, sight, [sight])
     return model.decode(without_memory(model, features), features.fine, carried, seen)
 
@@ -49,7 +49,7 @@ def improved(model: SlmSam2, features: SliceFeatures, masks: Tensor) -> SliceOut
 def _prompted(model: SlmSam2, features: SliceFeatures, points: Tensor, labels: Tensor, rough: Tensor | None) -> SliceOutput:
     coarse = model.coarse(rough) if rough is not None else None
     sparse, dense = model.sam_prompt_encoder(points=(points, labels), boxes=None, masks=coarse)
-    candidates, iou, tokens, presence = model.sam_mask_decoder(
+    candidates, iou, tokens, object_score = model.sam_mask_decoder(
         image_embeddings=without_memory(model, features),
         image_pe=model.sam_prompt_encoder.get_dense_pe(),
         sparse_prompt_embeddings=sparse,
@@ -58,10 +58,10 @@ def _prompted(model: SlmSam2, features: SliceFeatures, points: Tensor, labels: T
         repeat_image=False,
         high_res_features=list(features.fine),
     )
-    candidates = model.finer(candidates.float())
+    candidates = model.upsample_logits(candidates.float())
     if rough is not None and model.carry_gain is not None:
         candidates = candidates + model.carry_gain * rough
-    return model._choose(candidates, iou, tokens, presence)
+    return model._choose(candidates, iou, tokens, object_score)
 
 
 def without_memory(model: SlmSam2, features: SliceFeatures) -> Tensor:
@@ -70,9 +70,9 @@ def without_memory(model: SlmSam2, features: SliceFeatures) -> Tensor:
     return conditioned
 
 
-def reduced(model: SlmSam2, masks: Tensor) -> Tensor:
+def to_mask_logits(model: SlmSam2, masks: Tensor) -> Tensor:
     """Masks (B, 1, H, W) as logits of +-10 at the size of those that the network draws."""
-    size = (model.mask_px, model.mask_px)
+    size = (model.mask_size, model.mask_size)
     return F.interpolate(masks * (2 * MASK_LOGIT) - MASK_LOGIT, size=size, mode="bilinear", align_corners=False, antialias=True)
 
 
@@ -93,9 +93,9 @@ def _extent(line: Tensor) -> Tensor:
     return torch.stack([first, last], dim=1).float()
 
 
-def filled(boxes: Tensor, frame_px: int) -> Tensor:
-    """Boxes (B, 2, 2) as masks (B, 1, frame_px, frame_px)."""
-    x = torch.arange(frame_px, device=boxes.device)
+def filled(boxes: Tensor, input_size: int) -> Tensor:
+    """Boxes (B, 2, 2) as masks (B, 1, input_size, input_size)."""
+    x = torch.arange(input_size, device=boxes.device)
     left, top, right, bottom = boxes.round().flatten(1).unbind(1)
     across = (x >= left[:, None]) & (x <= right[:, None])
     down = (x >= top[:, None]) & (x <= bottom[:, None])

@@ -33,7 +33,7 @@ def _possible(shares: tuple[float, ...]) -> tuple[float, ...]:
 
 
 Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
-Doublings = Annotated[tuple[float, float], AfterValidator(_positive)]
+LogRange = Annotated[tuple[float, float], AfterValidator(_positive)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Three = Annotated[tuple[float, float, float], AfterValidator(_possible)]
 Four = Annotated[tuple[float, float, float, float], AfterValidator(_possible)]

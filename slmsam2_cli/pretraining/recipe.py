@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from slmsam2_cli.errors import PlanError
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.strict_json import explain
-from slmsam2_cli.planning.plan import Frozen, NetworkPlan, PolicyName, digest_of
+from slmsam2_cli.planning.plan import FrozenModel, NetworkPlan, PolicyName, digest_of
 from slmsam2_cli.pretraining.volumes import VolumesRecipe
 
 _ASSETS = Path(__file__).parents[1] / "assets"
@@ -24,7 +24,7 @@ _BUDGET = {"steps", "minutes"}
 Frame = Annotated[int, Field(ge=32, le=1024, multiple_of=32)]
 
 
-class Phase(Frozen):
+class Phase(FrozenModel):
     """A part of the run."""
 
     until: float = Field(description="share of the run at which it ends", gt=0, le=1)
@@ -44,7 +44,7 @@ class Phase(Frozen):
         return self
 
 
-class Prompts(Frozen):
+class Prompts(FrozenModel):
     """How often the first slice is given as what; its mask takes the rest, or, of single images, another mask nearly like it."""
 
     box: float = Field(default=0.15, description="share of parts with a box", ge=0, le=1)
@@ -61,14 +61,16 @@ class Prompts(Frozen):
         return self
 
 
-class Reading(Frozen):
+class Reading(FrozenModel):
     """How memory is read and what of it is missing, so that no policy and no single memory is relied upon."""
 
     policies: dict[PolicyName, float] = Field(description="memory policy -> how often a step reads by it, relative to the others")
     drop_tracked: float = Field(default=0.15, description="share of tracked memories that cannot be read", ge=0, le=1)
     drop_carried: float = Field(default=0.15, description="share of slices to which no mask is carried", ge=0, le=1)
     drop_all: float = Field(default=0.05, description="share of slices that have the carried mask alone", ge=0, le=1)
-    two_anchors: float = Field(default=0.15, description="share of clips of at least 4 slices whose last one is annotated too", ge=0, le=1)
+    two_conditioning_slices: float = Field(
+        default=0.15, description="share of clips of at least 4 slices whose last one is annotated too", ge=0, le=1
+    )
 
     @model_validator(mode="after")
     def _some(self) -> Reading:
@@ -77,7 +79,7 @@ class Reading(Frozen):
         return self
 
 
-class Checks(Frozen):
+class Checks(FrozenModel):
     """What is measured during the run, on clips it never learns from."""
 
     every_minutes: float = Field(default=5.0, description="minutes of training between two checks", gt=0)
@@ -86,23 +88,23 @@ class Checks(Frozen):
     seed: int = Field(default=1_000_003, description="seed of their volumes", ge=0, lt=2**32)
 
 
-class Losses(Frozen):
+class Losses(FrozenModel):
     """What each term of the loss counts."""
 
     pixels: float = Field(default=0.3, description="of the cross-entropy in which inside and outside count alike", ge=0)
     absent: float = Field(default=10.0, description="how many times that where the object is not", ge=0)
     dice: float = Field(default=1.0, description="of soft Dice, where the object is", ge=0)
     iou: float = Field(default=1.0, description="of the error of the predicted IoU, where the object is", ge=0)
-    presence: float = Field(default=1.0, description="of the cross-entropy of presence", ge=0)
+    object_score: float = Field(default=1.0, description="of the cross-entropy of presence", ge=0)
 
 
-class Recipe(Frozen):
+class Recipe(FrozenModel):
     """Everything that decides how a base model comes out."""
 
     format_version: Literal[1] = Field(default=1, description="major version of this file's format")
     network: NetworkPlan = Field(default_factory=NetworkPlan, description="which network; its policy decides which stacks it has")
-    frame_px: Frame = Field(default=128, description="edge of the slices in pixels, a multiple of 32")
-    other_frames: dict[Frame, float] = Field(
+    input_size: Frame = Field(default=128, description="edge of the slices in pixels, a multiple of 32")
+    other_input_sizes: dict[Frame, float] = Field(
         default_factory=dict, description="other edges in pixels -> share of the steps with slices of that size, which are fewer"
     )
     steps: int = Field(description="optimiser steps, at most", ge=1, le=10_000_000)
@@ -116,7 +118,7 @@ class Recipe(Frozen):
     warmup_steps: int = Field(default=200, description="steps over which it rises to its peak", ge=0)
     weight_decay: float = Field(default=0.05, description="decoupled weight decay of AdamW", ge=0, le=1)
     average: float = Field(default=0.999, description="how much of the moving average a step keeps, at most", ge=0, lt=1)
-    presence_shift: float = Field(
+    object_score_shift: float = Field(
         default=0.0, description="added to the presence score of the weights that are kept: below 0, doubt counts as absent", ge=-10, le=10
     )
     compile: bool = Field(default=False, description="compile the larger modules on a GPU")
@@ -132,8 +134,8 @@ class Recipe(Frozen):
         ends = [phase.until for phase in self.phases]
         if ends != sorted(set(ends)) or ends[-1] != 1:
             raise ValueError(f"phases: until has to rise to 1, found {', '.join(f'{end:g}' for end in ends)}")
-        if min(self.other_frames.values(), default=0) < 0 or sum(self.other_frames.values()) > 1:
-            raise ValueError("other_frames: shares of all steps, together at most 1")
+        if min(self.other_input_sizes.values(), default=0) < 0 or sum(self.other_input_sizes.values()) > 1:
+            raise ValueError("other_input_sizes: shares of all steps, together at most 1")
         short = [name for name in self.reading.policies if name.startswith("shortlong")]
         if short and not self.network.has_short_stream:
             raise ValueError(f"reading.policies: {short[0]} needs a short stack, which network.policy {self.network.policy} has not")
@@ -143,8 +145,8 @@ class Recipe(Frozen):
     def digest(self) -> str:
         """SHA-256 (hex) of what may not change between two parts of a run; only its length may."""
         whole = self.model_dump(mode="json", exclude=_BUDGET)
-        if not self.presence_shift:  # what came later leaves the digests of earlier recipes as they were
-            del whole["presence_shift"]
+        if not self.object_score_shift:  # what came later leaves the digests of earlier recipes as they were
+            del whole["object_score_shift"]
         if not self.volumes.anatomy.through:
             for name in ("through", "thicker", "further"):
                 del whole["volumes"]["anatomy"][name]

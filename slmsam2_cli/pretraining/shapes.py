@@ -83,9 +83,9 @@ class Tiles:
 TILE_PX = 16
 
 
-def pixel_centres(frame_px: int, device: torch.device) -> Tensor:
+def pixel_centres(input_size: int, device: torch.device) -> Tensor:
     """(2, px, px): x and y of every pixel in frame widths."""
-    centres = (torch.arange(frame_px, device=device) + 0.5) / frame_px
+    centres = (torch.arange(input_size, device=device) + 0.5) / input_size
     y, x = torch.meshgrid(centres, centres, indexing="ij")
     return torch.stack([x, y])
 

@@ -24,57 +24,57 @@ import torch
 from torch import Tensor
 
 from slmsam2_cli.device import half_precision
-from slmsam2_cli.model.cpu_ops import make_faster
-from slmsam2_cli.model.memory.policy import MemoryPolicy, Moment, Stream
-from slmsam2_cli.model.memory.registry import policy_of
-from slmsam2_cli.model.memory.selfsort import NEIGHBOUR
+from slmsam2_cli.model.cpu_ops import optimise_for_cpu
+from slmsam2_cli.model.memory.policy import MemoryPolicy, ReadContext, Stream
+from slmsam2_cli.model.memory.registry import build_policy
+from slmsam2_cli.model.memory.selfsort import POINTER_DISTANCE
 from slmsam2_cli.model.memory.shortlong import near
-from slmsam2_cli.model.slmsam2 import Memory, MemoryBank, SliceFeatures, SliceOutput, SlmSam2, set_frame
-from slmsam2_cli.pretraining.prompts import box_of, boxed, improved, nearly, pointed, points_of, without_memory
+from slmsam2_cli.model.slmsam2 import Memory, MemoryBank, SliceFeatures, SliceOutput, SlmSam2, set_input_size
+from slmsam2_cli.pretraining.prompts import box_of, nearly, points_of, refine_masks, segment_from_boxes, segment_from_points, without_memory
 from slmsam2_cli.pretraining.recipe import Recipe
 from slmsam2_cli.pretraining.volumes import draw_clips
 from slmsam2_cli.training.clips import Clips
-from slmsam2_cli.training.learner import means, total_of
+from slmsam2_cli.training.learner import means, total_loss
 from slmsam2_cli.training.losses import SliceLoss, Weights, slice_loss
 from slmsam2_cli.training.trainer import followed
 
-PRESENCE_BIAS = "sam_mask_decoder.pred_obj_score_head.layers.2.bias"
+OBJECT_SCORE_BIAS = "sam_mask_decoder.pred_obj_score_head.layers.2.bias"
 
 
 def build(recipe: Recipe, device: torch.device) -> SlmSam2:
     """Weights are drawn from the recipe's seed."""
     torch.manual_seed(recipe.seed)
-    model = SlmSam2(recipe.network, recipe.frame_px)
+    model = SlmSam2(recipe.network, recipe.input_size)
     model.to(device)
-    make_faster(model)
+    optimise_for_cpu(model)
     return model
 
 
 def kept(model: SlmSam2, shift: float) -> dict[str, Tensor]:
     """Name -> weights on the CPU, in half precision, as they are written; `shift` is added to every presence score."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    state[PRESENCE_BIAS] = state[PRESENCE_BIAS] + shift
+    state[OBJECT_SCORE_BIAS] = state[OBJECT_SCORE_BIAS] + shift
     return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
 @dataclass(frozen=True)
-class Anywhere:
+class RandomBank:
     """A self-sorting bank that holds what it is told. row: of the temporal table; nearest: slices read; short: for a short stack."""
 
     row: int
     nearest: int
     short: bool
     name: str = "anywhere"
-    weighs: bool = False
-    two_sided: bool = False
+    needs_scores: bool = False
+    shared_memory: bool = False
 
-    def read(self, moment: Moment) -> tuple[Stream, ...]:
+    def read(self, moment: ReadContext) -> tuple[Stream, ...]:
         """Anchors, and the last of what was tracked in the order told."""
         read = [*moment.anchors, *list(moment.tracked)[-self.nearest :]]
-        long = Stream(tuple((s, self.row) for s in read), tuple((s, NEIGHBOUR) for s in read))
+        long = Stream(tuple((s, self.row) for s in read), tuple((s, POINTER_DISTANCE) for s in read))
         return (long, near(moment, 1)) if self.short else (long,)
 
-    def keep(self, moment: Moment) -> Collection[int]:
+    def keep(self, moment: ReadContext) -> Collection[int]:
         """Everything."""
         return moment.tracked
 
@@ -91,24 +91,24 @@ class Reader:
     def _policy(self, recipe: Recipe) -> MemoryPolicy:
         if self.name in ("fifo", "shortlong"):
             named = recipe.network.model_copy(update={"policy": self.name})
-            return policy_of(named, self.model.num_maskmem, self.model.max_obj_ptrs_in_encoder)
-        return Anywhere(self.model.num_maskmem - 1, recipe.network.bank_read, self.name.startswith("shortlong"))
+            return build_policy(named, self.model.num_maskmem, self.model.max_obj_ptrs_in_encoder)
+        return RandomBank(self.model.num_maskmem - 1, recipe.network.bank_read, self.name.startswith("shortlong"))
 
     def track(self, here: SliceFeatures, bank: MemoryBank, t: int) -> SliceOutput:
         """Segment all objects on slice `t` from what of the memory can be read."""
-        only_carried = self.chance.random() < self.reading.drop_all
-        carries = only_carried or self.chance.random() >= self.reading.drop_carried
+        previous_mask_only = self.chance.random() < self.reading.drop_all
+        carries = previous_mask_only or self.chance.random() >= self.reading.drop_carried
         passed = bank[t - 1] if carries and self.model.carry_gain is not None else None
-        if only_carried and passed is not None:
+        if previous_mask_only and passed is not None:
             return self.model.decode(without_memory(self.model, here), here.fine, passed.chosen)
-        moment = Moment(t, 1, bank.anchors, self._readable(list(bank.tracked), t), self.slices)
+        moment = ReadContext(t, 1, bank.anchors, self._readable(list(bank.tracked), t), self.slices)
         return self.model.decode_after(self.model.condition(here, bank, moment, self.policy), here, bank, passed)
 
     def _readable(self, tracked: Sequence[int], t: int) -> list[int]:
         """The tracked slices without those that are missing; a short stack always has the one just passed."""
         needed = self.name.startswith("shortlong")
         kept = [s for s in tracked if (needed and s == t - 1) or self.chance.random() >= self.reading.drop_tracked]
-        return self.chance.sample(kept, len(kept)) if isinstance(self.policy, Anywhere) else kept
+        return self.chance.sample(kept, len(kept)) if isinstance(self.policy, RandomBank) else kept
 
 
 _CLIPS, _VOLUMES, _CHANCE, _PROMPTS = range(4)  # what is drawn from a seed of its own
@@ -137,9 +137,9 @@ def compute(model: SlmSam2, recipe: Recipe, step: int, part: int, done: float) -
     chance = random.Random(seed_of(recipe.seed, step, part, _CHANCE))
     rng = torch.Generator(model.device).manual_seed(seed_of(recipe.seed, step, part, _PROMPTS))
     with half_precision(model.device):
-        given = given_as(recipe, len(clips.masks), done, chance)
+        given = choose_prompt_kind(recipe, len(clips.masks), done, chance)
         losses = clip_losses(model, clips, recipe, given, chance, rng)
-    total = total_of(losses)
+    total = total_loss(losses)
     length, windows = clips.frames.shape[:2]
     if not torch.isfinite(total):
         return Part(length, windows, {})
@@ -150,18 +150,18 @@ def compute(model: SlmSam2, recipe: Recipe, step: int, part: int, done: float) -
 def drawn(recipe: Recipe, step: int, part: int, done: float, device: torch.device) -> Clips:
     """The clips of a part."""
     chance = random.Random(seed_of(recipe.seed, step, part, _CLIPS))
-    length, frame_px = chance.choice(recipe.phase(done).lengths), _frame_px(recipe, chance)
-    slices = recipe.slices_per_step * recipe.frame_px**2 // (frame_px**2 * recipe.parts)  # as many pixels, whatever the frame
+    length, input_size = chance.choice(recipe.phase(done).lengths), _draw_input_size(recipe, chance)
+    slices = recipe.slices_per_step * recipe.input_size**2 // (input_size**2 * recipe.parts)  # as many pixels, whatever the frame
     windows = max(1, min(recipe.most_windows // recipe.parts, slices // length))
     rng = torch.Generator(device).manual_seed(seed_of(recipe.seed, step, part, _VOLUMES))
     tracks = max(1, round(windows * recipe.tracks_per_window))
-    return draw_clips(recipe.volumes_at(done), rng, windows, length, tracks, frame_px, device)
+    return draw_clips(recipe.volumes_at(done), rng, windows, length, tracks, input_size, device)
 
 
-def _frame_px(recipe: Recipe, chance: random.Random) -> int:
-    others = recipe.other_frames
-    (frame_px,) = chance.choices([recipe.frame_px, *others], [1 - sum(others.values()), *others.values()])
-    return frame_px
+def _draw_input_size(recipe: Recipe, chance: random.Random) -> int:
+    others = recipe.other_input_sizes
+    (input_size,) = chance.choices([recipe.input_size, *others], [1 - sum(others.values()), *others.values()])
+    return input_size
 
 
 def clip_losses(
@@ -169,7 +169,7 @@ def clip_losses(
 ) -> Sequence[SliceLoss]:
     """Give the first slice, track the others; one loss per slice that the model had to draw."""
     length = len(clips.masks)
-    set_frame(model, clips.frames.shape[-1])
+    set_input_size(model, clips.frames.shape[-1])
     features = model.encode(clips.frames.flatten(0, 1))
     first, weights, losses = features.at(clips.feature_index(0)), Weights(balanced=True, **recipe.losses.model_dump()), []
     if given == "mask":
@@ -177,18 +177,18 @@ def clip_losses(
     else:
         output = _prompted(model, first, clips.masks[0], given, recipe, chance, rng)
         if length == 1:  # always there, of which nothing is to be learned but that it always is
-            return [slice_loss(output, clips.masks[0], weights=replace(weights, presence=0.0))]
+            return [slice_loss(output, clips.masks[0], weights=replace(weights, object_score=0.0))]
         losses.append(slice_loss(output, clips.masks[0], weights=weights))
         bank = MemoryBank({0: model.remember(first, output)})
     until = length
-    if length >= 4 and chance.random() < recipe.reading.two_anchors:
+    if length >= 4 and chance.random() < recipe.reading.two_conditioning_slices:
         until = length - 1
         bank.anchors[until] = _annotated(model, features.at(clips.feature_index(until)), clips, until)
     reader = Reader(model, recipe, clips.slices, chance)
     return losses + followed(model, clips, features, bank, reader.track, until, weights)
 
 
-def given_as(recipe: Recipe, length: int, done: float, chance: random.Random) -> Kind:
+def choose_prompt_kind(recipe: Recipe, length: int, done: float, chance: random.Random) -> Kind:
     """What the first of `length` slices is given as. done: share of the run."""
     prompts, draw = recipe.prompts, chance.random()
     if length > 1 and recipe.phase(done).masks_only:
@@ -204,10 +204,10 @@ def _prompted(
     """What the model makes of a prompt drawn from the masks (M, 1, H, W)."""
     prompts = recipe.prompts
     if given == "nearly":
-        return improved(model, here, nearly(truth, rng, prompts.shift, prompts.scale))
+        return refine_masks(model, here, nearly(truth, rng, prompts.shift, prompts.scale))
     if given == "box":
-        return boxed(model, here, box_of(truth, rng, prompts.jitter))
-    return pointed(model, here, *points_of(truth, chance.randint(1, prompts.most_points), rng))
+        return segment_from_boxes(model, here, box_of(truth, rng, prompts.jitter))
+    return segment_from_points(model, here, *points_of(truth, chance.randint(1, prompts.most_points), rng))
 
 
 def _annotated(model: SlmSam2, here: SliceFeatures, clips: Clips, t: int) -> Memory:

@@ -15,7 +15,16 @@ from slmsam2_cli.model.checkpoint import Checkpoint, fit
 from slmsam2_cli.pretraining.recipe import Recipe
 from slmsam2_cli.pretraining.step import Part, build, compute
 from slmsam2_cli.pretraining.workers import Helpers, gather_gradients, helpers
-from slmsam2_cli.training.learner import PATIENCE, SKIPPED, Learner, Progress, average_of, learning_rate, share_done, take_step
+from slmsam2_cli.training.learner import (
+    PATIENCE,
+    SKIPPED_KEY,
+    Learner,
+    Progress,
+    copy_for_ema,
+    fraction_done,
+    learning_rate,
+    optimiser_step,
+)
 
 _COMPILED = ("image_encoder", "memory_encoder", "sam_mask_decoder")
 
@@ -42,7 +51,7 @@ def new_learner(recipe: Recipe, device: torch.device, start: Checkpoint | None =
     model = build(recipe, device)
     if start is not None:
         fit(model, start)
-    average = average_of(model)
+    average = copy_for_ema(model)
     if recipe.compile and device.type == "cuda":
         for name in _COMPILED:
             getattr(model, name).compile()
@@ -52,22 +61,22 @@ def new_learner(recipe: Recipe, device: torch.device, start: Checkpoint | None =
     return Pretrainer(model=model, average=average, optimiser=torch.optim.AdamW(groups, lr=recipe.learning_rate))
 
 
-def train(learner: Pretrainer, recipe: Recipe, stop: Callable[[], bool], side_by_side: bool = False) -> Iterator[Step]:
+def train(learner: Pretrainer, recipe: Recipe, stop: Callable[[], bool], use_processes: bool = False) -> Iterator[Step]:
     """Train until the recipe's steps or minutes are used up or `stop` says so; yields after every step.
 
-    side_by_side: each part in a process of its own; on a CPU only. A step without a finite loss and gradient changes
+    use_processes: each part in a process of its own; on a CPU only. A step without a finite loss and gradient changes
     nothing; after 20 such steps in a row TrainingError is raised.
     """
     skipped = 0
     learner.model.train()
     gradients = gather_gradients(learner.model)
-    with helpers(learner.model, gradients, recipe) if side_by_side else nullcontext() as others:
-        while (done := share_done(learner, recipe)) < 1 and not stop():
+    with helpers(learner.model, gradients, recipe) if use_processes else nullcontext() as others:
+        while (done := fraction_done(learner, recipe)) < 1 and not stop():
             started = time.monotonic()
             rate = learning_rate(learner.step, done, recipe.learning_rate, recipe.warmup_steps)
             gradients.zero_()
             parts = _parts(learner, recipe, done, others)
-            finite = all(part.losses for part in parts) and take_step(learner, rate, recipe.average)
+            finite = all(part.losses for part in parts) and optimiser_step(learner, rate, recipe.average)
             skipped = 0 if finite else skipped + 1
             if skipped >= PATIENCE:
                 raise TrainingError(
@@ -76,9 +85,9 @@ def train(learner: Pretrainer, recipe: Recipe, stop: Callable[[], bool], side_by
             learner.step += 1
             took = time.monotonic() - started
             learner.seconds += took
-            losses = _mean(parts) if finite else {SKIPPED: 1.0}
+            losses = _mean(parts) if finite else {SKIPPED_KEY: 1.0}
             clips = sum(part.clips for part in parts)
-            yield Step(learner.step, share_done(learner, recipe), losses, rate, length=parts[0].length, clips=clips, seconds=took)
+            yield Step(learner.step, fraction_done(learner, recipe), losses, rate, length=parts[0].length, clips=clips, seconds=took)
 
 
 def _parts(learner: Pretrainer, recipe: Recipe, done: float, others: Helpers | None) -> list[Part]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slmsam2_cli.model.memory.policy import Moment
+from slmsam2_cli.model.memory.policy import ReadContext
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
 from slmsam2_cli.pretraining.prompts import without_memory
 from slmsam2_cli.pretraining.recipe import Recipe
@@ -33,7 +33,7 @@ class Check:
     copy: float
     carried: float
     told: float
-    presence: float
+    object_score: float
     beyond: float
     missed: float
 
@@ -43,7 +43,7 @@ def held_out(recipe: Recipe, device: torch.device) -> Clips:
     checks = recipe.checks
     rng = torch.Generator(device).manual_seed(checks.seed)
     tracks = max(1, round(checks.windows * recipe.tracks_per_window))
-    return draw_clips(recipe.volumes, rng, checks.windows, checks.length, tracks, recipe.frame_px, device)
+    return draw_clips(recipe.volumes, rng, checks.windows, checks.length, tracks, recipe.input_size, device)
 
 
 @torch.no_grad()
@@ -51,30 +51,30 @@ def check(model: SlmSam2, clips: Clips) -> Check:
     """Measure a model, which has to be in evaluation mode."""
     truth = clips.masks[1:, :, 0] > 0.5
     there = truth.flatten(2).any(dim=2)
-    chosen, presence = _tracked(model, clips)
-    masks = chosen & presence[..., None, None]
-    carried, still = _tracked(model, clips, only_carried=True)
+    chosen, object_score = _tracked(model, clips)
+    masks = chosen & object_score[..., None, None]
+    carried, still = _tracked(model, clips, previous_mask_only=True)
     drawn = masks.flatten(2).any(dim=2)
     return Check(
         dice=_dice(masks, truth),
         told=_dice(chosen & there[..., None, None], truth),
         copy=_dice((clips.masks[:1, :, 0] > 0.5).expand_as(truth), truth),
         carried=_dice(carried & still[..., None, None], truth),
-        presence=_share(presence == there),
+        object_score=_share(object_score == there),
         beyond=_share(drawn[~there]),
         missed=_share(~drawn[there]),
     )
 
 
-def _tracked(model: SlmSam2, clips: Clips, only_carried: bool = False) -> tuple[Tensor, Tensor]:
+def _tracked(model: SlmSam2, clips: Clips, previous_mask_only: bool = False) -> tuple[Tensor, Tensor]:
     """Of the slices after the first: masks (T - 1, M, H, W), as if the object were there, and presence (T - 1, M); both bool."""
     length = len(clips.masks)
     features = model.encode(clips.frames.flatten(0, 1))
     first = features.at(clips.feature_index(0))
     bank, outputs = MemoryBank({0: model.remember(first, model.anchor(first, clips.masks[0]), clips.masks[0])}), []
     for t in range(1, length):
-        here, moment = features.at(clips.feature_index(t)), Moment(t, 1, bank.anchors, bank.tracked, clips.slices)
-        if only_carried:
+        here, moment = features.at(clips.feature_index(t)), ReadContext(t, 1, bank.anchors, bank.tracked, clips.slices)
+        if previous_mask_only:
             output = model.decode(without_memory(model, here), here.fine, bank[t - 1].chosen)
         else:
             output = model.track(here, bank, moment)
@@ -83,7 +83,7 @@ def _tracked(model: SlmSam2, clips: Clips, only_carried: bool = False) -> tuple[
         outputs.append(output)
     size = clips.masks.shape[-2:]
     masks = [F.interpolate(o.chosen.float(), size=size, mode="bilinear", align_corners=False)[:, 0] > 0 for o in outputs]
-    return torch.stack(masks), torch.stack([o.presence[:, 0] > 0 for o in outputs])
+    return torch.stack(masks), torch.stack([o.object_score[:, 0] > 0 for o in outputs])
 
 
 def _dice(masks: Tensor, truth: Tensor) -> float:

@@ -14,10 +14,19 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from slmsam2_cli.planning.plan import Frozen
+from slmsam2_cli.planning.plan import FrozenModel
 from slmsam2_cli.pretraining.anatomy import PAINTED, STRUCTURES, Anatomy, AnatomyRecipe, draw_anatomy
-from slmsam2_cli.pretraining.appearance import PIXELS, AppearanceRecipe, ScannerRecipe, Scanners, draw_looks, draw_scanners, filled, scanned
-from slmsam2_cli.pretraining.random_fields import Doublings, Draw, Range, Share, smooth_field
+from slmsam2_cli.pretraining.appearance import (
+    PIXELS,
+    AppearanceRecipe,
+    ScannerRecipe,
+    Scanners,
+    draw_appearance,
+    draw_scanners,
+    filled,
+    scanned,
+)
+from slmsam2_cli.pretraining.random_fields import Draw, LogRange, Range, Share, smooth_field
 from slmsam2_cli.pretraining.shapes import cut, joined, paint, paint_around, pixel_centres, poses
 from slmsam2_cli.training.clips import Clips
 
@@ -63,7 +72,7 @@ NO_TARGET = 2 * STRUCTURES
 ABOUT = 2  # structures that a window is about
 
 
-class VolumesRecipe(Frozen):
+class VolumesRecipe(FrozenModel):
     """What the generator draws from: every range and every probability."""
 
     anatomy: AnatomyRecipe = Field(default=AnatomyRecipe(), description="structures and what they are to each other")
@@ -74,7 +83,7 @@ class VolumesRecipe(Frozen):
     warp: Range = Field(default=(0.04, 0.2), description="coarse deformation, in sizes of the first structure")
     rough: Range = Field(default=(0.01, 0.06), description="fine deformation, in sizes of the first structure")
     unsteady: Share = Field(default=0.1, description="share of windows whose slices are shifted against each other, as by breathing")
-    shift: Doublings = Field(default=(0.002, 0.01), description="standard deviation of these shifts, frame widths")
+    shift: LogRange = Field(default=(0.002, 0.01), description="standard deviation of these shifts, frame widths")
     misplaced: Share = Field(default=0.05, description="share of windows whose masks lie beside what is seen, as if drawn on another image")
     beside: Range = Field(default=(-0.025, 0.025), description="how far beside, along each axis, frame widths")
     padded: Share = Field(default=0.5, description="share of windows with zeros below or to the right, as slices that are not square")
@@ -91,23 +100,23 @@ def draw_clips(
     windows: int,
     length: int,
     tracks: int,
-    frame_px: int,
+    input_size: int,
     device: torch.device = torch.device("cpu"),  # noqa: B008  a value
 ) -> Clips:
     """W windows of `length` slices and at most `tracks` tracks through them; at least one.
 
-    All randomness comes from `rng`, of the device or of the CPU. frame_px: a multiple of 16.
+    All randomness comes from `rng`, of the device or of the CPU. input_size: a multiple of 16.
     """
     draw = Draw.on(device, rng)
     while True:
         view = _view(recipe, draw, windows)
         anatomy = draw_anatomy(recipe.anatomy, draw, length, view)
         scanners = draw_scanners(recipe.scanner, draw, windows)
-        labels = _blocky(draw, scanners, draw.chance(recipe.blocky, windows), _labels(recipe, draw, anatomy, length, frame_px))
-        seen = _seen(view, frame_px)
+        labels = _blocky(draw, scanners, draw.chance(recipe.blocky, windows), _labels(recipe, draw, anatomy, length, input_size))
+        seen = _seen(view, input_size)
         targets = _targets(labels, anatomy, seen)
         area = areas(targets, NO_TARGET)
-        chosen = choose(draw, area, _weights(recipe, area, frame_px), tracks)
+        chosen = choose(draw, area, _weights(recipe, area, input_size), tracks)
         if len(chosen.window):
             break
     frames = _frames(recipe, draw, _misplaced(recipe, draw, labels), anatomy, scanners, seen)
@@ -125,19 +134,19 @@ def _view(recipe: VolumesRecipe, draw: Draw, windows: int) -> Tensor:
     return view.scatter_(1, side, beyond[:, None])
 
 
-def _seen(view: Tensor, frame_px: int) -> Tensor:
+def _seen(view: Tensor, input_size: int) -> Tensor:
     """(W, px, px) of 0 in the padding and 1 elsewhere."""
-    x, y = pixel_centres(frame_px, view.device)
+    x, y = pixel_centres(input_size, view.device)
     left, top, width, height = view[:, :, None, None].unbind(1)
     within: Tensor = (x >= left) & (x < left + width) & (y >= top) & (y < top + height)
     return within.float()
 
 
-def _labels(recipe: VolumesRecipe, draw: Draw, anatomy: Anatomy, length: int, frame_px: int) -> Tensor:
+def _labels(recipe: VolumesRecipe, draw: Draw, anatomy: Anatomy, length: int, input_size: int) -> Tensor:
     """Label maps (T, W, px, px) uint8."""
     windows = len(anatomy.size)
-    where = pixel_centres(frame_px, draw.device) + _displacement(recipe, draw, anatomy, length, frame_px)
-    tiles = cut(where, _tissues(recipe, draw, anatomy, length, frame_px))
+    where = pixel_centres(input_size, draw.device) + _displacement(recipe, draw, anatomy, length, input_size)
+    tiles = cut(where, _tissues(recipe, draw, anatomy, length, input_size))
     pose = poses(anatomy.structures, length)
     for k in PAINTED:
         paint(anatomy.structures, pose, k, tiles, FIRST + 2 * k)
@@ -145,20 +154,20 @@ def _labels(recipe: VolumesRecipe, draw: Draw, anatomy: Anatomy, length: int, fr
     return joined(tiles.labels, length, windows)
 
 
-def _displacement(recipe: VolumesRecipe, draw: Draw, anatomy: Anatomy, length: int, frame_px: int) -> Tensor:
+def _displacement(recipe: VolumesRecipe, draw: Draw, anatomy: Anatomy, length: int, input_size: int) -> Tensor:
     """(T, W, 2, px, px): how far every pixel is moved, the same for everything in it, frame widths."""
     windows = len(anatomy.size)
     warp, rough = (draw.uniform(between, windows) * anatomy.size for between in (recipe.warp, recipe.rough))
-    coarse, fine = (smooth_field(draw, length, anatomy.pace, 2, cells, frame_px) for cells in (5, 16))
+    coarse, fine = (smooth_field(draw, length, anatomy.pace, 2, cells, input_size) for cells in (5, 16))
     moved = coarse.mul_(warp[:, None, None, None]).addcmul_(fine, rough[:, None, None, None])
     shift = draw.spread(recipe.shift, windows, 1) * draw.chance(recipe.unsteady, windows, 1)
     return moved.add_((draw.normal(length, windows, 2) * shift)[..., None, None])
 
 
-def _tissues(recipe: VolumesRecipe, draw: Draw, anatomy: Anatomy, length: int, frame_px: int) -> Tensor:
+def _tissues(recipe: VolumesRecipe, draw: Draw, anatomy: Anatomy, length: int, input_size: int) -> Tensor:
     """(T, W, px, px) uint8: what lies between the structures: four tissues, and thin layers where one gives way to another."""
     windows = len(anatomy.size)
-    coarse, fine = (smooth_field(draw, length, anatomy.pace, 1, cells, frame_px)[:, :, 0] for cells in (4, 11))
+    coarse, fine = (smooth_field(draw, length, anatomy.pace, 1, cells, input_size)[:, :, 0] for cells in (4, 11))
     coarse.sub_(draw.normal(windows, 1, 1))
     fine.sub_(draw.normal(windows, 1, 1))
     tissue = (coarse > 0).to(torch.uint8).add_(TISSUE).add_((fine > 0).to(torch.uint8), alpha=2)
@@ -202,9 +211,9 @@ def _targets(labels: Tensor, anatomy: Anatomy, seen: Tensor) -> Tensor:
     return found.view(labels.shape).masked_fill_(seen == 0, NO_TARGET)
 
 
-def _weights(recipe: VolumesRecipe, area: Tensor, frame_px: int) -> Tensor:
+def _weights(recipe: VolumesRecipe, area: Tensor, input_size: int) -> Tensor:
     """(W, targets): what the window is about comes first, small things last, and ends are wanted."""
-    weight = (area.amax(0) / frame_px**2).clamp(1e-3, 0.1)
+    weight = (area.amax(0) / input_size**2).clamp(1e-3, 0.1)
     weight[:, : 2 * ABOUT] *= 3
     return weight * torch.where((area == 0).any(0), recipe.eager, 1.0)
 
@@ -228,7 +237,7 @@ def _frames(recipe: VolumesRecipe, draw: Draw, labels: Tensor, anatomy: Anatomy,
     source = torch.cat([everyone, coloured, coloured])
     if len(coloured):
         labels, alike, scanners = labels[:, source], alike[source], scanners.of(source)
-    looks = draw_looks(recipe.appearance, draw, scanners.kind, alike, SEPTUM, FIRST)
+    looks = draw_appearance(recipe.appearance, draw, scanners.kind, alike, SEPTUM, FIRST)
     grey = scanned(recipe.scanner, draw, scanners, filled(draw, looks, labels))
     frames = grey[:, :windows].mul_(seen)[:, :, None].repeat(1, 1, 3, 1, 1)
     for channel in (1, 2) if len(coloured) else ():

@@ -23,7 +23,7 @@ from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.pretraining.recipe import Recipe
 from slmsam2_cli.pretraining.step import Part, build, compute
 
-_PATIENCE_S = 5.0
+_TIMEOUT_S = 5.0
 _LINE = 16  # numbers: where torch lets a tensor begin, 64 bytes apart; a matrix product may be rounded otherwise elsewhere
 
 
@@ -66,7 +66,7 @@ class Helpers:
         for line in self.lines:
             line.close()
         for process in self.processes:
-            process.join(_PATIENCE_S)
+            process.join(_TIMEOUT_S)
             if process.is_alive():
                 process.kill()
 

@@ -47,17 +47,17 @@ class Sources:
 
 
 @dataclass(frozen=True, eq=False)
-class Opened:
+class LoadedCase:
     """Masks (z, y, x) on `grid`, None where there is none; image (z, y, x) of the first channel or None; axis of the slices;
-    lacks_image: there ought to be one, but it cannot be read, or lies on another grid; known_box: `box`, if somebody has found it."""
+    image_missing: there ought to be one, but it cannot be read, or lies on another grid; known_box: `box`, if somebody has found it."""
 
     grid: Grid
     axis: int
     prediction: Array | None
     truth: Array | None
     image: Array | None = None
-    asked_window: Window | None = None
-    lacks_image: bool = False
+    given_window: Window | None = None
+    image_missing: bool = False
     known_box: Box | None = None
 
     @property
@@ -85,7 +85,7 @@ class Opened:
         """The grey values shown as black and white; (0, 0) without an image."""
         if self.image is None:
             return 0.0, 0.0
-        return self.asked_window or window_of(self.image, self._inside())
+        return self.given_window or window_of(self.image, self._inside())
 
     def _inside(self) -> Array:
         """Some grey values of the structures."""
@@ -114,13 +114,13 @@ class Opened:
         up = orientation.flipped[rows] != (AXES[anatomy] != "SI")  # the head is up, and S increases downwards
         return turned[:: -1 if up else 1, :: -1 if orientation.flipped[columns] else 1]
 
-    def facing_mm(self) -> tuple[float, float]:
+    def display_spacing_mm(self) -> tuple[float, float]:
         """Distance of rows and of columns of such a slice."""
         rows, columns = (axis for axis in self.orientation.order if axis != self.axis)
         return float(self.grid.spacing_mm[rows]), float(self.grid.spacing_mm[columns])
 
 
-def open_case(case: str, sources: Sources) -> Opened | None:
+def load_case(case: str, sources: Sources) -> LoadedCase | None:
     """Read what can be read; None when there is not even a mask."""
     truth, prediction = (_mask(path, case, sources.root) for path in (sources.reference, sources.prediction))
     first = truth or prediction
@@ -135,14 +135,14 @@ def open_case(case: str, sources: Sources) -> Opened | None:
 
 def with_image(
     case: str, sources: Sources, mask: LabelVolume, truth: Array | None, prediction: Array | None, box: Box | None = None
-) -> Opened:
+) -> LoadedCase:
     """Masks (z, y, x) that somebody has read already, without ignored voxels and on the grid of `mask`, and the image if it can be had.
 
     box: around everything in both masks, if it is known.
     """
     image = _image(case, sources, mask)
     axis = coarsest(mask.grid.spacing_mm) if sources.axis is None else sources.axis
-    return Opened(mask.grid, axis, prediction, truth, image, sources.window, bool(sources.images) and image is None, box)
+    return LoadedCase(mask.grid, axis, prediction, truth, image, sources.window, bool(sources.images) and image is None, box)
 
 
 def coarsest(spacing_mm: Sequence[float]) -> int:

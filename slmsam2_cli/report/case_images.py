@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from slmsam2_cli.evaluation.scoring import CaseScore, Compared
+from slmsam2_cli.evaluation.scoring import CaseScore, ComparedMasks
 from slmsam2_cli.report import viewer
-from slmsam2_cli.report.case_files import Opened, Sources, open_case, with_image
+from slmsam2_cli.report.case_files import LoadedCase, Sources, load_case, with_image
 from slmsam2_cli.report.charts import marks
 from slmsam2_cli.report.contact_sheet import Shown, captioned, cohort_sheet, draw_slices, worst_slices
 from slmsam2_cli.report.schema import CaseReport, Picture, Structure, ViewerVolumes
@@ -31,12 +31,12 @@ LARGEST = 2**26  # voxels of a case drawn where it is scored: its image comes on
 
 @dataclass(frozen=True)
 class Drawn:
-    """slice_mm, slice_count, ends: as Opened tells them; lacks_image: there ought to be one; pictures: by slice."""
+    """slice_mm, slice_count, ends: as Opened tells them; image_missing: there ought to be one; pictures: by slice."""
 
     slice_mm: float
     slice_count: int
     ends: tuple[str, str]
-    lacks_image: bool
+    image_missing: bool
     pictures: Mapping[int, Shown]
     volumes: ViewerVolumes | None
 
@@ -46,10 +46,10 @@ class Drawn:
         return sum(len(shown.uri) for shown in self.pictures.values()) + (self.volumes.size if self.volumes is not None else 0)
 
 
-def draw(opened: Opened, slices: Sequence[int], with_volumes: bool = True) -> Drawn:
+def draw(opened: LoadedCase, slices: Sequence[int], with_volumes: bool = True) -> Drawn:
     """Pictures of these slices, and the volumes for the viewer."""
     volumes = viewer.volumes(opened) if with_volumes else None
-    return Drawn(opened.slice_mm, opened.slice_count, opened.ends(), opened.lacks_image, draw_slices(opened, slices), volumes)
+    return Drawn(opened.slice_mm, opened.slice_count, opened.ends(), opened.image_missing, draw_slices(opened, slices), volumes)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Drawing:
 
     sources: Sources
 
-    def __call__(self, score: CaseScore, compared: Compared) -> Drawn | None:
+    def __call__(self, score: CaseScore, compared: ComparedMasks) -> Drawn | None:
         """The slices chosen are those that the page will choose from the same score. None: draw it from its files later."""
         if math.prod(compared.reference.grid.shape) > LARGEST:
             return None
@@ -95,7 +95,7 @@ class Looks:
     opened: int
 
 
-def with_looks(
+def add_thumbnails(
     cases: Sequence[CaseReport],
     sources: Mapping[str, Sources],
     finish: Finish,
@@ -116,26 +116,26 @@ def with_looks(
     visible = [case.id for case in cases if case.status != "failed" and case.id in sources][:most]
     predicted = [case for case in visible if sources[case].prediction is not None]
     seen = frozenset(visible)
-    order = list(dict.fromkeys((*viewer.in_turn(predicted), *by_id)))
+    order = list(dict.fromkeys((*viewer.viewing_order(predicted), *by_id)))
     wanted = [(case, (ready or {}).get(case) or sources[case] if case in seen else None) for case in order]
     for case, found in zip(order, _ahead(wanted), strict=True):
         choices = worst_slices(by_id[case].structures, odd=(odd or {}).get(case))
         room = max(left.embedded, left.beside if beside is not None else 0) > 0
-        drawn = draw(found, [choice.slice for choice in choices], room) if isinstance(found, Opened) else found
+        drawn = draw(found, [choice.slice for choice in choices], room) if isinstance(found, LoadedCase) else found
         by_id[case] = finish(by_id[case], drawn)
         if drawn is not None:
-            badness = {choice.slice: choice.badness for choice in choices}
+            severity = {choice.slice: choice.severity for choice in choices}
             there = captioned(case, choices, drawn.pictures)
-            shown[case] = [(badness[picture.slice], picture) for picture in there]
+            shown[case] = [(severity[picture.slice], picture) for picture in there]
             by_id[case] = _with_volumes(replace(by_id[case], pictures=there), drawn.volumes, left, beside)
         advance()
     return Looks(tuple(by_id[case.id] for case in cases), cohort_sheet(shown), len(shown))
 
 
-def _ahead(wanted: Sequence[tuple[str, Sources | Drawn | None]]) -> Iterator[Opened | Drawn | None]:
+def _ahead(wanted: Sequence[tuple[str, Sources | Drawn | None]]) -> Iterator[LoadedCase | Drawn | None]:
     """Each case opened, unless it is drawn, or None; the next two are being read while one is drawn, so that three are in memory."""
     with ThreadPoolExecutor(_AHEAD) as reader:
-        coming = deque[Future[Opened | Drawn | None]]()
+        coming = deque[Future[LoadedCase | Drawn | None]]()
         for case, files in wanted:
             coming.append(reader.submit(_open, case, files))
             if len(coming) > _AHEAD:
@@ -144,8 +144,8 @@ def _ahead(wanted: Sequence[tuple[str, Sources | Drawn | None]]) -> Iterator[Ope
             yield coming.popleft().result()
 
 
-def _open(case: str, files: Sources | Drawn | None) -> Opened | Drawn | None:
-    return open_case(case, files) if isinstance(files, Sources) else files
+def _open(case: str, files: Sources | Drawn | None) -> LoadedCase | Drawn | None:
+    return load_case(case, files) if isinstance(files, Sources) else files
 
 
 def file_name(case: str) -> str:

@@ -47,7 +47,7 @@ def _mark(row: Row, confidence: Mapping[int, float], disagreement: Mapping[int, 
     )
 
 
-def tidy(value: float, digits: int = 2) -> str:
+def format_coordinate(value: float, digits: int = 2) -> str:
     """A coordinate without needless characters: 12.50 -> "12.5", 3.00 -> "3", -0.0 -> "0"."""
     text = f"{value:.{digits}f}"
     text = text.rstrip("0").rstrip(".") if "." in text else text
@@ -64,7 +64,7 @@ class Scale:
     def percent(self, value: float) -> str:
         """Where a value lies, "0" to "100"; what lies outside sticks to the end."""
         share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
-        return tidy(100 * share)
+        return format_coordinate(100 * share)
 
     def ticks(self, count: int = 5) -> tuple[float, ...]:
         """About `count` round values from low to high."""
@@ -74,7 +74,7 @@ class Scale:
         return tuple(round(i * step, 10) for i in range(first, last + 1))
 
 
-def share_scale(values: Iterable[float]) -> Scale:
+def unit_scale(values: Iterable[float]) -> Scale:
     """For values from 0 to 1: down to a round number below the least, so that good results still differ visibly."""
     least = min(values, default=0.0)
     return Scale(max(0.0, min(0.9, math.floor(least * 10 + 1e-9) / 10)), 1.0)
@@ -174,7 +174,7 @@ def _distribution(report: Report, key: str, heading: str, digits: int, better: s
     everything = [value for found in values.values() for _, value, _ in found]
     if not everything:
         return None
-    scale = share_scale(everything) if better == "high" and min(everything) >= 0 and max(everything) <= 1 else length_scale(everything)
+    scale = unit_scale(everything) if better == "high" and min(everything) >= 0 and max(everything) <= 1 else length_scale(everything)
     lanes = tuple(_lane(report, name, values[name], scale, digits) for name in report.structures if values[name])
     return Distribution(heading, better, tuple((scale.percent(tick), f"{tick:g}") for tick in scale.ticks()), lanes)
 
@@ -190,19 +190,21 @@ def _values(cases: Sequence[CaseReport], structure: str, key: str) -> list[tuple
 
 
 def _lane(report: Report, key: str, values: Sequence[tuple[int, float, bool]], scale: Scale, digits: int) -> Lane:
-    unseen = [value for _, value, training in values if not training]
-    described = unseen or [value for _, value, _ in values]
+    held_out = [value for _, value, training in values if not training]
+    described = held_out or [value for _, value, _ in values]
     q0, q1, q2, q3, q4 = (float(value) for value in np.percentile(described, (0, 25, 50, 75, 100)))
-    of = sum(1 for case in report.cases if (case.group != "training") == bool(unseen) and any(s.key == key for s in case.structures))
+    of = sum(1 for case in report.cases if (case.group != "training") == bool(held_out) and any(s.key == key for s in case.structures))
     text = f"median {q2:.{digits}f} ({q1:.{digits}f}–{q3:.{digits}f}), n {len(described)}"  # noqa: RUF001
     text += f" of {of}" if of > len(described) else ""
-    text += "" if unseen else ", training cases"
+    text += "" if held_out else ", training cases"
     points = tuple(
-        Point(scale.percent(value), tidy((i * GOLDEN % 1 - 0.5) * 2 * JITTER_PX, 1), place, training, f"{value:.{digits}f}")
+        Point(scale.percent(value), format_coordinate((i * GOLDEN % 1 - 0.5) * 2 * JITTER_PX, 1), place, training, f"{value:.{digits}f}")
         for i, (place, value, training) in enumerate(values)
     )
     x1, x3 = float(scale.percent(q1)), float(scale.percent(q3))
-    box = Box(scale.percent(q0), tidy(x1), scale.percent(q2), tidy(x3), scale.percent(q4), tidy(x3 - x1))
+    box = Box(
+        scale.percent(q0), format_coordinate(x1), scale.percent(q2), format_coordinate(x3), scale.percent(q4), format_coordinate(x3 - x1)
+    )
     return Lane(report.structures[key], text, points, box)
 
 
@@ -211,7 +213,7 @@ def curves(report: Report) -> tuple[Curve, ...]:
     named = {key: sorted(points, key=lambda p: p.distance) for key, points in report.curve.items() if points}
     if not named:
         return ()
-    scale = share_scale(point.p10 for points in named.values() for point in points)
+    scale = unit_scale(point.p10 for points in named.values() for point in points)
     far = max(points[-1].distance for points in named.values())
     return tuple(_curve(_name(report.structures, key), points, scale, max(far, 1)) for key, points in named.items())
 
@@ -222,7 +224,7 @@ def _name(names: Mapping[str, str], key: str) -> str:
 
 def _curve(name: str, points: Sequence[CurvePoint], scale: Scale, far: int) -> Curve:
     def down(value: float) -> str:
-        return tidy(100 - float(scale.percent(value)), 1)
+        return format_coordinate(100 - float(scale.percent(value)), 1)
 
     upper = "L".join(f"{p.distance} {down(p.p90)}" for p in points)
     lower = "L".join(f"{p.distance} {down(p.p10)}" for p in reversed(points))
@@ -239,7 +241,7 @@ def _curve(name: str, points: Sequence[CurvePoint], scale: Scale, far: int) -> C
         x_ticks=tuple((across.percent(tick), tick) for tick in x_ticks),
         y_ticks=tuple((down(tick), f"{tick:g}") for tick in scale.ticks(4)),
         counts=tuple((across.percent(tick), n_at[tick]) for tick in x_ticks if tick in n_at),
-        bars="".join(f"M{tidy(p.distance - 0.4)} 100v-{max(2, round(100 * p.n / most))}h.8V100z" for p in points),
+        bars="".join(f"M{format_coordinate(p.distance - 0.4)} 100v-{max(2, round(100 * p.n / most))}h.8V100z" for p in points),
         summary=_summary(name, points),
     )
 
@@ -322,7 +324,7 @@ def strip(structure: Structure, first: int, count: int) -> Strip | None:
         largest_px=largest,
         false=_runs(marks, first, count, lambda mark: mark.false),
         missed=_runs(marks, first, count, lambda mark: mark.missed),
-        prompts=tuple(tidy(100 * (mark.slice - first + 0.5) / count) for mark in marks if mark.prompted),
+        prompts=tuple(format_coordinate(100 * (mark.slice - first + 0.5) / count) for mark in marks if mark.prompted),
         summary=_strip_summary(structure),
     )
 
@@ -332,7 +334,7 @@ def _ticks(first: int, count: int) -> tuple[tuple[str, int], ...]:
     if count == 1:
         return (("50", first),)
     wanted = sorted({round(value) for value in Scale(first, first + count - 1).ticks(6)})
-    return tuple((tidy(100 * (index - first + 0.5) / count), index) for index in wanted)
+    return tuple((format_coordinate(100 * (index - first + 0.5) / count), index) for index in wanted)
 
 
 def _bars(marks: Sequence[SliceMark], first: int) -> tuple[tuple[int, str], ...]:
@@ -379,7 +381,7 @@ def _runs(marks: Sequence[SliceMark], first: int, count: int, chosen: Callable[[
         indices = [index for _, index in group]
         start, width = indices[0] - first, len(indices)
         percents = (100 * start / count, 100 * width / count, 100 * (start + width / 2) / count)
-        x, wide, centre = (tidy(value) for value in percents)
+        x, wide, centre = (format_coordinate(value) for value in percents)
         runs.append(Run(x, wide, centre, indices[0], indices[-1]))
     return tuple(runs)
 

@@ -26,7 +26,7 @@ from slmsam2_cli.dataset.prompts import choose_slice
 from slmsam2_cli.dataset.slices import SliceAxis, View, nearest, resample_plane, weights
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.planning.plan import Plan
-from slmsam2_cli.report.case_files import Opened, Window, grey
+from slmsam2_cli.report.case_files import LoadedCase, Window, grey
 from slmsam2_cli.report.charts import GOLDEN
 from slmsam2_cli.report.schema import Picture, SliceMark, Structure
 
@@ -79,7 +79,7 @@ def montage(data: Dataset, plan: Plan, advance: Callable[..., None] = lambda ste
     found: list[Look | Gap] = []
     for case in evenly_chosen(data.training, MOST_CASES):
         try:
-            found.append(look_at(case, data, plan))
+            found.append(make_thumbnail(case, data, plan))
         except CaseError as error:
             found.append(Gap(case.id, f"{error.file}: {error.what}" if error.file else error.what))
         except MemoryError:
@@ -95,7 +95,7 @@ def evenly_chosen(things: Sequence[T], most: int) -> tuple[T, ...]:
     return tuple(things[int((k + 0.5) * len(things) / most)] for k in range(most))
 
 
-def look_at(case: Case, data: Dataset, plan: Plan) -> Look:
+def make_thumbnail(case: Case, data: Dataset, plan: Plan) -> Look:
     """Read a case and draw it. CaseError, MemoryError."""
     volume, mask, _ = read_pair(case, data)
     if mask is None:
@@ -202,8 +202,8 @@ def _uri(canvas: NDArray[np.uint8]) -> str:
 
 TRUTH, PREDICTION = (0x56, 0xB4, 0xE9), (0xE6, 0x9F, 0x00)
 BLANK = 32  # grey where there is no image
-A_CASE = 4
-ODD = 1.0  # as bad as a whole structure missed
+PICTURES_PER_CASE = 4
+FLAGGED_SEVERITY = 1.0  # as bad as a whole structure missed
 _WIDTH, _HEIGHT = 220, 260  # largest shown size in pixels
 _MARGIN_MM, _MARGIN_SHARE = 10.0, 0.25
 _DASH = 6  # pixels of one colour where both outlines run together
@@ -215,7 +215,7 @@ class Choice:
     """A slice to show. badness: 0 and more, comparable between cases; words: what is wrong with it."""
 
     slice: int
-    badness: float
+    severity: float
     words: str
 
 
@@ -228,7 +228,7 @@ class Shown:
     height: int
 
 
-def worst_slices(structures: Sequence[Structure], most: int = A_CASE, odd: Mapping[int, str] | None = None) -> list[Choice]:
+def worst_slices(structures: Sequence[Structure], most: int = PICTURES_PER_CASE, odd: Mapping[int, str] | None = None) -> list[Choice]:
     """The slices to look at first, worst first, none next to another. odd: slices that are to come first whatever, and why.
 
     A slice is as bad as its worst structure: 1 - Dice, times the square root of its share of the structure's largest slice, so that
@@ -239,17 +239,17 @@ def worst_slices(structures: Sequence[Structure], most: int = A_CASE, odd: Mappi
     for structure in structures:
         most_px = max((_pixels(mark) for mark in structure.slices), default=0)
         for mark in structure.slices:
-            choice = _judged(mark, most_px, structure.name if len(structures) > 1 else "")
-            if choice is not None and choice.badness >= found.get(mark.slice, choice).badness:
+            choice = _rate_slice(mark, most_px, structure.name if len(structures) > 1 else "")
+            if choice is not None and choice.severity >= found.get(mark.slice, choice).severity:
                 found[mark.slice] = choice
     for k, words in (odd or {}).items():
-        found[k] = Choice(k, ODD, words)
-    ranked = sorted(found.values(), key=lambda choice: (-choice.badness, choice.slice))
+        found[k] = Choice(k, FLAGGED_SEVERITY, words)
+    ranked = sorted(found.values(), key=lambda choice: (-choice.severity, choice.slice))
     apart = max(2, round(len(found) / (3 * most)))
     return _spread(ranked, apart, most)
 
 
-def draw_slices(opened: Opened, slices: Sequence[int]) -> dict[int, Shown]:
+def draw_slices(opened: LoadedCase, slices: Sequence[int]) -> dict[int, Shown]:
     """Those of the slices that the volume has; none when both masks are empty."""
     frame = _Frame.around(opened)
     return {k: _picture(opened, frame, k) for k in slices if frame is not None and 0 <= k < opened.slice_count}
@@ -275,7 +275,7 @@ def _pixels(mark: SliceMark) -> int:
     return max(mark.prediction_px, mark.reference_px or 0)
 
 
-def _judged(mark: SliceMark, most_px: int, name: str) -> Choice | None:
+def _rate_slice(mark: SliceMark, most_px: int, name: str) -> Choice | None:
     """How bad one slice of one structure is; None when nothing is known against it."""
     weight = (_pixels(mark) / most_px) ** 0.5 if most_px else 0.0
     if mark.reference_px is None:
@@ -283,13 +283,13 @@ def _judged(mark: SliceMark, most_px: int, name: str) -> Choice | None:
         known = mark.confidence is not None or mark.disagreement is not None
         words = [f"confidence {mark.confidence:.2f}"] if mark.confidence is not None else []
         words += [f"passes disagree by {mark.disagreement:.2f}"] if mark.disagreement is not None else []
-        badness = doubt * weight if known and not mark.prompted else 0.0
+        severity = doubt * weight if known and not mark.prompted else 0.0
     else:
-        badness = 0.0 if mark.dice is None or mark.prompted else (1 - mark.dice) * weight
+        severity = 0.0 if mark.dice is None or mark.prompted else (1 - mark.dice) * weight
         words = [_verdict(mark)]
     if mark.prompted:
         words = ["given"]
-    return Choice(mark.slice, badness, f"{name} {', '.join(words)}".strip())
+    return Choice(mark.slice, severity, f"{name} {', '.join(words)}".strip())
 
 
 def _verdict(mark: SliceMark) -> str:
@@ -303,7 +303,7 @@ def _verdict(mark: SliceMark) -> str:
 
 def _spread(ranked: Sequence[Choice], apart: int, most: int) -> list[Choice]:
     """The first `most` that are at least so many slices from one another; those nothing is wrong with only when there is no other."""
-    bad = [choice for choice in ranked if choice.badness > 0] or list(ranked[:1])
+    bad = [choice for choice in ranked if choice.severity > 0] or list(ranked[:1])
     kept: list[Choice] = []
     for choice in bad:
         if len(kept) < most and all(abs(choice.slice - other.slice) >= apart for other in kept):
@@ -321,13 +321,13 @@ class _Frame:
     height: int
 
     @classmethod
-    def around(cls, opened: Opened) -> _Frame | None:
+    def around(cls, opened: LoadedCase) -> _Frame | None:
         """Around both masks of the whole case and a margin; None when they are empty."""
         held = [np.nonzero(plane) for plane in _silhouettes(opened)]
         held = [(rows, columns) for rows, columns in held if len(rows)]
         if not held:
             return None
-        size, mm = _silhouettes_shape(opened), opened.facing_mm()
+        size, mm = _silhouettes_shape(opened), opened.display_spacing_mm()
         spans = [(min(int(h[a].min()) for h in held), max(int(h[a].max()) for h in held) + 1) for a in range(2)]
         rows, columns = (_widened(span, size[a], mm[a]) for a, span in enumerate(spans))
         high, wide = (rows[1] - rows[0]) * mm[0], (columns[1] - columns[0]) * mm[1]
@@ -338,7 +338,7 @@ class _Frame:
         return plane[slice(*self.rows), slice(*self.columns)]
 
 
-def _silhouettes(opened: Opened) -> Iterator[Array]:
+def _silhouettes(opened: LoadedCase) -> Iterator[Array]:
     """For each mask, where any slice holds something, facing the reader."""
     box = [slice(*span) for span in opened.box or ()]
     for mask in opened.masks if box else ():
@@ -347,7 +347,7 @@ def _silhouettes(opened: Opened) -> Iterator[Array]:
         yield opened.facing(plane)
 
 
-def _silhouettes_shape(opened: Opened) -> tuple[int, ...]:
+def _silhouettes_shape(opened: LoadedCase) -> tuple[int, ...]:
     return opened.facing(opened.masks[0].take(0, axis=opened.axis)).shape
 
 
@@ -356,7 +356,7 @@ def _widened(span: tuple[int, int], size: int, mm: float) -> tuple[int, int]:
     return max(0, span[0] - margin), min(size, span[1] + margin)
 
 
-def _picture(opened: Opened, frame: _Frame, k: int) -> Shown:
+def _picture(opened: LoadedCase, frame: _Frame, k: int) -> Shown:
     """One slice."""
     outlines = [
         None if mask is None else _outline(_enlarged(_plane(opened, frame, mask, k), frame)) for mask in (opened.truth, opened.prediction)
@@ -378,12 +378,12 @@ def _webp(canvas: NDArray[np.uint8]) -> bytes:
     return data
 
 
-def _plane(opened: Opened, frame: _Frame, volume: Array, k: int) -> Array:
+def _plane(opened: LoadedCase, frame: _Frame, volume: Array, k: int) -> Array:
     """The shown part of slice k, facing the reader."""
     return frame.cut(opened.facing(volume[(slice(None),) * opened.axis + (k,)]))
 
 
-def _background(opened: Opened, frame: _Frame, k: int) -> NDArray[np.uint8]:
+def _background(opened: LoadedCase, frame: _Frame, k: int) -> NDArray[np.uint8]:
     """(height, width) grey values of the image, smooth; plain without one."""
     if opened.image is None:
         return np.full((frame.height, frame.width), BLANK, np.uint8)

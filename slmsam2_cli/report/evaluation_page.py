@@ -15,7 +15,7 @@ from slmsam2_cli.evaluation.surface import nsd_key
 from slmsam2_cli.evaluation.tables import groups, label_columns, label_rows
 from slmsam2_cli.inference.manifest import Manifest, ManifestCase
 from slmsam2_cli.report.case_files import Sources
-from slmsam2_cli.report.case_images import Beside, Budget, Drawn, Looks, with_looks
+from slmsam2_cli.report.case_images import Beside, Budget, Drawn, Looks, add_thumbnails
 from slmsam2_cli.report.charts import marks
 from slmsam2_cli.report.flags import evaluation_flags, named
 from slmsam2_cli.report.schema import CaseReport, CurvePoint, Report, SliceMark, Structure, Table
@@ -24,7 +24,7 @@ Json = Mapping[str, Any]
 _ORDER = {"failed": 0, "pred_missing": 1}
 
 
-def of_evaluation(
+def evaluation_report(
     summary: Json,
     scores: Sequence[CaseScore],
     sources: Mapping[str, Sources],
@@ -52,13 +52,13 @@ def of_evaluation(
         return _finished(case, drawn, more.get(case.id, ()))
 
     ready = {score.case: score.made for score in scores if isinstance(score.made, Drawn)}
-    looks = with_looks(ordered, sources, finish, beside, advance, budget, ready=ready)
+    looks = add_thumbnails(ordered, sources, finish, beside, advance, budget, ready=ready)
     return _report(summary, looks, tables)
 
 
 def _report(summary: Json, looks: Looks, tables: Sequence[Table]) -> Report:
     census = summary["cases"]
-    total = census["unseen"] + census["training"]
+    total = census["held_out"] + census["training"]
     return Report(
         kind="evaluation",
         title=f"Evaluation of {total} case{'s' * (total != 1)}",
@@ -102,7 +102,7 @@ def _finished(case: CaseReport, drawn: Drawn | None, more: Sequence[str]) -> Cas
     own = [] if case.status == "failed" else named(structures, [evaluation_flags(s, ends, slice_mm) for s in structures])
     if case.status == "pred_missing":
         own = ["no prediction"]
-    if drawn is not None and drawn.lacks_image:
+    if drawn is not None and drawn.image_missing:
         own.append("its image is not shown: it cannot be read, or lies on another grid")
     return replace(case, structures=structures, slice_mm=slice_mm, flags=(*more, *own))
 
@@ -138,11 +138,11 @@ def _merit(case: CaseReport) -> float:
 def _headline(summary: Json) -> tuple[tuple[str, str, str], ...]:
     """The few numbers of unseen cases; without any, that there is none."""
     census, tolerance = summary["cases"], summary["definitions"]["nsd_tolerance_mm"]
-    if not census["unseen"]:
+    if not census["held_out"]:
         return (("Mean Dice", "-", "no unseen case: the model has learned from every case"),)
     mean, rest = summary["foreground_statistics"], summary["unprompted"]["foreground_statistics"]
     counted, found = (sum(record["Dice"]["n"] for record in part["statistics"].values()) for part in (summary, summary["unprompted"]))
-    n = f"{counted} structures in {census['unseen']} unseen case{'s' * (census['unseen'] != 1)}"
+    n = f"{counted} structures in {census['held_out']} unseen case{'s' * (census['held_out'] != 1)}"
     interval = mean["Dice"]["ci95"]
     alone = "Dice of the slices that the model had to find itself" + (f", of {found} structures" if 0 < found != counted else "")
     doubt = f"95 % interval {interval[0]:.3f} to {interval[1]:.3f}; " if interval else ""
@@ -192,7 +192,7 @@ def _point(told: Json) -> CurvePoint:
 def _facts(summary: Json, looks: Looks) -> tuple[tuple[str, str], ...]:
     census, model = summary["cases"], summary["model"]
     told = [("model", str(model.get("name") or "")), *((key, str(model.get(key) or "")) for key in ("weights_digest", "plan_digest"))]
-    counts = f"{census['unseen']} unseen, {census['training']} training, {len(census['failed'])} failed"
+    counts = f"{census['held_out']} unseen, {census['training']} training, {len(census['failed'])} failed"
     counts += f", {len(census['pred_missing'])} without a prediction, {len(census['without_reference'])} predictions without a label"
     shown = [("shown", f"pictures of {looks.opened} cases, the worst first")] if looks.opened else []
     facts = [

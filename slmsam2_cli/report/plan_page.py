@@ -26,9 +26,9 @@ from slmsam2_cli.dataset.slices import AXES
 from slmsam2_cli.io import atomic
 from slmsam2_cli.planning.fingerprint import Fingerprint
 from slmsam2_cli.planning.plan import ChannelIntensity, GeometryPlan, Plan
-from slmsam2_cli.report.charts import GOLDEN, JITTER_PX, Box, Scale, length_scale, tidy
+from slmsam2_cli.report.charts import GOLDEN, JITTER_PX, Box, Scale, format_coordinate, length_scale
 from slmsam2_cli.report.contact_sheet import COLOURS, MOST_CASES, MOST_CHANNELS, Gap, Greys, Look, colour, montage
-from slmsam2_cli.report.render import refuse_foreign, script_hash
+from slmsam2_cli.report.render import check_own_file, script_hash
 from slmsam2_cli.report.schema import Table
 from slmsam2_cli.version import VERSION
 
@@ -133,13 +133,15 @@ def _lane(name: str, cases: Sequence[str], values: Sequence[float], of: int, uni
     text = f"median {q2:.3g}, {q0:.3g} to {q4:.3g}, n {len(values)}" + (f" of {of}" if of > len(values) else "")
     titles = [f"{case}: {value:.3g} {unit}" for case, value in zip(cases, values, strict=True)]
     x1, x3 = float(scale.percent(q1)), float(scale.percent(q3))
-    box = Box(scale.percent(q0), tidy(x1), scale.percent(q2), tidy(x3), scale.percent(q4), tidy(x3 - x1))
+    box = Box(
+        scale.percent(q0), format_coordinate(x1), scale.percent(q2), format_coordinate(x3), scale.percent(q4), format_coordinate(x3 - x1)
+    )
     return Lane(name, text, _dots(values, titles, scale), box)
 
 
 def _dots(values: Sequence[float], titles: Sequence[str], scale: Scale) -> tuple[Dot, ...]:
     return tuple(
-        Dot(scale.percent(value), tidy((i * GOLDEN % 1 - 0.5) * 2 * JITTER_PX, 1), title)
+        Dot(scale.percent(value), format_coordinate((i * GOLDEN % 1 - 0.5) * 2 * JITTER_PX, 1), title)
         for i, (value, title) in enumerate(zip(values, titles, strict=True))
     )
 
@@ -175,7 +177,7 @@ def _histogram(looks: Sequence[Look], place: int, channel: ChannelIntensity) -> 
         ticks=_ticks(scale),
         everything=_steps(everything, scale, low, high),
         labelled=_steps(labelled, scale, low, high),
-        window=(x0, x1, tidy(float(x1) - float(x0))),
+        window=(x0, x1, format_coordinate(float(x1) - float(x0))),
         bounds=(f"{planned[0]} HU", f"{planned[1]} HU") if ct else (f"percentile {planned[0]}", f"percentile {planned[1]}"),
         dots=_dots(list(medians.values()), [f"{case}: {value:.3g}" for case, value in medians.items()], scale),
         counted="all voxels" if ct else "non-zero voxels",
@@ -206,7 +208,7 @@ def _steps(values: Array, scale: Scale, low: float, high: float) -> str:
         return ""
     held = np.flatnonzero(counts)
     heights = [min(100.0, 100 * int(n) / most) for n in counts[held[0] : held[-1] + 1]]
-    return f"M{held[0]} 100" + "".join(f"V{tidy(100 - height, 1)}h1" for height in heights) + "V100"
+    return f"M{held[0]} 100" + "".join(f"V{format_coordinate(100 - height, 1)}h1" for height in heights) + "V100"
 
 
 def _outside(labelled: Array, low: float, high: float) -> str:
@@ -256,7 +258,7 @@ def write_plan_page(
 
     OutputError when it cannot be written, or when a file of somebody else's is in the way.
     """
-    refuse_foreign(path, PAGE_BEGINS)
+    check_own_file(path, PAGE_BEGINS)
     atomic.write_text(path, render(data, fingerprint, plan, notes, montage(data, plan, advance)))
 
 
@@ -294,8 +296,8 @@ def _headline(fingerprint: Fingerprint, plan: Plan) -> tuple[tuple[str, str, str
         ("Training cases", str(len(fingerprint.cases)), f"usable, with {count} label{'s' * (count != 1)}"),
         ("Modality", plan.modality, f"channels: {', '.join(plan.channels)}"),
         ("Slices along", geometry.slice_axis, "the axis that becomes time"),
-        ("Pixel", f"{geometry.in_plane_mm:.3g} mm", f"in slices of at most {geometry.stack_px} pixels"),
-        ("Network", network.size, f"{network.policy} memory, input of {geometry.frame_px} pixels"),
+        ("Pixel", f"{geometry.in_plane_mm:.3g} mm", f"in slices of at most {geometry.stack_size} pixels"),
+        ("Network", network.size, f"{network.policy} memory, input of {geometry.input_size} pixels"),
     )
 
 

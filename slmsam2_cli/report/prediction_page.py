@@ -25,8 +25,8 @@ from slmsam2_cli.inference.manifest import ManifestCase
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.files import open_regular
 from slmsam2_cli.report import prediction_qc as looking
-from slmsam2_cli.report.case_files import Opened, Sources, Window, open_case
-from slmsam2_cli.report.case_images import Beside, Budget, Looks, with_looks
+from slmsam2_cli.report.case_files import LoadedCase, Sources, Window, load_case
+from slmsam2_cli.report.case_images import Beside, Budget, Looks, add_thumbnails
 from slmsam2_cli.report.flags import named
 from slmsam2_cli.report.prediction_qc import Cohort, Found
 from slmsam2_cli.report.render import NAME, write_report
@@ -93,7 +93,7 @@ class _Told:
         return cls(labels, {case: ManifestCase.model_validate(entry) for case, entry in manifest["cases"].items()}, manifest)
 
 
-def of_predictions(
+def prediction_report(
     manifest: Json,
     sources: Mapping[str, Sources],
     *,
@@ -115,12 +115,12 @@ def of_predictions(
     cases = _with_flags([_case(case, entry, seen[case], told, cohorts) for case, entry in told.cases.items()], told, seen, cohorts)
     gross = {case for case, one in seen.items() if one and any(looking.gross(one.found.get(v), c) for v, c in cohorts.items())}
     ordered = sorted(cases, key=lambda case: (case.status != "failed", case.id not in gross, *_order(case)))
-    looks = with_looks(ordered, sources, lambda case, opened: case, beside, advance, budget, odd=_odd(seen, cohorts))
+    looks = add_thumbnails(ordered, sources, lambda case, opened: case, beside, advance, budget, odd=_odd(seen, cohorts))
     return _report(told, cohorts, looks, facts)
 
 
 def _look(case: str, sources: Sources | None) -> _Seen | None:
-    opened: Opened | None = open_case(case, replace(sources, images=())) if sources is not None else None
+    opened: LoadedCase | None = load_case(case, replace(sources, images=())) if sources is not None else None
     if opened is None or opened.prediction is None:
         return None
     return _Seen(looking.measure(opened), opened.slice_count, opened.slice_mm)
@@ -137,7 +137,7 @@ def _cohorts(told: _Told, seen: Mapping[str, _Seen | None]) -> dict[int, Cohort]
 def _odd(seen: Mapping[str, _Seen | None], cohorts: Mapping[int, Cohort]) -> dict[str, dict[int, str]]:
     """Case -> slices on which something odd can be seen."""
     return {
-        case: {k: words for value, found in one.found.items() for k, words in looking.odd_slices(found, cohorts[value]).items()}
+        case: {k: words for value, found in one.found.items() for k, words in looking.flagged_slices(found, cohorts[value]).items()}
         for case, one in seen.items()
         if one
     }
@@ -149,7 +149,7 @@ def _values(told: _Told, seen: Mapping[str, _Seen | None]) -> list[int]:
 
 
 def _case(case: str, entry: ManifestCase, seen: _Seen | None, told: _Told, cohorts: Mapping[int, Cohort]) -> CaseReport:
-    group = "training" if entry.training else "unseen"
+    group = "training" if entry.training else "held_out"
     if seen is None:
         return CaseReport(case, group, "failed", problem="the mask cannot be read any more. Run slmsam2 predict again")
     structures = tuple(_structure(value, told.labels.get(value) or f"label {value}", entry, seen) for value in cohorts)
@@ -160,12 +160,12 @@ def _with_flags(
     cases: Sequence[CaseReport], told: _Told, seen: Mapping[str, _Seen | None], cohorts: Mapping[int, Cohort]
 ) -> list[CaseReport]:
     """What is odd about each case, by what is usual among all."""
-    unsure = _unsure_of_most(cases)
+    unsure = _usually_low_confidence(cases)
 
     def flags(case: CaseReport, one: _Seen) -> list[str]:
         said = [
             [
-                *looking.suspicions(one.found.get(value), cohort),
+                *looking.structure_flags(one.found.get(value), cohort),
                 *looking.doubts(_number(s, "confidence"), told.cases[case.id].disagreement.get(value, {}), s.key in unsure),
             ]
             for s, (value, cohort) in zip(case.structures, cohorts.items(), strict=True)
@@ -175,7 +175,7 @@ def _with_flags(
     return [case if (one := seen[case.id]) is None else replace(case, flags=tuple(flags(case, one))) for case in cases]
 
 
-def _unsure_of_most(cases: Sequence[CaseReport]) -> dict[str, str]:
+def _usually_low_confidence(cases: Sequence[CaseReport]) -> dict[str, str]:
     """Key of each structure that the model is unsure of in most cases -> what to say about it once."""
     confidences: dict[tuple[str, str], list[float]] = {}
     for s in (s for case in cases for s in case.structures):
@@ -221,7 +221,7 @@ def _order(case: CaseReport) -> tuple[int, float, str]:
 
 
 def _report(told: _Told, cohorts: Mapping[int, Cohort], looks: Looks, facts: Sequence[tuple[str, str]]) -> Report:
-    count, worth = len(looks.cases), _worth(told.rest)
+    count, worth = len(looks.cases), _confidence_meaning(told.rest)
     return Report(
         kind="prediction",
         title=f"Masks of {count} case{'s' * (count != 1)}",
@@ -232,11 +232,11 @@ def _report(told: _Told, cohorts: Mapping[int, Cohort], looks: Looks, facts: Seq
         worst=looks.worst,
         facts=(*_facts(told.rest), *facts),
         definitions=tuple((key, f"{text}; {worth}" if text == _CONFIDENCE else text) for key, text in DEFINITIONS),
-        warnings=(*map(str, told.rest.get("warnings", ())), *_unsure_of_most(looks.cases).values()),
+        warnings=(*map(str, told.rest.get("warnings", ())), *_usually_low_confidence(looks.cases).values()),
     )
 
 
-def _worth(manifest: Json) -> str:
+def _confidence_meaning(manifest: Json) -> str:
     """What confidence says, by what predict noted of each case; and on which slices a table was fitted."""
     each = {bool(entry.get("calibrated")) for entry in manifest.get("cases", {}).values()}
     if len(each) > 1:
@@ -283,14 +283,16 @@ _TURN = ".slmsam2-report.lock"
 _DIGEST = "account of the masks"
 
 
-def report_on(masks: Path, images: Mapping[str, tuple[Path, ...]], shown: ChannelIntensityLike | None = None, anew: bool = True) -> None:
+def write_prediction_report(
+    masks: Path, images: Mapping[str, tuple[Path, ...]], shown: ChannelIntensityLike | None = None, anew: bool = True
+) -> None:
     """Write the page of all masks in the folder. images: case -> its files, where they are known; shown: how the network sees grey values.
 
     Unless `anew`, a page that tells of these very masks already is left alone. Runs that share the folder take turns.
     """
     window = (shown.lower, shown.upper) if shown is not None and shown.scheme == "ct" else None
     try:
-        with atomic.taking_turns(masks / _TURN):
+        with atomic.wait_for_lock(masks / _TURN):
             manifest = atomic.read_json(masks / MANIFEST, "the predictions' manifest")
             digest = _digest(manifest)
             if (manifest["cases"] or (masks / NAME).exists()) and (anew or not _tells(masks / NAME, digest)):
@@ -306,7 +308,7 @@ def _write(masks: Path, manifest: dict[str, Any], images: Mapping[str, tuple[Pat
 
     def make(beside: Beside) -> Report:
         with console.progress("report", 2 * len(sources)) as advance:
-            return of_predictions(manifest, sources, facts=[(_DIGEST, digest)], beside=beside, advance=advance)
+            return prediction_report(manifest, sources, facts=[(_DIGEST, digest)], beside=beside, advance=advance)
 
     write_report(masks, make)
 

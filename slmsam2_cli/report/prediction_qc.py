@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from slmsam2_cli.report.case_files import Opened
+from slmsam2_cli.report.case_files import LoadedCase
 from slmsam2_cli.report.flags import Ends
 
 GROSS_Z = 7.0  # twice as far out as what is odd
@@ -48,7 +48,7 @@ class Found:
         return {end: share for end, share in shares.items() if share > 0 and self.slices > 1}
 
 
-def measure(opened: Opened) -> dict[int, Found]:
+def measure(opened: LoadedCase) -> dict[int, Found]:
     """Label value -> what the prediction holds of it."""
     mask = opened.prediction
     if mask is None:
@@ -60,7 +60,7 @@ def measure(opened: Opened) -> dict[int, Found]:
     }
 
 
-def _found(inside: NDArray[np.bool_], first: int, opened: Opened) -> Found:
+def _found(inside: NDArray[np.bool_], first: int, opened: LoadedCase) -> Found:
     """inside: the structure in its box; first: slice number at which the box begins."""
     across = tuple(a for a in range(3) if a != opened.axis)
     counts: Any = np.count_nonzero(inside, axis=across)
@@ -113,7 +113,7 @@ def gross(found: Found | None, cohort: Cohort) -> bool:
     return z is not None and abs(z) > GROSS_Z
 
 
-def suspicions(found: Found | None, cohort: Cohort) -> list[str]:
+def structure_flags(found: Found | None, cohort: Cohort) -> list[str]:
     """What is odd about one structure; None: there is none."""
     if found is None:
         others = len(cohort.volumes_ml)
@@ -133,16 +133,16 @@ def suspicions(found: Found | None, cohort: Cohort) -> list[str]:
     return [*said, *(f"area jumps from {before} to {after} pixels between slices {k} and {k + 1}" for k, before, after in _jump(found))]
 
 
-def odd_slices(found: Found, cohort: Cohort) -> dict[int, str]:
+def flagged_slices(found: Found, cohort: Cohort) -> dict[int, str]:
     """Slices on which something odd can be seen -> what."""
     last = {found.ends[0]: 0, found.ends[1]: found.slices - 1}
     jumps = {k if before > after else k + 1: "area jumps" for k, before, after in _jump(found)}
     return jumps | {last[end]: "the volume ends" for end in _odd_ends(found, cohort)}
 
 
-def doubts(confidence: float | None, disagreement: Mapping[int, float], unsure_of_most: bool = False) -> list[str]:
-    """What the model itself was unsure of. disagreement: slice -> share; unsure_of_most: low confidence is usual, so no news."""
-    low = confidence is not None and confidence < CONFIDENCE and not unsure_of_most
+def doubts(confidence: float | None, disagreement: Mapping[int, float], usually_low: bool = False) -> list[str]:
+    """What the model itself was unsure of. disagreement: slice -> share; usually_low: low confidence is usual, so no news."""
+    low = confidence is not None and confidence < CONFIDENCE and not usually_low
     said = [f"mean confidence {confidence:.2f}"] if low else []
     worst = max(disagreement, key=lambda k: (disagreement[k], -k), default=None)
     if worst is not None and disagreement[worst] > DISAGREEMENT:

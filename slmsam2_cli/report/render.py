@@ -225,20 +225,20 @@ def write_report(folder: Path, make: Callable[[Beside], Report]) -> Report:
     OutputError when a file cannot be written, or one of somebody else's is in the way: then nothing of theirs has changed.
     """
 
-    refuse_foreign(folder / NAME, PAGE_BEGINS)
+    check_own_file(folder / NAME, PAGE_BEGINS)
     report = make(lambda name, case, volumes: _write_volumes(folder / name, case, volumes))
     atomic.write_text(folder / NAME, render(report))
     _drop_stale(folder, report)
     return report
 
 
-def refuse_foreign(path: Path, begins: bytes) -> None:
+def check_own_file(path: Path, begins: bytes) -> None:
     """OutputError when there is a file that does not begin like ours."""
-    if path.exists() and not is_ours(path, begins):
+    if path.exists() and not is_own_file(path, begins):
         raise OutputError(f"{path}: was not written by slmsam2. Move it away, or choose another folder")
 
 
-def is_ours(path: Path, begins: bytes) -> bool:
+def is_own_file(path: Path, begins: bytes) -> bool:
     """Whether it is a regular file that begins with these bytes. OSError."""
     try:
         with open_regular(path) as file:
@@ -249,7 +249,7 @@ def is_ours(path: Path, begins: bytes) -> bool:
 
 def _write_volumes(path: Path, case: str, volumes: ViewerVolumes) -> None:
 
-    refuse_foreign(path, VOLUMES_BEGIN)
+    check_own_file(path, VOLUMES_BEGIN)
     atomic.write_text(path, volumes_script(case, volumes))
 
 
@@ -257,5 +257,5 @@ def _drop_stale(folder: Path, report: Report) -> None:
     """Files of an earlier page of ours that this one does not name."""
     named = {case.volumes_file for case in report.cases}
     for path in sorted((folder / FOLDER).glob("*.js")):
-        if f"{FOLDER}/{path.name}" not in named and path.is_file() and not path.is_symlink() and is_ours(path, VOLUMES_BEGIN):
+        if f"{FOLDER}/{path.name}" not in named and path.is_file() and not path.is_symlink() and is_own_file(path, VOLUMES_BEGIN):
             path.unlink()

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slmsam2_cli.io.volume import Grid
-from slmsam2_cli.report.case_files import Opened, grey
+from slmsam2_cli.report.case_files import LoadedCase, grey
 from slmsam2_cli.report.schema import ViewerVolumes
 
 Array = NDArray[Any]
@@ -72,7 +72,7 @@ class Part:
         return "; ".join(words)
 
 
-def volumes(opened: Opened, most: int = MAX_VOXELS) -> ViewerVolumes | None:
+def volumes(opened: LoadedCase, most: int = MAX_VOXELS) -> ViewerVolumes | None:
     """The case for the viewer, each file of at most `most` voxels; None without a prediction."""
     if opened.prediction is None:
         return None
@@ -84,7 +84,7 @@ def volumes(opened: Opened, most: int = MAX_VOXELS) -> ViewerVolumes | None:
     return ViewerVolumes(prediction or "", image, truth, 2 - opened.axis, first, step, part.note(opened.grid.shape))
 
 
-def in_turn(worst_first: Sequence[str]) -> Iterator[str]:
+def viewing_order(worst_first: Sequence[str]) -> Iterator[str]:
     """Every case once, those to look at first: the worst, the middle one, the best, then the others from the worst on."""
     if not worst_first:
         return

@@ -39,19 +39,19 @@ def augment(clips: Clips, rng: np.random.Generator) -> Clips:
     grey = bool((clips.frames[:, :, :1] == clips.frames).all())  # the same slice in every colour, which noise must not tell apart
     shown = frames[:: clips.frames.shape[2]] if grey else frames
     ignored = [_planes(1 - clips.known)] if clips.known is not None else []
-    with _drawing_from(rng):
+    with _seed_global_generators(rng):
         moved, labels = _move(shown, np.concatenate([masks, *ignored]))
         after = _like(labels[: len(masks)], clips.masks)
         kept = after[0].flatten(1).any(dim=1)
         if not kept.any():
-            return replace(clips, frames=_like(_shade(shown), clips.frames))
+            return replace(clips, frames=_like(_augment_intensity(shown), clips.frames))
         known = 1 - _like(labels[len(masks) :], clips.masks)[:, kept] if ignored else None
-        seen = _like(_shade(moved), clips.frames)
+        seen = _like(_augment_intensity(moved), clips.frames)
     return replace(clips, frames=seen, masks=after[:, kept], window=clips.window[kept], reverse=clips.reverse[kept], known=known)
 
 
 @contextmanager
-def _drawing_from(rng: np.random.Generator) -> Iterator[None]:
+def _seed_global_generators(rng: np.random.Generator) -> Iterator[None]:
     """batchgenerators draws from the two generators that belong to everybody: they are as they were afterwards."""
     theirs, pythons = np.random.get_state(), random.getstate()
     seed = int(rng.integers(2**32))
@@ -81,7 +81,7 @@ def _move(shown: Array, masks: Array) -> tuple[Array, Array]:
     return changed["data"][0], changed["seg"][0]
 
 
-def _shade(shown: Array) -> Array:
+def _augment_intensity(shown: Array) -> Array:
     """Gamma, contrast, brightness, blur, low resolution, noise; within 0 ... 1."""
     tall = np.clip(shown, 0, 1).reshape(1, 1, -1, shown.shape[-1])
     greys = _greys()(data=tall)["data"].reshape(1, *shown.shape)

@@ -17,7 +17,7 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
-class Later(Protocol[T_co]):
+class PendingResult(Protocol[T_co]):
     """What a piece of work will have found."""
 
     def result(self) -> T_co:
@@ -25,7 +25,7 @@ class Later(Protocol[T_co]):
         ...
 
 
-class _WhenAsked(Generic[T]):
+class _LazyResult(Generic[T]):
     """Work that is done when somebody asks, and once."""
 
     def __init__(self, work: Callable[[], T]) -> None:
@@ -48,9 +48,9 @@ class Beside:
         """Whether there is another thread."""
         return self._pool is not None
 
-    def begin(self, work: Callable[[], T]) -> Later[T]:
+    def begin(self, work: Callable[[], T]) -> PendingResult[T]:
         """Have it done; it must not touch what this thread changes, nor draw from generators that others draw from."""
-        return self._pool.submit(work) if self._pool is not None else _WhenAsked(work)
+        return self._pool.submit(work) if self._pool is not None else _LazyResult(work)
 
 
 @contextmanager

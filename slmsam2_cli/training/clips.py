@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slmsam2_cli.dataset.cache import PreparedCase, check_whole
+from slmsam2_cli.dataset.cache import PreparedCase, check_not_truncated
 from slmsam2_cli.errors import DatasetError
-from slmsam2_cli.model.roi import Square, around, box_of, framed, to_input
+from slmsam2_cli.model.roi import RoiCrop, around, box_of, pad_to_square, to_input
 from slmsam2_cli.planning.plan import GeometryPlan
 
 ENDS = 0.6
 _POINTERS = 16
-_LEAST_THINNED = 8  # slices that have to be left of a volume without every second or third one
+_MIN_STRIDED_SLICES = 8  # slices that have to be left of a volume without every second or third one
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class _Structure:
 
 
 @dataclass(frozen=True)
-class Windows:
+class WindowChoice:
     """What is to be shown, before anything is read: a structure and a first slice for every window, as many slices in each."""
 
     structures: tuple[_Structure, ...]
@@ -105,29 +105,29 @@ class ClipSampler:
         self.stacks: list[_Stack] = []
         self.structures: dict[int, list[_Structure]] = {}
         for stride in self.strides:
-            thinned = [stack for case in cases for stack in _thinned(case, stride)]
+            thinned = [stack for case in cases for stack in _with_stride(case, stride)]
             first = len(self.stacks)
             self.structures[stride] = [s for i, stack in enumerate(thinned, start=first) for s in _structures(i, stack, values, ignore)]
             self.stacks += thinned
         if not self.structures[1]:
             raise DatasetError("no training case holds a labelled structure over at least two slices. Annotate one, or check the labels")
 
-    def check_whole(self) -> None:
+    def check_not_truncated(self) -> None:
         """ArrayError where a file of a volume was cut short since it was opened."""
         for case in self.cases:
-            check_whole(case)
+            check_not_truncated(case)
 
-    def choose(self, rng: np.random.Generator, windows: int, length: int) -> Windows:
+    def choose(self, rng: np.random.Generator, windows: int, length: int) -> WindowChoice:
         """W windows; volumes too short for `length` shorten all of them."""
         chosen = self._alike(rng, windows)
         length = min([length, *(self._longest(s) for s in chosen)])
-        return Windows(tuple(chosen), tuple(self._start(rng, s, length) for s in chosen), length)
+        return WindowChoice(tuple(chosen), tuple(self._start(rng, s, length) for s in chosen), length)
 
-    def cases_of(self, windows: Windows) -> tuple[str, ...]:
+    def cases_of(self, windows: WindowChoice) -> tuple[str, ...]:
         """The ids of the volumes that the windows are of."""
         return tuple(dict.fromkeys(self.stacks[s.case].case.id for s in windows.structures))
 
-    def show(self, windows: Windows, number: int, rng: np.random.Generator, tracks: int) -> Clips:
+    def show(self, windows: WindowChoice, number: int, rng: np.random.Generator, tracks: int) -> Clips:
         """One of the windows, and at most `tracks` tracks through it."""
         structure, start, length = windows.structures[number], windows.starts[number], windows.length
         runs = self._runs(structure, start, length)
@@ -191,27 +191,27 @@ class ClipSampler:
         edges = ((start, False), (start + length - 1, True))
         return [(s.label, reverse) for s in siblings for edge, reverse in edges if edge in s.slices]
 
-    def _square(self, structure: _Structure, start: int, length: int) -> Square | None:
+    def _square(self, structure: _Structure, start: int, length: int) -> RoiCrop | None:
         """Where the network looks: around the structure on the edge of the window that holds it; None: at whole slices."""
-        if self.geometry.focus is None:
+        if self.geometry.roi_scale is None:
             return None
         labels = self.stacks[structure.case].labels
         edges = [edge for edge in (start, start + length - 1) if edge in structure.slices]
-        given = framed(torch.from_numpy(np.asarray(labels[edges[0]]) == structure.label), self.geometry.stack_px)
-        return around(box_of([given]), self.geometry.focus, self.geometry.stack_px)
+        given = pad_to_square(torch.from_numpy(np.asarray(labels[edges[0]]) == structure.label), self.geometry.stack_size)
+        return around(box_of([given]), self.geometry.roi_scale, self.geometry.stack_size)
 
-    def _frames(self, structure: _Structure, start: int, length: int, square: Square | None) -> Tensor:
+    def _frames(self, structure: _Structure, start: int, length: int, square: RoiCrop | None) -> Tensor:
         first = max(start - 1, 0)  # the neighbours of a window's outer slices are seen, too
         stack = torch.from_numpy(np.asarray(self.stacks[structure.case].frames[:, first : start + length + 1], dtype=np.float32))
-        seen = to_input(stack, self.geometry.neighbours)[start - first : start - first + length]
-        slices = framed(seen, self.geometry.stack_px)
-        return square.cut(slices, self.geometry.frame_px) if square is not None else slices
+        seen = to_input(stack, self.geometry.adjacent_slices)[start - first : start - first + length]
+        slices = pad_to_square(seen, self.geometry.stack_size)
+        return square.cut(slices, self.geometry.input_size) if square is not None else slices
 
-    def _masks(self, structure: _Structure, start: int, length: int, value: int, reverse: bool, square: Square | None) -> Tensor:
+    def _masks(self, structure: _Structure, start: int, length: int, value: int, reverse: bool, square: RoiCrop | None) -> Tensor:
         labels = self.stacks[structure.case].labels
         mask = torch.from_numpy(np.asarray(labels[start : start + length]) == value).float()
-        slices = framed((mask.flip(0) if reverse else mask).unsqueeze(1), self.geometry.stack_px)
-        return square.cut_masks(slices, self.geometry.frame_px) if square is not None else slices
+        slices = pad_to_square((mask.flip(0) if reverse else mask).unsqueeze(1), self.geometry.stack_size)
+        return square.crop_masks(slices, self.geometry.input_size) if square is not None else slices
 
 
 def together(clips: Sequence[Clips]) -> Clips:
@@ -228,9 +228,9 @@ def together(clips: Sequence[Clips]) -> Clips:
     )
 
 
-def _thinned(case: PreparedCase, stride: int) -> list[_Stack]:
+def _with_stride(case: PreparedCase, stride: int) -> list[_Stack]:
     """The case as it is, or the ways to leave all but every second or third slice of it out; none where too few slices are left."""
-    if case.labels is None or case.frames.shape[1] < (2 if stride == 1 else stride * _LEAST_THINNED):
+    if case.labels is None or case.frames.shape[1] < (2 if stride == 1 else stride * _MIN_STRIDED_SLICES):
         return []
     return [_Stack(case, stride, first) for first in range(stride)]
 

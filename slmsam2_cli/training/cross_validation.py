@@ -22,32 +22,32 @@ import numpy as np
 import torch
 
 from slmsam2_cli import console
-from slmsam2_cli.dataset.cache import PreparedCase, check_whole
+from slmsam2_cli.dataset.cache import PreparedCase, check_not_truncated
 from slmsam2_cli.dataset.prompts import choose_slice
 from slmsam2_cli.errors import WeightsError
 from slmsam2_cli.evaluation.metrics import dice
 from slmsam2_cli.inference.label_prior import GOOD
-from slmsam2_cli.inference.load_model import known_recogniser
-from slmsam2_cli.inference.postprocess import attached
-from slmsam2_cli.inference.propagation import Anchor, Propagated, propagate
+from slmsam2_cli.inference.load_model import matching_label_unet
+from slmsam2_cli.inference.postprocess import keep_connected
+from slmsam2_cli.inference.propagation import AnnotatedSlice, Propagation, propagate
 from slmsam2_cli.io import atomic
 from slmsam2_cli.model.checkpoint import Validation
-from slmsam2_cli.model.label_unet import Recogniser
-from slmsam2_cli.model.roi import framed, to_input
+from slmsam2_cli.model.label_unet import LabelUNet
+from slmsam2_cli.model.roi import pad_to_square, to_input
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import Plan, TrainingPlan, digest_of
-from slmsam2_cli.training.learner import Progress, share_done
+from slmsam2_cli.training.learner import Progress, fraction_done
 from slmsam2_cli.training.monitoring import draw_overlays
-from slmsam2_cli.training.state import Run, learned_by, load_state, previous_of, save_state
-from slmsam2_cli.training.trainer import Learner, follow, fresh_learner, material_of
+from slmsam2_cli.training.state import Run, backup_path, load_state, save_state, training_images_of
+from slmsam2_cli.training.trainer import Learner, follow, init_learner, training_data_of
 
 FOLDS = 2
-SHARE, SHARE_OF_ONE = 0.3, 0.2  # of a run's steps, for each fold; of one volume there is only one fold
-SHARE_OF_MINUTES = 0.3  # where they are limited, all folds together
-LEAST_STEPS = 20  # of a fold; fewer tell nothing
+SHARE, SINGLE_CASE_FRACTION = 0.3, 0.2  # of a run's steps, for each fold; of one volume there is only one fold
+FOLD_TIME_FRACTION = 0.3  # where they are limited, all folds together
+MIN_STEPS = 20  # of a fold; fewer tell nothing
 LOOKS = (1 / 3, 2 / 3, 1.0)  # shares of a fold at which it is judged
-NEARLY = 0.005  # Dice; of looks that score alike the latest counts
-WORSE = 0.02  # Dice below the best look so far at which a fold is given up
+TIE_MARGIN = 0.005  # Dice; of looks that score alike the latest counts
+STOP_MARGIN = 0.02  # Dice below the best look so far at which a fold is given up
 
 Array = np.ndarray[Any, Any]
 Look = tuple[float, ...]  # Dice with the recogniser, where there is one, and without
@@ -63,7 +63,7 @@ class Fold:
     until: int | None = None
 
 
-def folds_of(cases: Sequence[PreparedCase], plan: Plan, learned: Collection[str] = ()) -> tuple[Fold, ...]:
+def make_folds(cases: Sequence[PreparedCase], plan: Plan, learned: Collection[str] = ()) -> tuple[Fold, ...]:
     """The volumes in the middle of the order by labelled voxels are left out, of three the two smaller ones.
 
     learned: SHA-256 of the images that the base has learned from; on these it cannot be compared with.
@@ -71,10 +71,10 @@ def folds_of(cases: Sequence[PreparedCase], plan: Plan, learned: Collection[str]
     as a whole.
     """
     for case in cases:
-        check_whole(case)
+        check_not_truncated(case)
     fresh = [case for case in cases if set(case.record.get("inputs", {}).values()).isdisjoint(learned)]
     if len(cases) == 1:
-        return _halves(cases[0], plan) if fresh else ()
+        return _split_case(cases[0], plan) if fresh else ()
     held = sorted(fresh, key=lambda case: (_voxels(case, plan), case.id))
     first = (len(held) - min(FOLDS, len(held))) // 2
     folds = (Fold(one.id, tuple(case for case in cases if case is not one), one) for one in held[first : first + FOLDS])
@@ -88,11 +88,11 @@ def _voxels(case: PreparedCase, plan: Plan) -> int:
 
 def _tells(case: PreparedCase, plan: Plan) -> bool:
     """Whether some label lies on two slices that were looked at as a whole."""
-    return any(np.count_nonzero(area_of(case, value, plan.ignore)) >= 2 for value in plan.labels)
+    return any(np.count_nonzero(label_areas(case, value, plan.ignore)) >= 2 for value in plan.labels)
 
 
-def _halves(case: PreparedCase, plan: Plan) -> tuple[Fold, ...]:
-    areas = [area for value in plan.labels if (area := area_of(case, value, plan.ignore)).any()]
+def _split_case(case: PreparedCase, plan: Plan) -> tuple[Fold, ...]:
+    areas = [area for value in plan.labels if (area := label_areas(case, value, plan.ignore)).any()]
     if not areas:
         return ()
     cut = min(choose_slice(area, "middle") for area in areas)
@@ -101,29 +101,29 @@ def _halves(case: PreparedCase, plan: Plan) -> tuple[Fold, ...]:
     return (Fold(f"slices below {cut} of {case.id}", (upper,), case, cut),) if enough else ()
 
 
-def area_of(case: PreparedCase, value: int, ignore: int | None) -> Array:
+def label_areas(case: PreparedCase, value: int, ignore: int | None) -> Array:
     """(T,): pixels of a label on every slice that was looked at as a whole."""
     if case.labels is None:
         return np.zeros(0, int)
-    check_whole(case)
+    check_not_truncated(case)
     labels = np.asarray(case.labels)
     area: Array = (labels == value).sum(axis=(1, 2))
     return area if ignore is None else np.where((labels == ignore).any(axis=(1, 2)), 0, area)
 
 
-def fold_training(training: TrainingPlan, count: int) -> TrainingPlan | None:
+def fold_settings(training: TrainingPlan, count: int) -> TrainingPlan | None:
     """The settings of a fold of a run on `count` volumes; None where it would be too short to tell anything."""
-    share = SHARE_OF_ONE if count == 1 else SHARE
+    share = SINGLE_CASE_FRACTION if count == 1 else SHARE
     steps = round(training.steps * share)
-    if steps < LEAST_STEPS:
+    if steps < MIN_STEPS:
         return None
-    minutes = training.minutes * SHARE_OF_MINUTES / (1 if count == 1 else FOLDS) if training.minutes is not None else None
+    minutes = training.minutes * FOLD_TIME_FRACTION / (1 if count == 1 else FOLDS) if training.minutes is not None else None
     return training.model_copy(update={"steps": steps, "warmup_steps": max(5, steps // 20), "minutes": minutes})
 
 
-def training_after(training: TrainingPlan, folds: int, validation: Validation | None) -> TrainingPlan:
+def settings_after_folds(training: TrainingPlan, folds: int, validation: Validation | None) -> TrainingPlan:
     """The settings of the run on everything: the minutes that the folds left, and of steps and minutes the share they speak for."""
-    left = 1 - SHARE_OF_MINUTES if folds else 1.0
+    left = 1 - FOLD_TIME_FRACTION if folds else 1.0
     share = validation.steps / training.steps if validation is not None and validation.steps else 1.0
     minutes = training.minutes * left * share if training.minutes is not None else None
     steps = validation.steps if validation is not None and validation.steps else training.steps
@@ -131,54 +131,54 @@ def training_after(training: TrainingPlan, folds: int, validation: Validation | 
 
 
 @dataclass(frozen=True)
-class Judged:
+class FoldScore:
     """score: mean Dice over the labels; labels: (T, H, W) of the volume that was left out, as the model has them."""
 
     score: float
     labels: Array
 
 
-def judged(model: SlmSam2, fold: Fold, plan: Plan, heeded: bool) -> Judged:
+def judged(model: SlmSam2, fold: Fold, plan: Plan, heeded: bool) -> FoldScore:
     """What the model makes of what was left out, as predict would: each label from its middle slice, which itself does not count.
 
     heeded: whether the model's recogniser is, where it has one. Where a label is rightly not found, that counts as 1.
     """
     case = fold.held
-    check_whole(case)
+    check_not_truncated(case)
     assert case.labels is not None
     truth = np.array(case.labels)  # read now, while it is known to be whole
-    given = {value: choose_slice(area, "middle") for value in plan.labels if (area := area_of(case, value, plan.ignore)).any()}
+    given = {value: choose_slice(area, "middle") for value in plan.labels if (area := label_areas(case, value, plan.ignore)).any()}
     found = tracked(model, np.asarray(case.frames), truth, given, plan, heeded)
-    labels = _labels(found, truth, given, plan.geometry.stack_px)
-    pieces = model.recogniser.pieces if heeded and model.recogniser is not None else ()
+    labels = _labels(found, truth, given, plan.geometry.stack_size)
+    pieces = model.label_unet.pieces if heeded and model.label_unet is not None else ()
     drawn = np.zeros_like(truth)
     for value, t in given.items():
         drawn[t][truth[t] == value] = value
-    labels = attached(labels, drawn, [value for value, one in found.items() if value in pieces and (one.agreement or 0) >= GOOD])
-    return Judged(float(np.mean([_dice(truth, v, labels == v, t, fold.until, plan.ignore) for v, t in given.items()])), labels)
+    labels = keep_connected(labels, drawn, [value for value, one in found.items() if value in pieces and (one.agreement or 0) >= GOOD])
+    return FoldScore(float(np.mean([_dice(truth, v, labels == v, t, fold.until, plan.ignore) for v, t in given.items()])), labels)
 
 
 def tracked(
     model: SlmSam2, frames: Array, truth: Array, given: Mapping[int, int], plan: Plan, heeded: bool = True
-) -> dict[int, Propagated]:
+) -> dict[int, Propagation]:
     """Every label from one slice of the truth, as the plan says that predict tracks; heeded as in `judged`.
 
     frames: (C, T, H, W) in [0, 1]; truth: labels (T, H, W); given: label -> its slice.
     """
-    px = plan.geometry.stack_px
-    stack = framed(to_input(torch.from_numpy(frames.astype(np.float32)), plan.geometry.neighbours), px)
+    px = plan.geometry.stack_size
+    stack = pad_to_square(to_input(torch.from_numpy(frames.astype(np.float32)), plan.geometry.adjacent_slices), px)
     return propagate(
         model,
         stack,
-        {value: [Anchor(t, framed(torch.from_numpy(truth[t] == value), px))] for value, t in given.items()},
+        {value: [AnnotatedSlice(t, pad_to_square(torch.from_numpy(truth[t] == value), px))] for value, t in given.items()},
         batch=plan.inference.batch_slices,
-        focus=plan.geometry.focus,
+        roi_scale=plan.geometry.roi_scale,
         recognise=heeded,
-        patience=plan.inference.patience,
+        max_empty_slices=plan.inference.max_empty_slices,
     )
 
 
-def _labels(found: Mapping[int, Propagated], truth: Array, given: Mapping[int, int], px: int) -> Array:
+def _labels(found: Mapping[int, Propagation], truth: Array, given: Mapping[int, int], px: int) -> Array:
     """The label of the largest logit above 0 on every pixel, and what is given where it is."""
     labels, names = np.zeros_like(truth), np.array(list(found), dtype=truth.dtype)
     for t in range(len(truth)):
@@ -199,13 +199,13 @@ def _dice(truth: Array, value: int, mask: Array, given: int, until: int | None, 
     return 1.0 if score is None else score
 
 
-def given_up(looks: Mapping[int, Look]) -> bool:
+def stopped_early(looks: Mapping[int, Look]) -> bool:
     """Whether the last look at a fold was so much worse than the best before it that it is not gone on with."""
     after = [max(looks[at]) for at in sorted(looks) if at]
-    return bool(after) and after[-1] < max(after) - WORSE
+    return bool(after) and after[-1] < max(after) - STOP_MARGIN
 
 
-def concluded(looks: Mapping[str, Mapping[int, Look]], training: TrainingPlan, asked: bool) -> Validation | None:
+def conclude(looks: Mapping[str, Mapping[int, Look]], training: TrainingPlan, asked: bool) -> Validation | None:
     """From the Dice of every fold at every look, numbered from 1; 0 is the base's. None where there is no fold.
 
     Of looks and ways that score nearly as well as the best, and not worse than the base, the recogniser's count first, then the latest.
@@ -218,7 +218,7 @@ def concluded(looks: Mapping[str, Mapping[int, Look]], training: TrainingPlan, a
     means = {look: [float(np.mean(way)) for way in zip(*(found[look] for found in looks.values()), strict=True)] for look in shared}
     base, after = means[0][0], [(mean, way, look) for look in judged_at for way, mean in enumerate(means[look])]
     top, ways = max(after)[0], len(means[shared[-1]])
-    enough = [(way, -look) for mean, way, look in after if mean >= max(top - NEARLY, base)]
+    enough = [(way, -look) for mean, way, look in after if mean >= max(top - TIE_MARGIN, base)]
     way, look = (min(enough)[0], -min(enough)[1]) if enough else (max(after)[1], max(after)[2])
     steps = max(1, round(training.steps * (1.0 if asked else LOOKS[look - 1])))
     return Validation(
@@ -226,18 +226,18 @@ def concluded(looks: Mapping[str, Mapping[int, Look]], training: TrainingPlan, a
         base=round(base, 4),
         tuned=round(means[look][way], 4),
         steps=steps if enough else 0,
-        recogniser=way == 0 if ways > 1 else None,
+        label_unet=way == 0 if ways > 1 else None,
         kept="tuned" if enough else "base",
     )
 
 
-def say_validated(validation: Validation, count: int) -> None:
+def print_validation(validation: Validation, count: int) -> None:
     """What the volumes that were left out said, and what follows from it for the `count` that are learned from."""
     where = f"on {', '.join(validation.left_out)}, left out: Dice {validation.base:.3f} before tuning, {validation.tuned:.3f} after"
     if validation.kept == "base":
         console.warn(f"{where}. The base is kept as it is. Set training.validation to none in plan.json to tune it all the same")
     else:
-        alone = ", without the recogniser, which did not help there" if validation.recogniser is False else ""
+        alone = ", without the recogniser, which did not help there" if validation.label_unet is False else ""
         console.say(f"{where}. Tuning on {'all ' if count > 1 else ''}{count} for {validation.steps} steps{alone}")
 
 
@@ -274,24 +274,24 @@ def fold_state(folder: Path) -> Path:
     return folder / STATE
 
 
-def forget_folds(folder: Path) -> None:
+def delete_folds(folder: Path) -> None:
     """Nothing of the folds of an earlier run is gone on with."""
     state = fold_state(folder)
-    for old in (folder / FILE, state, previous_of(state), *folder.glob("left_out_*.png")):
+    for old in (folder / FILE, state, backup_path(state), *folder.glob("left_out_*.png")):
         old.unlink(missing_ok=True)
 
 
-def planned_folds(run: Run, used: Sequence[PreparedCase]) -> tuple[tuple[Fold, ...], TrainingPlan | None]:
+def plan_folds(run: Run, used: Sequence[PreparedCase]) -> tuple[tuple[Fold, ...], TrainingPlan | None]:
     """The folds, and the settings of each; none from random weights, which nothing could be kept of, nor where the plan wants none."""
-    training = fold_training(run.plan.training, len(used))
+    training = fold_settings(run.plan.training, len(used))
     if run.base is None or run.plan.training.validation == "none" or training is None:
         return (), None
-    return folds_of(used, run.plan, learned_by(run.base)), training
+    return make_folds(used, run.plan, training_images_of(run.base)), training
 
 
-def base_recogniser(run: Run) -> Recogniser | None:
+def pretrained_label_unet(run: Run) -> LabelUNet | None:
     """The base's own, where it knows the same labels."""
-    return known_recogniser(run.base, run.plan) if run.base is not None else None
+    return matching_label_unet(run.base, run.plan) if run.base is not None else None
 
 
 def validate(
@@ -301,8 +301,8 @@ def validate(
 
     asked: whether a person named the steps.
     """
-    folds, training = planned_folds(run, used)
-    if training is not None and not folds and folds_of(used, run.plan):
+    folds, training = plan_folds(run, used)
+    if training is not None and not folds and make_folds(used, run.plan):
         console.say("the base has learned from these very volumes, so whether tuning makes it better cannot be told from them")
     record = read_record(folder / FILE, run.digest)
     for number, fold in enumerate(folds, start=1):
@@ -312,9 +312,9 @@ def validate(
         if stopped():
             return None
     state = fold_state(folder)
-    for old in (state, previous_of(state)):
+    for old in (state, backup_path(state)):
         old.unlink(missing_ok=True)
-    return concluded({name: record.looks[name] for name in record.done if record.looks[name]}, run.plan.training, asked)
+    return conclude({name: record.looks[name] for name in record.done if record.looks[name]}, run.plan.training, asked)
 
 
 def _fold(
@@ -328,16 +328,16 @@ def _fold(
     title: str,
 ) -> None:
     plan = run.plan.model_copy(update={"training": training})
-    material = material_of(fold.cases, plan)
-    learner = fresh_learner(plan, run.base, material, device)
+    training_data = training_data_of(fold.cases, plan)
+    learner = init_learner(plan, run.base, training_data, device)
     state, settings = record.path.with_name(STATE), digest_of({"run": run.digest, "fold": fold.name})
-    looks, ways = record.looks.setdefault(fold.name, {}), (True, False) if training.recogniser else (False,)
-    if not (0 in looks and _resumed(learner, state, settings)):
+    looks, ways = record.looks.setdefault(fold.name, {}), (True, False) if training.label_unet else (False,)
+    if not (0 in looks and _try_resume(learner, state, settings)):
         looks.clear()
-        looks[0] = (_base_score(run, learner, fold, plan),) * len(ways)
+        looks[0] = (_pretrained_score(run, learner, fold, plan),) * len(ways)
         record.write()
         save_state(state, learner, settings)
-    looked = [share_done(learner, training)]
+    looked = [fraction_done(learner, training)]
 
     def look(progress: Progress) -> str:
         for number, share in enumerate(LOOKS, start=1):
@@ -347,12 +347,12 @@ def _fold(
         looked[0] = progress.done
         return f"without {fold.name}: Dice {looks[0][0]:.3f}" + "".join(f", {max(looks[at]):.3f}" for at in sorted(looks) if at)
 
-    if looked[0] < 1 and not given_up(looks) and not stopped():
+    if looked[0] < 1 and not stopped_early(looks) and not stopped():
         follow(
             learner,
-            material,
+            training_data,
             training,
-            lambda: stopped() or given_up(looks),
+            lambda: stopped() or stopped_early(looks),
             title=title,
             state=state,
             settings=settings,
@@ -362,28 +362,28 @@ def _fold(
     if stopped():
         save_state(state, learner, settings)
         return
-    if learner.step < LEAST_STEPS and not given_up(looks):  # the minutes were over
+    if learner.step < MIN_STEPS and not stopped_early(looks):  # the minutes were over
         console.say(f"without {fold.name}: {learner.step} steps, too few to tell anything")
         looks.clear()
     else:
         _draw(learner, fold, plan, record)
     record.done.append(fold.name)
     record.write()
-    for old in (state, previous_of(state)):
+    for old in (state, backup_path(state)):
         old.unlink(missing_ok=True)
 
 
-def _base_score(run: Run, learner: Learner, fold: Fold, plan: Plan) -> float:
+def _pretrained_score(run: Run, learner: Learner, fold: Fold, plan: Plan) -> float:
     """Of the base as predict would use it, before anything is learned."""
-    average, new = learner.average, learner.average.recogniser
-    known = base_recogniser(run)
-    average.recogniser = known.to(average.device) if known is not None else None
+    average, new = learner.average, learner.average.label_unet
+    known = pretrained_label_unet(run)
+    average.label_unet = known.to(average.device) if known is not None else None
     score = judged(average, fold, plan, heeded=known is not None).score
-    average.recogniser = new
+    average.label_unet = new
     return score
 
 
-def _resumed(learner: Learner, state: Path, settings: str) -> bool:
+def _try_resume(learner: Learner, state: Path, settings: str) -> bool:
     """Whether there is a state of this very fold to go on from."""
     try:
         load_state(state, learner, settings)

@@ -29,15 +29,15 @@ from torch.nn import Parameter
 from slmsam2_cli.errors import DeviceError, SlmSam2Error, TrainingError
 from slmsam2_cli.training.learner import Learner
 
-_PATIENCE = timedelta(minutes=10)  # that one waits for another within a step
-_LEADER_AWAY = timedelta(days=7)  # between two steps, while the first judges and saves
-_STOPS = (signal.SIGINT, signal.SIGTERM)
+_TIMEOUT = timedelta(minutes=10)  # that one waits for another within a step
+_IDLE_TIMEOUT = timedelta(days=7)  # between two steps, while the first judges and saves
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _END_S = 10.0
 _READY = ""
-Work = Callable[[Any, "Ranks"], None]  # what a process that follows does with its learner
+Work = Callable[[Any, "ProcessGroup"], None]  # what a process that follows does with its learner
 
 
-class Ranks:
+class ProcessGroup:
     """One process, which shares with nobody."""
 
     rank, count = 0, 1
@@ -50,18 +50,18 @@ class Ranks:
         """The mean over all processes."""
         return values
 
-    def share_gradients(self, parameters: Sequence[Parameter]) -> None:
+    def average_gradients(self, parameters: Sequence[Parameter]) -> None:
         """Give every process the mean of all gradients; where one has none, it counts as zero."""
 
-    def death(self) -> TrainingError | None:
+    def worker_error(self) -> TrainingError | None:
         """What to say when another process has failed or ended."""
         return None
 
 
-ALONE = Ranks()
+ALONE = ProcessGroup()
 
 
-class Group(Ranks):
+class Group(ProcessGroup):
     """One of several processes; `device`: where its network runs; `lines`, `processes`: of the first, to the others.
 
     Gradients are shared where the network runs, all else over a group of CPUs, which notices at once when a process has ended.
@@ -72,8 +72,8 @@ class Group(Ranks):
         self.lines: list[Connection] = []
         self.processes: list[BaseProcess] = []
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=meeting.as_uri(), rank=rank, world_size=count, timeout=_PATIENCE)
-        self.talk = dist.new_group(backend="gloo", timeout=_LEADER_AWAY)
+        dist.init_process_group(backend, init_method=meeting.as_uri(), rank=rank, world_size=count, timeout=_TIMEOUT)
+        self.talk = dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT)
 
     def agree(self, going: bool, done: float) -> tuple[bool, float]:
         if any(not process.is_alive() for process in self.processes):
@@ -87,7 +87,7 @@ class Group(Ranks):
         dist.all_reduce(found, group=self.talk)
         return (found / self.count).to(values.device)
 
-    def share_gradients(self, parameters: Sequence[Parameter]) -> None:
+    def average_gradients(self, parameters: Sequence[Parameter]) -> None:
         trained = [p for p in parameters if p.requires_grad]
         somewhere = self.mean(torch.tensor([float(p.grad is not None) for p in trained])) > 0
         moving = [p for p, anywhere in zip(trained, somewhere.tolist()) if anywhere]
@@ -96,10 +96,10 @@ class Group(Ranks):
         for p, part in zip(moving, torch.split(flat / self.count, [p.numel() for p in moving])):
             p.grad = part.view_as(p)
 
-    def death(self) -> TrainingError | None:
+    def worker_error(self) -> TrainingError | None:
         for process in self.processes:
             process.join(_END_S)
-        said = [text for line, process in zip(self.lines, self.processes) if (text := _last_words(line, process)) is not None]
+        said = [text for line, process in zip(self.lines, self.processes) if (text := _worker_message(line, process)) is not None]
         return _ended(said[0]) if said else None
 
 
@@ -112,7 +112,7 @@ def check_processes(count: int, device: torch.device) -> None:
 
 
 @contextmanager
-def shared(learner: Learner, count: int, work: Work) -> Iterator[Ranks]:
+def shared(learner: Learner, count: int, work: Work) -> Iterator[ProcessGroup]:
     """`count` processes for the time of a block; `work(learner, ranks)` is what the others do: a plain function or a partial of one.
 
     TrainingError when one of them cannot begin.
@@ -127,12 +127,12 @@ def shared(learner: Learner, count: int, work: Work) -> Iterator[Ranks]:
         meeting, follower = Path(folder) / "meeting", copy.deepcopy(learner)
         follower.to(torch.device("cpu"))
         try:
-            with _no_signals():
+            with _block_signals():
                 for rank in range(1, count):
                     line, process = _started((rank, count, device.type, threads, meeting, follower, work))
                     lines, processes = [*lines, line], [*processes, process]
             for line, process in zip(lines, processes):
-                if (why := _last_words(line, process, wait_s=_PATIENCE.total_seconds())) != _READY:
+                if (why := _worker_message(line, process, wait_s=_TIMEOUT.total_seconds())) != _READY:
                     raise _ended(why or "it did not begin")
             torch.set_num_threads(threads)
             group = Group(0, count, device, meeting)
@@ -157,12 +157,12 @@ def _started(told: tuple[Any, ...]) -> tuple[Connection, BaseProcess]:
 
 
 @contextmanager
-def _no_signals() -> Iterator[None]:
+def _block_signals() -> Iterator[None]:
     """Ctrl-C waits until the block is over, and with it in every process that was started there."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
         yield
     finally:
@@ -171,10 +171,10 @@ def _no_signals() -> Iterator[None]:
 
 def _follow(rank: int, count: int, kind: str, threads: int, meeting: Path, learner: Any, work: Work, line: Any) -> None:
     """The life of a process that follows."""
-    for number in _STOPS:  # the first one finishes its step, and says when it is over
+    for number in _STOP_SIGNALS:  # the first one finishes its step, and says when it is over
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
     try:
         device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
         if kind == "cuda":
@@ -192,7 +192,7 @@ def _follow(rank: int, count: int, kind: str, threads: int, meeting: Path, learn
         line.send(f"{type(error).__name__}: {error}".partition("\n")[0])
 
 
-def _last_words(line: Connection, process: BaseProcess, wait_s: float = 0.0) -> str | None:
+def _worker_message(line: Connection, process: BaseProcess, wait_s: float = 0.0) -> str | None:
     """What a process has said; None where it says nothing and goes on."""
     try:
         return str(line.recv()) if line.poll(wait_s) else None if process.exitcode is None else _end_of(process)

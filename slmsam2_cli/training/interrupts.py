@@ -18,28 +18,28 @@ from slmsam2_cli import console
 from slmsam2_cli.dataset.resources import free_bytes
 from slmsam2_cli.errors import OutputError, PlanError
 from slmsam2_cli.io.atomic import ArrayError
-from slmsam2_cli.planning.estimate import RUNTIME_BYTES, cost_of_tuning, longest_clip
+from slmsam2_cli.planning.estimate import RUNTIME_BYTES, estimate_finetuning, longest_clip
 from slmsam2_cli.planning.fingerprint import read_fingerprint
 from slmsam2_cli.planning.plan import Plan, read_plan
 
 
-class Continuable(OutputError):
+class ResumableError(OutputError):
     """A file could not be written, or was cut short while it was read, but the run can go on."""
 
 
 @contextmanager
-def continuable(command: str) -> Iterator[None]:
+def resumable(command: str) -> Iterator[None]:
     """Say of what cannot be written or read inside how to go on."""
     try:
         yield
     except OutputError as error:
-        raise Continuable(f"{error}. Mend that, and go on with {command} --continue") from error
+        raise ResumableError(f"{error}. Mend that, and go on with {command} --continue") from error
     except ArrayError as error:
-        raise Continuable(f"{error}. Go on with {command} --continue, which makes it anew") from error
+        raise ResumableError(f"{error}. Go on with {command} --continue, which makes it anew") from error
 
 
 @contextmanager
-def stoppable() -> Iterator[Callable[[], bool]]:
+def graceful_stop() -> Iterator[Callable[[], bool]]:
     """Turn the first SIGINT or SIGTERM into a question that answers True; raise it when the block is done.
 
     A signal that was ignored before (nohup, a job in the background) stays ignored.
@@ -63,20 +63,20 @@ def stoppable() -> Iterator[Callable[[], bool]]:
         signal.raise_signal(signal.Signals(caught[0]))
 
 
-def shortage(plan: Plan, fingerprint: Path, count: int, device: torch.device) -> str | None:
+def memory_warning(plan: Plan, fingerprint: Path, count: int, device: torch.device) -> str | None:
     """Where fine-tuning on `count` volumes will probably not fit, a line with the setting that does.
 
     None where it will, or where nobody can tell: there is no fingerprint, or it is damaged.
     """
-    room = room_bytes(device)
+    room = available_bytes(device)
     if room is None:
         return None
     try:
         measured = read_fingerprint(fingerprint)
     except PlanError:
         return None
-    cost = cost_of_tuning(plan, measured, count)
-    sharing = plan.training.processes if device.type == "cpu" else 1
+    cost = estimate_finetuning(plan, measured, count)
+    sharing = plan.training.workers if device.type == "cpu" else 1
     needed = cost.memory_bytes * sharing if cost is not None else 0
     if needed <= room:
         return None
@@ -89,7 +89,7 @@ def shortage(plan: Plan, fingerprint: Path, count: int, device: torch.device) ->
     return f"about {needed / 1e9:.1f} GB of memory are needed and {room / 1e9:.1f} GB are free. {way_out}"
 
 
-def room_bytes(device: torch.device) -> int | None:
+def available_bytes(device: torch.device) -> int | None:
     """Memory for a run, what is loaded already included; None where nobody can tell."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])

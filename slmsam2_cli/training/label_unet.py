@@ -18,21 +18,21 @@ from torch import Tensor
 from slmsam2_cli.dataset.cache import PreparedCase
 from slmsam2_cli.dataset.prompts import choose_slice
 from slmsam2_cli.inference.postprocess import is_one_piece
-from slmsam2_cli.model.label_unet import REACH, Recogniser, view_of
-from slmsam2_cli.model.roi import Square, framed
+from slmsam2_cli.model.label_unet import REACH, LabelUNet, view_of
+from slmsam2_cli.model.roi import RoiCrop, pad_to_square
 
 BATCH = 16
 HELD = 0.75  # share of slices that hold a label
 _LEAST_PX, _FEW_PX, _MOST_PX = 48, 64, 128
 _WIDTH = 32
 _TURN, _SCALE, _SHIFT = math.radians(20), 0.25, 0.15
-_NOT_SEEN = -1
+_IGNORE_INDEX = -1
 
 
 @dataclass(frozen=True)
 class _Source:
     case: PreparedCase
-    square: Square
+    square: RoiCrop
     held: tuple[np.ndarray, ...]  # per label, the slices that hold it
     one_piece: tuple[bool | None, ...]  # per label, whether it is one; None: not there, or not all of the volume was looked at
 
@@ -40,8 +40,8 @@ class _Source:
 class SliceSampler:
     """Draws slices of the annotated volumes with their labels; at least one of them has to hold one."""
 
-    def __init__(self, cases: Sequence[PreparedCase], values: Sequence[int], slice_px: int, ignore: int | None = None) -> None:
-        self.values, self.slice_px, self.ignore = tuple(values), slice_px, ignore
+    def __init__(self, cases: Sequence[PreparedCase], values: Sequence[int], storage_size: int, ignore: int | None = None) -> None:
+        self.values, self.storage_size, self.ignore = tuple(values), storage_size, ignore
         self.sources = [source for case in cases if (source := self._source(case)) is not None]
 
     @property
@@ -56,14 +56,14 @@ class SliceSampler:
         labels = np.asarray(case.labels)
         areas = [(labels == value).sum(axis=(1, 2)) for value in self.values]
         middles = [
-            framed(torch.from_numpy(labels[choose_slice(area, "middle")] == value), self.slice_px)
+            pad_to_square(torch.from_numpy(labels[choose_slice(area, "middle")] == value), self.storage_size)
             for value, area in zip(self.values, areas, strict=True)
             if area.any()
         ]
         if not middles:
             return None
         held = tuple(np.flatnonzero(area) for area in areas)
-        return _Source(case, view_of(middles, self.slice_px), held, self._pieces(labels))
+        return _Source(case, view_of(middles, self.storage_size), held, self._pieces(labels))
 
     @property
     def one_piece(self) -> list[bool]:
@@ -85,8 +85,8 @@ class SliceSampler:
         matrix = torch.stack([torch.stack([turn.cos(), -turn.sin(), zero], 1), torch.stack([turn.sin(), turn.cos(), zero], 1)], 1)
         grid = F.affine_grid(matrix, [count, 1, px, px], align_corners=False)
         slices = F.grid_sample(slices, grid, align_corners=False)
-        turned = F.grid_sample(truth[:, None].float() - _NOT_SEEN, grid, mode="nearest", align_corners=False)[:, 0]
-        return _shaded(slices, torch_rng), turned.round().long() + _NOT_SEEN  # 0 beyond the square is: nobody looked
+        turned = F.grid_sample(truth[:, None].float() - _IGNORE_INDEX, grid, mode="nearest", align_corners=False)[:, 0]
+        return _augment_slices(slices, torch_rng), turned.round().long() + _IGNORE_INDEX  # 0 beyond the square is: nobody looked
 
     def _one(self, rng: np.random.Generator, px: int) -> tuple[Tensor, Tensor]:
         source = self.sources[rng.integers(len(self.sources))]
@@ -94,30 +94,30 @@ class SliceSampler:
         assert labels is not None
         known = [slices for slices in source.held if len(slices)]
         t = int(rng.choice(known[rng.integers(len(known))])) if rng.random() < HELD else int(rng.integers(frames.shape[1]))
-        square = _jittered(source.square, rng, self.slice_px)
+        square = _jitter(source.square, rng, self.storage_size)
         index = np.clip(np.arange(t - REACH, t + REACH + 1), 0, frames.shape[1] - 1)
         seen = torch.from_numpy(np.ascontiguousarray(frames[:, index].swapaxes(0, 1)).astype(np.float32))
-        shown = square.cut(framed(seen, self.slice_px), px).flatten(0, 1)
+        shown = square.cut(pad_to_square(seen, self.storage_size), px).flatten(0, 1)
         plane = np.asarray(labels[t])
         truth = np.zeros(plane.shape, np.int64)
         for number, value in enumerate(self.values, start=1):
             truth[plane == value] = number
         if self.ignore is not None:
-            truth[plane == self.ignore] = _NOT_SEEN
-        whole = framed(torch.from_numpy(truth), self.slice_px)
+            truth[plane == self.ignore] = _IGNORE_INDEX
+        whole = pad_to_square(torch.from_numpy(truth), self.storage_size)
         part = whole[square.row : square.row + square.edge, square.column : square.column + square.edge]
         return shown, F.interpolate(part[None, None].float(), size=(px, px), mode="nearest-exact")[0, 0].long()
 
 
-def _jittered(square: Square, rng: np.random.Generator, slice_px: int) -> Square:
-    edge = int(min(slice_px, max(8, round(square.edge * math.exp(rng.uniform(-_SCALE, _SCALE))))))
+def _jitter(square: RoiCrop, rng: np.random.Generator, storage_size: int) -> RoiCrop:
+    edge = int(min(storage_size, max(8, round(square.edge * math.exp(rng.uniform(-_SCALE, _SCALE))))))
     row, column = (
         round(place + square.edge / 2 - edge / 2 + square.edge * rng.uniform(-_SHIFT, _SHIFT)) for place in (square.row, square.column)
     )
-    return Square(min(max(row, 0), slice_px - edge), min(max(column, 0), slice_px - edge), edge)
+    return RoiCrop(min(max(row, 0), storage_size - edge), min(max(column, 0), storage_size - edge), edge)
 
 
-def _shaded(slices: Tensor, rng: torch.Generator) -> Tensor:
+def _augment_slices(slices: Tensor, rng: torch.Generator) -> Tensor:
     """Gamma, contrast, brightness, noise."""
 
     def between(low: float, high: float) -> Tensor:
@@ -128,20 +128,20 @@ def _shaded(slices: Tensor, rng: torch.Generator) -> Tensor:
     return shaded + torch.randn(slices.shape, generator=rng) * between(0.0, 0.05)
 
 
-def recogniser_loss(logits: Tensor, truth: Tensor) -> Tensor:
+def label_unet_loss(logits: Tensor, truth: Tensor) -> Tensor:
     """Cross-entropy + soft Dice of every label over the batch, one number. logits (B, 1 + K, h, w); truth (B, h, w): 0 to K, or -1."""
-    seen = (truth != _NOT_SEEN).float()[:, None]
-    entropy = F.cross_entropy(logits, truth, ignore_index=_NOT_SEEN, reduction="sum") / seen.sum().clamp(min=1)
+    seen = (truth != _IGNORE_INDEX).float()[:, None]
+    entropy = F.cross_entropy(logits, truth, ignore_index=_IGNORE_INDEX, reduction="sum") / seen.sum().clamp(min=1)
     said = logits.softmax(1)[:, 1:] * seen
     real = F.one_hot(truth.clamp(min=0), logits.shape[1]).permute(0, 3, 1, 2)[:, 1:].float() * seen
     dice = (2 * (said * real).sum((0, 2, 3)) + 1) / (said.sum((0, 2, 3)) + real.sum((0, 2, 3)) + 1)
     return entropy + (1 - dice).mean()
 
 
-def new_recogniser(sampler: SliceSampler, channels: int, seed: int) -> Recogniser:
+def new_label_unet(sampler: SliceSampler, channels: int, seed: int) -> LabelUNet:
     """One with random weights, as fine as these volumes ask for; thinner where it sees more pixels, for the same cost."""
     torch.manual_seed(seed)
     px = sampler.px
-    made = Recogniser(channels, sampler.values, px, _WIDTH if px <= _FEW_PX else _WIDTH // 2)
+    made = LabelUNet(channels, sampler.values, px, _WIDTH if px <= _FEW_PX else _WIDTH // 2)
     made.one_piece.copy_(torch.tensor(sampler.one_piece))
     return made

@@ -14,13 +14,13 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from slmsam2_cli.model.label_unet import PREFIX as RECOGNISER
+from slmsam2_cli.model.label_unet import PREFIX as LABEL_UNET_PREFIX
 from slmsam2_cli.model.slmsam2 import SlmSam2
-from slmsam2_cli.training.background import Later
+from slmsam2_cli.training.background import PendingResult
 from slmsam2_cli.training.losses import SliceLoss
 
 PATIENCE = 20  # steps in a row without a finite gradient after which a run has diverged
-SKIPPED = "skipped"
+SKIPPED_KEY = "skipped"
 _CLIP_NORM = 1.0
 
 
@@ -55,7 +55,7 @@ class Learner:
     optimiser: torch.optim.AdamW
     step: int = 0
     seconds: float = 0.0
-    waited: float = 0.0
+    data_wait_s: float = 0.0
 
     def to(self, device: torch.device) -> None:
         """Move it to a device; its optimiser goes on."""
@@ -74,7 +74,7 @@ class Learner:
         """The state of its own generators, as tensors and as text."""
         return {}, {}
 
-    def redraw(self, tensors: dict[str, Tensor], texts: dict[str, str]) -> None:
+    def set_generator_state(self, tensors: dict[str, Tensor], texts: dict[str, str]) -> None:
         """Bring its own generators to where `draws` found them."""
 
 
@@ -88,14 +88,14 @@ class Progress:
     learning_rate: float = 0.0
 
 
-def average_of(model: SlmSam2) -> SlmSam2:
+def copy_for_ema(model: SlmSam2) -> SlmSam2:
     """The average before the first step."""
     average = copy.deepcopy(model)
     average.eval().requires_grad_(False)
     return average
 
 
-def share_done(learner: Learner, budget: Budget) -> float:
+def fraction_done(learner: Learner, budget: Budget) -> float:
     """How much of the run is done, by steps or by minutes, whichever is further."""
     by_time = learner.seconds / (budget.minutes * 60) if budget.minutes else 0.0
     return min(1.0, max(learner.step / budget.steps, by_time))
@@ -119,55 +119,55 @@ class Sharing(Protocol):
         """The mean over all of them."""
         ...
 
-    def share_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+    def average_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Give every one the mean of all gradients."""
         ...
 
 
-def descend(
-    learner: Learner, losses: Sequence[SliceLoss], rate: float, most_average: float, apart: Later[Mapping[str, Tensor]], ranks: Sharing
+def training_step(
+    learner: Learner, losses: Sequence[SliceLoss], rate: float, ema_decay: float, apart: PendingResult[Mapping[str, Tensor]], ranks: Sharing
 ) -> dict[str, float]:
     """One optimiser step on the mean of the losses; returns each of their means, or that the step was skipped.
 
     The gradients have to be cleared before. apart: other losses, by name, of which the gradients are there when it has been waited for;
     they are not part of the total that is returned, and the first process alone has them.
     """
-    total = total_of(losses)
+    total = total_loss(losses)
     finite = bool(torch.isfinite(ranks.mean(total)))
     if finite:
         total.backward()  # type: ignore[no-untyped-call]
     others = apart.result()
     if not finite:
-        return {SKIPPED: 1.0}
-    ranks.share_gradients(list(learner.model.parameters()))
-    if not take_step(learner, rate, most_average):
-        return {SKIPPED: 1.0}
+        return {SKIPPED_KEY: 1.0}
+    ranks.average_gradients(list(learner.model.parameters()))
+    if not optimiser_step(learner, rate, ema_decay):
+        return {SKIPPED_KEY: 1.0}
     return means(losses, ranks.mean) | {name: float(loss) for name, loss in others.items()}
 
 
-def total_of(losses: Sequence[SliceLoss]) -> Tensor:
+def total_loss(losses: Sequence[SliceLoss]) -> Tensor:
     """What is minimised: the mean over slices of the weighted sum."""
     return torch.stack([loss.total for loss in losses]).mean()
 
 
 def means(losses: Sequence[SliceLoss], over: Callable[[Tensor], Tensor] = lambda values: values) -> dict[str, float]:
     """Every part of the loss and their weighted sum, as means over slices, and over all processes."""
-    names = ("pixels", "dice", "iou", "presence", "total")
+    names = ("pixels", "dice", "iou", "object_score", "total")
     found = torch.stack([torch.stack([getattr(loss, name).detach() for loss in losses]).mean() for name in names])
     return dict(zip(names, over(found).tolist()))
 
 
-def take_step(learner: Learner, rate: float, most_average: float) -> bool:
+def optimiser_step(learner: Learner, rate: float, ema_decay: float) -> bool:
     """Follow the gradient and let the average follow; False, and nothing is changed, when the gradient is not finite."""
     for group in learner.optimiser.param_groups:
         group["lr"] = rate * group.get("scale", 1.0)
     named = list(learner.model.named_parameters())
     for own in (True, False):  # apart: a loss that shares no weights shall not shorten the other's step
-        norm = torch.nn.utils.clip_grad_norm_([p for n, p in named if n.startswith(RECOGNISER) == own], _CLIP_NORM)
+        norm = torch.nn.utils.clip_grad_norm_([p for n, p in named if n.startswith(LABEL_UNET_PREFIX) == own], _CLIP_NORM)
         if not torch.isfinite(norm):  # one such step would make every weight NaN
             return False
     learner.optimiser.step()
-    _average(learner, most_average)
+    _average(learner, ema_decay)
     return True
 
 

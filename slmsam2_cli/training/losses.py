@@ -35,7 +35,7 @@ class Weights:
     pixels: float = 20.0
     dice: float = 1.0
     iou: float = 1.0
-    presence: float = 1.0
+    object_score: float = 1.0
     balanced: bool = False
     absent: float = 1.0
     lowered: float = 0.0
@@ -52,13 +52,13 @@ class SliceLoss:
     pixels: Tensor
     dice: Tensor
     iou: Tensor
-    presence: Tensor
+    object_score: Tensor
     weights: Weights = SAM2
 
     @property
     def total(self) -> Tensor:
         w = self.weights
-        return w.pixels * self.pixels + w.dice * self.dice + w.iou * self.iou + w.presence * self.presence
+        return w.pixels * self.pixels + w.dice * self.dice + w.iou * self.iou + w.object_score * self.object_score
 
 
 def focal(logits: Tensor, target: Tensor, known: Tensor | None = None) -> Tensor:
@@ -105,7 +105,7 @@ def slice_loss(
     known: Tensor | None = None,
     weights: Weights = SAM2,
     counts: Tensor | None = None,
-    believed: Tensor | None = None,
+    target_scores: Tensor | None = None,
 ) -> SliceLoss:
     """Loss of B objects on one slice. target (B, 1, H, W) in {0, 1}; candidates are brought to its size.
 
@@ -127,9 +127,11 @@ def slice_loss(
         pixels=(pixels[rows, best] * torch.where(present > 0, 1.0, weights.absent)).sum() / objects,
         dice=(dices[rows, best] * present).sum() / held.clamp(min=_NONE),
         iou=(iou_error * present).sum() / held.clamp(min=_NONE),
-        presence=_presence(output.presence.float().squeeze(1) + weights.lowered, present, _sure(present, known), sure)
-        if believed is None
-        else _presence(output.presence.float().squeeze(1), believed, torch.ones_like(present), objects),
+        object_score=_object_score_loss(
+            output.object_score.float().squeeze(1) + weights.lowered, present, _valid_objects(present, known), sure
+        )
+        if target_scores is None
+        else _object_score_loss(output.object_score.float().squeeze(1), target_scores, torch.ones_like(present), objects),
         weights=weights,
     )
 
@@ -137,15 +139,15 @@ def slice_loss(
 def object_counts(target: Tensor, known: Tensor | None = None) -> Tensor:
     """(3,): of the objects of one slice, how many there are, how many of them lie on it, and of how many that is known."""
     present = (target.flatten(1).amax(dim=1) > 0).float()
-    return torch.stack([torch.ones_like(present).sum(), present.sum(), _sure(present, known).sum()])
+    return torch.stack([torch.ones_like(present).sum(), present.sum(), _valid_objects(present, known).sum()])
 
 
-def _presence(logits: Tensor, chance: Tensor, counted: Tensor, count: Tensor) -> Tensor:
+def _object_score_loss(logits: Tensor, chance: Tensor, counted: Tensor, count: Tensor) -> Tensor:
     """Cross-entropy of presence over the objects that count, 0 when none does. logits, chance, counted (B,)."""
     each = F.binary_cross_entropy_with_logits(logits, chance, reduction="none")
     return (each * counted).sum() / count.clamp(min=_NONE)
 
 
-def _sure(present: Tensor, known: Tensor | None) -> Tensor:
+def _valid_objects(present: Tensor, known: Tensor | None) -> Tensor:
     """1 for every object whose presence is known, (B,)."""
     return torch.ones_like(present) if known is None else torch.maximum(present, known.flatten(1).amin(dim=1))

@@ -27,12 +27,12 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from slmsam2_cli import console
-from slmsam2_cli.dataset.cache import PreparedCase, check_whole
+from slmsam2_cli.dataset.cache import PreparedCase, check_not_truncated
 from slmsam2_cli.io import atomic
-from slmsam2_cli.io.files import cause
+from slmsam2_cli.io.files import error_reason
 
-RECOGNISED = "recogniser"
-COLUMNS = ("step", "seconds", "learning_rate", "pixels", "dice", "iou", "presence", "total", RECOGNISED)
+LABEL_UNET_COLUMN = "label_unet"
+COLUMNS = ("step", "seconds", "learning_rate", "pixels", "dice", "iou", "object_score", "total", LABEL_UNET_COLUMN)
 
 
 class Log:
@@ -89,7 +89,7 @@ def events(folder: Path, from_step: int) -> Iterator[Record]:
     if find_spec("tensorboard") is None:
         yield lambda row: None
         return
-    with _one_line_at_most():
+    with _hide_thread_traceback():
         told = _Told(folder, from_step)
         try:
             yield told.record
@@ -100,35 +100,35 @@ def events(folder: Path, from_step: int) -> Iterator[Record]:
 class _Told:
     def __init__(self, folder: Path, from_step: int) -> None:
         self.writer: Any = None
-        with self._giving_up():
+        with self._disable_on_error():
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(folder), purge_step=from_step + 1)
 
     def record(self, row: Mapping[str, float]) -> None:
-        with self._giving_up():
+        with self._disable_on_error():
             for name, value in row.items():
                 if self.writer is not None and name not in AXES:
                     self.writer.add_scalar(f"train/{name}", value, int(row["step"]))
 
     def close(self) -> None:
-        with self._giving_up():
+        with self._disable_on_error():
             if self.writer is not None:
                 self.writer.close()
 
     @contextmanager
-    def _giving_up(self) -> Iterator[None]:
+    def _disable_on_error(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # noqa: BLE001 - nothing about TensorBoard may make a run fail
             self.writer = None
-            why = cause(error) if isinstance(error, OSError) else str(error).partition("\n")[0] or type(error).__name__
+            why = error_reason(error) if isinstance(error, OSError) else str(error).partition("\n")[0] or type(error).__name__
             console.warn(f"TensorBoard is told no more: {why}. log.csv has the same numbers")
             console.trace(error)
 
 
 @contextmanager
-def _one_line_at_most() -> Iterator[None]:
+def _hide_thread_traceback() -> Iterator[None]:
     """TensorBoard writes in a thread of its own, whose error comes up again where it is told more: no traceback besides."""
     before = threading.excepthook
 
@@ -144,7 +144,7 @@ def _one_line_at_most() -> Iterator[None]:
 
 
 SMOOTHED = 25  # steps in a running mean
-TERMS = ("pixels", "dice", "iou", "presence", "recogniser")
+TERMS = ("pixels", "dice", "iou", "object_score", "label_unet")
 _INCHES, _DPI = (9.0, 9.0), 100
 
 
@@ -215,7 +215,7 @@ def draw_overlays(path: Path, case: PreparedCase, found: Array, title: str) -> N
 
     OutputError, ArrayError.
     """
-    check_whole(case)
+    check_not_truncated(case)
     assert case.labels is not None
     labels = np.asarray(case.labels)
     values = [int(value) for value in np.unique(found) if value]

@@ -33,7 +33,7 @@ from slmsam2_cli.training.learner import Learner
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def previous_of(path: Path) -> Path:
+def backup_path(path: Path) -> Path:
     """Where the generation before is kept."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
@@ -54,11 +54,11 @@ def save_state(path: Path, learner: Learner, settings: str) -> None:
         "digest": tensors_digest(tensors),
         "step": str(learner.step),
         "seconds": repr(learner.seconds),
-        "waited": repr(learner.waited),
+        "waited": repr(learner.data_wait_s),
     }
     content = save(tensors, header)
     if path.exists():
-        os.replace(path, previous_of(path))
+        os.replace(path, backup_path(path))
     atomic.write_bytes(path, content)
 
 
@@ -82,7 +82,7 @@ def check_state(path: Path, kind: type[Learner], settings: str) -> None:
 
 def _found(path: Path, kind: type[Learner], settings: str) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
     """The latest state that can be read."""
-    for candidate in (path, previous_of(path)):
+    for candidate in (path, backup_path(path)):
         try:
             tensors, header = _read(candidate)
         except (SafetensorError, OSError, ValueError):
@@ -117,8 +117,8 @@ def _restore(learner: Learner, tensors: dict[str, Tensor], header: dict[str, str
     torch.set_rng_state(tensors["rng/torch"])
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])
-    learner.redraw(_part(tensors, "rng/"), header)
-    learner.step, learner.seconds, learner.waited = int(header["step"]), float(header["seconds"]), float(header.get("waited", 0))
+    learner.set_generator_state(_part(tensors, "rng/"), header)
+    learner.step, learner.seconds, learner.data_wait_s = int(header["step"]), float(header["seconds"]), float(header.get("waited", 0))
 
 
 ADAPTER = "adapter.safetensors"
@@ -130,8 +130,8 @@ def keep(path: Path, model: SlmSam2, plan: Plan, provenance: Provenance, base: C
     An adapter names the base whose weights it was made for; an earlier one beside a model without adapters is removed. The plan that is
     written says what the model's recogniser may: that of a base that was kept goes on as it was.
     """
-    if model.recogniser is not None:
-        plan = plan.model_copy(update={"training": plan.training.model_copy(update={"finds": model.recogniser.raises})})
+    if model.label_unet is not None:
+        plan = plan.model_copy(update={"training": plan.training.model_copy(update={"can_add": model.label_unet.raises})})
     digest = save_checkpoint(path, model, plan, provenance, calibration)
     beside = path.with_name(ADAPTER)
     if plan.training.strategy != "adapters" or base is None:
@@ -152,7 +152,7 @@ class Run:
     plan: Plan
     cases: tuple[str, ...]
     known: tuple[str, ...]
-    unseen: tuple[str, ...]
+    held_out: tuple[str, ...]
     images: tuple[str, ...]
     files: tuple[str, ...]
     base: Checkpoint | None
@@ -161,12 +161,12 @@ class Run:
     @property
     def digest(self) -> str:
         base = self.base.digest if self.base else self.weights
-        plan = self.plan.model_dump(mode="json", exclude={"reasons", "asked"})
+        plan = self.plan.model_dump(mode="json", exclude={"reasons", "overrides"})
         cases = {"cases": list(self.cases), "files": list(self.files)}
-        return digest_of({"plan": plan, "base": base, "recogniser": self.plan.training.recogniser} | cases)
+        return digest_of({"plan": plan, "base": base, "label_unet": self.plan.training.label_unet} | cases)
 
 
-def learned_by(base: Checkpoint | None) -> frozenset[str]:
+def training_images_of(base: Checkpoint | None) -> frozenset[str]:
     """SHA-256 of the images that a base has learned from."""
     return frozenset(base.provenance.learned_from if base and base.provenance else ())
 

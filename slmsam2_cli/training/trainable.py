@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from slmsam2_cli.errors import WeightsError
 from slmsam2_cli.model import adapters
-from slmsam2_cli.model.label_unet import PREFIX as RECOGNISER
+from slmsam2_cli.model.label_unet import PREFIX as LABEL_UNET_PREFIX
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import TrainingPlan
 
-RECOGNISER_RATE = 1e-3  # peak; it starts from nothing
-FRESH_RATE = 1e-4  # what starts at zero moves at least at this rate
+LABEL_UNET_RATE = 1e-3  # peak; it starts from nothing
+MIN_NEW_RATE = 1e-4  # what starts at zero moves at least at this rate
 _FRESH = (adapters.PREFIX, "stream_fuser.")
 _TRUNK = "image_encoder.trunk."
 _NOT_DECODER_OR_MEMORY = ("image_encoder.", "sam_prompt_encoder.")
@@ -27,7 +27,7 @@ def prepare(model: SlmSam2, plan: TrainingPlan, modality: str, channels: int = 1
     learns under every strategy. WeightsError when the adapter cannot be merged, or the projection is of other channels.
     """
     notes = _adapt(model, plan, modality) if plan.strategy == "adapters" else _plain(model, modality)
-    if adapters.read_channels(model, modality, channels, "the base"):
+    if adapters.ensure_projection(model, modality, channels, "the base"):
         notes = (*notes, f"a projection of {channels} channels of {modality} to 3 is new and learns")
     learning = set(trainable_names(model, plan, modality))
     for name, parameter in model.named_parameters():
@@ -76,7 +76,7 @@ def parameter_groups(model: SlmSam2, plan: TrainingPlan) -> list[dict[str, objec
     projections of channels, which it would darken.
 
     `scale` times the plan's learning rate is the group's: unless everything is trained, adapters and fuser learn at least
-    at FRESH_RATE; a recogniser learns at RECOGNISER_RATE.
+    at MIN_NEW_RATE; a recogniser learns at LABEL_UNET_RATE.
     """
     found: dict[tuple[float, bool], list[object]] = {}
     for name, parameter in model.named_parameters():
@@ -91,7 +91,7 @@ def parameter_groups(model: SlmSam2, plan: TrainingPlan) -> list[dict[str, objec
 
 def _scale(name: str, plan: TrainingPlan) -> float:
     """How many times the plan's learning rate a parameter moves at."""
-    if name.startswith(RECOGNISER):
-        return RECOGNISER_RATE / plan.learning_rate
+    if name.startswith(LABEL_UNET_PREFIX):
+        return LABEL_UNET_RATE / plan.learning_rate
     fresh = plan.strategy != "full" and name.startswith(_FRESH)
-    return max(1.0, FRESH_RATE / plan.learning_rate) if fresh else 1.0
+    return max(1.0, MIN_NEW_RATE / plan.learning_rate) if fresh else 1.0

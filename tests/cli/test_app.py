@@ -16,8 +16,8 @@ import pytest
 
 import slmsam2_cli
 from slmsam2_cli import console
-from slmsam2_cli.cli.app import app, modern_spellings
-from slmsam2_cli.cli.exit_codes import Terminated, exit_code_of
+from slmsam2_cli.cli.app import app, translate_aliases
+from slmsam2_cli.cli.exit_codes import Terminated, run_for_exit_code
 from slmsam2_cli.errors import CaseError, DatasetError, PlanError, UsageError
 from slmsam2_cli.version import VERSION
 from slmsam2_cli.workspace import Workspace
@@ -31,7 +31,7 @@ ROOT = Path(slmsam2_cli.__file__).parents[1]
 def run(*arguments: str) -> int:
     """The exit code of a command line."""
     with pytest.raises(SystemExit) as stopped:
-        app(args=modern_spellings(arguments), prog_name="slmsam2")
+        app(args=translate_aliases(arguments), prog_name="slmsam2")
     assert isinstance(stopped.value.code, int)
     return stopped.value.code
 
@@ -248,7 +248,7 @@ def test_to_go_on_and_to_begin_anew_contradict_each_other(
 
 
 def test_what_follows_a_bare_double_dash_is_no_option() -> None:
-    assert modern_spellings(["-device", "cpu", "--", "-device"]) == ["--device", "cpu", "--", "-device"]
+    assert translate_aliases(["-device", "cpu", "--", "-device"]) == ["--device", "cpu", "--", "-device"]
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_a_slip_on_the_command_line_is_exit_2(arguments: list[str], capsys: pyte
 
 
 def test_what_the_work_returns_is_the_exit_code() -> None:
-    assert [exit_code_of(lambda code=code: code) for code in (0, 1, 2)] == [0, 1, 2]  # type: ignore[misc]
+    assert [run_for_exit_code(lambda code=code: code) for code in (0, 1, 2)] == [0, 1, 2]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_what_the_work_returns_is_the_exit_code() -> None:
     ],
 )
 def test_every_end_has_its_code_and_its_line(error: BaseException, code: int, lines: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code_of(raising(error)) == code
+    assert run_for_exit_code(raising(error)) == code
     assert capsys.readouterr() == ("", "\n".join(lines) + "\n")
 
 
@@ -332,14 +332,14 @@ def test_every_end_has_its_code_and_its_line(error: BaseException, code: int, li
     "error", [MemoryError(), RuntimeError("MPS backend out of memory"), RuntimeError("[enforce fail] can't allocate memory")]
 )
 def test_want_of_memory_is_said_plainly(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code_of(raising(error)) == 2
+    assert run_for_exit_code(raising(error)) == 2
     assert capsys.readouterr().err.startswith("error: out of memory. ")
 
 
 def test_a_traceback_is_shown_only_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    exit_code_of(raising(UsageError("no")))
+    run_for_exit_code(raising(UsageError("no")))
     assert "Traceback" not in capsys.readouterr().err
-    exit_code_of(raising(UsageError("no")), debug=True)
+    run_for_exit_code(raising(UsageError("no")), debug=True)
     said = capsys.readouterr().err
     assert "Traceback" in said
     assert said.endswith("error: no\n")

@@ -15,7 +15,7 @@ from slmsam2_cli import console
 from slmsam2_cli.commands.evaluate import Options, evaluate
 from slmsam2_cli.commands.plan import plan
 from slmsam2_cli.errors import SlmSam2Error, UsageError
-from slmsam2_cli.evaluation.inputs import names_of
+from slmsam2_cli.evaluation.inputs import unique_names
 from slmsam2_cli.workspace import Workspace
 
 SHAPE = (8, 16, 16)
@@ -196,7 +196,7 @@ def test_the_workspace_s_predictions_are_compared_with_the_data_set_s_labels(dat
     space = Workspace.of(data, None)
     assert evaluate((), None, space, None, dataset=data) == 0
     found = summary(space.evaluation)
-    assert (found["labels"], found["cases"]["unseen"], found["cases"]["training_not_predicted"]) == ({"1": "PZ"}, 3, ["t"])
+    assert (found["labels"], found["cases"]["held_out"], found["cases"]["training_not_predicted"]) == ({"1": "PZ"}, 3, ["t"])
     assert found["metric_per_case"][0]["reference_file"] == "labelsTr/a.nii.gz"
     assert found["foreground_mean"]["Dice"] == pytest.approx(8 / 9)
 
@@ -235,7 +235,7 @@ def test_a_training_case_is_known_by_the_name_of_its_mask_too(data):
         save(labels / f"{case}_gt.nii.gz", WHOLE)
     assert evaluate((), labels, space, data / "out", dataset=None, images=data / "imagesTr") == 0
     assert {name: case["group"] for name, case in by_case(summary(data / "out")).items()}["t_gt"] == "training"
-    assert summary(data / "out")["cases"]["unseen"] == 3
+    assert summary(data / "out")["cases"]["held_out"] == 3
     assert '"image":null' not in (data / "out" / "report.html").read_text(encoding="utf-8")  # whose images go by the masks' names
 
 
@@ -270,7 +270,7 @@ def test_quiet_runs_print_nothing_but_what_was_asked_for(folders, capsys, monkey
     monkeypatch.setattr(console.settings, "quiet", True)
     with warnings.catch_warnings():
         run(folders, as_json=True)
-    assert json.loads(capsys.readouterr().out)["cases"]["unseen"] == 3
+    assert json.loads(capsys.readouterr().out)["cases"]["held_out"] == 3
 
 
 @pytest.fixture
@@ -314,11 +314,11 @@ def test_folders_of_one_name_are_told_apart_by_where_they_lie(rivals):
 
 
 def test_names_of_predictions_are_one_component_each_and_never_alike(tmp_path):
-    assert names_of([Path("/masks"), Path("/data/masks")]) == ["masks", "data-masks"]
-    assert names_of([Path("/home/ann/masks"), Path("/home/bob/masks")]) == ["1-masks", "2-masks"]  # no name of a user
-    assert names_of([Path("/home/ann/x/masks"), Path("/home/ann/y/masks")]) == ["x-masks", "y-masks"]
-    assert names_of([Path("/u/Ours"), Path("/v/ours")]) == ["u-Ours", "v-ours"]
-    alike = names_of([Path("/a-b/c"), Path("/a/b-c"), Path("/z/c")])
+    assert unique_names([Path("/masks"), Path("/data/masks")]) == ["masks", "data-masks"]
+    assert unique_names([Path("/home/ann/masks"), Path("/home/bob/masks")]) == ["1-masks", "2-masks"]  # no name of a user
+    assert unique_names([Path("/home/ann/x/masks"), Path("/home/ann/y/masks")]) == ["x-masks", "y-masks"]
+    assert unique_names([Path("/u/Ours"), Path("/v/ours")]) == ["u-Ours", "v-ours"]
+    alike = unique_names([Path("/a-b/c"), Path("/a/b-c"), Path("/z/c")])
     assert len(set(alike)) == 3 and not any("/" in name for name in alike)
 
 
@@ -488,7 +488,7 @@ def test_the_page_is_the_same_whether_it_is_drawn_while_scoring_or_from_the_file
     images, masks, truth = root / "imagesTr", Workspace.of(root, None).predictions, root / "labelsTr"
     save(masks / "c.nii.gz", np.concatenate([HALF, HALF]), (1.0, 1.0, 1.5))  # another grid
     for name, held in (("scoring", 2**28), ("some", 2500), ("files", 0)):
-        wanted = Options(workers=2, resample=True, held_bytes=held)
+        wanted = Options(workers=2, resample=True, max_kept_bytes=held)
         evaluate([masks], truth, None, root / name, dataset=None, images=images, options=wanted)
     pages = [(root / name / "report.html").read_bytes() for name in ("scoring", "some", "files")]
     assert pages[0] == pages[1] == pages[2]

@@ -18,11 +18,11 @@ from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.errors import DatasetError, DeviceError, OutputError, PlanError, UsageError, WeightsError
 from slmsam2_cli.io import atomic
-from slmsam2_cli.model.checkpoint import Provenance, on_base, read_checkpoint, recogniser_of, save_checkpoint
-from slmsam2_cli.model.label_unet import Recogniser
+from slmsam2_cli.model.checkpoint import Provenance, combine_with_base, label_unet_of, read_checkpoint, save_checkpoint
+from slmsam2_cli.model.label_unet import LabelUNet
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import read_plan, signed, write_plan
-from slmsam2_cli.planning.rules import choose_training, training_for, with_training
+from slmsam2_cli.planning.rules import choose_training, override_training, training_for
 from slmsam2_cli.training import trainer
 from slmsam2_cli.training.state import keep
 from slmsam2_cli.workspace import Workspace
@@ -52,8 +52,8 @@ def test_it_plans_prepares_and_trains_and_writes_exactly_these_files(tuned):
 
 def test_the_split_names_training_and_unseen_cases_and_they_do_not_overlap(tuned):
     split = json.loads(tuned.split.read_text())
-    assert len(split["training"]) == 2 and len(split["unseen"]) == 2
-    assert not set(split["training"]) & set(split["unseen"])
+    assert len(split["training"]) == 2 and len(split["held_out"]) == 2
+    assert not set(split["training"]) & set(split["held_out"])
     assert split["finished"] is True
 
 
@@ -229,7 +229,7 @@ def test_a_bad_training_case_stops_it_unless_it_may_be_left_out(tmp_path):
         finetune(tmp_path, workspace, cases=2, weights="random", steps=1)
     assert [problem.case for problem in caught.value.problems] == [broken.name.removesuffix(".nii.gz")]
     assert not workspace.model.exists()
-    assert finetune(tmp_path, workspace, cases=2, weights="random", steps=1, skip_bad=True) == 0
+    assert finetune(tmp_path, workspace, cases=2, weights="random", steps=1, skip_invalid=True) == 0
 
 
 def test_a_model_trained_on_its_own_weights_descends_from_random_too(tuned, dataset, tmp_path):
@@ -244,7 +244,7 @@ def test_cases_that_the_base_has_learned_from_never_count_as_unseen(tuned, datas
     workspace = Workspace(tmp_path)
     finetune(dataset, workspace, cases=1, weights=str(tuned.model), steps=1, seed=1)
     split = json.loads(workspace.split.read_text())
-    assert set(before) <= set(split["training"]) and not set(before) & set(split["unseen"])
+    assert set(before) <= set(split["training"]) and not set(before) & set(split["held_out"])
     assert set(before) <= set(read_checkpoint(workspace.model).provenance.training)
 
 
@@ -262,7 +262,7 @@ def by_rule(count, from_scratch=False, **changes):
 
 def test_a_persons_own_training_settings_are_kept_and_the_rules_own_are_fitted_to_the_run(tuned):
     planned = read_plan(tuned.plan)
-    assert training_for(planned, 2, from_scratch=True) == by_rule(2, from_scratch=True, finds=True)
+    assert training_for(planned, 2, from_scratch=True) == by_rule(2, from_scratch=True, can_add=True)
     own = planned.model_copy(update={"training": planned.training.model_copy(update={"learning_rate": 1e-5})})
     assert training_for(own, 2, from_scratch=True).learning_rate == 1e-5
 
@@ -271,9 +271,9 @@ def test_an_edit_elsewhere_in_a_plan_for_many_volumes_leaves_the_rule_for_one_al
     planned = read_plan(tuned.plan)
     many = signed(planned.model_copy(update={"training": choose_training("nano", 20).value}))
     edited = many.model_copy(update={"network": many.network.model_copy(update={"policy": "fifo"})})
-    assert edited.edited and training_for(edited, 1) == by_rule(1, finds=False)
-    timid = many.model_copy(update={"training": many.training.model_copy(update={"finds": False, "presence": "truth"})})
-    assert training_for(timid, 5) == by_rule(5, finds=False, presence="truth")
+    assert edited.edited and training_for(edited, 1) == by_rule(1, can_add=False)
+    timid = many.model_copy(update={"training": many.training.model_copy(update={"can_add": False, "object_score_target": "ground_truth"})})
+    assert training_for(timid, 5) == by_rule(5, can_add=False, object_score_target="ground_truth")
 
 
 def test_continue_and_overwrite_together_are_refused(dataset, tmp_path):
@@ -305,7 +305,7 @@ def test_a_fresh_plan_names_the_fuser_of_the_weights_it_is_made_for(dataset, tmp
 
 
 def test_the_model_knows_the_labels_and_predict_says_how_far_it_agrees_with_what_was_drawn(tuned, dataset, tmp_path):
-    known = recogniser_of(read_checkpoint(tuned.model))
+    known = label_unet_of(read_checkpoint(tuned.model))
     assert known.values == list(read_plan(tuned.plan).labels)
     assert predict(None, tmp_path / "masks", dataset=dataset, workspace=tuned, report=False) == 0
     cases = json.loads((tmp_path / "masks" / "manifest.json").read_text(encoding="utf-8"))["cases"]
@@ -315,35 +315,35 @@ def test_the_model_knows_the_labels_and_predict_says_how_far_it_agrees_with_what
 
 def test_a_plan_may_leave_the_recogniser_out(tuned, dataset, tmp_path):
     workspace, planned = Workspace(tmp_path), read_plan(tuned.plan)
-    write_plan(workspace.plan, planned.model_copy(update={"training": planned.training.model_copy(update={"recogniser": False})}))
+    write_plan(workspace.plan, planned.model_copy(update={"training": planned.training.model_copy(update={"label_unet": False})}))
     finetune(dataset, workspace, cases=2, weights="random", steps=1)
-    assert recogniser_of(read_checkpoint(workspace.model)) is None
+    assert label_unet_of(read_checkpoint(workspace.model)) is None
 
 
 def test_a_plan_that_nobody_edited_is_trained_by_today_s_rule_also_where_an_earlier_one_made_it(tuned):
     planned = read_plan(tuned.plan)
     earlier = signed(planned.model_copy(update={"training": planned.training.model_copy(update={"steps": 520, "clips_per_step": 2})}))
-    assert training_for(earlier, 2, from_scratch=False) == by_rule(2, finds=False)
+    assert training_for(earlier, 2, from_scratch=False) == by_rule(2, can_add=False)
 
 
 def test_whether_a_recogniser_may_find_travels_with_its_model_and_stays_with_a_base_that_is_kept(tuned, tmp_path):
     planned, path = read_plan(tuned.plan), tmp_path / "one.safetensors"
-    model = SlmSam2(planned.network, planned.geometry.frame_px)
-    model.recogniser = Recogniser(1, list(planned.labels), 32, width=8)
+    model = SlmSam2(planned.network, planned.geometry.input_size)
+    model.label_unet = LabelUNet(1, list(planned.labels), 32, width=8)
     for may in (False, True):
-        model.recogniser.raises = may
+        model.label_unet.raises = may
         keep(path, model, planned, Provenance(base="base"), None, None)  # whatever the run's own plan says
-        assert recogniser_of(read_checkpoint(path)).raises is may
+        assert label_unet_of(read_checkpoint(path)).raises is may
 
 
-@pytest.mark.parametrize(("presence", "may"), [("base", False), ("truth", True)])
-def test_a_model_from_before_finds_was_a_setting_goes_by_its_presence(tuned, tmp_path, presence, may):
+@pytest.mark.parametrize(("object_score", "may"), [("teacher", False), ("ground_truth", True)])
+def test_a_model_from_before_finds_was_a_setting_goes_by_its_presence(tuned, tmp_path, object_score, may):
     planned, path = read_plan(tuned.plan), tmp_path / "one.safetensors"
-    model = SlmSam2(planned.network, planned.geometry.frame_px)
-    model.recogniser = Recogniser(1, list(planned.labels), 32, width=8)
-    earlier = planned.model_copy(update={"training": planned.training.model_copy(update={"presence": presence})})
+    model = SlmSam2(planned.network, planned.geometry.input_size)
+    model.label_unet = LabelUNet(1, list(planned.labels), 32, width=8)
+    earlier = planned.model_copy(update={"training": planned.training.model_copy(update={"object_score_target": object_score})})
     save_checkpoint(path, model, earlier, Provenance(base="base"))
-    assert recogniser_of(read_checkpoint(path)).raises is may
+    assert label_unet_of(read_checkpoint(path)).raises is may
 
 
 # Strategies
@@ -372,7 +372,7 @@ def test_adapters_leave_a_whole_model_and_a_small_file_that_names_its_base(adapt
     assert whole.base_digest == read_checkpoint(tuned.model).base_digest == small.needs.digest
     assert whole.modalities == small.modalities == (whole.plan.modality,)
     assert whole.plan.training.strategy == "adapters" and whole.plan.training.steps == 2
-    assert on_base(small, read_checkpoint(tuned.model)).digest == whole.digest
+    assert combine_with_base(small, read_checkpoint(tuned.model)).digest == whole.digest
 
 
 def test_an_interrupted_run_of_adapters_ends_like_an_undisturbed_one(adapted, dataset, tuned, tmp_path, monkeypatch):
@@ -421,7 +421,7 @@ def test_the_header_says_what_the_confidence_is_worth_and_on_which_volumes(tuned
 
 
 def test_what_an_option_of_plan_settled_holds_for_any_number_of_cases(tuned):
-    asked = with_training(read_plan(tuned.plan), {"minutes": 7.0, "clip_slices": 4})
+    asked = override_training(read_plan(tuned.plan), {"minutes": 7.0, "clip_slices": 4})
     settled = training_for(asked, 3, from_scratch=False)
     assert (settled.minutes, settled.clip_slices) == (7.0, 4)
     assert settled.steps == choose_training("nano", 3).value.steps
@@ -460,18 +460,18 @@ def test_a_run_that_is_stopped_while_confidence_is_calibrated_can_be_ended_later
 
     from slmsam2_cli.commands import finetune as stage
 
-    calibrated_on, workspace = stage.calibrated_on, Workspace(tmp_path)
+    calibrate_model, workspace = stage.calibrate_model, Workspace(tmp_path)
 
     def interrupted(model, cases, plan, stopped):
         signal.raise_signal(signal.SIGINT)
-        return calibrated_on(model, cases, plan, stopped)
+        return calibrate_model(model, cases, plan, stopped)
 
-    monkeypatch.setattr(stage, "calibrated_on", interrupted)
+    monkeypatch.setattr(stage, "calibrate_model", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite run in the background ignores it
     with pytest.raises(KeyboardInterrupt):
         finetune(dataset, workspace, cases=2, weights="random", steps=1)
     signal.signal(signal.SIGINT, before)
-    monkeypatch.setattr(stage, "calibrated_on", calibrated_on)
+    monkeypatch.setattr(stage, "calibrate_model", calibrate_model)
     assert json.loads(workspace.split.read_text())["finished"] is False
     assert finetune(dataset, workspace, resume=True) == 0
     assert json.loads(workspace.split.read_text())["finished"] is True

@@ -16,8 +16,8 @@ from slmsam2_cli.io import atomic
 from slmsam2_cli.model.checkpoint import read_checkpoint
 from slmsam2_cli.planning.plan import read_plan
 from slmsam2_cli.training import calibrate, cross_validation, trainer
-from slmsam2_cli.training.cross_validation import Fold, area_of, folds_of, judged
-from slmsam2_cli.training.interrupts import Continuable, continuable
+from slmsam2_cli.training.cross_validation import Fold, judged, label_areas, make_folds
+from slmsam2_cli.training.interrupts import ResumableError, resumable
 from slmsam2_cli.workspace import Workspace
 
 STEPS = 4
@@ -35,9 +35,9 @@ def cut(workspace, name="frames"):
 
 
 def test_the_run_ends_in_one_line_and_goes_on_to_the_same_weights(data, tmp_path, monkeypatch):
-    undisturbed, disturbed = Workspace(tmp_path / "undisturbed"), Workspace(tmp_path / "disturbed")
+    without_interrupts, disturbed = Workspace(tmp_path / "undisturbed"), Workspace(tmp_path / "disturbed")
     options = {"cases": 2, "weights": "random", "steps": STEPS, "device": "cpu"}
-    assert finetune(data, undisturbed, **options) == 0
+    assert finetune(data, without_interrupts, **options) == 0
     monkeypatch.setattr(stage, "SAVE_EVERY_S", 0.0)
     saved = []
 
@@ -52,7 +52,7 @@ def test_the_run_ends_in_one_line_and_goes_on_to_the_same_weights(data, tmp_path
         finetune(data, disturbed, **options)
     assert saved[-1] == STEPS // 2
     assert finetune(data, disturbed, resume=True) == 0
-    assert read_checkpoint(disturbed.model).digest == read_checkpoint(undisturbed.model).digest
+    assert read_checkpoint(disturbed.model).digest == read_checkpoint(without_interrupts.model).digest
 
 
 @pytest.mark.parametrize("name", ["frames", "labels"])
@@ -66,10 +66,10 @@ def test_nothing_that_looks_at_a_volume_reads_what_is_gone(data, tmp_path, name)
     cut(space, name)
     for look in (
         lambda: judged(model, fold, plan, heeded=False),
-        lambda: calibrate.said_and_true(model, cases, plan),
-        lambda: folds_of(cases, plan),
-        lambda: area_of(cases[0], 1, None),
-        lambda: trainer.material_of(cases, plan),
+        lambda: calibrate.confidence_and_dice(model, cases, plan),
+        lambda: make_folds(cases, plan),
+        lambda: label_areas(cases[0], 1, None),
+        lambda: trainer.training_data_of(cases, plan),
         lambda: cross_validation.draw_overlays(tmp_path / "x.png", cases[0], cases[0].labels, "title"),
     ):
         with pytest.raises(atomic.ArrayError, match=rf"case phantom_00[01]: {name}.npy was cut short"):
@@ -84,7 +84,7 @@ def test_nothing_that_looks_at_a_volume_reads_what_is_gone(data, tmp_path, name)
     ],
 )
 def test_what_ends_a_run_that_has_begun_says_how_to_go_on(error, said):
-    with pytest.raises(Continuable, match=said), continuable("slmsam2 finetune"):
+    with pytest.raises(ResumableError, match=said), resumable("slmsam2 finetune"):
         raise error
-    with pytest.raises(SlmSam2Error, match="^as it is$"), continuable("slmsam2 finetune"):
+    with pytest.raises(SlmSam2Error, match="^as it is$"), resumable("slmsam2 finetune"):
         raise TrainingError("as it is")

@@ -37,8 +37,8 @@ def wait_for_a_save(state, process):
 def test_ten_kills_change_nothing(tmp_path):
     data = tmp_path / "data"
     write_phantom_dataset(data, cases=2, test_cases=0, seed=3, shape=(8, 32, 32))
-    undisturbed, killed = Workspace(tmp_path / "undisturbed"), Workspace(tmp_path / "killed")
-    assert finetune(data, undisturbed, cases=2, weights="random", steps=STEPS, device="cpu") == 0
+    without_interrupts, killed = Workspace(tmp_path / "undisturbed"), Workspace(tmp_path / "killed")
+    assert finetune(data, without_interrupts, cases=2, weights="random", steps=STEPS, device="cpu") == 0
     moments, state = random.Random(0), killed.finetuned / "state.safetensors"
     for kill in range(KILLS):
         begun = state.exists() or killed.split.exists()
@@ -53,5 +53,5 @@ def test_ten_kills_change_nothing(tmp_path):
     assert 1 < len(log) < STEPS + 1, "killed too early to save anything, or too late"
     last = subprocess.run(options(data, killed, "--continue"), stderr=subprocess.PIPE, text=True, timeout=300, check=False)
     assert last.returncode == 0, last.stderr
-    assert read_checkpoint(killed.model).digest == read_checkpoint(undisturbed.model).digest
+    assert read_checkpoint(killed.model).digest == read_checkpoint(without_interrupts.model).digest
     assert not list(killed.finetuned.glob("state*")) and len((killed.finetuned / "log.csv").read_text().splitlines()) == STEPS + 1

@@ -10,10 +10,10 @@ from slmsam2_cli.commands.finetune import finetune
 from slmsam2_cli.commands.plan import plan
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.errors import UsageError
-from slmsam2_cli.model.checkpoint import base_weights, read_checkpoint, recogniser_of
+from slmsam2_cli.model.checkpoint import label_unet_of, load_base_weights, read_checkpoint
 from slmsam2_cli.planning.plan import read_plan, write_plan
 from slmsam2_cli.training import cross_validation
-from slmsam2_cli.training.cross_validation import Judged
+from slmsam2_cli.training.cross_validation import FoldScore
 from slmsam2_cli.workspace import Workspace
 
 STEPS = 3  # folds of one
@@ -30,7 +30,7 @@ def dataset(tmp_path_factory):
 def short_folds():
     """Folds of any length are run and judged once, and every step's state is on disk."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(cross_validation, "LEAST_STEPS", 1)
+        patched.setattr(cross_validation, "MIN_STEPS", 1)
         for module in (cross_validation, cross_validation):
             patched.setattr(module, "LOOKS", (1.0,))
         patched.setattr("slmsam2_cli.commands.finetune.SAVE_EVERY_S", 0.0)
@@ -38,7 +38,7 @@ def short_folds():
 
 
 @pytest.fixture(scope="module")
-def undisturbed(dataset, short_folds, tmp_path_factory):
+def without_interrupts(dataset, short_folds, tmp_path_factory):
     workspace = Workspace(tmp_path_factory.mktemp("undisturbed"))
     assert finetune(dataset, workspace, cases=2, steps=STEPS) == 0
     return workspace
@@ -54,7 +54,7 @@ def scored(monkeypatch):
         def judged(model, fold, plan, heeded):
             first = fold.name not in judged_before
             judged_before.add(fold.name)
-            return Judged(0.5 if first else with_it if heeded else alone, np.asarray(fold.held.labels))
+            return FoldScore(0.5 if first else with_it if heeded else alone, np.asarray(fold.held.labels))
 
         monkeypatch.setattr(cross_validation, "judged", judged)
 
@@ -65,8 +65,8 @@ def provenance(workspace):
     return read_checkpoint(workspace.model).provenance
 
 
-def test_two_volumes_are_each_left_out_once_and_the_model_says_what_came_of_it(undisturbed):
-    workspace = undisturbed
+def test_two_volumes_are_each_left_out_once_and_the_model_says_what_came_of_it(without_interrupts):
+    workspace = without_interrupts
     told, split = provenance(workspace).validation, json.loads(workspace.split.read_text())
     assert sorted(told.left_out) == split["training"] and 0 <= told.base <= 1 and 0 <= told.tuned <= 1
     assert told.kept == ("tuned" if told.tuned >= told.base else "base")
@@ -80,7 +80,7 @@ def test_where_tuning_makes_it_worse_the_base_is_kept_and_said_to_be(dataset, tm
     scored(0.4, 0.3)
     workspace = Workspace(tmp_path)
     assert finetune(dataset, workspace, cases=2, steps=STEPS) == 0
-    kept, base = read_checkpoint(workspace.model), base_weights("auto").state
+    kept, base = read_checkpoint(workspace.model), load_base_weights("auto").state
     assert set(kept.state) == set(base) and all(torch.equal(kept.state[name].float(), base[name].float()) for name in base)
     assert kept.provenance.steps == 0 and kept.provenance.validation.kept == "base"
     said = capsys.readouterr().err
@@ -94,7 +94,7 @@ def test_a_recogniser_that_did_not_help_is_not_in_the_model(dataset, tmp_path, s
     scored(0.4, 0.6)
     workspace = Workspace(tmp_path)
     finetune(dataset, workspace, cases=2, steps=STEPS)
-    assert recogniser_of(read_checkpoint(workspace.model)) is None and provenance(workspace).steps == STEPS
+    assert label_unet_of(read_checkpoint(workspace.model)) is None and provenance(workspace).steps == STEPS
     assert "without the recogniser, which did not help there" in capsys.readouterr().err
 
 
@@ -102,11 +102,13 @@ def test_a_recogniser_that_helped_is(dataset, tmp_path, scored):
     scored(0.6, 0.4)
     workspace = Workspace(tmp_path)
     finetune(dataset, workspace, cases=2, steps=STEPS)
-    assert recogniser_of(read_checkpoint(workspace.model)) is not None
+    assert label_unet_of(read_checkpoint(workspace.model)) is not None
 
 
 @pytest.mark.parametrize("moment", [3, 6])
-def test_a_run_that_ends_in_a_fold_goes_on_there_and_ends_like_an_undisturbed_one(undisturbed, dataset, tmp_path, monkeypatch, moment):
+def test_a_run_that_ends_in_a_fold_goes_on_there_and_ends_like_an_undisturbed_one(
+    without_interrupts, dataset, tmp_path, monkeypatch, moment
+):
     """Whatever is judged for the so-manieth time takes the process with it: a look at the first fold, one at the second."""
     broken = Workspace(tmp_path)
     really, calls = cross_validation.judged, []
@@ -124,24 +126,24 @@ def test_a_run_that_ends_in_a_fold_goes_on_there_and_ends_like_an_undisturbed_on
         with pytest.raises(UsageError, match="an unfinished run is here. Go on with slmsam2 finetune --continue"):
             finetune(dataset, broken, cases=2, steps=STEPS)
     assert finetune(dataset, broken, resume=True) == 0
-    assert read_checkpoint(broken.model).digest == read_checkpoint(undisturbed.model).digest
-    told = [(workspace.finetuned / "validation.json").read_text() for workspace in (undisturbed, broken)]
+    assert read_checkpoint(broken.model).digest == read_checkpoint(without_interrupts.model).digest
+    told = [(workspace.finetuned / "validation.json").read_text() for workspace in (without_interrupts, broken)]
     assert told[0] == told[1]
-    assert {path.name for path in broken.finetuned.iterdir()} == {path.name for path in undisturbed.finetuned.iterdir()}
+    assert {path.name for path in broken.finetuned.iterdir()} == {path.name for path in without_interrupts.finetuned.iterdir()}
 
 
 def test_a_fold_that_worsens_is_given_up_also_when_it_is_gone_on_with(dataset, tmp_path, monkeypatch):
     """The second look is far worse than the first; a run that ends at its picture does not train on when it goes on."""
     monkeypatch.setattr(cross_validation, "draw_overlays", lambda *arguments: None)
     monkeypatch.setattr(cross_validation, "SHARE", 1.0)
-    monkeypatch.setattr(cross_validation, "LEAST_STEPS", STEPS)  # so that it is given up before it has so many
+    monkeypatch.setattr(cross_validation, "MIN_STEPS", STEPS)  # so that it is given up before it has so many
     for module in (cross_validation, cross_validation):
         monkeypatch.setattr(module, "LOOKS", (1 / 3, 2 / 3, 1.0))
     asked = []
 
     def judged(model, fold, plan, heeded):
         asked.append(fold.name)
-        return Judged({0: 0.5, 1: 0.9, 2: 0.9}.get(asked.count(fold.name) - 1, 0.1), np.asarray(fold.held.labels))
+        return FoldScore({0: 0.5, 1: 0.9, 2: 0.9}.get(asked.count(fold.name) - 1, 0.1), np.asarray(fold.held.labels))
 
     monkeypatch.setattr(cross_validation, "judged", judged)
     workspace = Workspace(tmp_path)
@@ -151,17 +153,17 @@ def test_a_fold_that_worsens_is_given_up_also_when_it_is_gone_on_with(dataset, t
     assert provenance(workspace).validation.kept == "base" and provenance(workspace).validation.tuned == 0.1
 
 
-def test_a_model_that_knows_the_labels_is_judged_and_kept_with_its_recogniser(undisturbed, dataset, tmp_path, scored):
+def test_a_model_that_knows_the_labels_is_judged_and_kept_with_its_recogniser(without_interrupts, dataset, tmp_path, scored):
     scored(0.4, 0.3)
     workspace = Workspace(tmp_path)
-    finetune(dataset, workspace, cases=1, seed=5, steps=8, weights=str(undisturbed.model))  # the one that it has not learned from
-    kept, base = read_checkpoint(workspace.model), read_checkpoint(undisturbed.model)
+    finetune(dataset, workspace, cases=1, seed=5, steps=8, weights=str(without_interrupts.model))  # the one that it has not learned from
+    kept, base = read_checkpoint(workspace.model), read_checkpoint(without_interrupts.model)
     assert kept.provenance.validation.kept == "base"
-    assert (recogniser_of(kept) is None) == (recogniser_of(base) is None) and set(kept.state) == set(base.state)
+    assert (label_unet_of(kept) is None) == (label_unet_of(base) is None) and set(kept.state) == set(base.state)
 
 
-def test_nothing_is_left_out_of_volumes_that_the_base_has_learned_from(undisturbed, dataset, tmp_path, capsys):
-    finetune(dataset, Workspace(tmp_path), cases=2, steps=2, weights=str(undisturbed.model))
+def test_nothing_is_left_out_of_volumes_that_the_base_has_learned_from(without_interrupts, dataset, tmp_path, capsys):
+    finetune(dataset, Workspace(tmp_path), cases=2, steps=2, weights=str(without_interrupts.model))
     assert "the base has learned from these very volumes" in capsys.readouterr().err
     assert provenance(Workspace(tmp_path)).validation is None and provenance(Workspace(tmp_path)).steps == 2
 

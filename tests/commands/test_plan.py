@@ -76,17 +76,17 @@ def test_planning_again_changes_nothing(data, workspace):
 
 def test_an_edited_plan_survives_and_the_difference_is_told(data, workspace, capsys):
     plan(data, workspace)
-    edit(workspace, frame_px=224)
+    edit(workspace, input_size=224)
     assert plan(data, workspace) == 0
-    assert read_plan(workspace.plan).geometry.frame_px == 224
-    assert "geometry.frame_px is 224; the tool would take 96" in capsys.readouterr().err
+    assert read_plan(workspace.plan).geometry.input_size == 224
+    assert "geometry.input_size is 224; the tool would take 96" in capsys.readouterr().err
 
 
 def test_overwrite_drops_the_edits(data, workspace):
     plan(data, workspace)
-    edit(workspace, frame_px=224)
+    edit(workspace, input_size=224)
     plan(data, workspace, overwrite=True)
-    assert read_plan(workspace.plan).geometry.frame_px == 96
+    assert read_plan(workspace.plan).geometry.input_size == 96
 
 
 def test_overwrite_replaces_a_broken_plan(data, workspace):
@@ -99,10 +99,10 @@ def test_overwrite_replaces_a_broken_plan(data, workspace):
 
 def test_an_edited_plan_and_changed_data_are_not_reconciled_in_silence(data, workspace):
     plan(data, workspace)
-    edit(workspace, frame_px=224)
+    edit(workspace, input_size=224)
     before = workspace.plan.read_bytes()
     (data / "labelsTr" / "phantom_002.nii.gz").unlink()
-    with pytest.raises(PlanError, match=r"geometry\.frame_px is 224"):
+    with pytest.raises(PlanError, match=r"geometry\.input_size is 224"):
         plan(data, workspace)
     assert workspace.plan.read_bytes() == before
 
@@ -115,7 +115,7 @@ def test_a_network_asked_for_once_is_kept(data, workspace):
 
 def test_a_network_does_not_drop_a_person_s_edits(data, workspace):
     plan(data, workspace)
-    edit(workspace, frame_px=224)
+    edit(workspace, input_size=224)
     with pytest.raises(PlanError, match=r"keeps its network.size: set it to tiny there"):
         plan(data, workspace, network="tiny")
 
@@ -138,7 +138,7 @@ def test_a_read_only_data_set_says_how_to_go_on(data):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared volumes are not beside this checkout")
 @pytest.mark.parametrize(
-    ("name", "modality", "axis", "slice_px", "square_px", "whole_px"),
+    ("name", "modality", "axis", "storage_size", "square_px", "whole_px"),
     [
         ("Sarcoma_CT", "CT", "SI", 224, 128, 544),
         ("Sarcoma_MR_T1", "MR", "SI", 192, 128, 480),
@@ -149,14 +149,14 @@ def test_a_read_only_data_set_says_how_to_go_on(data):
         ("Task09_Spleen_crop", "CT", "SI", 192, 128, 448),
     ],
 )
-def test_the_decisions_on_real_data_sets(workspace, name, modality, axis, slice_px, square_px, whole_px):
-    """slice_px: of nano, which sees squares of slices at square_px; whole_px: of tiny, which sees whole slices."""
+def test_the_decisions_on_real_data_sets(workspace, name, modality, axis, storage_size, square_px, whole_px):
+    """storage_size: of nano, which sees squares of slices at square_px; whole_px: of tiny, which sees whole slices."""
     assert plan(SHARED / name, workspace) == 0
     decided = read_plan(workspace.plan)
-    assert (decided.modality, decided.geometry.slice_axis, decided.geometry.slice_px) == (modality, axis, slice_px)
-    assert (decided.geometry.focus, decided.geometry.frame_px) == (2.0, square_px)
+    assert (decided.modality, decided.geometry.slice_axis, decided.geometry.storage_size) == (modality, axis, storage_size)
+    assert (decided.geometry.roi_scale, decided.geometry.input_size) == (2.0, square_px)
     assert plan(SHARED / name, workspace, network="tiny", overwrite=True) == 0
-    assert read_plan(workspace.plan).geometry.frame_px == whole_px
+    assert read_plan(workspace.plan).geometry.input_size == whole_px
 
 
 def test_an_axis_that_was_asked_for_is_kept_when_planning_anew(data, workspace):
@@ -176,19 +176,19 @@ def test_auto_takes_the_axis_back(data, workspace):
 
 def test_an_edited_plan_is_not_turned_by_an_option(data, workspace):
     plan(data, workspace)
-    edit(workspace, frame_px=160)
+    edit(workspace, input_size=160)
     with pytest.raises(PlanError, match="keeps its geometry.slice_axis: set it to LR there, or add --overwrite"):
         plan(data, workspace, axis="LR")
-    assert read_plan(workspace.plan).geometry.frame_px == 160
+    assert read_plan(workspace.plan).geometry.input_size == 160
 
 
 def test_a_comparison_shows_an_edit_beside_what_would_be_decided_and_writes_nothing(data, workspace, capsys):
     plan(data, workspace)
-    edit(workspace, frame_px=160)
+    edit(workspace, input_size=160)
     before = {path: path.read_bytes() for path in workspace.root.iterdir() if path.is_file()}
     capsys.readouterr()
     assert compare(data, workspace.plan) == 0
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("geometry.frame_px"))
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("geometry.input_size"))
     assert row.split()[1:3] == ["160", "96"]
     assert {path: path.read_bytes() for path in workspace.root.iterdir() if path.is_file()} == before
 
@@ -240,7 +240,7 @@ def test_without_a_report_no_page_is_written(data, workspace):
 
 
 def test_a_time_limit_and_a_memory_limit_are_kept_when_planning_anew(data, workspace):
-    plan(data, workspace, minutes=7.0, memory_gb=0.95)
+    plan(data, workspace, minutes=7.0, max_memory_gb=0.95)
     first = read_plan(workspace.plan)
     plan(data, workspace)
     again = read_plan(workspace.plan)
@@ -250,13 +250,13 @@ def test_a_time_limit_and_a_memory_limit_are_kept_when_planning_anew(data, works
 
 def test_a_memory_limit_that_nothing_fits_is_refused_with_the_least(data, workspace):
     with pytest.raises(UsageError, match=r"--memory 0.3: even clips of 2 slices need \d\.\d\d GB"):
-        plan(data, workspace, memory_gb=0.3)
+        plan(data, workspace, max_memory_gb=0.3)
     assert not workspace.plan.exists()
 
 
 def test_of_other_networks_no_memory_limit_can_be_kept(data, workspace):
     with pytest.raises(UsageError, match="what network tiny needs is not known"):
-        plan(data, workspace, network="tiny", memory_gb=8.0)
+        plan(data, workspace, network="tiny", max_memory_gb=8.0)
 
 
 def test_where_the_modality_is_not_known_a_person_is_asked_to_name_it(data, workspace, capsys):
@@ -270,8 +270,8 @@ def test_where_the_modality_is_not_known_a_person_is_asked_to_name_it(data, work
 
 
 def test_a_limit_of_0_or_one_taken_out_by_hand_is_no_limit(data, workspace):
-    plan(data, workspace, minutes=7.0, memory_gb=0.95)
-    plan(data, workspace, memory_gb=0)
+    plan(data, workspace, minutes=7.0, max_memory_gb=0.95)
+    plan(data, workspace, max_memory_gb=0)
     assert read_plan(workspace.plan).asked == ("training.minutes",)
     value = json.loads(workspace.plan.read_text())
     value["training"]["minutes"] = None
@@ -283,7 +283,7 @@ def test_a_limit_of_0_or_one_taken_out_by_hand_is_no_limit(data, workspace):
 def test_only_what_an_option_can_settle_can_have_been_asked(data, workspace):
     plan(data, workspace)
     value = json.loads(workspace.plan.read_text())
-    value["asked"] = ["training.stepz"]
+    value["overrides"] = ["training.stepz"]
     workspace.plan.write_text(json.dumps(value))
     with pytest.raises(PlanError, match="asked.0: Input should be 'geometry.slice_axis'"):
         plan(data, workspace)
@@ -295,7 +295,7 @@ def test_an_edited_plan_that_needs_more_memory_than_allowed_is_not_kept_in_silen
     value["training"] |= {"clips_per_step": 8, "clip_slices": 4}
     workspace.plan.write_text(json.dumps(value))
     with pytest.raises(PlanError, match="keeps its training.clip_slices"):
-        plan(data, workspace, memory_gb=1.25)
+        plan(data, workspace, max_memory_gb=1.25)
 
 
 def test_an_axis_is_not_taken_back_from_an_edited_plan_in_silence(data, workspace):

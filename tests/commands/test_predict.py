@@ -103,7 +103,7 @@ def test_between_two_given_slices_the_manifest_says_how_far_both_sides_disagree(
     both[..., 1] = np.asarray(truth.dataobj)[..., 1]
     nibabel.save(nibabel.Nifti1Image(both, truth.affine, truth.header), prompts / first)
     assert run(images, masks, dataset, prompts=prompts) == 0
-    two_slices, one_slice = account(masks).values()
+    two_slices, one_slice = metadata(masks).values()
     in_both = {str(v) for v in np.unique(both[..., 1]) if v} & {str(v) for v in np.unique(both[..., 4]) if v}
     assert in_both and {label: [*map(int, slices)] for label, slices in two_slices["disagreement"].items()} == {v: [2, 3] for v in in_both}
     assert all(0 <= share <= 1 for slices in two_slices["disagreement"].values() for share in slices.values())
@@ -166,12 +166,12 @@ def test_a_run_killed_between_a_mask_and_its_record_goes_on_by_itself(images, tm
     with pytest.raises(KeyboardInterrupt):
         run(images, masks, dataset)
     monkeypatch.setattr(stage, "write_mask", write)
-    assert written(masks) == ["manifest.json", written(images)[0]] and account(masks) == {}
+    assert written(masks) == ["manifest.json", written(images)[0]] and metadata(masks) == {}
     assert run(images, masks, dataset) == 0
     assert all((masks / name).read_bytes() == (reference / name).read_bytes() for name in written(images))
 
 
-def account(masks):
+def metadata(masks):
     return json.loads((masks / "manifest.json").read_text())["cases"]
 
 
@@ -187,20 +187,20 @@ def test_an_interrupted_run_accounts_for_the_masks_it_wrote(images, tmp_path, da
     monkeypatch.setattr(stage, "segment_case", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(images, masks, dataset)
-    assert list(account(masks)) == seen[:1]
+    assert list(metadata(masks)) == seen[:1]
 
 
 def test_an_earlier_mask_of_a_case_that_now_fails_leaves_the_manifest_until_it_is_made_again(images, tmp_path, dataset, capsys):
     masks, first = tmp_path / "masks", images / written(images)[0]
     run(images, masks, dataset)
-    whole, (case, other) = first.read_bytes(), account(masks)
+    whole, (case, other) = first.read_bytes(), metadata(masks)
     first.write_bytes(whole[:100])
     assert run(images, masks, dataset) == 1
-    assert list(account(masks)) == [other] and (masks / first.name).exists()
+    assert list(metadata(masks)) == [other] and (masks / first.name).exists()
     assert f"{first.name} is from an earlier run and out of date" in capsys.readouterr().err
     first.write_bytes(whole)
     assert run(images, masks, dataset) == 0
-    assert list(account(masks)) == [case, other]
+    assert list(metadata(masks)) == [case, other]
 
 
 def test_every_mask_says_which_model_and_which_prompts_made_it(images, tmp_path, dataset):
@@ -214,7 +214,7 @@ def test_every_mask_says_which_model_and_which_prompts_made_it(images, tmp_path,
     save_checkpoint(changed, network, model.plan, model.provenance)
     run(one, masks, dataset)
     run(other, masks, dataset, model=changed, where="largest")
-    first, second = account(masks).values()
+    first, second = metadata(masks).values()
     assert (first["model"]["weights_digest"], first["prompts"]) == (model.digest, "simulated: middle")
     assert (second["model"]["weights_digest"], second["prompts"]) == (tensors_digest(network.state_dict()), "simulated: largest")
 
@@ -229,7 +229,7 @@ def test_a_damaged_record_costs_its_own_mask_alone(images, tmp_path, dataset):
     images.mkdir()
     shutil.copy(dataset / "imagesTr" / "phantom_003.nii.gz", images)
     assert run(images, masks, dataset) == 0
-    assert lost not in account(masks) and len(account(masks)) == 2
+    assert lost not in metadata(masks) and len(metadata(masks)) == 2
 
 
 def test_new_voxels_behind_an_unchanged_header_are_noticed(images, tmp_path, dataset, capsys):
@@ -281,7 +281,7 @@ def test_parts_share_the_work_and_end_in_one_manifest(images, tmp_path, dataset)
     run(images, whole, dataset)
     run(images, parts, dataset, num_parts=2, part_id=0)
     assert written(parts) == ["manifest.json", written(images)[0], "report.html"]
-    assert [f"{case}.nii.gz" for case in account(parts)] == written(images)[:1]
+    assert [f"{case}.nii.gz" for case in metadata(parts)] == written(images)[:1]
     run(images, parts, dataset, num_parts=2, part_id=1)
     for name in written(images):
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
@@ -314,14 +314,14 @@ def test_a_report_that_cannot_be_made_is_a_warning(images, tmp_path, dataset, ca
     (masks / "report.html").mkdir(parents=True)
     assert run(images, masks, dataset) == 0
     assert "warning: report.html could not be made" in capsys.readouterr().err
-    assert [*account(masks)] == [name.removesuffix(".nii.gz") for name in written(images)]
+    assert [*metadata(masks)] == [name.removesuffix(".nii.gz") for name in written(images)]
 
 
 def test_two_writers_at_once_are_refused(images, tmp_path, dataset):
-    from slmsam2_cli.io.atomic import one_writer
+    from slmsam2_cli.io.atomic import lock_folder
 
     masks = tmp_path / "masks"
-    with one_writer(masks), pytest.raises(LockError):
+    with lock_folder(masks), pytest.raises(LockError):
         run(images, masks, dataset)
 
 
@@ -346,10 +346,10 @@ def test_when_every_case_was_learned_from_these_are_segmented_and_no_score_is_th
     finetune(tmp_path / "data", workspace, cases=1, weights="random", steps=1)
     assert predict(None, None, dataset=tmp_path / "data", workspace=workspace) == 0
     assert "no case is unseen: the cases that the model has learned from are segmented" in capsys.readouterr().err
-    assert [case["training"] for case in account(workspace.predictions).values()] == [True]
+    assert [case["training"] for case in metadata(workspace.predictions).values()] == [True]
     assert evaluate((), None, workspace, None, dataset=tmp_path / "data") == 0
     summary = json.loads((workspace.evaluation / "summary.json").read_text())
-    assert (summary["cases"]["unseen"], summary["foreground_mean"]["Dice"]) == (0, None)
+    assert (summary["cases"]["held_out"], summary["foreground_mean"]["Dice"]) == (0, None)
     assert summary["training"]["foreground_mean"]["Dice"] is not None
     assert "there is no unseen case, so the headline is empty" in capsys.readouterr().err
 
@@ -359,9 +359,9 @@ def test_a_case_that_finetune_left_out_is_no_unseen_one(tmp_path, capsys):
     write_phantom_dataset(data, cases=2, test_cases=0, seed=5, shape=(8, 40, 40))
     broken = data / "imagesTr" / "phantom_001.nii.gz"
     broken.write_bytes(broken.read_bytes()[:100])
-    finetune(data, workspace, cases=1, weights="random", steps=1, skip_bad=True)
+    finetune(data, workspace, cases=1, weights="random", steps=1, skip_invalid=True)
     assert predict(None, None, dataset=data, workspace=workspace) == 1
-    assert list(account(workspace.predictions)) == ["phantom_000"]
+    assert list(metadata(workspace.predictions)) == ["phantom_000"]
     assert "no case is unseen" in capsys.readouterr().err
 
 
@@ -373,7 +373,7 @@ def test_a_case_is_known_again_under_another_name(images, tmp_path, dataset):
         for case in {"phantom_000", "phantom_001", learned}:
             shutil.copy(dataset / source / f"{case}.nii.gz", folder / f"x_{case}.nii.gz")
     assert run(renamed, masks, dataset, prompts_from=prompts) == 0
-    assert [case for case, entry in account(masks).items() if entry["training"]] == [f"x_{learned}"]
+    assert [case for case, entry in metadata(masks).items() if entry["training"]] == [f"x_{learned}"]
 
 
 def test_the_data_set_s_own_labels_are_cut_from_wherever_they_lie(tmp_path):
@@ -387,7 +387,7 @@ def test_the_data_set_s_own_labels_are_cut_from_wherever_they_lie(tmp_path):
     (data / "dataset.json").write_text(json.dumps(described))
     finetune(data, workspace, cases=1, weights="random", steps=1)
     assert predict(None, None, dataset=data, workspace=workspace) == 0
-    (case,) = account(workspace.predictions).values()
+    (case,) = metadata(workspace.predictions).values()
     assert case["prompted_slices"]
     with pytest.raises(UsageError, match="same folder"):
         predict(None, data / "masks", dataset=data, workspace=workspace)
@@ -417,12 +417,12 @@ def test_a_base_follows_the_workspace_s_plan_and_a_model_its_own(images, tmp_pat
     save_checkpoint(foreign, network, planned.model_copy(update={"labels": labels}), tuned.provenance)
     write_plan(elsewhere.plan, planned)
 
-    def labels_of(masks, **options):
+    def restore_labels(masks, **options):
         assert predict(images, masks, prompts_from=dataset / "labelsTr", workspace=elsewhere, **options) == 0
         return set(json.loads((masks / "manifest.json").read_text())["labels"])
 
-    assert labels_of(tmp_path / "as-base", weights=str(foreign)) == {str(value) for value in planned.labels}
-    assert labels_of(tmp_path / "as-model", model=foreign) == {str(value) for value in labels}
+    assert restore_labels(tmp_path / "as-base", weights=str(foreign)) == {str(value) for value in planned.labels}
+    assert restore_labels(tmp_path / "as-model", model=foreign) == {str(value) for value in labels}
 
 
 def test_a_plan_for_other_channels_than_the_data_set_s_is_not_followed(tmp_path, dataset, capsys):
@@ -474,7 +474,7 @@ def test_whatever_happens_in_one_case_the_others_are_done_and_it_is_in_the_table
     (line,) = [line for line in shown.err.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: case {first}: {said}")
     assert "Traceback" not in shown.err
-    assert list(account(tmp_path / "masks")) == [other]
+    assert list(metadata(tmp_path / "masks")) == [other]
     assert shown.out.splitlines()[0] == "failed cases: 1" and shown.out.splitlines()[2].startswith(first)
 
 
@@ -503,8 +503,8 @@ def test_when_memory_runs_out_slices_are_taken_one_by_one_from_then_on(images, t
 def test_inside_a_data_set_the_unseen_cases_are_predicted_into_the_workspace(dataset):
     workspace = Workspace(dataset / "slmsam2")
     assert predict(None, None, dataset=dataset, workspace=workspace) == 0
-    unseen = json.loads(workspace.split.read_text())["unseen"]
-    assert written(workspace.predictions) == ["manifest.json", *[f"{case}.nii.gz" for case in unseen], "report.html"]
+    held_out = json.loads(workspace.split.read_text())["held_out"]
+    assert written(workspace.predictions) == ["manifest.json", *[f"{case}.nii.gz" for case in held_out], "report.html"]
 
 
 @pytest.fixture
@@ -566,7 +566,7 @@ def adapter_at(folder, dataset, modality=None):
     """The workspace's model as base, an adapter on it that changes something, whole and by itself. Returns both files and the modality."""
     tuned = read_checkpoint(Workspace(dataset / "slmsam2").model)
     modality = modality or tuned.plan.modality
-    model = SlmSam2(tuned.network, tuned.plan.geometry.frame_px)
+    model = SlmSam2(tuned.network, tuned.plan.geometry.input_size)
     fit(model, tuned)
     adapters.add(model, modality, AdapterPlan())
     adapters.use(model, modality)
@@ -591,7 +591,7 @@ def test_an_adapter_predicts_like_the_whole_model_it_was_saved_with(images, tmp_
     run(images, tmp_path / "base", dataset)
     one, two = voxels(tmp_path / "one"), voxels(tmp_path / "two")
     assert all(np.array_equal(one[name], two[name]) for name in one)
-    said = [[case["confidence"] for case in account(tmp_path / name).values()] for name in ("one", "two", "base")]
+    said = [[case["confidence"] for case in metadata(tmp_path / name).values()] for name in ("one", "two", "base")]
     assert said[0] == said[1] != said[2]
 
 
@@ -608,7 +608,7 @@ def test_an_adapter_on_another_base_predicts_nothing(images, tmp_path, dataset):
     whole, small = adapter_at(tmp_path / "models", dataset)
     other = tmp_path / "other.safetensors"
     tuned = read_checkpoint(whole)
-    save_checkpoint(other, SlmSam2(tuned.network, tuned.plan.geometry.frame_px), tuned.plan, tuned.provenance)
+    save_checkpoint(other, SlmSam2(tuned.network, tuned.plan.geometry.input_size), tuned.plan, tuned.provenance)
     with pytest.raises(WeightsError, match="for the base model.safetensors .*other.safetensors has the weights"):
         run(images, tmp_path / "masks", dataset, model=small, weights=str(other))
     with pytest.raises(UsageError, match="Give one of them"):
@@ -618,7 +618,7 @@ def test_an_adapter_on_another_base_predicts_nothing(images, tmp_path, dataset):
 def with_table(path, dataset, table):
     """The workspace's model with another calibration."""
     tuned = read_checkpoint(Workspace(dataset / "slmsam2").model)
-    model = SlmSam2(tuned.network, tuned.plan.geometry.frame_px)
+    model = SlmSam2(tuned.network, tuned.plan.geometry.input_size)
     fit(model, tuned)
     save_checkpoint(path, model, tuned.plan, tuned.provenance, table)
     return path
@@ -635,7 +635,7 @@ def test_confidence_goes_through_the_models_table_but_on_given_slices(images, tm
     assert "uncalibrated" not in capsys.readouterr().err
     head = json.loads((tmp_path / "told" / "manifest.json").read_text())
     assert head["calibration"]["note"] == "here" and json.loads((tmp_path / "raw" / "manifest.json").read_text())["calibration"] is None
-    before, after = account(tmp_path / "raw"), account(tmp_path / "told")
+    before, after = metadata(tmp_path / "raw"), metadata(tmp_path / "told")
     for case in before:
         assert (before[case]["calibrated"], after[case]["calibrated"]) == (False, True)
         for label, told in after[case]["confidence"].items():

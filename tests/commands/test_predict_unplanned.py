@@ -56,7 +56,7 @@ def test_slices_run_along_the_axis_on_which_a_person_painted(scans, dataset, wei
     masks, prompts = tmp_path / "masks", painted(tmp_path / "prompts", dataset, axis)
     assert predict(scans, masks, prompts=prompts, weights=weights, report=False) == 0
     plan = read_plan(masks / "plan.json")
-    assert plan.geometry.slice_axis == named and plan.labels == {1: "label 1"} and plan.geometry.focus
+    assert plan.geometry.slice_axis == named and plan.labels == {1: "label 1"} and plan.geometry.roi_scale
     for path in prompts.iterdir():
         found, given = (np.asarray(nibabel.load(folder / path.name).dataobj) for folder in (masks, prompts))
         (slice_,) = np.flatnonzero(given.any(axis=tuple({0, 1, 2} - {axis})))

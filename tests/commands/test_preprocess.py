@@ -11,7 +11,7 @@ from slmsam2_cli.commands.preprocess import preprocess
 from slmsam2_cli.dataset.cache import open_prepared
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.errors import DatasetError, LockError, PlanError
-from slmsam2_cli.io.atomic import one_writer
+from slmsam2_cli.io.atomic import lock_folder
 from slmsam2_cli.workspace import Workspace
 
 
@@ -81,5 +81,5 @@ def test_a_plan_for_other_channels_is_refused(data, workspace):
 
 
 def test_only_one_may_write_at_a_time(data, workspace):
-    with one_writer(workspace.root), pytest.raises(LockError):
+    with lock_folder(workspace.root), pytest.raises(LockError):
         preprocess(data, workspace)

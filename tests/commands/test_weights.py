@@ -24,7 +24,7 @@ from slmsam2_cli.errors import LockError, OutputError, UsageError, WeightsError
 from slmsam2_cli.io import atomic, download
 from slmsam2_cli.io.download import DigestError, DownloadError
 from slmsam2_cli.model import zoo
-from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, base_weights, fit, read_checkpoint, save_weights
+from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, fit, load_base_weights, read_checkpoint, save_weights
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.model.zoo import Entry
 from slmsam2_cli.planning.plan import NetworkPlan
@@ -90,7 +90,7 @@ def test_what_was_fetched_is_found_by_name(
     assert get("known") == 0
     text = said(capsys)
     assert "its SHA-256 is the published one" in text and "licence: Apache-2.0" in text and "--weights known" in text
-    read = base_weights("known")
+    read = load_base_weights("known")
     assert read is not None and read.provenance is not None and read.network is not None
     assert (read.name, read.provenance.base, read.provenance.licence, read.network.policy) == ("known", "known", "Apache-2.0", "fifo")
     assert all(torch.equal(read.state[name], tensor) for name, tensor in base.items())
@@ -108,7 +108,7 @@ def test_a_changed_file_is_fetched_again(site: Site, cache: Path, content: bytes
     get("known")
     (cache / "known.pt").write_bytes(b"changed")
     with pytest.raises(WeightsError, match="corrupt or changed"):
-        base_weights("known")
+        load_base_weights("known")
     assert get("known") == 0
     assert (cache / "known.pt").read_bytes() == content
     assert "fetched again" in said(capsys)
@@ -130,7 +130,7 @@ def test_without_a_published_hash_it_says_so_and_pins_what_came(
     assert "licence: CC-BY-SA-4.0 (for research)" in text
     (cache / "unknown.pt").write_bytes(content[:-1] + b"x")
     with pytest.raises(WeightsError, match="corrupt or changed"):
-        base_weights("unknown")
+        load_base_weights("unknown")
 
 
 def test_a_digest_may_be_pinned(site: Site, cache: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,7 +200,7 @@ def test_an_interrupted_get_goes_on_where_it_was(site: Site, cache: Path, conten
 
     site.cut_at = [100_000]
     with monkeypatch.context() as patched:
-        patched.setattr("slmsam2_cli.commands.weights._Bar", Stopped)
+        patched.setattr("slmsam2_cli.commands.weights._ProgressBar", Stopped)
         with pytest.raises(KeyboardInterrupt):
             get("known")
     assert zoo.present("known") is None
@@ -220,7 +220,7 @@ def test_a_full_disk_is_one_line(site: Site, cache: Path, monkeypatch: pytest.Mo
 
 
 def test_two_gets_of_the_same_weights_exclude_each_other_and_others_do_not(site: Site, cache: Path) -> None:
-    with atomic.one_writer(cache, "known"):
+    with atomic.lock_folder(cache, "known"):
         with pytest.raises(LockError):
             get("known")
         assert get("unknown") == 0
@@ -270,7 +270,7 @@ def test_the_embedded_model_is_listed_when_there_is_one(
     monkeypatch.setattr(zoo, "EMBEDDED", path)
     list_weights()
     assert "--weights auto" in capsys.readouterr().out
-    assert base_weights("nano") is not None
+    assert load_base_weights("nano") is not None
     assert verify("nano") == 0
 
 
@@ -332,7 +332,7 @@ def test_a_file_fetched_by_hand_becomes_the_published_weights(
 ) -> None:
     (tmp_path / "download (1).pt").write_bytes(content)
     assert import_weights(tmp_path / "download (1).pt") == 0
-    read = base_weights("known")
+    read = load_base_weights("known")
     assert read is not None and read.provenance is not None
     assert (read.provenance.base, read.provenance.base_digest) == ("known", hashlib.sha256(content).hexdigest())
     assert read.provenance.licence == "Apache-2.0"
@@ -347,7 +347,7 @@ def test_weights_of_somebody_keep_where_they_come_from(
     assert import_weights(tmp_path / "my knee.pt") == 0
     text = said(capsys)
     assert "--weights my-knee" in text and "is not known here" in text
-    read = base_weights("my-knee")
+    read = load_base_weights("my-knee")
     assert read is not None and read.provenance is not None
     assert (read.provenance.base, read.provenance.licence) == ("my knee.pt", "")
     assert read.provenance.base_digest == hashlib.sha256(content).hexdigest()
@@ -364,7 +364,7 @@ def test_a_tuned_slm_sam2_is_imported_and_says_what_was_left_out(cache: Path, tm
     (tmp_path / "slm.pt").write_bytes(pt_of(renamed | {"rec_maskmem_tpos_enc": torch.zeros(7, 1, 1, 32)}))
     assert import_weights(tmp_path / "slm.pt") == 0
     assert "rec_maskmem_tpos_enc left out" in said(capsys)
-    read = base_weights("slm")
+    read = load_base_weights("slm")
     assert read is not None and read.network is not None
     assert (read.network.policy, read.network.fuser) == ("shortlong", "sum")
     fit(build(seed=1, fuser="sum"), read)
@@ -378,7 +378,7 @@ def test_a_model_of_ours_keeps_all_it_says(cache: Path, tmp_path: Path) -> None:
     given = Provenance(base="random", random=True, training=("a",))
     save_weights(path, {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, model.network, given)
     assert import_weights(path, name="prostate") == 0
-    read = base_weights("prostate")
+    read = load_base_weights("prostate")
     assert read is not None
     assert (read.provenance, read.digest, read.network) == (given, read_checkpoint(path).digest, model.network)
 
@@ -443,7 +443,7 @@ def test_tensors_that_share_memory_or_are_of_half_precision_are_imported(
         halves[twins[1]] = halves[twins[0]]
     (tmp_path / "half.pt").write_bytes(pt_of(halves))
     assert import_weights(tmp_path / "half.pt") == 0
-    read = base_weights("half")
+    read = load_base_weights("half")
     assert read is not None and {tensor.dtype for tensor in read.state.values()} == {torch.float32}
 
 
@@ -452,15 +452,15 @@ def test_tensors_that_share_memory_or_are_of_half_precision_are_imported(
 
 def test_base_weights_that_are_absent_name_the_command(cache: Path) -> None:
     with pytest.raises(WeightsError, match="slmsam2 weights get sam2.1-tiny"):
-        base_weights("sam2.1-tiny")
+        load_base_weights("sam2.1-tiny")
     with pytest.raises(WeightsError, match="slmsam2 weights get sam2.1-tiny"):
-        base_weights("auto")
+        load_base_weights("auto")
 
 
 def test_weights_of_another_size_name_the_network(cache: Path, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "knee.pt").write_bytes(content)
     import_weights(tmp_path / "knee.pt")
-    read = base_weights("knee")
+    read = load_base_weights("knee")
     assert read is not None
     with pytest.raises(WeightsError, match=r"tiny \(fifo\): it is of network nano\. Run slmsam2 plan --network nano --overwrite"):
         fit(build(size="tiny", policy="fifo"), read)
@@ -483,7 +483,7 @@ def test_finetune_without_a_plan_makes_one_for_the_network_of_its_base(
     write_phantom_dataset(tmp_path / "data", cases=2, test_cases=0, shape=(4, 32, 32))
     space = Workspace.of(tmp_path / "data", None)
     empty = Checkpoint("x", {}, "", NetworkPlan.model_validate({"size": "tiny"}))
-    monkeypatch.setattr("slmsam2_cli.commands.finetune.base_weights", lambda _: empty)
+    monkeypatch.setattr("slmsam2_cli.commands.finetune.load_base_weights", lambda _: empty)
     with pytest.raises(WeightsError, match="missing"):
         finetune(tmp_path / "data", space, cases=1, weights="x", device="cpu")
     assert atomic.read_json(space.plan, "plan")["network"]["size"] == "tiny"
@@ -530,7 +530,7 @@ def test_no_other_command_here_touches_the_network(cache: Path, tmp_path: Path, 
     monkeypatch.setattr("socket.create_connection", refuse)
     (tmp_path / "knee.pt").write_bytes(content)
     assert (import_weights(tmp_path / "knee.pt"), list_weights(), verify(None), verify("knee")) == (0, 0, 0, 0)
-    assert base_weights("knee") is not None
+    assert load_base_weights("knee") is not None
 
 
 def test_quiet_says_only_what_needs_attention(site: Site, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

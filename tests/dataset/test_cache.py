@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from slmsam2_cli.dataset.cache import check_whole, open_prepared, prepare, prepare_all, settings_digest
+from slmsam2_cli.dataset.cache import check_not_truncated, open_prepared, prepare, prepare_all, settings_digest
 from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.dataset.slices import View
 from slmsam2_cli.errors import CaseError, OutputError
 from slmsam2_cli.io import atomic
 
-GEOMETRY = SimpleNamespace(slice_axis="SI", in_plane_mm=1.0, through_plane_mm=None, stack_px=64, crop_to_nonzero=True)
+GEOMETRY = SimpleNamespace(slice_axis="SI", in_plane_mm=1.0, through_plane_mm=None, stack_size=64, crop_to_nonzero=True)
 INTENSITY = (SimpleNamespace(scheme="percentile", lower=0.5, upper=99.5),)
 
 
@@ -103,7 +103,7 @@ def test_new_voxels_behind_an_unchanged_header_are_noticed(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"stack_px": 32}, {"slice_axis": "AP"}, {"in_plane_mm": 2.0}, {"through_plane_mm": 1.0}, {"crop_to_nonzero": False}]
+    "change", [{"stack_size": 32}, {"slice_axis": "AP"}, {"in_plane_mm": 2.0}, {"through_plane_mm": 1.0}, {"crop_to_nonzero": False}]
 )
 def test_a_changed_plan_prepares_everything_again(data, tmp_path, change):
     again(data, tmp_path / "out")
@@ -153,19 +153,19 @@ def test_a_file_that_is_cut_short_while_it_is_open_is_said_before_it_is_read(dat
     case = again(data, tmp_path / "out")[0].cases[0]
     part = replace(case, frames=case.frames[:, 2:], labels=case.labels[2:])
     for one in (case, part):
-        check_whole(one)
+        check_not_truncated(one)
     path = tmp_path / "out" / case.id / f"{name}.npy"
     os.truncate(path, path.stat().st_size - 1)
     for one in (case, part):
         with pytest.raises(atomic.ArrayError, match=rf"case {case.id}: {name}.npy was cut short"):
-            check_whole(one)
+            check_not_truncated(one)
 
 
 def test_a_file_that_another_one_replaces_stays_readable(data, tmp_path):
     case = again(data, tmp_path / "out")[0].cases[0]
     before = case.frames.copy()
     again(data, tmp_path / "out", overwrite=True)
-    check_whole(case)
+    check_not_truncated(case)
     assert np.array_equal(case.frames, before)
 
 

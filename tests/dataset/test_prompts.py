@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from slmsam2_cli.dataset.prompts import choose_slice, impose, read_prompts, simulate_prompts
+from slmsam2_cli.dataset.prompts import choose_slice, read_prompts, restore_annotated, simulate_prompts
 from slmsam2_cli.dataset.slices import View, orient
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.io.image import Grid
@@ -58,7 +58,7 @@ def test_the_slice_to_annotate(where, area, chosen):
 
 def test_ends_are_marked_on_the_slices_just_beyond_them():
     labels = mask_with((8, 4, 4), (np.s_[2:6, 0], 1), (np.s_[5:, 2], 2))
-    found = simulate_prompts(labels, view_of((8, 4, 4)), (1, 2, 3), "middle", end_stops=True)
+    found = simulate_prompts(labels, view_of((8, 4, 4)), (1, 2, 3), "middle", mark_ends=True)
     assert found.annotated == {1: (1, 3, 6), 2: (4, 6), 3: ()}  # label 2 ends where the volume does
     assert [int((found.labels == value).any(axis=(1, 2)).sum()) for value in (1, 2)] == [1, 1]
 
@@ -66,9 +66,9 @@ def test_ends_are_marked_on_the_slices_just_beyond_them():
 def test_what_a_label_s_end_stops_say_is_no_word_about_other_labels():
     labels = mask_with((8, 4, 4), (np.s_[2:6, 0], 1), (np.s_[5:, 2], 2))
     view = view_of((8, 4, 4))
-    found = simulate_prompts(labels, view, (1, 2), "middle", end_stops=True)
+    found = simulate_prompts(labels, view, (1, 2), "middle", mark_ends=True)
     whole = np.full((8, 4, 4), 2, np.uint8)
-    imposed = impose(whole, found, view)
+    imposed = restore_annotated(whole, found, view)
     assert (imposed[1] == 2).all() and (imposed[4] == 0).all()  # slice 1: beyond label 1; slice 4: before label 2
 
 
@@ -76,7 +76,7 @@ def test_two_labels_are_prompted_on_one_slice_without_disturbing_each_other():
     labels = mask_with((3, 4, 4), (np.s_[:, 0], 1), (np.s_[:, 2], 2))
     prompts = simulate_prompts(labels, view_of((3, 4, 4)), [1, 2, 3], "middle")
     assert prompts.annotated == {1: (1,), 2: (1,), 3: ()}
-    assert prompts.whole_slices == ()
+    assert prompts.exact_slices == ()
     assert np.array_equal(prompts.labels[1], labels[1])
     assert not prompts.labels[[0, 2]].any()
 
@@ -94,7 +94,7 @@ def test_a_simulated_prompt_is_exact_for_its_label_alone():
     view = view_of((1, 1, 6))
     prompts = simulate_prompts(labels, view, [1], "middle")
     predicted = np.array([[[2, 2, 1, 2, 0, 2]]], np.uint8)
-    assert impose(predicted, prompts, view).ravel().tolist() == [1, 1, 0, 2, 0, 2]
+    assert restore_annotated(predicted, prompts, view).ravel().tolist() == [1, 1, 0, 2, 0, 2]
     assert predicted.ravel().tolist() == [2, 2, 1, 2, 0, 2]
 
 
@@ -103,7 +103,7 @@ def test_one_label_is_not_wiped_out_by_another_prompted_on_the_same_slice():
     view = view_of((1, 1, 4))
     prompts = simulate_prompts(labels, view, [1, 2], "largest")
     swapped = np.array([[[2, 2, 1, 1]]], np.uint8)
-    assert impose(swapped, prompts, view).ravel().tolist() == [1, 1, 2, 2]
+    assert restore_annotated(swapped, prompts, view).ravel().tolist() == [1, 1, 2, 2]
 
 
 def test_no_prompts_are_no_error(tmp_path):
@@ -121,8 +121,8 @@ def test_a_painted_slice_speaks_for_every_label_and_comes_back_bit_exact(tmp_pat
     save(tmp_path, mask, view)
     prompts = read_prompts(tmp_path, "case", view, [1, 2])
     assert prompts.annotated == {1: (1,), 2: (1,)}
-    assert prompts.whole_slices == (1,)
-    imposed = impose(np.ones((3, 4, 5), np.uint8), prompts, view)
+    assert prompts.exact_slices == (1,)
+    imposed = restore_annotated(np.ones((3, 4, 5), np.uint8), prompts, view)
     assert np.array_equal(imposed[1], mask[1])
     assert (imposed[[0, 2]] == 1).all()
 
@@ -133,7 +133,7 @@ def test_a_listed_slice_may_be_empty(tmp_path):
     listing(tmp_path, {"axis": "SI", "annotated_slices": [4, 2]})
     prompts = read_prompts(tmp_path, "case", view, [1])
     assert prompts.annotated == {1: (2, 4)}
-    assert not impose(np.ones((5, 2, 2), np.uint8), prompts, view)[4].any()
+    assert not restore_annotated(np.ones((5, 2, 2), np.uint8), prompts, view)[4].any()
 
 
 def test_listed_slices_count_as_the_file_counts_them(tmp_path):
@@ -141,14 +141,14 @@ def test_listed_slices_count_as_the_file_counts_them(tmp_path):
     save(tmp_path, mask_with((5, 2, 2), (np.s_[1], 1)), view)
     listing(tmp_path, {"axis": "SI", "annotated_slices": [0]})
     prompts = read_prompts(tmp_path, "case", view, [1])
-    assert prompts.whole_slices == (3, 4)
-    assert not impose(np.ones((5, 2, 2), np.uint8), prompts, view)[0].any()
+    assert prompts.exact_slices == (3, 4)
+    assert not restore_annotated(np.ones((5, 2, 2), np.uint8), prompts, view)[0].any()
 
 
 def test_slices_are_counted_along_the_axis_of_propagation(tmp_path):
     view = view_of((3, 4, 5), axis="LR")
     save(tmp_path, mask_with((3, 4, 5), (np.s_[:, 1:3, 4], 1)), view)
-    assert read_prompts(tmp_path, "case", view, [1]).whole_slices == (4,)
+    assert read_prompts(tmp_path, "case", view, [1]).exact_slices == (4,)
 
 
 SAGITTAL, CORONAL = np.s_[2:10, 3:12, 4], np.s_[2:10, 4, 3:12]
@@ -196,20 +196,20 @@ def test_what_is_painted_along_the_right_axis_is_taken_as_it_is(tmp_path, paint)
     view = view_of((12, 14, 16))
     mask = mask_with((12, 14, 16), (paint, 1))
     save(tmp_path, mask, view)
-    assert read_prompts(tmp_path, "case", view, [1]).whole_slices == tuple(np.flatnonzero(mask.any(axis=(1, 2))).tolist())
+    assert read_prompts(tmp_path, "case", view, [1]).exact_slices == tuple(np.flatnonzero(mask.any(axis=(1, 2))).tolist())
 
 
 def test_an_axis_of_few_slices_says_nothing_about_the_paint(tmp_path):
     view = view_of((12, 14, 3))
     save(tmp_path, mask_with((12, 14, 3), (np.s_[1:11, 3:12], 1)), view)
-    assert len(read_prompts(tmp_path, "case", view, [1]).whole_slices) == 10
+    assert len(read_prompts(tmp_path, "case", view, [1]).exact_slices) == 10
 
 
 def test_a_list_of_slices_says_that_thin_paint_is_meant_as_it_is(tmp_path):
     view = view_of((12, 14, 16))
     save(tmp_path, mask_with((12, 14, 16), (SAGITTAL, 1)), view)
     listing(tmp_path, {"axis": "SI", "annotated_slices": [0]})
-    assert read_prompts(tmp_path, "case", view, [1]).whole_slices == (0, *range(2, 10))
+    assert read_prompts(tmp_path, "case", view, [1]).exact_slices == (0, *range(2, 10))
 
 
 def test_with_an_ignore_label_everything_else_is_annotated(tmp_path):
@@ -220,14 +220,14 @@ def test_with_an_ignore_label_everything_else_is_annotated(tmp_path):
     save(tmp_path, mask, view)
     prompts = read_prompts(tmp_path, "case", view, [1], ignore=9)
     assert prompts.annotated == {1: (1, 2)}
-    imposed = impose(np.ones((3, 1, 4), np.uint8), prompts, view)
+    imposed = restore_annotated(np.ones((3, 1, 4), np.uint8), prompts, view)
     assert imposed[:, 0].tolist() == [[1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 0, 0]]
 
 
 def test_an_ignore_label_that_is_not_used_changes_nothing(tmp_path):
     view = view_of((3, 2, 2))
     save(tmp_path, mask_with((3, 2, 2), (np.s_[1], 1)), view)
-    assert read_prompts(tmp_path, "case", view, [1], ignore=9).whole_slices == (1,)
+    assert read_prompts(tmp_path, "case", view, [1], ignore=9).exact_slices == (1,)
 
 
 def test_a_prompt_on_another_grid_is_refused(tmp_path):

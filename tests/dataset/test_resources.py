@@ -10,7 +10,7 @@ import numpy as np
 
 from slmsam2_cli.dataset.dataset_json import Case
 from slmsam2_cli.dataset.phantom import nifti_bytes
-from slmsam2_cli.dataset.resources import PACKED, bytes_on_disk, bytes_to_read, free_bytes
+from slmsam2_cli.dataset.resources import ASSUMED_COMPRESSION, bytes_on_disk, bytes_to_read, free_bytes
 
 VOXELS = 4 * 10 * 12
 INT16 = nifti_bytes(np.zeros((4, 10, 12), np.float32), (1.0, 1.0, 1.0))
@@ -42,8 +42,8 @@ def test_both_byte_orders_and_both_versions_of_nifti_are_understood(tmp_path):
 
 
 def test_a_file_whose_header_is_not_understood_is_taken_to_be_packed(tmp_path):
-    assert bytes_to_read(case(tmp_path, b"x" * 1000, ending=".nrrd")) == 2 * PACKED * 1000
-    assert bytes_to_read(case(tmp_path, b"x", ending=".nii.gz")) == 2 * PACKED
+    assert bytes_to_read(case(tmp_path, b"x" * 1000, ending=".nrrd")) == 2 * ASSUMED_COMPRESSION * 1000
+    assert bytes_to_read(case(tmp_path, b"x", ending=".nii.gz")) == 2 * ASSUMED_COMPRESSION
 
 
 def test_a_folder_of_slices_counts_with_all_of_them(tmp_path):

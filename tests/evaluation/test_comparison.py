@@ -7,7 +7,7 @@ import pytest
 from slmsam2_cli.evaluation.comparison import MACRO, compare
 
 
-def summary(dice, *, unseen=True, hd95=None, failed=(), unknown=()):
+def summary(dice, *, held_out=True, hd95=None, failed=(), unknown=()):
     """A summary with Dice by case and label: {"a": {"1": 0.8}}; None: both masks are empty, but for `unknown` cases."""
     labels = {label: f"name {label}" for values in dice.values() for label in values}
 
@@ -18,7 +18,7 @@ def summary(dice, *, unseen=True, hd95=None, failed=(), unknown=()):
     def entry(case, values):
         records = {label: record(case, label, value) for label, value in values.items()}
         status = "failed" if case in failed else "ok"
-        return {"case": case, "status": status, "group": "unseen" if unseen else "training", "metrics": records, "unprompted": records}
+        return {"case": case, "status": status, "group": "held_out" if held_out else "training", "metrics": records, "unprompted": records}
 
     cases = [entry(case, values) for case, values in dice.items()]
     definitions = {"nsd_tolerance_mm": 2.0}
@@ -58,7 +58,7 @@ def test_cases_that_only_one_can_be_judged_on_are_named_and_left_out():
 
 
 def test_training_cases_are_not_compared():
-    found = compare({"old": summary({"a": {"1": 0.5}}), "new": summary({"a": {"1": 0.6}}, unseen=False)})
+    found = compare({"old": summary({"a": {"1": 0.5}}), "new": summary({"a": {"1": 0.6}}, held_out=False)})
     assert (found["cases"], row(found)["difference"]) == ([], None)
 
 

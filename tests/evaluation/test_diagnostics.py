@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from slmsam2_cli.evaluation.diagnostics import hints, may_apply
+from slmsam2_cli.evaluation.diagnostics import hints, may_have_hints
 from slmsam2_cli.evaluation.metrics import dice
 
 
@@ -65,7 +65,7 @@ def test_where_the_labels_fit_no_hint_is_missed_by_not_looking(shapes, mistake, 
     truth = painted(shapes)
     prediction = {"exchanged": np.array([0, 2, 1, 3], np.uint8)[truth], "mirrored": truth[:, ::-1], "other": painted(others)}[mistake]
     if hints(truth, prediction, [1, 2, 3]):
-        assert may_apply(dice(truth == value, prediction == value) for value in (1, 2, 3))
+        assert may_have_hints(dice(truth == value, prediction == value) for value in (1, 2, 3))
 
 
 def painted(shapes):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from slmsam2_cli.errors import CaseError
-from slmsam2_cli.evaluation.matching import References, masks_in, pair, references_of_folder, relative_name
+from slmsam2_cli.evaluation.matching import References, find_masks, pair, references_of_folder, relative_name
 from slmsam2_cli.inference.manifest import Manifest, ManifestCase
 
 
@@ -51,7 +51,7 @@ def test_an_unseen_case_that_predict_never_listed_is_missing_too(folders):
 def test_a_training_case_that_was_not_predicted_is_only_mentioned(folders):
     references, predictions = folders(["a.nii.gz", "t.nii.gz"], ["a.nii.gz"])
     found = pair(references, predictions, Manifest(), {"t"})
-    assert (matched(found), found.not_asked_for) == ([("a", "a.nii.gz")], ("t",))
+    assert (matched(found), found.not_requested) == ([("a", "a.nii.gz")], ("t",))
 
 
 def test_a_training_case_that_was_listed_but_is_gone_is_missing(folders):
@@ -100,7 +100,7 @@ def test_one_namesake_is_enough_to_match_by_nothing_else(folders):
 def test_folders_and_system_files_are_no_masks(tmp_path):
     (tmp_path / "evaluation").mkdir()
     (tmp_path / ".DS_Store").touch()
-    assert masks_in(tmp_path) == ({}, ())
+    assert find_masks(tmp_path) == ({}, ())
 
 
 def test_a_file_elsewhere_is_shown_by_its_bare_name(tmp_path):

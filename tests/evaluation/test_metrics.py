@@ -7,7 +7,17 @@ import math
 import numpy as np
 import pytest
 
-from slmsam2_cli.evaluation.metrics import Pair, coarsest_axis, diagonal_mm, dice, hd95, measure, measure_missing, metric_names, unmeasured
+from slmsam2_cli.evaluation.metrics import (
+    Pair,
+    coarsest_axis,
+    diagonal_mm,
+    dice,
+    empty_record,
+    hd95,
+    measure,
+    measure_missing,
+    metric_names,
+)
 
 SHAPE = (10, 12, 14)
 UNIT = (1.0, 1.0, 1.0)
@@ -158,8 +168,8 @@ def test_a_missing_prediction_is_dice_zero_even_where_there_was_nothing_to_find(
 
 
 def test_what_could_not_be_read_is_null_throughout():
-    assert set(unmeasured().values()) == {None}
-    assert list(unmeasured()) == metric_names() == list(score(CUBE, CUBE).all)
+    assert set(empty_record().values()) == {None}
+    assert list(empty_record()) == metric_names() == list(score(CUBE, CUBE).all)
 
 
 def test_going_on_past_the_last_slice_is_over_propagation():

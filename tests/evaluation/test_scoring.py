@@ -19,7 +19,7 @@ from hypothesis.extra.numpy import arrays
 
 from slmsam2_cli import parallel
 from slmsam2_cli.evaluation import scoring
-from slmsam2_cli.evaluation.scoring import Job, score_all, score_case, with_labels
+from slmsam2_cli.evaluation.scoring import Job, fill_missing_labels, score_all, score_case
 
 SHAPE = (6, 5, 4)
 
@@ -50,7 +50,7 @@ def job(tmp_path):
         truth = save(tmp_path / "labels" / f"{case}.nii.gz", reference)
         predicted = None if prediction is None else save(tmp_path / "predictions" / f"{case}.nii.gz", prediction, **(grid or {}))
         folders = {"reference_root": tmp_path / "labels", "prediction_root": tmp_path / "predictions"}
-        return Job(case, "unseen", truth, predicted, **({"values": (1,)} | folders | options))
+        return Job(case, "held_out", truth, predicted, **({"values": (1,)} | folders | options))
 
     return make
 
@@ -160,7 +160,7 @@ def test_without_declared_labels_every_value_of_any_case_is_a_label_of_every_cas
     one = job(labels(v1=(1, 2)), labels(v1=(1, 2)), case="a", values=None)
     two = job(labels(v2=(1, 2)), labels(v3=(4, 4)), case="b", values=None)
     gone = job(labels(v1=(1, 2)), None, case="c", values=None)
-    a, b, c = with_labels(score_all([one, two, gone]), [1, 2, 3])
+    a, b, c = fill_missing_labels(score_all([one, two, gone]), [1, 2, 3])
     assert [a.labels[v].status for v in (1, 2, 3)] == ["ok", "both_empty", "both_empty"]
     assert [b.labels[v].status for v in (1, 2, 3)] == ["both_empty", "pred_empty", "ref_empty"]
     assert [c.labels[v].status for v in (1, 2, 3)] == ["pred_missing"] * 3
@@ -201,10 +201,10 @@ class Weighing:
 
 def test_what_is_made_of_the_masks_comes_back_with_the_scores(job, monkeypatch):
     jobs = [
-        job(labels(v1=(1, 2)), labels(v1=(2, 4)), case="a", afterwards=Weighing()),
-        job(labels(v1=(1, 2), v3=(5, 5)), None, case="b", afterwards=Weighing(), ignore=3),
-        job(labels(), labels(), case="c", afterwards=Weighing()),
-        job(labels(v1=(1, 2)), labels(v1=(1, 2)), case="d", grid={"spacing": (2.0, 1.0, 3.0)}, afterwards=Weighing()),
+        job(labels(v1=(1, 2)), labels(v1=(2, 4)), case="a", post_scoring=Weighing()),
+        job(labels(v1=(1, 2), v3=(5, 5)), None, case="b", post_scoring=Weighing(), ignore=3),
+        job(labels(), labels(), case="c", post_scoring=Weighing()),
+        job(labels(v1=(1, 2)), labels(v1=(1, 2)), case="d", grid={"spacing": (2.0, 1.0, 3.0)}, post_scoring=Weighing()),
     ]
     monkeypatch.setattr(parallel, "START_METHOD", "fork")  # a forked process knows this file
     a, b, c, d = score_all(jobs, workers=2)
@@ -215,8 +215,8 @@ def test_what_is_made_of_the_masks_comes_back_with_the_scores(job, monkeypatch):
 
 
 def test_no_more_is_held_of_it_than_allowed(job):
-    jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}", afterwards=Weighing()) for i in range(4)]
-    assert [score.made is not None for score in score_all(jobs, workers=1, held_bytes=250)] == [True, True, False, False]
+    jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}", post_scoring=Weighing()) for i in range(4)]
+    assert [score.made is not None for score in score_all(jobs, workers=1, max_kept_bytes=250)] == [True, True, False, False]
 
 
 def killing(job):
@@ -246,7 +246,7 @@ class Deadly:
 
 
 def test_a_case_that_was_too_much_together_with_its_pictures_is_scored_without(job, monkeypatch):
-    jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}", afterwards=Deadly() if i else None) for i in range(2)]
+    jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}", post_scoring=Deadly() if i else None) for i in range(2)]
     monkeypatch.setattr(parallel, "START_METHOD", "fork")  # a forked process knows this file
     assert [(s.case, s.status, s.made) for s in score_all(jobs, workers=2)] == [("c0", "ok", None), ("c1", "ok", None)]
 

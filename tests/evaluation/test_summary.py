@@ -25,7 +25,7 @@ def column(first, last):
     return mask
 
 
-def case(name, *pairs, group="unseen", status="ok", prompted=(2,)):
+def case(name, *pairs, group="held_out", status="ok", prompted=(2,)):
     """A case with one (reference, prediction) pair per label 1, 2, …; prediction None for a missing file."""
     labels = {}
     for value, (reference, prediction) in enumerate(pairs, start=1):
@@ -37,8 +37,8 @@ def case(name, *pairs, group="unseen", status="ok", prompted=(2,)):
 PERFECT = case("b", (column(1, 4), column(1, 4)))
 HALF = case("a", (column(1, 4), column(1, 2)))
 MISSING = case("c", (column(1, 4), None), status="pred_missing")
-SEEN = case("t", (column(1, 4), column(1, 4)), group="training")
-BROKEN = CaseScore("z", "unseen", "failed", "labelsTr/z.nii.gz", "z.nii.gz", problem="case z: z.nii.gz: truncated. Copy it again")
+LABEL_UNET_ROI_SCALE = case("t", (column(1, 4), column(1, 4)), group="training")
+BROKEN = CaseScore("z", "held_out", "failed", "labelsTr/z.nii.gz", "z.nii.gz", problem="case z: z.nii.gz: truncated. Copy it again")
 ABOUT = About("1.2", {1: "PZ"}, {"weights_sha256": "ab"}, "1.1")
 
 
@@ -47,15 +47,15 @@ def summary(*scores, about=ABOUT):
 
 
 def test_the_headline_is_the_mean_of_the_unseen_cases():
-    found = summary(HALF, PERFECT, SEEN)
+    found = summary(HALF, PERFECT, LABEL_UNET_ROI_SCALE)
     assert found["mean"]["1"]["Dice"] == pytest.approx((2 / 3 + 1) / 2)
     assert found["foreground_mean"]["Dice"] == found["mean"]["1"]["Dice"]
     assert found["training"]["mean"]["1"]["Dice"] == 1.0
-    assert (found["cases"]["unseen"], found["cases"]["training"]) == (2, 1)
+    assert (found["cases"]["held_out"], found["cases"]["training"]) == (2, 1)
 
 
 def test_training_cases_alone_leave_the_headline_empty():
-    found = summary(SEEN)
+    found = summary(LABEL_UNET_ROI_SCALE)
     assert found["foreground_mean"]["Dice"] is None
     assert found["statistics"]["1"]["Dice"]["n"] == 0
 
@@ -121,7 +121,9 @@ def test_the_foreground_mean_is_the_mean_of_the_label_means():
 
 
 def test_the_order_of_the_cases_does_not_matter():
-    assert json.dumps(summary(HALF, PERFECT, SEEN, MISSING)) == json.dumps(summary(MISSING, SEEN, PERFECT, HALF))
+    assert json.dumps(summary(HALF, PERFECT, LABEL_UNET_ROI_SCALE, MISSING)) == json.dumps(
+        summary(MISSING, LABEL_UNET_ROI_SCALE, PERFECT, HALF)
+    )
 
 
 def test_the_summary_is_strict_json_and_names_its_definitions_and_origins():
@@ -138,7 +140,7 @@ def test_the_summary_is_strict_json_and_names_its_definitions_and_origins():
 
 
 def test_the_curve_gives_dice_by_distance_from_the_given_slice():
-    curve = summary(HALF, PERFECT, SEEN)["slice_curve"]["1"]
+    curve = summary(HALF, PERFECT, LABEL_UNET_ROI_SCALE)["slice_curve"]["1"]
     assert [(point["distance_slices"], point["n"]) for point in curve] == [(0, 2), (1, 4), (2, 2)]
     assert (curve[2]["p10"], curve[2]["p50"], curve[2]["p90"]) == pytest.approx((0.1, 0.5, 0.9))
 
@@ -188,7 +190,7 @@ def test_a_mean_without_given_slices_says_of_how_many_cases_where_these_are_fewe
 
 
 def test_the_markdown_page_lists_the_cases_that_are_missing_and_escapes_their_names():
-    page = tables.markdown(summary(PERFECT, case("c|<b>", (column(1, 4), None), status="pred_missing"), BROKEN, SEEN))
+    page = tables.markdown(summary(PERFECT, case("c|<b>", (column(1, 4), None), status="pred_missing"), BROKEN, LABEL_UNET_ROI_SCALE))
     assert "## Cases that failed or are missing (2)" in page
     assert "c\\|\\<b\\>" in page
     assert "## Training cases" in page

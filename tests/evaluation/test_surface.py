@@ -18,7 +18,7 @@ WAYS = {
     "all at one distance": {"FEW": 0},
     "many neighbours in one step": {"FEW": 10**9, "LOOKS": 10**4},
     "a short look, then the tree": {"NEIGHBOURS": 7},
-    "no look worth it": {"TREE_BUILT": 0, "TREE_ASKED": 0},
+    "no look worth it": {"TREE_BUILD_COST": 0, "TREE_QUERY_COST": 0},
 }
 SPACINGS = ((1.0, 1.0, 1.0), (2.5, 0.8, 0.8), (0.5, 3.0, 1.25), (100.0, 0.1, 0.1), (1e3, 1e3, 1e-3))
 

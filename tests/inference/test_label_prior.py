@@ -5,17 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from slmsam2_cli.inference.label_prior import GOOD, LEAST_AREA, MOST, SURE, Hint, recognised
-from slmsam2_cli.inference.propagation import Anchor, propagate
-from slmsam2_cli.model.label_unet import REACH, Recogniser
-from slmsam2_cli.model.roi import Square
+from slmsam2_cli.inference.label_prior import GOOD, MIN_AREA_FRACTION, MOST, SURE, LabelPrior, recognised
+from slmsam2_cli.inference.propagation import AnnotatedSlice, propagate
+from slmsam2_cli.model.label_unet import REACH, LabelUNet
+from slmsam2_cli.model.roi import RoiCrop
 from slmsam2_cli.model.slmsam2 import SliceOutput, SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan
 
 PX = 64
 
 
-class Bright(Recogniser):
+class Bright(LabelUNet):
     """Finds label 4 wherever the slice in the middle of its reach is brighter than a half, and is sure of it."""
 
     def __init__(self):
@@ -40,13 +40,13 @@ def drawn(low=24, high=40):
 
 
 def hint(agreement=1.0, margin=SURE, view=None, area=16.0):
-    return Hint(torch.full((1, PX, PX), margin), view or Square(0, 0, PX), PX, agreement, area)
+    return LabelPrior(torch.full((1, PX, PX), margin), view or RoiCrop(0, 0, PX), PX, agreement, area)
 
 
-def output(logit, presence, edge=PX):
+def output(logit, object_score, edge=PX):
     mask = torch.full((1, 1, edge, edge), logit)
     one = torch.ones(1, 1)
-    return SliceOutput(mask, 0.8 * one, torch.zeros(1, dtype=torch.long), presence * one, mask, mask, torch.zeros(1, 8))
+    return SliceOutput(mask, 0.8 * one, torch.zeros(1, dtype=torch.long), object_score * one, mask, mask, torch.zeros(1, 8))
 
 
 def test_what_is_recognised_exactly_as_drawn_agrees_wholly_and_counts_one_half():
@@ -83,38 +83,38 @@ def test_one_that_finds_nothing_of_what_was_drawn_changes_nothing():
 def test_logits_and_presence_are_the_mean_of_both_where_it_counts_one_half():
     mixed = hint(margin=4.0).heeded(output(-2.0, -1.0), 0, None)
     assert mixed.chosen.unique().tolist() == [1.0]
-    assert mixed.presence.item() == pytest.approx(1.5)
+    assert mixed.object_score.item() == pytest.approx(1.5)
     assert (mixed.logits > 0).all()
 
 
 def test_one_that_may_not_raise_ends_a_structure_but_finds_none():
     """Presence -4 and recognised at +10, which counts one half: +3 for one that may; +4 and -10: -3 for both."""
     for raises, found in ((True, 3.0), (False, -4.0)):
-        assert float(replace(hint(), raises=raises).heeded(output(2.0, -4.0), 0, None).presence) == pytest.approx(found)
-        assert float(replace(hint(margin=-SURE), raises=raises).heeded(output(2.0, 4.0), 0, None).presence) == pytest.approx(-3.0)
+        assert float(replace(hint(), raises=raises).heeded(output(2.0, -4.0), 0, None).object_score) == pytest.approx(found)
+        assert float(replace(hint(margin=-SURE), raises=raises).heeded(output(2.0, 4.0), 0, None).object_score) == pytest.approx(-3.0)
 
 
 def test_neither_counts_more_than_sure():
     mixed = hint(margin=-500.0).heeded(output(500.0, 500.0), 0, None)
     assert mixed.chosen.abs().max() < 1e-5
-    assert mixed.presence.item() < 0  # an empty mask is no object
+    assert mixed.object_score.item() < 0  # an empty mask is no object
 
 
 def test_where_it_did_not_look_the_mask_stays_as_it_was():
-    mixed = hint(view=Square(0, 0, 32)).heeded(output(-3.0, 1.0), 0, None)
+    mixed = hint(view=RoiCrop(0, 0, 32)).heeded(output(-3.0, 1.0), 0, None)
     assert (mixed.chosen[..., :31, :31] > 0).all()
     assert torch.equal(mixed.chosen[..., 33:, :], torch.full((1, 1, 31, 64), -3.0))
 
 
 def test_what_lies_outside_of_its_view_is_no_reason_to_believe_in_the_structure():
-    mixed = hint(margin=-SURE, view=Square(16, 16, 32)).heeded(output(3.0, 3.0), 0, None)
-    assert mixed.presence.item() == pytest.approx(-3.5)
+    mixed = hint(margin=-SURE, view=RoiCrop(16, 16, 32)).heeded(output(3.0, 3.0), 0, None)
+    assert mixed.object_score.item() == pytest.approx(-3.5)
     assert (mixed.logits < 0).all()
 
 
 def test_where_it_did_not_look_at_all_nothing_changes():
     seen = output(3.0, 3.0)
-    assert hint(margin=-SURE, view=Square(0, 0, 16)).heeded(seen, 0, Square(32, 32, 32)) is seen
+    assert hint(margin=-SURE, view=RoiCrop(0, 0, 16)).heeded(seen, 0, RoiCrop(32, 32, 32)) is seen
 
 
 def test_the_pointer_follows_the_presence():
@@ -130,7 +130,7 @@ def test_of_several_channels_it_reads_its_own():
         """Two channels, of which the second one counts."""
 
         def __init__(self):
-            Recogniser.__init__(self, 2, [4], PX, width=8)
+            LabelUNet.__init__(self, 2, [4], PX, width=8)
 
         def forward(self, slices):
             sure = 20 * (slices[:, 2 * REACH + 1 : 2 * REACH + 2] - 0.5)
@@ -144,15 +144,15 @@ def test_of_several_channels_it_reads_its_own():
 def test_a_speck_is_not_the_structure():
     margins = torch.full((1, PX, PX), -SURE)
     margins[0, 5:7, 5:7] = SURE  # 4 pixels
-    speck = Hint(margins, Square(0, 0, PX), PX, 1.0, area=40 / LEAST_AREA)  # 40 would be enough
-    assert speck.heeded(output(-SURE, -SURE), 0, None).presence.item() < -5
+    speck = LabelPrior(margins, RoiCrop(0, 0, PX), PX, 1.0, area=40 / MIN_AREA_FRACTION)  # 40 would be enough
+    assert speck.heeded(output(-SURE, -SURE), 0, None).object_score.item() < -5
     assert (speck.heeded(output(-SURE, -SURE), 0, None).logits < 0).all()
 
 
 def test_a_network_that_sees_a_square_is_told_of_that_square():
     margins = torch.full((1, PX, PX), -4.0)
     margins[0, :, 32:] = 4.0
-    mixed = Hint(margins, Square(0, 0, PX), PX, 1.0, 16.0).heeded(output(0.0, 5.0, edge=32), 0, Square(16, 40, 16))
+    mixed = LabelPrior(margins, RoiCrop(0, 0, PX), PX, 1.0, 16.0).heeded(output(0.0, 5.0, edge=32), 0, RoiCrop(16, 40, 16))
     assert (mixed.chosen == 2.0).all()
 
 
@@ -162,7 +162,7 @@ def model():
     torch.manual_seed(0)
     made = SlmSam2(NetworkPlan(size="nano"), PX).eval()
     torch.nn.init.constant_(made.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, -6.0)
-    made.recogniser = Bright().eval()
+    made.label_unet = Bright().eval()
     return made
 
 
@@ -170,17 +170,17 @@ def shown(found):
     return [bool((plane > 0).any()) for plane in found.logits]
 
 
-@pytest.mark.parametrize("focus", [None, 2.0])
+@pytest.mark.parametrize("roi_scale", [None, 2.0])
 def test_a_structure_that_propagation_loses_is_found_again_and_ends_where_it_ends(model, focus):
-    anchors = {4: [Anchor(3, drawn())]}
-    heard = propagate(model, stack(), anchors, focus=focus, recognise=True)[4]
+    anchors = {4: [AnnotatedSlice(3, drawn())]}
+    heard = propagate(model, stack(), anchors, roi_scale=focus, recognise=True)[4]
     assert shown(heard) == [False, False, True, True, True, False, False]
     assert heard.agreement == pytest.approx(1.0)
-    alone = propagate(model, stack(), anchors, focus=focus)[4]
+    alone = propagate(model, stack(), anchors, roi_scale=focus)[4]
     assert shown(alone) == [False, False, False, True, False, False, False]
     assert alone.agreement is None
 
 
 def test_objects_that_are_no_labels_of_the_data_set_are_not_recognised(model):
-    found = propagate(model, stack(), {9: [Anchor(3, drawn())]}, recognise=True)[9]
+    found = propagate(model, stack(), {9: [AnnotatedSlice(3, drawn())]}, recognise=True)[9]
     assert found.agreement is None and shown(found)[2:5] == [False, True, False]

@@ -10,7 +10,7 @@ from slmsam2_cli.errors import PlanError, WeightsError
 from slmsam2_cli.inference.load_model import build_model, choose_model, fuser_of
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import Provenance, read_checkpoint, save_checkpoint
-from slmsam2_cli.model.label_unet import Recogniser
+from slmsam2_cli.model.label_unet import LabelUNet
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import ChannelIntensity, GeometryPlan, NetworkPlan, Plan, TrainingPlan, write_plan
 from slmsam2_cli.workspace import Workspace
@@ -32,7 +32,7 @@ def plan(modality="MR", channels=("T1",), **options):
         modality=modality,
         channels=channels,
         labels={1: "organ"},
-        geometry=GeometryPlan(slice_axis="SI", in_plane_mm=1.0, through_plane_mm=None, frame_px=PX, crop_to_nonzero=True),
+        geometry=GeometryPlan(slice_axis="SI", in_plane_mm=1.0, through_plane_mm=None, input_size=PX, crop_to_nonzero=True),
         intensity=tuple(ChannelIntensity(name=name, scheme="percentile", lower=0.5, upper=99.5) for name in channels),
         network=NetworkPlan(**{"size": "nano", **options}),
         training=TrainingPlan(steps=4, clips_per_step=1, learning_rate=1e-3, warmup_steps=1, weight_decay=0.01),
@@ -131,7 +131,7 @@ def test_how_weights_read_four_channels_of_a_modality_is_no_adapter_for_it(tmp_p
         (None, {}, "confidence is uncalibrated: the model carries no table for images like these"),
         (None, {"policy": "shortlong+selfsort"}, "no table for images like these, and memory admits slices by raw values"),
         (TABLE, {"policy": "shortlong+selfsort"}, "confidence is calibrated, and memory admits slices by it"),
-        (TABLE, {"presence_gate": True}, "confidence is calibrated, and memory admits slices by it"),
+        (TABLE, {"object_score_gate": True}, "confidence is calibrated, and memory admits slices by it"),
         (TABLE, {}, ""),
     ],
 )
@@ -154,8 +154,8 @@ def test_a_table_for_another_modality_is_none(tmp_path, capsys):
 
 def test_a_model_s_recogniser_is_asked_only_about_the_labels_and_channels_it_has_learned(tmp_path):
     tuned = SlmSam2(NetworkPlan(size="nano"), PX)
-    tuned.recogniser = Recogniser(1, [1], 32, width=8)
+    tuned.label_unet = LabelUNet(1, [1], 32, width=8)
     checkpoint = read_checkpoint(model_file(tmp_path, tuned, plan()))
-    assert build_model(checkpoint, plan()).recogniser.values == [1]
-    assert build_model(checkpoint, plan().model_copy(update={"labels": {1: "another"}})).recogniser is None
-    assert build_model(checkpoint, plan(channels=("T2",))).recogniser is None
+    assert build_model(checkpoint, plan()).label_unet.values == [1]
+    assert build_model(checkpoint, plan().model_copy(update={"labels": {1: "another"}})).label_unet is None
+    assert build_model(checkpoint, plan(channels=("T2",))).label_unet is None

@@ -3,7 +3,7 @@
 import json
 import threading
 
-from slmsam2_cli.inference.manifest import MANIFEST, Records, key_of
+from slmsam2_cli.inference.manifest import MANIFEST, Records, cache_key
 from slmsam2_cli.io import atomic
 
 
@@ -33,7 +33,7 @@ def test_what_another_run_finishes_meanwhile_is_not_lost(tmp_path):
     """A manifest waits for the one that is being written, and reads the records only then."""
     records = Records(tmp_path)
     finished(records, "a")
-    with atomic.taking_turns(tmp_path / ".slmsam2-manifest.lock"):
+    with atomic.wait_for_lock(tmp_path / ".slmsam2-manifest.lock"):
         second = threading.Thread(target=records.write_manifest, args=({},))
         second.start()
         second.join(0.2)
@@ -46,10 +46,10 @@ def test_what_another_run_finishes_meanwhile_is_not_lost(tmp_path):
 def test_a_mask_is_out_of_date_until_its_case_is_as_it_was(tmp_path):
     records = Records(tmp_path)
     finished(records, "a")
-    assert records.disown("a") == "a.nii"
+    assert records.mark_stale("a") == "a.nii"
     records.write_manifest({})
     assert cases(tmp_path) == []
-    records.own_again("a")
+    records.unmark_stale("a")
     records.write_manifest({})
     assert cases(tmp_path) == ["a"]
 
@@ -60,12 +60,12 @@ def test_a_mask_that_was_changed_is_nobody_s(tmp_path):
     assert records.intact(records.read("a"))
     (tmp_path / "a.nii").write_text("another")
     assert not records.intact(records.read("a"))
-    assert records.disown("a") is None
+    assert records.mark_stale("a") is None
 
 
 def test_a_key_changes_with_the_settings_and_with_every_input(tmp_path):
     one, two = tmp_path / "one.nii", tmp_path / "two.nii"
     one.write_text("1")
-    keys = [key_of("s", [one, two]), key_of("t", [one, two]), key_of("s", [one])]
+    keys = [cache_key("s", [one, two]), cache_key("t", [one, two]), cache_key("s", [one])]
     two.write_text("2")
-    assert len({*keys, key_of("s", [one, two])}) == 4
+    assert len({*keys, cache_key("s", [one, two])}) == 4

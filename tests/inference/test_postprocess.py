@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from slmsam2_cli.inference.postprocess import attached, is_one_piece
+from slmsam2_cli.inference.postprocess import is_one_piece, keep_connected
 
 
 def volume(*boxes):
@@ -18,39 +18,39 @@ def volume(*boxes):
 
 def test_a_piece_that_touches_nothing_drawn_is_taken_away():
     labels, drawn = volume((1, 2, 0, 0), (1, 3, 0, 0), (1, 5, 6, 6)), volume((1, 2, 0, 0))
-    assert np.array_equal(attached(labels, drawn, [1]), volume((1, 2, 0, 0), (1, 3, 0, 0)))
+    assert np.array_equal(keep_connected(labels, drawn, [1]), volume((1, 2, 0, 0), (1, 3, 0, 0)))
 
 
 def test_labels_that_may_be_in_several_pieces_stay():
     labels, drawn = volume((1, 2, 0, 0), (1, 5, 6, 6)), volume((1, 2, 0, 0))
-    assert np.array_equal(attached(labels, drawn, []), labels)
+    assert np.array_equal(keep_connected(labels, drawn, []), labels)
 
 
 def test_every_piece_that_somebody_drew_on_stays():
     labels, drawn = volume((1, 2, 0, 0), (1, 5, 6, 6)), volume((1, 2, 0, 0), (1, 5, 6, 6))
-    assert np.array_equal(attached(labels, drawn, [1]), labels)
+    assert np.array_equal(keep_connected(labels, drawn, [1]), labels)
 
 
 def test_where_no_piece_touches_the_drawing_all_stay():
     labels, drawn = volume((1, 0, 0, 0), (1, 5, 6, 6)), volume((1, 2, 3, 3))
-    assert np.array_equal(attached(labels, drawn, [1]), labels)
+    assert np.array_equal(keep_connected(labels, drawn, [1]), labels)
 
 
 def test_up_to_two_empty_slices_part_nothing_and_three_do():
     near, far = volume((1, 0, 0, 0), (1, 3, 0, 0)), volume((1, 0, 0, 0), (1, 4, 0, 0))
-    assert np.array_equal(attached(near, volume((1, 0, 0, 0)), [1]), near)
-    assert np.array_equal(attached(far, volume((1, 0, 0, 0)), [1]), volume((1, 0, 0, 0)))
-    assert np.array_equal(attached(far.T, volume((1, 0, 0, 0)).T, [1], axis=2), volume((1, 0, 0, 0)).T)
+    assert np.array_equal(keep_connected(near, volume((1, 0, 0, 0)), [1]), near)
+    assert np.array_equal(keep_connected(far, volume((1, 0, 0, 0)), [1]), volume((1, 0, 0, 0)))
+    assert np.array_equal(keep_connected(far.T, volume((1, 0, 0, 0)).T, [1], axis=2), volume((1, 0, 0, 0)).T)
 
 
 def test_a_gap_counts_along_the_slices_alone():
     labels = volume((1, 2, 0, 0), (1, 2, 0, 4))
-    assert np.array_equal(attached(labels, volume((1, 2, 0, 0)), [1]), volume((1, 2, 0, 0)))
+    assert np.array_equal(keep_connected(labels, volume((1, 2, 0, 0)), [1]), volume((1, 2, 0, 0)))
 
 
 @given(arrays(np.uint8, (3, 5, 5), elements=st.integers(0, 2)), arrays(np.uint8, (3, 5, 5), elements=st.integers(0, 2)))
 def test_nothing_is_added_and_other_labels_are_left_alone(labels, drawn):
-    kept = attached(labels, drawn, [1])
+    kept = keep_connected(labels, drawn, [1])
     assert np.array_equal(kept[kept != 0], labels[kept != 0])
     assert np.array_equal(kept == 2, labels == 2)
     assert (kept[(labels == 1) & (drawn == 1)] == 1).all()

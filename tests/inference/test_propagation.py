@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from slmsam2_cli.inference.end_taper import SHARE, Taper
-from slmsam2_cli.inference.propagation import ABSENT, Anchor, full_resolution, propagate
-from slmsam2_cli.model.memory.registry import policy_of
+from slmsam2_cli.inference.end_taper import SHARE, EndTaper
+from slmsam2_cli.inference.propagation import ABSENT, AnnotatedSlice, full_resolution, propagate
+from slmsam2_cli.model.memory.registry import build_policy
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan
 
@@ -49,32 +49,32 @@ FILLED = ~EMPTY
 
 
 def test_an_annotated_slice_comes_back_as_drawn_with_full_confidence(model):
-    found = propagate(model, stack(5), {1: [Anchor(2, square())]})[1]
+    found = propagate(model, stack(5), {1: [AnnotatedSlice(2, square())]})[1]
     shown = full_resolution(found.logits[2][None], PX, PX, PX)[0] > 0
     assert (shown & square()).sum() / (shown | square()).sum() > 0.9
     assert found.confidence[2] == 1
 
 
 def test_a_one_slice_volume_is_its_annotation(model):
-    found = propagate(model, stack(1), {1: [Anchor(0, square())]})[1]
+    found = propagate(model, stack(1), {1: [AnnotatedSlice(0, square())]})[1]
     assert found.logits.shape == (1, PX, PX) and found.confidence.tolist() == [1.0]
 
 
 def test_nothing_is_found_beyond_an_end_stop(model):
-    found = propagate(model, stack(9), {1: [Anchor(2, EMPTY), Anchor(4, square()), Anchor(6, EMPTY)]})[1]
+    found = propagate(model, stack(9), {1: [AnnotatedSlice(2, EMPTY), AnnotatedSlice(4, square()), AnnotatedSlice(6, EMPTY)]})[1]
     assert (found.logits[[0, 1, 2, 6, 7, 8]] == ABSENT).all()
     assert (found.logits[[3, 5]] > ABSENT).any()
     assert found.confidence[2] == found.confidence[6] == 1
 
 
 def test_only_empty_anchors_find_nothing(model):
-    found = propagate(model, stack(3), {1: [Anchor(1, EMPTY)]})[1]
+    found = propagate(model, stack(3), {1: [AnnotatedSlice(1, EMPTY)]})[1]
     assert (found.logits == ABSENT).all()
 
 
 def test_every_slice_between_the_ends_is_visited_once_per_side(model):
     visited = []
-    propagate(model, stack(10), {1: [Anchor(3, square()), Anchor(7, square())]}, advance=visited.append)
+    propagate(model, stack(10), {1: [AnnotatedSlice(3, square()), AnnotatedSlice(7, square())]}, advance=visited.append)
     assert sum(visited) == 3 + 2 * 3 + 2  # below the first, between them twice, above the last
 
 
@@ -86,21 +86,21 @@ def one_sided(model, monkeypatch):
     def says(self, features, bank, moment):
         output, up = track(self, features, bank, moment), moment.step > 0
         filled = torch.full_like(output.logits, 4.0 if up else 8.0)
-        return replace(output, logits=filled, chosen=filled, iou=torch.tensor([[0.8 if up else 0.4]]), presence=torch.zeros(1, 1))
+        return replace(output, logits=filled, chosen=filled, iou=torch.tensor([[0.8 if up else 0.4]]), object_score=torch.zeros(1, 1))
 
     monkeypatch.setattr(SlmSam2, "track", says)
     return model
 
 
 def test_between_two_anchors_both_sides_count_by_how_near_they_are(one_sided):
-    found = propagate(one_sided, stack(9), {1: [Anchor(2, square()), Anchor(6, square())]})[1]
+    found = propagate(one_sided, stack(9), {1: [AnnotatedSlice(2, square()), AnnotatedSlice(6, square())]})[1]
     assert [float(found.logits[t].mean()) for t in (3, 4, 5)] == pytest.approx([4 * 3 / 4 + 8 / 4, 6, 4 / 4 + 8 * 3 / 4])
     assert [float(found.logits[t].mean()) for t in (0, 1, 7, 8)] == pytest.approx([8, 8, 4, 4])
     assert found.confidence.tolist() == pytest.approx([0.2, 0.2, 1, 0.35, 0.3, 0.25, 1, 0.4, 0.4])
 
 
 def test_two_sides_that_see_the_same_agree_and_elsewhere_there_is_nothing_to_compare(one_sided):
-    found = propagate(one_sided, stack(9), {1: [Anchor(2, square()), Anchor(6, square())]})[1]
+    found = propagate(one_sided, stack(9), {1: [AnnotatedSlice(2, square()), AnnotatedSlice(6, square())]})[1]
     assert found.disagreement[3:6].tolist() == [0, 0, 0]
     assert found.disagreement[[0, 1, 2, 6, 7, 8]].isnan().all()
 
@@ -119,7 +119,7 @@ def test_disagreement_is_one_minus_the_dice_of_both_sides(one_sided, monkeypatch
         return replace(output, logits=filled)
 
     monkeypatch.setattr(SlmSam2, "track", halves)
-    found = propagate(one_sided, stack(9), {1: [Anchor(2, square()), Anchor(6, square())]})[1]
+    found = propagate(one_sided, stack(9), {1: [AnnotatedSlice(2, square()), AnnotatedSlice(6, square())]})[1]
     assert found.disagreement[3:6].tolist() == pytest.approx([1 - 2 / 4, 1 - 2 / 3, 1])
 
 
@@ -131,18 +131,20 @@ def test_where_both_sides_see_nothing_they_agree(one_sided, monkeypatch):
         return replace(output, logits=torch.full_like(output.logits, -4.0))
 
     monkeypatch.setattr(SlmSam2, "track", nothing)
-    found = propagate(one_sided, stack(5), {1: [Anchor(0, square()), Anchor(4, square())]})[1]
+    found = propagate(one_sided, stack(5), {1: [AnnotatedSlice(0, square()), AnnotatedSlice(4, square())]})[1]
     assert found.disagreement[1:4].tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("anchors", [[Anchor(4, square())], [Anchor(1, EMPTY), Anchor(4, square()), Anchor(7, EMPTY)]])
+@pytest.mark.parametrize(
+    "anchors", [[AnnotatedSlice(4, square())], [AnnotatedSlice(1, EMPTY), AnnotatedSlice(4, square()), AnnotatedSlice(7, EMPTY)]]
+)
 def test_from_one_side_alone_there_is_no_disagreement(model, anchors):
     assert propagate(model, stack(9), {1: anchors})[1].disagreement.isnan().all()
 
 
 def test_towards_an_end_stop_only_the_side_of_the_object_counts(one_sided):
-    found = propagate(one_sided, stack(9), {1: [Anchor(2, square()), Anchor(6, EMPTY)]})[1]
-    tapered = [float((4 + SHARE * (Taper(square(), 2, 6, one_sided.mask_px).logits(t, FILLED) - 4)).mean()) for t in (3, 4, 5)]
+    found = propagate(one_sided, stack(9), {1: [AnnotatedSlice(2, square()), AnnotatedSlice(6, EMPTY)]})[1]
+    tapered = [float((4 + SHARE * (EndTaper(square(), 2, 6, one_sided.mask_size).logits(t, FILLED) - 4)).mean()) for t in (3, 4, 5)]
     assert [float(found.logits[t].mean()) for t in (1, 3, 4, 5)] == pytest.approx([8, *tapered], rel=1e-4)
     assert found.confidence[7:].tolist() == [0, 0]
 
@@ -151,32 +153,32 @@ def test_the_backward_pass_does_not_depend_on_what_lies_ahead(model):
     """Passes are independent: slices after the anchor do not change those before it."""
     frames, other = stack(7), stack(7)
     other[4:] = stack(3, seed=9)
-    one = propagate(model, frames, {1: [Anchor(3, square())]})[1].logits
-    two = propagate(model, other, {1: [Anchor(3, square())]})[1].logits
+    one = propagate(model, frames, {1: [AnnotatedSlice(3, square())]})[1].logits
+    two = propagate(model, other, {1: [AnnotatedSlice(3, square())]})[1].logits
     assert torch.equal(one[:3], two[:3]) and not torch.equal(one[4:], two[4:])
 
 
 def test_a_mirrored_stack_gives_the_mirrored_result(model):
     frames = stack(7)
-    one = propagate(model, frames, {1: [Anchor(2, square())]})[1].logits
-    mirrored = propagate(model, frames.flip(0), {1: [Anchor(4, square())]})[1].logits
+    one = propagate(model, frames, {1: [AnnotatedSlice(2, square())]})[1].logits
+    mirrored = propagate(model, frames.flip(0), {1: [AnnotatedSlice(4, square())]})[1].logits
     assert (one - mirrored.flip(0)).abs().max() <= 1e-4
 
 
 def test_objects_do_not_disturb_each_other(model):
     frames = stack(5)
-    alone = propagate(model, frames, {1: [Anchor(2, square())]})[1].logits
-    together = propagate(model, frames, {1: [Anchor(2, square())], 2: [Anchor(1, square(4, 12))]})
+    alone = propagate(model, frames, {1: [AnnotatedSlice(2, square())]})[1].logits
+    together = propagate(model, frames, {1: [AnnotatedSlice(2, square())], 2: [AnnotatedSlice(1, square(4, 12))]})
     assert torch.equal(alone, together[1].logits)
     assert set(together) == {1, 2}
 
 
 def test_features_are_the_same_with_little_memory(model):
-    from slmsam2_cli.inference.propagation import Features
+    from slmsam2_cli.inference.propagation import FeatureCache
 
     frames = stack(6)
     with torch.inference_mode():
-        roomy, tight = Features(model, frames), Features(model, frames, batch=2, keep_bytes=1)
+        roomy, tight = FeatureCache(model, frames), FeatureCache(model, frames, batch=2, keep_bytes=1)
         for t in (0, 5, 1, 4):
             assert (roomy[t].top - tight[t].top).abs().max() <= 1e-4
     assert len(tight.kept) <= 2
@@ -190,7 +192,7 @@ def test_a_pass_that_lost_the_object_does_not_outvote_the_other_from_afar(one_si
         return output if moment.step > 0 else replace(output, logits=torch.full_like(output.logits, -1024.0))
 
     monkeypatch.setattr(SlmSam2, "track", lost_going_down)
-    found = propagate(one_sided, stack(9), {1: [Anchor(2, square()), Anchor(6, square())]})[1]
+    found = propagate(one_sided, stack(9), {1: [AnnotatedSlice(2, square()), AnnotatedSlice(6, square())]})[1]
     assert [float(found.logits[t].mean()) for t in (3, 4, 5)] == pytest.approx([(3 * 4 - 10) / 4, (4 - 10) / 2, (4 - 3 * 10) / 4])
     assert float(found.logits[0].mean()) == ABSENT
 
@@ -199,14 +201,14 @@ def test_a_pass_that_lost_the_object_does_not_outvote_the_other_from_afar(one_si
 def test_as_many_slices_are_encoded_at_a_time_as_was_asked_for(model, monkeypatch, batch):
     encode, sizes = SlmSam2.encode, []
     monkeypatch.setattr(SlmSam2, "encode", lambda self, frames: sizes.append(len(frames)) or encode(self, frames))
-    propagate(model, stack(3), {1: [Anchor(1, square())]}, batch=batch)
+    propagate(model, stack(3), {1: [AnnotatedSlice(1, square())]}, batch=batch)
     assert max(sizes) == min(batch, 3)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("options", [{}, {"presence_gate": True, "two_sided": True}])
+@pytest.mark.parametrize("options", [{}, {"object_score_gate": True, "shared_memory": True}])
 def test_under_every_policy_annotated_slices_come_back_and_ends_are_kept(policy, options):
-    anchors = [Anchor(1, EMPTY), Anchor(3, square()), Anchor(6, square(8, 30)), Anchor(8, EMPTY)]
+    anchors = [AnnotatedSlice(1, EMPTY), AnnotatedSlice(3, square()), AnnotatedSlice(6, square(8, 30)), AnnotatedSlice(8, EMPTY)]
     found = propagate(built(policy, **options), stack(10), {1: anchors})[1]
     for anchor in anchors:
         assert ((found.logits[anchor.slice] > 0) == anchor.mask).all() and found.confidence[anchor.slice] == 1
@@ -225,8 +227,8 @@ def test_every_policy_runs_on_every_size(size):
     torch.nn.init.constant_(model.stream_fuser.gate, 0.5)
     found = []
     for policy in POLICIES:
-        model.policy = policy_of(network.model_copy(update={"policy": policy}), model.num_maskmem, model.max_obj_ptrs_in_encoder)
-        found.append(propagate(model, stack(4), {1: [Anchor(0, square())]})[1].logits)
+        model.policy = build_policy(network.model_copy(update={"policy": policy}), model.num_maskmem, model.max_obj_ptrs_in_encoder)
+        found.append(propagate(model, stack(4), {1: [AnnotatedSlice(0, square())]})[1].logits)
     assert all(torch.isfinite(logits).all() and (logits[1:] > ABSENT).any() for logits in found)
     assert all(torch.equal(one, two) == (one is two) for one in found for two in found)
 
@@ -236,16 +238,16 @@ def test_one_sided_passes_are_independent_and_two_sided_ones_are_not(policy):
     """Slices after the anchor change those before it only where the way back reads what the way out has written."""
     frames, other = stack(7), stack(7)
     other[4:] = stack(3, seed=9)
-    for two_sided in (False, True):
-        model = built(policy, two_sided=two_sided)
-        one, two = (propagate(model, given, {1: [Anchor(3, square())]})[1].logits for given in (frames, other))
-        assert torch.equal(one[:3], two[:3]) == (not two_sided)
+    for shared_memory in (False, True):
+        model = built(policy, shared_memory=shared_memory)
+        one, two = (propagate(model, given, {1: [AnnotatedSlice(3, square())]})[1].logits for given in (frames, other))
+        assert torch.equal(one[:3], two[:3]) == (not shared_memory)
 
 
 def test_two_sided_passes_go_up_from_every_anchor_and_then_down(monkeypatch):
     went, track = [], SlmSam2.track
     monkeypatch.setattr(SlmSam2, "track", lambda self, f, bank, at: went.append((at.slice, at.step)) or track(self, f, bank, at))
-    propagate(built("fifo", two_sided=True), stack(7), {1: [Anchor(1, square()), Anchor(4, square())]})
+    propagate(built("fifo", shared_memory=True), stack(7), {1: [AnnotatedSlice(1, square()), AnnotatedSlice(4, square())]})
     assert went == [(2, 1), (3, 1), (5, 1), (6, 1), (3, -1), (2, -1), (0, -1)]
 
 
@@ -257,7 +259,7 @@ def test_the_store_of_one_object_is_not_that_of_another(monkeypatch):
         return track(self, features, bank, moment)
 
     monkeypatch.setattr(SlmSam2, "track", noted)
-    propagate(built("selfsort", two_sided=True), stack(5), {1: [Anchor(2, square())], 2: [Anchor(4, square(4, 12))]})
+    propagate(built("selfsort", shared_memory=True), stack(5), {1: [AnnotatedSlice(2, square())], 2: [AnnotatedSlice(4, square(4, 12))]})
     assert [(list(bank.anchors), seen) for bank, seen in stores.values()] == [([2], [3, 4, 1, 0]), ([4], [3, 2, 1, 0])]
 
 
@@ -275,7 +277,7 @@ def large_stack(slices=5, px=128):
 
 
 def test_with_a_focus_an_object_is_seen_in_a_square_around_its_annotation(model):
-    found = propagate(model, large_stack(), {1: [Anchor(2, large_square())]}, focus=FOCUS)[1]
+    found = propagate(model, large_stack(), {1: [AnnotatedSlice(2, large_square())]}, roi_scale=FOCUS)[1]
     assert found.square is not None and found.logits.shape == (5, PX, PX)
     shown = found.plane(2, 128, 128, 128) > 0
     assert (shown & large_square()).sum() / (shown | large_square()).sum() > 0.9
@@ -283,9 +285,9 @@ def test_with_a_focus_an_object_is_seen_in_a_square_around_its_annotation(model)
 
 def test_what_lies_outside_of_the_square_has_no_part_in_the_result(one_sided_nothing):
     stack = large_stack()
-    before = propagate(one_sided_nothing, stack, {1: [Anchor(2, large_square())]}, focus=FOCUS)[1]
+    before = propagate(one_sided_nothing, stack, {1: [AnnotatedSlice(2, large_square())]}, roi_scale=FOCUS)[1]
     stack[:, :, :20] = 0.0
-    after = propagate(one_sided_nothing, stack, {1: [Anchor(2, large_square())]}, focus=FOCUS)[1]
+    after = propagate(one_sided_nothing, stack, {1: [AnnotatedSlice(2, large_square())]}, roi_scale=FOCUS)[1]
     assert (before.square.row, before.square.edge) == (28, 48)
     assert torch.equal(before.logits, after.logits)
 
@@ -306,7 +308,7 @@ def one_sided_nothing(model, monkeypatch):
 def test_a_mask_that_reaches_the_edge_of_its_square_is_tracked_again_in_a_larger_one(one_sided):
     """This model fills whatever it sees."""
     visited = []
-    found = propagate(one_sided, large_stack(), {1: [Anchor(2, large_square())]}, advance=visited.append, focus=FOCUS)[1]
+    found = propagate(one_sided, large_stack(), {1: [AnnotatedSlice(2, large_square())]}, advance=visited.append, roi_scale=FOCUS)[1]
     assert found.square.edge == 128  # 48, then 96, then all
     assert sum(visited) == 4  # tracking again is no progress
 
@@ -314,7 +316,7 @@ def test_a_mask_that_reaches_the_edge_of_its_square_is_tracked_again_in_a_larger
 def test_slices_of_the_size_of_the_square_are_seen_as_without_a_focus(one_sided_nothing):
     mask = torch.zeros(PX, PX, dtype=torch.bool)
     mask[2:60, 2:60] = True
-    seen, whole = (propagate(one_sided_nothing, stack(4), {1: [Anchor(1, mask)]}, focus=f)[1] for f in (FOCUS, None))
+    seen, whole = (propagate(one_sided_nothing, stack(4), {1: [AnnotatedSlice(1, mask)]}, roi_scale=f)[1] for f in (FOCUS, None))
     assert torch.equal(seen.logits, whole.logits)
 
 
@@ -336,7 +338,7 @@ def vanishing(model, monkeypatch):
 def test_a_pass_ends_when_its_object_has_been_away_for_as_long_as_its_patience(vanishing):
     model, asked = vanishing
     visited = []
-    found = propagate(model, stack(20), {1: [Anchor(4, square())]}, advance=visited.append, patience=3)[1]
+    found = propagate(model, stack(20), {1: [AnnotatedSlice(4, square())]}, advance=visited.append, max_empty_slices=3)[1]
     assert asked == [5, 6, 7, 8, 3, 2, 1, 0]
     assert sum(visited) == 19  # what is left out is done with
     assert (found.logits[[9, 12, 19]] == ABSENT).all() and not found.confidence[9:].any()
@@ -344,17 +346,17 @@ def test_a_pass_ends_when_its_object_has_been_away_for_as_long_as_its_patience(v
 
 def test_a_gap_shorter_than_the_patience_is_crossed(vanishing):
     model, asked = vanishing
-    found = propagate(model, stack(20), {1: [Anchor(4, square())]}, patience=7)[1]
+    found = propagate(model, stack(20), {1: [AnnotatedSlice(4, square())]}, max_empty_slices=7)[1]
     assert (found.logits[12] > 0).all() and max(asked) == 19
 
 
 def test_towards_another_annotated_slice_patience_does_not_end(vanishing):
     model, asked = vanishing
-    propagate(model, stack(20), {1: [Anchor(4, square()), Anchor(16, square())]}, patience=2)
+    propagate(model, stack(20), {1: [AnnotatedSlice(4, square()), AnnotatedSlice(16, square())]}, max_empty_slices=2)
     assert set(range(5, 16)) <= set(asked) and asked.count(10) == 2
 
 
 def test_without_patience_every_slice_is_visited(vanishing):
     model, asked = vanishing
-    propagate(model, stack(20), {1: [Anchor(4, square())]})
+    propagate(model, stack(20), {1: [AnnotatedSlice(4, square())]})
     assert sorted(asked) == [t for t in range(20) if t != 4]

@@ -5,7 +5,7 @@ import pytest
 
 from slmsam2_cli.dataset.prompts import Prompts
 from slmsam2_cli.dataset.slices import View
-from slmsam2_cli.inference.segment import anchors_of
+from slmsam2_cli.inference.segment import annotated_slices_of
 from slmsam2_cli.io.image import Grid
 
 
@@ -25,21 +25,21 @@ def drawn(slice_=2, value=1, rows=slice(8, 16)):
 
 
 def test_a_label_is_anchored_on_the_slice_where_it_was_drawn():
-    found = anchors_of(prompts(drawn(), {1: (2,), 2: ()}), view(), [1, 2], 32)
+    found = annotated_slices_of(prompts(drawn(), {1: (2,), 2: ()}), view(), [1, 2], 32)
     assert set(found) == {1}
     (anchor,) = found[1]
     assert anchor.slice == 2 and np.array_equal(anchor.mask.numpy(), drawn()[2] == 1)
 
 
 def test_an_empty_annotated_slice_is_an_end_stop():
-    stop, anchor = anchors_of(prompts(drawn(), {1: (0, 2)}), view(), [1], 32)[1]
+    stop, anchor = annotated_slices_of(prompts(drawn(), {1: (0, 2)}), view(), [1], 32)[1]
     assert (stop.slice, bool(stop.mask.any())) == (0, False)
     assert (anchor.slice, bool(anchor.mask.any())) == (2, True)
 
 
 def test_a_slice_painted_for_another_label_stops_this_one_but_does_not_mark_its_end():
     labels = drawn() + drawn(slice_=4, value=2)
-    first, second = anchors_of(prompts(labels, {1: (0, 2, 4), 2: (0, 2, 4)}), view(), [1, 2], 32).values()
+    first, second = annotated_slices_of(prompts(labels, {1: (0, 2, 4), 2: (0, 2, 4)}), view(), [1, 2], 32).values()
     assert [(anchor.slice, anchor.end) for anchor in first if not anchor.mask.any()] == [(0, True), (4, False)]
     assert [(anchor.slice, anchor.end) for anchor in second if not anchor.mask.any()] == [(0, True), (2, False)]
 
@@ -51,14 +51,14 @@ IGNORE = 9
 def test_a_slice_without_the_label_is_an_end_stop_only_where_all_of_it_was_looked_at(ignored, anchored):
     labels = drawn()
     labels[4, ignored] = IGNORE
-    found = anchors_of(Prompts(labels, {1: (2, 4)}, (2, 4), IGNORE), view(), [1], 32)[1]
+    found = annotated_slices_of(Prompts(labels, {1: (2, 4)}, (2, 4), IGNORE), view(), [1], 32)[1]
     assert [anchor.slice for anchor in found] == anchored
 
 
 def test_a_partly_ignored_slice_with_the_label_anchors_it():
     labels = drawn()
     labels[2, 20:] = IGNORE
-    (anchor,) = anchors_of(Prompts(labels, {1: (2,)}, (2,), IGNORE), view(), [1], 32)[1]
+    (anchor,) = annotated_slices_of(Prompts(labels, {1: (2,)}, (2,), IGNORE), view(), [1], 32)[1]
     assert anchor.slice == 2 and np.array_equal(anchor.mask.numpy(), labels[2] == 1)
 
 
@@ -66,29 +66,29 @@ def test_a_partly_ignored_slice_with_the_label_anchors_it():
 def test_where_a_painted_and_an_empty_slice_meet_in_the_stack_the_painted_one_counts(annotated):
     halved = View(view().grid, "SI", ((0, 6), (0, 32), (0, 32)), (3, 32, 32))
     for slice_ in annotated:
-        (anchor,) = anchors_of(prompts(drawn(slice_), {1: annotated}), halved, [1], 32)[1]
+        (anchor,) = annotated_slices_of(prompts(drawn(slice_), {1: annotated}), halved, [1], 32)[1]
         assert anchor.slice == 1 and anchor.mask.any()
 
 
 def test_a_label_that_was_only_ruled_out_has_no_anchors():
-    assert anchors_of(prompts(drawn(), {2: (1, 2)}), view(), [2], 32) == {}
+    assert annotated_slices_of(prompts(drawn(), {2: (1, 2)}), view(), [2], 32) == {}
 
 
 def test_slices_are_counted_from_the_crop():
-    (anchor,) = anchors_of(prompts(drawn(slice_=4), {1: (4,)}), view(box=((3, 6), (0, 32), (0, 32))), [1], 32)[1]
+    (anchor,) = annotated_slices_of(prompts(drawn(slice_=4), {1: (4,)}), view(box=((3, 6), (0, 32), (0, 32))), [1], 32)[1]
     assert anchor.slice == 1
 
 
 def test_a_slice_outside_the_crop_anchors_nothing():
-    assert anchors_of(prompts(drawn(slice_=0), {1: (0,)}), view(box=((3, 6), (0, 32), (0, 32))), [1], 32) == {}
+    assert annotated_slices_of(prompts(drawn(slice_=0), {1: (0,)}), view(box=((3, 6), (0, 32), (0, 32))), [1], 32) == {}
 
 
 @pytest.mark.parametrize("row", range(8))
 def test_a_line_one_voxel_thin_survives_a_fourfold_smaller_stack(row):
-    (anchor,) = anchors_of(prompts(drawn(rows=slice(row, row + 1)), {1: (2,)}), view(size=(8, 8)), [1], 32)[1]
+    (anchor,) = annotated_slices_of(prompts(drawn(rows=slice(row, row + 1)), {1: (2,)}), view(size=(8, 8)), [1], 32)[1]
     assert anchor.mask.any()
 
 
 def test_the_frame_is_padded_at_the_bottom_and_right():
-    (anchor,) = anchors_of(prompts(drawn(), {1: (2,)}), view(), [1], 64)[1]
+    (anchor,) = annotated_slices_of(prompts(drawn(), {1: (2,)}), view(), [1], 64)[1]
     assert anchor.mask.shape == (64, 64) and not anchor.mask[32:].any() and not anchor.mask[:, 32:].any()

@@ -175,7 +175,7 @@ def test_json_within_bounds_is_read(tmp_path: Path) -> None:
 def test_any_bytes_are_json_or_refused(data: bytes) -> None:
     try:
         strict_json.parse(data)
-    except strict_json.Refused as refused:
+    except strict_json.JsonRejected as refused:
         assert "\n" not in str(refused)[:20]
 
 
@@ -196,7 +196,7 @@ def test_a_flipped_byte_in_dataset_json_gives_json_or_a_clean_error(position: in
     data[position % len(data)] = byte
     try:
         strict_json.parse(bytes(data))
-    except strict_json.Refused:
+    except strict_json.JsonRejected:
         pass
 
 
@@ -247,8 +247,8 @@ def test_the_digest_of_a_folder_follows_its_files(tmp_path: Path) -> None:
 
 
 def test_a_second_writer_is_told_who_is_first(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from slmsam2_cli.io.atomic import one_writer\nwith one_writer(Path(sys.argv[1])): pass"
-    with atomic.one_writer(tmp_path):
+    code = "import sys; from pathlib import Path; from slmsam2_cli.io.atomic import lock_folder\nwith lock_folder(Path(sys.argv[1])): pass"
+    with atomic.lock_folder(tmp_path):
         second = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
         assert f"process {os.getpid()}, started 20" in second.stderr
         assert "LockError" in second.stderr
@@ -256,26 +256,26 @@ def test_a_second_writer_is_told_who_is_first(tmp_path: Path) -> None:
 
 
 def test_parts_write_together_but_not_beside_a_writer_of_the_whole(tmp_path: Path) -> None:
-    with atomic.one_writer(tmp_path, "0-of-2"), atomic.one_writer(tmp_path, "1-of-2"):
-        with pytest.raises(LockError), atomic.one_writer(tmp_path):
+    with atomic.lock_folder(tmp_path, "0-of-2"), atomic.lock_folder(tmp_path, "1-of-2"):
+        with pytest.raises(LockError), atomic.lock_folder(tmp_path):
             pass
-        with pytest.raises(LockError), atomic.one_writer(tmp_path, "1-of-2"):
+        with pytest.raises(LockError), atomic.lock_folder(tmp_path, "1-of-2"):
             pass
-    with atomic.one_writer(tmp_path), pytest.raises(LockError), atomic.one_writer(tmp_path, "0-of-2"):
+    with atomic.lock_folder(tmp_path), pytest.raises(LockError), atomic.lock_folder(tmp_path, "0-of-2"):
         pass
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / "case").mkdir()
     (tmp_path / "case" / ".slmsam2-tmp-1-abc.npy").write_bytes(b"half")
-    with atomic.one_writer(tmp_path):
+    with atomic.lock_folder(tmp_path):
         assert names(tmp_path / "case") == []
 
 
 def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").touch()
     for folder in (tmp_path / "out", tmp_path / "out" / "deeper"):
-        with pytest.raises(OutputError, match="is a file, not a directory"), atomic.one_writer(folder):
+        with pytest.raises(OutputError, match="is a file, not a directory"), atomic.lock_folder(folder):
             pass
 
 
@@ -283,10 +283,10 @@ def test_whoever_comes_second_waits_for_the_first_to_finish(tmp_path: Path) -> N
     order: list[str] = []
 
     def second() -> None:
-        with atomic.taking_turns(tmp_path / "turn"):
+        with atomic.wait_for_lock(tmp_path / "turn"):
             order.append("second")
 
-    with atomic.taking_turns(tmp_path / "turn"):
+    with atomic.wait_for_lock(tmp_path / "turn"):
         waiting = threading.Thread(target=second)
         waiting.start()
         waiting.join(0.2)

@@ -20,7 +20,7 @@ from weights_server import Site, served
 
 from slmsam2_cli.errors import OutputError
 from slmsam2_cli.io import atomic, download
-from slmsam2_cli.io.download import DigestError, DownloadError, Wanted, fetch
+from slmsam2_cli.io.download import DigestError, DownloadError, DownloadTarget, fetch
 
 CONTENT = random.Random(0).randbytes(3 * 2**20 + 7)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -38,15 +38,15 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
         yield running
 
 
-def wanted(site: Site, folder: Path, sha256: str | None = DIGEST, size: int | None = len(CONTENT), name: str = "a.pt") -> Wanted:
-    return Wanted(f"{site.url}/{name}", folder / "a.pt", size, sha256)
+def wanted(site: Site, folder: Path, sha256: str | None = DIGEST, size: int | None = len(CONTENT), name: str = "a.pt") -> DownloadTarget:
+    return DownloadTarget(f"{site.url}/{name}", folder / "a.pt", size, sha256)
 
 
 def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def interrupted(site: Site, at: int, folder: Path, sha256: str | None = DIGEST) -> Wanted:
+def interrupted(site: Site, at: int, folder: Path, sha256: str | None = DIGEST) -> DownloadTarget:
     """A download of which `at` bytes are here."""
     site.cut_at, site.errors = [at], []
     what = wanted(site, folder, sha256)
@@ -226,13 +226,13 @@ def test_another_part_than_was_asked_for_is_refused(site: Site, tmp_path: Path) 
 )
 def test_other_addresses_are_refused(tmp_path: Path, url: str, message: str) -> None:
     with pytest.raises(DownloadError, match=message):
-        fetch(Wanted(url, tmp_path / "a.pt"))
+        fetch(DownloadTarget(url, tmp_path / "a.pt"))
     assert names_in(tmp_path) == []
 
 
 def test_nobody_listening_is_told_after_a_few_tries(site: Site, tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match="127.0.0.1: connection refused, 3 times in a row"):
-        fetch(Wanted("http://127.0.0.1:1/a.pt", tmp_path / "a.pt"))
+        fetch(DownloadTarget("http://127.0.0.1:1/a.pt", tmp_path / "a.pt"))
 
 
 def test_no_network_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +241,7 @@ def test_no_network_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(socket, "getaddrinfo", nobody_knows)
     with pytest.raises(DownloadError, match="no.such.host.invalid: no such host, or no network"):
-        fetch(Wanted("https://no.such.host.invalid/a.pt", tmp_path / "a.pt"))
+        fetch(DownloadTarget("https://no.such.host.invalid/a.pt", tmp_path / "a.pt"))
 
 
 def test_a_proxy_is_taken_from_the_environment(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +249,7 @@ def test_a_proxy_is_taken_from_the_environment(site: Site, tmp_path: Path, monke
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", site.url)
     site.files["http://weights.invalid/a.pt"] = CONTENT
-    assert fetch(Wanted("http://weights.invalid/a.pt", tmp_path / "a.pt", sha256=DIGEST)) == DIGEST
+    assert fetch(DownloadTarget("http://weights.invalid/a.pt", tmp_path / "a.pt", sha256=DIGEST)) == DIGEST
 
 
 @pytest.mark.parametrize("sha256", [DIGEST, None])
@@ -340,5 +340,5 @@ fetch(Wanted(sys.argv[1], Path(sys.argv[2])), lambda have, total: print(have, fl
                 time.sleep(0.001)
             process.send_signal(signal.SIGKILL)
         assert not (tmp_path / "a.pt").exists()
-        assert fetch(Wanted(f"{site.url}/a.pt", tmp_path / "a.pt")) == hashlib.sha256(site.files["/a.pt"]).hexdigest()
+        assert fetch(DownloadTarget(f"{site.url}/a.pt", tmp_path / "a.pt")) == hashlib.sha256(site.files["/a.pt"]).hexdigest()
         assert site.requests[-1][1] is not None

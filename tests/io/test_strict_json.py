@@ -13,7 +13,7 @@ from slmsam2_cli.io.strict_json import explain
 class Inner(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    frame_px: int = Field(default=64, ge=32, le=2048, multiple_of=32)
+    input_size: int = Field(default=64, ge=32, le=2048, multiple_of=32)
     rate: float = Field(default=0.1, gt=0)
     share: float = Field(default=0.5, gt=0, lt=1)
     count: int = Field(default=1, ge=1)
@@ -38,15 +38,15 @@ def line(value):
 @pytest.mark.parametrize(
     ("inner", "told"),
     [
-        ('"frame_px": 100', "inner.frame_px: Input should be a multiple of 32 (found 100); allowed: 32 to 2048, multiples of 32"),
+        ('"input_size": 100', "inner.input_size: Input should be a multiple of 32 (found 100); allowed: 32 to 2048, multiples of 32"),
         ('"rate": -1.0', "inner.rate: Input should be greater than 0 (found -1.0); allowed: more than 0"),
         ('"share": 2.0', "inner.share: Input should be less than 1 (found 2.0); allowed: more than 0, less than 1"),
         ('"count": 0', "inner.count: Input should be greater than or equal to 1 (found 0); allowed: 1 or more"),
         ('"most": 10', "inner.most: Input should be less than or equal to 9 (found 10); allowed: at most 9"),
         ('"axis": "LR"', "inner.axis: Input should be 'SI' or 'AP' (found 'LR')"),
-        ('"frame_pix": 96', "inner.frame_pix: unknown key (found 96); perhaps frame_px is meant"),
+        ('"frame_pix": 96', "inner.frame_pix: unknown key (found 96); perhaps input_size is meant"),
         ('"zebra": 96', "inner.zebra: unknown key (found 96)"),
-        ('"frame_px": [1]', "inner.frame_px: Input should be a valid integer; allowed: 32 to 2048, multiples of 32"),
+        ('"input_size": [1]', "inner.input_size: Input should be a valid integer; allowed: 32 to 2048, multiples of 32"),
     ],
 )
 def test_the_line_for_one_wrong_value(inner, told):

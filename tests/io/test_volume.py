@@ -17,7 +17,7 @@ from PIL import Image
 from slmsam2_cli.errors import CaseError, OutputError
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.image import Source
-from slmsam2_cli.io.volume import Grid, LabelVolume, Volume, files_of, image_ending, mask_ending, read_image, read_labels, write_mask
+from slmsam2_cli.io.volume import Grid, LabelVolume, Volume, image_ending, mask_ending, read_image, read_labels, volume_files, write_mask
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 needs_shared = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the shared volumes are not beside the repository")
@@ -190,8 +190,8 @@ def test_a_header_may_not_point_elsewhere(tmp_path: Path, name: str) -> None:
 
 
 def test_the_files_of_a_volume_are_all_named(tmp_path: Path) -> None:
-    assert files_of(itk_file(tmp_path / "a.mhd")) == (tmp_path / "a.mhd", tmp_path / "a.raw")
-    assert files_of(itk_file(tmp_path / "a.mha")) == (tmp_path / "a.mha",)
+    assert volume_files(itk_file(tmp_path / "a.mhd")) == (tmp_path / "a.mhd", tmp_path / "a.raw")
+    assert volume_files(itk_file(tmp_path / "a.mha")) == (tmp_path / "a.mha",)
 
 
 def test_colours_of_a_picture_are_channels_of_one_slice(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_a_dicom_folder_is_one_volume_sorted_by_position(tmp_path: Path) -> None
     write_mask(tmp_path / "m.nii", VOXELS % 2, found)
     assert found.grid.difference(read_labels(tmp_path / "m.nii", case="c", root=tmp_path).grid) is None
     assert b"DOE" not in (tmp_path / "m.nii").read_bytes()
-    assert len(files_of(folder)) == 4
+    assert len(volume_files(folder)) == 4
 
 
 @pytest.mark.parametrize(

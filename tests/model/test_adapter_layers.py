@@ -13,8 +13,8 @@ from slmsam2_cli.model.checkpoint import (
     Checkpoint,
     Needs,
     Provenance,
+    combine_with_base,
     fit,
-    on_base,
     read_checkpoint,
     save_adapter,
     save_checkpoint,
@@ -52,7 +52,7 @@ def plan(*channels, strategy="full"):
         modality="MR",
         channels=channels,
         labels={1: "organ"},
-        geometry=GeometryPlan(slice_axis="SI", in_plane_mm=1.0, through_plane_mm=None, frame_px=PX, crop_to_nonzero=True),
+        geometry=GeometryPlan(slice_axis="SI", in_plane_mm=1.0, through_plane_mm=None, input_size=PX, crop_to_nonzero=True),
         intensity=tuple(ChannelIntensity(name=name, scheme="percentile", lower=0.5, upper=99.5) for name in channels),
         network=NetworkPlan(size="nano"),
         training=training(strategy),
@@ -122,7 +122,7 @@ def test_up_to_three_channels_add_no_tensor(channels, strategy):
     model, without = build(), build()
     prepare(model, training(strategy), "MR", channels)
     prepare(without, training(strategy), "MR")
-    assert set(adapters.whole_state(model)) == set(adapters.whole_state(without)) and KEY not in adapters.whole_state(model)
+    assert set(adapters.full_state(model)) == set(adapters.full_state(without)) and KEY not in adapters.full_state(model)
     assert strategy == "adapters" or set(model.state_dict()) == set(build().state_dict())
 
 
@@ -151,7 +151,7 @@ def test_a_continued_run_has_it_again(tmp_path):
 
 
 def test_a_model_tuned_as_a_whole_has_one_tensor_more_than_its_network():
-    assert set(adapters.whole_state(reading())) == {*build().state_dict(), KEY}
+    assert set(adapters.full_state(reading())) == {*build().state_dict(), KEY}
 
 
 def test_merging_the_adapter_keeps_the_projection_and_changes_nothing():
@@ -218,7 +218,7 @@ def saved(tmp_path, model, made_for=FOUR):
 def test_a_saved_model_is_read_back_with_it_and_sees_the_same(strategy, tmp_path):
     model, fresh = reading(strategy=strategy), build(seed=1)
     checkpoint = saved(tmp_path, model)
-    assert KEY in checkpoint.state and checkpoint.digest == tensors_digest(adapters.whole_state(model))
+    assert KEY in checkpoint.state and checkpoint.digest == tensors_digest(adapters.full_state(model))
     fit(fresh, checkpoint, "MR")
     assert torch.equal(seen(fresh), seen(model))
 
@@ -233,9 +233,9 @@ def test_an_adapter_file_brings_it_to_its_base(tmp_path):
     below = Checkpoint("base0", state, tensors_digest(state))
     save_adapter(path, model, "MR", FOUR, Provenance(base="base0"), Needs(name="base0", digest=below.digest))
     assert KEY in read_checkpoint(path).state
-    whole, fresh = on_base(read_checkpoint(path), below), build(seed=1)
+    whole, fresh = combine_with_base(read_checkpoint(path), below), build(seed=1)
     fit(fresh, whole, "MR")
-    assert whole.digest == tensors_digest(adapters.whole_state(model)) and torch.equal(seen(fresh), seen(model))
+    assert whole.digest == tensors_digest(adapters.full_state(model)) and torch.equal(seen(fresh), seen(model))
 
 
 @pytest.mark.parametrize(("model", "said"), [(build, "reads none"), (lambda: reading(5), "reads 5")])
@@ -261,5 +261,5 @@ def test_a_copy_of_the_model_has_its_own():
 
 def test_of_one_channel_the_neighbouring_slices_may_be_the_other_colours():
     numbered = torch.arange(4.0).reshape(1, 4, 1, 1)
-    assert to_input(numbered, neighbours=True).flatten(1).tolist() == [[0, 0, 1], [1, 0, 2], [2, 1, 3], [3, 2, 3]]
-    assert to_input(torch.zeros(1, 1, 2, 2), neighbours=True).shape == (1, 3, 2, 2)
+    assert to_input(numbered, adjacent_slices=True).flatten(1).tolist() == [[0, 0, 1], [1, 0, 2], [2, 1, 3], [3, 2, 3]]
+    assert to_input(torch.zeros(1, 1, 2, 2), adjacent_slices=True).shape == (1, 3, 2, 2)

@@ -8,7 +8,7 @@ import torch
 
 from slmsam2_cli.errors import WeightsError
 from slmsam2_cli.model import adapters
-from slmsam2_cli.model.memory.policy import Moment
+from slmsam2_cli.model.memory.policy import ReadContext
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
 from slmsam2_cli.planning.plan import AdapterPlan, NetworkPlan
 
@@ -54,9 +54,9 @@ def seen(model):
     found = []
     for t in (1, 2):
         here = features.at(slice(t, t + 1))
-        output = model.track(here, bank, Moment(t, 1, bank.anchors, bank.tracked, 3))
+        output = model.track(here, bank, ReadContext(t, 1, bank.anchors, bank.tracked, 3))
         bank.tracked[t] = model.remember(here, output)
-        found += [output.candidates, output.iou, output.presence]
+        found += [output.candidates, output.iou, output.object_score]
     return torch.cat([tensor.flatten() for tensor in found])
 
 
@@ -100,7 +100,7 @@ def test_a_modality_of_tiny_takes_a_few_megabytes_of_the_hundred_and_eighty():
     model = copy.deepcopy(tiny())
     adapters.add(model, "MR", LORA)
     assert 2 < 4 * adapters.count(adapters.adapter_state(model, "MR").values()) / 2**20 < 12
-    assert 4 * adapters.count(adapters.whole_state(tiny()).values()) / 2**20 > 170
+    assert 4 * adapters.count(adapters.full_state(tiny()).values()) / 2**20 > 170
 
 
 # What they change
@@ -167,7 +167,7 @@ def test_slices_do_not_see_each_other_in_the_encoder():
 
 def test_the_whole_state_holds_the_base_untouched_and_one_folder_per_modality():
     model = moved(with_adapter())
-    base, found = adapters.split(adapters.whole_state(model))
+    base, found = adapters.split(adapters.full_state(model))
     assert all(torch.equal(tensor, base[name]) for name, tensor in build().state_dict().items()) and set(found) == {"MR"}
     assert "image_encoder.trunk.blocks.0.attn.qkv.down" in found["MR"] and "tuned.stream_fuser.gate" in found["MR"]
 

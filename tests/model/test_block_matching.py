@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slmsam2_cli.model.block_matching import likely, moved
+from slmsam2_cli.model.block_matching import foreground_likelihood, moved
 
 PX = 64
 
@@ -77,7 +77,7 @@ def test_every_slice_moves_by_itself():
 def test_grey_values_of_the_inside_are_likely_and_those_of_the_outside_are_not():
     known = torch.where(block() > 0, 0.8, 0.2)
     here = torch.where(block(8, 8) > 0, 0.8, 0.2)
-    found = likely(here, known, block())
+    found = foreground_likelihood(here, known, block())
     assert found[..., 10:22, 10:22].min() > 0.95 and found[..., 40:, 40:].max() < 0.05
 
 
@@ -85,21 +85,21 @@ def test_what_is_inside_as_often_as_outside_is_neither():
     image = window(pattern()).clamp(0, 1)
     half = torch.zeros(1, 1, PX, PX)
     half[..., ::2, :] = 1  # every second row, so both sides see the same grey values
-    assert (likely(image, image, half) - 0.5).abs().mean() < 0.1
+    assert (foreground_likelihood(image, image, half) - 0.5).abs().mean() < 0.1
 
 
 def test_a_grey_value_that_was_never_seen_says_nothing():
     known = torch.where(block() > 0, 0.5, 0.1)
-    assert float(likely(torch.full((1, 1, PX, PX), 0.95), known, block()).mean()) == pytest.approx(0.5, abs=0.01)
+    assert float(foreground_likelihood(torch.full((1, 1, PX, PX), 0.95), known, block()).mean()) == pytest.approx(0.5, abs=0.01)
 
 
 def test_several_known_slices_are_taken_together():
     bright, dark = (torch.where(block() > 0, inside, 0.5) for inside in (0.9, 0.1))
     both, masks = torch.cat([bright, dark], dim=2), torch.cat([block(), block()], dim=2)
     for value in (0.9, 0.1):
-        assert float(likely(torch.full((1, 1, PX, PX), value), both, masks).mean()) > 0.95
+        assert float(foreground_likelihood(torch.full((1, 1, PX, PX), value), both, masks).mean()) > 0.95
 
 
 def test_a_mask_that_covers_nothing_makes_nothing_likely():
     image = window(pattern()).clamp(0, 1)
-    assert float(likely(image, image, torch.zeros(1, 1, PX, PX)).max()) <= 0.5
+    assert float(foreground_likelihood(image, image, torch.zeros(1, 1, PX, PX)).max()) <= 0.5

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from slmsam2_cli.model.calibration import Calibration, calibrate, calibration_error, pooled
+from slmsam2_cli.model.calibration import Calibration, calibrate, calibration_error, isotonic
 
 
 def overconfident(slices, seed):
@@ -75,16 +75,16 @@ def test_confidence_that_runs_the_wrong_way_becomes_flat_and_never_falls():
 
 
 def test_adjacent_violators_are_pooled_to_their_weighted_mean():
-    assert pooled(np.array([1.0, 3.0, 2.0, 4.0]), np.ones(4)).tolist() == [1.0, 2.5, 2.5, 4.0]
-    assert pooled(np.array([2.0, 1.0]), np.array([3.0, 1.0])).tolist() == [1.75, 1.75]
-    assert pooled(np.array([3.0, 2.0, 1.0]), np.ones(3)).tolist() == [2.0, 2.0, 2.0]
+    assert isotonic(np.array([1.0, 3.0, 2.0, 4.0]), np.ones(4)).tolist() == [1.0, 2.5, 2.5, 4.0]
+    assert isotonic(np.array([2.0, 1.0]), np.array([3.0, 1.0])).tolist() == [1.75, 1.75]
+    assert isotonic(np.array([3.0, 2.0, 1.0]), np.ones(3)).tolist() == [2.0, 2.0, 2.0]
 
 
 def test_pooling_is_scipys_isotonic_regression():
     regression = pytest.importorskip("scipy.optimize").isotonic_regression
     rng = np.random.default_rng(0)
     values, weights = rng.normal(size=200), rng.uniform(0.5, 2, 200)
-    assert np.allclose(pooled(values, weights), regression(values, weights=weights).x)
+    assert np.allclose(isotonic(values, weights), regression(values, weights=weights).x)
 
 
 def test_the_error_of_a_constant_gap_is_the_gap():

@@ -18,17 +18,17 @@ from slmsam2_cli.model.checkpoint import (
     Checkpoint,
     Needs,
     Provenance,
-    base_weights,
+    combine_with_base,
     fit,
-    on_base,
+    label_unet_of,
+    load_base_weights,
     read_checkpoint,
-    recogniser_of,
+    resolve_adapter,
     save_adapter,
     save_checkpoint,
     tensors_digest,
-    with_its_base,
 )
-from slmsam2_cli.model.label_unet import Recogniser
+from slmsam2_cli.model.label_unet import LabelUNet
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import AdapterPlan, ChannelIntensity, GeometryPlan, NetworkPlan, Plan
 from slmsam2_cli.planning.rules import choose_training
@@ -49,7 +49,7 @@ def plan():
         modality="MR",
         channels=("T1",),
         labels={1: "organ"},
-        geometry=GeometryPlan(slice_axis="SI", in_plane_mm=1.0, through_plane_mm=None, frame_px=PX, crop_to_nonzero=True),
+        geometry=GeometryPlan(slice_axis="SI", in_plane_mm=1.0, through_plane_mm=None, input_size=PX, crop_to_nonzero=True),
         intensity=(ChannelIntensity(name="T1", scheme="percentile", lower=0.5, upper=99.5),),
         network=NetworkPlan(size="nano"),
         training=choose_training("nano", 1).value,
@@ -197,7 +197,7 @@ def test_an_absent_file_names_the_way_out(tmp_path):
 
 
 def test_random_weights_are_only_had_by_name():
-    assert base_weights("random") is None
+    assert load_base_weights("random") is None
 
 
 def test_our_files_hold_only_tensors_and_text(written):
@@ -245,7 +245,7 @@ def test_a_whole_model_with_an_adapter_is_read_back_and_puts_it_in_force_where_a
 
 
 def test_an_adapter_file_is_a_fraction_of_the_model_and_does_the_same_on_its_base(adapter_file):
-    checkpoint = on_base(read_checkpoint(adapter_file), base_of())
+    checkpoint = combine_with_base(read_checkpoint(adapter_file), base_of())
     assert adapter_file.stat().st_size < 0.3 * sum(t.nbytes for t in build().state_dict().values())
     model = build(seed=1)
     fit(model, checkpoint, "MR")
@@ -254,7 +254,7 @@ def test_an_adapter_file_is_a_fraction_of_the_model_and_does_the_same_on_its_bas
 
 def test_an_adapter_on_another_base_is_refused_naming_both(adapter_file):
     with pytest.raises(WeightsError) as caught:
-        on_base(read_checkpoint(adapter_file), base_of(seed=3))
+        combine_with_base(read_checkpoint(adapter_file), base_of(seed=3))
     assert base_of().digest[:12] in str(caught.value) and base_of(seed=3).digest[:12] in str(caught.value)
 
 
@@ -264,15 +264,15 @@ def test_an_adapter_alone_is_no_model_and_names_its_base(adapter_file, tmp_path,
         fit(build(), adapter)
     monkeypatch.setattr("slmsam2_cli.model.checkpoint.EMBEDDED", tmp_path / "absent")
     with pytest.raises(WeightsError, match="--weights"):
-        with_its_base(adapter, None)
+        resolve_adapter(adapter, None)
     with pytest.raises(WeightsError, match="Random weights are not it"):
-        with_its_base(adapter, "random")
+        resolve_adapter(adapter, "random")
 
 
 def test_an_adapter_finds_its_base_in_a_file_that_holds_another_adapter_too(adapter_file, tmp_path, plan):
     path = tmp_path / "ct.safetensors"
     save_checkpoint(path, adapted(modality="CT"), plan, Provenance(base="base0"))
-    both = with_its_base(read_checkpoint(adapter_file), str(path))
+    both = resolve_adapter(read_checkpoint(adapter_file), str(path))
     assert set(both.modalities) == {"MR", "CT"} and both.needs is None
 
 
@@ -285,25 +285,25 @@ def test_calibration_travels_in_the_header(tmp_path, plan):
 def tuned_on(labels, seed=0):
     """A model with a recogniser of these labels."""
     model = build(seed)
-    model.recogniser = Recogniser(1, labels, 32, width=8)
+    model.label_unet = LabelUNet(1, labels, 32, width=8)
     return model
 
 
 def test_a_recogniser_is_saved_with_the_model_and_read_back(tmp_path, plan):
     made, path = tuned_on([1]), tmp_path / "model.safetensors"
     save_checkpoint(path, made, plan, Provenance(base="nano"))
-    found = recogniser_of(read_checkpoint(path))
+    found = label_unet_of(read_checkpoint(path))
     assert found.values == [1]
-    assert all(torch.equal(tensor, made.recogniser.state_dict()[name]) for name, tensor in found.state_dict().items())
+    assert all(torch.equal(tensor, made.label_unet.state_dict()[name]) for name, tensor in found.state_dict().items())
 
 
 def test_what_a_base_recognises_is_not_taken_over_and_not_part_of_its_digest(tmp_path, plan):
     path = tmp_path / "model.safetensors"
     save_checkpoint(path, tuned_on([1]), plan, Provenance(base="nano"))
     base, fresh = read_checkpoint(path), tuned_on([5], seed=1)
-    before = {name: tensor.clone() for name, tensor in fresh.recogniser.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in fresh.label_unet.state_dict().items()}
     fit(fresh, base)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.recogniser.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.label_unet.state_dict().items())
     assert base.base_digest == tensors_digest(build().state_dict()) != base.digest
 
 
@@ -313,7 +313,7 @@ def test_an_adapter_brings_its_own_recogniser_to_a_base_that_has_another(tmp_pat
     base, model = read_checkpoint(base_path), tuned_on([7])
     adapters.add(model, "MR", AdapterPlan(), 0)
     save_adapter(path, model, "MR", plan, Provenance(base="nano"), Needs(name="base", digest=base.base_digest))
-    assert recogniser_of(on_base(read_checkpoint(path), base)).values == [7]
+    assert label_unet_of(combine_with_base(read_checkpoint(path), base)).values == [7]
 
 
 def test_a_damaged_recogniser_is_refused_with_the_file_s_name(tmp_path, plan):
@@ -322,4 +322,4 @@ def test_a_damaged_recogniser_is_refused_with_the_file_s_name(tmp_path, plan):
     whole = read_checkpoint(path)
     broken = replace(whole, state={name: tensor for name, tensor in whole.state.items() if name != "recogniser.labels"})
     with pytest.raises(WeightsError, match="model.safetensors: corrupt: its recogniser is not whole"):
-        recogniser_of(broken)
+        label_unet_of(broken)

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from published import as_the_authors_name_them
 
 from slmsam2_cli.errors import WeightsError
-from slmsam2_cli.inference.propagation import ABSENT, Anchor, propagate
-from slmsam2_cli.model.convert import convert, layout, misfit, read_pt
+from slmsam2_cli.inference.propagation import ABSENT, AnnotatedSlice, propagate
+from slmsam2_cli.model.convert import convert, layout, read_pt, shape_mismatch
 from slmsam2_cli.model.sam2_config import sam2_parts
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan
@@ -114,7 +114,7 @@ def test_converted_sam2_0_does_what_sam2_0_does(monkeypatch):
     for _ in older.propagate_in_video(state, start_frame_idx=START):
         pass
     expected = {t: out["pred_masks"][0, 0] for t, out in state["output_dict_per_obj"][0]["non_cond_frame_outputs"].items()}
-    got = propagate(ours, frames, {1: [Anchor(START, mask)]}, low_resolution_anchors=True)[1].logits
+    got = propagate(ours, frames, {1: [AnnotatedSlice(START, mask)]}, low_resolution_prompts=True)[1].logits
     assert sorted(expected) == list(range(START + 1, SLICES))
     assert {bool(logits.max() > ABSENT) for logits in expected.values()} == {True, False}
     for t, logits in expected.items():
@@ -175,8 +175,10 @@ def test_other_peoples_networks_are_of_no_family(state):
 
 def test_all_kinds_of_misfit_are_said_at_once():
     wanted = {"a": torch.Size([1]), "b": torch.Size([2])}
-    assert misfit(wanted, {"b": torch.zeros(3), "c": torch.zeros(1)}) == "missing: a; unexpected: c; of another shape: b [3] for [2]"
-    assert misfit(wanted, {"a": torch.zeros(1), "b": torch.zeros(2)}) == ""
+    assert (
+        shape_mismatch(wanted, {"b": torch.zeros(3), "c": torch.zeros(1)}) == "missing: a; unexpected: c; of another shape: b [3] for [2]"
+    )
+    assert shape_mismatch(wanted, {"a": torch.zeros(1), "b": torch.zeros(2)}) == ""
 
 
 # Files

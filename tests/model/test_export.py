@@ -28,7 +28,7 @@ def checkpoint(**changes):
         modality="MR",
         channels=("T1",),
         labels={1: "liver", 2: "spleen"},
-        geometry=GeometryPlan(slice_axis="SI", in_plane_mm=1.0, through_plane_mm=None, frame_px=64, crop_to_nonzero=True),
+        geometry=GeometryPlan(slice_axis="SI", in_plane_mm=1.0, through_plane_mm=None, input_size=64, crop_to_nonzero=True),
         intensity=(ChannelIntensity(name="T1", scheme="percentile", lower=0.5, upper=99.5),),
         network=NetworkPlan(size="nano"),
         training=choose_training("nano", 1).value,
@@ -207,5 +207,5 @@ def test_a_plan_beside_the_model_that_is_not_the_one_inside_is_refused():
     other = json.loads(files["plan.json"]) | {"modality": "CT"}
     package = export.unpack(io.BytesIO(rezipped(files | {"plan.json": json.dumps(other).encode()})), "m")
     with pytest.raises(WeightsError, match="plan.json is not that of the model"):
-        export.refuse_another(package, checkpoint(), "m")
-    export.refuse_another(export.unpack(io.BytesIO(exported()), "m"), checkpoint(), "m")
+        export.check_contents(package, checkpoint(), "m")
+    export.check_contents(export.unpack(io.BytesIO(exported()), "m"), checkpoint(), "m")

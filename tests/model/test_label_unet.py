@@ -3,31 +3,31 @@
 import pytest
 import torch
 
-from slmsam2_cli.model.label_unet import PREFIX, Recogniser, neighbours, recogniser_in, view_of, without_recogniser
-from slmsam2_cli.model.roi import Square
+from slmsam2_cli.model.label_unet import PREFIX, LabelUNet, label_unet_from_state, neighbours, view_of, without_label_unet
+from slmsam2_cli.model.roi import RoiCrop
 
 
 def tensors(**changes):
-    made = Recogniser(2, [3, 7], 32, width=8)
+    made = LabelUNet(2, [3, 7], 32, width=8)
     return {f"{PREFIX}{name}": tensor for name, tensor in made.state_dict().items()} | changes
 
 
 def test_it_says_one_logit_for_the_background_and_one_for_every_label():
-    assert Recogniser(2, [3, 7], 32, width=8)(torch.rand(5, 10, 32, 32)).shape == (5, 3, 32, 32)
+    assert LabelUNet(2, [3, 7], 32, width=8)(torch.rand(5, 10, 32, 32)).shape == (5, 3, 32, 32)
 
 
 def test_everything_about_it_can_be_read_from_its_tensors():
     other = {"image_encoder.weight": torch.zeros(1)}
-    found = recogniser_in(tensors() | other)
+    found = label_unet_from_state(tensors() | other)
     assert (found.channels, found.values, found.px) == (2, [3, 7], 32)
-    assert without_recogniser(tensors() | other) == other
-    assert recogniser_in(other) is None
+    assert without_label_unet(tensors() | other) == other
+    assert label_unet_from_state(other) is None
 
 
 def test_it_says_the_same_once_it_was_read_back():
     torch.manual_seed(0)
-    made, slices = Recogniser(1, [1], 16, width=8), torch.rand(2, 5, 16, 16)
-    again = recogniser_in({f"{PREFIX}{name}": tensor for name, tensor in made.state_dict().items()})
+    made, slices = LabelUNet(1, [1], 16, width=8), torch.rand(2, 5, 16, 16)
+    again = label_unet_from_state({f"{PREFIX}{name}": tensor for name, tensor in made.state_dict().items()})
     assert torch.equal(made(slices), again(slices))
 
 
@@ -43,12 +43,12 @@ def test_it_says_the_same_once_it_was_read_back():
 )
 def test_one_that_is_not_whole_is_refused(changes):
     with pytest.raises(ValueError, match="px|recogniser"):
-        recogniser_in(tensors(**changes))
+        label_unet_from_state(tensors(**changes))
 
 
 def test_a_missing_tensor_is_refused():
     with pytest.raises(ValueError, match="not whole"):
-        recogniser_in({name: tensor for name, tensor in tensors().items() if not name.endswith("labels")})
+        label_unet_from_state({name: tensor for name, tensor in tensors().items() if not name.endswith("labels")})
 
 
 def test_beyond_the_ends_of_a_stack_the_outermost_slice_is_seen_again():
@@ -60,4 +60,4 @@ def test_beyond_the_ends_of_a_stack_the_outermost_slice_is_seen_again():
 def test_it_looks_at_a_square_twice_as_wide_as_all_that_is_annotated():
     one, other = torch.zeros(64, 64), torch.zeros(64, 64)
     one[20:24, 24:28], other[30:40, 24:28] = 1, 1
-    assert view_of([one, other], 64) == Square(10, 6, 40)  # rows 20 to 40, so 40 pixels around (30, 26)
+    assert view_of([one, other], 64) == RoiCrop(10, 6, 40)  # rows 20 to 40, so 40 pixels around (30, 26)

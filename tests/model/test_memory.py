@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from slmsam2_cli.model.memory.fifo import Fifo
-from slmsam2_cli.model.memory.policy import Evidence, Moment
-from slmsam2_cli.model.memory.registry import policy_of
+from slmsam2_cli.model.memory.policy import MemoryScores, ReadContext
+from slmsam2_cli.model.memory.registry import build_policy
 from slmsam2_cli.model.memory.shortlong import ShortLong
 from slmsam2_cli.planning.plan import NetworkPlan
 
@@ -17,12 +17,12 @@ PICTURES = Path(__file__).resolve().parents[2] / "docs" / "images"
 
 
 def moment(slice_, tracked=(), anchors=(0,), step=1, slices=100, evidence=None):
-    return Moment(slice_, step, anchors, tracked, slices, evidence or Evidence())
+    return ReadContext(slice_, step, anchors, tracked, slices, evidence or MemoryScores())
 
 
-def seen(presence, confidence=1.0):
+def seen(object_score, confidence=1.0):
     """Evidence of slices by their presence logits, all equally confident."""
-    return Evidence(dict(presence), dict.fromkeys(presence, confidence))
+    return MemoryScores(dict(object_score), dict.fromkeys(object_score, confidence))
 
 
 def test_the_first_tracked_slice_sees_the_anchor_in_the_last_row_and_its_pointer():
@@ -86,34 +86,34 @@ def test_the_short_stream_may_be_longer_and_reads_the_nearest_row_first_in_time(
 
 
 def test_certainty_is_zero_for_an_absent_object_and_the_confidence_for_a_surely_present_one():
-    told = Evidence({1: -3.0, 2: 0.0, 3: 100.0, 4: 1.0}, {1: 1.0, 2: 1.0, 3: 0.75, 4: 0.5})
+    told = MemoryScores({1: -3.0, 2: 0.0, 3: 100.0, 4: 1.0}, {1: 1.0, 2: 1.0, 3: 0.75, 4: 0.5})
     assert [told.certainty(s) for s in (1, 2, 3)] == [0.0, 0.0, 0.75]
     assert told.certainty(4) == pytest.approx((2 / (1 + 2.718281828**-1) - 1) / 2)
 
 
 def test_behind_the_gate_empty_slices_are_not_read_and_the_others_keep_their_rows():
     evidence = seen({0: 10.0, 1: 5.0, 2: -5.0, 3: 5.0, 4: 5.0})
-    (long,) = Fifo(presence_gate=True).read(moment(5, tracked=(1, 2, 3, 4), evidence=evidence))
+    (long,) = Fifo(object_score_gate=True).read(moment(5, tracked=(1, 2, 3, 4), evidence=evidence))
     assert long.spatial == ((0, 6), (1, 3), (3, 1), (4, 0))
     assert long.pointers == ((0, 5), (4, 1), (3, 2), (1, 4))
 
 
 def test_the_slice_just_passed_is_read_even_when_it_is_empty_and_so_is_the_anchor():
     evidence = seen({0: -10.0, 1: -5.0, 2: -5.0})
-    long, short = ShortLong(Fifo(presence_gate=True)).read(moment(3, tracked=(1, 2), evidence=evidence))
+    long, short = ShortLong(Fifo(object_score_gate=True)).read(moment(3, tracked=(1, 2), evidence=evidence))
     assert long.spatial == ((0, 6), (2, 0))
     assert short.spatial == ((2, 0),)
 
 
 def test_the_gate_lies_at_a_certainty_of_one_in_a_hundred():
-    evidence = Evidence({0: 10.0, 1: 100.0, 2: 100.0, 3: 100.0}, {0: 1.0, 1: 0.01, 2: 0.011, 3: 0.0})
-    (long,) = Fifo(presence_gate=True).read(moment(4, tracked=(1, 2, 3), evidence=evidence))
+    evidence = MemoryScores({0: 10.0, 1: 100.0, 2: 100.0, 3: 100.0}, {0: 1.0, 1: 0.01, 2: 0.011, 3: 0.0})
+    (long,) = Fifo(object_score_gate=True).read(moment(4, tracked=(1, 2, 3), evidence=evidence))
     assert [s for s, _ in long.spatial] == [0, 2, 3]
 
 
 def test_without_the_gate_no_evidence_is_asked_for():
-    assert not Fifo().weighs and not ShortLong().weighs
-    assert Fifo(presence_gate=True).weighs and ShortLong(Fifo(presence_gate=True)).weighs
+    assert not Fifo().needs_scores and not ShortLong().needs_scores
+    assert Fifo(object_score_gate=True).needs_scores and ShortLong(Fifo(object_score_gate=True)).needs_scores
 
 
 def test_what_no_slice_will_read_is_not_kept():
@@ -134,10 +134,10 @@ def test_what_is_forgotten_would_never_have_been_read(policy, step):
 
 
 def test_two_sided_the_first_slices_of_the_way_back_still_find_what_the_way_out_has_written():
-    two_sided, kept = Fifo(two_sided=True), []
+    shared_memory, kept = Fifo(shared_memory=True), []
     for t in range(31, 100):
-        kept = two_sided.keep(moment(t, [*kept, t], anchors=(30,)))
-    (long,) = two_sided.read(moment(29, kept, (30,), step=-1))
+        kept = shared_memory.keep(moment(t, [*kept, t], anchors=(30,)))
+    (long,) = shared_memory.read(moment(29, kept, (30,), step=-1))
     assert long.spatial == ((30, 6), (35, 5), (34, 4), (33, 3), (32, 2), (31, 1))
     assert long.pointers == ((30, 1), *((29 + k, k) for k in range(2, 16)))
     assert len(kept) == 16 + 17
@@ -145,9 +145,9 @@ def test_two_sided_the_first_slices_of_the_way_back_still_find_what_the_way_out_
 
 @pytest.mark.parametrize("name", ["fifo", "shortlong", "selfsort", "shortlong+selfsort"])
 def test_a_plan_names_its_policy_and_hands_on_its_options(name):
-    policy = policy_of(NetworkPlan(policy=name, presence_gate=True, two_sided=True), 7, 16)
-    assert policy.name == name and policy.weighs and policy.two_sided
-    assert not policy_of(NetworkPlan(policy=name), 7, 16).two_sided
+    policy = build_policy(NetworkPlan(policy=name, object_score_gate=True, shared_memory=True), 7, 16)
+    assert policy.name == name and policy.needs_scores and policy.shared_memory
+    assert not build_policy(NetworkPlan(policy=name), 7, 16).shared_memory
 
 
 def test_a_plan_writes_only_options_that_somebody_changed():
@@ -157,8 +157,8 @@ def test_a_plan_writes_only_options_that_somebody_changed():
         "fuser": "gated",
         "bank_read": 3,
     }
-    written = NetworkPlan(two_sided=True).model_dump_json()
-    assert NetworkPlan.model_validate_json(written) == NetworkPlan(two_sided=True)
+    written = NetworkPlan(shared_memory=True).model_dump_json()
+    assert NetworkPlan.model_validate_json(written) == NetworkPlan(shared_memory=True)
 
 
 def test_the_pictures_in_the_documentation_show_what_the_rules_do(tmp_path):

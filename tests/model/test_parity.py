@@ -2,7 +2,7 @@
 
 Inference is compared with `SAM2VideoPredictor`: the raw mask logits of every pass, slice by slice, at the decoder's resolution,
 before passes are blended. The predictor lets a pass read what the other direction has written, so ours reads two-sided here.
-Both write a person's mask to memory through the four times smaller mask (`low_resolution_anchors`).
+Both write a person's mask to memory through the four times smaller mask (`low_resolution_prompts`).
 Training is compared with `SAM2Base._track_step` in training mode: the loss of a clip and the gradient of every parameter.
 """
 
@@ -11,8 +11,8 @@ import sam2.sam2_video_predictor as stock
 import torch
 from sam2.modeling.sam2_base import SAM2Base
 
-from slmsam2_cli.inference.propagation import ABSENT, Anchor, propagate
-from slmsam2_cli.model.sam2_config import TRAITS, sam2_parts
+from slmsam2_cli.inference.propagation import ABSENT, AnnotatedSlice, propagate
+from slmsam2_cli.model.sam2_config import SIZE_OPTIONS, sam2_parts
 from slmsam2_cli.model.slmsam2 import SliceOutput, SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan
 from slmsam2_cli.training.clips import Clips
@@ -25,7 +25,7 @@ PX, SLICES, TOLERANCE = 64, 14, 1e-4
 def build(px=PX, size="tiny", **network):
     """`nano` here has SAM 2's own decoder and carries no mask, so that the stock predictor can be built from the same parts."""
     torch.manual_seed(0)
-    return SlmSam2(NetworkPlan(size=size, policy="fifo", **network), px, TRAITS["tiny"]).eval()
+    return SlmSam2(NetworkPlan(size=size, policy="fifo", **network), px, SIZE_OPTIONS["tiny"]).eval()
 
 
 def frames_of(slices=SLICES, px=PX):
@@ -46,10 +46,10 @@ class Predictor:
     """SAM2VideoPredictor on frames in memory. A pass gives {(object, slice): raw logits (h, w)} of the slices it tracked."""
 
     def __init__(self, model, frames, monkeypatch, **flags):
-        self.predictor = stock.SAM2VideoPredictor(**sam2_parts(model.network.size, model.frame_px), **flags).eval()
+        self.predictor = stock.SAM2VideoPredictor(**sam2_parts(model.network.size, model.input_size), **flags).eval()
         self.predictor.load_state_dict(model.state_dict())
         normalised = (frames - model._mean) / model._std
-        monkeypatch.setattr(stock, "load_video_frames", lambda **_: (normalised, model.frame_px, model.frame_px))
+        monkeypatch.setattr(stock, "load_video_frames", lambda **_: (normalised, model.input_size, model.input_size))
         self.state = self.predictor.init_state("unused")
 
     def draw(self, slice_, mask, obj=1):
@@ -74,7 +74,7 @@ def our_passes(model, frames, objects, monkeypatch):
         return output
 
     monkeypatch.setattr(SlmSam2, "track", recorded)
-    found = propagate(model, frames, objects, low_resolution_anchors=True)
+    found = propagate(model, frames, objects, low_resolution_prompts=True)
     return raw, found
 
 
@@ -86,11 +86,11 @@ def assert_equal(ours, theirs, at_least_seen):
 
 @pytest.mark.parametrize("start", [0, 5, SLICES - 1])
 def test_one_anchor_both_ways(start, monkeypatch):
-    model, frames = build(two_sided=True), frames_of()
+    model, frames = build(shared_memory=True), frames_of()
     predictor = Predictor(model, frames, monkeypatch)
     predictor.draw(start, SQUARE)
     up, down = predictor.go(start, 1), predictor.go(start, -1)
-    ours, _ = our_passes(model, frames, {1: [Anchor(start, SQUARE)]}, monkeypatch)
+    ours, _ = our_passes(model, frames, {1: [AnnotatedSlice(start, SQUARE)]}, monkeypatch)
     assert len(up) == SLICES - 1 - start and len(down) == start
     assert_equal(ours[1] | ours[-1], up | down, at_least_seen=6)
 
@@ -101,19 +101,19 @@ def test_with_one_sided_reading_the_first_pass_is_the_predictors_and_the_second_
     predictor = Predictor(model, frames, monkeypatch)
     predictor.draw(5, SQUARE)
     up, down = predictor.go(5, 1), predictor.go(5, -1)
-    ours, _ = our_passes(model, frames, {1: [Anchor(5, SQUARE)]}, monkeypatch)
+    ours, _ = our_passes(model, frames, {1: [AnnotatedSlice(5, SQUARE)]}, monkeypatch)
     assert_equal(ours[1], up, at_least_seen=4)
     assert max((ours[-1][where] - down[where]).abs().max() for where in down) > 100 * TOLERANCE
 
 
 def test_three_anchors_both_ways_and_their_blend(monkeypatch):
     """Forwards through all anchors from the first, then backwards from the last: between two anchors both passes go by."""
-    model, frames, drawn = build(two_sided=True), frames_of(), {2: SQUARE, 6: TALL, 10: FLAT}
+    model, frames, drawn = build(shared_memory=True), frames_of(), {2: SQUARE, 6: TALL, 10: FLAT}
     predictor = Predictor(model, frames, monkeypatch)
     for slice_, mask in drawn.items():
         predictor.draw(slice_, mask)
     up, down = predictor.go(2, 1), predictor.go(10, -1)
-    ours, found = our_passes(model, frames, {1: [Anchor(s, mask) for s, mask in drawn.items()]}, monkeypatch)
+    ours, found = our_passes(model, frames, {1: [AnnotatedSlice(s, mask) for s, mask in drawn.items()]}, monkeypatch)
     assert_equal(ours[1], up, at_least_seen=4)
     assert_equal(ours[-1], down, at_least_seen=4)
     for t in (3, 4, 5, 7, 8, 9):
@@ -126,13 +126,13 @@ def test_three_anchors_both_ways_and_their_blend(monkeypatch):
 
 def test_a_corrected_slice_is_one_more_anchor(monkeypatch):
     """The predictor needs its flag for that: without it, propagating again overwrites the correction."""
-    model, frames = build(two_sided=True), frames_of()
+    model, frames = build(shared_memory=True), frames_of()
     predictor = Predictor(model, frames, monkeypatch, add_all_frames_to_correct_as_cond=True)
     predictor.draw(3, SQUARE)
     before = predictor.go(3, 1)
     predictor.draw(8, TALL)
     up, down = predictor.go(3, 1), predictor.go(8, -1)
-    ours, _ = our_passes(model, frames, {1: [Anchor(3, SQUARE), Anchor(8, TALL)]}, monkeypatch)
+    ours, _ = our_passes(model, frames, {1: [AnnotatedSlice(3, SQUARE), AnnotatedSlice(8, TALL)]}, monkeypatch)
     assert (1, 8) in before and (1, 8) not in up
     assert_equal(ours[1], up, at_least_seen=4)
     assert_equal(ours[-1], down, at_least_seen=4)
@@ -148,23 +148,23 @@ def test_without_its_flag_the_predictor_loses_a_correction(monkeypatch):
 
 
 def test_several_objects(monkeypatch):
-    model, frames, drawn = build(two_sided=True), frames_of(), {1: SQUARE, 2: TALL, 3: FLAT}
+    model, frames, drawn = build(shared_memory=True), frames_of(), {1: SQUARE, 2: TALL, 3: FLAT}
     predictor = Predictor(model, frames, monkeypatch)
     for obj, mask in drawn.items():
         predictor.draw(5, mask, obj)
     up, down = predictor.go(5, 1), predictor.go(5, -1)
-    ours, _ = our_passes(model, frames, {obj: [Anchor(5, mask)] for obj, mask in drawn.items()}, monkeypatch)
+    ours, _ = our_passes(model, frames, {obj: [AnnotatedSlice(5, mask)] for obj, mask in drawn.items()}, monkeypatch)
     assert_equal(ours[1] | ours[-1], up | down, at_least_seen=18)
 
 
 @pytest.mark.parametrize(("size", "px", "slices"), [("tiny", 256, 5), ("nano", 1024, 4)])
 def test_other_image_sizes(size, px, slices, monkeypatch):
-    model, frames, mask = build(px, size, two_sided=True), frames_of(slices, px), box(12, 20, 28, 30, px)
+    model, frames, mask = build(px, size, shared_memory=True), frames_of(slices, px), box(12, 20, 28, 30, px)
     torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 5.0)
     predictor = Predictor(model, frames, monkeypatch)
     predictor.draw(1, mask)
     up, down = predictor.go(1, 1), predictor.go(1, -1)
-    ours, _ = our_passes(model, frames, {1: [Anchor(1, mask)]}, monkeypatch)
+    ours, _ = our_passes(model, frames, {1: [AnnotatedSlice(1, mask)]}, monkeypatch)
     assert_equal(ours[1] | ours[-1], up | down, at_least_seen=slices - 1)
 
 
@@ -187,11 +187,11 @@ def stock_losses(base, model, frames, masks):
     for t in range(slices):
         here = [[f[:, t : t + 1].expand(-1, objects, -1) for f in levels] for levels in (features, positions)]
         step = (t, t == 0, *here, sizes, None, masks[0] if t == 0 else None, outputs, slices, False, None)
-        current, (candidates, _, iou, low, high, pointer, presence), *_ = base._track_step(*step)
-        base._encode_memory_in_output(here[0], sizes, None, True, high, presence, current)
+        current, (candidates, _, iou, low, high, pointer, object_score), *_ = base._track_step(*step)
+        base._encode_memory_in_output(here[0], sizes, None, True, high, object_score, current)
         outputs["non_cond_frame_outputs" if t else "cond_frame_outputs"][t] = current | {"obj_ptr": pointer}
         if t:
-            losses.append(slice_loss(SliceOutput(candidates, iou, iou.argmax(1), presence, low, low, pointer), masks[t]))
+            losses.append(slice_loss(SliceOutput(candidates, iou, iou.argmax(1), object_score, low, low, pointer), masks[t]))
     return losses
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from slmsam2_cli.model.block_matching import moved
-from slmsam2_cli.model.memory.policy import Moment
-from slmsam2_cli.model.refiner import Detail, Refiner, Sight
+from slmsam2_cli.model.memory.policy import ReadContext
+from slmsam2_cli.model.refiner import PriorSlice, Refiner, RefinerFeatures
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan
 
@@ -29,7 +29,7 @@ def annotated(model, features):
 
 
 def tracked(model, bank, features, t=1):
-    return model.track(features.at(slice(t, t + 1)), bank, Moment(t, 1, bank.anchors, bank.tracked, 3))
+    return model.track(features.at(slice(t, t + 1)), bank, ReadContext(t, 1, bank.anchors, bank.tracked, 3))
 
 
 def wake(refiner):
@@ -44,12 +44,12 @@ def test_a_fresh_refiner_says_what_block_matching_says():
     model = network()
     features = model.encode(frames())
     bank, here = annotated(model, features), features.at(slice(1, 2))
-    conditioned = model.condition(here, bank, Moment(1, 1, bank.anchors, bank.tracked, 3))
+    conditioned = model.condition(here, bank, ReadContext(1, 1, bank.anchors, bank.tracked, 3))
     refined = model.decode_after(conditioned, here, bank, bank[0])
     carried = moved(here.detail.grey, features.detail.grey[:1], bank[0].chosen.sigmoid())
     plain = model.decode(conditioned, here.fine, carried.logit(eps=1e-6))
     assert torch.allclose(refined.candidates, plain.candidates, atol=1e-2)
-    assert torch.allclose(refined.presence, plain.presence, atol=1e-2) and torch.allclose(refined.iou, plain.iou, atol=1e-2)
+    assert torch.allclose(refined.object_score, plain.object_score, atol=1e-2) and torch.allclose(refined.iou, plain.iou, atol=1e-2)
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def test_objects_have_no_part_in_each_other():
     together = features.at(torch.tensor([0, 0]))
     both = MemoryBank({0: model.remember(together, model.anchor(together, masks), masks)})
     here = features.at(torch.tensor([1, 1]))
-    moment = Moment(1, 1, both.anchors, both.tracked, 3)
+    moment = ReadContext(1, 1, both.anchors, both.tracked, 3)
     found = model.track(here, both, moment)
     for one in (0, 1):
         index = torch.tensor([one])
@@ -88,9 +88,9 @@ def test_a_place_that_looks_like_nothing_else_finds_itself_on_the_slice_passed()
     codes = torch.eye(edge * edge).reshape(1, edge * edge, edge, edge)
     inside = torch.zeros(1, 1, 8 * edge, 8 * edge)
     inside[..., 16:40, 24:48] = 1
-    detail = Detail(codes, codes, codes, codes, codes)
+    detail = RefinerFeatures(codes, codes, codes, codes, codes)
     refiner.sharpness.fill_(6.0)
-    found = refiner._matched(detail, [Sight(detail, inside, torch.ones(1, 1))], 0)
+    found = refiner._matched(detail, [PriorSlice(detail, inside, torch.ones(1, 1))], 0)
     assert torch.equal(found > 0.5, inside[..., ::4, ::4] > 0.5)
 
 
@@ -100,7 +100,7 @@ def test_without_a_slice_passed_there_is_nothing_to_refine_by():
     wake(model.refiner)
     features = model.encode(frames())
     bank = annotated(model, features)
-    moment, here = Moment(2, 1, bank.anchors, bank.tracked, 3), features.at(slice(2, 3))
+    moment, here = ReadContext(2, 1, bank.anchors, bank.tracked, 3), features.at(slice(2, 3))
     plain = model.decode(model.condition(here, bank, moment), here.fine, None)
     assert torch.equal(model.track(here, bank, moment).candidates, plain.candidates)
 

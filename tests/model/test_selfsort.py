@@ -6,11 +6,11 @@ from itertools import permutations
 import pytest
 import torch
 
-from slmsam2_cli.inference.propagation import Anchor, propagate
+from slmsam2_cli.inference.propagation import AnnotatedSlice, propagate
 from slmsam2_cli.model.calibration import Calibration
-from slmsam2_cli.model.memory.features import evidence_of, similarity, traces_of
-from slmsam2_cli.model.memory.policy import Evidence, Moment, gated
-from slmsam2_cli.model.memory.selfsort import NEIGHBOUR, SelfSort
+from slmsam2_cli.model.memory.features import memory_scores, object_stats, similarity
+from slmsam2_cli.model.memory.policy import MemoryScores, ReadContext, gated
+from slmsam2_cli.model.memory.selfsort import POINTER_DISTANCE, SelfSort
 from slmsam2_cli.model.memory.shortlong import ShortLongSelfSort
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan
@@ -28,8 +28,8 @@ def moment(slice_, *stored, step=1, at=None):
     angles = {ANCHOR: 0.0} | {s: angle for s, _, _, angle in stored}
     cosine = {(a, b): torch.tensor(angles[a] - angles[b]).deg2rad().cos().item() for a in angles for b in angles}
     here = {s: torch.tensor(angle - at).deg2rad().cos().item() for s, angle in angles.items()} if at is not None else {}
-    presence, confidence = {ANCHOR: 10.0} | {s: p for s, p, _, _ in stored}, {ANCHOR: 1.0} | {s: c for s, _, c, _ in stored}
-    return Moment(slice_, step, (ANCHOR,), [s for s, *_ in stored], 100, Evidence(presence, confidence, here, cosine))
+    object_score, confidence = {ANCHOR: 10.0} | {s: p for s, p, _, _ in stored}, {ANCHOR: 1.0} | {s: c for s, _, c, _ in stored}
+    return ReadContext(slice_, step, (ANCHOR,), [s for s, *_ in stored], 100, MemoryScores(object_score, confidence, here, cosine))
 
 
 def test_only_the_present_the_confident_and_the_similar_are_admitted():
@@ -39,7 +39,7 @@ def test_only_the_present_the_confident_and_the_similar_are_admitted():
 
 def test_behind_the_gate_a_slice_has_to_be_certain_too():
     barely, well = (1, 0.01, 1.0, 0), (2, 0.1, 1.0, 0)
-    assert SelfSort(presence_gate=True).members(moment(3, barely, well)) == [2]
+    assert SelfSort(object_score_gate=True).members(moment(3, barely, well)) == [2]
     assert SelfSort().members(moment(3, barely, well)) == [1, 2]
 
 
@@ -108,7 +108,7 @@ def test_time_plays_no_role_in_the_bank():
     far_in_time = SelfSort().read(moment(99, (1, 5.0, 0.9, 20), (2, 5.0, 0.9, 30), at=25, step=-1))[0]
     assert near_in_time == far_in_time
     assert {row for _, row in near_in_time.spatial} == {6}
-    assert {distance for _, distance in near_in_time.pointers} == {NEIGHBOUR}
+    assert {distance for _, distance in near_in_time.pointers} == {POINTER_DISTANCE}
 
 
 def test_what_has_left_the_bank_may_be_forgotten_without_changing_it():
@@ -144,14 +144,14 @@ def test_an_objects_vector_is_the_mean_of_the_embedding_over_its_mask():
     top, cover = torch.zeros(1, 2, 2, 2), torch.zeros(1, 1, 4, 4)
     top[0, 0, 0, 0], top[0, 1, 0, 1], top[0, :, 1] = 3.0, 4.0, 100.0
     cover[..., :2, :] = 1  # the two positions of the upper row: their mean is (1.5, 2)
-    traces = traces_of(top, cover, torch.ones(1, 1), torch.tensor([1.5]))
+    traces = object_stats(top, cover, torch.ones(1, 1), torch.tensor([1.5]))
     assert traces.vector.tolist() == [pytest.approx([0.6, 0.8])]
     assert traces.area.tolist() == [2.0] and traces.confidence.tolist() == [1.0]
 
 
 def test_an_object_that_is_not_there_is_similar_to_nothing():
-    traces = traces_of(torch.rand(1, 8, 2, 2), torch.zeros(1, 1, 8, 8), -torch.ones(1, 1), torch.ones(1))
-    told = evidence_of({0: traces, 1: traces}, 0, torch.rand(1, 8, 2, 2))
+    traces = object_stats(torch.rand(1, 8, 2, 2), torch.zeros(1, 1, 8, 8), -torch.ones(1, 1), torch.ones(1))
+    told = memory_scores({0: traces, 1: traces}, 0, torch.rand(1, 8, 2, 2))
     assert set(told.alike.values()) == {0.0} and set(told.here.values()) == {0.0}
 
 
@@ -162,11 +162,11 @@ def test_similarity_to_a_slice_is_that_of_as_many_positions_as_the_object_covers
 
 
 def test_evidence_is_not_rounded_where_the_network_computes_in_half_precision():
-    traces = {s: traces_of(torch.rand(1, 64, 4, 4), torch.ones(1, 1, 4, 4), torch.ones(1, 1), torch.ones(1)) for s in range(3)}
+    traces = {s: object_stats(torch.rand(1, 64, 4, 4), torch.ones(1, 1, 4, 4), torch.ones(1, 1), torch.ones(1)) for s in range(3)}
     top = torch.rand(1, 64, 4, 4)
     with torch.autocast("cpu", torch.bfloat16):
-        halved = evidence_of(traces, 0, top)
-    assert halved == evidence_of(traces, 0, top)
+        halved = memory_scores(traces, 0, top)
+    assert halved == memory_scores(traces, 0, top)
 
 
 def build(name, px=PX, **options):
@@ -197,7 +197,7 @@ def test_a_fresh_gated_short_stream_leaves_the_bank_alone(frames):
     alone, both = build("selfsort"), build("shortlong+selfsort")
     both.load_state_dict(both.state_dict() | alone.state_dict())
     both.copy_long_to_short()
-    anchors = {1: [Anchor(4, square())]}
+    anchors = {1: [AnnotatedSlice(4, square())]}
     one, other = propagate(alone, frames, anchors)[1], propagate(both, frames, anchors)[1]
     assert (one.logits - other.logits).abs().max() <= 1e-5
 
@@ -208,7 +208,7 @@ def test_the_policies_differ_on_the_same_weights(frames):
     for name in ("fifo", "selfsort"):
         model = build(name)
         model.load_state_dict(weights)
-        found[name] = propagate(model, frames, {1: [Anchor(0, square())]})[1].logits
+        found[name] = propagate(model, frames, {1: [AnnotatedSlice(0, square())]})[1].logits
     assert torch.equal(found["fifo"][0], found["selfsort"][0])
     assert not torch.allclose(found["fifo"][2:], found["selfsort"][2:], atol=1e-4)
 
@@ -221,7 +221,7 @@ def test_a_slice_reads_the_bank_by_likeness_wherever_it_lies(frames):
     frames[9] = frames[3]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SelfSort, "long", lambda self, at: read.setdefault(at.slice, rule(self, at)))
-        propagate(model, frames, {1: [Anchor(0, square())]})
+        propagate(model, frames, {1: [AnnotatedSlice(0, square())]})
     assert [s for s, _ in read[9].spatial] == [0, 3]
 
 
@@ -232,16 +232,16 @@ def test_the_network_sends_confidence_through_its_table_before_the_bank_sees_it(
     model.calibration, rule = table((0.0, says)), SelfSort.long
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SelfSort, "long", lambda self, at: read.setdefault(at.slice, rule(self, at)))
-        propagate(model, frames[:4], {1: [Anchor(0, square())]})
+        propagate(model, frames[:4], {1: [AnnotatedSlice(0, square())]})
     assert sorted(s for s, _ in read[3].spatial) == sorted(reads)
 
 
 @pytest.mark.parametrize("name", ["fifo", "shortlong"])
 def test_policies_that_weigh_nothing_are_blind_to_the_table(frames, name):
     model = build(name)
-    before = propagate(model, frames[:4], {1: [Anchor(0, square())]})[1]
+    before = propagate(model, frames[:4], {1: [AnnotatedSlice(0, square())]})[1]
     model.calibration = table((0.0, 0.2))
-    after = propagate(model, frames[:4], {1: [Anchor(0, square())]})[1]
+    after = propagate(model, frames[:4], {1: [AnnotatedSlice(0, square())]})[1]
     assert torch.equal(before.logits, after.logits) and torch.equal(before.confidence, after.confidence)
 
 
@@ -249,7 +249,7 @@ def test_policies_that_weigh_nothing_are_blind_to_the_table(frames, name):
 @pytest.mark.parametrize("gate", [False, True])
 def test_objects_tracked_together_learn_what_they_would_learn_alone(name, gate):
     """Objects of one clip may read different slices; batching must not mix them up."""
-    model = build(name, presence_gate=gate, bank_read=2, bank_slices=2)
+    model = build(name, object_score_gate=gate, bank_read=2, bank_slices=2)
     frames = torch.rand(6, 1, 3, PX, PX, generator=torch.Generator().manual_seed(2))
     masks = torch.zeros(6, 2, 1, PX, PX)
     masks[:, 0, :, 10:30, 10:30], masks[:, 1, :, 30:60, 20:40] = 1, 1
@@ -280,11 +280,11 @@ def test_every_policy_sends_gradients_to_memory(name):
 
 
 @pytest.mark.parametrize("name", ["fifo", "shortlong", "selfsort", "shortlong+selfsort"])
-@pytest.mark.parametrize("two_sided", [False, True])
-def test_a_volume_of_one_slice_and_one_of_two_work_under_every_policy(name, two_sided, frames):
-    model = build(name, two_sided=two_sided, presence_gate=True)
-    alone = propagate(model, frames[:1], {1: [Anchor(0, square())]})[1]
-    pair = propagate(model, frames[:2], {1: [Anchor(1, square())]})[1]
+@pytest.mark.parametrize("shared_memory", [False, True])
+def test_a_volume_of_one_slice_and_one_of_two_work_under_every_policy(name, shared_memory, frames):
+    model = build(name, shared_memory=shared_memory, object_score_gate=True)
+    alone = propagate(model, frames[:1], {1: [AnnotatedSlice(0, square())]})[1]
+    pair = propagate(model, frames[:2], {1: [AnnotatedSlice(1, square())]})[1]
     assert alone.confidence.tolist() == [1.0] and pair.confidence[1] == 1
     assert torch.isfinite(pair.logits).all()
 

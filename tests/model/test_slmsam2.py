@@ -7,10 +7,10 @@ import sam2.sam2_video_predictor as stock
 import torch
 from safetensors.torch import save_file
 
-from slmsam2_cli.inference.propagation import Anchor, propagate
+from slmsam2_cli.inference.propagation import AnnotatedSlice, propagate
 from slmsam2_cli.model.checkpoint import fit, read_checkpoint
-from slmsam2_cli.model.memory.policy import Moment
-from slmsam2_cli.model.sam2_config import TRAITS, sam2_parts
+from slmsam2_cli.model.memory.policy import ReadContext
+from slmsam2_cli.model.sam2_config import SIZE_OPTIONS, sam2_parts
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan
 from slmsam2_cli.training.clips import Clips
@@ -49,7 +49,7 @@ def test_a_fresh_gated_short_stream_changes_nothing(fifo, frames, mask):
     shortlong = build(policy="shortlong")
     shortlong.load_state_dict(shortlong.state_dict() | fifo.state_dict())
     shortlong.copy_long_to_short()
-    anchors = {1: [Anchor(START, mask)]}
+    anchors = {1: [AnnotatedSlice(START, mask)]}
     one, other = propagate(fifo, frames[:9], anchors)[1], propagate(shortlong, frames[:9], anchors)[1]
     assert (one.logits - other.logits).abs().max() <= 1e-5
 
@@ -64,7 +64,7 @@ def test_the_published_sum_changes_the_output_at_step_zero(fifo, frames, mask):
     features = fifo.encode(frames[:2])
     first, second = features.at(slice(0, 1)), features.at(slice(1, 2))
     bank.anchors[0] = fifo.remember(first, fifo.anchor(first, mask[None, None].float()), mask[None, None].float())
-    moment = Moment(1, 1, bank.anchors, bank.tracked, 2)
+    moment = ReadContext(1, 1, bank.anchors, bank.tracked, 2)
     ratio = summed.condition(second, bank, moment).std() / fifo.condition(second, bank, moment).std()
     assert float(ratio) == pytest.approx(2.0, abs=0.1)
 
@@ -135,7 +135,7 @@ def test_the_other_sizes_are_sam2s(size, millions):
 
 def test_nano_is_at_most_eight_million_parameters_and_made_for_128_to_256_px():
     assert parameters(build("nano")) <= 8_000_000
-    assert 128 <= TRAITS["nano"].native_px <= 256
+    assert 128 <= SIZE_OPTIONS["nano"].native_size <= 256
 
 
 def test_the_two_stacks_see_as_many_tokens_as_the_paper_counts():
@@ -144,7 +144,7 @@ def test_the_two_stacks_see_as_many_tokens_as_the_paper_counts():
     for name, lengths in seen.items():
         note = partial(lambda lengths, _, __, given: lengths.append(len(given["memory"])), lengths)
         getattr(model, name).register_forward_pre_hook(note, with_kwargs=True)
-    propagate(model, torch.rand(8, 3, PX, PX), {1: [Anchor(0, torch.ones(PX, PX, dtype=torch.bool))]})
+    propagate(model, torch.rand(8, 3, PX, PX), {1: [AnnotatedSlice(0, torch.ones(PX, PX, dtype=torch.bool))]})
     assert seen["memory_attention"] == [20 * min(i, 7) for i in range(1, 8)]
     assert seen["short_memory_attention"] == [20] * 7
 
@@ -154,8 +154,8 @@ def test_any_multiple_of_32_is_an_image_size(px):
     model = build("nano", px)
     drawn = torch.zeros(px, px, dtype=torch.bool)
     drawn[: px // 2, : px // 2] = True
-    found = propagate(model, torch.rand(3, 3, px, px), {1: [Anchor(1, drawn)]})[1]
-    assert found.logits.shape == (3, px, px) and model.mask_px == px
+    found = propagate(model, torch.rand(3, 3, px, px), {1: [AnnotatedSlice(1, drawn)]})[1]
+    assert found.logits.shape == (3, px, px) and model.mask_size == px
 
 
 @pytest.mark.parametrize("px", [0, -32, 100])
@@ -167,20 +167,20 @@ def test_other_image_sizes_are_refused(px):
 def test_a_run_leaves_nothing_on_the_model(frames, mask):
     model = build("nano", PX)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    first = propagate(model, frames, {1: [Anchor(START, mask)]})[1].logits
-    again = propagate(model, frames, {1: [Anchor(START, mask)]})[1].logits
+    first = propagate(model, frames, {1: [AnnotatedSlice(START, mask)]})[1].logits
+    again = propagate(model, frames, {1: [AnnotatedSlice(START, mask)]})[1].logits
     assert torch.equal(first, again)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["fifo", "shortlong", "selfsort", "shortlong+selfsort"])
-@pytest.mark.parametrize("options", [{}, {"presence_gate": True, "two_sided": True}])
+@pytest.mark.parametrize("options", [{}, {"object_score_gate": True, "shared_memory": True}])
 def test_memory_does_not_grow_with_the_volume(name, options, monkeypatch):
     model, most = build("nano", 32, policy=name, **options, bank_slices=5, bank_confidence=0.0, bank_similarity=-1.0), []
     torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 5.0)
     forget = SlmSam2.forget
     monkeypatch.setattr(SlmSam2, "forget", lambda self, bank, at: forget(self, bank, at) or most.append(len(bank.tracked)))
-    propagate(model, torch.rand(60, 3, 32, 32), {1: [Anchor(0, torch.ones(32, 32, dtype=torch.bool))]})
+    propagate(model, torch.rand(60, 3, 32, 32), {1: [AnnotatedSlice(0, torch.ones(32, 32, dtype=torch.bool))]})
     bound = {"fifo": 17, "shortlong": 17, "selfsort": 6, "shortlong+selfsort": 6}[name]
     beside_the_anchor = 16 if options and bound == 17 else 0
     assert len(most) == 59 and max(most) == bound + beside_the_anchor

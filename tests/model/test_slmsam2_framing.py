@@ -5,43 +5,43 @@ import copy
 import pytest
 import torch
 
-from slmsam2_cli.model.cpu_ops import make_faster
-from slmsam2_cli.model.memory.policy import Moment
-from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2, set_frame
+from slmsam2_cli.model.cpu_ops import optimise_for_cpu
+from slmsam2_cli.model.memory.policy import ReadContext
+from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2, set_input_size
 from slmsam2_cli.planning.plan import NetworkPlan
 
 
-def network(frame_px):
+def network(input_size):
     torch.manual_seed(0)
-    return SlmSam2(NetworkPlan(size="nano"), frame_px).eval()
+    return SlmSam2(NetworkPlan(size="nano"), input_size).eval()
 
 
 @torch.no_grad()
 def tracked(model):
     """Logits of the second of two slices, the first with its left half annotated."""
-    frames = torch.rand(2, 3, model.frame_px, model.frame_px, generator=torch.Generator().manual_seed(0))
-    features, mask = model.encode(frames), torch.zeros(1, 1, model.frame_px, model.frame_px)
-    mask[..., : model.frame_px // 2] = 1
+    frames = torch.rand(2, 3, model.input_size, model.input_size, generator=torch.Generator().manual_seed(0))
+    features, mask = model.encode(frames), torch.zeros(1, 1, model.input_size, model.input_size)
+    mask[..., : model.input_size // 2] = 1
     first = features.at(slice(0, 1))
     bank = MemoryBank({0: model.remember(first, model.anchor(first, mask), mask)})
-    return model.track(features.at(slice(1, 2)), bank, Moment(1, 1, bank.anchors, bank.tracked, 2)).chosen
+    return model.track(features.at(slice(1, 2)), bank, ReadContext(1, 1, bank.anchors, bank.tracked, 2)).chosen
 
 
 def test_a_network_whose_frame_was_changed_says_what_one_made_for_that_frame_says():
     changed, made_for_it = network(96), network(64)
     made_for_it.load_state_dict(changed.state_dict())
-    set_frame(changed, 64)
+    set_input_size(changed, 64)
     assert torch.equal(tracked(changed), tracked(made_for_it))
 
 
 def test_a_frame_that_is_no_multiple_of_32_is_refused():
     with pytest.raises(ValueError, match="multiple of 32"):
-        set_frame(network(64), 100)
+        set_input_size(network(64), 100)
 
 
 def test_quicker_routes_change_neither_keys_nor_results():
     plain = network(64)
     quick = copy.deepcopy(plain)
-    make_faster(quick)
+    optimise_for_cpu(quick)
     assert list(quick.state_dict()) == list(plain.state_dict())
     assert torch.allclose(tracked(quick), tracked(plain), atol=1e-4)

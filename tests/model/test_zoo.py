@@ -120,7 +120,7 @@ def test_without_a_published_digest_the_one_at_download_counts(cache: Path, monk
 @pytest.mark.parametrize("note", [b"", b"no digest\n", b"\xff\xfe", b"0" * 63])
 def test_a_note_that_is_no_digest_pins_nothing(cache: Path, note: bytes) -> None:
     (cache / "one.pt.sha256").write_bytes(note)
-    assert zoo.pinned(cache / "one.pt") is None
+    assert zoo.recorded_digest(cache / "one.pt") is None
 
 
 def test_imported_weights_are_found_by_name(cache: Path) -> None:

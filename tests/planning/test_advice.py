@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from slmsam2_cli.dataset.slices import AXES
-from slmsam2_cli.planning.advice import advise
+from slmsam2_cli.planning.advice import annotation_advice
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint, Extent, Fingerprint, LabelFingerprint
 
 
@@ -35,7 +35,7 @@ def advice(*cases):
         cases=cases,
         foreground=(None,),
     )
-    (one,) = advise(whole, "SI")
+    (one,) = annotation_advice(whole, "SI")
     return one
 
 

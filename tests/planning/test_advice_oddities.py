@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slmsam2_cli.planning.advice import oddities
+from slmsam2_cli.planning.advice import dataset_warnings
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint, Fingerprint, LabelFingerprint, Statistics
 
 
@@ -25,7 +25,7 @@ def said(*cases):
     whole = Fingerprint(
         tool_version="1", dataset_name="d", channels=("CT",), labels={1: "organ"}, ignore=None, cases=cases, foreground=(None,)
     )
-    return oddities(whole)
+    return dataset_warnings(whole)
 
 
 def test_of_an_ordinary_data_set_nothing_is_said():

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from slmsam2_cli.planning.intensity_stats import HELD, Greys, evenly, statistics
+from slmsam2_cli.planning.intensity_stats import HELD, Greys, sample_evenly, statistics
 
 FLOATS = st.floats(-(2.0**100), 2.0**100, width=32)
 WHOLE = st.integers(-(10**9), 10**9).map(np.float32).map(float)
@@ -73,13 +73,13 @@ def test_more_values_than_are_held_at_one_time_are_ranked_all_the_same(scale):
     values = np.float32(scale) * np.random.default_rng(0).permutation(HELD + 1001).astype(np.float32)
     found = greys(values, length=1 << 17)
     agrees_with_numpy(statistics(found), values)
-    assert np.array_equal(evenly(found, 10), np.sort(values)[((np.arange(10) + 0.5) * len(values) / 10).astype(int)])
+    assert np.array_equal(sample_evenly(found, 10), np.sort(values)[((np.arange(10) + 0.5) * len(values) / 10).astype(int)])
 
 
 def test_a_sample_is_evenly_spread_and_needs_no_chance():
-    assert evenly(greys(np.arange(100)[::-1], length=9), 4).tolist() == [12, 37, 62, 87]
-    assert evenly(greys([3, 1, 2]), 4).tolist() == [1, 2, 3]
-    assert evenly(greys([]), 4).tolist() == []
+    assert sample_evenly(greys(np.arange(100)[::-1], length=9), 4).tolist() == [12, 37, 62, 87]
+    assert sample_evenly(greys([3, 1, 2]), 4).tolist() == [1, 2, 3]
+    assert sample_evenly(greys([]), 4).tolist() == []
 
 
 @given(arrays(np.float32, st.integers(1, 80), elements=FLOATS), st.integers(1, 30))

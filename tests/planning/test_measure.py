@@ -15,7 +15,7 @@ from slmsam2_cli.dataset.phantom import nifti_bytes
 from slmsam2_cli.io.image import Grid
 from slmsam2_cli.planning import measure as module
 from slmsam2_cli.planning.fingerprint import read_fingerprint, write_fingerprint
-from slmsam2_cli.planning.measure import measure, measure_case, orientation_code, worthwhile
+from slmsam2_cli.planning.measure import measure, measure_case, orientation_code, worker_count
 
 
 def dataset(root, *pairs, spacing=(3.0, 1.0, 1.0), labels=None):
@@ -100,7 +100,7 @@ def test_progress_is_told_once_a_case(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_the_number_of_processes_changes_nothing(tmp_path, parallel):
+def test_the_number_of_processes_changes_nothing(tmp_path, workers):
     small, large = block(), (np.full((4, 10, 12), 10.0), np.ones((4, 10, 12)))
     data = dataset(tmp_path, small, large, small, large)
     data.training[1].images[0].write_bytes(b"nonsense")
@@ -136,20 +136,20 @@ def test_want_of_memory_is_the_case_s_problem(tmp_path, monkeypatch):
 
 
 def test_a_small_data_set_is_measured_without_other_processes(tmp_path):
-    assert worthwhile(dataset(tmp_path, block(), block(), block()).training) == 0
+    assert worker_count(dataset(tmp_path, block(), block(), block()).training) == 0
 
 
 def test_a_large_data_set_gets_a_process_a_core_but_no_more_than_cases(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "WORTH_BYTES", 1)
+    monkeypatch.setattr(module, "MIN_PARALLEL_BYTES", 1)
     monkeypatch.setattr(module, "cores", lambda: 2)
     cases = dataset(tmp_path, block(), block(), block()).training
-    assert [worthwhile(cases[:count]) for count in (1, 2, 3)] == [1, 2, 2]
+    assert [worker_count(cases[:count]) for count in (1, 2, 3)] == [1, 2, 2]
 
 
 def test_the_foreground_is_pooled_over_all_cases(tmp_path):
     small, large = block(), (np.full((4, 10, 12), 10.0), np.ones((4, 10, 12)))
-    pooled = measure(dataset(tmp_path, small, large))[0].foreground[0]
-    assert (pooled.min, pooled.max) == (10, 100)
+    isotonic = measure(dataset(tmp_path, small, large))[0].foreground[0]
+    assert (isotonic.min, isotonic.max) == (10, 100)
 
 
 @pytest.mark.parametrize(

@@ -16,15 +16,15 @@ from slmsam2_cli.planning.plan import (
     Plan,
     TrainingPlan,
     differences,
+    keep_edits,
     read_plan,
-    settle,
     signed,
     write_plan,
 )
 
 
 def plan(**changes):
-    geometry = GeometryPlan(slice_axis="SI", in_plane_mm=0.5, through_plane_mm=None, frame_px=128, crop_to_nonzero=True)
+    geometry = GeometryPlan(slice_axis="SI", in_plane_mm=0.5, through_plane_mm=None, input_size=128, crop_to_nonzero=True)
     training = TrainingPlan(steps=100, clips_per_step=4, learning_rate=1e-4, warmup_steps=10, weight_decay=0.1)
     return signed(
         Plan(
@@ -69,7 +69,7 @@ def test_reasons_and_versions_do_not_change_the_digest():
 
 
 def test_an_edit_shows(tmp_path):
-    path = edited(tmp_path, lambda value: value["geometry"].update(frame_px=256))
+    path = edited(tmp_path, lambda value: value["geometry"].update(input_size=256))
     assert not plan().edited
     assert read_plan(path).edited
 
@@ -85,9 +85,9 @@ def test_a_rewritten_reason_is_no_edit(tmp_path):
         (lambda v: v.update(epochs=3), r"epochs: unknown key"),
         (lambda v: v["geometry"].pop("slice_axis"), r"geometry\.slice_axis: Field required"),
         (lambda v: v["geometry"].update(slice_axis="XY"), r"geometry\.slice_axis: .*'XY'"),
-        (lambda v: v["geometry"].update(frame_px=1_000_000), r"geometry\.frame_px: .*less than or equal to 2048 \(found 1000000\)"),
-        (lambda v: v["geometry"].update(frame_px=-32), r"geometry\.frame_px: "),
-        (lambda v: v["geometry"].update(frame_px=130), r"geometry\.frame_px: .*multiple of 32"),
+        (lambda v: v["geometry"].update(input_size=1_000_000), r"geometry\.input_size: .*less than or equal to 2048 \(found 1000000\)"),
+        (lambda v: v["geometry"].update(input_size=-32), r"geometry\.input_size: "),
+        (lambda v: v["geometry"].update(input_size=130), r"geometry\.input_size: .*multiple of 32"),
         (lambda v: v["geometry"].update(in_plane_mm=0), r"geometry\.in_plane_mm: "),
         (lambda v: v["geometry"].update(in_plane_mm="0.5"), r"geometry\.in_plane_mm: "),
         (lambda v: v["intensity"][0].update(lower=99.9), r"intensity\.0: upper 99.5 must be above lower 99.9"),
@@ -129,22 +129,22 @@ def test_every_field_says_what_it_means():
 
 
 def test_differences_name_key_and_both_values():
-    other = plan(geometry=plan().geometry.model_copy(update={"frame_px": 256}), labels={1: "a"})
-    assert differences(plan(), other) == [("labels", {"1": "a", "2": "b"}, {"1": "a"}), ("geometry.frame_px", 128, 256)]
+    other = plan(geometry=plan().geometry.model_copy(update={"input_size": 256}), labels={1: "a"})
+    assert differences(plan(), other) == [("labels", {"1": "a", "2": "b"}, {"1": "a"}), ("geometry.input_size", 128, 256)]
 
 
 def test_a_fresh_plan_replaces_an_unedited_one():
     fresh = plan(modality="CT")
-    assert settle(plan(), fresh) == fresh
-    assert settle(None, fresh) == fresh
+    assert keep_edits(plan(), fresh) == fresh
+    assert keep_edits(None, fresh) == fresh
 
 
 def test_an_edited_plan_is_kept_while_the_data_stay_the_same(tmp_path):
-    mine = read_plan(edited(tmp_path, lambda value: value["geometry"].update(frame_px=256)))
-    assert settle(mine, plan()) == mine
+    mine = read_plan(edited(tmp_path, lambda value: value["geometry"].update(input_size=256)))
+    assert keep_edits(mine, plan()) == mine
 
 
 def test_an_edited_plan_is_refused_by_key_when_the_data_changed(tmp_path):
-    mine = read_plan(edited(tmp_path, lambda value: value["geometry"].update(frame_px=256)))
-    with pytest.raises(PlanError, match=r"geometry\.frame_px is 256 where the data now ask for 128.*--overwrite"):
-        settle(mine, plan(fingerprint_digest="g"))
+    mine = read_plan(edited(tmp_path, lambda value: value["geometry"].update(input_size=256)))
+    with pytest.raises(PlanError, match=r"geometry\.input_size is 256 where the data now ask for 128.*--overwrite"):
+        keep_edits(mine, plan(fingerprint_digest="g"))

@@ -10,7 +10,7 @@ from slmsam2_cli.dataset.slices import AXES, Orientation
 from slmsam2_cli.errors import DatasetError
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint
 from slmsam2_cli.planning.label_stats import measure_labels
-from slmsam2_cli.planning.resolution import choose_focused_px, may_be_lost, thinnest, width_mm
+from slmsam2_cli.planning.resolution import choose_roi_input_size, resolution_warning, thinnest_structure, width_mm
 from slmsam2_cli.planning.rules import decide
 
 
@@ -61,38 +61,38 @@ def test_several_small_pieces_count_for_half_of_one_at_least():
 @pytest.mark.parametrize(("edge", "px"), [(10, 96), (24, 96), (25, 128), (90, 128)])
 def test_a_structure_of_few_voxels_is_seen_at_no_more_pixels_than_its_mask_has_use_for(edge, px):
     # square of 2 * 24 pixels as stored, two network pixels for one of the mask: 96
-    decision = choose_focused_px(known(holding(bar(edge, edge))), "SI", 2.0, 1.0)
+    decision = choose_roi_input_size(known(holding(bar(edge, edge))), "SI", 2.0, 1.0)
     assert decision.value == px and ("squares of" in decision.reason) == (px == 96)
 
 
 def test_where_slices_are_stored_finer_because_of_some_case_the_mask_is_finer_too():
     found = known(holding(bar(20, 20)))
-    assert (choose_focused_px(found, "SI", 2.0, 1.0).value, choose_focused_px(found, "SI", 2.0, 0.5).value) == (96, 128)
+    assert (choose_roi_input_size(found, "SI", 2.0, 1.0).value, choose_roi_input_size(found, "SI", 2.0, 0.5).value) == (96, 128)
 
 
 def test_what_is_wide_enough_is_seen_at_the_usual_size():
     # square of 2 * 40 mm, 64 pixels of the mask: 1.25 mm each
     found = known(holding(bar(4, 40)))
-    assert thinnest(found, "SI", "nano", 128, 2.0, 1.0).pixels == pytest.approx(4 / 1.25)
-    assert choose_focused_px(found, "SI", 2.0, 1.0).value == 128
+    assert thinnest_structure(found, "SI", "nano", 128, 2.0, 1.0).pixels == pytest.approx(4 / 1.25)
+    assert choose_roi_input_size(found, "SI", 2.0, 1.0).value == 128
 
 
 def test_a_structure_thinner_than_a_pixel_of_the_mask_is_seen_twice_as_large():
-    decision = choose_focused_px(known(holding(bar(3, 120))), "SI", 2.0, 1.0)  # 240 / 64 mm a pixel
+    decision = choose_roi_input_size(known(holding(bar(3, 120))), "SI", 2.0, 1.0)  # 240 / 64 mm a pixel
     assert decision.value == 256 and "organ, the thinnest, is 3 mm wide, a pixel of the mask 3.8 mm" in decision.reason
 
 
 def test_a_square_is_not_larger_than_the_slice():
     # 2 * 240 mm, but slices of 260: 260 / 64 mm a pixel
-    assert thinnest(known(holding(bar(4, 240))), "SI", "nano", 128, 2.0, 1.0).pixel_mm == pytest.approx(260 / 64)
+    assert thinnest_structure(known(holding(bar(4, 240))), "SI", "nano", 128, 2.0, 1.0).pixel_mm == pytest.approx(260 / 64)
 
 
 def test_what_may_be_too_thin_for_squares_around_it_is_said():
     found = known(holding(bar(1, 240)))  # 260 / 128 mm a pixel at 256 px
-    said = may_be_lost(found, "SI", "nano", 256, 2.0)
+    said = resolution_warning(found, "SI", "nano", 256, 2.0)
     assert said.startswith("organ is 1 mm wide, and a pixel of its mask may be 2 mm: parts of it may be lost")
-    assert may_be_lost(known(holding(bar(2, 240))), "SI", "nano", 256, 2.0) is None
-    assert decide(found).geometry.frame_px == 256
+    assert resolution_warning(known(holding(bar(2, 240))), "SI", "nano", 256, 2.0) is None
+    assert decide(found).geometry.input_size == 256
 
 
 def test_what_a_network_of_whole_slices_would_lose_is_refused_with_what_to_do():
@@ -106,7 +106,7 @@ def test_a_label_without_measured_borders_is_not_judged():
     case = holding(bar(1, 200))
     plain = case.model_copy(update={"labels": {1: case.labels[1].model_copy(update={"borders": {}})}})
     assert width_mm(plain, 1, "SI") is None
-    assert thinnest(known(plain), "SI", "nano", 128, 2.0, 1.0) is None
+    assert thinnest_structure(known(plain), "SI", "nano", 128, 2.0, 1.0) is None
 
 
 def test_every_voxel_alone_has_six_faces():

@@ -9,15 +9,15 @@ from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint
 from slmsam2_cli.planning.modality import choose_modality, ct_window
 from slmsam2_cli.planning.rules import (
     FOCUS,
-    asked_axis,
-    choose_frame_px,
     choose_in_plane_mm,
+    choose_input_size,
     choose_nsd_tolerance_mm,
     choose_slice_axis,
-    choose_slice_px,
-    choose_stored_mm,
+    choose_storage_mm,
+    choose_storage_size,
     choose_training,
     decide,
+    requested_axis,
     round_up,
     training_for,
 )
@@ -161,7 +161,7 @@ def test_single_slices_alone_are_cut_along_their_singleton_axis():
     ],
 )
 def test_the_frame_is_large_enough_for_fine_mask_pixels(fov, spacing, size, frame):
-    assert choose_frame_px(fov, spacing, size).value == frame
+    assert choose_input_size(fov, spacing, size).value == frame
 
 
 def test_the_largest_slice_fills_the_frame():
@@ -200,27 +200,31 @@ def test_mr_is_scaled_volume_by_volume_and_cropped():
 
 def test_the_field_of_view_is_the_largest_after_the_crop():
     plan = decide(fingerprint(case(shape=(20, 300, 300), content=(20.0, 48.0, 30.0)), case("b", content=(20.0, 40.0, 60.0))))
-    assert plan.geometry.slice_px == 64 and plan.geometry.in_plane_mm == 1.0
+    assert plan.geometry.storage_size == 64 and plan.geometry.in_plane_mm == 1.0
     plan = decide(fingerprint(case(shape=(20, 300, 300), content=(20.0, 48.0, 30.0)), case("b", content=(20.0, 40.0, 60.0))), "tiny")
-    assert plan.geometry.frame_px == 160
+    assert plan.geometry.input_size == 160
     assert plan.geometry.in_plane_mm == pytest.approx(60 / 160)
 
 
 def test_nano_sees_squares_of_slices_that_keep_their_voxels_and_the_others_see_whole_slices():
     nano, tiny = (decide(fingerprint(case()), size).geometry for size in ("nano", "tiny"))
-    assert (nano.focus, nano.frame_px, nano.slice_px, nano.in_plane_mm) == (FOCUS, 128, 128, 1.0)  # 100 voxels of 1 mm
-    assert (tiny.focus, tiny.slice_px) == (None, None)
+    assert (nano.focus, nano.input_size, nano.storage_size, nano.in_plane_mm) == (FOCUS, 128, 128, 1.0)  # 100 voxels of 1 mm
+    assert (tiny.focus, tiny.storage_size) == (None, None)
 
 
 def test_slices_are_stored_as_finely_as_the_finest_case():
     plan = decide(fingerprint(case(), case("fine", spacing=(1.0, 0.5, 0.5)), case("b")))
-    assert (plan.geometry.in_plane_mm, plan.geometry.slice_px) == (0.5, 224)  # 100 mm at 0.5 mm
+    assert (plan.geometry.in_plane_mm, plan.geometry.storage_size) == (0.5, 224)  # 100 mm at 0.5 mm
 
 
 def test_slices_too_large_to_be_stored_voxel_by_voxel_are_made_smaller():
-    assert (choose_slice_px(1024.0, 1.0).value, choose_slice_px(512.0, 1.0).value, choose_slice_px(513.0, 2.0).value) == (512, 512, 288)
-    assert choose_stored_mm(1024.0, 1.0, 512).value == 2.0
-    assert choose_stored_mm(300.0, 0.7, 448).value == 0.7
+    assert (choose_storage_size(1024.0, 1.0).value, choose_storage_size(512.0, 1.0).value, choose_storage_size(513.0, 2.0).value) == (
+        512,
+        512,
+        288,
+    )
+    assert choose_storage_mm(1024.0, 1.0, 512).value == 2.0
+    assert choose_storage_mm(300.0, 0.7, 448).value == 0.7
 
 
 def test_every_decision_has_a_reason():
@@ -229,9 +233,9 @@ def test_every_decision_has_a_reason():
         "modality",
         "geometry.slice_axis",
         "geometry.crop_to_nonzero",
-        "geometry.focus",
-        "geometry.slice_px",
-        "geometry.frame_px",
+        "geometry.roi_scale",
+        "geometry.storage_size",
+        "geometry.input_size",
         "geometry.in_plane_mm",
         "geometry.through_plane_mm",
         "intensity",
@@ -252,21 +256,21 @@ def test_more_cases_mean_more_steps_up_to_a_limit():
 
 
 def test_from_its_base_nano_keeps_what_it_knows_of_where_structures_end():
-    assert {choose_training("nano", n).value.presence for n in (1, 2, 5, 500)} == {"base"}
-    assert choose_training("nano", 5, from_scratch=True).value.presence == "truth"
-    assert choose_training("tiny", 5).value.presence == "truth"
+    assert {choose_training("nano", n).value.object_score_target for n in (1, 2, 5, 500)} == {"teacher"}
+    assert choose_training("nano", 5, from_scratch=True).value.object_score_target == "ground_truth"
+    assert choose_training("tiny", 5).value.object_score_target == "ground_truth"
 
 
 def test_a_recogniser_of_nano_finds_what_propagation_does_not_see_only_if_three_volumes_taught_it_or_somebody_says_so():
     many = decide(fingerprint(*(case(str(number)) for number in range(9))))
-    assert [training_for(many, n).finds for n in (1, 2, 3, 20)] == [False, False, True, True]
-    assert training_for(many, 1, from_scratch=True).finds
-    assert training_for(decide(fingerprint(case()), "tiny"), 1).finds
+    assert [training_for(many, n).can_add for n in (1, 2, 3, 20)] == [False, False, True, True]
+    assert training_for(many, 1, from_scratch=True).can_add
+    assert training_for(decide(fingerprint(case()), "tiny"), 1).can_add
     for said in (True, False):
-        own = many.model_copy(update={"training": many.training.model_copy(update={"finds": said})})
-        assert [training_for(own, n).finds for n in (1, 20)] == [said, said]
+        own = many.model_copy(update={"training": many.training.model_copy(update={"can_add": said})})
+        assert [training_for(own, n).can_add for n in (1, 20)] == [said, said]
     longer = many.model_copy(update={"training": many.training.model_copy(update={"steps": 7})})
-    assert [training_for(longer, n).finds for n in (1, 20)] == [False, True]
+    assert [training_for(longer, n).can_add for n in (1, 20)] == [False, True]
 
 
 def test_a_network_may_be_asked_for():
@@ -302,21 +306,21 @@ def test_without_a_measured_label_the_tolerance_is_2_mm():
 
 def test_everything_else_follows_an_axis_that_was_asked_for():
     wide = fingerprint(case(shape=(20, 100, 300), spacing=(3.0, 1.0, 1.0)))
-    assert (decide(wide).geometry.slice_axis, decide(wide).geometry.slice_px) == ("SI", 320)  # 300 mm of 1 mm
-    turned = decide(wide, axis=asked_axis(wide, "LR"), asked=("geometry.slice_axis",))
-    assert (turned.geometry.slice_axis, turned.geometry.slice_px) == ("LR", 128)  # 100 mm of 1 mm
+    assert (decide(wide).geometry.slice_axis, decide(wide).geometry.storage_size) == ("SI", 320)  # 300 mm of 1 mm
+    turned = decide(wide, axis=requested_axis(wide, "LR"), asked=("geometry.slice_axis",))
+    assert (turned.geometry.slice_axis, turned.geometry.storage_size) == ("LR", 128)  # 100 mm of 1 mm
 
 
 def test_an_axis_that_was_asked_for_hears_what_the_measurements_say():
     thick = fingerprint(case(spacing=(3.0, 1.0, 1.0)))
-    assert asked_axis(thick, "SI").reason == "asked for; the measurements agree"
-    assert asked_axis(thick, "AP").reason.startswith("asked for; the measurements speak for SI: the coarse axis")
+    assert requested_axis(thick, "SI").reason == "asked for; the measurements agree"
+    assert requested_axis(thick, "AP").reason.startswith("asked for; the measurements speak for SI: the coarse axis")
 
 
 def test_what_was_asked_for_is_no_decision_of_its_own():
     plain = fingerprint(case())
     assert decide(plain, asked=("geometry.slice_axis",)).digest == decide(plain).digest
-    assert "asked" not in decide(plain).model_dump(mode="json")
+    assert "overrides" not in decide(plain).model_dump(mode="json")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from measured_cases import case
 
 from slmsam2_cli.planning.fingerprint import Extent
-from slmsam2_cli.planning.rules import choose_inference, choose_through_plane_mm, stack_slices, tracked_slices
+from slmsam2_cli.planning.rules import choose_inference, choose_through_plane_mm, propagated_slices, stack_length
 
 
 def running(first, last, gap=0, through_mm=1.0, slices=400):
@@ -36,12 +36,12 @@ def test_no_case_is_cut_finer_than_it_is_stored():
 
 
 def test_a_pass_waits_six_slices_and_longer_where_labels_have_gaps():
-    assert choose_inference([running(10, 30)], "SI", 128).value.patience == 6
-    assert choose_inference([running(10, 30), running(10, 30, gap=10)], "SI", 128).value.patience == 20
+    assert choose_inference([running(10, 30)], "SI", 128).value.max_empty_slices == 6
+    assert choose_inference([running(10, 30), running(10, 30, gap=10)], "SI", 128).value.max_empty_slices == 20
 
 
 def test_every_slice_is_tracked_where_no_label_was_measured():
-    assert choose_inference([running(10, 30).model_copy(update={"labels": {}})], "SI", 128).value.patience is None
+    assert choose_inference([running(10, 30).model_copy(update={"labels": {}})], "SI", 128).value.max_empty_slices is None
 
 
 @pytest.mark.parametrize(("px", "batch"), [(64, 8), (128, 8), (256, 8), (512, 2), (1024, 1)])
@@ -50,19 +50,19 @@ def test_as_many_slices_are_encoded_at_a_time_as_eight_of_256_pixels_are_large(p
 
 
 def test_a_pass_walks_over_the_label_and_as_far_beyond_as_its_patience():
-    assert tracked_slices(running(10, 30), 1, "SI", 6) == 21 + 12
-    assert tracked_slices(running(2, 30), 1, "SI", 6) == 31 + 6  # two slices to the rim
-    assert tracked_slices(running(10, 395), 1, "SI", 6) == 386 + 6 + 4
-    assert tracked_slices(running(10, 30), 1, "SI", None) == 400
+    assert propagated_slices(running(10, 30), 1, "SI", 6) == 21 + 12
+    assert propagated_slices(running(2, 30), 1, "SI", 6) == 31 + 6  # two slices to the rim
+    assert propagated_slices(running(10, 395), 1, "SI", 6) == 386 + 6 + 4
+    assert propagated_slices(running(10, 30), 1, "SI", None) == 400
 
 
 def test_single_slices_decide_nothing():
     one = running(0, 0, slices=1)
     assert choose_through_plane_mm([one], "SI").value is None
-    assert choose_inference([one], "SI", 128).value.patience is None
+    assert choose_inference([one], "SI", 128).value.max_empty_slices is None
 
 
 def test_joined_slices_are_fewer_to_walk_through():
     one = running(10, 309, through_mm=0.5)
-    assert stack_slices(one, "SI", None) == 400 and stack_slices(one, "SI", 1.0) == 200
-    assert tracked_slices(one, 1, "SI", 6, 1.0) == 150 + 5 + 6  # from the fifth of them on
+    assert stack_length(one, "SI", None) == 400 and stack_length(one, "SI", 1.0) == 200
+    assert propagated_slices(one, 1, "SI", 6, 1.0) == 150 + 5 + 6  # from the fifth of them on

@@ -14,13 +14,13 @@ from slmsam2_cli.commands.predict import predict
 from slmsam2_cli.commands.pretrain import pretrain
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.errors import PlanError, UsageError, WeightsError
-from slmsam2_cli.model.checkpoint import base_weights, fit, read_checkpoint
+from slmsam2_cli.model.checkpoint import fit, load_base_weights, read_checkpoint
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan
 from slmsam2_cli.pretraining.recipe import SMOKE
 from slmsam2_cli.workspace import Workspace
 
-TINY = {"frame_px": 32, "slices_per_step": 4, "most_windows": 2, "steps": 4, "minutes": None, "checks": {"windows": 2, "length": 4}}
+TINY = {"input_size": 32, "slices_per_step": 4, "most_windows": 2, "steps": 4, "minutes": None, "checks": {"windows": 2, "length": 4}}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_finetune_starts_from_them_and_predict_uses_them_as_they_are(done, tmp_p
 
 def test_the_packaged_base_is_read_from_such_a_file(done, monkeypatch):
     monkeypatch.setattr("slmsam2_cli.model.checkpoint.EMBEDDED", done / "nano.safetensors")
-    assert base_weights("auto").digest == read_checkpoint(done / "nano.safetensors").digest
+    assert load_base_weights("auto").digest == read_checkpoint(done / "nano.safetensors").digest
 
 
 def test_an_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(done, recipe, tmp_path, monkeypatch):

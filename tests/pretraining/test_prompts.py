@@ -5,7 +5,16 @@ import torch
 
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan
-from slmsam2_cli.pretraining.prompts import box_of, boxed, filled, improved, nearly, pointed, points_of, reduced
+from slmsam2_cli.pretraining.prompts import (
+    box_of,
+    filled,
+    nearly,
+    points_of,
+    refine_masks,
+    segment_from_boxes,
+    segment_from_points,
+    to_mask_logits,
+)
 
 PX = 64
 
@@ -50,7 +59,9 @@ def test_where_everything_is_inside_no_point_is_outside():
 def test_one_point_may_mean_three_things_and_several_mean_one(points, candidates):
     model = SlmSam2(NetworkPlan(size="nano"), PX).eval()
     with torch.no_grad():
-        output = pointed(model, model.encode(torch.rand(2, 3, PX, PX)), *points_of(rectangle().expand(2, -1, -1, -1), points, rng()))
+        output = segment_from_points(
+            model, model.encode(torch.rand(2, 3, PX, PX)), *points_of(rectangle().expand(2, -1, -1, -1), points, rng())
+        )
     assert output.candidates.shape == (2, candidates, PX, PX) and output.iou.shape == (2, candidates)
 
 
@@ -76,6 +87,6 @@ def test_before_it_has_learned_anything_a_model_that_carries_masks_says_the_box_
     torch.manual_seed(0)
     model = SlmSam2(NetworkPlan(size="nano"), PX).eval()
     features, box = model.encode(torch.rand(1, 3, PX, PX)), torch.tensor([[[8.0, 8.0], [39.0, 31.0]]])
-    given = reduced(model, filled(box, PX)) > 0
-    assert torch.equal(boxed(model, features, box).chosen > 0, given)
-    assert torch.equal(improved(model, features, filled(box, PX)).chosen > 0, given)
+    given = to_mask_logits(model, filled(box, PX)) > 0
+    assert torch.equal(segment_from_boxes(model, features, box).chosen > 0, given)
+    assert torch.equal(refine_masks(model, features, filled(box, PX)).chosen > 0, given)

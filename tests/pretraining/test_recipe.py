@@ -7,7 +7,7 @@ import torch
 
 from slmsam2_cli.errors import PlanError
 from slmsam2_cli.pretraining.recipe import NANO, SMOKE, read_recipe
-from slmsam2_cli.pretraining.step import PRESENCE_BIAS, build, kept
+from slmsam2_cli.pretraining.step import OBJECT_SCORE_BIAS, build, kept
 
 
 def changed(tmp_path, **changes):
@@ -58,9 +58,9 @@ def test_only_the_length_of_a_run_may_change_when_it_goes_on(tmp_path):
         ({"learning_speed": 1}, "learning_speed: unknown key"),
         ({"prompts": {"boxes": 1}}, "prompts.boxes: unknown key"),
         ({"volumes": {"bones": 1}}, "volumes.bones: unknown key"),
-        ({"frame_px": 100}, "frame_px: .*multiple of 32"),
-        ({"other_frames": {"100": 0.1}}, "other_frames.100: .*multiple of 32"),
-        ({"other_frames": {"64": 0.6, "96": 0.6}}, "other_frames: shares"),
+        ({"input_size": 100}, "input_size: .*multiple of 32"),
+        ({"other_input_sizes": {"100": 0.1}}, "other_input_sizes.100: .*multiple of 32"),
+        ({"other_input_sizes": {"64": 0.6, "96": 0.6}}, "other_input_sizes: shares"),
         ({"learning_rate": 0}, "learning_rate: .*greater than 0"),
         ({"phases": [{"until": 0.5, "lengths": [1]}]}, "phases: until has to rise to 1, found 0.5"),
         ({"phases": [{"until": 1.0, "lengths": [0]}]}, "a clip has 1 to 64 slices"),
@@ -89,12 +89,12 @@ def test_a_shift_of_presence_changes_the_bias_of_its_head_and_nothing_else():
     model = build(read_recipe(SMOKE), torch.device("cpu"))
     plain, shifted = kept(model, 0.0), kept(model, -0.75)
     changed = {name for name in plain if not torch.equal(plain[name], shifted[name])}
-    assert changed == {PRESENCE_BIAS} and shifted[PRESENCE_BIAS].dtype == torch.float16
-    assert float(shifted[PRESENCE_BIAS] - plain[PRESENCE_BIAS]) == pytest.approx(-0.75, abs=1e-3)
-    assert not torch.equal(model.state_dict()[PRESENCE_BIAS].half(), shifted[PRESENCE_BIAS])  # the model goes on as it was
+    assert changed == {OBJECT_SCORE_BIAS} and shifted[OBJECT_SCORE_BIAS].dtype == torch.float16
+    assert float(shifted[OBJECT_SCORE_BIAS] - plain[OBJECT_SCORE_BIAS]) == pytest.approx(-0.75, abs=1e-3)
+    assert not torch.equal(model.state_dict()[OBJECT_SCORE_BIAS].half(), shifted[OBJECT_SCORE_BIAS])  # the model goes on as it was
 
 
 def test_every_packaged_recipe_is_one():
     assets = NANO.parent
-    assert read_recipe(assets / "nano-through.json").presence_shift == -0.7
-    assert read_recipe(assets / "nano-longer.json").presence_shift == read_recipe(NANO).presence_shift == 0.0
+    assert read_recipe(assets / "nano-through.json").object_score_shift == -0.7
+    assert read_recipe(assets / "nano-longer.json").object_score_shift == read_recipe(NANO).object_score_shift == 0.0

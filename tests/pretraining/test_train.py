@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from slmsam2_cli.errors import TrainingError
-from slmsam2_cli.model.memory.policy import Moment
+from slmsam2_cli.model.memory.policy import ReadContext
 from slmsam2_cli.pretraining import step
 from slmsam2_cli.pretraining.recipe import NANO, Recipe
-from slmsam2_cli.pretraining.step import Anywhere, Reader, build, clip_losses, compute, drawn, given_as, seed_of
+from slmsam2_cli.pretraining.step import RandomBank, Reader, build, choose_prompt_kind, clip_losses, compute, drawn, seed_of
 from slmsam2_cli.pretraining.train import new_learner, train
 from slmsam2_cli.pretraining.validation import check, held_out
 from slmsam2_cli.pretraining.workers import gather_gradients, share
@@ -19,12 +19,12 @@ CPU = torch.device("cpu")
 
 
 def recipe(**changes):
-    small = {"frame_px": 32, "other_frames": {}, "slices_per_step": 8, "parts": 1, "most_windows": 2, "steps": 4, "minutes": None}
+    small = {"input_size": 32, "other_input_sizes": {}, "slices_per_step": 8, "parts": 1, "most_windows": 2, "steps": 4, "minutes": None}
     return Recipe.model_validate_json(json.dumps(json.loads(NANO.read_text()) | small | {"warmup_steps": 1} | changes))
 
 
 def only(policy, **missing):
-    return {"policies": {policy: 1.0}, "drop_tracked": 0.0, "drop_carried": 0.0, "drop_all": 0.0, "two_anchors": 0.0} | missing
+    return {"policies": {policy: 1.0}, "drop_tracked": 0.0, "drop_carried": 0.0, "drop_all": 0.0, "two_conditioning_slices": 0.0} | missing
 
 
 def of_length(length):
@@ -37,7 +37,7 @@ def losses_of(chosen, seed=0):
     model.train()
     clips = drawn(chosen, 0, 0, 0.0, CPU)
     chance = random.Random(seed)
-    given = given_as(chosen, len(clips.masks), 0.0, chance)
+    given = choose_prompt_kind(chosen, len(clips.masks), 0.0, chance)
     return clip_losses(model, clips, chosen, given, chance, torch.Generator().manual_seed(seed)), model
 
 
@@ -50,7 +50,7 @@ def test_every_step_and_part_has_clips_of_its_own_and_always_the_same():
 
 
 def test_larger_slices_are_fewer_so_that_a_step_has_as_many_pixels():
-    chosen = recipe(frame_px=64, other_frames={"128": 1.0}, slices_per_step=16, most_windows=16, phases=of_length(2))
+    chosen = recipe(input_size=64, other_input_sizes={"128": 1.0}, slices_per_step=16, most_windows=16, phases=of_length(2))
     clips = drawn(chosen, 0, 0, 0.0, CPU)
     assert clips.frames.shape[:2] == (2, 2) and clips.frames.shape[-1] == 128
 
@@ -63,17 +63,17 @@ def test_a_slice_costs_where_the_model_drew_it_and_not_where_its_mask_was_given(
 
 def test_a_single_image_is_given_as_another_mask_a_box_or_points_and_never_as_its_own_mask():
     chosen = recipe(phases=of_length(1))
-    assert {given_as(chosen, 1, 0.0, random.Random(seed)) for seed in range(50)} == {"nearly", "box", "points"}
+    assert {choose_prompt_kind(chosen, 1, 0.0, random.Random(seed)) for seed in range(50)} == {"nearly", "box", "points"}
     assert all(len(losses_of(chosen, seed)[0]) == 1 for seed in range(5))
 
 
 def test_a_phase_may_ask_for_masks_only():
     chosen = recipe(prompts={"box": 1.0, "points": 0.0}, phases=[{"until": 0.5, "lengths": [2], "masks_only": True}, *of_length(2)])
-    assert [given_as(chosen, 2, done, random.Random(0)) for done in (0.0, 0.5)] == ["mask", "box"]
+    assert [choose_prompt_kind(chosen, 2, done, random.Random(0)) for done in (0.0, 0.5)] == ["mask", "box"]
 
 
 def test_a_last_slice_that_is_annotated_too_is_not_tracked():
-    losses, _ = losses_of(recipe(prompts={"box": 0, "points": 0}, phases=of_length(5), reading=only("fifo", two_anchors=1.0)))
+    losses, _ = losses_of(recipe(prompts={"box": 0, "points": 0}, phases=of_length(5), reading=only("fifo", two_conditioning_slices=1.0)))
     assert len(losses) == 3
 
 
@@ -101,7 +101,7 @@ def test_all_tracked_memories_missing_leave_the_anchor_and_to_a_short_stack_the_
 
 
 def test_a_bank_that_sorts_itself_reads_with_the_codes_of_selfsort():
-    (long,) = Anywhere(row=6, nearest=2, short=False).read(Moment(4, 1, [0], [3, 1, 2], 9))
+    (long,) = RandomBank(row=6, nearest=2, short=False).read(ReadContext(4, 1, [0], [3, 1, 2], 9))
     assert long.spatial == ((0, 6), (1, 6), (2, 6)) and long.pointers == ((0, 1), (1, 1), (2, 1))
 
 

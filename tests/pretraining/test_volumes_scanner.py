@@ -15,7 +15,7 @@ from slmsam2_cli.pretraining.appearance import (
     Looks,
     ScannerRecipe,
     Scanners,
-    draw_looks,
+    draw_appearance,
     draw_scanners,
     filled,
     scanned,
@@ -46,14 +46,14 @@ def test_labels_that_are_alike_differ_by_the_jitter_alone() -> None:
     recipe = AppearanceRecipe(jitter=(0.01, 0.01))
     alike = torch.arange(8).repeat(500, 1)
     alike[:, 7] = 5
-    looks = draw_looks(recipe, draw(), torch.full((500,), MR), alike, tissues=3, first=4)
+    looks = draw_appearance(recipe, draw(), torch.full((500,), MR), alike, tissues=3, first=4)
     assert float((looks.grey[:, 7] - looks.grey[:, 5]).std()) == pytest.approx(0.01 * 2**0.5, rel=0.15)
     assert float((looks.grey[:, 6] - looks.grey[:, 5]).std()) > 0.1
     assert torch.equal(looks.coarse[:, 7], looks.coarse[:, 5])
 
 
 def test_air_is_black_and_has_no_texture() -> None:
-    looks = draw_looks(AppearanceRecipe(), draw(), torch.full((9,), CT), torch.arange(8).repeat(9, 1), tissues=3, first=4)
+    looks = draw_appearance(AppearanceRecipe(), draw(), torch.full((9,), CT), torch.arange(8).repeat(9, 1), tissues=3, first=4)
     assert not torch.stack([looks.grey[:, 0], looks.coarse[:, 0], looks.fine[:, 0], looks.lines[:, 0]]).any()
 
 

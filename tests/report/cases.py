@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from slmsam2_cli.io.volume import Grid, LabelVolume, Source, write_mask
-from slmsam2_cli.report.case_files import Opened
+from slmsam2_cli.report.case_files import LoadedCase
 
 LPS = np.eye(3)
 
@@ -22,7 +22,7 @@ def block(shape=(8, 20, 24), z=(2, 6), y=(5, 15), x=(8, 20), value=1):
 
 def opened(prediction=None, truth=None, image=None, axis=0, **where):
     shape = next(a.shape for a in (prediction, truth) if a is not None)
-    return Opened(grid(shape, **where), axis, prediction, truth, image)
+    return LoadedCase(grid(shape, **where), axis, prediction, truth, image)
 
 
 def saved(path, voxels, like=None):

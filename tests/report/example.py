@@ -25,10 +25,12 @@ UNCERTAIN = (("mean_confidence", "Confidence", 2, "high"), ("disagreement", "Dis
 def report(cases: int = 7, slices: int = 24, kind: Kind = "evaluation", name: str = "prostate_{:02d}", rich: bool = True) -> Report:
     """Two structures. rich: the first three ordinary cases have pictures and volumes; one failed, one missing and one training case."""
     rng = np.random.default_rng(4)
-    made = [case(rng, name.format(i), slices, kind, rich and i < 3, "training" if rich and i == 4 else "unseen") for i in range(cases)]
+    made = [case(rng, name.format(i), slices, kind, rich and i < 3, "training" if rich and i == 4 else "held_out") for i in range(cases)]
     if rich and kind == "evaluation":
-        made.append(CaseReport("prostate_lost", "unseen", "pred_missing", tuple(missing(key) for key in ("1", "2"))))
-        made.append(CaseReport("prostate_odd", "unseen", "failed", problem="label is 24x44x44 but prediction is 24x44x40; export it again"))
+        made.append(CaseReport("prostate_lost", "held_out", "pred_missing", tuple(missing(key) for key in ("1", "2"))))
+        made.append(
+            CaseReport("prostate_odd", "held_out", "failed", problem="label is 24x44x44 but prediction is 24x44x40; export it again")
+        )
     worst = tuple(picture for one in made for picture in one.pictures[:2])
     distances = [CurvePoint(d, max(1, 40 - 3 * d), 0.93 - 0.03 * d, 0.97 - 0.015 * d, 0.99 - 0.005 * d) for d in range(13)]
     return Report(

@@ -60,7 +60,7 @@ def write(path: Path, report: Report) -> None:
     path.write_text(render(report), encoding="utf-8")
 
 
-class Opened:
+class LoadedCase:
     """A page with everything it said and asked for."""
 
     def __init__(self, page: Page, folder: Path) -> None:
@@ -82,9 +82,9 @@ class Opened:
 
 
 @pytest.fixture
-def opened(browser: Any, folder: Path) -> Iterator[Opened]:
+def opened(browser: Any, folder: Path) -> Iterator[LoadedCase]:
     page = browser.new_page(viewport={"width": 1040, "height": 520})
-    watched = Opened(page, folder)
+    watched = LoadedCase(page, folder)
     yield watched
     page.close()
 
@@ -140,7 +140,7 @@ def click_slice(page: Page, share: float) -> None:
     page.locator(".case.open .strip .plot > svg").first.click(position={"x": box["width"] * share, "y": 40})
 
 
-def test_sorting_puts_numbers_in_order_and_what_is_missing_last(opened: Opened) -> None:
+def test_sorting_puts_numbers_in_order_and_what_is_missing_last(opened: LoadedCase) -> None:
     page = opened.go("report.html")
     page.click("#table th:nth-child(6) button")
     assert page.get_attribute("#table th:nth-child(6)", "aria-sort") == "descending"  # HD95: lower is better, so the worst is first
@@ -155,7 +155,7 @@ def test_sorting_puts_numbers_in_order_and_what_is_missing_last(opened: Opened) 
     opened.check()
 
 
-def test_rows_are_chosen_by_text_structure_and_group(opened: Opened) -> None:
+def test_rows_are_chosen_by_text_structure_and_group(opened: LoadedCase) -> None:
     page = opened.go("report.html")
     page.fill("#find", "PROSTATE_03")
     assert column(page, 0) == ["prostate_03"] * 2 and page.inner_text("#shown") == "2 of 17 rows"
@@ -167,7 +167,7 @@ def test_rows_are_chosen_by_text_structure_and_group(opened: Opened) -> None:
     opened.check()
 
 
-def test_measures_without_the_given_slices(opened: Opened) -> None:
+def test_measures_without_the_given_slices(opened: LoadedCase) -> None:
     page = opened.go("report.html")
     before = column(page, 4)
     page.select_option("#part", "unprompted")
@@ -178,7 +178,7 @@ def test_measures_without_the_given_slices(opened: Opened) -> None:
     opened.check()
 
 
-def test_a_case_opens_by_click_key_and_address(opened: Opened) -> None:
+def test_a_case_opens_by_click_key_and_address(opened: LoadedCase) -> None:
     page = opened.go("report.html")
     assert page.locator(".case:visible").count() == 0
     page.click("#table tbody tr:nth-child(4) td:nth-child(2)")
@@ -198,7 +198,7 @@ def test_a_case_opens_by_click_key_and_address(opened: Opened) -> None:
     opened.check()
 
 
-def test_a_slice_is_chosen_by_click_and_by_key(opened: Opened) -> None:
+def test_a_slice_is_chosen_by_click_and_by_key(opened: LoadedCase) -> None:
     page = opened.go("report.html#case=prostate_05")
     click_slice(page, 0.5)
     strip = page.locator(".case.open .strip [role=slider]").first
@@ -212,7 +212,7 @@ def test_a_slice_is_chosen_by_click_and_by_key(opened: Opened) -> None:
     opened.check()
 
 
-def test_the_viewer_draws_and_follows_the_strip_and_the_strip_follows_it(opened: Opened) -> None:
+def test_the_viewer_draws_and_follows_the_strip_and_the_strip_follows_it(opened: LoadedCase) -> None:
     page = opened.go("report.html#case=prostate_00")
     page.click(".case.open .start")
     wait_for_viewer(page, "prostate_00")
@@ -237,7 +237,7 @@ def test_the_viewer_draws_and_follows_the_strip_and_the_strip_follows_it(opened:
     opened.check()
 
 
-def test_a_picture_leads_to_its_slice(opened: Opened) -> None:
+def test_a_picture_leads_to_its_slice(opened: LoadedCase) -> None:
     page = opened.go("report.html")
     page.locator("#worst a[data-slice='5']").nth(1).click()
     wait_for_viewer(page, "prostate_01")
@@ -245,7 +245,7 @@ def test_a_picture_leads_to_its_slice(opened: Opened) -> None:
     opened.check()
 
 
-def test_volumes_beside_the_page_are_found_and_a_lost_file_is_named(opened: Opened) -> None:
+def test_volumes_beside_the_page_are_found_and_a_lost_file_is_named(opened: LoadedCase) -> None:
     page = opened.go("beside.html#case=prostate_00")
     page.click(".case.open .start")
     wait_for_viewer(page, "prostate_00")
@@ -261,7 +261,7 @@ def test_the_numbers_of_slices_survive_cutting_thinning_and_turning(browser: Any
     case = replace(whole.cases[0], volumes=example.volumes(axis=0, first=10, step=2))
     write(tmp_path / "cut.html", replace(whole, cases=(case,), worst=()))
     page = browser.new_page()
-    opened = Opened(page, tmp_path)
+    opened = LoadedCase(page, tmp_path)
     opened.go("cut.html#case=prostate_00")
     click_slice(page, 0.5)  # slice 12 is slice 1 of the volume
     wait_for_viewer(page, "prostate_00")
@@ -280,7 +280,7 @@ def test_the_viewer_turns_a_sagittal_slice_as_the_pictures_do(browser: Any, tmp_
     case = replace(whole.cases[0], volumes=viewer.volumes(held))
     write(tmp_path / "sagittal.html", replace(whole, cases=(case,), worst=()))
     page = browser.new_page()
-    opened = Opened(page, tmp_path)
+    opened = LoadedCase(page, tmp_path)
     opened.go("sagittal.html#case=prostate_00")
     page.click(".case.open .start")
     wait_for_viewer(page, "prostate_00")
@@ -293,7 +293,7 @@ def test_the_viewer_turns_a_sagittal_slice_as_the_pictures_do(browser: Any, tmp_
     page.close()
 
 
-def test_without_webgl_a_sentence_stands_where_the_picture_would(opened: Opened) -> None:
+def test_without_webgl_a_sentence_stands_where_the_picture_would(opened: LoadedCase) -> None:
     opened.page.add_init_script(NO_WEBGL)
     page = opened.go("report.html#case=prostate_00")
     page.click(".case.open .start")
@@ -305,7 +305,7 @@ def test_without_webgl_a_sentence_stands_where_the_picture_would(opened: Opened)
 
 def test_without_scripts_everything_is_there_to_read(browser: Any, folder: Path) -> None:
     page = browser.new_page(java_script_enabled=False)
-    opened = Opened(page, folder)
+    opened = LoadedCase(page, folder)
     opened.go("report.html")
     assert page.locator(".case:visible").count() == 9 and page.locator("#table tbody tr:visible").count() == 17
     assert page.locator(".scripted:visible").count() == 0
@@ -316,7 +316,7 @@ def test_without_scripts_everything_is_there_to_read(browser: Any, folder: Path)
 @pytest.mark.parametrize("name", ["report.html", "prediction.html"])
 def test_a_phone_scrolls_down_only(browser: Any, folder: Path, name: str) -> None:
     page = browser.new_page(viewport={"width": 375, "height": 812}, is_mobile=True, has_touch=True)
-    opened = Opened(page, folder)
+    opened = LoadedCase(page, folder)
     opened.go(f"{name}#case=prostate_00")
     keep(page, f"phone-{name}")
     assert page.evaluate("[document.documentElement.scrollWidth, document.body.scrollWidth]") == [375, 375]
@@ -326,7 +326,7 @@ def test_a_phone_scrolls_down_only(browser: Any, folder: Path, name: str) -> Non
 
 def test_dark_is_dark(browser: Any, folder: Path) -> None:
     page = browser.new_page(color_scheme="dark")
-    opened = Opened(page, folder)
+    opened = LoadedCase(page, folder)
     opened.go("report.html#case=prostate_00")
     keep(page, "dark")
     ground, ink = page.evaluate("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]")
@@ -335,7 +335,7 @@ def test_dark_is_dark(browser: Any, folder: Path) -> None:
     page.close()
 
 
-def test_on_paper_every_case_is_there_and_what_is_folded_is_open(opened: Opened, tmp_path: Path) -> None:
+def test_on_paper_every_case_is_there_and_what_is_folded_is_open(opened: LoadedCase, tmp_path: Path) -> None:
     page = opened.go("report.html")
     page.emulate_media(media="print")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
@@ -348,7 +348,7 @@ def test_on_paper_every_case_is_there_and_what_is_folded_is_open(opened: Opened,
     opened.check()
 
 
-def test_keys_alone_reach_the_table_and_focus_is_seen(opened: Opened) -> None:
+def test_keys_alone_reach_the_table_and_focus_is_seen(opened: LoadedCase) -> None:
     page = opened.go("report.html")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"

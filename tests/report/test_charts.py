@@ -10,12 +10,12 @@ from slmsam2_cli.report.charts import (
     curves,
     dice_class,
     distributions,
+    format_coordinate,
     length_scale,
-    share_scale,
     slice_range,
     strip,
     strips_of,
-    tidy,
+    unit_scale,
 )
 from slmsam2_cli.report.schema import CaseReport, CurvePoint, Report, SliceMark, Structure
 
@@ -29,7 +29,7 @@ def cohort(*cases: CaseReport, **more: object) -> Report:
 
 
 def test_coordinates_have_no_needless_characters() -> None:
-    assert [tidy(value) for value in (12.5, 3.0, -0.001, 100.0, 33.333)] == ["12.5", "3", "0", "100", "33.33"]
+    assert [format_coordinate(value) for value in (12.5, 3.0, -0.001, 100.0, 33.333)] == ["12.5", "3", "0", "100", "33.33"]
 
 
 def test_a_value_lies_where_its_share_of_the_axis_says() -> None:
@@ -43,9 +43,9 @@ def test_ticks_are_round() -> None:
 
 
 def test_axes_end_at_round_numbers() -> None:
-    assert share_scale([0.73, 0.99]) == Scale(0.7, 1.0)
-    assert share_scale([1.0]) == Scale(0.9, 1.0)
-    assert share_scale([]) == Scale(0.0, 1.0)
+    assert unit_scale([0.73, 0.99]) == Scale(0.7, 1.0)
+    assert unit_scale([1.0]) == Scale(0.9, 1.0)
+    assert unit_scale([]) == Scale(0.0, 1.0)
     assert length_scale([3.2, 17.0]).high == 20
     assert length_scale([0.0]).high == 1
     assert length_scale([]).high == 1
@@ -106,9 +106,9 @@ def test_dice_classes(dice: float, index: int) -> None:
 
 
 def test_a_distribution_boxes_unseen_cases_only_and_shows_all() -> None:
-    cases = [CaseReport(f"c{i}", "unseen", "ok", (liver(dice=value),)) for i, value in enumerate((0.6, 0.7, 0.8, 0.9, 1.0))]
+    cases = [CaseReport(f"c{i}", "held_out", "ok", (liver(dice=value),)) for i, value in enumerate((0.6, 0.7, 0.8, 0.9, 1.0))]
     cases.append(CaseReport("learned", "training", "ok", (liver(dice=0.5),)))
-    cases.append(CaseReport("empty", "unseen", "ok", (liver(dice=None),)))
+    cases.append(CaseReport("empty", "held_out", "ok", (liver(dice=None),)))
     (chart,) = distributions(cohort(*cases))
     (lane,) = chart.lanes
     assert chart.heading == "Dice" and len(lane.points) == 6
@@ -124,7 +124,7 @@ def test_only_training_cases_are_boxed_and_said_to_be_such() -> None:
 
 
 def test_without_dice_and_hd95_the_columns_are_distributed() -> None:
-    case = CaseReport("a", "unseen", "ok", (Structure("1", "Liver", "ok", {"doubt": 0.2, "ml": 30.0}),))
+    case = CaseReport("a", "held_out", "ok", (Structure("1", "Liver", "ok", {"doubt": 0.2, "ml": 30.0}),))
     report = Report("prediction", "t", (), (case,), {"1": "Liver"}, (("doubt", "Doubt", 2, "low"), ("ml", "Volume", 1, "")))
     assert [chart.heading for chart in distributions(report)] == ["Doubt"]
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from report.cases import block, saved
 
-from slmsam2_cli.evaluation.metrics import unmeasured
-from slmsam2_cli.evaluation.scoring import CaseScore, Job, failed, score_case, with_labels
+from slmsam2_cli.evaluation.metrics import empty_record
+from slmsam2_cli.evaluation.scoring import CaseScore, Job, failed, fill_missing_labels, score_case
 from slmsam2_cli.evaluation.summary import About, summarise
 from slmsam2_cli.inference.manifest import Manifest, ManifestCase
 from slmsam2_cli.report.case_files import Sources
 from slmsam2_cli.report.case_images import Budget, file_name
-from slmsam2_cli.report.evaluation_page import of_evaluation
+from slmsam2_cli.report.evaluation_page import evaluation_report
 from slmsam2_cli.report.flags import evaluation_flags, named
 from slmsam2_cli.report.schema import Structure, Table
 
@@ -36,7 +36,7 @@ def files(tmp_path):
     return {case: Sources(found.get(case), (image,), reference, tmp_path, 0) for case in (*PREDICTIONS, "absent")}
 
 
-def job(case, sources, group="unseen", prompted=None):
+def job(case, sources, group="held_out", prompted=None):
     given = {1: (4,)} if prompted is None else prompted
     return Job(case, group, sources.reference, sources.prediction, sources.root, sources.root, (1,), slice_axis=0, prompted=given)
 
@@ -44,9 +44,9 @@ def job(case, sources, group="unseen", prompted=None):
 def report(sources, scores=None, labels=None, **options):
     found = scores if scores is not None else [score_case(job(case, files)) for case, files in sources.items()]
     names = labels or {1: "liver"}
-    scored = with_labels(found, list(names))
+    scored = fill_missing_labels(found, list(names))
     summary = summarise(scored, About("1.2", names, model={"name": "tuned", "weights_digest": "ab"}, predicted_with="1.1"))
-    return of_evaluation(summary, scored, sources, **options), summary
+    return evaluation_report(summary, scored, sources, **options), summary
 
 
 def by_id(made):
@@ -180,8 +180,8 @@ def test_when_every_case_was_learned_from_the_headline_says_so(files):
 
 
 def test_a_case_that_failed_has_no_numbers(files):
-    made, _ = report({}, [CaseScore("a", "unseen", "failed", "a.nii.gz", None, problem="p")])
-    assert made.cases[0].structures == (Structure("1", "liver", "failed", unmeasured(), unmeasured()),)
+    made, _ = report({}, [CaseScore("a", "held_out", "failed", "a.nii.gz", None, problem="p")])
+    assert made.cases[0].structures == (Structure("1", "liver", "failed", empty_record(), empty_record()),)
 
 
 def flagged(status="ok", **measures):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from report.planning import case_of, dataset, plan_of
-from report.test_page import EVIL, hash_of, policy_of, read
+from report.test_page import EVIL, build_policy, hash_of, read
 
 from slmsam2_cli.errors import OutputError
 from slmsam2_cli.planning.plan import ChannelIntensity
@@ -119,7 +119,7 @@ def test_nothing_runs_and_nothing_is_loaded_from_elsewhere(tmp_path, data):
     html = page(tmp_path, data)
     reader = read(html)
     ((_, style),) = reader.inside["style"]
-    policy = policy_of(reader)
+    policy = build_policy(reader)
     assert reader.inside["script"] == [] and not [attrs for _, attrs in reader.tags if "style" in attrs]
     assert (policy["default-src"], policy["style-src"], policy["img-src"]) == (["'none'"], [hash_of(style)], ["data:"])
     links = [attrs[name] for _, attrs in reader.tags for name in ("src", "href") if name in attrs]

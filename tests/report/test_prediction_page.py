@@ -10,8 +10,8 @@ from report.cases import block, opened, saved
 
 from slmsam2_cli import console
 from slmsam2_cli.report.case_files import Sources
-from slmsam2_cli.report.prediction_page import of_predictions, report_on
-from slmsam2_cli.report.prediction_qc import Cohort, Found, doubts, measure, suspicions
+from slmsam2_cli.report.prediction_page import prediction_report, write_prediction_report
+from slmsam2_cli.report.prediction_qc import Cohort, Found, doubts, measure, structure_flags
 from slmsam2_cli.report.render import PAGE_BEGINS, VOLUMES_BEGIN, render, volumes_script
 from slmsam2_cli.report.schema import ViewerVolumes
 
@@ -49,7 +49,7 @@ def sources(folder, *cases):
 
 
 def made(folder, cases, **options):
-    return of_predictions(manifest(cases), sources(folder, *cases), **options)
+    return prediction_report(manifest(cases), sources(folder, *cases), **options)
 
 
 def test_a_mask_is_measured_in_ml_slices_and_confidence_without_the_given_slice(folder):
@@ -82,7 +82,7 @@ def test_the_headline_says_that_confidence_is_uncalibrated_and_how_many_are_flag
 )
 def test_confidence_is_called_calibrated_where_predict_says_so(folder, calibrated, said):
     cases = {name: entry(name, calibrated=each) for name, each in zip("ab", calibrated, strict=True)}
-    report = of_predictions(manifest(cases) | {"calibration": {"note": "of ten volumes"}}, sources(folder, *cases))
+    report = prediction_report(manifest(cases) | {"calibration": {"note": "of ten volumes"}}, sources(folder, *cases))
     (definition,) = [text for key, text in report.definitions if key == "confidence"]
     assert report.headline[1][2].startswith(said) and definition.endswith(report.headline[1][2])
 
@@ -119,7 +119,7 @@ def test_a_mask_that_is_gone_is_a_case_without_a_result(folder):
 def test_structures_that_nobody_asked_for_are_not_listed(folder):
     told = manifest({"a": entry("a")})
     told["labels"] = {"1": "liver", "2": "spleen"}
-    assert of_predictions(told, sources(folder, "a")).structures == {"1": "liver"}
+    assert prediction_report(told, sources(folder, "a")).structures == {"1": "liver"}
 
 
 def test_progress_is_told_twice_a_case(folder):
@@ -133,7 +133,7 @@ def found(areas, parts=None, volume=1.0, slices=30):
 
 
 def odd(one, cohort=ALONE):
-    return suspicions(one, cohort)
+    return structure_flags(one, cohort)
 
 
 def test_a_mask_is_measured_by_slices_and_parts():
@@ -175,10 +175,10 @@ def test_an_area_that_jumps_is_told_with_both_slices():
 
 
 def test_a_structure_cut_off_by_the_volume_may_go_on_beyond():
-    cut_off = found([20, 40, 60, 80, 80], slices=7)
-    assert odd(cut_off) == ["still at 100 % of its largest area where the volume ends towards the head"]
+    clips_foreground = found([20, 40, 60, 80, 80], slices=7)
+    assert odd(clips_foreground) == ["still at 100 % of its largest area where the volume ends towards the head"]
     assert odd(found([20, 40, 60, 80, 30], slices=7)) == []
-    assert odd(cut_off, Cohort.of([cut_off] * 5, True)) == []
+    assert odd(clips_foreground, Cohort.of([clips_foreground] * 5, True)) == []
 
 
 def test_reaching_the_end_of_the_volume_at_all_is_odd_where_other_cases_do_not():
@@ -217,7 +217,7 @@ def test_a_mask_outside_the_folder_is_not_shown(tmp_path):
     saved(tmp_path / "secret.nii.gz", block(SHAPE))
     saved(tmp_path / "masks" / "a.nii.gz", block(SHAPE))
     (tmp_path / "masks" / "manifest.json").write_text(json.dumps(manifest({"a": entry("a"), "b": entry("b", output="../secret.nii.gz")})))
-    report_on(tmp_path / "masks", {})
+    write_prediction_report(tmp_path / "masks", {})
     page = (tmp_path / "masks" / "report.html").read_text(encoding="utf-8")
     assert 'data-volumes="a"' in page and 'data-volumes="b"' not in page
 
@@ -234,63 +234,63 @@ def written(folder, cases):
 
 def test_a_folder_gets_one_page_that_names_every_case_and_no_path(folder, capsys):
     page = written(folder, {"a": entry("a"), "b": entry("b")})
-    report_on(folder, {"a": (folder / "images" / "a.nii.gz",)})
+    write_prediction_report(folder, {"a": (folder / "images" / "a.nii.gz",)})
     text = page.read_text()
     assert "Masks of 2 cases" in text and str(folder) not in text and "warning" not in capsys.readouterr().err
 
 
 def test_a_page_that_tells_of_these_masks_is_left_alone_and_any_other_is_made_anew(folder):
     page = written(folder, {"a": entry("a")})
-    report_on(folder, {})
+    write_prediction_report(folder, {})
     first = page.stat().st_mtime_ns
     written(folder, {"a": entry("a", seconds=9.0)})
-    report_on(folder, {}, anew=False)
+    write_prediction_report(folder, {}, anew=False)
     assert page.stat().st_mtime_ns == first
     written(folder, {"a": entry("a"), "b": entry("b")})
-    report_on(folder, {}, anew=False)
+    write_prediction_report(folder, {}, anew=False)
     assert page.stat().st_mtime_ns != first and "Masks of 2 cases" in page.read_text()
 
 
 def test_the_same_masks_give_the_same_bytes(folder):
     page = written(folder, {"a": entry("a"), "b": entry("b")})
-    report_on(folder, {})
+    write_prediction_report(folder, {})
     first = page.read_bytes()
-    report_on(folder, {})
+    write_prediction_report(folder, {})
     assert page.read_bytes() == first
 
 
 def test_somebody_elses_page_is_left_alone_with_a_warning(folder, capsys):
     page = written(folder, {"a": entry("a")})
     page.write_text("<html>mine</html>")
-    report_on(folder, {})
+    write_prediction_report(folder, {})
     assert page.read_text() == "<html>mine</html>"
     assert "report.html: was not written by slmsam2" in capsys.readouterr().err
 
 
 def test_whatever_goes_wrong_with_the_page_is_a_warning(folder, capsys, monkeypatch):
     monkeypatch.setattr(console.settings, "debug", False)
-    report_on(folder, {})
+    write_prediction_report(folder, {})
     written(folder, {"a": {"output": 5}})
-    report_on(folder, {})
+    write_prediction_report(folder, {})
     assert capsys.readouterr().err.count("warning: report.html could not be made") == 2
 
 
 def test_no_masks_and_no_page_make_no_page(folder):
     page = written(folder, {})
-    report_on(folder, {})
+    write_prediction_report(folder, {})
     assert not page.exists()
 
 
 def test_volumes_beside_the_page_come_and_go_with_it_but_others_files_stay(folder, monkeypatch):
     page = written(folder, {"a": entry("a"), "b": entry("b")})
     monkeypatch.setattr("slmsam2_cli.report.case_images.Budget.__init__.__defaults__", (0, 10**6))
-    report_on(folder, {})
+    write_prediction_report(folder, {})
     beside = folder / "report_files"
     (beside / "mine.js").write_text("mine")
     assert [p.name[0] for p in sorted(beside.iterdir())] == ["a", "b", "m"]
     assert all(f"report_files/{p.name}" in page.read_text() for p in beside.iterdir() if p.name != "mine.js")
     written(folder, {"a": entry("a")})
-    report_on(folder, {})
+    write_prediction_report(folder, {})
     assert [p.name[0] for p in sorted(beside.iterdir())] == ["a", "m"]
 
 

@@ -63,7 +63,7 @@ def read(html: str) -> Reader:
     return reader
 
 
-def policy_of(reader: Reader) -> dict[str, list[str]]:
+def build_policy(reader: Reader) -> dict[str, list[str]]:
     content = next(attrs["content"] for tag, attrs in reader.tags if tag == "meta" and attrs.get("http-equiv") == "Content-Security-Policy")
     parts = [part.split() for part in (content or "").split(";")]
     return {name: values for name, *values in parts}
@@ -154,7 +154,7 @@ def test_json_cannot_leave_its_script() -> None:
 
 def test_only_what_the_policy_names_runs(rich: str) -> None:
     reader = read(rich)
-    policy = policy_of(reader)
+    policy = build_policy(reader)
     run = [text for attrs, text in reader.inside["script"] if "type" not in attrs]
     library = gzip.decompress(
         base64.b64decode(next(text for attrs, text in reader.inside["script"] if attrs.get("id") == "viewer-library"))
@@ -178,16 +178,16 @@ def test_nothing_is_loaded_from_elsewhere(rich: str) -> None:
 def test_without_volumes_there_is_no_viewer() -> None:
     html = render(example.report(rich=False))
     assert not {"viewer-library", "viewer-template"} & {attrs.get("id") for _, attrs in read(html).tags}
-    assert len(policy_of(read(html))["script-src"]) == 2
+    assert len(build_policy(read(html))["script-src"]) == 2
 
 
 def test_volumes_beside_the_page_are_allowed_and_only_then() -> None:
     plain = example.report()
     beside = tuple(replace(case, volumes=None, volumes_file="volumes/a b.js" if case.volumes else None) for case in plain.cases)
     html = render(replace(plain, cases=beside))
-    assert policy_of(read(html))["script-src"][-2:] == ["'self'", "file:"]
+    assert build_policy(read(html))["script-src"][-2:] == ["'self'", "file:"]
     assert '"file":"volumes/a b.js"' in html
-    assert "'self'" not in policy_of(read(render(plain)))["script-src"]
+    assert "'self'" not in build_policy(read(render(plain)))["script-src"]
 
 
 def test_a_volumes_file_gives_back_what_it_was_given() -> None:
@@ -208,13 +208,13 @@ def test_what_is_not_known_is_a_dash_that_says_why(rich: str) -> None:
 
 
 def test_nan_never_reaches_the_page() -> None:
-    case = CaseReport("a", "unseen", "ok", (Structure("1", "Liver", "ok", {"Dice": 0.5, "HD95": float("nan")}),))
+    case = CaseReport("a", "held_out", "ok", (Structure("1", "Liver", "ok", {"Dice": 0.5, "HD95": float("nan")}),))
     html = render(Report("evaluation", "t", (), (case,), {"1": "Liver"}, example.COLUMNS))
     assert "NaN" not in html.split('id="data"')[1].split("</script>")[0] and ">nan<" not in html
 
 
 def test_names_that_are_no_text_still_make_a_page() -> None:
-    html = render(Report("evaluation", "t", (), (CaseReport("broken\udcff", "unseen", "failed"),), {"1": "Liver"}, example.COLUMNS))
+    html = render(Report("evaluation", "t", (), (CaseReport("broken\udcff", "held_out", "failed"),), {"1": "Liver"}, example.COLUMNS))
     assert html.encode("utf-8")
 
 

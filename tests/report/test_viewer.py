@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from report.cases import block, opened
 
-from slmsam2_cli.report.viewer import Part, in_turn, volumes
+from slmsam2_cli.report.viewer import Part, viewing_order, volumes
 
 OBLIQUE = np.array([[0.8, -0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, -1.0]])
 
@@ -112,5 +112,5 @@ def test_an_edge_longer_than_a_nifti_can_hold_is_thinned():
 
 
 def test_the_worst_the_middle_and_the_best_case_come_first_and_every_case_once():
-    assert list(in_turn(["a", "b", "c", "d", "e"])) == ["a", "c", "e", "b", "d"]
-    assert list(in_turn(["a"])) == ["a"] and list(in_turn([])) == []
+    assert list(viewing_order(["a", "b", "c", "d", "e"])) == ["a", "c", "e", "b", "d"]
+    assert list(viewing_order(["a"])) == ["a"] and list(viewing_order([])) == []

@@ -12,10 +12,10 @@ from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan, TrainingPlan
 from slmsam2_cli.training.background import beside
 from slmsam2_cli.training.clips import ClipSampler
-from slmsam2_cli.training.dataloader import Batches, Material, Spoilt
+from slmsam2_cli.training.dataloader import BatchDataset, FailedBatch, TrainingData
 from slmsam2_cli.training.distributed import ALONE
-from slmsam2_cli.training.label_unet import SliceSampler, new_recogniser
-from slmsam2_cli.training.trainer import _pays, new_learner, train
+from slmsam2_cli.training.label_unet import SliceSampler, new_label_unet
+from slmsam2_cli.training.trainer import _thread_is_useful, new_learner, train
 
 PX = 32
 CPU = torch.device("cpu")
@@ -63,44 +63,46 @@ def test_what_goes_wrong_there_is_raised_where_it_is_asked_for_and_the_threads_c
     assert torch.get_num_threads() == 2
 
 
-def made(presence, scratch=False):
+def made(object_score, scratch=False):
     """A learner with a recogniser, and what it learns from."""
     cases = [case(name=name, size=(PX, PX)) for name in ("left", "right")]
-    material = Material(ClipSampler(cases, [1], whole(PX)), SliceSampler(cases, [1], PX))
+    training_data = TrainingData(ClipSampler(cases, [1], whole(PX)), SliceSampler(cases, [1], PX))
     torch.manual_seed(0)
     model = SlmSam2(NetworkPlan(size="nano"), PX)
-    model.recogniser = new_recogniser(material.slices, 1, 0)
-    return new_learner(model, plan(presence=presence), scratch), material
+    model.label_unet = new_label_unet(training_data.slices, 1, 0)
+    return new_learner(model, plan(object_score_target=object_score), scratch), training_data
 
 
 def plan(**changes):
     usual = {"steps": 3, "clip_slices": 4, "clips_per_step": 1, "learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 0.01}
-    return TrainingPlan(**{**usual, "recogniser": True, **changes})
+    return TrainingPlan(**{**usual, "label_unet": True, **changes})
 
 
-def learned(presence, scratch=False):
+def learned(object_score, scratch=False):
     """All weights after three steps, the recogniser's included."""
-    one, material = made(presence, scratch)
-    for _ in train(one, material, plan(presence=presence), lambda: False):
+    one, training_data = made(object_score, scratch)
+    for _ in train(one, training_data, plan(object_score_target=object_score), lambda: False):
         pass
     return one.model.state_dict()
 
 
-@pytest.mark.parametrize(("presence", "scratch"), [("base", False), ("truth", False), ("truth", True)])
-def test_two_threads_learn_what_one_does_bit_by_bit(threads, presence, scratch):
+@pytest.mark.parametrize(("object_score", "scratch"), [("teacher", False), ("ground_truth", False), ("ground_truth", True)])
+def test_two_threads_learn_what_one_does_bit_by_bit(threads, object_score, scratch):
     threads(1)
-    alone = learned(presence, scratch)
+    alone = learned(object_score, scratch)
     threads(2)
-    helped, before = learned(presence, scratch), made(presence, scratch)[0].model.state_dict()
+    helped, before = learned(object_score, scratch), made(object_score, scratch)[0].model.state_dict()
     assert all(torch.equal(value, helped[name]) for name, value in alone.items())
     assert not torch.equal(helped["recogniser.logits.weight"], before["recogniser.logits.weight"])
 
 
 def test_with_two_threads_each_batch_is_drawn_once_and_none_beyond_the_last_step(threads, monkeypatch):
     threads(2)
-    drawn, one = [], made("base")
-    monkeypatch.setattr(Batches, "__getitem__", lambda self, at, usual=Batches.__getitem__: drawn.append(at[0]) or usual(self, at))
-    for _ in train(*one, plan(presence="base"), lambda: False):
+    drawn, one = [], made("teacher")
+    monkeypatch.setattr(
+        BatchDataset, "__getitem__", lambda self, at, usual=BatchDataset.__getitem__: drawn.append(at[0]) or usual(self, at)
+    )
+    for _ in train(*one, plan(object_score_target="teacher"), lambda: False):
         pass
     assert drawn == [0, 1, 2]
 
@@ -108,30 +110,30 @@ def test_with_two_threads_each_batch_is_drawn_once_and_none_beyond_the_last_step
 def test_a_batch_that_cannot_be_shown_ends_the_run_at_its_own_step(threads, monkeypatch):
     threads(2)
 
-    def spoilt(self, at, usual=Batches.__getitem__):
-        return Spoilt("step 2: damaged") if at[0] == 2 else usual(self, at)
+    def spoilt(self, at, usual=BatchDataset.__getitem__):
+        return FailedBatch("step 2: damaged") if at[0] == 2 else usual(self, at)
 
-    monkeypatch.setattr(Batches, "__getitem__", spoilt)
-    one, material = made("base")
+    monkeypatch.setattr(BatchDataset, "__getitem__", spoilt)
+    one, training_data = made("teacher")
     with pytest.raises(TrainingError, match="step 2: damaged"):
-        list(train(one, material, plan(presence="base"), lambda: False))
+        list(train(one, training_data, plan(object_score_target="teacher"), lambda: False))
     assert one.step == 2
 
 
 def test_cores_are_halved_only_for_nano_with_work_to_do_beside(threads):
-    one, _ = made("base")
-    assert _pays(one, ALONE)
+    one, _ = made("teacher")
+    assert _thread_is_useful(one, ALONE)
     one.teacher = None
-    assert _pays(one, ALONE) and not _pays(one, SimpleNamespace(rank=1))
-    one.model.recogniser = None
-    assert not _pays(one, ALONE)
+    assert _thread_is_useful(one, ALONE) and not _thread_is_useful(one, SimpleNamespace(rank=1))
+    one.model.label_unet = None
+    assert not _thread_is_useful(one, ALONE)
     one.teacher, one.model.network = one.model, NetworkPlan(size="tiny")
-    assert not _pays(one, ALONE)
+    assert not _thread_is_useful(one, ALONE)
 
 
 def test_the_cores_come_back_when_a_run_is_given_up_between_two_steps(threads):
     threads(2)
-    steps = train(*made("base"), plan(presence="base"), lambda: False)
+    steps = train(*made("teacher"), plan(object_score_target="teacher"), lambda: False)
     next(steps)
     assert torch.get_num_threads() == 1
     steps.close()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from stacks import case, whole
 
-from slmsam2_cli.inference.propagation import Propagated
+from slmsam2_cli.inference.propagation import Propagation
 from slmsam2_cli.planning.plan import InferencePlan
 from slmsam2_cli.training import calibrate, cross_validation
 
@@ -15,7 +15,7 @@ PX = 32
 
 def plan(labels=None, ignore=None):
     return SimpleNamespace(
-        labels=labels or {1: "organ"}, ignore=ignore, geometry=whole(PX), inference=InferencePlan(batch_slices=2, patience=6)
+        labels=labels or {1: "organ"}, ignore=ignore, geometry=whole(PX), inference=InferencePlan(batch_slices=2, max_empty_slices=6)
     )
 
 
@@ -24,19 +24,19 @@ def copying(monkeypatch):
     """A model that copies the given slice to all others and is 0.7 sure; says which stacks it was shown."""
     shown = []
 
-    def propagate(model, frames, objects, recognise, focus, patience, batch):
-        assert recognise and patience == 6 and batch == 2  # as predict does
+    def propagate(model, frames, objects, recognise, focus, max_empty_slices, batch):
+        assert recognise and max_empty_slices == 6 and batch == 2  # as predict does
         ((value, (anchor,)),) = objects.items()
         shown.append((len(frames), anchor.slice))
         logits = torch.where(anchor.mask[None, ::4, ::4], 10.0, -10.0).expand(len(frames), -1, -1)
-        return {value: Propagated(logits, torch.full((len(frames),), 0.7), torch.zeros(len(frames)))}
+        return {value: Propagation(logits, torch.full((len(frames),), 0.7), torch.zeros(len(frames)))}
 
     monkeypatch.setattr(cross_validation, "propagate", propagate)
     return shown
 
 
 def pairs(cases, settings):
-    return calibrate.said_and_true(None, cases, settings)
+    return calibrate.confidence_and_dice(None, cases, settings)
 
 
 def test_every_slice_but_the_given_one_counts_where_mask_or_truth_is(copying):
@@ -49,8 +49,8 @@ def test_every_slice_but_the_given_one_counts_where_mask_or_truth_is(copying):
 def test_long_volumes_are_cut_around_the_given_slice_and_many_structures_share_the_limit(copying):
     many = [case(slices=80, held=range(30, 60), size=(PX, PX), name=str(k)) for k in range(40)]
     pairs(many, plan())
-    assert sum(slices for slices, _ in copying) <= calibrate.MOST_SLICES
-    assert {slices for slices, _ in copying} == {calibrate.LEAST_SLICES}
+    assert sum(slices for slices, _ in copying) <= calibrate.MAX_SLICES
+    assert {slices for slices, _ in copying} == {calibrate.MIN_SLICES}
 
 
 def test_slices_that_nobody_looked_at_are_not_given_and_ignored_pixels_do_not_count(copying):
@@ -65,11 +65,11 @@ def test_slices_that_nobody_looked_at_are_not_given_and_ignored_pixels_do_not_co
 def test_without_labels_there_is_nothing_to_compare():
     bare = case(size=(PX, PX))
     bare.labels = None
-    assert calibrate.calibrated_on(None, [bare], plan()) is None
+    assert calibrate.calibrate_model(None, [bare], plan()) is None
 
 
 def test_who_does_not_want_to_wait_gets_no_table(copying):
     many = [case(slices=20, held=range(6, 14), size=(PX, PX), name=str(k)) for k in range(4)]
-    assert calibrate.calibrated_on(None, many, plan()) is not None
-    assert calibrate.calibrated_on(None, many, plan(), stop=lambda: len(copying) >= 6) is None
+    assert calibrate.calibrate_model(None, many, plan()) is not None
+    assert calibrate.calibrate_model(None, many, plan(), stop=lambda: len(copying) >= 6) is None
     assert len(copying) == 6

@@ -128,7 +128,7 @@ def test_without_an_ignore_label_everything_is_known():
 def focused(slices=12, held=range(3, 9)):
     """A structure of 8 x 8 px in slices of 64 px, seen at 32 px in squares of 16."""
     made = case(slices=slices, held=held, size=(64, 64))
-    return ClipSampler([made], [1], whole(PX, focus=2.0, slice_px=64))
+    return ClipSampler([made], [1], whole(PX, roi_scale=2.0, storage_size=64))
 
 
 def test_with_a_focus_a_clip_shows_a_square_around_the_structure():
@@ -143,7 +143,7 @@ def test_with_a_focus_a_clip_shows_a_square_around_the_structure():
 def test_with_a_focus_every_slice_of_a_window_is_cut_alike():
     made = case(slices=12, held=range(12), size=(64, 64))
     made.labels[6:, 4:12, 4:12], made.labels[6:, 10:18, 4:12] = 0, 1  # the structure moves down by six pixels
-    sampler = ClipSampler([made], [1], whole(PX, focus=2.0, slice_px=64))
+    sampler = ClipSampler([made], [1], whole(PX, roi_scale=2.0, storage_size=64))
     tops = set()
     for clips in draws(sampler, count=40):
         for track in range(len(clips.window)):
@@ -154,7 +154,7 @@ def test_with_a_focus_every_slice_of_a_window_is_cut_alike():
 
 def test_neighbours_of_a_window_s_outer_slices_are_seen_too():
     one = case(slices=15)
-    geometry = whole(PX).model_copy(update={"neighbours": True})
+    geometry = whole(PX).model_copy(update={"adjacent_slices": True})
     for clips in draws(ClipSampler([one], [1], geometry), count=30, length=4):
         here, before, after = ((clips.frames[:, :, colour, 0, 0] * 100).round() for colour in range(3))
         assert torch.equal(before, (here - 1).clamp(min=0)) and torch.equal(after, (here + 1).clamp(max=14))

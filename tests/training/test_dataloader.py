@@ -16,7 +16,7 @@ from slmsam2_cli.errors import TrainingError
 from slmsam2_cli.io import atomic
 from slmsam2_cli.planning.plan import TrainingPlan
 from slmsam2_cli.training.clips import ClipSampler
-from slmsam2_cli.training.dataloader import Batches, Feed, Material, workers_for
+from slmsam2_cli.training.dataloader import BatchDataset, BatchFeed, TrainingData, dataloader_workers
 from slmsam2_cli.training.label_unet import SliceSampler
 
 PX, LENGTH = 32, 4
@@ -27,13 +27,13 @@ def plan(**changes):
     return TrainingPlan(**{**base, **changes})
 
 
-def material():
+def training_data():
     cases = [case(name=name, size=(PX, PX)) for name in ("left", "right")]
-    return Material(ClipSampler(cases, [1], whole(PX)), SliceSampler(cases, [1], PX))
+    return TrainingData(ClipSampler(cases, [1], whole(PX)), SliceSampler(cases, [1], PX))
 
 
 def feed(first=0, workers=0, batches=None, **changes):
-    return Feed(batches or Batches(material(), plan(), 48), first, lambda: LENGTH, workers, **changes)
+    return BatchFeed(batches or BatchDataset(training_data(), plan(), 48), first, lambda: LENGTH, workers, **changes)
 
 
 def same(one, other):
@@ -56,7 +56,7 @@ def test_a_feed_that_begins_later_goes_on_as_if_it_had_not_been_away():
 def test_steps_differ_and_so_do_seeds():
     one = feed()
     assert not same(one.next(), one.next())
-    assert not same(feed().next(), feed(batches=Batches(material(), plan(seed=1), 48)).next())
+    assert not same(feed().next(), feed(batches=BatchDataset(training_data(), plan(seed=1), 48)).next())
 
 
 def test_a_batch_holds_as_many_windows_as_the_plan_says_and_none_loses_all_its_tracks():
@@ -72,11 +72,11 @@ def test_random_draws_of_others_are_left_alone():
     assert torch.equal(torch.rand(1), expected)
 
 
-class Dying(Batches):
+class Dying(BatchDataset):
     """Step 2 cannot be drawn."""
 
     def __init__(self, how):
-        super().__init__(material(), plan(), 48)
+        super().__init__(training_data(), plan(), 48)
         self.how = how
 
     def __getitem__(self, at):
@@ -91,7 +91,7 @@ def until_it_fails(one):
             one.next()
             time.sleep(0.05)
     except RuntimeError as error:
-        raise one.death(error) or error from None
+        raise one.worker_error(error) or error from None
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -102,7 +102,7 @@ def test_a_process_that_is_killed_while_it_draws_is_an_error_with_step_and_volum
 
 def test_a_process_that_hangs_is_an_error_after_the_patience_is_over():
     with pytest.raises(TrainingError, match=r"step 2, .*hung"):
-        until_it_fails(feed(workers=1, batches=Dying(lambda: time.sleep(60)), patience_s=2))
+        until_it_fails(feed(workers=1, batches=Dying(lambda: time.sleep(60)), timeout_s=2))
 
 
 FINISHING = """
@@ -125,12 +125,12 @@ def test_who_draws_goes_on_when_the_whole_group_is_told_to_end_so_that_a_step_ca
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_volume_that_cannot_be_shown_is_named(workers, monkeypatch):
-    made = Batches(material(), plan(), 48)
+    made = BatchDataset(training_data(), plan(), 48)
 
     def damaged(*_):
         raise ValueError("cannot reshape")
 
-    monkeypatch.setattr(made.material.clips, "show", damaged)
+    monkeypatch.setattr(made.training_data.clips, "show", damaged)
     with pytest.raises(TrainingError, match=r"step 0, .*(left|right).*: cannot reshape.*prepared/"):
         feed(workers=workers, batches=made).next()
 
@@ -140,18 +140,18 @@ def test_a_volume_that_is_cut_short_while_it_is_learned_from_is_named(workers, t
     shown = case(name="left", size=(PX, PX))
     atomic.write_npy(tmp_path / "frames.npy", shown.frames)
     mapped = SimpleNamespace(**(vars(shown) | {"frames": atomic.open_npy(tmp_path / "frames.npy")}))
-    one = feed(workers=workers, batches=Batches(Material(ClipSampler([mapped], [1], whole(PX))), plan()))
+    one = feed(workers=workers, batches=BatchDataset(TrainingData(ClipSampler([mapped], [1], whole(PX))), plan()))
     one.next()
     idle = 0
     while workers and idle < 5:  # what is being read is not to go away under it
         time.sleep(0.02)
-        idle = idle + 1 if (one.at_work[:, 1] == -1).all() else 0
+        idle = idle + 1 if (one.in_progress[:, 1] == -1).all() else 0
     os.truncate(tmp_path / "frames.npy", 200)
     with pytest.raises(TrainingError, match=r"step [1-4]: case left: frames.npy was cut short.*prepared/"):
         until_it_fails(one)
 
 
 def test_on_a_cpu_and_from_random_weights_nobody_draws_ahead():
-    assert workers_for(torch.device("cpu"), from_scratch=False) == 0
-    assert workers_for(torch.device("cuda"), from_scratch=True) == 0
-    assert workers_for(torch.device("cuda"), from_scratch=False) >= 1
+    assert dataloader_workers(torch.device("cpu"), from_scratch=False) == 0
+    assert dataloader_workers(torch.device("cuda"), from_scratch=True) == 0
+    assert dataloader_workers(torch.device("cuda"), from_scratch=False) >= 1

@@ -47,7 +47,7 @@ def test_three_processes_stay_in_step():
 
 
 def test_of_one_clip_a_step_each_takes_one_the_gradient_is_the_same_and_the_first_one_says_when_it_is_over():
-    settings, whole_ = plan(clips_per_step=1, steps=50, presence="base"), plan(steps=50, presence="base")
+    settings, whole_ = plan(clips_per_step=1, steps=50, object_score_target="teacher"), plan(steps=50, object_score_target="teacher")
     alone, leader = learner(whole_), learner(settings)
     (expected,) = steps(alone, whole_, until=1)
     with shared(leader, 2, partial(help_on, settings)) as ranks:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from stacks import case
 
-from slmsam2_cli.model.roi import Square
-from slmsam2_cli.training.label_unet import SliceSampler, new_recogniser, recogniser_loss
+from slmsam2_cli.model.roi import RoiCrop
+from slmsam2_cli.training.label_unet import SliceSampler, label_unet_loss, new_label_unet
 
 PX = 64
 
@@ -42,7 +42,7 @@ def test_pixels_that_nobody_looked_at_are_not_learned_from():
     logits = torch.zeros(32, 2, 48, 48)
     changed = logits.clone()
     changed[:, 1][truth == -1] = 50.0
-    assert torch.equal(recogniser_loss(logits, truth), recogniser_loss(changed, truth))
+    assert torch.equal(label_unet_loss(logits, truth), label_unet_loss(changed, truth))
 
 
 def test_a_case_without_a_label_teaches_nothing():
@@ -53,34 +53,34 @@ def test_a_case_without_a_label_teaches_nothing():
 
 def test_it_looks_around_what_would_have_been_annotated():
     (source,) = SliceSampler([made()], [1], PX).sources
-    assert source.square == Square(0, 0, 16)  # 8 pixels wide at (4, 4)
+    assert source.square == RoiCrop(0, 0, 16)  # 8 pixels wide at (4, 4)
 
 
 def test_large_squares_are_seen_smaller_and_by_fewer_channels():
     small, large = made(), made()
     large.labels[4, :, :] = 1
     few, many = SliceSampler([small], [1], PX), SliceSampler([large], [1], PX)
-    many.sources = [replace(source, square=Square(0, 0, 300)) for source in many.sources]
+    many.sources = [replace(source, square=RoiCrop(0, 0, 300)) for source in many.sources]
     assert (few.px, many.px) == (48, 128)
-    assert new_recogniser(few, 1, 0).logits.in_channels == 2 * new_recogniser(many, 1, 0).logits.in_channels
+    assert new_label_unet(few, 1, 0).logits.in_channels == 2 * new_label_unet(many, 1, 0).logits.in_channels
 
 
 def test_the_loss_is_nothing_when_all_is_right_and_large_when_all_is_wrong():
     truth = torch.zeros(2, 8, 8, dtype=torch.long)
     truth[:, 2:6] = 1
     right = torch.stack([torch.where(truth == 0, 20.0, -20.0), torch.where(truth == 1, 20.0, -20.0)], 1)
-    assert recogniser_loss(right, truth).item() == pytest.approx(0, abs=1e-4)
-    assert recogniser_loss(-right, truth).item() > 10
+    assert label_unet_loss(right, truth).item() == pytest.approx(0, abs=1e-4)
+    assert label_unet_loss(-right, truth).item() > 10
 
 
 def test_it_learns_a_label_that_can_be_seen():
     one = made()
     one.frames = np.where(one.labels[None] == 1, 0.9, 0.2).astype(np.float16)
     sampler = SliceSampler([one], [1], PX)
-    recogniser, rng, torch_rng = new_recogniser(sampler, 1, 0), np.random.default_rng(0), torch.Generator().manual_seed(0)
-    optimiser, losses = torch.optim.AdamW(recogniser.parameters(), lr=2e-3), []
+    label_unet, rng, torch_rng = new_label_unet(sampler, 1, 0), np.random.default_rng(0), torch.Generator().manual_seed(0)
+    optimiser, losses = torch.optim.AdamW(label_unet.parameters(), lr=2e-3), []
     for _ in range(12):
-        loss = recogniser_loss(*[f(x) for f, x in zip((recogniser, lambda t: t), sampler.draw(rng, torch_rng, sampler.px, 4))])
+        loss = label_unet_loss(*[f(x) for f, x in zip((label_unet, lambda t: t), sampler.draw(rng, torch_rng, sampler.px, 4))])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -93,7 +93,7 @@ def test_a_label_is_one_piece_where_it_is_one_in_every_volume():
     assert SliceSampler([one], [1], PX).one_piece == [True]
     two.labels[3, 40:44, 40:44] = 1  # 16 of 400 voxels lie apart
     assert SliceSampler([one, two], [1], PX).one_piece == [False]
-    assert new_recogniser(SliceSampler([one], [1], PX), 1, 0).pieces == [1]
+    assert new_label_unet(SliceSampler([one], [1], PX), 1, 0).pieces == [1]
 
 
 def test_nothing_is_known_of_a_label_that_no_volume_holds_or_of_volumes_not_looked_at_as_a_whole():

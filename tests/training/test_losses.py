@@ -9,14 +9,14 @@ from slmsam2_cli.model.slmsam2 import SliceOutput
 from slmsam2_cli.training.losses import Weights, balanced, focal, slice_loss, soft_dice, true_iou
 
 
-def output(candidates, iou=None, presence=0.0):
+def output(candidates, iou=None, object_score=0.0):
     batch, count = candidates.shape[:2]
     best = torch.zeros(batch, dtype=torch.long)
     return SliceOutput(
         candidates,
         torch.zeros(batch, count) if iou is None else iou,
         best,
-        torch.full((batch, 1), presence),
+        torch.full((batch, 1), object_score),
         candidates[:, :1],
         candidates[:, :1],
         torch.zeros(batch, 4),
@@ -47,9 +47,9 @@ def test_iou_of_half_against_everything_is_one_half_and_of_two_empty_masks_one()
 
 def test_an_absent_object_costs_presence_and_a_mask_that_does_not_vanish_but_no_dice():
     nothing = torch.zeros(1, 1, 8, 8)
-    loss = slice_loss(output(torch.full((1, 1, 8, 8), -30.0), presence=30.0), nothing)
+    loss = slice_loss(output(torch.full((1, 1, 8, 8), -30.0), object_score=30.0), nothing)
     assert loss.dice == 0 and loss.iou == 0
-    assert loss.presence.item() == pytest.approx(30.0, rel=1e-3)
+    assert loss.object_score.item() == pytest.approx(30.0, rel=1e-3)
     assert loss.pixels.item() == pytest.approx(0.0, abs=1e-6)
     assert slice_loss(output(torch.full((1, 1, 8, 8), 30.0)), nothing).pixels > 1
 
@@ -68,15 +68,15 @@ def test_low_resolution_candidates_are_compared_at_the_masks_size():
 def test_what_nobody_looked_at_costs_nothing():
     """The unknown half of the slice is predicted wrongly; the known half is right."""
     known = 1 - half()
-    loss = slice_loss(output(torch.full((1, 1, 8, 8), 30.0), presence=30.0), 1 - half(), known)
+    loss = slice_loss(output(torch.full((1, 1, 8, 8), 30.0), object_score=30.0), 1 - half(), known)
     assert loss.iou.item() == pytest.approx(1.0)  # the IoU was predicted as 0 and is 1 where it is known
     assert loss.pixels.item() == pytest.approx(0.0, abs=1e-6) and loss.dice.item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_presence_is_not_judged_where_the_object_may_hide_in_what_nobody_looked_at():
     nothing = torch.zeros(1, 1, 8, 8)
-    assert slice_loss(output(-torch.ones(1, 1, 8, 8), presence=30.0), nothing, half()).presence == 0
-    assert slice_loss(output(-torch.ones(1, 1, 8, 8), presence=30.0), nothing, torch.ones(1, 1, 8, 8)).presence > 1
+    assert slice_loss(output(-torch.ones(1, 1, 8, 8), object_score=30.0), nothing, half()).object_score == 0
+    assert slice_loss(output(-torch.ones(1, 1, 8, 8), object_score=30.0), nothing, torch.ones(1, 1, 8, 8)).object_score > 1
 
 
 def test_balanced_cross_entropy_counts_inside_and_outside_one_half_each_whatever_their_size():
@@ -94,7 +94,7 @@ def test_balanced_cross_entropy_heeds_only_what_somebody_looked_at():
 
 
 def test_weights_say_what_each_term_counts():
-    weights = Weights(pixels=0.3, balanced=True, iou=0.0, presence=0.0)
+    weights = Weights(pixels=0.3, balanced=True, iou=0.0, object_score=0.0)
     loss = slice_loss(output(torch.zeros(1, 1, 8, 8)), half(), weights=weights)
     assert loss.pixels.item() == pytest.approx(math.log(2), rel=1e-5)
     assert loss.total.item() == pytest.approx(0.3 * math.log(2) + loss.dice.item(), rel=1e-5)
@@ -109,8 +109,8 @@ def test_a_mask_where_nothing_is_may_count_more():
 def test_presence_that_is_kept_is_compared_with_what_was_believed_whatever_the_truth():
     even = torch.tensor([0.5])
     for target in (half(), torch.zeros(1, 1, 8, 8)):
-        assert slice_loss(output(torch.zeros(1, 1, 8, 8), presence=0.0), target, believed=even).presence.item() == pytest.approx(
-            math.log(2)
-        )
-        sure = slice_loss(output(torch.zeros(1, 1, 8, 8), presence=4.0), target, believed=torch.tensor([1.0])).presence
+        assert slice_loss(
+            output(torch.zeros(1, 1, 8, 8), object_score=0.0), target, target_scores=even
+        ).object_score.item() == pytest.approx(math.log(2))
+        sure = slice_loss(output(torch.zeros(1, 1, 8, 8), object_score=4.0), target, target_scores=torch.tensor([1.0])).object_score
         assert sure.item() == pytest.approx(math.log(1 + math.exp(-4)), rel=1e-4)

@@ -6,11 +6,11 @@ from stacks import case, whole
 
 from slmsam2_cli.errors import WeightsError
 from slmsam2_cli.model import adapters
-from slmsam2_cli.model.label_unet import Recogniser
+from slmsam2_cli.model.label_unet import LabelUNet
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import AdapterPlan, NetworkPlan, TrainingPlan
 from slmsam2_cli.training.clips import ClipSampler
-from slmsam2_cli.training.dataloader import Material
+from slmsam2_cli.training.dataloader import TrainingData
 from slmsam2_cli.training.state import load_state, save_state
 from slmsam2_cli.training.trainable import parameter_groups, prepare, trainable_names
 from slmsam2_cli.training.trainer import new_learner, train
@@ -37,7 +37,7 @@ def learner(settings):
 
 def run(one, settings, until=None):
     sampler = ClipSampler([case(slices=8, held=range(2, 6), size=(PX, PX))], [1], whole(PX))
-    return list(train(one, Material(sampler), settings, lambda: until is not None and one.step >= until))
+    return list(train(one, TrainingData(sampler), settings, lambda: until is not None and one.step >= until))
 
 
 def state(one):
@@ -55,7 +55,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(settings, tmp_pa
     run(second, settings)
     expected, found = state(whole), state(second)
     assert second.step == 4 and all(torch.equal(expected[name], found[name]) for name in expected)
-    kept, wanted = adapters.whole_state(second.average), adapters.whole_state(whole.average)
+    kept, wanted = adapters.full_state(second.average), adapters.full_state(whole.average)
     assert all(torch.equal(wanted[name], kept[name]) for name in wanted)
 
 
@@ -82,9 +82,9 @@ def test_each_strategy_trains_less_than_the_one_before():
 def test_under_adapters_both_the_pairs_and_the_heads_learn_and_the_base_stays():
     settings = plan("adapters")
     one = learner(settings)
-    base = {name: tensor.clone() for name, tensor in adapters.split(adapters.whole_state(one.model))[0].items()}
+    base = {name: tensor.clone() for name, tensor in adapters.split(adapters.full_state(one.model))[0].items()}
     run(one, settings)
-    kept, own = adapters.split(adapters.whole_state(one.average))
+    kept, own = adapters.split(adapters.full_state(one.average))
     assert all(torch.equal(base[name], kept[name]) for name in base)
     assert own["MR"]["image_encoder.trunk.blocks.0.attn.qkv.up"].abs().sum() > 0
     assert not torch.equal(own["MR"]["tuned.stream_fuser.gate"], base["stream_fuser.gate"])
@@ -101,7 +101,7 @@ def test_what_starts_at_zero_learns_at_a_ten_thousandth_at_least_unless_everythi
 @pytest.mark.parametrize("strategy", ["full", "frozen-encoder", "decoder+memory", "adapters"])
 def test_a_recogniser_learns_at_its_own_rate_under_every_strategy(strategy):
     model = prepared(plan(strategy, learning_rate=1e-4))
-    model.recogniser = Recogniser(1, [1], 32, width=8)
+    model.label_unet = LabelUNet(1, [1], 32, width=8)
     (fast,) = (
         group["scale"]
         for group in parameter_groups(model, plan(strategy, learning_rate=1e-4))

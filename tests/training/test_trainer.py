@@ -12,12 +12,12 @@ from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan, TrainingPlan
 from slmsam2_cli.training import trainer
 from slmsam2_cli.training.clips import ClipSampler
-from slmsam2_cli.training.dataloader import Material
-from slmsam2_cli.training.label_unet import SliceSampler, new_recogniser
-from slmsam2_cli.training.learner import share_done
+from slmsam2_cli.training.dataloader import TrainingData
+from slmsam2_cli.training.label_unet import SliceSampler, new_label_unet
+from slmsam2_cli.training.learner import fraction_done
 from slmsam2_cli.training.losses import Weights
-from slmsam2_cli.training.state import load_state, previous_of, save_state
-from slmsam2_cli.training.trainer import belief, clip_losses, clip_slices, new_learner, train
+from slmsam2_cli.training.state import backup_path, load_state, save_state
+from slmsam2_cli.training.trainer import clip_losses, clip_slices, new_learner, teacher_scores, train
 
 PX = 32
 
@@ -31,7 +31,7 @@ def plan(steps=4, **changes):
 def learner(steps=4, from_scratch=False, **changes):
     torch.manual_seed(0)
     model = SlmSam2(NetworkPlan(size="nano"), PX)
-    model.recogniser = new_recogniser(slices(), 1, 0)
+    model.label_unet = new_label_unet(slices(), 1, 0)
     return new_learner(model, plan(steps, **changes), from_scratch)
 
 
@@ -48,24 +48,24 @@ def sampler():
 
 
 def run(one, until=None, steps=4):
-    return list(train(one, Material(sampler(), slices()), plan(steps), lambda: until is not None and one.step >= until))
+    return list(train(one, TrainingData(sampler(), slices()), plan(steps), lambda: until is not None and one.step >= until))
 
 
 def weights(one):
     return {**{f"m/{n}": t for n, t in one.model.state_dict().items()}, **{f"a/{n}": t for n, t in one.average.state_dict().items()}}
 
 
-@pytest.mark.parametrize(("threads", "presence"), [(1, "truth"), (1, "base"), (2, "base")])
-def test_a_run_resumed_from_disk_ends_bit_for_bit_like_an_undisturbed_one(tmp_path, threads, presence):
+@pytest.mark.parametrize(("threads", "object_score"), [(1, "ground_truth"), (1, "teacher"), (2, "teacher")])
+def test_a_run_resumed_from_disk_ends_bit_for_bit_like_an_undisturbed_one(tmp_path, threads, object_score):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)  # with two, what the next step shows is looked at before this one is over
     try:
-        whole = learner(presence=presence)
+        whole = learner(object_score_target=object_score)
         run(whole)
-        first = learner(presence=presence)
+        first = learner(object_score_target=object_score)
         run(first, until=2)
         save_state(tmp_path / "state.safetensors", first, "settings")
-        second = learner(presence=presence)
+        second = learner(object_score_target=object_score)
         torch.manual_seed(99)
         assert load_state(tmp_path / "state.safetensors", second, "settings") == ""
         assert second.step == 2
@@ -86,7 +86,7 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_says_so(tmp_path):
     path.write_bytes(path.read_bytes()[:1000])
     other = learner()
     assert "state.previous.safetensors" in load_state(path, other, "settings")
-    assert other.step == 1 and previous_of(path).exists()
+    assert other.step == 1 and backup_path(path).exists()
 
 
 def test_after_falling_back_the_good_state_survives_an_interrupted_save(tmp_path, monkeypatch):
@@ -192,19 +192,19 @@ def test_from_random_weights_clips_grow_and_from_trained_ones_they_are_long_at_o
 def test_a_run_is_done_by_steps_or_by_minutes_whichever_comes_first():
     one = learner()
     one.step, one.seconds = 2, 30.0
-    assert share_done(one, plan(4)) == 0.5
-    assert share_done(one, plan(4, minutes=0.5)) == 1.0
+    assert fraction_done(one, plan(4)) == 0.5
+    assert fraction_done(one, plan(4, minutes=0.5)) == 1.0
 
 
 def test_where_presence_is_kept_the_untouched_network_has_nothing_to_learn_of_it():
     torch.manual_seed(0)
-    one = new_learner(SlmSam2(NetworkPlan(size="nano"), PX), plan(presence="base"), from_scratch=False)
+    one = new_learner(SlmSam2(NetworkPlan(size="nano"), PX), plan(object_score_target="teacher"), from_scratch=False)
     clips = sampler().draw(np.random.default_rng(0), 1, 3, 4)
-    only = Weights(pixels=0.0, dice=0.0, iou=0.0, presence=1.0)
+    only = Weights(pixels=0.0, dice=0.0, iou=0.0, object_score=1.0)
     for teacher, still in ((one.teacher, True), (None, False)):
         one.model.zero_grad()
-        believed = partial(belief, teacher, clips) if teacher is not None else None
-        losses = clip_losses(one.model, clips, torch.device("cpu"), only, believed=believed)
+        target_scores = partial(teacher_scores, teacher, clips) if teacher is not None else None
+        losses = clip_losses(one.model, clips, torch.device("cpu"), only, target_scores=target_scores)
         torch.stack([part.total for part in losses]).mean().backward()
         largest = max(float(p.grad.abs().max()) for p in one.model.parameters() if p.grad is not None)
         assert (largest < 1e-6) == still
@@ -213,23 +213,23 @@ def test_where_presence_is_kept_the_untouched_network_has_nothing_to_learn_of_it
 def test_presence_is_kept_only_by_plan_and_never_from_random_weights():
     model = SlmSam2(NetworkPlan(size="nano"), PX)
     assert new_learner(model, plan(), from_scratch=False).teacher is None
-    assert new_learner(model, plan(presence="base"), from_scratch=True).teacher is None
-    teacher = new_learner(model, plan(presence="base"), from_scratch=False).teacher
+    assert new_learner(model, plan(object_score_target="teacher"), from_scratch=True).teacher is None
+    teacher = new_learner(model, plan(object_score_target="teacher"), from_scratch=False).teacher
     assert teacher is not None and not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 
 
 def test_what_keeps_presence_does_not_change_while_the_rest_learns():
     torch.manual_seed(0)
-    one = new_learner(SlmSam2(NetworkPlan(size="nano"), PX), plan(2, presence="base"), from_scratch=False)
+    one = new_learner(SlmSam2(NetworkPlan(size="nano"), PX), plan(2, object_score_target="teacher"), from_scratch=False)
     before = [p.clone() for p in one.teacher.parameters()]
-    assert len(list(train(one, Material(sampler()), plan(2, presence="base"), lambda: False))) == 2
+    assert len(list(train(one, TrainingData(sampler()), plan(2, object_score_target="teacher"), lambda: False))) == 2
     assert all(torch.equal(p, q) for p, q in zip(before, one.teacher.parameters()))
     assert any(not torch.equal(p, q) for p, q in zip(before, one.model.parameters()))
 
 
 def test_a_learner_moves_with_all_its_networks_and_what_its_optimiser_remembers():
-    one = new_learner(SlmSam2(NetworkPlan(size="nano"), PX), plan(1, presence="base"), from_scratch=False)
-    list(train(one, Material(sampler()), plan(1, presence="base"), lambda: False))
+    one = new_learner(SlmSam2(NetworkPlan(size="nano"), PX), plan(1, object_score_target="teacher"), from_scratch=False)
+    list(train(one, TrainingData(sampler()), plan(1, object_score_target="teacher"), lambda: False))
     one.to(torch.device("meta"))
     networks = (one.model, one.average, one.teacher)
     assert {p.device.type for network in networks for p in network.parameters()} == {"meta"}

@@ -8,44 +8,44 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slmsam2_cli.model.memory.policy import Moment, Stream, gated, recent, within
+from slmsam2_cli.model.memory.policy import ReadContext, Stream, gated, recent, within
 
 
 @dataclass(frozen=True)
 class Fifo:
     """memories: temporal rows, one of them for anchors; pointers: how many pointers are read at most.
 
-    presence_gate: a tracked slice on which the object is hardly certain is not read (SAM 3's default), the slice just passed
+    object_score_gate: a tracked slice on which the object is hardly certain is not read (SAM 3's default), the slice just passed
     always; the others keep their rows.
     """
 
     memories: int = 7
     pointers: int = 16
-    presence_gate: bool = False
-    two_sided: bool = False
+    object_score_gate: bool = False
+    shared_memory: bool = False
     name: str = "fifo"
 
     @property
-    def weighs(self) -> bool:
+    def needs_scores(self) -> bool:
         """Only behind the gate."""
-        return self.presence_gate
+        return self.object_score_gate
 
-    def read(self, moment: Moment) -> tuple[Stream, ...]:
+    def read(self, moment: ReadContext) -> tuple[Stream, ...]:
         """One stream: the long view."""
         return (self.long(moment),)
 
-    def keep(self, moment: Moment) -> list[int]:
+    def keep(self, moment: ReadContext) -> list[int]:
         """What is within reach; with two-sided reading also what a pass from an anchor the other way will read first."""
-        return within(moment, max(self.memories, self.pointers), moment.anchors if self.two_sided else ())
+        return within(moment, max(self.memories, self.pointers), moment.anchors if self.shared_memory else ())
 
-    def long(self, moment: Moment) -> Stream:
+    def long(self, moment: ReadContext) -> Stream:
         """Anchors and the last `memories` - 1 tracked slices; missing slices are dropped, not padded."""
-        moment = gated(moment) if self.presence_gate else moment
+        moment = gated(moment) if self.object_score_gate else moment
         anchors = [(anchor, self.memories - 1) for anchor in moment.anchors]
         tracked = [(slice_, distance - 1) for slice_, distance in recent(moment, self.memories - 1) if slice_ in moment.tracked]
         return Stream(tuple(anchors + tracked), tuple(self._pointers(moment)))
 
-    def _pointers(self, moment: Moment) -> list[tuple[int, int]]:
+    def _pointers(self, moment: ReadContext) -> list[tuple[int, int]]:
         past = [(anchor, (moment.slice - anchor) * moment.step) for anchor in moment.anchors]
         reach = min(moment.slices, self.pointers) - 1
         tracked = [(slice_, distance) for slice_, distance in reversed(recent(moment, reach)) if slice_ in moment.tracked]

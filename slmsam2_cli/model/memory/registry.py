@@ -9,16 +9,16 @@ from slmsam2_cli.model.memory.shortlong import ShortLong, ShortLongSelfSort
 from slmsam2_cli.planning.plan import NetworkPlan
 
 
-def policy_of(network: NetworkPlan, memories: int, pointers: int) -> MemoryPolicy:
+def build_policy(network: NetworkPlan, memories: int, pointers: int) -> MemoryPolicy:
     """The policy a plan names. memories: rows of the network's temporal table; pointers: how many it was made to read."""
     if network.policy in ("fifo", "shortlong"):
-        long = Fifo(memories, pointers, network.presence_gate, network.two_sided)
+        long = Fifo(memories, pointers, network.object_score_gate, network.shared_memory)
         return ShortLong(long) if network.has_short_stream else long
-    bank = bank_of(network, memories)
+    bank = build_bank(network, memories)
     return ShortLongSelfSort(bank) if network.has_short_stream else bank
 
 
-def bank_of(network: NetworkPlan, memories: int) -> SelfSort:
+def build_bank(network: NetworkPlan, memories: int) -> SelfSort:
     """The self-sorting bank with a plan's settings, whichever policy the plan names."""
     return SelfSort(
         network.bank_slices,
@@ -26,6 +26,6 @@ def bank_of(network: NetworkPlan, memories: int) -> SelfSort:
         network.bank_confidence,
         network.bank_similarity,
         row=memories - 1,
-        presence_gate=network.presence_gate,
-        two_sided=network.two_sided,
+        object_score_gate=network.object_score_gate,
+        shared_memory=network.shared_memory,
     )

@@ -14,17 +14,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slmsam2_cli.model.memory.policy import SURE_ENOUGH, Evidence, Moment, Stream
+from slmsam2_cli.model.memory.policy import MIN_CERTAINTY, MemoryScores, ReadContext, Stream
 
-NEIGHBOUR = 1  # pointer distance of every slice that is read, in slices
+POINTER_DISTANCE = 1  # pointer distance of every slice that is read, in slices
 
 
 @dataclass(frozen=True)
 class SelfSort:
     """capacity: tracked slices in the bank; nearest: how many of them are read; both thresholds are inclusive.
 
-    row: of the temporal table, for everything; presence_gate: a slice enters only when the object's certainty passes the gate;
-    two_sided: one bank for the passes in both directions.
+    row: of the temporal table, for everything; object_score_gate: a slice enters only when the object's certainty passes the gate;
+    shared_memory: one bank for the passes in both directions.
     """
 
     capacity: int = 16
@@ -32,27 +32,27 @@ class SelfSort:
     min_confidence: float = 0.5
     min_similarity: float = 0.5
     row: int = 6
-    presence_gate: bool = False
-    two_sided: bool = False
+    object_score_gate: bool = False
+    shared_memory: bool = False
     name: str = "selfsort"
-    weighs: bool = True
+    needs_scores: bool = True
 
-    def read(self, moment: Moment) -> tuple[Stream, ...]:
+    def read(self, moment: ReadContext) -> tuple[Stream, ...]:
         """One stream: the long view."""
         return (self.long(moment),)
 
-    def keep(self, moment: Moment) -> list[int]:
+    def keep(self, moment: ReadContext) -> list[int]:
         """The bank, and the slice just stored: its mask may be carried to the next one."""
         return [*{*self.members(moment), *(s for s in moment.tracked if s == moment.slice)}]
 
-    def long(self, moment: Moment) -> Stream:
+    def long(self, moment: ReadContext) -> Stream:
         """Anchors, and the bank's slices most similar to this one; ties: the more confident first, then the lower index."""
         told = moment.evidence
         ranked = sorted(self.members(moment), key=lambda s: (-told.here[s], -told.confidence[s], s))
         read = [*moment.anchors, *ranked[: self.nearest]]
-        return Stream(tuple((s, self.row) for s in read), tuple((s, NEIGHBOUR) for s in read))
+        return Stream(tuple((s, self.row) for s in read), tuple((s, POINTER_DISTANCE) for s in read))
 
-    def members(self, moment: Moment) -> list[int]:
+    def members(self, moment: ReadContext) -> list[int]:
         """The tracked slices in the bank, in the order of writing.
 
         Admission is gone through anew each time. What had left would leave again, so forgetting it changes nothing.
@@ -61,17 +61,17 @@ class SelfSort:
         for slice_ in (s for s in moment.tracked if self.admits(s, moment)):
             bank.append(slice_)
             if len(bank) > self.capacity:
-                bank.remove(least_different(bank, moment.evidence))
+                bank.remove(most_redundant(bank, moment.evidence))
         return bank
 
-    def admits(self, slice_: int, moment: Moment) -> bool:
+    def admits(self, slice_: int, moment: ReadContext) -> bool:
         """Whether the object is there, as surely and as similar to an anchor as the thresholds ask."""
         told = moment.evidence
-        there = told.presence[slice_] > 0 and told.confidence[slice_] >= self.min_confidence
-        certain = not self.presence_gate or told.certainty(slice_) > SURE_ENOUGH
+        there = told.object_score[slice_] > 0 and told.confidence[slice_] >= self.min_confidence
+        certain = not self.object_score_gate or told.certainty(slice_) > MIN_CERTAINTY
         return there and certain and max((told.alike[slice_, a] for a in moment.anchors), default=-1.0) >= self.min_similarity
 
 
-def least_different(bank: Sequence[int], told: Evidence) -> int:
+def most_redundant(bank: Sequence[int], told: MemoryScores) -> int:
     """The slice whose summed 1 - similarity to the others is least; ties: the less confident, then the higher index."""
     return min(bank, key=lambda s: (sum(1 - told.alike[s, other] for other in bank if other != s), told.confidence[s], -s))

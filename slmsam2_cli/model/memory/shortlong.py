@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from slmsam2_cli.model.memory.fifo import Fifo
-from slmsam2_cli.model.memory.policy import Moment, Stream, recent
-from slmsam2_cli.model.memory.selfsort import NEIGHBOUR, SelfSort
+from slmsam2_cli.model.memory.policy import ReadContext, Stream, recent
+from slmsam2_cli.model.memory.selfsort import POINTER_DISTANCE, SelfSort
 
 
 @dataclass(frozen=True)
@@ -26,25 +26,25 @@ class ShortLong:
     name: str = "shortlong"
 
     @property
-    def weighs(self) -> bool:
+    def needs_scores(self) -> bool:
         """Whether the long view does."""
-        return self.long.weighs
+        return self.long.needs_scores
 
     @property
-    def two_sided(self) -> bool:
+    def shared_memory(self) -> bool:
         """Whether the long view is."""
-        return self.long.two_sided
+        return self.long.shared_memory
 
-    def read(self, moment: Moment) -> tuple[Stream, ...]:
+    def read(self, moment: ReadContext) -> tuple[Stream, ...]:
         """Two streams: long, short."""
         return (self.long.long(moment), near(moment, self.short))
 
-    def keep(self, moment: Moment) -> list[int]:
+    def keep(self, moment: ReadContext) -> list[int]:
         """What the long view keeps; it reaches farther."""
         return self.long.keep(moment)
 
 
-def near(moment: Moment, short: int) -> Stream:
+def near(moment: ReadContext, short: int) -> Stream:
     """The last `short` slices, tracked or annotated, at temporal rows k - 1, with unsigned pointer distances."""
     known = [(s, k) for s, k in recent(moment, short) if s in moment.tracked or s in moment.anchors]
     return Stream(tuple((s, k - 1) for s, k in known), tuple(reversed(known)))
@@ -57,30 +57,30 @@ class ShortLongSelfSort:
     bank: SelfSort = field(default_factory=SelfSort)
     short: int = 1
     name: str = "shortlong+selfsort"
-    weighs: bool = True
+    needs_scores: bool = True
 
     @property
-    def two_sided(self) -> bool:
+    def shared_memory(self) -> bool:
         """Whether the bank is."""
-        return self.bank.two_sided
+        return self.bank.shared_memory
 
     @property
     def min_similarity(self) -> float:
         """What the bank asks for."""
         return self.bank.min_similarity
 
-    def read(self, moment: Moment) -> tuple[Stream, ...]:
+    def read(self, moment: ReadContext) -> tuple[Stream, ...]:
         """Two streams: long, short."""
         long = self.bank.long(moment)
         return (long, near(moment, self.short) if moment.step else most_similar(long, moment))
 
-    def keep(self, moment: Moment) -> list[int]:
+    def keep(self, moment: ReadContext) -> list[int]:
         """The bank, and as many of the last slices as the short stream sees."""
         last = {moment.slice - moment.step * distance for distance in range(self.short)}
         return [*{*self.bank.keep(moment), *last.intersection(moment.tracked)}]
 
 
-def most_similar(long: Stream, moment: Moment) -> Stream:
+def most_similar(long: Stream, moment: ReadContext) -> Stream:
     """Of what the long stream reads, the slice most similar to this one, in row 0."""
     best = max((s for s, _ in long.spatial), key=lambda s: moment.evidence.here[s])
-    return Stream(((best, 0),), ((best, NEIGHBOUR),))
+    return Stream(((best, 0),), ((best, POINTER_DISTANCE),))
