@@ -43,7 +43,7 @@ def masks_of(folder):
 
 def test_masks_of_the_base_are_those_of_the_cpu(dataset, tmp_path):
     for device in ("cpu", "cuda"):
-        assert predict(dataset / "imagesTr", tmp_path / device, prompts_from=dataset / "labelsTr", report=False, device=device) == 0
+        assert predict(dataset / "imagesTr", tmp_path / device, simulate_from=dataset / "labelsTr", report=False, device=device) == 0
     pairs = list(zip(masks_of(tmp_path / "cpu"), masks_of(tmp_path / "cuda"), strict=True))
     assert len(pairs) == 3
     for one, other in pairs:

@@ -93,7 +93,7 @@ def test_masks_never_go_where_the_images_are(space: Workspace, capsys: pytest.Ca
     images = space.root.parent / "imagesTr"
     before = {path.name: sha256_of(path) for path in images.iterdir()}
     assert (
-        run_for_exit_code(lambda: predict(images, images, prompts_from=space.root.parent / "labelsTr", model=space.finetuned, device="cpu"))
+        run_for_exit_code(lambda: predict(images, images, simulate_from=space.root.parent / "labelsTr", model=space.finetuned, device="cpu"))
         == 2
     )
     assert "same folder" in capsys.readouterr().err

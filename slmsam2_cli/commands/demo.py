@@ -72,7 +72,7 @@ def _finetune(dataset: Path, space: Workspace, minutes: float, device: DeviceNam
 
 def _predict(dataset: Path, space: Workspace, device: DeviceName, overwrite: bool) -> int:
     """The cases that were not learned from, each from the middle slice of each label."""
-    return predict(None, None, dataset=dataset, workspace=space, where="middle", device=device, overwrite=overwrite)
+    return predict(None, None, dataset=dataset, workspace=space, prompt_slice="middle", device=device, overwrite=overwrite)
 
 
 def _show(dataset: Path, space: Workspace) -> None:

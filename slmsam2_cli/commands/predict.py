@@ -103,13 +103,13 @@ class Job:
 
 def predict(
     images: Path | None,
-    masks: Path | None,
+    output: Path | None,
     *,
-    dataset: Path | None = None,
     prompts: Path | None = None,
-    prompts_from: Path | None = None,
-    where: Where = "middle",
+    simulate_from: Path | None = None,
+    prompt_slice: Where = "middle",
     mark_ends: bool = False,
+    dataset: Path | None = None,
     workspace: Workspace | None = None,
     model: Path | None = None,
     weights: str | None = None,
@@ -128,8 +128,8 @@ def predict(
         raise UsageError(f"--part-id {part_id} --num-parts {num_parts}: parts are numbered from 0 to {num_parts - 1}")
     data = read_dataset(dataset) if images is None and dataset is not None else None
     found = _cases(images, data, workspace)
-    masks = _masks_folder(masks, workspace, images)
-    source = _prompt_source(prompts, prompts_from, where, mark_ends, data)
+    masks = _masks_folder(output, workspace, images)
+    source = _prompt_source(prompts, simulate_from, prompt_slice, mark_ends, data)
     files = [file for case in found.cases for file in (*case.images, *([case.label] if case.label else []))]
     _check_output_folder(masks, [found.root, source.folder, *(file.parent for file in files)])
     unplanned = partial(plan_from_prompts, found.cases, source, masks=masks, anew=overwrite) if data is None else None
@@ -185,13 +185,13 @@ def _masks_folder(masks: Path | None, workspace: Workspace | None, images: Path 
     raise UsageError("-o MASKS is missing: name a folder for the masks")
 
 
-def _prompt_source(prompts: Path | None, prompts_from: Path | None, where: Where, mark_ends: bool, data: Dataset | None) -> PromptSource:
+def _prompt_source(prompts: Path | None, simulate_from: Path | None, where: Where, mark_ends: bool, data: Dataset | None) -> PromptSource:
     """Where prompts come from; without a word about it, a slice of each label of the data set's own masks."""
-    if prompts is not None and prompts_from is not None:
+    if prompts is not None and simulate_from is not None:
         raise UsageError("-p and --prompts-from both give prompts. Give one of them")
     if prompts is not None and mark_ends:
         raise UsageError("--end-stops is for --prompts-from. Beside masks of your own, list the empty slices in CASE.prompts.json")
-    folder = prompts if prompts is not None else prompts_from
+    folder = prompts if prompts is not None else simulate_from
     if folder is None and data is None:
         raise UsageError(
             "no prompts: give a folder of masks with one painted slice each (-p), or full masks to cut one from (--prompts-from)"

@@ -104,7 +104,7 @@ def test_the_adapter_on_its_base_predicts_like_the_whole_model_also_when_it_was_
     assert export_model(None, adapter, tmp_path / "adapter.zip") == 0
     assert import_model(tmp_path / "adapter.zip", tmp_path / "imported") == 0
     assert "channels    PET, T1, T2, FLAIR, T1c, in this order" in (tmp_path / "imported" / "README.txt").read_text()
-    options = {"prompts_from": folder / "labelsTr", "report": False}
+    options = {"simulate_from": folder / "labelsTr", "report": False}
     assert predict(folder / "imagesTr", tmp_path / "whole", workspace=workspace, **options) == 0
     assert predict(folder / "imagesTr", tmp_path / "apart", model=tmp_path / "imported", weights=base, **options) == 0
     one, other = masks(tmp_path / "whole"), masks(tmp_path / "apart")

@@ -43,7 +43,7 @@ def test_an_imported_model_predicts_like_the_one_that_was_exported(archive, data
     assert (folder / "model.safetensors").read_bytes() == ours.read_bytes()
     image = sorted((dataset / "imagesTr").iterdir())[0]
     for model, masks in ((folder, "theirs"), (ours, "ours")):
-        assert predict(image, tmp_path / masks, prompts_from=dataset / "labelsTr", model=model, report=False) == 0
+        assert predict(image, tmp_path / masks, simulate_from=dataset / "labelsTr", model=model, report=False) == 0
     one, two = (np.asarray(nibabel.load(tmp_path / masks / image.name).dataobj) for masks in ("theirs", "ours"))
     assert np.array_equal(one, two)
 

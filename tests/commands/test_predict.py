@@ -43,9 +43,9 @@ def images(dataset, tmp_path):
 
 
 def run(images, masks, dataset, **options):
-    options.setdefault("prompts_from", dataset / "labelsTr")
+    options.setdefault("simulate_from", dataset / "labelsTr")
     if options.get("prompts"):
-        options["prompts_from"] = None
+        options["simulate_from"] = None
     return predict(images, masks, workspace=Workspace(dataset / "slmsam2"), **options)
 
 
@@ -213,7 +213,7 @@ def test_every_mask_says_which_model_and_which_prompts_made_it(images, tmp_path,
     network = SlmSam2(model.network, 32)
     save_checkpoint(changed, network, model.plan, model.provenance)
     run(one, masks, dataset)
-    run(other, masks, dataset, model=changed, where="largest")
+    run(other, masks, dataset, model=changed, prompt_slice="largest")
     first, second = metadata(masks).values()
     assert (first["model"]["weights_digest"], first["prompts"]) == (model.digest, "simulated: middle")
     assert (second["model"]["weights_digest"], second["prompts"]) == (tensors_digest(network.state_dict()), "simulated: largest")
@@ -329,12 +329,12 @@ def test_two_writers_at_once_are_refused(images, tmp_path, dataset):
     ("options", "message"),
     [
         ({"num_parts": 2, "part_id": 2}, "parts are numbered"),
-        ({"prompts": "x", "prompts_from": "y"}, "both give prompts"),
-        ({"prompts_from": None}, "no prompts"),
+        ({"prompts": "x", "simulate_from": "y"}, "both give prompts"),
+        ({"simulate_from": None}, "no prompts"),
     ],
 )
 def test_impossible_options_are_refused_before_anything_is_read(images, tmp_path, dataset, options, message):
-    arguments = {"prompts_from": dataset / "labelsTr", **options}
+    arguments = {"simulate_from": dataset / "labelsTr", **options}
     with pytest.raises(UsageError, match=message):
         predict(images, tmp_path / "masks", workspace=Workspace(dataset / "slmsam2"), **arguments)
     assert not (tmp_path / "masks").exists()
@@ -372,7 +372,7 @@ def test_a_case_is_known_again_under_another_name(images, tmp_path, dataset):
         folder.mkdir()
         for case in {"phantom_000", "phantom_001", learned}:
             shutil.copy(dataset / source / f"{case}.nii.gz", folder / f"x_{case}.nii.gz")
-    assert run(renamed, masks, dataset, prompts_from=prompts) == 0
+    assert run(renamed, masks, dataset, simulate_from=prompts) == 0
     assert [case for case, entry in metadata(masks).items() if entry["training"]] == [f"x_{learned}"]
 
 
@@ -418,7 +418,7 @@ def test_a_base_follows_the_workspace_s_plan_and_a_model_its_own(images, tmp_pat
     write_plan(elsewhere.plan, planned)
 
     def restore_labels(masks, **options):
-        assert predict(images, masks, prompts_from=dataset / "labelsTr", workspace=elsewhere, **options) == 0
+        assert predict(images, masks, simulate_from=dataset / "labelsTr", workspace=elsewhere, **options) == 0
         return set(json.loads((masks / "manifest.json").read_text())["labels"])
 
     assert restore_labels(tmp_path / "as-base", weights=str(foreign)) == {str(value) for value in planned.labels}
@@ -438,7 +438,7 @@ def test_a_model_of_an_unfinished_run_is_used_with_a_warning(images, tmp_path, d
     shutil.copytree(dataset / "slmsam2" / "finetuned", space.finetuned)
     split = json.loads(space.split.read_text())
     space.split.write_text(json.dumps(split | {"finished": False}))
-    assert predict(images, tmp_path / "masks", prompts_from=dataset / "labelsTr", workspace=space) == 0
+    assert predict(images, tmp_path / "masks", simulate_from=dataset / "labelsTr", workspace=space) == 0
     assert "comes from an unfinished run" in capsys.readouterr().err
 
 
@@ -542,7 +542,7 @@ def test_a_case_without_the_structure_gets_an_empty_mask_and_a_warning(images, t
     name = written(images)[0]
     truth = nibabel.load(labels / name)
     nibabel.save(nibabel.Nifti1Image(np.zeros(truth.shape, np.uint8), truth.affine, truth.header), labels / name)
-    assert run(images, tmp_path / "masks", dataset, prompts_from=labels) == 0
+    assert run(images, tmp_path / "masks", dataset, simulate_from=labels) == 0
     assert "no foreground" in capsys.readouterr().err
     assert not np.asarray(nibabel.load(tmp_path / "masks" / name).dataobj).any()
 
@@ -555,7 +555,7 @@ def test_a_label_nobody_declared_is_named_with_its_voxels(images, tmp_path, data
     changed = np.asarray(truth.dataobj).copy()
     changed[0, 0, 0] = 9
     nibabel.save(nibabel.Nifti1Image(changed, truth.affine, truth.header), labels / name)
-    assert run(images, tmp_path / "masks", dataset, prompts_from=labels) == 1
+    assert run(images, tmp_path / "masks", dataset, simulate_from=labels) == 1
     assert "9 (1 voxels)" in capsys.readouterr().err
 
 

@@ -97,7 +97,7 @@ def test_a_label_that_is_new_is_known_once_everything_is_planned_anew(scans, dat
 
 
 def test_whole_masks_give_the_plan_what_a_data_set_would(scans, dataset, weights, tmp_path):
-    assert predict(scans, tmp_path / "masks", prompts_from=dataset / "labelsTr", weights=weights, report=False) == 0
+    assert predict(scans, tmp_path / "masks", simulate_from=dataset / "labelsTr", weights=weights, report=False) == 0
     assert len(read_plan(tmp_path / "masks" / "plan.json").labels) > 1
 
 

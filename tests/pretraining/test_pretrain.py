@@ -72,7 +72,7 @@ def test_finetune_starts_from_them_and_predict_uses_them_as_they_are(done, tmp_p
     assert tuned.provenance.base_digest == read_checkpoint(done / "nano.safetensors").digest and not tuned.provenance.random
     labels = tmp_path / "data" / "labelsTr"
     images = tmp_path / "data" / "imagesTr"
-    assert predict(images, tmp_path / "masks", prompts_from=labels, weights=weights, workspace=workspace, report=False) == 0
+    assert predict(images, tmp_path / "masks", simulate_from=labels, weights=weights, workspace=workspace, report=False) == 0
     assert {p.name for p in (tmp_path / "masks").glob("*.nii.gz")} == {p.name for p in labels.iterdir()}
 
 

@@ -35,7 +35,7 @@ def test_one_slice_of_a_made_up_patient_becomes_more_than_copies_of_it(run, tmp_
     write_phantom_dataset(tmp_path / "data", cases=4, test_cases=0, shape=(24, 48, 48))
     data, masks = read_dataset(tmp_path / "data"), tmp_path / "masks"
     weights = str(run / "nano.safetensors")
-    assert predict(data.root / "imagesTr", masks, prompts_from=data.root / "labelsTr", weights=weights, report=False, device="cpu") == 0
+    assert predict(data.root / "imagesTr", masks, simulate_from=data.root / "labelsTr", weights=weights, report=False, device="cpu") == 0
     found, copied = [], []
     for case in data.training:
         truth, predicted = (np.asarray(nibabel.load(path).dataobj).T for path in (case.label, masks / case.label.name))
