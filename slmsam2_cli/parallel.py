@@ -1,12 +1,10 @@
-"""Cases spread over processes: answers in the order of the cases, within the memory there is, and none lost with a process that dies.
+"""Run work on many cases in worker processes, all forked from one server process that has imported the slow modules once.
 
-A process that the kernel ends says nothing, so this one knows which case each of them holds. What died while others ran is tried once
-more alone: it may be they who took the memory. Nothing but the standard library is imported, so that a new process is there soon.
-
-The processes that score cases: copies of one that has loaded everything already.
-
-Loading takes longer than scoring a small case. `prepare` starts it in the background, to be called before this process loads anything
-itself; so this module imports nothing that takes time to load.
+`parallel_map` returns results in the order of the cases, within a memory limit. A worker killed by the kernel costs only its own case,
+which is run once more alone before it becomes a CaseError. This needs to know which case each worker runs; a ProcessPoolExecutor
+does not tell, and one killed worker breaks all its futures. `pool` returns such an executor for scoring, where every case is submitted
+and collected by its caller; `prepare` starts its imports in the background. Both share the start method, the protection from Ctrl-C
+and the end with the parent. Only the standard library is imported, so that a new process starts quickly.
 """
 
 from __future__ import annotations
@@ -36,46 +34,49 @@ Job = TypeVar("Job")
 Answer = TypeVar("Answer")
 
 START_METHOD = "forkserver"  # a copy of this process, which may have threads, may hang; a new one each loads everything again
-REFUSED = (OSError, EOFError, ImportError, NotImplementedError, ValueError)  # no place for a socket, no more processes, no such method
-_SAFE_PATH = "PYTHONSAFEPATH"  # heeded from Python 3.11 on
-_ALONE = float("inf")  # bytes: what leaves no room for others
+# no folder for a socket, no more processes, no such start method
+UNAVAILABLE_ERRORS = (OSError, EOFError, ImportError, NotImplementedError, ValueError)
+_SAFE_PATH = "PYTHONSAFEPATH"  # has an effect from Python 3.11 on
+_EXCLUSIVE = float("inf")  # bytes: what leaves no room for others
 _WORKER_DIED = object()
 
 ForkingPickler.register(CaseError, lambda error: (CaseError, (error.case, error.file, error.what, error.remedy)))
 
 
-def cores() -> int:
+def available_cpus() -> int:
     """How many processes can run at one time."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def spread(
+def parallel_map(
     work: Callable[[Job], Answer],
     jobs: Mapping[str, Job],
     workers: int,
     *,
     bytes_of: Callable[[Job], int] = lambda job: 0,
-    room: int = sys.maxsize,
+    max_bytes: int = sys.maxsize,
     advance: Callable[..., None] = lambda steps=1, note="": None,
-    loaded: Sequence[str] = (),
+    preload: Sequence[str] = (),
 ) -> list[Answer | CaseError]:
-    """What work(job) returns for every case, or the CaseError it raises, in the order of `jobs`, case id -> job.
+    """Return work(job) of every case, or the CaseError it raises, in the order of `jobs` (case id -> job).
 
-    workers: processes, 0 for none but this one, which also does what no process could be had for. Jobs run together while their bytes_of
-    are no more than `room` together; a larger one runs alone. advance(1, case id) is called after each. loaded: modules to load only once
-    for all processes. `work`, jobs and answers go through pipes. RuntimeError when work raises anything else in another process.
+    workers: number of worker processes; with 0, or where no process can be started, the jobs run in this process. Jobs run together as
+    long as the sum of their bytes_of is at most `max_bytes`; a larger job runs alone. advance(1, case id) is called after each case.
+    preload: modules imported once for all workers. `work`, jobs and results must be picklable.
+
+    Raises: RuntimeError when `work` raises anything but a CaseError in a worker.
     """
-    answers: dict[str, Answer | CaseError] = {}
+    results: dict[str, Answer | CaseError] = {}
 
     def note(case: str, answer: Answer | CaseError) -> None:
-        answers[case] = answer
+        results[case] = answer
         advance(1, case)
 
     if workers and not multiprocessing.current_process().daemon:  # which may have no processes of its own
-        _share(jobs, _WorkerPool(work, workers, loaded), bytes_of, room, note)
-    for case in [case for case in jobs if case not in answers]:
+        _share(jobs, _WorkerPool(work, workers, preload), bytes_of, max_bytes, note)
+    for case in [case for case in jobs if case not in results]:
         note(case, _attempt(work, jobs[case]))
-    return [answers[case] for case in jobs]
+    return [results[case] for case in jobs]
 
 
 def _attempt(work: Callable[[Job], Answer], job: Job) -> Answer | CaseError:
@@ -86,93 +87,97 @@ def _attempt(work: Callable[[Job], Answer], job: Job) -> Answer | CaseError:
 
 
 def _share(
-    jobs: Mapping[str, Job], team: _WorkerPool, bytes_of: Callable[[Job], int], room: int, note: Callable[[str, Answer | CaseError], None]
+    jobs: Mapping[str, Job],
+    pool: _WorkerPool,
+    bytes_of: Callable[[Job], int],
+    max_bytes: int,
+    note: Callable[[str, Answer | CaseError], None],
 ) -> None:
     """Let the team do the jobs. What is not noted in the end, no process could be had for."""
     waiting = deque(jobs)
     needs: dict[str, float] = {}  # bytes
     try:
-        while waiting or team.held():
-            team.fill_up(len(waiting))
-            for worker in team.idle()[: len(waiting)]:
+        while waiting or pool.running():
+            pool.fill_up(len(waiting))
+            for worker in pool.idle()[: len(waiting)]:
                 needs.setdefault(waiting[0], bytes_of(jobs[waiting[0]]))
-                if team.held() and sum(needs[case] for case in (waiting[0], *team.held())) > room:
+                if pool.running() and sum(needs[case] for case in (waiting[0], *pool.running())) > max_bytes:
                     break
-                if worker.takes(waiting[0], jobs[waiting[0]]):
+                if worker.assign(waiting[0], jobs[waiting[0]]):
                     waiting.popleft()
-            if not team.workers:
+            if not pool.workers:
                 return
-            for case, answer in team.hear():
+            for case, answer in pool.receive():
                 if answer is not _WORKER_DIED:
                     note(case, answer)
-                elif team.held() and needs[case] < _ALONE:
-                    needs[case] = _ALONE
+                elif pool.running() and needs[case] < _EXCLUSIVE:
+                    needs[case] = _EXCLUSIVE
                     waiting.append(case)
                 else:
-                    what = "the process that worked on it was ended, probably for want of memory"
+                    what = "the worker process was killed, probably out of memory"
                     note(case, CaseError(case, "", what, "Close other programs, or use a machine with more memory"))
     finally:
-        team.end()
+        pool.end()
 
 
 @dataclass(eq=False)
 class _Worker:
-    """A process, the line to it, whether it has begun, and the case that it holds."""
+    """A process, the connection to it, whether it has started, and the case it runs (None: idle)."""
 
     process: BaseProcess
-    line: Connection
+    connection: Connection
     begun: bool = False
-    holds: str | None = None
+    case_id: str | None = None
 
-    def takes(self, case: str, job: object) -> bool:
+    def assign(self, case: str, job: object) -> bool:
         """Whether it has taken the case; False when it is gone, as will be heard."""
         try:
-            self.line.send(job)
+            self.connection.send(job)
         except OSError:
             return False
-        self.holds = case
+        self.case_id = case
         return True
 
 
 class _WorkerPool:
     """Up to `size` processes that do one work."""
 
-    def __init__(self, work: Callable[[Any], Any], size: int, loaded: Sequence[str]) -> None:
-        self.work, self.size, self.loaded = work, size, [*loaded]
+    def __init__(self, work: Callable[[Any], Any], size: int, preload: Sequence[str]) -> None:
+        self.work, self.size, self.preload = work, size, [*preload]
         self.workers: list[_Worker] = []
 
-    def held(self) -> list[str]:
+    def running(self) -> list[str]:
         """The cases at work."""
-        return [worker.holds for worker in self.workers if worker.holds is not None]
+        return [worker.case_id for worker in self.workers if worker.case_id is not None]
 
     def idle(self) -> list[_Worker]:
         """Those that wait for a case."""
-        return [worker for worker in self.workers if worker.begun and worker.holds is None]
+        return [worker for worker in self.workers if worker.begun and worker.case_id is None]
 
     def fill_up(self, waiting: int) -> None:
         """Start processes for the cases that wait; none any more where the system does not let them be made."""
-        missing = min(self.size, waiting + len(self.held())) - len(self.workers)
+        missing = min(self.size, waiting + len(self.running())) - len(self.workers)
         try:
             for _ in range(missing):
-                self.workers.append(_started(self.work, self.loaded))
-        except REFUSED:
+                self.workers.append(_started(self.work, self.preload))
+        except UNAVAILABLE_ERRORS:
             self.size = 0
 
-    def hear(self) -> Iterator[tuple[str, Any]]:
+    def receive(self) -> Iterator[tuple[str, Any]]:
         """Wait for news: a case and what came of it, _WORKER_DIED when its process has died. RuntimeError."""
-        news = wait([worker.line for worker in self.workers])
-        for worker in [worker for worker in self.workers if worker.line in news]:
+        news = wait([worker.connection for worker in self.workers])
+        for worker in [worker for worker in self.workers if worker.connection in news]:
             try:
-                said = worker.line.recv()
+                message = worker.connection.recv()
             except (OSError, EOFError):
-                said = _WORKER_DIED
+                message = _WORKER_DIED
                 self.workers.remove(worker)
                 self.size = self.size if worker.begun else 0  # the next would fare no better
-            if isinstance(said, _Failure):
-                raise RuntimeError(said.line) from RuntimeError(said.trace)
-            case, worker.begun, worker.holds = worker.holds, True, None
+            if isinstance(message, _Failure):
+                raise RuntimeError(message.line) from RuntimeError(message.trace)
+            case, worker.begun, worker.case_id = worker.case_id, True, None
             if case is not None:
-                yield case, said
+                yield case, message
 
     def end(self) -> None:
         """Kill those that are left: nothing they do outlives them."""
@@ -180,12 +185,12 @@ class _WorkerPool:
             worker.process.kill()
         for worker in self.workers:
             worker.process.join()
-            worker.line.close()
+            worker.connection.close()
 
 
-def _started(work: Callable[[Any], Any], loaded: list[str]) -> _Worker:
+def _started(work: Callable[[Any], Any], preload: list[str]) -> _Worker:
     context: Any = multiprocessing.get_context(START_METHOD)
-    context.set_forkserver_preload(loaded)
+    context.set_forkserver_preload(preload)
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(work, theirs), daemon=True)
     with without_interrupts(), _without_main_module():
@@ -232,20 +237,20 @@ class _Failure:
     trace: str
 
 
-def _serve(work: Callable[[Any], Any], line: Connection) -> None:
+def _serve(work: Callable[[Any], Any], connection: Connection) -> None:
     """A process's life: answer until nobody asks any more."""
     exit_with_parent()
-    line.send("begun")
+    connection.send("begun")
     while True:
         try:
-            job = line.recv()
+            job = connection.recv()
         except (OSError, EOFError):
             return
         try:
             answer = _attempt(work, job)
         except Exception as error:  # noqa: BLE001  raised again by the process that asked
             answer = _Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
-        line.send(answer)
+        connection.send(answer)
 
 
 def exit_with_parent() -> None:
@@ -259,13 +264,13 @@ def _exit_after(parent: BaseProcess) -> None:
     os._exit(1)
 
 
-MOST = 8  # processes
-_LOADED = ("slmsam2_cli.cli.app", "slmsam2_cli.evaluation.scoring", "nibabel", "scipy.ndimage", "scipy.spatial")
+MAX_WORKERS = 8  # processes
+_SCORING_MODULES = ("slmsam2_cli.cli.app", "slmsam2_cli.evaluation.scoring", "nibabel", "scipy.ndimage", "scipy.spatial")
 
 
-def count(wanted: int | None) -> int:
+def count(requested: int | None) -> int:
     """How many processes to use: those wanted, else one a core, at most 8."""
-    return max(1, min(cores() if wanted is None else wanted, MOST))
+    return max(1, min(available_cpus() if requested is None else requested, MAX_WORKERS))
 
 
 def prepare(also: Sequence[str] = ()) -> None:
@@ -273,8 +278,8 @@ def prepare(also: Sequence[str] = ()) -> None:
 
     Where that cannot be, `pool` will find out.
     """
-    multiprocessing.get_context(START_METHOD).set_forkserver_preload([*_LOADED, *also])
-    with suppress(*REFUSED), without_interrupts():
+    multiprocessing.get_context(START_METHOD).set_forkserver_preload([*_SCORING_MODULES, *also])
+    with suppress(*UNAVAILABLE_ERRORS), without_interrupts():
         multiprocessing.forkserver.ensure_running()
 
 
@@ -285,7 +290,7 @@ def pool(processes: int) -> ProcessPoolExecutor | None:
         made = ProcessPoolExecutor(processes, multiprocessing.get_context(START_METHOD), initializer=exit_with_parent)
         with without_interrupts():
             made.submit(os.getpid)  # starts the first process
-    except REFUSED:
+    except UNAVAILABLE_ERRORS:
         if made is not None:
             made.shutdown(wait=False)
         return None

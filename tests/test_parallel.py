@@ -1,4 +1,4 @@
-"""Cases spread over processes: none is lost, whatever becomes of the process that holds it."""
+"""Cases parallel_map over processes: none is lost, whatever becomes of the process that holds it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 
 from slmsam2_cli import parallel
 from slmsam2_cli.errors import CaseError
-from slmsam2_cli.parallel import spread
+from slmsam2_cli.parallel import parallel_map
 
 SLEEPING = (
     "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored where the tests run in the background
-    "from slmsam2_cli.parallel import spread; spread(time.sleep, {'a': 60, 'b': 60}, 2)"
+    "from slmsam2_cli.parallel import parallel_map; parallel_map(time.sleep, {'a': 60, 'b': 60}, 2)"
 )
 
 
@@ -34,49 +34,49 @@ def processes_of(group):
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_answers_come_in_the_order_of_the_cases(count):
     told = []
-    assert spread(str.upper, {"c": "x", "a": "y", "b": "z"}, count, advance=lambda steps, case: told.append(case)) == ["X", "Y", "Z"]
+    assert parallel_map(str.upper, {"c": "x", "a": "y", "b": "z"}, count, advance=lambda steps, case: told.append(case)) == ["X", "Y", "Z"]
     assert sorted(told) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_killed_process_is_reported_with_its_case_and_the_others_go_on(count):
-    first, killed, last = spread(signal.raise_signal, {"first": 0, "killed": signal.SIGKILL, "last": 0}, count)
+    first, killed, last = parallel_map(signal.raise_signal, {"first": 0, "killed": signal.SIGKILL, "last": 0}, count)
     assert (first, last) == (None, None)
     assert isinstance(killed, CaseError)
-    assert str(killed).startswith("case killed: the process that worked on it was ended")
+    assert str(killed).startswith("case killed: the worker process was killed")
 
 
 def test_a_case_whose_process_died_beside_others_is_tried_once_more_alone(tmp_path):
     dies_once = "if mkdir died; then kill -9 $PPID; else test ! -e busy; fi"
     beside = "mkdir busy; while ! test -e died; do sleep 0.02; done; sleep 0.3; rmdir busy"
-    assert spread(subprocess.call, shell(tmp_path, beside, dies_once), 2) == [0, 0]
+    assert parallel_map(subprocess.call, shell(tmp_path, beside, dies_once), 2) == [0, 0]
     assert (tmp_path / "died").exists()
 
 
 def test_cases_too_large_to_run_together_run_one_after_the_other(tmp_path):
     one = "mkdir busy || exit 1; sleep 0.1; rmdir busy"
-    assert spread(subprocess.call, shell(tmp_path, one, one, one), 3, bytes_of=lambda job: 6, room=10) == [0, 0, 0]
+    assert parallel_map(subprocess.call, shell(tmp_path, one, one, one), 3, bytes_of=lambda job: 6, max_bytes=10) == [0, 0, 0]
 
 
 def test_cases_that_fit_together_run_together(tmp_path):
     meet = "touch {}; for i in $(seq 500); do test -e {} && exit 0; sleep 0.02; done; exit 1"
     jobs = shell(tmp_path, meet.format("one", "two"), meet.format("two", "one"))
-    assert spread(subprocess.call, jobs, 2, bytes_of=lambda job: 5, room=10) == [0, 0]
+    assert parallel_map(subprocess.call, jobs, 2, bytes_of=lambda job: 5, max_bytes=10) == [0, 0]
 
 
 def test_a_case_larger_than_all_memory_is_tried_alone(tmp_path):
     one = "mkdir busy || exit 1; sleep 0.1; rmdir busy"
-    assert spread(subprocess.call, shell(tmp_path, one, one), 2, bytes_of=lambda job: 11, room=10) == [0, 0]
+    assert parallel_map(subprocess.call, shell(tmp_path, one, one), 2, bytes_of=lambda job: 11, max_bytes=10) == [0, 0]
 
 
 def test_where_no_process_can_be_had_this_one_does_it_all(monkeypatch):
     monkeypatch.setattr(parallel, "START_METHOD", "a method that no system has")
-    assert spread(str.upper, {"a": "x", "b": "y"}, 2) == ["X", "Y"]
+    assert parallel_map(str.upper, {"a": "x", "b": "y"}, 2) == ["X", "Y"]
 
 
 def test_an_unexpected_error_in_a_process_is_raised_here():
     with pytest.raises(RuntimeError, match="ValueError: invalid literal"):
-        spread(int, {"a": "1", "b": "one"}, 2)
+        parallel_map(int, {"a": "1", "b": "one"}, 2)
 
 
 def begun(script):

@@ -11,7 +11,7 @@ import pytest
 
 _MADE = """
 from slmsam2_cli import parallel
-parallel._LOADED = ("colorsys", "loads")
+parallel._SCORING_MODULES = ("colorsys", "loads")
 parallel.prepare()
 pool = parallel.pool(1)
 print(pool and pool.submit(int, "7").result())

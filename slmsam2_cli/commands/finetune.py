@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from slmsam2_cli import console
-from slmsam2_cli.dataset.cache import Outcome, PreparedCase, prepare_all
+from slmsam2_cli.dataset.cache import PreparedCase, PreprocessResult, prepare_all
 from slmsam2_cli.dataset.dataset import Dataset, read_dataset
 from slmsam2_cli.device import DeviceName, choose_device, describe, is_out_of_memory
 from slmsam2_cli.errors import DONE, DatasetError, DeviceError, OutputError, PlanError, TrainingError, UsageError
@@ -155,9 +155,9 @@ def _warn_channel_order(plan: Plan, base: Checkpoint | None) -> None:
     console.warn(f"the channels {', '.join(plan.channels)} are taken for the base's {', '.join(before.channels)}, in this order")
 
 
-def _prepare(data: Dataset, plan: Plan, workspace: Workspace, skip_invalid: bool) -> Outcome:
+def _prepare(data: Dataset, plan: Plan, workspace: Workspace, skip_invalid: bool) -> PreprocessResult:
     with console.progress("preparing", len(data.training)) as advance:
-        outcome = prepare_all(data, plan.geometry, plan.intensity, workspace.prepared, tell=console.say, advance=advance)
+        outcome = prepare_all(data, plan.geometry, plan.intensity, workspace.prepared, log=console.say, advance=advance)
     if outcome.problems and not (skip_invalid and outcome.cases):
         raise DatasetError(
             f"{data.name}: {len(outcome.problems)} training cases are unusable, so nothing was trained. "
@@ -169,7 +169,7 @@ def _prepare(data: Dataset, plan: Plan, workspace: Workspace, skip_invalid: bool
     return outcome
 
 
-def _make_run(plan: Plan, data: Dataset, ready: Outcome, wish: Wish, base: Checkpoint | None) -> Run:
+def _make_run(plan: Plan, data: Dataset, ready: PreprocessResult, wish: Wish, base: Checkpoint | None) -> Run:
     """The split, drawn from the seed over all cases that can teach propagation, and the training settings for that many."""
     usable = sorted(case.id for case in ready.cases if case.labels is not None and len(case.labels) > 1 and case.labels.any())
     if wish.cases > len(usable):
@@ -221,7 +221,7 @@ def _state(workspace: Workspace) -> Path:
     return workspace.finetuned / "state.safetensors"
 
 
-def _tune(run: Run, ready: Outcome, workspace: Workspace, device: torch.device, wish: Wish, resume: bool) -> None:
+def _tune(run: Run, ready: PreprocessResult, workspace: Workspace, device: torch.device, wish: Wish, resume: bool) -> None:
     if run.base is None:
         console.warn("--weights random: everything is learned from these volumes alone; for trials and tests, not for clinical data")
     used = [case for case in ready.cases if case.id in run.cases]

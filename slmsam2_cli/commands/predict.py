@@ -20,7 +20,7 @@ import torch
 
 from slmsam2_cli import console
 from slmsam2_cli.dataset.dataset import Case, Dataset, read_dataset, read_image_folder
-from slmsam2_cli.dataset.prompts import Where
+from slmsam2_cli.dataset.prompts import PromptSlice
 from slmsam2_cli.device import DeviceName, choose_device, describe, is_out_of_memory
 from slmsam2_cli.errors import (
     DONE,
@@ -107,7 +107,7 @@ def predict(
     *,
     prompts: Path | None = None,
     simulate_from: Path | None = None,
-    prompt_slice: Where = "middle",
+    prompt_slice: PromptSlice = "middle",
     mark_ends: bool = False,
     dataset: Path | None = None,
     workspace: Workspace | None = None,
@@ -185,7 +185,9 @@ def _masks_folder(masks: Path | None, workspace: Workspace | None, images: Path 
     raise UsageError("-o MASKS is missing: name a folder for the masks")
 
 
-def _prompt_source(prompts: Path | None, simulate_from: Path | None, where: Where, mark_ends: bool, data: Dataset | None) -> PromptSource:
+def _prompt_source(
+    prompts: Path | None, simulate_from: Path | None, where: PromptSlice, mark_ends: bool, data: Dataset | None
+) -> PromptSource:
     """Where prompts come from; without a word about it, a slice of each label of the data set's own masks."""
     if prompts is not None and simulate_from is not None:
         raise UsageError("-p and --prompts-from both give prompts. Give one of them")
@@ -205,7 +207,7 @@ def _prompt_source(prompts: Path | None, simulate_from: Path | None, where: Wher
 
 
 def _check_output_folder(masks: Path, inputs: Sequence[Path]) -> None:
-    """Masks never go where images or prompts come from, not even through a link (R8)."""
+    """Masks never go where images or prompts come from, not even through a link."""
     if masks.exists() and not masks.is_dir():
         raise OutputError(f"{masks}: is a file, not a directory. Name a folder with -o")
     for folder in {path.resolve() for path in inputs}:

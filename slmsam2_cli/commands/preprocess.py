@@ -25,7 +25,7 @@ def preprocess(dataset: Path, workspace: Workspace, *, overwrite: bool = False) 
     try:
         with lock_folder(workspace.root), console.progress("preparing", len(data.training)) as advance:
             outcome = prepare_all(
-                data, plan.geometry, plan.intensity, workspace.prepared, overwrite=overwrite, tell=console.say, advance=advance
+                data, plan.geometry, plan.intensity, workspace.prepared, overwrite=overwrite, log=console.say, advance=advance
             )
     except OutputError as error:
         raise OutputError(f"{error}. Choose a workspace you can write to with -w") from None
@@ -34,7 +34,7 @@ def preprocess(dataset: Path, workspace: Workspace, *, overwrite: bool = False) 
     for problem in outcome.problems:
         console.error(str(problem))
     for case in outcome.cases:
-        if case.view.shrink < 1:
-            console.warn(f"case {case.id}: slices were shrunk to {case.view.shrink:.0%} to fit {plan.geometry.stack_size} px")
-    console.say(f"{len(outcome.cases)} cases ready, {outcome.fresh} of them prepared now")
+        if case.view.scale < 1:
+            console.warn(f"case {case.id}: slices were shrunk to {case.view.scale:.0%} to fit {plan.geometry.stack_size} px")
+    console.say(f"{len(outcome.cases)} cases ready, {outcome.prepared_now} of them prepared now")
     return SOME_FAILED if outcome.problems else DONE

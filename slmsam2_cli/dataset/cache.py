@@ -26,7 +26,7 @@ from slmsam2_cli.io.files import error_reason
 from slmsam2_cli.io.volume import LabelVolume, Volume, case_errors, read_image, read_labels, relative, volume_files
 from slmsam2_cli.version import VERSION
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ARRAYS = {"frames.npy", "labels.npy"}
 Array = np.ndarray[Any, Any]
 Record = dict[str, Any]
@@ -143,7 +143,7 @@ def stale_reason(
     try:
         record = _read_record(place)
     except SlmSam2Error:
-        return "its record is damaged"
+        return "its record is damaged or was written by another version"
     if record["settings"] != settings_digest(geometry, intensity):
         return "the plan's geometry or intensities changed"
     changed = sorted(name for name in {*inputs, *record["inputs"]} if inputs.get(name) != record["inputs"].get(name))
@@ -200,16 +200,16 @@ def open_prepared(folder: Path, case_id: str) -> PreparedCase:
         view = View.from_json(record["view"])
         return PreparedCase(case_id, arrays["frames.npy"], arrays.get("labels.npy"), view, record)
     except (SlmSam2Error, ValueError, KeyError, TypeError):
-        raise CaseError(case_id, "", "is not prepared, or only half", "Run slmsam2 preprocess") from None
+        raise CaseError(case_id, "", "is not preprocessed, or only in part", "Run slmsam2 preprocess") from None
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
-    """What prepare_all did. fresh: how many of the cases were made now rather than found ready."""
+class PreprocessResult:
+    """What prepare_all did. prepared_now: how many of the cases were made now rather than found ready."""
 
     cases: tuple[PreparedCase, ...]
     problems: tuple[CaseError, ...]
-    fresh: int
+    prepared_now: int
 
 
 def prepare_all(
@@ -219,24 +219,24 @@ def prepare_all(
     folder: Path,
     *,
     overwrite: bool = False,
-    tell: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
     advance: Callable[..., None] = lambda steps=1, note="": None,
-) -> Outcome:
+) -> PreprocessResult:
     """Every training case, one in memory at a time; a bad case does not stop the others.
 
-    tell() hears why a case is made again; advance() is called after each. problems include those found when the data set was read.
+    log() hears why a case is made again; advance() is called after each. problems include those found when the data set was read.
     """
     ready: list[PreparedCase] = []
     problems = list(dataset.problems)
-    fresh = 0
+    prepared_now = 0
     for case in dataset.training:
         try:
             reason = stale_reason(case, dataset.root, geometry, intensity, folder, overwrite=overwrite)
             if reason:
-                tell(f"case {case.id}: prepared again: {reason}")
-            fresh += reason is not None
+                log(f"case {case.id}: prepared again: {reason}")
+            prepared_now += reason is not None
             ready.append(prepare(case, dataset, geometry, intensity, folder) if reason is not None else open_prepared(folder, case.id))
         except CaseError as problem:
             problems.append(problem)
         advance(1, case.id)
-    return Outcome(tuple(ready), tuple(problems), fresh)
+    return PreprocessResult(tuple(ready), tuple(problems), prepared_now)

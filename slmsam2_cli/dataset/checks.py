@@ -1,4 +1,4 @@
-"""Whether an image and a mask belong together: geometry, declared values, content. Nothing is resampled in silence."""
+"""Whether an image and a mask belong together: geometry, declared values, content. Nothing is resampled."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from slmsam2_cli.io.volume import LabelVolume, Volume, relative
 
 
 def compare_geometry(one: Volume | LabelVolume, other: Volume | LabelVolume) -> tuple[str | None, list[str]]:
-    """(what differs or None, warnings). What a file does not know about itself is not held against the other:
+    """Compare two geometries; return (what differs or None, warnings). Uncertain parts of the geometry are not compared:
 
     without form codes the orientation is not compared, with an implausible spacing neither spacing nor origin,
     and where sform and qform contradict each other either may match. Each such leniency is a warning.
     """
-    doubts = one.source.doubts | other.source.doubts
-    if not doubts:
+    uncertain = one.source.uncertain | other.source.uncertain
+    if not uncertain:
         return _either_form(one, other)
     if one.grid.shape != other.grid.shape:
         return one.grid.difference(other.grid), []
-    differences = [] if "spacing" in doubts else [one.grid.spacing_difference(other.grid)]
-    differences += [] if "orientation" in doubts else [one.grid.direction_difference(other.grid)]
-    warning = f"only partly comparable: the {' and the '.join(sorted(doubts))} of one of the files is doubtful"
+    differences = [] if "spacing" in uncertain else [one.grid.spacing_difference(other.grid)]
+    differences += [] if "orientation" in uncertain else [one.grid.direction_difference(other.grid)]
+    warning = f"only partly comparable: the {' and the '.join(sorted(uncertain))} of one of the files is doubtful"
     return next(filter(None, differences), None), [] if one.grid.difference(other.grid) is None else [warning]
 
 
@@ -34,8 +34,8 @@ def _either_form(one: Volume | LabelVolume, other: Volume | LabelVolume) -> tupl
     difference = one.grid.difference(other.grid)
     if difference is None:
         return None, []
-    mine = [grid for grid in (one.grid, one.source.alternative) if grid is not None]
-    theirs = [grid for grid in (other.grid, other.source.alternative) if grid is not None]
+    mine = [grid for grid in (one.grid, one.source.qform_grid) if grid is not None]
+    theirs = [grid for grid in (other.grid, other.source.qform_grid) if grid is not None]
     if any(left.difference(right) is None for left in mine for right in theirs):
         return None, ["sform and qform of one file disagree; its partner matches only one of them"]
     return difference, []

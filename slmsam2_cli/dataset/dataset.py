@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from slmsam2_cli.dataset.checks import check_pair, compare_geometry
-from slmsam2_cli.dataset.dataset_json import NAME, Case, Dataset, Entry, read_description, refuse
-from slmsam2_cli.dataset.discovery import Found, list_images, list_labels, normalise_name, stem
+from slmsam2_cli.dataset.dataset_json import NAME, Case, Dataset, Entry, raise_dataset_error, read_description
+from slmsam2_cli.dataset.discovery import DiscoveredCases, list_images, list_labels, normalise_name, stem
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.io.dicom import dicom_files
 from slmsam2_cli.io.files import is_ignored_name
@@ -27,41 +27,41 @@ __all__ = ["Case", "Dataset", "check_pair", "compare_geometry", "find_label", "r
 
 def read_dataset(root: Path) -> Dataset:
     """The data set at `root`. DatasetError when dataset.json is unusable, or there is not one training case to speak of."""
-    said = read_description(root)
+    description = read_description(root)
     problems: list[CaseError] = []
     warnings: list[str] = []
-    if said.training is None:
+    if description.training is None:
         training = _discover_training(root, problems)
     else:
-        training = _listed(said.training, root, problems)
-        warnings += _unlisted(said.training, root)
-    training = _with_all_channels(training, len(said.channels), problems)
-    test = _test_cases(said.test, root, warnings)
+        training = _listed(description.training, root, problems)
+        warnings += _unlisted(description.training, root)
+    training = _with_all_channels(training, len(description.channels), problems)
+    test = _test_cases(description.test, root, warnings)
     seen = len(training) + len({problem.case for problem in problems})
     if not seen:
-        refuse("no training case was found: imagesTr is missing or empty")
-    if said.count is not None and said.count != seen:
-        warnings.append(f"{NAME}: numTraining is {str(said.count)[:20]}, but {seen} training cases were found")
+        raise_dataset_error("no training case was found: imagesTr is missing or empty")
+    if description.count is not None and description.count != seen:
+        warnings.append(f"{NAME}: numTraining is {str(description.count)[:20]}, but {seen} training cases were found")
     ordered = tuple(sorted(problems, key=lambda problem: (problem.case, problem.file)))
     return Dataset(
         root,
-        said.name,
-        said.channels,
-        said.labels,
-        said.ignore,
-        said.file_ending,
+        description.name,
+        description.channels,
+        description.labels,
+        description.ignore,
+        description.file_ending,
         tuple(training),
         tuple(test),
         ordered,
         tuple(warnings),
-        said.structures,
+        description.structures,
     )
 
 
 def _discover_training(root: Path, problems: list[CaseError]) -> list[Case]:
     """Cases of imagesTr and labelsTr, paired by id."""
     images = _images(root / "imagesTr", root)
-    labels = list_labels(root / "labelsTr", root) if (root / "labelsTr").is_dir() else Found()
+    labels = list_labels(root / "labelsTr", root) if (root / "labelsTr").is_dir() else DiscoveredCases()
     named = {normalise_name(problem.case) for problem in images.problems}
     problems += images.problems + [problem for problem in labels.problems if normalise_name(problem.case) not in named]
     refused = {normalise_name(problem.case) for problem in problems}
@@ -83,8 +83,8 @@ def _discover_training(root: Path, problems: list[CaseError]) -> list[Case]:
     return cases
 
 
-def _images(folder: Path, root: Path) -> Found:
-    return list_images(folder, root) if os.path.lexists(folder) else Found()
+def _images(folder: Path, root: Path) -> DiscoveredCases:
+    return list_images(folder, root) if os.path.lexists(folder) else DiscoveredCases()
 
 
 def _listed(entries: Sequence[Entry], root: Path, problems: list[CaseError]) -> list[Case]:

@@ -1,10 +1,9 @@
-"""dataset.json in both its shapes: the Medical Segmentation Decathlon's and nnU-Net v2's. What is said there, nothing of what is on disk.
+"""dataset.json in both its shapes: the Medical Segmentation Decathlon's and nnU-Net v2's. Files on disk are not checked here.
 
 A region (nnU-Net's label that is a list of values) is what is reported, its values are what is segmented. Unknown keys, and `relase` for
 `release`, are left alone.
 Paths must be relative and lead nowhere outside the data set, also through links.
-
-The two values a data set is described by: its cases, and what they have in common.
+Defines `Case` and `Dataset`, the description of a data set that all other modules use.
 """
 
 from __future__ import annotations
@@ -92,13 +91,13 @@ class Description:
 def read_description(root: Path) -> Description:
     """The dataset.json of a data set. DatasetError whose message names dataset.json."""
     if not root.is_dir():
-        refuse(f"not found: {root.name} is not a directory")
+        raise_dataset_error(f"not found: {root.name} is not a directory")
     try:
         content = atomic.read_json(root / NAME, NAME)
     except atomic.JsonError as error:
         raise DatasetError(str(error)) from None
     if not isinstance(content, dict):
-        refuse("must be a JSON object, {...}")
+        raise_dataset_error("must be a JSON object, {...}")
     regions, plain = _regions(content)
     labels, ignore = _labels(plain, {value for region in regions for value in region})
     structures: dict[Structure, str] = {value: name for value, name in labels.items() if name in plain} if regions else {}
@@ -117,7 +116,7 @@ def read_description(root: Path) -> Description:
     )
 
 
-def refuse(what: str) -> NoReturn:
+def raise_dataset_error(what: str) -> NoReturn:
     """A DatasetError that names dataset.json."""
     raise DatasetError(f"{NAME}: {what}")
 
@@ -125,12 +124,12 @@ def refuse(what: str) -> NoReturn:
 def _channels(content: Mapping[str, Any]) -> tuple[str, ...]:
     key = next((key for key in ("channel_names", "modality") if key in content), None)
     if key is None:
-        refuse("has neither 'channel_names' nor 'modality'")
+        raise_dataset_error("has neither 'channel_names' nor 'modality'")
     names = content[key]
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        refuse(f'\'{key}\' must map channel numbers to names, as in {{"0": "MRI"}}')
+        raise_dataset_error(f'\'{key}\' must map channel numbers to names, as in {{"0": "MRI"}}')
     if sorted(names) != sorted(str(number) for number in range(len(names))):
-        refuse(f"'{key}' must number the channels from \"0\" without a gap")
+        raise_dataset_error(f"'{key}' must number the channels from \"0\" without a gap")
     return tuple(names[str(number)] for number in range(len(names)))
 
 
@@ -138,15 +137,15 @@ def _regions(content: Mapping[str, Any]) -> tuple[dict[Region, str], dict[str, A
     """(values -> name of every label that is a list of values, the labels that are not)."""
     given = content.get("labels")
     if not isinstance(given, dict) or not given:
-        refuse("'labels' must be an object that names the label values")
+        raise_dataset_error("'labels' must be an object that names the label values")
     regions: dict[Region, str] = {}
     for name, values in given.items():
         if isinstance(values, list):
             region = tuple(sorted({_value(name, value) for value in values}))
             if len(region) != len(values) or not region or 0 in region:
-                refuse(f"the region {name!r} must list different label values above 0")
+                raise_dataset_error(f"the region {name!r} must list different label values above 0")
             if region in regions:
-                refuse(f"the regions {regions[region]!r} and {name!r} list the same values")
+                raise_dataset_error(f"the regions {regions[region]!r} and {name!r} list the same values")
             regions[region] = name
     return regions, {name: value for name, value in given.items() if not isinstance(value, list)}
 
@@ -158,38 +157,38 @@ def _labels(given: Mapping[str, Any], in_regions: Collection[int]) -> tuple[dict
     names: dict[int, str] = {}
     for value, name in sorted(pairs):
         if value in names:
-            refuse(f"the label value {value} is given twice, to {names[value]!r} and {name!r}")
+            raise_dataset_error(f"the label value {value} is given twice, to {names[value]!r} and {name!r}")
         names[value] = name
     if 0 not in names:
-        refuse("'labels' has no background, the value 0")
+        raise_dataset_error("'labels' has no background, the value 0")
     ignore = next((value for value, name in names.items() if name == "ignore"), None)
     if ignore in in_regions:
-        refuse("the label 'ignore' is in a region")
+        raise_dataset_error("the label 'ignore' is in a region")
     names |= {value: f"label {value}" for value in in_regions if value not in names}
     foreground = {value: names[value] for value in sorted(names) if value not in (0, ignore)}
     if not foreground:
-        refuse("'labels' names no structure besides the background")
+        raise_dataset_error("'labels' names no structure besides the background")
     if ignore is not None and ignore < max(foreground):
-        refuse(f"the label 'ignore' must have the highest value, not {ignore}")
+        raise_dataset_error(f"the label 'ignore' must have the highest value, not {ignore}")
     return foreground, ignore
 
 
 def _decathlon_value(key: str) -> int:
     if not (key.isascii() and key.isdigit() and len(key) <= 5 and int(key) <= MAX_LABEL):
-        refuse(f"the label {key!r} must be a whole number from 0 to {MAX_LABEL}, or have one as its value")
+        raise_dataset_error(f"the label {key!r} must be a whole number from 0 to {MAX_LABEL}, or have one as its value")
     return int(key)
 
 
 def _value(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_LABEL:
-        refuse(f"the label {name!r} must be a whole number from 0 to {MAX_LABEL}, not {str(value)[:40]!r}")
+        raise_dataset_error(f"the label {name!r} must be a whole number from 0 to {MAX_LABEL}, not {str(value)[:40]!r}")
     return value
 
 
 def _file_ending(content: Mapping[str, Any]) -> str:
     ending = content.get("file_ending", ".nii.gz")
     if ending not in ENDINGS:
-        refuse(f"'file_ending' is {str(ending)[:40]!r}, but must be one of {', '.join(ENDINGS)}")
+        raise_dataset_error(f"'file_ending' is {str(ending)[:40]!r}, but must be one of {', '.join(ENDINGS)}")
     return str(ending)
 
 
@@ -202,13 +201,13 @@ def _training(content: Mapping[str, Any], root: Path) -> tuple[Entry, ...] | Non
 def _mapping(cases: object, root: Path) -> tuple[Entry, ...]:
     """nnU-Net's `dataset`: {case: {"images": [...], "label": ...}}."""
     if not isinstance(cases, dict):
-        refuse("'dataset' must be an object of cases")
+        raise_dataset_error("'dataset' must be an object of cases")
     entries = []
     for case, files in cases.items():
         _check_id(case)
         images = files.get("images") if isinstance(files, dict) else None
         if not isinstance(images, list) or not images:
-            refuse(f"case {case}: 'images' must be a list of paths")
+            raise_dataset_error(f"case {case}: 'images' must be a list of paths")
         label = files.get("label")
         entries.append(Entry(case, tuple(_path(one, case, root) for one in images), _path(label, case, root) if label else None))
     return tuple(entries)
@@ -217,7 +216,7 @@ def _mapping(cases: object, root: Path) -> tuple[Entry, ...]:
 def _list(content: Mapping[str, Any], key: str, root: Path) -> tuple[Entry, ...]:
     """The Decathlon's lists: strings, or objects with `image` (one path, or a list of channels) and `label`."""
     if not isinstance(content[key], list):
-        refuse(f"'{key}' must be a list of cases")
+        raise_dataset_error(f"'{key}' must be a list of cases")
     entries = []
     for number, item in enumerate(content[key]):
         case = f"{key}[{number}]"
@@ -239,21 +238,21 @@ def _check_id(case: str) -> None:
     """Ids become file names: one path component, not hidden."""
     bad = case.startswith(".") or any(c in case for c in "/\\\0") or not case
     if bad or len(case.encode("utf-8", "surrogatepass")) > _LONGEST_ID or any("\ud800" <= c <= "\udfff" for c in case):
-        refuse(f"the case id {case[:60]!r} cannot be a file name: it must be one path component")
+        raise_dataset_error(f"the case id {case[:60]!r} cannot be a file name: it must be one path component")
 
 
 def _path(text: object, case: str, root: Path) -> Path:
     """A path inside the root, as written; refused without being opened when it leads elsewhere."""
     if not isinstance(text, str) or not text or "\0" in text:
-        refuse(f"case {case}: {str(text)[:60]!r} is not a path")
+        raise_dataset_error(f"case {case}: {str(text)[:60]!r} is not a path")
     pure = PurePosixPath(text.replace("\\", "/"))
     if pure.is_absolute() or pure.parts[:1] and pure.parts[0].endswith(":"):
-        refuse(f"case {case}: the path {text[:80]!r} must be relative to the data set")
+        raise_dataset_error(f"case {case}: the path {text[:80]!r} must be relative to the data set")
     path = root.joinpath(*pure.parts)
     try:
         inside = path.resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError, UnicodeEncodeError):
-        refuse(f"case {case}: the path {text[:80]!r} is a link that leads back to itself, or no path")
+        raise_dataset_error(f"case {case}: the path {text[:80]!r} is a link that leads back to itself, or no path")
     if not inside:
-        refuse(f"case {case}: the path {text[:80]!r} leads outside the data set")
+        raise_dataset_error(f"case {case}: the path {text[:80]!r} leads outside the data set")
     return path

@@ -21,7 +21,7 @@ _RENAME = "Rename the file"
 
 
 @dataclass
-class Found:
+class DiscoveredCases:
     """Case id -> its files in channel order; problems: what was refused by name."""
 
     cases: dict[str, tuple[Path, ...]] = field(default_factory=dict)
@@ -39,9 +39,9 @@ def stem(path: Path) -> str:
     return path.name[: -len(ending)] if ending else path.name
 
 
-def list_images(folder: Path, root: Path) -> Found:
+def list_images(folder: Path, root: Path) -> DiscoveredCases:
     """Every image in a folder: files, channels of a case put together, and DICOM series in sub-folders. DatasetError."""
-    found = Found()
+    found = DiscoveredCases()
     groups: dict[str, dict[int, list[Path]]] = {}
     for path in _entries(folder, root, found.problems):
         match = _CHANNEL.match(stem(path)) if image_ending(path) else None
@@ -54,9 +54,9 @@ def list_images(folder: Path, root: Path) -> Found:
     return found
 
 
-def list_labels(folder: Path, root: Path) -> Found:
+def list_labels(folder: Path, root: Path) -> DiscoveredCases:
     """Every mask in a folder, by the whole of its name. DatasetError."""
-    found = Found()
+    found = DiscoveredCases()
     groups: dict[str, list[Path]] = {}
     for path in _entries(folder, root, found.problems):
         if image_ending(path):
@@ -102,7 +102,7 @@ def _shown(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) and path != root else path.name
 
 
-def _add(found: Found, case: str, channels: dict[int, list[Path]], root: Path) -> None:
+def _add(found: DiscoveredCases, case: str, channels: dict[int, list[Path]], root: Path) -> None:
     """One group of files: the channels of one case when numbered from 0 without a gap, else a case each."""
     numbered = sorted(channel for channel in channels if channel >= 0)
     if numbered == list(range(len(numbered))):
@@ -125,11 +125,11 @@ def _duplicate(case: str, paths: list[Path], root: Path) -> CaseError:
     return CaseError(normalise_name(case), names, "a duplicate: two files have the same case id", "Keep one of them")
 
 
-def _reject_duplicates(found: Found, root: Path) -> None:
+def _reject_duplicates(found: DiscoveredCases, root: Path) -> None:
     """Case ids that differ only in the spelling of Unicode are refused together."""
     spellings: dict[str, list[str]] = {}
     for case in found.cases:
         spellings.setdefault(normalise_name(case), []).append(case)
-    for twins in spellings.values():
-        if len(twins) > 1:
-            found.problems.append(_duplicate(twins[0], [path for case in twins for path in found.cases.pop(case)], root))
+    for duplicates in spellings.values():
+        if len(duplicates) > 1:
+            found.problems.append(_duplicate(duplicates[0], [path for case in duplicates for path in found.cases.pop(case)], root))

@@ -1,4 +1,4 @@
-"""Grey values: from whatever a scanner writes to 0…1.
+"""Scale intensities to 0…1.
 
 CT has a meaning in itself (Hounsfield units), so one fixed window serves every volume. Other modalities have none (maxima from 112 to
 1.7e6 occur in one data set), so each volume is scaled by its own percentiles. Both clip.

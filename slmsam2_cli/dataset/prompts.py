@@ -1,4 +1,4 @@
-"""What a person annotated: which slices of which labels are given, and how they come back untouched.
+"""Read, simulate and restore prompts: the annotated slices of a volume.
 
 A prompt is a sparse mask of the image's name and grid, as 3D Slicer and ITK-SNAP save it. A slice counts as annotated when anything is
 painted on it, or when `CASE.prompts.json` beside the mask lists it, so that an empty slice can say "the structure has ended here":
@@ -21,14 +21,15 @@ from typing import Any, Literal
 import numpy as np
 
 from slmsam2_cli.dataset.dataset import compare_geometry, find_label
+from slmsam2_cli.dataset.masks import bounding_box
 from slmsam2_cli.dataset.slices import AXES, SliceAxis, View, orient
 from slmsam2_cli.errors import CaseError, SlmSam2Error
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.volume import Volume, read_labels
 
 Array = np.ndarray[Any, Any]
-Where = Literal["middle", "largest", "quarter"]
-MAX_PAINTED_SLICES = 3  # as many as a person who paints single slices leaves
+PromptSlice = Literal["middle", "largest", "quarter"]
+MAX_ANNOTATED_SLICES = 3  # more slices than this along an axis are not taken for single annotated slices
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,7 @@ class Prompts:
     """The annotated slices of one volume.
 
     labels: (Z, Y, X) sparse mask on the native grid. annotated: label value -> ascending native slice indices on which that label's mask
-    is the person's word (empty allowed: the label is not there). exact_slices: slices that come back bit-exact as a whole.
+    is complete (empty allowed: the label is not there). exact_slices: slices that come back bit-exact as a whole.
     ignore: the value in `labels` that means "not looked at", or None.
     """
 
@@ -98,8 +99,8 @@ def prompts_from_mask(
         raise CaseError(
             case,
             file,
-            f"looks painted on slices along {other}, but this volume is propagated along {view.axis}, where the paint lies on "
-            f"{len(painted)} slices",
+            f"prompt mask appears to be annotated along {other}, but the slice axis is {view.axis} "
+            f"(mask covers {len(painted)} {view.axis} slices)",
             f"Paint slices along {view.axis}, or edit slice_axis in plan.json; if it is meant as it is, list the annotated slices "
             f"in {list_in}",
         )
@@ -135,9 +136,9 @@ def _annotated_along(paint: Array, view: View) -> SliceAxis | None:
     along = {axis: _slices_along(paint, view, axis) for axis in AXES}
     here = along.pop(view.axis)[0]
     (few, axis), (more, _) = sorted((count, axis) for axis, (count, _) in along.items())
-    deep = along[axis][1] > MAX_PAINTED_SLICES
-    flat = few <= MAX_PAINTED_SLICES and (more > MAX_PAINTED_SLICES or few == 1 < more)
-    return axis if deep and flat and here > max(MAX_PAINTED_SLICES, 2 * few) else None
+    deep = along[axis][1] > MAX_ANNOTATED_SLICES
+    flat = few <= MAX_ANNOTATED_SLICES and (more > MAX_ANNOTATED_SLICES or few == 1 < more)
+    return axis if deep and flat and here > max(MAX_ANNOTATED_SLICES, 2 * few) else None
 
 
 def _slices_along(paint: Array, view: View, axis: SliceAxis) -> tuple[int, int]:
@@ -149,32 +150,32 @@ def _slices_along(paint: Array, view: View, axis: SliceAxis) -> tuple[int, int]:
 def _listed(path: Path, case_id: str, view: View) -> tuple[int, ...]:
     """Native slice indices from CASE.prompts.json."""
 
-    def refuse(what: str, remedy: str = 'Write {"axis": "SI", "annotated_slices": [0, 7]}') -> CaseError:
+    def error(what: str, remedy: str = 'Write {"axis": "SI", "annotated_slices": [0, 7]}') -> CaseError:
         return CaseError(case_id, path.name, what, remedy)
 
     try:
         value = atomic.read_json(path, "list of annotated slices")
-    except SlmSam2Error as error:
-        raise refuse(str(error)) from None
+    except SlmSam2Error as problem:
+        raise error(str(problem)) from None
     if not isinstance(value, dict) or set(value) != {"axis", "annotated_slices"}:
-        raise refuse("expected the keys axis and annotated_slices, and no others")
+        raise error("expected the keys axis and annotated_slices, and no others")
     if value["axis"] != view.axis:
-        raise refuse(
+        raise error(
             f"axis is {value['axis']!r}, but this volume is propagated along {view.axis}",
             f"Annotate slices along {view.axis}, or edit slice_axis in plan.json",
         )
     listed = value["annotated_slices"]
     if not isinstance(listed, list) or not all(type(index) is int for index in listed):
-        raise refuse("annotated_slices must be a list of whole numbers")
+        raise error("annotated_slices must be a list of whole numbers")
     beyond = [index for index in listed if not 0 <= index < view.native_slices()]
     if beyond:
-        raise refuse(
+        raise error(
             f"slice {beyond[0]} does not exist; the volume has slices 0 to {view.native_slices() - 1} along {view.axis}", "Correct the list"
         )
     return tuple(view.file_index(index) for index in listed)
 
 
-def simulate_prompts(labels: Array, view: View, values: Sequence[int], where: Where, mark_ends: bool = False) -> Prompts:
+def simulate_prompts(labels: Array, view: View, values: Sequence[int], where: PromptSlice, mark_ends: bool = False) -> Prompts:
     """One slice for each label, cut out of a full mask (Z, Y, X). A label that does not occur is annotated nowhere.
 
     mark_ends: the slices just before its first and just behind its last one, where there are such, say that it is not there.
@@ -194,11 +195,11 @@ def simulate_prompts(labels: Array, view: View, values: Sequence[int], where: Wh
 
 def _end_slices(area: Array) -> list[int]:
     """The slices just beyond either end of a label, given its area (T,) on each slice."""
-    held = np.flatnonzero(area)
-    return [t for t in (int(held[0]) - 1, int(held[-1]) + 1) if 0 <= t < len(area)] if held.size else []
+    extent = bounding_box(area != 0)
+    return [] if extent is None else [t for t in (extent[0][0] - 1, extent[0][1]) if 0 <= t < len(area)]
 
 
-def choose_slice(area: Array, where: Where) -> int:
+def choose_slice(area: Array, where: PromptSlice) -> int:
     """The slice to annotate, given the label's area (T,) on each slice.
 
     middle / quarter: the slice holding the label nearest to half / a quarter of the way from its first to its last slice; largest: the

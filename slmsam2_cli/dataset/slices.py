@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from slmsam2_cli.dataset.masks import bounding_box
 from slmsam2_cli.io.volume import Grid, Volume
 
 if TYPE_CHECKING:
@@ -99,19 +100,12 @@ def slice_axis_of(grid: Grid, planned: SliceAxis) -> SliceAxis:
 
 
 def nonzero_box(stack: Array) -> Box:
-    """Where any channel is not 0: (C, T, R, C) -> half-open ranges. The whole array when it is all zero."""
+    """Find the box of all voxels (C, T, R, C) that are not 0 in some channel, as half-open ranges; the whole array when all are 0."""
     full = tuple((0, n) for n in stack.shape[1:])
-    busy = (stack != 0).any(axis=0)
-    if not busy.any():
-        return full  # type: ignore[return-value]
-    spans = []
-    for axis in range(3):
-        held = np.flatnonzero(busy.any(axis=tuple(a for a in range(3) if a != axis)))
-        spans.append((int(held[0]), int(held[-1]) + 1))
-    return tuple(spans)  # type: ignore[return-value]
+    return bounding_box((stack != 0).any(axis=0)) or full  # type: ignore[return-value]
 
 
-def weights(size_in: int, size_out: int, antialias: bool = True) -> csr_matrix:
+def interpolation_matrix(size_in: int, size_out: int, antialias: bool = True) -> csr_matrix:
     """Linear interpolation as a sparse matrix (size_out, size_in), rows sum to 1; a wider triangle when shrinking."""
     from scipy.sparse import csr_matrix  # slow to import, and a plan can be read without
 
@@ -132,7 +126,7 @@ def resample_plane(plane: Array, rows: csr_matrix, columns: csr_matrix) -> Array
     return np.ascontiguousarray((columns @ (rows @ plane.astype(np.float32)).T).T)
 
 
-def nearest(size_in: int, size_out: int) -> Array:
+def nearest_indices(size_in: int, size_out: int) -> Array:
     """(size_out,) indices of the input pixels nearest to the output pixels' centres."""
     picks: Array = ((np.arange(size_out) + 0.5) * size_in / size_out).astype(int)
     return picks.clip(max=size_in - 1)
@@ -143,14 +137,14 @@ class View:
     """How one volume becomes a stack of slices, and the exact way back.
 
     box: ((t0, t1), (r0, r1), (c0, c1)), the crop in the oriented array. stack_shape: (T, H, W) after resampling.
-    shrink: 1, or the common factor below 1 by which the slices were made smaller than planned to fit the frame.
+    scale: 1, or the common factor below 1 by which the slices were made smaller than planned to fit the frame.
     """
 
     grid: Grid
     axis: SliceAxis
     box: Box
     stack_shape: Shape
-    shrink: float = 1.0
+    scale: float = 1.0
 
     @classmethod
     def fit(cls, volume: Volume, geometry: GeometryPlanLike) -> View:
@@ -163,11 +157,11 @@ class View:
         spacing = [float(volume.grid.spacing_mm[a]) for a in orientation.order]
         extent_mm = [(end - start) * mm for (start, end), mm in zip(box, spacing, strict=True)]
         room = geometry.stack_size * geometry.in_plane_mm / max(extent_mm[1:])
-        shrink = room if room < 1 - 1e-4 else 1.0  # less than that is rounding
-        height, width = (min(geometry.stack_size, max(1, round(mm / geometry.in_plane_mm * shrink))) for mm in extent_mm[1:])
+        scale = room if room < 1 - 1e-4 else 1.0  # less than that is rounding
+        height, width = (min(geometry.stack_size, max(1, round(mm / geometry.in_plane_mm * scale))) for mm in extent_mm[1:])
         through = geometry.through_plane_mm
         slices = box[0][1] - box[0][0] if through is None else max(1, round(extent_mm[0] / through))
-        return cls(volume.grid, axis, box, (slices, height, width), shrink)
+        return cls(volume.grid, axis, box, (slices, height, width), scale)
 
     @cached_property
     def orientation(self) -> Orientation:
@@ -209,7 +203,11 @@ class View:
         """(C, Z, Y, X) -> (C, T, H, W) float32: linear, averaging when shrinking."""
         cut = self.cropped(voxels)
         count, height, width = self.stack_shape
-        rows, columns, through = weights(cut.shape[2], height), weights(cut.shape[3], width), weights(cut.shape[1], count)
+        rows, columns, through = (
+            interpolation_matrix(cut.shape[2], height),
+            interpolation_matrix(cut.shape[3], width),
+            interpolation_matrix(cut.shape[1], count),
+        )
         planes = np.empty((cut.shape[0], cut.shape[1], height, width), dtype=np.float32)
         for channel in range(cut.shape[0]):
             for t in range(cut.shape[1]):
@@ -222,7 +220,7 @@ class View:
     def labels(self, labels: Array) -> Array:
         """(Z, Y, X) -> (T, H, W), same dtype: the nearest voxel."""
         cut = self.cropped(labels)
-        picks = [nearest(before, after) for before, after in zip(cut.shape, self.stack_shape, strict=True)]
+        picks = [nearest_indices(before, after) for before, after in zip(cut.shape, self.stack_shape, strict=True)]
         return np.ascontiguousarray(cut[np.ix_(*picks)])
 
     def restore(self, logits: Callable[[int], Array], values: Sequence[int]) -> Array:
@@ -235,7 +233,7 @@ class View:
         result = np.zeros(self.grid.shape, dtype=np.uint8 if max(values, default=0) < 256 else np.uint16)
         cut = self.cropped(result)
         sizes = zip(self.stack_shape, cut.shape, strict=True)
-        through, rows, columns = (weights(before, after, antialias=False) for before, after in sizes)
+        through, rows, columns = (interpolation_matrix(before, after, antialias=False) for before, after in sizes)
         names = np.asarray(values, dtype=result.dtype)
         known: dict[int, Array] = {}
         for t in range(cut.shape[0]):
@@ -260,7 +258,7 @@ class View:
             "axis": self.axis,
             "box": [list(span) for span in self.box],
             "stack_shape": list(self.stack_shape),
-            "shrink": self.shrink,
+            "scale": self.scale,
         }
 
     @classmethod
@@ -276,4 +274,4 @@ class View:
         if value["axis"] not in AXES:
             raise ValueError(f"axis {value['axis']!r}")
         box = tuple((int(start), int(end)) for start, end in value["box"])
-        return cls(grid, value["axis"], box, tuple(value["stack_shape"]), float(value["shrink"]))  # type: ignore[arg-type]
+        return cls(grid, value["axis"], box, tuple(value["stack_shape"]), float(value["scale"]))  # type: ignore[arg-type]

@@ -20,8 +20,8 @@ import torch
 from slmsam2_cli.dataset.cache import make_frames
 from slmsam2_cli.dataset.checks import check_mask
 from slmsam2_cli.dataset.dataset import Case, find_label
-from slmsam2_cli.dataset.prompts import Prompts, Where, read_prompts, restore_annotated, simulate_prompts
-from slmsam2_cli.dataset.slices import View, resample_plane, weights
+from slmsam2_cli.dataset.prompts import Prompts, PromptSlice, read_prompts, restore_annotated, simulate_prompts
+from slmsam2_cli.dataset.slices import View, interpolation_matrix, resample_plane
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.inference.label_prior import GOOD
 from slmsam2_cli.inference.postprocess import keep_connected
@@ -73,7 +73,8 @@ def _mask(prompts: Prompts, view: View, value: int, native_slice: int) -> np.nda
     """One label on one slice at the stack's size, (H, W) bool; a structure too thin for the stack keeps its best pixels."""
     _, height, width = view.stack_shape
     drawn = view.cropped(prompts.labels)[native_slice - view.box[0][0]] == value
-    cover = resample_plane(drawn.astype(np.float32), weights(drawn.shape[0], height), weights(drawn.shape[1], width))
+    rows, columns = interpolation_matrix(drawn.shape[0], height), interpolation_matrix(drawn.shape[1], width)
+    cover = resample_plane(drawn.astype(np.float32), rows, columns)
     return np.asarray(cover >= min(0.5, float(cover.max()))) & (cover > 0)
 
 
@@ -110,7 +111,7 @@ class PromptSource:
     """
 
     folder: Path
-    simulated: Where | None = None
+    simulated: PromptSlice | None = None
     dataset_labels: bool = False
     mark_ends: bool = False
 

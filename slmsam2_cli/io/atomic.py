@@ -1,7 +1,7 @@
-"""The one writing door: a final name never holds a partial file.
+"""Write files atomically, so that a final name never holds a partial file, and lock folders against a second writer.
 
-Temporary name in the same folder, fsync, verify, rename, fsync of the folder. Everything that becomes a file
-goes through `write_atomically`; nothing else in the package opens a file for writing.
+Every file is written under a temporary name in the same folder, synced, verified and renamed. All files of the package are written
+through `write_atomically`; no other module opens a file for writing.
 """
 
 from __future__ import annotations
@@ -315,8 +315,8 @@ def _remove_leftovers(folder: Path) -> None:
             leftover.unlink()
 
 
-def append(partial: Path) -> BinaryIO:
-    """A partial file, made when it is absent, open for adding to its end; `adopt` gives it its final name. OSError."""
+def open_partial(partial: Path) -> BinaryIO:
+    """A partial file, made when it is absent, open for adding to its end; `commit_partial` gives it its final name. OSError."""
     _may_fail()
     partial.parent.mkdir(parents=True, exist_ok=True)
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC

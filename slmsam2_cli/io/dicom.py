@@ -1,9 +1,7 @@
-"""A folder of DICOM slices as one volume, through SimpleITK; no tag but the geometry is looked at, none is copied.
+"""Find the DICOM files of a folder and read them as one volume through SimpleITK. Only geometry tags are read; no tag is copied.
 
-Every file is opened only after it proved to be a regular DICOM file; one series a folder, slices of one grid, evenly spaced.
+Files are recognised by the "DICM" magic bytes. A folder must hold one series of evenly spaced slices on one grid.
 Masks of a series are written as .nii.gz.
-
-Which files of a folder are slices of a DICOM series: by their mark alone, without the library that reads them.
 """
 
 from __future__ import annotations
@@ -84,8 +82,8 @@ def read_dicom(folder: Path, max_voxels: int) -> DecodedVolume:
         slices, warnings = _in_order(slices)
         image = _read(slices)
     voxels, grid = from_image(image)
-    odd, doubts = geometry_warnings(grid)
-    return DecodedVolume(voxels, grid, Source(SERIES, ".nii.gz", doubts=doubts), (*warnings, *odd))
+    odd, uncertain = geometry_warnings(grid)
+    return DecodedVolume(voxels, grid, Source(SERIES, ".nii.gz", uncertain=uncertain), (*warnings, *odd))
 
 
 def _information(path: Path) -> _Slice:
@@ -153,7 +151,7 @@ def _in_order(slices: list[_Slice]) -> tuple[list[_Slice], list[str]]:
 
 
 def _check_tilt(ordered: list[_Slice], normal: NDArray[np.float64]) -> None:
-    """Refuse slices stacked at a slant, whose shear the reader would drop in silence."""
+    """Refuse slices stacked at a slant, whose shear the reader would silently drop."""
     way = ordered[-1].origin - ordered[0].origin
     height = float(way @ normal)
     slant = float(np.linalg.norm(way - height * normal)) / height

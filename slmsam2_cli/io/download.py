@@ -1,9 +1,8 @@
-"""One file over HTTP: resumed where a cut connection left it, verified before its name appears. Nothing else in the package
-opens a connection.
+"""Download one file over HTTP, resume an interrupted download, and verify the file before it gets its final name.
 
-What arrives lies in a hidden partial file beside the final name, with a note of what it is part of: a server that has the
-same file still (If-Range) sends the rest, any other sends all of it again. RFC 9110, section 14. Proxies come from the
-environment, certificates are verified, and a redirect never leaves https.
+Received bytes are kept in a hidden partial file next to the final name, with a note of URL and ETag. If the file on the server is
+unchanged (If-Range; RFC 9110, section 14), only the rest is sent, otherwise the whole file. Proxies come from the environment,
+certificates are verified, and a redirect from https to http is refused. No other module of the package opens a connection.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from slmsam2_cli.version import VERSION
 
 TIMEOUT_S = 30.0
 PAUSES_S = (1.0, 2.0, 4.0, 8.0)
-MOST_BYTES = 4 * 2**30
+MAX_BYTES = 4 * 2**30
 _BLOCK = 1 << 18
 _TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")
@@ -71,25 +70,25 @@ class DownloadTarget:
 Report = Callable[[int, "int | None"], None]
 
 
-def fetch(wanted: DownloadTarget, report: Report = lambda have, total: None, tell: Callable[[str], None] = lambda line: None) -> str:
+def fetch(target: DownloadTarget, report: Report = lambda have, total: None, log: Callable[[str], None] = lambda line: None) -> str:
     """Bring a file here and return its SHA-256. The final name appears only when length and digest are right.
 
-    report(bytes here, bytes in all or None) is called as they arrive; tell(line) says what goes wrong and is tried again.
+    report(bytes here, bytes in all or None) is called as they arrive; log(line) says what goes wrong and is tried again.
     DownloadError (kept for resuming), DigestError (nothing kept), OutputError (kept).
     """
-    _check_url(wanted.url)
-    failures, have = 0, _bytes_of(wanted.partial)
+    _check_url(target.url)
+    failures, have = 0, _bytes_of(target.partial)
     while True:
         try:
-            _receive(wanted, report, tell)
-            return _finish(wanted)
+            _receive(target, report, log)
+            return _finish(target)
         except _ConnectionLost as cut:
-            now = _bytes_of(wanted.partial)
+            now = _bytes_of(target.partial)
             failures, have = (0 if now > have else failures + 1), max(now, have)
             if failures > len(PAUSES_S):
                 raise DownloadError(f"{cut}, {failures} times in a row") from None
             pause = PAUSES_S[max(failures - 1, 0)]
-            tell(f"{cut}; trying again in {pause:g} s, {now / 1e6:.1f} MB are here")
+            log(f"{cut}; trying again in {pause:g} s, {now / 1e6:.1f} MB are here")
             time.sleep(pause)
 
 
@@ -105,50 +104,50 @@ def _bytes_of(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _receive(wanted: DownloadTarget, report: Report, tell: Callable[[str], None]) -> None:
+def _receive(target: DownloadTarget, report: Report, log: Callable[[str], None]) -> None:
     """Add to the partial file until it is whole. _ConnectionLost when that may be tried again."""
-    have, headers = _request_headers(wanted)
+    have, headers = _request_headers(target)
     try:
-        with _open(wanted.url, headers) as response:
+        with _open(target.url, headers) as response:
             start = _start_of(response, have)
             if have and not start:
-                tell("the server sends the file from its beginning")
+                log("the server sends the file from its beginning")
             total = _total_of(response, start)
-            _check_length(wanted, total, start)
-            _note(wanted, response.headers, total)
-            _copy(response, wanted, start, total, report)
+            _check_length(target, total, start)
+            _save_note(target, response.headers, total)
+            _copy(response, target, start, total, report)
     except urllib.error.HTTPError as error:
-        _handle_http_error(wanted, error, have)
+        _handle_http_error(target, error, have)
     except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
-        raise _translate_error(wanted.url, error) from None
+        raise _translate_error(target.url, error) from None
 
 
-def _request_headers(wanted: DownloadTarget) -> tuple[int, dict[str, str]]:
+def _request_headers(target: DownloadTarget) -> tuple[int, dict[str, str]]:
     """The bytes here already, if they can be added to, and the headers that ask for the others."""
     headers = {"User-Agent": f"slmsam2/{VERSION}", "Accept-Encoding": "identity"}
-    have, note = _bytes_of(wanted.partial), _read_note(wanted)
-    validator = note.get("validator") if note.get("url") == wanted.url else None
-    if not have or not (validator or wanted.sha256):
+    have, note = _bytes_of(target.partial), _read_note(target)
+    validator = note.get("validator") if note.get("url") == target.url else None
+    if not have or not (validator or target.sha256):
         return 0, headers
     headers["Range"] = f"bytes={have}-"
     return have, headers | ({"If-Range": validator} if validator else {})
 
 
-def _read_note(wanted: DownloadTarget) -> dict[str, Any]:
+def _read_note(target: DownloadTarget) -> dict[str, Any]:
     with suppress(atomic.JsonError):
-        note = atomic.read_json(wanted.note, "the note of a download")
+        note = atomic.read_json(target.note, "the note of a download")
         if isinstance(note, dict):
             return note
     return {}
 
 
-def _note(wanted: DownloadTarget, headers: Message, total: int | None) -> None:
+def _save_note(target: DownloadTarget, headers: Message, total: int | None) -> None:
     """What the partial file is part of: a strong ETag, else the date of the last change."""
     etag = headers.get("ETag", "")
     validator = etag if etag.startswith('"') else headers.get("Last-Modified")
-    note = {"url": wanted.url, "validator": validator, "bytes": total}
-    if note != _read_note(wanted):
-        atomic.write_json(wanted.note, note)
+    note = {"url": target.url, "validator": validator, "bytes": total}
+    if note != _read_note(target):
+        atomic.write_json(target.note, note)
 
 
 class _StayOnHttps(urllib.request.HTTPRedirectHandler):
@@ -185,65 +184,64 @@ def _total_of(response: http.client.HTTPResponse, start: int) -> int | None:
     return start + int(length) if length.isdecimal() else None
 
 
-def _check_length(wanted: DownloadTarget, total: int | None, start: int) -> None:
-    """Stop before anything is written when the file cannot be the one that is wanted, or does not fit the disk."""
-    if total is not None and wanted.bytes is not None and total != wanted.bytes:
-        _forget(wanted)
-        raise DigestError(f"{wanted.url}: holds {total} bytes, not the {wanted.bytes} that were published: another file, refused")
-    expected = total or wanted.bytes or 0
-    if expected > MOST_BYTES:
-        raise DigestError(f"{wanted.url}: {expected} bytes are too many for weights of ours, refused")
-    folder = next(parent for parent in wanted.path.absolute().parents if parent.exists())
+def _check_length(target: DownloadTarget, total: int | None, start: int) -> None:
+    """Stop before anything is written when the file cannot be the target, or does not fit the disk."""
+    if total is not None and target.bytes is not None and total != target.bytes:
+        _forget(target)
+        raise DigestError(f"{target.url}: holds {total} bytes, not the {target.bytes} that were published: another file, refused")
+    expected = total or target.bytes or 0
+    if expected > MAX_BYTES:
+        raise DigestError(f"{target.url}: {expected} bytes are too many for weights of ours, refused")
+    folder = next(parent for parent in target.path.absolute().parents if parent.exists())
     free = shutil.disk_usage(folder).free
     if expected - start > free:
-        raise OutputError(f"{wanted.path.parent}: {(expected - start) / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free")
+        raise OutputError(f"{target.path.parent}: {(expected - start) / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free")
 
 
-def _copy(response: http.client.HTTPResponse, wanted: DownloadTarget, start: int, total: int | None, report: Report) -> None:
-    whole = total if total is not None else wanted.bytes
-    limit = MOST_BYTES if whole is None else whole
-    with _appending(wanted, start) as file:
+def _copy(response: http.client.HTTPResponse, target: DownloadTarget, start: int, total: int | None, report: Report) -> None:
+    whole = total if total is not None else target.bytes
+    limit = MAX_BYTES if whole is None else whole
+    with _appending(target, start) as file:
         have = start
         report(have, total)
         while block := response.read(_BLOCK):
             have += len(block)
             if have > limit:
-                _forget(wanted)
-                raise DigestError(f"{wanted.url}: the server sends more than the {limit} bytes there should be, refused")
-            _write(file, block, wanted)
+                _forget(target)
+                raise DigestError(f"{target.url}: the server sends more than the {limit} bytes there should be, refused")
+            _write(file, block, target)
             report(have, total)
     if whole is not None and have < whole:
-        raise _ConnectionLost(f"{urlsplit(wanted.url).hostname}: the connection was cut")
+        raise _ConnectionLost(f"{urlsplit(target.url).hostname}: the connection was cut")
 
 
-def _appending(wanted: DownloadTarget, start: int) -> IO[bytes]:
+def _appending(target: DownloadTarget, start: int) -> IO[bytes]:
     try:
-        file = atomic.append(wanted.partial)
+        file = atomic.open_partial(target.partial)
         file.truncate(start)
         return file
     except OSError as error:
-        raise OutputError(f"{wanted.partial}: could not be written: {error_reason(error)}") from None
+        raise OutputError(f"{target.partial}: could not be written: {error_reason(error)}") from None
 
 
-def _write(file: IO[bytes], block: bytes, wanted: DownloadTarget) -> None:
+def _write(file: IO[bytes], block: bytes, target: DownloadTarget) -> None:
     try:
         file.write(block)
         file.flush()
     except OSError as error:
-        raise OutputError(
-            f"{wanted.partial}: could not be written: {error_reason(error)}. What has arrived is kept; make room and run the same command again"
-        ) from None
+        what = f"{target.partial}: could not be written: {error_reason(error)}"
+        raise OutputError(f"{what}. Received data is kept; free some space and run the same command again") from None
 
 
-def _handle_http_error(wanted: DownloadTarget, error: urllib.error.HTTPError, have: int) -> None:
+def _handle_http_error(target: DownloadTarget, error: urllib.error.HTTPError, have: int) -> None:
     """Whether an HTTP error means that all is here already; if not, raise what it means."""
-    host = urlsplit(wanted.url).hostname
+    host = urlsplit(target.url).hostname
     with error:
         if error.code == 416:
             found = _RANGE.fullmatch(error.headers.get("Content-Range", ""))
             if found is not None and found[2] == str(have):
                 return
-            _forget(wanted)
+            _forget(target)
             raise _ConnectionLost(f"{host}: the partial file is no beginning of the file there and was removed")
         what = f"{host}: HTTP {error.code} {error.reason}".rstrip()
         raise _ConnectionLost(what) if error.code in _TRY_AGAIN else DownloadError(what)
@@ -264,30 +262,30 @@ def _translate_error(url: str, error: Exception) -> Exception:
     return _ConnectionLost(f"{host}: the connection was cut" if isinstance(reason, http.client.IncompleteRead) else f"{host}: {reason}")
 
 
-def _finish(wanted: DownloadTarget) -> str:
+def _finish(target: DownloadTarget) -> str:
     """Verify the whole file, then let it have its name."""
     found = ""
 
     def verify(partial: Path) -> None:
         nonlocal found
         found = atomic.sha256_of(partial)
-        if wanted.sha256 is not None and found != wanted.sha256:
+        if target.sha256 is not None and found != target.sha256:
             raise DigestError(
-                f"{wanted.url}: refused: its SHA-256 is {found}, not {wanted.sha256}. What arrived was removed; "
+                f"{target.url}: refused: its SHA-256 is {found}, not {target.sha256}. What arrived was removed; "
                 "the file was changed on its way, or another one lies there now"
             )
 
     try:
-        atomic.commit_partial(wanted.partial, wanted.path, verify)
+        atomic.commit_partial(target.partial, target.path, verify)
     except DigestError:
-        _forget(wanted)
+        _forget(target)
         raise
     with suppress(OSError):
-        os.unlink(wanted.note)
+        os.unlink(target.note)
     return found
 
 
-def _forget(wanted: DownloadTarget) -> None:
-    for path in (wanted.partial, wanted.note):
+def _forget(target: DownloadTarget) -> None:
+    for path in (target.partial, target.note):
         with suppress(OSError):
             os.unlink(path)

@@ -1,4 +1,4 @@
-"""Opening what somebody gave us: regular files only, and never a hang.
+"""Open input files safely: regular files only, without blocking.
 
 A FIFO blocks the reader that opens it, a directory opens without error, a link may lead nowhere or in a circle.
 """

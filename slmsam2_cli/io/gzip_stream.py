@@ -1,4 +1,4 @@
-"""Reading exactly as many bytes as a header declares, compressed or not, in bounded memory.
+"""Read exactly as many bytes as a header declares, compressed or not, in bounded memory.
 
 gzip is read to its end with the checksum; reading stops at the first byte more than declared, so that a
 decompression bomb costs nothing. Bytes after the compressed data are a warning.
@@ -21,7 +21,7 @@ GZIP_MAGIC = b"\x1f\x8b"
 GZIP, ZLIB_OR_GZIP = 31, 47  # zlib's window bits
 
 
-class Stream(Protocol):
+class ByteStream(Protocol):
     """Bytes in order; `capacity` is an upper bound of how many there can be, known without reading them."""
 
     capacity: int
@@ -87,7 +87,7 @@ class DeflateStream:
 _FETCH_AGAIN = "Copy or download the file again"
 
 
-def read_exactly(stream: Stream, count: int, what: str) -> NDArray[np.uint8]:
+def read_exactly(stream: ByteStream, count: int, what: str) -> NDArray[np.uint8]:
     """(count,) bytes; memory is touched only as data arrive. InputError when they cannot be there or are not."""
     if count > stream.capacity:
         found = f"too large for the {stream.capacity} bytes the file can hold"
@@ -106,7 +106,7 @@ def read_exactly(stream: Stream, count: int, what: str) -> NDArray[np.uint8]:
     return buffer
 
 
-def skip(stream: Stream, count: int, what: str) -> None:
+def skip(stream: ByteStream, count: int, what: str) -> None:
     """Pass over `count` bytes. InputError when they are not there."""
     while count > 0:
         block = stream.read(min(count, CHUNK))
@@ -115,7 +115,7 @@ def skip(stream: Stream, count: int, what: str) -> None:
         count -= len(block)
 
 
-def expect_end(stream: Stream, declared: int) -> None:
+def expect_end(stream: ByteStream, declared: int) -> None:
     """InputError when more data follow than the header declares."""
     if stream.read(1):
         what = f"the data are larger than the {declared} bytes the header declares (trailing data, or a corrupt header)"

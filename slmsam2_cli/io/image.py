@@ -1,9 +1,7 @@
-"""Where the voxels of a volume lie in the patient.
+"""Describe a decoded volume: its voxel grid in patient coordinates, the geometry of its source file, and the checks all readers share.
 
-Array axes are (z, y, x); the world is LPS millimetres, as in ITK. Nothing here reads a file.
-Tolerances: shape exact; spacing 1e-3 relative; direction 1e-3; origin 1 % of a voxel.
-
-What every reader of one file hands on, and what a mask needs to look like that file.
+Array axes are (z, y, x); world coordinates are LPS in mm, as in ITK. No file is read here.
+Tolerances when two grids are compared: shape exact; spacing 1e-3 relative; direction 1e-3; origin 1 % of a voxel.
 """
 
 from __future__ import annotations
@@ -101,19 +99,19 @@ Uncertainty = Literal["orientation", "spacing"]
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Opaque to everybody but the readers, the mask writer and the comparison of geometries.
+    """Facts about the source file, used only by the readers, the mask writer and the comparison of geometries.
 
     ending, mask_ending: of the file read, and of masks that belong to it;
     template: a NIfTI header holding the geometry fields alone (no texts), or None;
-    doubts: what the file does not really know about its geometry;
-    alternative: the grid by the qform, where the sform says something else.
+    uncertain: parts of the geometry that the file does not state reliably;
+    qform_grid: the grid of the qform where it contradicts the sform, else None.
     """
 
     ending: str
     mask_ending: str
     template: bytes | None = None
-    doubts: frozenset[Uncertainty] = frozenset()
-    alternative: Grid | None = None
+    uncertain: frozenset[Uncertainty] = frozenset()
+    qform_grid: Grid | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +132,7 @@ def check_size(size: Sequence[int], channels: int, max_voxels: int) -> None:
     for length in size:
         total *= length
     if total > max_voxels:
-        raise InputError(f"too large: the header declares {total} voxels, at most {max_voxels} are read", "Crop it, or raise --max-voxels")
+        raise InputError(f"too large: the header declares {total} voxels, at most {max_voxels} are read", "Crop or downsample it")
 
 
 def check_spacing(spacing: Sequence[float]) -> None:
@@ -163,7 +161,7 @@ def check_affine(affine: NDArray[np.float64]) -> None:
 
 
 def geometry_warnings(grid: Grid) -> tuple[list[str], frozenset[Uncertainty]]:
-    """Warnings about an implausible spacing or a very small volume, and the doubts that follow."""
+    """Warnings about an implausible spacing or a very small volume, and the parts of the geometry that are therefore uncertain."""
     warnings: list[str] = []
     low, high = _SPACING_PLAUSIBLE_MM
     odd = min(grid.spacing_mm) < low or max(grid.spacing_mm) > high

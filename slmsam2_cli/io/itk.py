@@ -66,9 +66,9 @@ def read_itk(path: Path, ending: str, max_voxels: int) -> DecodedVolume:
                 warnings = _check_data(data, layout, total * layout.bytes_per_value)
     image = decode(path)
     voxels, grid = from_image(image)
-    odd, doubts = geometry_warnings(grid)
+    odd, uncertain = geometry_warnings(grid)
     mask_ending = ".mha" if ending == ".mhd" else ending
-    return DecodedVolume(voxels, grid, Source(ending, mask_ending, doubts=doubts), (*warnings, *odd))
+    return DecodedVolume(voxels, grid, Source(ending, mask_ending, uncertain=uncertain), (*warnings, *odd))
 
 
 def decode(path: Path) -> Any:
@@ -136,7 +136,7 @@ def _field(fields: dict[str, str], name: str) -> str:
     return fields[name]
 
 
-def _whole(text: str) -> tuple[int, ...]:
+def _integers(text: str) -> tuple[int, ...]:
     """Numbers of a header field. InputError when they are not whole or there are very many."""
     words = text.split()
     if not 1 <= len(words) <= 16 or not all(re.fullmatch(r"-?\d{1,18}", word) for word in words):
@@ -173,10 +173,10 @@ def _nrrd_layout(file: BinaryIO, path: Path) -> _Layout:
     if any(int(fields.get(name, "0") or 0) for name in ("byte skip", "byteskip", "line skip", "lineskip") if fields.get(name) != "0"):
         raise InputError("unsupported: the header skips bytes or lines", _EXPORT)
     _check_numbers(fields, (), ("spacings", "space directions", "space origin"))
-    sizes, encoding = _whole(_field(fields, "sizes")), _field(fields, "encoding").lower()
+    sizes, encoding = _integers(_field(fields, "sizes")), _field(fields, "encoding").lower()
     packing = {"raw": "raw", "gz": "gzip", "gzip": "gzip"}.get(encoding)
     width = _NRRD_BYTES.get(_field(fields, "type").lower())
-    if packing is None or width is None or _whole(_field(fields, "dimension")) != (len(sizes),):
+    if packing is None or width is None or _integers(_field(fields, "dimension")) != (len(sizes),):
         raise InputError(f"unsupported: type {fields['type']}, dimension {fields['dimension']}, encoding {encoding}", _EXPORT)
     return _Layout(sizes, width, packing, path)
 
@@ -189,7 +189,7 @@ def _meta_layout(file: BinaryIO, path: Path) -> _Layout:
     _check_numbers(
         fields, ("ElementSpacing", "ElementSize"), ("TransformMatrix", "Rotation", "Orientation", "Offset", "Position", "Origin")
     )
-    sizes = (*_whole(fields.get("ElementNumberOfChannels", "1")), *_whole(_field(fields, "DimSize")))
+    sizes = (*_integers(fields.get("ElementNumberOfChannels", "1")), *_integers(_field(fields, "DimSize")))
     width = _META_BYTES.get(_field(fields, "ElementType").removeprefix("MET_"))
     if width is None or fields.get("BinaryData", "True").lower() != "true" or fields.get("HeaderSize", "0") != "0":
         raise InputError(f"unsupported: {fields['ElementType']}, or text data, or a second header", _EXPORT)

@@ -1,12 +1,11 @@
 """NIfTI-1 and NIfTI-2 single files: the header checked field by field before a voxel is read, and masks with the same geometry.
 
-Libraries zero-fill truncated files, repair bad dimensions and drop NaN in silence; so the bytes are read and checked here.
+Libraries silently zero-fill truncated files, repair bad dimensions and drop NaN; therefore the bytes are read and checked here.
 nibabel supplies the layout of both headers. Field meanings: nifti1.h and nifti2.h, nifti.nimh.nih.gov.
 
-Which of a NIfTI header's geometries holds: sform if its code is above 0, else qform, else the voxel size alone.
-
-A header may state two geometries; the sform is used and a contradiction is told in mm. Without any form code the
-orientation is unknown: axes are then taken as LPS from the origin, as ITK does. NIfTI is RAS, the grid is LPS.
+The geometry is that of the sform if its code is above 0, else of the qform, else of the voxel size alone. Where sform and qform
+contradict each other, the sform is used and a warning gives the distance in mm. Without any form code the orientation is unknown:
+the axes are then taken as LPS from the origin, as ITK does. NIfTI is RAS, the grid is LPS.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slmsam2_cli.io.files import InputError, open_regular
-from slmsam2_cli.io.gzip_stream import GZIP_MAGIC, DeflateStream, PlainStream, Stream, expect_end, read_exactly, skip
+from slmsam2_cli.io.gzip_stream import GZIP_MAGIC, ByteStream, DeflateStream, PlainStream, expect_end, read_exactly, skip
 from slmsam2_cli.io.image import DecodedVolume, Grid, Source, Uncertainty, check_affine, check_size, check_spacing, geometry_warnings
 
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}  # NIfTI unit codes metre and micron; everything else is taken as mm
@@ -47,22 +46,22 @@ Geometry = tuple[Grid, Grid | None, frozenset[Uncertainty], list[str]]
 
 
 def geometry(forms: NiftiForms, size: tuple[int, int, int]) -> Geometry:
-    """(grid, the qform's grid where it contradicts, doubts, warnings) for size (x, y, z). InputError."""
+    """(grid, the qform's grid where it contradicts, uncertain, warnings) for size (x, y, z). InputError."""
     shape = size[::-1]
     grid = Grid.from_affine(shape, _chosen(forms))
     warnings, odd = geometry_warnings(grid)
-    doubts: set[Uncertainty] = set(odd)
+    uncertain: set[Uncertainty] = set(odd)
     if forms.units in _MM_PER_UNIT:
         warnings.append(f"the header's unit of length is {'metre' if forms.units == 1 else 'micron'}; converted to mm")
     if forms.sform_code <= 0 and forms.qform_code <= 0:
         warnings.append("the orientation is unknown (no form codes): the axes are taken to run to the left, back and head")
-        doubts.add("orientation")
-    alternative = _qform_grid(forms, shape) if forms.sform_code > 0 else None
-    gap = _largest_gap(grid, alternative) if alternative else 0.0
+        uncertain.add("orientation")
+    qform_grid = _qform_grid(forms, shape) if forms.sform_code > 0 else None
+    gap = _largest_gap(grid, qform_grid) if qform_grid else 0.0
     if gap > CONFLICT_VOXELS * min(grid.spacing_mm):
         warnings.append(f"sform and qform disagree by up to {gap:.3g} mm; the sform is used")
-        return grid, alternative, frozenset(doubts), warnings
-    return grid, None, frozenset(doubts), warnings
+        return grid, qform_grid, frozenset(uncertain), warnings
+    return grid, None, frozenset(uncertain), warnings
 
 
 def _chosen(forms: NiftiForms) -> NDArray[np.float64]:
@@ -129,7 +128,7 @@ _EXPORT = "Export the file again from its source"
 
 @cache
 def _nibabel() -> Any:
-    import nibabel  # slow to import, and much that knows of volumes reads none
+    import nibabel  # slow to import, and not needed to list or name volumes
 
     return nibabel
 
@@ -161,15 +160,15 @@ def read_nifti(path: Path, ending: str, max_voxels: int) -> DecodedVolume:
         skip(stream, header.offset - header.fields.dtype.itemsize, "voxels")
         raw = read_exactly(stream, count, "voxels")
         expect_end(stream, header.offset + count)
-    grid, alternative, doubts, warnings = geometry(_forms(header.fields), header.size)
+    grid, qform_grid, uncertain, warnings = geometry(_forms(header.fields), header.size)
     voxels = raw.view(header.dtype).reshape(header.channels, *header.size[::-1])
-    source = Source(ending, ending, _geometry_only(header.fields), doubts, alternative)
+    source = Source(ending, ending, _geometry_only(header.fields), uncertain, qform_grid)
     if ending == ".nii.gz" and isinstance(stream, PlainStream):
         warnings.append("not compressed although its name ends in .gz")
     return DecodedVolume(_scaled(voxels, header.fields), grid, source, (*stream.warnings, *warnings))
 
 
-def _stream(file: BinaryIO) -> Stream:
+def _stream(file: BinaryIO) -> ByteStream:
     start = file.read(132)
     file.seek(0)
     if not start:
@@ -183,7 +182,7 @@ def _stream(file: BinaryIO) -> Stream:
     return PlainStream(file)
 
 
-def _read_header(stream: Stream, max_voxels: int) -> Header:
+def _read_header(stream: ByteStream, max_voxels: int) -> Header:
     fields = _fields(stream)
     size, channels = _dimensions(fields)
     check_size(size, channels, max_voxels)
@@ -193,7 +192,7 @@ def _read_header(stream: Stream, max_voxels: int) -> Header:
     return Header(fields, size, channels, _dtype(fields), int(offset))
 
 
-def _fields(stream: Stream) -> Any:
+def _fields(stream: ByteStream) -> Any:
     """The header as a numpy record in its own byte order."""
     block = _header_bytes(stream, 348, b"")
     length, order = next(
@@ -210,7 +209,7 @@ def _fields(stream: Stream) -> Any:
     return fields
 
 
-def _header_bytes(stream: Stream, length: int, block: bytes) -> bytes:
+def _header_bytes(stream: ByteStream, length: int, block: bytes) -> bytes:
     while len(block) < length:
         more = stream.read(length - len(block))
         if not more:

@@ -30,7 +30,7 @@ def read_raster(path: Path, ending: str, max_voxels: int) -> DecodedVolume:
         pages = _pages(file, _FORMATS[ending], max_voxels)
     voxels = np.stack(pages, axis=1)
     grid = Grid((voxels.shape[1], voxels.shape[2], voxels.shape[3]), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), np.eye(3))
-    source = Source(ending, _MASK_ENDING.get(ending, ending), doubts=frozenset({"orientation", "spacing"}))
+    source = Source(ending, _MASK_ENDING.get(ending, ending), uncertain=frozenset({"orientation", "spacing"}))
     return DecodedVolume(voxels, grid, source, ("the format knows no spacing and no orientation: a pixel is taken as 1 mm",))
 
 

@@ -1,8 +1,8 @@
-"""JSON as strangers may send it: bounded, unambiguous, and refused with a line or a key.
+"""Parse untrusted JSON within fixed bounds, and explain validation errors of settings files in one line each.
 
 At most 20 MB of UTF-8 (a byte order mark is allowed), 100 levels, 100 digits a number; no duplicate keys, no NaN, no Infinity.
 
-What is wrong with a file that a person may edit: the key, what was found there, and what is allowed, in one line.
+Errors name the line or the key; validation errors also the value found and the values allowed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The one door through which volumes come in and masks go out.
+"""Read images and masks of every supported format, and write masks on the grid of their image.
 
-Readers for one file each live in nifti, itk, dicom and raster; here files become cases: channels are put together,
-label values checked, errors given their case, and masks written on the grid of the image they belong to.
+The modules nifti, itk, dicom and raster read one file each. This module chooses the reader by the file's ending, stacks the channels
+of a case, checks label values, and turns errors into a CaseError that names case and file.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def decode(path: Path, max_voxels: int = MAX_VOXELS) -> DecodedVolume:
         return read_dicom(path, max_voxels)
     ending = image_ending(path)
     if ending is None:
-        raise InputError("not the name of a volume", f"Use one of {', '.join(ENDINGS)}")
+        raise InputError("unsupported file type", f"Supported: {', '.join(ENDINGS)}")
     return _READERS[ending](path, ending, max_voxels)
 
 

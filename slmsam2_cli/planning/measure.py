@@ -19,7 +19,7 @@ from slmsam2_cli.dataset.resources import bytes_on_disk, bytes_to_read, free_byt
 from slmsam2_cli.dataset.slices import orient, oriented_size
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.io.image import Grid
-from slmsam2_cli.parallel import cores, spread
+from slmsam2_cli.parallel import available_cpus, parallel_map
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint, Fingerprint
 from slmsam2_cli.planning.intensity_stats import CHUNK_VALUES, Array, Greys, sample_evenly, short, statistics
 from slmsam2_cli.planning.label_stats import box_of, measure_labels
@@ -39,14 +39,14 @@ def measure(
 
     workers: processes, 0 for none but this one, None for as many as are worth their start.
     """
-    answers = spread(
+    answers = parallel_map(
         partial(measure_case, dataset=replace(dataset, training=(), test=(), problems=())),
         {case.id: case for case in dataset.training},
         worker_count(dataset.training) if workers is None else workers,
         bytes_of=lambda case: PROCESS_BYTES + bytes_to_read(case),
-        room=int(SHARE * free_bytes()),
+        max_bytes=int(SHARE * free_bytes()),
         advance=advance,
-        loaded=LOADED,
+        preload=LOADED,
     )
     measured = [answer for answer in answers if not isinstance(answer, CaseError)]
     samples = zip(*(sampled for _, sampled in measured), strict=True) if measured else [()] * len(dataset.channels)
@@ -64,7 +64,7 @@ def measure(
 
 def worker_count(cases: Sequence[Case]) -> int:
     """How many processes measure these cases soonest: one a core, but none for what is measured before they would have started."""
-    return min(cores(), len(cases)) if sum(map(bytes_on_disk, cases)) >= MIN_PARALLEL_BYTES else 0
+    return min(available_cpus(), len(cases)) if sum(map(bytes_on_disk, cases)) >= MIN_PARALLEL_BYTES else 0
 
 
 def measure_case(case: Case, dataset: Dataset) -> tuple[CaseFingerprint, list[Array]]:

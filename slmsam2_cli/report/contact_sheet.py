@@ -23,7 +23,7 @@ from slmsam2_cli.dataset.cache import read_pair
 from slmsam2_cli.dataset.dataset import Case, Dataset
 from slmsam2_cli.dataset.intensity import window_of
 from slmsam2_cli.dataset.prompts import choose_slice
-from slmsam2_cli.dataset.slices import SliceAxis, View, nearest, resample_plane, weights
+from slmsam2_cli.dataset.slices import SliceAxis, View, interpolation_matrix, nearest_indices, resample_plane
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.planning.plan import Plan
 from slmsam2_cli.report.case_files import LoadedCase, Window, grey
@@ -147,11 +147,11 @@ def shown_size(shape: Sequence[int], mm: tuple[float, float]) -> tuple[int, int]
 def picture(plane: NDArray[np.uint8], labels: Array, values: Sequence[int], view: View, size: tuple[int, int]) -> NDArray[np.uint8]:
     """A slice (R, C) at the resolution of the network's slices, outlines on top -> (height, width, 3), facing the reader."""
     width, height = (side * _DENSITY for side in size)
-    rows, columns = (weights(before, after) for before, after in zip(plane.shape, view.stack_shape[1:], strict=True))
+    rows, columns = (interpolation_matrix(before, after) for before, after in zip(plane.shape, view.stack_shape[1:], strict=True))
     seen = np.rint(resample_plane(plane, rows, columns)).clip(0, 255).astype(np.uint8)
     shown = np.asarray(Image.fromarray(seen).resize((width, height), Image.Resampling.BICUBIC))
     canvas = np.repeat(shown[..., None], 3, axis=2)
-    paint(canvas, labels[np.ix_(nearest(labels.shape[0], height), nearest(labels.shape[1], width))], values)
+    paint(canvas, labels[np.ix_(nearest_indices(labels.shape[0], height), nearest_indices(labels.shape[1], width))], values)
     return canvas if view.axis == "SI" else canvas[::-1]  # the head is up, and S increases downwards
 
 

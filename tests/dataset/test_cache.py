@@ -32,7 +32,7 @@ def data(tmp_path):
 
 def again(data, folder, geometry=GEOMETRY, intensity=INTENSITY, **options):
     told = []
-    outcome = prepare_all(data, geometry, intensity, folder, tell=told.append, **options)
+    outcome = prepare_all(data, geometry, intensity, folder, log=told.append, **options)
     return outcome, told
 
 
@@ -72,10 +72,10 @@ def test_the_record_holds_no_absolute_path(data, tmp_path):
 
 
 def test_the_second_run_does_nothing(data, tmp_path):
-    assert again(data, tmp_path / "out")[0].fresh == 2
+    assert again(data, tmp_path / "out")[0].prepared_now == 2
     before = (tmp_path / "out" / "phantom_000" / "frames.npy").stat().st_mtime_ns
     outcome, told = again(data, tmp_path / "out")
-    assert (outcome.fresh, told, len(outcome.cases)) == (0, [], 2)
+    assert (outcome.prepared_now, told, len(outcome.cases)) == (0, [], 2)
     assert (tmp_path / "out" / "phantom_000" / "frames.npy").stat().st_mtime_ns == before
 
 
@@ -84,7 +84,7 @@ def test_a_changed_image_is_prepared_again_and_named(data, tmp_path):
     shutil.copy(data.training[1].images[0], data.training[0].images[0])
     shutil.copy(data.training[1].label, data.training[0].label)
     outcome, told = again(data, tmp_path / "out")
-    assert outcome.fresh == 1
+    assert outcome.prepared_now == 1
     assert told == ["case phantom_000: prepared again: imagesTr/phantom_000.nii.gz changed"]
     assert np.array_equal(outcome.cases[0].frames, outcome.cases[1].frames)
 
@@ -94,7 +94,7 @@ def test_new_voxels_behind_an_unchanged_header_are_noticed(data, tmp_path):
     header = image.with_name("phantom_000.mhd")
     SimpleITK.WriteImage(SimpleITK.ReadImage(str(image)), str(header))
     apart = replace(data, training=(replace(data.training[0], images=(header,)),))
-    assert again(apart, tmp_path / "out")[0].fresh == 1
+    assert again(apart, tmp_path / "out")[0].prepared_now == 1
     raw = header.with_suffix(".raw")
     raw.write_bytes(raw.read_bytes()[::-1])
     assert again(apart, tmp_path / "out")[1] == ["case phantom_000: prepared again: imagesTr/phantom_000.raw changed"]
@@ -108,7 +108,7 @@ def test_new_voxels_behind_an_unchanged_header_are_noticed(data, tmp_path):
 def test_a_changed_plan_prepares_everything_again(data, tmp_path, change):
     again(data, tmp_path / "out")
     outcome, told = again(data, tmp_path / "out", SimpleNamespace(**{**vars(GEOMETRY), **change}))
-    assert outcome.fresh == 2
+    assert outcome.prepared_now == 2
     assert all("the plan's geometry or intensities changed" in line for line in told)
 
 
@@ -135,7 +135,7 @@ def test_a_damaged_file_is_made_again(data, tmp_path, spoil):
 def test_an_unfinished_case_is_not_opened(data, tmp_path):
     again(data, tmp_path / "out")
     (tmp_path / "out" / "phantom_000" / "record.json").unlink()
-    with pytest.raises(CaseError, match=r"case phantom_000: is not prepared, or only half. Run slmsam2 preprocess"):
+    with pytest.raises(CaseError, match=r"case phantom_000: is not preprocessed, or only in part. Run slmsam2 preprocess"):
         open_prepared(tmp_path / "out", "phantom_000")
     assert "was not finished" in again(data, tmp_path / "out")[1][0]
 
@@ -144,7 +144,7 @@ def test_a_truncated_array_is_not_opened(data, tmp_path):
     again(data, tmp_path / "out")
     path = tmp_path / "out" / "phantom_000" / "frames.npy"
     path.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(CaseError, match="not prepared, or only half"):
+    with pytest.raises(CaseError, match="not preprocessed, or only in part"):
         open_prepared(tmp_path / "out", "phantom_000")
 
 
@@ -175,7 +175,7 @@ def test_a_record_that_points_elsewhere_is_not_followed(data, tmp_path):
     record = json.loads(path.read_text())
     record["outputs"]["../phantom_001/frames.npy"] = "0"
     path.write_text(json.dumps(record))
-    with pytest.raises(CaseError, match="not prepared"):
+    with pytest.raises(CaseError, match="not preprocessed"):
         open_prepared(tmp_path / "out", "phantom_000")
 
 

@@ -356,18 +356,18 @@ def test_a_mask_on_another_grid_is_refused(changes: dict[str, Any], message: str
 
 def test_what_a_file_does_not_know_is_not_held_against_its_partner() -> None:
     turned = grid(direction=np.diag([-1.0, -1.0, 1.0]), origin_mm=(5.0, 5.0, 5.0))
-    assert "partly comparable: the orientation" in pair(grid(), turned, [1], doubts=frozenset({"orientation"}))[0]
+    assert "partly comparable: the orientation" in pair(grid(), turned, [1], uncertain=frozenset({"orientation"}))[0]
     with pytest.raises(CaseError, match="spacing"):
-        pair(grid(), grid(spacing_mm=(2.0, 1.0, 1.0)), [1], doubts=frozenset({"orientation"}))
-    assert "partly comparable: the spacing" in pair(grid(), grid(spacing_mm=(2.0, 1.0, 1.0)), [1], doubts=frozenset({"spacing"}))[0]
+        pair(grid(), grid(spacing_mm=(2.0, 1.0, 1.0)), [1], uncertain=frozenset({"orientation"}))
+    assert "partly comparable: the spacing" in pair(grid(), grid(spacing_mm=(2.0, 1.0, 1.0)), [1], uncertain=frozenset({"spacing"}))[0]
     with pytest.raises(CaseError, match="shape"):
-        pair(grid(), grid(shape=(2, 3, 5)), [1], doubts=frozenset({"orientation", "spacing"}))
+        pair(grid(), grid(shape=(2, 3, 5)), [1], uncertain=frozenset({"orientation", "spacing"}))
     mirrored = grid(direction=np.diag([-1.0, 1.0, 1.0]))
-    assert "matches only one of them" in pair(grid(), mirrored, [1], alternative=mirrored)[0]
+    assert "matches only one of them" in pair(grid(), mirrored, [1], qform_grid=mirrored)[0]
 
 
 def test_comparing_is_symmetric() -> None:
-    one = LabelVolume(np.zeros((2, 3, 4)), grid(), Source(".nii", ".nii", doubts=frozenset({"orientation"})))
+    one = LabelVolume(np.zeros((2, 3, 4)), grid(), Source(".nii", ".nii", uncertain=frozenset({"orientation"})))
     other = LabelVolume(np.zeros((2, 3, 4)), grid(origin_mm=(9.0, 9.0, 9.0)), Source(".nii", ".nii"))
     assert compare_geometry(one, other) == compare_geometry(other, one)
     assert compare_geometry(one, one) == (None, [])

@@ -157,10 +157,10 @@ SAGITTAL, CORONAL = np.s_[2:10, 3:12, 4], np.s_[2:10, 4, 3:12]
 @pytest.mark.parametrize(
     ("paint", "axis", "named"),
     [
-        (SAGITTAL, "SI", "along LR, but this volume is propagated along SI, where the paint lies on 8 slices"),
-        (CORONAL, "SI", "along AP, but this volume is propagated along SI"),
-        (np.s_[2:10, 3:12, [4, 8, 13]], "SI", "along LR, but this volume is propagated along SI"),
-        (np.s_[6, 2:12, 3:12], "AP", "along SI, but this volume is propagated along AP, where the paint lies on 10 slices"),
+        (SAGITTAL, "SI", r"annotated along LR, but the slice axis is SI \(mask covers 8 SI slices\)"),
+        (CORONAL, "SI", "annotated along AP, but the slice axis is SI"),
+        (np.s_[2:10, 3:12, [4, 8, 13]], "SI", "annotated along LR, but the slice axis is SI"),
+        (np.s_[6, 2:12, 3:12], "AP", r"annotated along SI, but the slice axis is AP \(mask covers 10 AP slices\)"),
         (np.s_[2:10, 3:6, 4], "SI", "along LR, but"),  # a small structure
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slmsam2_cli.dataset.slices import View, nearest, nonzero_box, orient, oriented_size, slice_axis_of, weights
+from slmsam2_cli.dataset.slices import View, interpolation_matrix, nearest_indices, nonzero_box, orient, oriented_size, slice_axis_of
 from slmsam2_cli.io.image import Grid
 from slmsam2_cli.io.volume import Source, Volume
 
@@ -144,13 +144,13 @@ def test_a_slice_outside_the_crop_is_shown_by_the_nearest_one():
 def test_pixels_get_the_planned_size():
     view = View.fit(volume(np.ones((3, 10, 20)), spacing=(5.0, 2.0, 1.0)), geometry(in_plane_mm=0.5))
     assert view.stack_shape == (3, 40, 40)
-    assert view.shrink == 1
+    assert view.scale == 1
 
 
 def test_a_slice_larger_than_the_frame_is_shrunk_as_a_whole():
     view = View.fit(volume(np.ones((3, 100, 50))), geometry(in_plane_mm=1.0, stack_size=64))
     assert view.stack_shape == (3, 64, 32)
-    assert view.shrink == pytest.approx(0.64)
+    assert view.scale == pytest.approx(0.64)
 
 
 def test_a_thin_slice_keeps_one_pixel():
@@ -167,19 +167,19 @@ def test_a_single_slice_is_cut_along_its_own_axis(shape, axis):
 
 
 def test_shrinking_averages_and_growing_interpolates():
-    assert weights(4, 2).toarray() == pytest.approx(np.array([[3, 3, 1, 0], [0, 1, 3, 3]]) / np.array([[7], [7]]))
-    assert weights(2, 4).toarray() == pytest.approx(np.array([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]]))
-    assert np.array_equal(weights(5, 5).toarray(), np.eye(5))
+    assert interpolation_matrix(4, 2).toarray() == pytest.approx(np.array([[3, 3, 1, 0], [0, 1, 3, 3]]) / np.array([[7], [7]]))
+    assert interpolation_matrix(2, 4).toarray() == pytest.approx(np.array([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]]))
+    assert np.array_equal(interpolation_matrix(5, 5).toarray(), np.eye(5))
 
 
 @given(size_in=st.integers(1, 40), size_out=st.integers(1, 40))
 def test_a_constant_image_stays_constant(size_in, size_out):
-    assert weights(size_in, size_out) @ np.full(size_in, 3.0) == pytest.approx(np.full(size_out, 3.0), rel=1e-6)
+    assert interpolation_matrix(size_in, size_out) @ np.full(size_in, 3.0) == pytest.approx(np.full(size_out, 3.0), rel=1e-6)
 
 
 def test_nearest_takes_the_pixel_under_the_centre():
-    assert nearest(3, 6).tolist() == [0, 0, 1, 1, 2, 2]
-    assert nearest(6, 3).tolist() == [1, 3, 5]
+    assert nearest_indices(3, 6).tolist() == [0, 0, 1, 1, 2, 2]
+    assert nearest_indices(6, 3).tolist() == [1, 3, 5]
 
 
 def test_a_ramp_keeps_its_values_at_the_same_places():

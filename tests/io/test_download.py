@@ -77,7 +77,7 @@ def test_without_a_published_digest_the_one_that_arrived_is_told(site: Site, tmp
 def test_a_cut_connection_is_resumed_where_it_was_cut(site: Site, tmp_path: Path) -> None:
     site.cut_at = [10_000, 2_000_000]
     told: list[str] = []
-    assert fetch(wanted(site, tmp_path), tell=told.append) == DIGEST
+    assert fetch(wanted(site, tmp_path), log=told.append) == DIGEST
     assert [asked for _, asked in site.requests] == [None, "bytes=10000-", "bytes=2000000-"]
     assert len(told) == 2 and "the connection was cut; trying again" in told[0]
 
@@ -95,7 +95,7 @@ def test_a_server_without_ranges_sends_all_again(site: Site, tmp_path: Path) -> 
     what = interrupted(site, 1_000_000, tmp_path)
     site.ranges = False
     told: list[str] = []
-    assert fetch(what, tell=told.append) == DIGEST
+    assert fetch(what, log=told.append) == DIGEST
     assert told == ["the server sends the file from its beginning"]
 
 
@@ -283,8 +283,8 @@ def test_a_full_disk_is_one_line_and_what_arrived_is_kept(site: Site, tmp_path: 
             self.left -= self.file.write(block)
 
     with monkeypatch.context() as patched:
-        patched.setattr(atomic, "append", Full)
-        with pytest.raises(OutputError, match=r"no space left on the device. What has arrived is kept; make room") as full:
+        patched.setattr(atomic, "open_partial", Full)
+        with pytest.raises(OutputError, match=r"no space left on the device. Received data is kept; free some space") as full:
             fetch(wanted(site, tmp_path))
     assert "\n" not in str(full.value)
     assert not (tmp_path / "a.pt").exists()
@@ -328,8 +328,8 @@ def test_killed_at_any_moment_the_name_is_absent_and_the_next_run_ends_well(tmp_
     source = """
 import sys
 from pathlib import Path
-from slmsam2_cli.io.download import Wanted, fetch
-fetch(Wanted(sys.argv[1], Path(sys.argv[2])), lambda have, total: print(have, flush=True))
+from slmsam2_cli.io.download import DownloadTarget, fetch
+fetch(DownloadTarget(sys.argv[1], Path(sys.argv[2])), lambda have, total: print(have, flush=True))
 """
     with served({"/a.pt": os.urandom(64 * 2**20)}) as site:
         with subprocess.Popen(
