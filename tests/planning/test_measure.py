@@ -141,7 +141,7 @@ def test_a_small_data_set_is_measured_without_other_processes(tmp_path):
 
 def test_a_large_data_set_gets_a_process_a_core_but_no_more_than_cases(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MIN_PARALLEL_BYTES", 1)
-    monkeypatch.setattr(module, "cores", lambda: 2)
+    monkeypatch.setattr(module, "available_cpus", lambda: 2)
     cases = dataset(tmp_path, block(), block(), block()).training
     assert [worker_count(cases[:count]) for count in (1, 2, 3)] == [1, 2, 2]
 
