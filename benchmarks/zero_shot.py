@@ -3,7 +3,7 @@
     python benchmarks/zero_shot.py ../shared/data [--weights nano] [--sets NAME ...] [-o TABLE.md] [--json ROWS.json]
 
 For every data set below the folder: slmsam2 plan, then slmsam2 predict with the base, one middle slice per case and label cut from its
-mask; and once more with the slices just beyond both ends marked as empty (--end-stops). The same prompts go to three baselines: the
+mask; and once more with the slices just beyond both ends marked as empty (--mark-ends). The same prompts go to three baselines: the
 slice copied to every slice, copied to the true extent (an oracle, which knows where the structure ends), and carried from slice to slice
 by optical flow (skimage.registration.optical_flow_tvl1). Means over cases, then over labels, of whole volumes, the prompted slice
 included. Cases on which something was chosen (CHOSEN_ON) are left out of the table; --all takes them in.

@@ -1,4 +1,7 @@
-"""The command line: options -> one stage -> exit code (cli/exit_codes.py). Decides nothing; torch waits until a stage asks for it."""
+"""The command line: parse options, call one command of slmsam2_cli.commands, exit with its code.
+
+Holds no decisions. Each command is imported when it is called, so that --help does not load torch.
+"""
 
 from __future__ import annotations
 
@@ -193,11 +196,13 @@ def finetune(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Random seed for case selection and training.")] = 0,
     resume: Annotated[bool, typer.Option("--continue", help="Resume an interrupted run.")] = False,
-    skip_invalid: Annotated[bool, typer.Option("--skip-bad", help="Skip invalid training cases instead of stopping.")] = False,
+    skip_invalid: Annotated[bool, typer.Option("--skip-invalid", help="Skip invalid training cases instead of stopping.")] = False,
     device: DeviceOption = "auto",
     workers: Annotated[
         int | None,
-        typer.Option(min=1, max=64, metavar="N", help="GPUs (on a CPU: parallel) to share each step.  [default: what the plan says]"),
+        typer.Option(
+            min=1, max=64, metavar="N", help="Number of GPUs, or of processes on a CPU, that share each step.  [default: from plan.json]"
+        ),
     ] = None,
     network: NetworkOption = None,
     overwrite: OverwriteOption = False,
@@ -222,7 +227,7 @@ def finetune(
         resume=resume,
         skip_invalid=skip_invalid,
         device=device,
-        processes=workers,
+        workers=workers,
         network=network,
         overwrite=overwrite,
     )

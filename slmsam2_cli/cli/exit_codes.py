@@ -1,6 +1,7 @@
-"""What a command's end is called: exceptions and signals become exit codes, here alone.
+"""Turn exceptions and signals into error lines and exit codes; no other module does.
 
-0 done, 1 some cases failed and the others are done, 2 nothing done, 130 and 143 ended by SIGINT and SIGTERM, 141 nobody reads the output.
+0: done. 1: some cases failed, the others are done. 2: nothing done. 130: interrupted (SIGINT). 143: terminated (SIGTERM). 141: output
+pipe closed.
 """
 
 from __future__ import annotations
@@ -20,28 +21,31 @@ INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived; not an error, so nothing that handles errors holds it up."""
+    """Raised on SIGTERM. Not an Exception, so that no handler of errors catches it."""
 
 
 def terminate(signal_number: int, frame: object) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the way out is not interrupted again
+    """Handle SIGTERM: ignore further ones while the command ends. Raises: Terminated always."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Terminated
 
 
 def run_for_exit_code(work: Callable[[], int], debug: bool = False) -> int:
-    """What the work returns, or the exit code of what stopped it, after saying so in one line (and one for each bad case)."""
+    """Run `work` and return its exit code; print an exception as one error line (plus one line per invalid case) and return its code."""
     try:
         return work()
     except KeyboardInterrupt:
-        console.error("interrupted. What is finished is kept; run the same command again to go on, finetune and pretrain with --continue")
+        console.error("interrupted; finished results are kept. Run the same command again to resume (finetune, pretrain: add --continue)")
         return INTERRUPTED
     except Terminated:
-        console.error("terminated. What is finished is kept; run the same command again to go on, finetune and pretrain with --continue")
+        console.error("terminated; finished results are kept. Run the same command again to resume (finetune, pretrain: add --continue)")
         return TERMINATED
     except BrokenPipeError:
-        _redirect_to_devnull()
+        devnull = os.open(os.devnull, os.O_WRONLY)  # buffered output must not fail when Python ends
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(devnull, stream.fileno())
         return BROKEN_PIPE
-    except Exception as error:  # noqa: BLE001 the last place where an exception can become a line
+    except Exception as error:  # noqa: BLE001 last handler: every exception becomes an error line
         if debug:
             for line in traceback.format_exc().splitlines():
                 console.say(line)
@@ -51,19 +55,12 @@ def run_for_exit_code(work: Callable[[], int], debug: bool = False) -> int:
 
 
 def _lines(error: Exception) -> list[str]:
-    """What to tell a person about an exception."""
+    """Describe an exception in one line, a DatasetError in one more per invalid case."""
     if isinstance(error, DatasetError):
         return [*(str(problem) for problem in error.problems), str(error)]
     if isinstance(error, SlmSam2Error):
         return [str(error)]
     text = f"{type(error).__name__}: {error}".rstrip(": ")
     if is_out_of_memory(error):
-        return ["out of memory. Close other programs, try --device cpu, or plan a smaller network (slmsam2 plan --network nano)"]
+        return ["out of memory. Close other programs, use --device cpu, or use a smaller network (slmsam2 plan --network nano)"]
     return [f"unexpected {text}. Run again with --debug for the traceback"]
-
-
-def _redirect_to_devnull() -> None:
-    """Whoever read our output has left; what is still buffered goes nowhere instead of failing when Python ends."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(nowhere, stream.fileno())

@@ -1,4 +1,4 @@
-"""How a stage's options become a command: the options that several or all commands have, examples in its help, its exit code."""
+"""Options that several commands share, and the decorator that turns a function into a command with them."""
 
 from __future__ import annotations
 
@@ -16,45 +16,54 @@ from slmsam2_cli.cli.exit_codes import run_for_exit_code
 from slmsam2_cli.device import DeviceName
 
 COMMON_OPTIONS = {
-    "verbose": (bool, typer.Option("--verbose", help="Say more.")),
-    "quiet": (bool, typer.Option("--quiet", help="Say nothing but warnings and errors.")),
-    "disable_progress": (bool, typer.Option("--disable-progress", help="No progress.")),
-    "debug": (bool, typer.Option("--debug", help="Show the traceback of an error.")),
+    "verbose": (bool, typer.Option("--verbose", help="Verbose output.")),
+    "quiet": (bool, typer.Option("--quiet", help="Print warnings and errors only.")),
+    "disable_progress": (bool, typer.Option("--disable-progress", help="Hide progress bars.")),
+    "debug": (bool, typer.Option("--debug", help="Show the traceback of errors.")),
 }
-Stage = Callable[..., int]
+CommandFunction = Callable[..., int]
 
 DatasetOption = Annotated[
-    Path | None, typer.Option("-d", "--dataset", metavar="DATASET", help="Folder with a dataset.json.  [default: the current folder]")
+    Path | None, typer.Option("-d", "--dataset", metavar="DATASET", help="Data set folder (with dataset.json).  [default: current folder]")
 ]
 WorkspaceOption = Annotated[
-    Path | None, typer.Option("-w", "--workspace", metavar="FOLDER", help="Where results are kept.  [default: DATASET/slmsam2]")
+    Path | None,
+    typer.Option("-w", "--workspace", metavar="FOLDER", help="Folder for plans, models and results.  [default: DATASET/slmsam2]"),
 ]
-DeviceOption = Annotated[DeviceName, typer.Option("--device", help="Where the network runs; auto takes the fastest there is.")]
+DeviceOption = Annotated[DeviceName, typer.Option("--device", help="Device to run on; auto picks the fastest available.")]
 NetworkOption = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="nano (made for CPUs), tiny, small, base_plus or large.  [default: what the plan says, else nano]"),
+    typer.Option(
+        metavar="SIZE", help="Network size: nano (for CPUs), tiny, small, base_plus, large.  [default: from plan.json, else nano]"
+    ),
 ]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Do again what is already there.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Recompute and replace existing results.")]
 
 
 def format_examples(*lines: str) -> str:
-    """The end of a command's help."""
+    """Format example command lines for the end of a help text."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def command_decorator(app: typer.Typer) -> Callable[..., Callable[[Stage], Stage]]:
-    """The decorator that makes functions commands of an app: called with examples for the help, and a name if it is another."""
+def command_decorator(app: typer.Typer) -> Callable[..., Callable[[CommandFunction], CommandFunction]]:
+    """Return a decorator that adds a function to `app` as a command, with the common options.
 
-    def command(*examples: str, name: str | None = None) -> Callable[[Stage], Stage]:
-        def register(function: Stage) -> Stage:
+    The decorator takes example command lines for the help text, and `name` where the command is not called like the function.
+    """
+
+    def command(*examples: str, name: str | None = None) -> Callable[[CommandFunction], CommandFunction]:
+        def register(function: CommandFunction) -> CommandFunction:
             @functools.wraps(function)
             def run(*, verbose: bool, quiet: bool, disable_progress: bool, debug: bool, **options: Any) -> None:
-                talk = console.settings
-                talk.verbose, talk.quiet, talk.progress = verbose or debug, quiet and not debug, not disable_progress
-                talk.debug = debug
+                console.settings = console.Settings(quiet and not debug, verbose or debug, not disable_progress, debug)
                 raise typer.Exit(run_for_exit_code(lambda: function(**options), debug))
 
-            parameters = [*_own(function), *_common()]
+            own = inspect.signature(function, eval_str=True).parameters.values()
+            common = {name: Annotated[kind, option] for name, (kind, option) in COMMON_OPTIONS.items()}
+            parameters = [
+                *(parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own),
+                *(Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=kind) for name, kind in common.items()),
+            ]
             run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
             run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
             app.command(name, epilog=format_examples(*examples))(run)
@@ -63,14 +72,3 @@ def command_decorator(app: typer.Typer) -> Callable[..., Callable[[Stage], Stage
         return register
 
     return command
-
-
-def _own(function: Stage) -> list[Parameter]:
-    own = inspect.signature(function, eval_str=True).parameters.values()
-    return [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own]
-
-
-def _common() -> list[Parameter]:
-    return [
-        Parameter(n, Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[t, option]) for n, (t, option) in COMMON_OPTIONS.items()
-    ]

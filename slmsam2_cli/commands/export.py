@@ -13,17 +13,17 @@ from slmsam2_cli.model.checkpoint import Checkpoint, read_checkpoint
 from slmsam2_cli.workspace import Workspace
 
 
-def export_model(workspace: Workspace | None, model: Path | None, out: Path, *, overwrite: bool = False) -> int:
+def export_model(workspace: Workspace | None, model: Path | None, output: Path, *, overwrite: bool = False) -> int:
     """One zip of a fine-tuned model, or of an adapter. The exit code: 0. UsageError, WeightsError, OutputError."""
     source = _source(workspace, model)
-    if out.suffix != ".zip":
-        raise UsageError(f"-o {out}: the name of the file must end in .zip")
+    if output.suffix != ".zip":
+        raise UsageError(f"-o {output}: the name of the file must end in .zip")
     checkpoint = read_checkpoint(source)
     with open_regular(source) as file:
         content = export.pack(checkpoint, file.read())
-    if not _already_written(out, content, overwrite):
-        atomic.write_bytes(out, content)
-        console.say(f"wrote {out}: {len(content) / 2**20:.1f} MB, weights {checkpoint.digest[:12]}")
+    if not _already_written(output, content, overwrite):
+        atomic.write_bytes(output, content)
+        console.say(f"wrote {output}: {len(content) / 2**20:.1f} MB, weights {checkpoint.digest[:12]}")
     for warning in checkpoint.warnings:
         console.warn(warning)
     if checkpoint.needs:
@@ -54,14 +54,14 @@ def _already_written(path: Path, content: bytes, overwrite: bool) -> bool:
     raise OutputError(f"{path}: exists already and is something else. Use --overwrite, or another name")
 
 
-def import_model(archive: Path, out: Path | None, *, overwrite: bool = False) -> int:
+def import_model(archive: Path, output: Path | None, *, overwrite: bool = False) -> int:
     """The model in a zip as a folder for predict --model. The exit code: 0. UsageError, WeightsError, OutputError, LockError."""
     try:
         with open_regular(archive) as file:
             package = export.unpack(file, archive.name)
     except InputError as error:
         raise UsageError(f"{archive}: {error.what}. Name a zip that slmsam2 export-model wrote") from None
-    folder = out if out is not None else Path(archive.stem)
+    folder = output if output is not None else Path(archive.stem)
     _refuse_to_lose(folder, package, overwrite)
     with atomic.lock_folder(folder):
         checkpoint = _write_model(folder / package.model, package, archive.name)

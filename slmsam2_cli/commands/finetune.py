@@ -29,7 +29,7 @@ from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import RANDOM, Checkpoint, Provenance, Validation, load_base_weights
 from slmsam2_cli.planning.fingerprint import write_fingerprint
 from slmsam2_cli.planning.measure import measure
-from slmsam2_cli.planning.plan import COLOURS, Plan, TrainingPlan, read_plan, write_plan
+from slmsam2_cli.planning.plan import RGB_CHANNELS, Plan, TrainingPlan, read_plan, write_plan
 from slmsam2_cli.planning.rules import choose_training, decide, training_for
 from slmsam2_cli.training.calibrate import calibrate_model
 from slmsam2_cli.training.cross_validation import FILE as FOLDS_FILE
@@ -66,7 +66,7 @@ def finetune(
     resume: bool = False,
     skip_invalid: bool = False,
     device: DeviceName = "auto",
-    processes: int | None = None,
+    workers: int | None = None,
     network: str | None = None,
     overwrite: bool = False,
 ) -> int:
@@ -78,9 +78,9 @@ def finetune(
     if cases < 1:
         raise UsageError(f"-n {cases}: at least one training volume is needed")
     if resume and overwrite:
-        raise UsageError("--continue and --overwrite contradict each other. Give one of them")
+        raise UsageError("--continue and --overwrite cannot be combined")
     chosen = choose_device(device)
-    wish = Wish(cases, weights, minutes, steps, seed, processes)
+    wish = Wish(cases, weights, minutes, steps, seed, workers)
     if resume:
         wish = _saved_options(workspace, wish)
     base = load_base_weights(wish.weights)
@@ -150,7 +150,7 @@ def _warn_channel_order(plan: Plan, base: Checkpoint | None) -> None:
     before = base.plan if base else None
     if before is None or before.modality != plan.modality or before.channels == plan.channels:
         return
-    if len(before.channels) != len(plan.channels) or len(plan.channels) <= COLOURS:
+    if len(before.channels) != len(plan.channels) or len(plan.channels) <= RGB_CHANNELS:
         return
     console.warn(f"the channels {', '.join(plan.channels)} are taken for the base's {', '.join(before.channels)}, in this order")
 
@@ -161,7 +161,7 @@ def _prepare(data: Dataset, plan: Plan, workspace: Workspace, skip_invalid: bool
     if outcome.problems and not (skip_invalid and outcome.cases):
         raise DatasetError(
             f"{data.name}: {len(outcome.problems)} training cases are unusable, so nothing was trained. "
-            "Mend them, or leave them out with --skip-bad",
+            "Fix them, or use --skip-invalid",
             outcome.problems,
         )
     for problem in outcome.problems:
@@ -182,7 +182,7 @@ def _make_run(plan: Plan, data: Dataset, ready: PreprocessResult, wish: Wish, ba
     if known:
         console.warn(f"{len(known)} more case(s) were learned from by {base.name if base else 'the base'} and do not count as unseen")
     training = training_for(plan, len(picked), base is None)
-    changes = {name: getattr(wish, name) or getattr(training, name) for name in ("minutes", "steps", "processes")} | {"seed": wish.seed}
+    changes = {name: getattr(wish, name) or getattr(training, name) for name in ("minutes", "steps", "workers")} | {"seed": wish.seed}
     settled = plan.model_copy(update={"training": TrainingPlan.model_validate(training.model_dump() | changes)})
     held_out = tuple(case for case in images if case not in {*picked, *known})
     files = tuple(sorted(d for case in ready.cases if case.id in picked for d in case.record["inputs"].values()))

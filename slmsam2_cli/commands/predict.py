@@ -190,13 +190,13 @@ def _prompt_source(
 ) -> PromptSource:
     """Where prompts come from; without a word about it, a slice of each label of the data set's own masks."""
     if prompts is not None and simulate_from is not None:
-        raise UsageError("-p and --prompts-from both give prompts. Give one of them")
+        raise UsageError("-p and --simulate-prompts cannot be combined")
     if prompts is not None and mark_ends:
-        raise UsageError("--end-stops is for --prompts-from. Beside masks of your own, list the empty slices in CASE.prompts.json")
+        raise UsageError("--mark-ends needs --simulate-prompts. With prompt masks of your own, list the empty slices in CASE.prompts.json")
     folder = prompts if prompts is not None else simulate_from
     if folder is None and data is None:
         raise UsageError(
-            "no prompts: give a folder of masks with one painted slice each (-p), or full masks to cut one from (--prompts-from)"
+            "no prompts given. Use -p FOLDER (masks with annotated slices) or --simulate-prompts FOLDER (full masks)"
         )
     if folder is None:
         assert data is not None

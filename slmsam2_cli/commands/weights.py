@@ -88,13 +88,13 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:.1f}"
 
 
-def get(name: str, *, to: Path | None = None, sha256: str | None = None, url: str | None = None) -> int:
+def get(name: str, *, output: Path | None = None, sha256: str | None = None, url: str | None = None) -> int:
     """Fetch published weights into this user's cache, or a folder. The exit code: 0.
 
     UsageError for an unknown name or digest, DownloadError, DigestError, OutputError, LockError.
     """
     entry = _entry(name)
-    folder = to if to is not None else zoo.folder()
+    folder = output if output is not None else zoo.folder()
     wanted = DownloadTarget(url or entry.url, folder / entry.file, entry.bytes, _expected_digest(entry, sha256))
     with atomic.lock_folder(folder, entry.name):
         if _already_downloaded(wanted, entry):
@@ -102,7 +102,7 @@ def get(name: str, *, to: Path | None = None, sha256: str | None = None, url: st
         else:
             _fetch(wanted, entry)
     console.say(f"licence: {entry.licence}" + (f" ({entry.note})" if entry.note else ""))
-    console.say(f"use it with --weights {name if to is None else wanted.path} (network {entry.size}: slmsam2 plan --network {entry.size})")
+    console.say(f"use it with --weights {name if output is None else wanted.path} (network {entry.size}: slmsam2 plan --network {entry.size})")
     return DONE
 
 

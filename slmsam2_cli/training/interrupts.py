@@ -82,7 +82,7 @@ def memory_warning(plan: Plan, fingerprint: Path, count: int, device: torch.devi
         return None
     shorter = longest_clip(plan, measured, room // sharing)
     way_out = (
-        f"Run slmsam2 plan --memory {math.floor(room / 1e8) / 10:g} for shorter clips"
+        f"Run slmsam2 plan --max-memory {math.floor(room / 1e8) / 10:g} for shorter clips"
         if shorter
         else "Close other programs, or use a machine with more"
     )

@@ -164,19 +164,19 @@ def test_predict_takes_folders_outside_any_data_set(
     monkeypatch.chdir(tmp_path)
     seen = passed_on("predict")
     assert run("predict", "-i", "scans", "-o", "masks", "-p", "prompts", "--model", "m.safetensors") == 0
-    assert (seen["images"], seen["masks"], seen["prompts"], seen["model"]) == (
+    assert (seen["images"], seen["output"], seen["prompts"], seen["model"]) == (
         Path("scans"),
         Path("masks"),
         Path("prompts"),
         Path("m.safetensors"),
     )
-    assert (seen["dataset"], seen["workspace"], seen["where"], seen["overwrite"]) == (None, None, "middle", False)
+    assert (seen["dataset"], seen["workspace"], seen["prompt_slice"], seen["overwrite"]) == (None, None, "middle", False)
 
 
 def test_predict_without_images_takes_the_data_sets_own(dataset: Path, passed_on: Callable[[str], dict[str, Any]]) -> None:
     seen = passed_on("predict")
-    assert run("predict", "--slice", "largest") == 0
-    assert (seen["images"], seen["masks"], seen["where"], seen["dataset"]) == (None, None, "largest", Path())
+    assert run("predict", "--prompt-slice", "largest") == 0
+    assert (seen["images"], seen["output"], seen["prompt_slice"], seen["dataset"]) == (None, None, "largest", Path())
 
 
 def test_evaluate_of_two_folders_ignores_the_data_set_around(dataset: Path, passed_on: Callable[[str], dict[str, Any]]) -> None:
@@ -204,7 +204,7 @@ def test_weights_pass_on_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("list_weights", "get", "verify", "import_weights"):
         monkeypatch.setattr(stage, name, note(name))
     assert run("weights", "list") == 0
-    assert run("weights", "get", "medsam2", "--to", "there", "--sha256", "0a", "--url", "http://mirror/a.pt") == 0
+    assert run("weights", "get", "medsam2", "--output", "there", "--sha256", "0a", "--url", "http://mirror/a.pt") == 0
     assert run("weights", "verify") == run("weights", "verify", "a.pt") == 0
     assert run("weights", "import", "a.pt", "--name", "knee", "--overwrite") == 0
     assert seen == [
@@ -243,7 +243,7 @@ def test_to_go_on_and_to_begin_anew_contradict_each_other(
 ) -> None:
     seen = passed_on("predict")
     assert run("predict", "--overwrite", "--continue") == 2
-    assert "contradict each other" in capsys.readouterr().err
+    assert "cannot be combined" in capsys.readouterr().err
     assert seen == {}
 
 
@@ -283,12 +283,12 @@ def test_no_data_set_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     for command in ("plan", "preprocess", "finetune", "predict"):
         assert run(command) == 2
-        assert capsys.readouterr().err == "error: no data set: the current folder holds no dataset.json. Name a data set with -d\n"
+        assert capsys.readouterr().err == "error: no data set: the current folder has no dataset.json. Use -d DATASET\n"
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["segment"], ["plan", "--overwrit"], ["finetune", "-n", "0"], ["predict", "--slice", "first"], ["predict", "--part-id", "-1"]],
+    [["segment"], ["plan", "--overwrit"], ["finetune", "-n", "0"], ["predict", "--prompt-slice", "first"], ["predict", "--part-id", "-1"]],
 )
 def test_a_slip_on_the_command_line_is_exit_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*arguments) == 2
@@ -313,12 +313,12 @@ def test_what_the_work_returns_is_the_exit_code() -> None:
         (
             KeyboardInterrupt(),
             130,
-            ["error: interrupted. What is finished is kept; run the same command again to go on, finetune and pretrain with --continue"],
+            ["error: interrupted; finished results are kept. Run the same command again to resume (finetune, pretrain: add --continue)"],
         ),
         (
             Terminated(),
             143,
-            ["error: terminated. What is finished is kept; run the same command again to go on, finetune and pretrain with --continue"],
+            ["error: terminated; finished results are kept. Run the same command again to resume (finetune, pretrain: add --continue)"],
         ),
         (ZeroDivisionError("by zero"), 2, ["error: unexpected ZeroDivisionError: by zero. Run again with --debug for the traceback"]),
     ],

@@ -21,7 +21,7 @@ from slmsam2_cli.io import atomic
 from slmsam2_cli.model.checkpoint import Provenance, combine_with_base, label_unet_of, read_checkpoint, save_checkpoint
 from slmsam2_cli.model.label_unet import LabelUNet
 from slmsam2_cli.model.slmsam2 import SlmSam2
-from slmsam2_cli.planning.plan import read_plan, signed, write_plan
+from slmsam2_cli.planning.plan import read_plan, with_digest, write_plan
 from slmsam2_cli.planning.rules import choose_training, override_training, training_for
 from slmsam2_cli.training import trainer
 from slmsam2_cli.training.state import keep
@@ -90,7 +90,7 @@ def test_the_same_seed_gives_the_same_weights(dataset, tmp_path, tuned):
 
 
 def test_without_embedded_weights_it_names_the_way_out(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("slmsam2_cli.model.checkpoint.EMBEDDED", tmp_path / "absent")
+    monkeypatch.setattr("slmsam2_cli.model.checkpoint.BUNDLED_WEIGHTS", tmp_path / "absent")
     with pytest.raises(WeightsError, match="--weights random"):
         finetune(dataset, Workspace(tmp_path), cases=1)
 
@@ -152,15 +152,15 @@ def test_memory_that_is_short_is_one_line_with_a_setting_that_needs_half_as_much
 def test_two_processes_share_the_steps_of_a_run(dataset, tuned, tmp_path, capsys):
     workspace = Workspace(tmp_path)
     workspace.plan.write_bytes(tuned.plan.read_bytes())
-    assert finetune(dataset, workspace, cases=2, weights="random", steps=2, processes=2) == 0
+    assert finetune(dataset, workspace, cases=2, weights="random", steps=2, workers=2) == 0
     assert "shared by 2 processes" in capsys.readouterr().err
-    assert read_checkpoint(workspace.model).plan.training.processes == 2
+    assert read_checkpoint(workspace.model).plan.training.workers == 2
     assert json.loads(workspace.split.read_text())["options"]["processes"] == 2
 
 
 def test_more_processes_than_cores_are_refused_before_anything_is_trained(dataset, tmp_path):
     with pytest.raises(DeviceError, match="64 processes: there is room for"):
-        finetune(dataset, Workspace(tmp_path), cases=1, weights="random", steps=1, processes=64)
+        finetune(dataset, Workspace(tmp_path), cases=1, weights="random", steps=1, workers=64)
 
 
 def test_an_interrupted_run_goes_on_with_its_own_options_and_ends_like_an_undisturbed_one(dataset, tmp_path, monkeypatch):
@@ -269,7 +269,7 @@ def test_a_persons_own_training_settings_are_kept_and_the_rules_own_are_fitted_t
 
 def test_an_edit_elsewhere_in_a_plan_for_many_volumes_leaves_the_rule_for_one_alone(tuned):
     planned = read_plan(tuned.plan)
-    many = signed(planned.model_copy(update={"training": choose_training("nano", 20).value}))
+    many = with_digest(planned.model_copy(update={"training": choose_training("nano", 20).value}))
     edited = many.model_copy(update={"network": many.network.model_copy(update={"policy": "fifo"})})
     assert edited.edited and training_for(edited, 1) == by_rule(1, can_add=False)
     timid = many.model_copy(update={"training": many.training.model_copy(update={"can_add": False, "object_score_target": "ground_truth"})})
@@ -322,7 +322,7 @@ def test_a_plan_may_leave_the_recogniser_out(tuned, dataset, tmp_path):
 
 def test_a_plan_that_nobody_edited_is_trained_by_today_s_rule_also_where_an_earlier_one_made_it(tuned):
     planned = read_plan(tuned.plan)
-    earlier = signed(planned.model_copy(update={"training": planned.training.model_copy(update={"steps": 520, "clips_per_step": 2})}))
+    earlier = with_digest(planned.model_copy(update={"training": planned.training.model_copy(update={"steps": 520, "clips_per_step": 2})}))
     assert training_for(earlier, 2, from_scratch=False) == by_rule(2, can_add=False)
 
 
@@ -428,7 +428,7 @@ def test_what_an_option_of_plan_settled_holds_for_any_number_of_cases(tuned):
 
 
 @pytest.mark.parametrize(
-    ("free", "told"), [(10e9, None), (0.9e9, "Run slmsam2 plan --memory "), (0.01e9, "Close other programs, or use a machine with more")]
+    ("free", "told"), [(10e9, None), (0.9e9, "Run slmsam2 plan --max-memory "), (0.01e9, "Close other programs, or use a machine with more")]
 )
 def test_where_memory_is_short_the_setting_that_fits_is_told(dataset, tmp_path, capsys, monkeypatch, free, told):
     monkeypatch.setattr("slmsam2_cli.training.interrupts.free_bytes", lambda: int(free))

@@ -249,7 +249,7 @@ def test_a_time_limit_and_a_memory_limit_are_kept_when_planning_anew(data, works
 
 
 def test_a_memory_limit_that_nothing_fits_is_refused_with_the_least(data, workspace):
-    with pytest.raises(UsageError, match=r"--memory 0.3: even clips of 2 slices need \d\.\d\d GB"):
+    with pytest.raises(UsageError, match=r"--max-memory 0.3: even clips of 2 slices need \d\.\d\d GB"):
         plan(data, workspace, max_memory_gb=0.3)
     assert not workspace.plan.exists()
 

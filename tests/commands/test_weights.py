@@ -58,8 +58,8 @@ def content(base: dict[str, torch.Tensor]) -> bytes:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(zoo, "EMBEDDED", tmp_path / "absent.safetensors")
-    monkeypatch.setattr("slmsam2_cli.model.checkpoint.EMBEDDED", tmp_path / "absent.safetensors")
+    monkeypatch.setattr(zoo, "BUNDLED_WEIGHTS", tmp_path / "absent.safetensors")
+    monkeypatch.setattr("slmsam2_cli.model.checkpoint.BUNDLED_WEIGHTS", tmp_path / "absent.safetensors")
     return zoo.folder()
 
 
@@ -115,7 +115,7 @@ def test_a_changed_file_is_fetched_again(site: Site, cache: Path, content: bytes
 
 
 def test_a_file_goes_where_it_is_told(site: Site, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert get("known", to=tmp_path / "there") == 0
+    assert get("known", output=tmp_path / "there") == 0
     assert (tmp_path / "there" / "known.pt").exists() and zoo.present("known") is None
     assert f"--weights {tmp_path / 'there' / 'known.pt'}" in said(capsys)
 
@@ -267,7 +267,7 @@ def test_the_embedded_model_is_listed_when_there_is_one(
     save_weights(
         path, {n: t.contiguous() for n, t in model.state_dict().items()}, model.network, Provenance(base="here", licence="Apache-2.0")
     )
-    monkeypatch.setattr(zoo, "EMBEDDED", path)
+    monkeypatch.setattr(zoo, "BUNDLED_WEIGHTS", path)
     list_weights()
     assert "--weights auto" in capsys.readouterr().out
     assert load_base_weights("nano") is not None

@@ -18,7 +18,7 @@ def test_dice_takes_arrays_and_tensors_element_by_element() -> None:
     assert dice(torch.tensor([1.0]), torch.tensor([1.0]), torch.tensor([3.0])).tolist() == [0.5]
 
 
-@pytest.mark.parametrize("voxels", [[(1, 2, 3)], [(0, 0, 0), (3, 1, 4)], [(2, 0, 4), (1, 1, 1), (3, 1, 2)]])
+@pytest.mark.parametrize("voxels", [[(1, 1, 3)], [(0, 0, 0), (3, 1, 4)], [(2, 0, 4), (1, 1, 1), (3, 1, 2)]])
 def test_the_bounding_box_reaches_from_the_first_voxel_to_behind_the_last(voxels: list[tuple[int, int, int]]) -> None:
     mask = np.zeros((4, 2, 5), dtype=bool)
     mask[tuple(zip(*voxels))] = True

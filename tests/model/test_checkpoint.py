@@ -262,7 +262,7 @@ def test_an_adapter_alone_is_no_model_and_names_its_base(adapter_file, tmp_path,
     adapter = read_checkpoint(adapter_file)
     with pytest.raises(WeightsError, match="adapter for the base base0 .*--weights"):
         fit(build(), adapter)
-    monkeypatch.setattr("slmsam2_cli.model.checkpoint.EMBEDDED", tmp_path / "absent")
+    monkeypatch.setattr("slmsam2_cli.model.checkpoint.BUNDLED_WEIGHTS", tmp_path / "absent")
     with pytest.raises(WeightsError, match="--weights"):
         resolve_adapter(adapter, None)
     with pytest.raises(WeightsError, match="Random weights are not it"):

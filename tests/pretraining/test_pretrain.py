@@ -77,7 +77,7 @@ def test_finetune_starts_from_them_and_predict_uses_them_as_they_are(done, tmp_p
 
 
 def test_the_packaged_base_is_read_from_such_a_file(done, monkeypatch):
-    monkeypatch.setattr("slmsam2_cli.model.checkpoint.EMBEDDED", done / "nano.safetensors")
+    monkeypatch.setattr("slmsam2_cli.model.checkpoint.BUNDLED_WEIGHTS", done / "nano.safetensors")
     assert load_base_weights("auto").digest == read_checkpoint(done / "nano.safetensors").digest
 
 
