@@ -9,7 +9,7 @@ prompt for each case and label: its middle slice. One line a run is added to RES
 command that was stopped goes on where it was. The base is the packaged nano, planned as `slmsam2 plan` plans (squares twice as
 wide as what is annotated) for every arm. SAM 2 is that network without short memory, reading across the prompt as its predictor
 does (untuned: untuned-fifo); SLM-SAM 2 as published starts from it, its short memory a copy of the long one, joined by a sum. Made-up
-sets (Phantom_MR, Phantom_CT) are drawn anew, from a seed of their own.
+sets (Phantom_MR, Phantom_CT) are drawn again, from a seed of their own.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def remembers_the_truth() -> Any:
 
 
 def carries_nothing() -> Any:
-    """The mask of the slice before is shown to neither decoder nor refiner; but to the base, whose belief about presence is learned."""
+    """Show the previous mask to neither decoder nor refiner, but to the teacher, whose object score is the target."""
     whole, make = SlmSam2.decode_after, trainer._teacher
 
     def decode_after(self: SlmSam2, conditioned: Any, features: Any, bank: Any, passed: Any) -> Any:
@@ -128,9 +128,9 @@ ARMS = {
     SLM: Arm("SLM-SAM 2, as published", {"fuser": "sum", "shared_memory": True}, long=True, published=True),
     FIFO: Arm("SAM 2's memory, our recipe", {"policy": "fifo"}, long=True),
     OURS: Arm("ours"),
-    "plain": Arm("plain: ours without recogniser and left-out volumes", training=PLAIN),
-    "label_unet": Arm("plain, with recogniser", training={"validation": "none"}),
-    "presence-truth": Arm("plain, presence learns the truth", training=PLAIN | {"object_score_target": "ground_truth"}),
+    "plain": Arm("plain: ours without label U-Net and left-out volumes", training=PLAIN),
+    "label_unet": Arm("plain, with label U-Net", training={"validation": "none"}),
+    "object score-truth": Arm("plain, object score learns the truth", training=PLAIN | {"object_score_target": "ground_truth"}),
     "published-clips": Arm(
         "plain, published clips",
         training=PLAIN,
@@ -148,7 +148,7 @@ ARMS = {
     "fifo": Arm("plain, SAM 2's memory", {"policy": "fifo"}, PLAIN, long=True),
     "selfsort": Arm("plain, self-sorting bank", {"policy": "selfsort"}, PLAIN, long=True),
     "no-carry": Arm("plain, mask before not shown", training=PLAIN, patches=(carries_nothing,)),
-    "true-presence": Arm("plain, true presence remembered", training=PLAIN, patches=(remembers_the_truth,)),
+    "true-object score": Arm("plain, true object score remembered", training=PLAIN, patches=(remembers_the_truth,)),
     "frozen-encoder": Arm("plain, encoder frozen", training=PLAIN | {"strategy": "frozen-encoder"}),
     "decoder+memory": Arm("plain, decoder and memory", training=PLAIN | {"strategy": "decoder+memory"}),
     "adapters": Arm("plain, adapters", training=PLAIN | {"strategy": "adapters"}),
@@ -244,7 +244,7 @@ def keep(space: Workspace, model: SlmSam2, plan: Plan, picked: set[str], held_ou
 
 
 def scores(root: Path, masks: Path, held_out: Sequence[str]) -> Iterator[Row]:
-    """Of every unseen case and label that it holds; `rest`: without the given slice."""
+    """Of every held-out case and label that it holds; `rest`: without the given slice."""
     data: Any = read_dataset(root)
     accounts: Any = json.loads((masks / "manifest.json").read_text(encoding="utf-8"))["cases"]
     for case in (case for case in data.training if case.id in held_out):
@@ -318,7 +318,7 @@ def block(title: str, found: dict[str, list[Row]], rows: Sequence[Row], against:
 def overall(rows: Sequence[Row]) -> list[str]:
     """Differences of the arms, mean over the sets that have both, over the seeds that both have.
 
-    Intervals: patients drawn anew, with what every set holds of them; the same sarcomas were scanned in CT and in MR.
+    Intervals: patients drawn again, with what every set holds of them; the same sarcomas were scanned in CT and in MR.
     """
     lines = ["| n | arm | against | sets | Dice (95 %) | false slices, times as many |", "|---|---|---|---|---|---|"]
     for count in sorted({row["n"] for row in rows if row["n"]}):

@@ -1,4 +1,4 @@
-"""What propagation is worth: the tuned model against copying the prompted slice, on the same unseen cases.
+"""What propagation is worth: the tuned model against copying the prompted slice, on the same held-out cases.
 
     python benchmarks/copying.py DATASET [-w WORKSPACE]
 
@@ -49,7 +49,7 @@ def main() -> None:
                 score = (dice(mask, found), hd95(mask, found, truth.grid.spacing_mm))
                 scores.setdefault(method, {}).setdefault(int(value), []).append(score)
     names = [data.labels[value] for value in sorted(next(iter(scores.values())))]
-    print(f"| {data.name}, unseen cases | " + " | ".join(f"{name} Dice / HD95 mm" for name in names) + " | mean Dice |")
+    print(f"| {data.name}, held-out cases | " + " | ".join(f"{name} Dice / HD95 mm" for name in names) + " | mean Dice |")
     print("|---" * (len(names) + 2) + "|")
     for method, found in scores.items():
         dices = [np.mean([d for d, _ in found[value]]) for value in sorted(found)]

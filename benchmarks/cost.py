@@ -3,7 +3,7 @@
     python benchmarks/cost.py ../shared/data [--sets Task04_Hippocampus Sarcoma_CT SpinalCord_MRI] [-n 1] [--steps 60]
 
 For every set: slmsam2 plan, then slmsam2 predict on all its cases and slmsam2 finetune -n N, each in a process of its own; peak resident
-memory and seconds by the clock. --steps shortens the tuning; what is foretold is then for so many steps. The pace is tried out once,
+memory and seconds by the clock. --steps shortens the tuning; what is estimated is then for so many steps. The pace is tried out once,
 before the first run. Linux only.
 """
 
@@ -44,11 +44,11 @@ def measured(command: list[str]) -> tuple[float, float]:
     return time.perf_counter() - started, float(peak)
 
 
-def line(name: str, run: str, foretold: Estimate | None, took: tuple[float, float]) -> str:
-    assert foretold is not None and foretold.seconds is not None
-    memory, seconds = foretold.memory_bytes / took[1], foretold.seconds / took[0]
+def line(name: str, run: str, estimated: Estimate | None, took: tuple[float, float]) -> str:
+    assert estimated is not None and estimated.seconds is not None
+    memory, seconds = estimated.memory_bytes / took[1], estimated.seconds / took[0]
     shown = (
-        f"{foretold.memory_bytes / 1e6:.0f} | {took[1] / 1e6:.0f} | {memory:.2f} | {foretold.seconds:.0f} | {took[0]:.0f} | {seconds:.2f}"
+        f"{estimated.memory_bytes / 1e6:.0f} | {took[1] / 1e6:.0f} | {memory:.2f} | {estimated.seconds:.0f} | {took[0]:.0f} | {seconds:.2f}"
     )
     return f"| {name} | {run} | {shown} |"
 
@@ -63,7 +63,7 @@ def main() -> None:
     pace = seconds_per_slice(NetworkPlan(), 128, torch.device("cpu"))
     print(f"pace: {1000 * pace:.1f} ms a slice\n", flush=True)
     print(
-        "| set | run | MB foretold | MB taken | ratio | seconds foretold | seconds taken | ratio |\n|---|---|---|---|---|---|---|---|",
+        "| set | run | MB estimated | MB taken | ratio | seconds estimated | seconds taken | ratio |\n|---|---|---|---|---|---|---|---|",
         flush=True,
     )
     for name in options.sets:
@@ -78,7 +78,7 @@ def main() -> None:
             print(line(name, f"predict {count} volumes", estimate_prediction(settled, fingerprint.cases, pace), took), flush=True)
             steps = ["--steps", str(options.steps)] if options.steps else []
             took = measured([SLMSAM2, "finetune", "-n", str(options.cases), "--weights", "nano", *steps, *common])
-            if options.steps:  # as an edit, which is foretold by its own steps
+            if options.steps:  # as an edit, which is estimated by its own steps
                 settled = settled.model_copy(update={"training": settled.training.model_copy(update={"steps": options.steps})})
             tuning = estimate_finetuning(settled, fingerprint, options.cases, pace)
             print(line(name, f"finetune -n {options.cases}{f', {options.steps} steps' * bool(options.steps)}", tuning, took), flush=True)

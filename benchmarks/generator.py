@@ -1,4 +1,4 @@
-"""How fast imaginary volumes are drawn, what is in them, and what they look like.
+"""How fast procedurally generated volumes are drawn, what is in them, and what they look like.
 
     python benchmarks/generator.py [--threads 1] [--repeats 5] [--device cpu] [--statistics] [--picture docs/images/procedural.png]
 

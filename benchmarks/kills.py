@@ -2,7 +2,7 @@
 
     python benchmarks/kills.py [--kills 10] [--seed 0] [--threads 2] [--validation left-out]
 
-Two made-up volumes, 60 steps, states saved every three seconds; with --validation left-out, short runs that leave one out before that (on
+Two synthetic phantom, 60 steps, states saved every three seconds; with --validation left-out, short runs that leave one out before that (on
 these volumes they keep the base, so that the 60 steps are not taken). The second run is sent SIGKILL at random moments and goes on with
 --continue each time; then the weights of both are compared. Takes four to seven minutes.
 """

@@ -93,7 +93,7 @@ def policies() -> str:
     bank = SelfSort(nearest=3)
     rows: list[tuple[str, str, MemoryPolicy]] = [
         ("fifo", "SAM 2", Fifo()),
-        ("fifo, presence gate", "10 holds nothing: not read", Fifo(object_score_gate=True)),
+        ("fifo, object score gate", "10 holds nothing: not read", Fifo(object_score_gate=True)),
         ("shortlong", "SLM-SAM 2", ShortLong()),
         ("selfsort", "MedSAM-2 (here 3 read of 6)", bank),
         ("shortlong+selfsort", "both", ShortLongSelfSort(bank)),
@@ -164,10 +164,10 @@ def bank() -> str:
 
 
 def passes() -> str:
-    """What the first slice of the way back reads, one-sided and two-sided."""
+    """What the first slice of the way back reads, one-sided and shared."""
     anchor, slices = 5, 12
     written = range(anchor + 1, slices)
-    rows = [("one-sided", "our default", ()), ("two-sided", "SAM 2's predictor", tuple(written))]
+    rows = [("one-sided", "our default", ()), ("shared", "SAM 2's predictor", tuple(written))]
     picture = Picture(int(x_of(slices)) + 20, TOP + 2 * (LINE + 44) + 30)
     picture.text(LEFT, 24, "The way up from slice 5 is done; the way down begins with slice 4 (fifo)", bold=True)
     for t in range(slices):

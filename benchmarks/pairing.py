@@ -39,7 +39,7 @@ def patient_of(case: str) -> str:
 
 
 def bounds_of(gains: Sequence[dict[str, float]], draws: int = 10_000) -> tuple[float, float]:
-    """95 % of the mean over sets when patients are drawn anew, among those that the same sets hold; a dictionary for each set."""
+    """95 % of the mean over sets when patients are drawn again, among those that the same sets hold; a dictionary for each set."""
     rng, holders = np.random.default_rng(0), dict[tuple[int, ...], list[str]]()
     for patient in sorted({patient for own in gains for patient in own}):
         holders.setdefault(tuple(i for i, own in enumerate(gains) if patient in own), []).append(patient)

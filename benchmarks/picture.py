@@ -1,4 +1,4 @@
-"""Draw the README's picture from a demo: one unseen case, the slice that was given, and what came of it.
+"""Draw the README's picture from a demo: one held-out case, the slice that was given, and what came of it.
 
     slmsam2 demo -o demo && python benchmarks/picture.py demo/dataset docs/images/result.png
 
@@ -25,7 +25,7 @@ ZOOM, COLUMNS, GAP, MARGIN = 5, 6, 8, 22
 
 
 def median_case(summary: dict) -> dict:
-    """The unseen case whose mean Dice over labels is the median."""
+    """The held-out case whose mean Dice over labels is the median."""
     held_out = [entry for entry in summary["metric_per_case"] if entry["group"] == "held_out"]
     scores = [np.mean([m["Dice"] for m in entry["metrics"].values() if m["Dice"] is not None]) for entry in held_out]
     return held_out[int(np.argsort(scores)[(len(scores) - 1) // 2])]

@@ -3,7 +3,7 @@
     python benchmarks/plan_passes.py ../shared/data [--weights nano]
 
 The packaged base, untuned, on the cases on which things are chosen (CHOSEN_ON in zero_shot.py); the middle slice of each label given.
-Patience: slices without its object after which a pass ends. Spacing: slices as stored, and resampled to so many times their distance
+max_empty_slices: propagation stops after so many empty slices. Spacing: slices as stored, and resampled to so many times their distance
 along the slice axis; 0.5 puts an interpolated slice between any two. Dice of whole volumes, mean over cases, then labels; milliseconds
 for each stored slice and label, alternating, one thread. Pixels: edge of what the network sees, for every set alike.
 """
@@ -47,9 +47,9 @@ def pixels(edge: int) -> Arm:
 
 ARMS: dict[str, Arm] = {
     "as planned": lambda plan, _: plan,
-    "patience 3": max_empty_slices(3),
-    "patience 10": max_empty_slices(10),
-    "no patience": max_empty_slices(None),
+    "`max_empty_slices` 3": max_empty_slices(3),
+    "`max_empty_slices` 10": max_empty_slices(10),
+    "no `max_empty_slices`": max_empty_slices(None),
     "0.5 times the spacing": spacing(0.5),
     "2 times the spacing": spacing(2.0),
     "3 times the spacing": spacing(3.0),

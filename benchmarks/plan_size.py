@@ -144,7 +144,7 @@ def main() -> None:
         rows = [
             accuracy(options.data / name, options.settings, options.cases, options.steps) for name in options.sets or ["Task04_Hippocampus"]
         ]
-        print("| set | px:widths | Dice, unseen | minutes of tuning | seconds a volume |\n|---|---|---|---|---|")
+        print("| set | px:widths | Dice, held-out | minutes of tuning | seconds a volume |\n|---|---|---|---|---|")
     else:
         rows = [cost(options.data / name, options.repeats) for name in options.sets or ["Task04_Hippocampus", "Sarcoma_MR_T1"]]
         print(

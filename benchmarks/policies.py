@@ -27,7 +27,7 @@ from slmsam2_cli.planning.plan import NetworkPlan, PolicyName
 
 FULL = 7  # slices after which every policy has all it reads
 TARGET = 1.35  # of fifo, for shortlong
-GATED = "fifo, presence gate"
+GATED = "fifo, object score gate"
 
 
 def slices_of(image: Path, label: Path, count: int, px: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,7 @@
 
     python benchmarks/pretraining.py [--repeats 5] [--windows 8] [--length 8] [--steps 6]
 
-First one thread: the phases of a step, with SAM 2's modules as they are and by quicker routes (model/cpu_ops.py), taking turns on
+First one thread: the phases of a step, with SAM 2's modules as they are and by quicker routes (model/cpu_ops.py), alternating on
 the same clips; the least of the repeats, in seconds of CPU time, which other programs disturb less than the clock. Then whole
 steps of that length by the clock: one process of one thread, one of two threads, two of one; medians.
 """

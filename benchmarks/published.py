@@ -1,12 +1,12 @@
 """Training as SLM-SAM 2 and its baseline, SAM 2, were published: the facts of arXiv 2505.01854, section III, and nothing of ours.
 
 Clips of 8 slices in ascending order, the first of which holds an object, up to 3 objects; one clip a step, 100 steps a volume; focal x 20,
-Dice, IoU and presence, the first three only where the object is present; AdamW, weight decay 0.1, a cosine from 5e-6 to 5e-7 (image
+Dice, IoU and object score, the first three only where the object is present; AdamW, weight decay 0.1, a cosine from 5e-6 to 5e-7 (image
 encoder 3e-6, a factor of 0.9 for each block below the last), gradients cut at 0.1; the last weights are kept. Mirroring, rotation up to
 25 degrees, shear up to 20, brightness and contrast, by the amounts of SAM 2's own recipe for fine-tuning.
 
-What differs: prompts are masks alone, as in the comparison (published: also boxes and points); a step's window is drawn anew, by structure
-(published: every volume once an epoch); one model learns all labels (published: one a structure). And the base is not theirs: its presence
+What differs: prompts are masks alone, as in the comparison (published: also boxes and points); a step's window is drawn again, by structure
+(published: every volume once an epoch); one model learns all labels (published: one each). And the base is not theirs: its object score
 score was lowered after it was trained (docs/explanation/pretraining.md), and this recipe teaches it the truth from there.
 """
 

@@ -2,7 +2,7 @@
 
     python benchmarks/step_time.py [DATASET] [--threads 2] [--blocks 6]
 
-DATASET: a folder that slmsam2 plan reads; without one, three made-up volumes. The three ways alternate in blocks of six steps within one
+DATASET: a folder that slmsam2 plan reads; without one, three synthetic phantom. The three ways alternate in blocks of six steps within one
 process, each with a learner of its own, and learn from the same. Printed: median seconds of a step, the median ratio to the same block on
 one thread, and a digest of what was learned: the first and the last way agree in every bit where there are two threads.
 """

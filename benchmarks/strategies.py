@@ -1,8 +1,8 @@
-"""What each training strategy makes of one base on a modality it has not seen, and whether calibration holds on unseen cases.
+"""What each training strategy makes of one base on a modality it has not seen, and whether calibration holds on held-out cases.
 
     python benchmarks/strategies.py FOLDER [--minutes 4] [--steps 30] [--cases 2]
 
-Made-up patients: a base learns MR from random weights for so many minutes on 5 cases, then every strategy adapts it to CT
+Synthetic phantoms: a base learns MR from random weights for so many minutes on 5 cases, then every strategy adapts it to CT
 with the same steps on the same few cases. Dice over whole volumes of the other CT cases, each label prompted on its middle
 slice; the calibration error (10 groups) of slices of these cases, before and after the table that fine-tuning fitted on the
 cases it learned from. One run and one seed: differences of a few hundredths mean nothing.
@@ -35,7 +35,7 @@ STRATEGIES = ("full", "frozen-encoder", "decoder+memory", "adapters")
 
 
 def mean_dice(dataset: Path, masks: Path, held_out: list[str]) -> float:
-    """Over labels and unseen cases."""
+    """Over labels and held-out cases."""
     data = read_dataset(dataset)
     manifest = json.loads((masks / "manifest.json").read_text(encoding="utf-8"))["cases"]
     scores = []
@@ -47,7 +47,7 @@ def mean_dice(dataset: Path, masks: Path, held_out: list[str]) -> float:
 
 
 def calibration_errors(dataset: Path, model: Path, held_out: list[str], prepared: Path) -> tuple[float, float | None]:
-    """On slices of unseen cases: of the raw confidence, and of the calibrated one."""
+    """On slices of held-out cases: of the raw confidence, and of the calibrated one."""
     checkpoint = read_checkpoint(model)
     outcome = prepare_all(read_dataset(dataset), checkpoint.plan.geometry, checkpoint.plan.intensity, prepared)
     cases = [case for case in outcome.cases if case.id in held_out]
@@ -84,7 +84,9 @@ def main() -> None:
             small = space.finetuned / "adapter.safetensors"
             size = (small if small.exists() else space.model).stat().st_size / 2**20
             rows.append((name and "not adapted" or strategy, mean_dice(ct, masks, held_out), *errors, size))
-    print(f"| strategy | Dice, {len(held_out)} unseen CT cases | calibration error, raw | calibrated | file (MB) |\n|---|---|---|---|---|")
+    print(
+        f"| strategy | Dice, {len(held_out)} held-out CT cases | calibration error, raw | calibrated | file (MB) |\n|---|---|---|---|---|"
+    )
     for name, score, raw, after, size in rows:
         shown = "" if np.isnan(raw) else f"{raw:.3f}"
         print(f"| {name} | {score:.3f} | {shown} | {'' if after is None else f'{after:.3f}'} | {size:.1f} |")

@@ -269,7 +269,7 @@ _SCORING_MODULES = ("slmsam2_cli.cli.app", "slmsam2_cli.evaluation.scoring", "ni
 
 
 def count(requested: int | None) -> int:
-    """How many processes to use: those wanted, else one a core, at most 8."""
+    """How many processes to use: those wanted, else one per core, at most 8."""
     return max(1, min(available_cpus() if requested is None else requested, MAX_WORKERS))
 
 

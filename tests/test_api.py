@@ -35,7 +35,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two made-up patients, a plan for them, and a model that was tuned by it, or so its file says."""
+    """Two synthetic phantoms, a plan for them, and a model that was tuned by it, or so its file says."""
     folder = tmp_path_factory.mktemp("python")
     write_phantom_dataset(folder, cases=2, test_cases=0, seed=5, shape=(8, 40, 36))
     plan = planned(folder)
@@ -339,7 +339,7 @@ def sparse(labels, slices=(3, 6)):
 
 @pytest.fixture(scope="module", params=["from the feet", "from the head"])
 def predicted(folder, tmp_path_factory, request):
-    """What `slmsam2 predict` wrote for the first patient, from two painted slices and an empty one, however the file stores its slices:
+    """What `slmsam2 predict` wrote for the first patient, from two annotated slices and an empty one, however the file stores its slices:
     (labels, account, image, prompts).
     """
     prompts, masks = tmp_path_factory.mktemp("prompts"), tmp_path_factory.mktemp("predicted") / "masks"
@@ -372,7 +372,7 @@ def test_a_volume_is_segmented_exactly_as_by_predict_however_the_prompts_are_giv
     assert found.confidence == told and metadata["calibrated"] and found.confidence[1][given[0]] == 1
 
 
-def test_without_a_word_about_them_only_painted_slices_are_annotated(folder, tuned):
+def test_silently_about_them_only_annotated_slices_are_annotated(folder, tuned):
     found = segment(tuned, str(folder / "imagesTr" / "phantom_000.nii.gz"), sparse(truth(folder)))
     assert np.array_equal(found.labels[[3, 6]], truth(folder)[[3, 6]]) and found.labels[0].any()
 

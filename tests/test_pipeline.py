@@ -1,4 +1,4 @@
-"""All stages in order on small made-up patients, through the files they leave for each other. One step of training: no score to show."""
+"""All stages in order on small synthetic phantoms, through the files they leave for each other. One step of training: no score to show."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from slmsam2_cli.io.volume import read_labels, write_mask
 from slmsam2_cli.workspace import Workspace
 
 BLINK = 0.001  # minutes of training: one step
-UNSEEN = 1
+HELD_OUT = 1
 
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """The workspace that a demo of six small patients leaves."""
     folder = tmp_path_factory.mktemp("demo")
-    write_phantom_dataset(folder / "dataset", cases=TRAINING_CASES + UNSEEN, test_cases=1, shape=(8, 40, 40))
+    write_phantom_dataset(folder / "dataset", cases=TRAINING_CASES + HELD_OUT, test_cases=1, shape=(8, 40, 40))
     assert demo(folder, minutes=BLINK, device="cpu") == 0
     return Workspace.of(folder / "dataset", None)
 
@@ -48,10 +48,10 @@ def test_every_stage_leaves_what_the_next_one_needs(space: Workspace) -> None:
     assert {path.name for path in space.evaluation.iterdir()} >= {"summary.json", "cases.csv", "slices.csv", "summary.md"}
 
 
-def test_the_score_is_that_of_the_unseen_case_alone(space: Workspace) -> None:
+def test_the_score_is_that_of_the_held_out_case_alone(space: Workspace) -> None:
     summary = read(space.evaluation / "summary.json")
     assert [case["case"] for case in summary["metric_per_case"]] == [held_out(space)]
-    assert summary["cases"]["held_out"] == UNSEEN
+    assert summary["cases"]["held_out"] == HELD_OUT
     assert 0 <= summary["foreground_mean"]["Dice"] <= 1
 
 
@@ -70,7 +70,7 @@ def test_a_second_run_changes_nothing(space: Workspace) -> None:
     assert [(sha256_of(path), path.stat().st_mtime_ns) for path in kept[1:-1]] == before
 
 
-def test_a_persons_slice_comes_back_as_painted_and_the_mask_fits_the_image(space: Workspace, tmp_path: Path) -> None:
+def test_an_annotated_slice_comes_back_as_painted_and_the_mask_fits_the_image(space: Workspace, tmp_path: Path) -> None:
     dataset, case = space.root.parent, held_out(space)
     truth = read_labels(dataset / "labelsTr" / f"{case}.nii.gz", case=case, root=dataset)
     middle = int(np.flatnonzero((truth.voxels == 1).any(axis=(1, 2))).mean())
@@ -93,7 +93,9 @@ def test_masks_never_go_where_the_images_are(space: Workspace, capsys: pytest.Ca
     images = space.root.parent / "imagesTr"
     before = {path.name: sha256_of(path) for path in images.iterdir()}
     assert (
-        run_for_exit_code(lambda: predict(images, images, simulate_from=space.root.parent / "labelsTr", model=space.finetuned, device="cpu"))
+        run_for_exit_code(
+            lambda: predict(images, images, simulate_from=space.root.parent / "labelsTr", model=space.finetuned, device="cpu")
+        )
         == 2
     )
     assert "same folder" in capsys.readouterr().err

@@ -54,7 +54,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return space
 
 
-def test_every_unseen_case_has_a_mask_on_its_own_grid(scored: Workspace) -> None:
+def test_every_held_out_case_has_a_mask_on_its_own_grid(scored: Workspace) -> None:
     held_out = json.loads(scored.split.read_text())["held_out"]
     assert len(held_out) == 2
     for case in held_out:
@@ -73,7 +73,7 @@ def test_the_prompted_slices_are_those_of_the_labels(scored: Workspace) -> None:
             assert np.array_equal(mask.take(given, axis) == int(label), truth.take(given, axis) == int(label))
 
 
-def test_the_headline_counts_the_unseen_cases_alone(scored: Workspace) -> None:
+def test_the_headline_counts_the_held_out_cases_alone(scored: Workspace) -> None:
     summary = json.loads((scored.evaluation / "summary.json").read_text())
     assert {entry["case"] for entry in summary["metric_per_case"] if entry["group"] == "held_out"} == set(
         json.loads(scored.split.read_text())["held_out"]

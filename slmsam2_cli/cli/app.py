@@ -46,7 +46,7 @@ ALIASES = {
     "--processes": "--workers",
     "--prompts-from": "--simulate-prompts",
     "--slice": "--prompt-slice",
-    "--end-stops": "--mark-ends",
+    "--end marks": "--mark-ends",
     "--skip-bad": "--skip-invalid",
     "--against": "--compare-to",
     "--memory": "--max-memory",

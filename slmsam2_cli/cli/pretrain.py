@@ -37,7 +37,7 @@ def pretrain(
     commit: Annotated[str, typer.Option(metavar="TEXT", help="Version of the code, noted in the weights.", show_default=False)] = "",
     resume: Annotated[bool, typer.Option("--continue", help="Go on where an interrupted run stopped.")] = False,
     device: Annotated[DeviceName, typer.Option("--device", help="Where the network runs; auto takes the fastest there is.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again in a folder that holds a run.")] = False,
 ) -> int:
     """Train the packaged base from nothing.
 

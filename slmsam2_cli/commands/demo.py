@@ -1,4 +1,4 @@
-"""The whole pipeline, in order, on made-up patients.   Writes DIR/dataset and, inside it, the workspace.
+"""The whole pipeline, in order, on synthetic phantoms.   Writes DIR/dataset and, inside it, the workspace.
 
 Every stage skips what it finds done, so a second run trains nothing and ends with the same table.
 """
@@ -48,10 +48,10 @@ def demo(folder: Path, *, minutes: float = MINUTES, device: DeviceName = "auto",
 
 def _make_dataset(dataset: Path) -> None:
     if (dataset / "dataset.json").is_file():
-        console.say(f"made-up patients are there: {dataset}")
+        console.say(f"synthetic phantoms are there: {dataset}")
         return
     write_phantom_dataset(dataset, cases=LABELLED_CASES, shape=SHAPE)
-    console.say(f"{LABELLED_CASES} made-up patients: {dataset}")
+    console.say(f"{LABELLED_CASES} synthetic phantoms: {dataset}")
 
 
 def _finetune(dataset: Path, space: Workspace, minutes: float, device: DeviceName, overwrite: bool) -> int:

@@ -245,7 +245,7 @@ def _print_problems(scores: Sequence[CaseScore], predicted: Predicted) -> None:
     if pairing.not_requested:
         console.say(f"{len(pairing.not_requested)} training cases were not predicted and are not scored")
     if scores and all(score.group == "training" for score in scores):
-        console.warn("every case was used for training: there is no unseen case, so the headline is empty")
+        console.warn("every case was used for training: there is no held-out case, so the headline is empty")
 
 
 def _write(one: EvaluationResult, truth: Truth, comparison: Json | None, options: Options) -> None:

@@ -46,7 +46,17 @@ from slmsam2_cli.training.distributed import check_processes
 from slmsam2_cli.training.interrupts import ResumableError, graceful_stop, memory_warning, remedy, resumable
 from slmsam2_cli.training.learner import Progress, fraction_done
 from slmsam2_cli.training.monitoring import Log, draw_progress, events
-from slmsam2_cli.training.state import Run, Wish, backup_path, check_state, image_digests, keep, load_state, save_state, training_images_of
+from slmsam2_cli.training.state import (
+    Run,
+    RunOptions,
+    backup_path,
+    check_state,
+    image_digests,
+    keep,
+    load_state,
+    save_state,
+    training_images_of,
+)
 from slmsam2_cli.training.trainer import Learner, absent_labels, follow, init_learner, new_model, training_data_of
 from slmsam2_cli.workspace import Workspace
 
@@ -80,27 +90,27 @@ def finetune(
     if resume and overwrite:
         raise UsageError("--continue and --overwrite cannot be combined")
     chosen = choose_device(device)
-    wish = Wish(cases, weights, minutes, steps, seed, workers)
+    options = RunOptions(cases, weights, minutes, steps, seed, workers)
     if resume:
-        wish = _saved_options(workspace, wish)
-    base = load_base_weights(wish.weights)
+        options = _saved_options(workspace, options)
+    base = load_base_weights(options.weights)
     data = read_dataset(dataset)
     try:
         with atomic.lock_folder(workspace.root):
             plan = _plan(data, workspace, network, base)
             new_model(plan, base)
             ready = _prepare(data, plan, workspace, skip_invalid)
-            run = _make_run(plan, data, ready, wish, base)
+            run = _make_run(plan, data, ready, options, base)
             if _finished(workspace, run, resume, overwrite):
                 return DONE
             check_processes(run.plan.training.workers, chosen)
             if warning := memory_warning(run.plan, workspace.fingerprint, len(run.cases), chosen):
                 console.warn(warning)
-            _tune(run, ready, workspace, chosen, wish, resume)
+            _tune(run, ready, workspace, chosen, options, resume)
     except ResumableError:
         raise
     except OutputError as error:
-        raise OutputError(f"{error}. Mend that and try again, or choose a workspace you can write to with -w") from None
+        raise OutputError(f"{error}. Fix that and try again, or choose a workspace you can write to with -w") from None
     except (RuntimeError, MemoryError, TrainingError) as error:
         if not is_out_of_memory(error):
             raise
@@ -108,18 +118,18 @@ def finetune(
     return DONE
 
 
-def _saved_options(workspace: Workspace, given: Wish) -> Wish:
-    """The options of the run to go on with; a base that is a file has to be named again."""
+def _saved_options(workspace: Workspace, given: RunOptions) -> RunOptions:
+    """The options of the run to resume with; a base that is a file has to be named again."""
     split = atomic.read_json(workspace.split, "the split") if workspace.split.exists() else None
     kept = split.get("options") if isinstance(split, dict) else None
-    if not isinstance(kept, dict) or set(kept) != {field.name for field in fields(Wish)}:
+    if not isinstance(kept, dict) or set(kept) != {field.name for field in fields(RunOptions)}:
         return given
-    wish = Wish(**kept)
-    if wish.weights == _FROM_FILE and given.weights in ("auto", RANDOM):
+    options = RunOptions(**kept)
+    if options.weights == _FROM_FILE and given.weights in ("auto", RANDOM):
         raise UsageError("this run started from a file of weights. Name the same file again: --continue --weights FILE")
-    wish = replace(wish, weights=given.weights) if wish.weights == _FROM_FILE else wish
-    console.say(f"going on with -n {wish.cases} --seed {wish.seed} --weights {Path(wish.weights).name}")
-    return wish
+    options = replace(options, weights=given.weights) if options.weights == _FROM_FILE else options
+    console.say(f"going on with -n {options.cases} --seed {options.seed} --weights {Path(options.weights).name}")
+    return options
 
 
 def _plan(data: Dataset, workspace: Workspace, network: str | None, base: Checkpoint | None) -> Plan:
@@ -160,8 +170,7 @@ def _prepare(data: Dataset, plan: Plan, workspace: Workspace, skip_invalid: bool
         outcome = prepare_all(data, plan.geometry, plan.intensity, workspace.prepared, log=console.say, advance=advance)
     if outcome.problems and not (skip_invalid and outcome.cases):
         raise DatasetError(
-            f"{data.name}: {len(outcome.problems)} training cases are unusable, so nothing was trained. "
-            "Fix them, or use --skip-invalid",
+            f"{data.name}: {len(outcome.problems)} training cases are unusable, so nothing was trained. Fix them, or use --skip-invalid",
             outcome.problems,
         )
     for problem in outcome.problems:
@@ -169,24 +178,26 @@ def _prepare(data: Dataset, plan: Plan, workspace: Workspace, skip_invalid: bool
     return outcome
 
 
-def _make_run(plan: Plan, data: Dataset, ready: PreprocessResult, wish: Wish, base: Checkpoint | None) -> Run:
+def _make_run(plan: Plan, data: Dataset, ready: PreprocessResult, options: RunOptions, base: Checkpoint | None) -> Run:
     """The split, drawn from the seed over all cases that can teach propagation, and the training settings for that many."""
     usable = sorted(case.id for case in ready.cases if case.labels is not None and len(case.labels) > 1 and case.labels.any())
-    if wish.cases > len(usable):
-        console.warn(f"-n {wish.cases}, but only {len(usable)} training case(s) can be learned from: all are, and none is left to test on")
-    order = np.random.default_rng(wish.seed).permutation(len(usable))
-    picked = tuple(sorted(usable[i] for i in order[: wish.cases]))
+    if options.cases > len(usable):
+        console.warn(
+            f"-n {options.cases}, but only {len(usable)} training case(s) can be learned from: all are, and none is left to test on"
+        )
+    order = np.random.default_rng(options.seed).permutation(len(usable))
+    picked = tuple(sorted(usable[i] for i in order[: options.cases]))
     images = {case.id: image_digests(case, data) for case in ready.cases}
     learned = training_images_of(base)
     known = tuple(case for case in images if case not in picked and learned & set(images[case]))
     if known:
-        console.warn(f"{len(known)} more case(s) were learned from by {base.name if base else 'the base'} and do not count as unseen")
+        console.warn(f"{len(known)} more case(s) were learned from by {base.name if base else 'the base'} and do not count as held-out")
     training = training_for(plan, len(picked), base is None)
-    changes = {name: getattr(wish, name) or getattr(training, name) for name in ("minutes", "steps", "workers")} | {"seed": wish.seed}
+    changes = {name: getattr(options, name) or getattr(training, name) for name in ("minutes", "steps", "workers")} | {"seed": options.seed}
     settled = plan.model_copy(update={"training": TrainingPlan.model_validate(training.model_dump() | changes)})
     held_out = tuple(case for case in images if case not in {*picked, *known})
     files = tuple(sorted(d for case in ready.cases if case.id in picked for d in case.record["inputs"].values()))
-    return Run(settled, picked, known, held_out, tuple(d for case in picked for d in images[case]), files, base, wish.weights)
+    return Run(settled, picked, known, held_out, tuple(d for case in picked for d in images[case]), files, base, options.weights)
 
 
 def _finished(workspace: Workspace, run: Run, resume: bool, overwrite: bool) -> bool:
@@ -202,7 +213,7 @@ def _finished(workspace: Workspace, run: Run, resume: bool, overwrite: bool) -> 
         return False
     folds_begun = (workspace.finetuned / FOLDS_FILE).exists() and not (isinstance(split, dict) and split.get("finished"))
     if folds_begun or _state(workspace).exists() or backup_path(_state(workspace)).exists():
-        raise UsageError("an unfinished run is here. Go on with slmsam2 finetune --continue, or start anew with --overwrite")
+        raise UsageError("an unfinished run is here. Resume with slmsam2 finetune --continue, or start again with --overwrite")
     if workspace.model.exists():
         raise UsageError(
             "the workspace holds a model of another run (plan, cases, their files, seed, base, steps or minutes differ). "
@@ -221,7 +232,7 @@ def _state(workspace: Workspace) -> Path:
     return workspace.finetuned / "state.safetensors"
 
 
-def _tune(run: Run, ready: PreprocessResult, workspace: Workspace, device: torch.device, wish: Wish, resume: bool) -> None:
+def _tune(run: Run, ready: PreprocessResult, workspace: Workspace, device: torch.device, options: RunOptions, resume: bool) -> None:
     if run.base is None:
         console.warn("--weights random: everything is learned from these volumes alone; for trials and tests, not for clinical data")
     used = [case for case in ready.cases if case.id in run.cases]
@@ -241,14 +252,14 @@ def _tune(run: Run, ready: PreprocessResult, workspace: Workspace, device: torch
         for old in (state, backup_path(state)):
             old.unlink(missing_ok=True)
         delete_folds(folder)
-    _write_split(workspace, run, wish, skipped, finished=False)  # from here on, however it ends, there is something to continue
+    _write_split(workspace, run, options, skipped, finished=False)  # from here on, however it ends, there is something to continue
     with resumable("slmsam2 finetune"), graceful_stop() as stopped:
         by_rule = choose_training(run.plan.network.size, len(used)).value.steps
         validation = validate(run, used, device, folder, SAVE_EVERY_S, stopped, asked=run.plan.training.steps != by_rule)
         if stopped() and validation is None:
-            console.say("stopped before the first step of tuning on everything. Go on with slmsam2 finetune --continue")
+            console.say("stopped before the first step of tuning on everything. Resume with slmsam2 finetune --continue")
             return
-        _train_on_all(run, used, workspace, device, wish, validation, skipped, resume and begun, stopped)
+        _train_on_all(run, used, workspace, device, options, validation, skipped, resume and begun, stopped)
 
 
 def _train_on_all(
@@ -256,7 +267,7 @@ def _train_on_all(
     used: Sequence[PreparedCase],
     workspace: Workspace,
     device: torch.device,
-    wish: Wish,
+    options: RunOptions,
     validation: Validation | None,
     skipped: tuple[str, ...],
     begun: bool,
@@ -289,8 +300,8 @@ def _train_on_all(
     elif stopped() or not finished:
         finished = False
         save_state(state, learner, run.digest)
-        console.say(f"stopped at step {learner.step}; the model so far is saved. Go on with slmsam2 finetune --continue")
-    _write_split(workspace, run, wish, skipped, finished)
+        console.say(f"stopped at step {learner.step}; the model so far is saved. Resume with slmsam2 finetune --continue")
+    _write_split(workspace, run, options, skipped, finished)
     for old in (state, backup_path(state)) if finished else ():
         old.unlink(missing_ok=True)
 
@@ -337,9 +348,9 @@ def _note(log: Log, run: Run) -> None:
             console.trace(error)
 
 
-def _write_split(workspace: Workspace, run: Run, wish: Wish, skipped: tuple[str, ...], finished: bool) -> None:
-    """split.json: which cases were learned from, which count as unseen, and what --continue needs."""
-    kept = wish if wish.weights in ("auto", RANDOM) or zoo.is_name(wish.weights) else replace(wish, weights=_FROM_FILE)
+def _write_split(workspace: Workspace, run: Run, options: RunOptions, skipped: tuple[str, ...], finished: bool) -> None:
+    """split.json: which cases were learned from, which count as held-out, and what --continue needs."""
+    kept = options if options.weights in ("auto", RANDOM) or zoo.is_name(options.weights) else replace(options, weights=_FROM_FILE)
     split = {
         "format_version": 1,
         "training": sorted([*run.cases, *run.known]),
@@ -362,7 +373,7 @@ def _calibrate(learner: Learner, cases: Sequence[PreparedCase], plan: Plan, stop
         )
     else:
         console.say(
-            f"confidence calibrated on {found.slices} slices: calibration error {found.error_before:.3f} -> {found.error_after:.3f}, "
+            f"confidence calibrated with {found.slices} slices: calibration error {found.error_before:.3f} -> {found.error_after:.3f}, "
             f"{found.note}"
         )
     return found
@@ -374,7 +385,7 @@ def _save(workspace: Workspace, run: Run, learner: Learner, validation: Validati
         base=run.base.name if run.base else RANDOM,
         base_digest=run.base.digest if run.base else "",
         licence=ancestor.licence if ancestor else "",
-        lowered=ancestor.lowered if ancestor else 0.0,
+        object_score_offset=ancestor.object_score_offset if ancestor else 0.0,
         random=run.base is None or bool(ancestor and ancestor.random),
         seed=run.plan.training.seed,
         steps=learner.step,

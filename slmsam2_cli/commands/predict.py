@@ -48,7 +48,7 @@ from slmsam2_cli.workspace import Workspace
 class Job:
     """Everything a run of predict needs that does not change from case to case.
 
-    training: ids known to be no unseen cases; shown: images for the report, by case, also of other parts; None when it is not wanted.
+    training: ids known to be no held-out cases; shown: images for the report, by case, also of other parts; None when it is not wanted.
     """
 
     root: Path
@@ -132,7 +132,7 @@ def predict(
     source = _prompt_source(prompts, simulate_from, prompt_slice, mark_ends, data)
     files = [file for case in found.cases for file in (*case.images, *([case.label] if case.label else []))]
     _check_output_folder(masks, [found.root, source.folder, *(file.parent for file in files)])
-    unplanned = partial(plan_from_prompts, found.cases, source, masks=masks, anew=overwrite) if data is None else None
+    unplanned = partial(plan_from_prompts, found.cases, source, masks=masks, again=overwrite) if data is None else None
     checkpoint, plan = choose_model(workspace, model, weights, data, unplanned)
     chosen = choose_device(device)
     shown = {case.id: case.images for case in found.cases} if report else None
@@ -143,7 +143,7 @@ def predict(
 
 @dataclass(frozen=True)
 class Chosen:
-    """The cases to segment, all below `root`. problems: those that cannot be; learned_from: ids that are no unseen cases."""
+    """The cases to segment, all below `root`. problems: those that cannot be; learned_from: ids that are no held-out cases."""
 
     root: Path
     cases: Sequence[Case]
@@ -165,7 +165,7 @@ def _cases(images: Path | None, data: Dataset | None, workspace: Workspace | Non
         held_out = tuple(case for case in data.training if case.id not in seen)
         if seen and not {case.id for case in held_out} - unusable:
             console.warn(
-                "no case is unseen: the cases that the model has learned from are segmented; their scores are not those of unseen cases"
+                "no case is held_out: the cases that the model has learned from are segmented; their scores are not those of held-out cases"
             )
             found = Chosen(data.root, data.training, data.problems, seen)
         else:
@@ -188,16 +188,14 @@ def _masks_folder(masks: Path | None, workspace: Workspace | None, images: Path 
 def _prompt_source(
     prompts: Path | None, simulate_from: Path | None, where: PromptSlice, mark_ends: bool, data: Dataset | None
 ) -> PromptSource:
-    """Where prompts come from; without a word about it, a slice of each label of the data set's own masks."""
+    """Where prompts come from; silently about it, a slice of each label of the data set's own masks."""
     if prompts is not None and simulate_from is not None:
         raise UsageError("-p and --simulate-prompts cannot be combined")
     if prompts is not None and mark_ends:
         raise UsageError("--mark-ends needs --simulate-prompts. With prompt masks of your own, list the empty slices in CASE.prompts.json")
     folder = prompts if prompts is not None else simulate_from
     if folder is None and data is None:
-        raise UsageError(
-            "no prompts given. Use -p FOLDER (masks with annotated slices) or --simulate-prompts FOLDER (full masks)"
-        )
+        raise UsageError("no prompts given. Use -p FOLDER (masks with annotated slices) or --simulate-prompts FOLDER (full masks)")
     if folder is None:
         assert data is not None
         return PromptSource(data.root, where, dataset_labels=True, mark_ends=mark_ends)
@@ -229,7 +227,7 @@ def _run(job: Job, cases: Sequence[Case], problems: Sequence[CaseError], device:
     else:
         job.records.write_manifest(job.head())
     if job.shown is not None:
-        write_prediction_report(job.masks, job.shown, job.plan.intensity[0], anew=bool(todo))
+        write_prediction_report(job.masks, job.shown, job.plan.intensity[0], again=bool(todo))
     console.say(
         f"{len(todo) + len(problems) - len(failed)} masks written, {len(done)} already there, {len(failed)} cases failed: {job.masks}"
     )

@@ -104,7 +104,7 @@ def _apply_options(recipe: Recipe, minutes: float | None, steps: int | None, see
 
 def _check_output(run: Path) -> None:
     if (run / STATE).exists() or backup_path(run / STATE).exists():
-        raise UsageError(f"{run}: holds an unfinished run. Go on with slmsam2 pretrain --continue, or start anew with --overwrite")
+        raise UsageError(f"{run}: holds an unfinished run. Resume with slmsam2 pretrain --continue, or start again with --overwrite")
     if (run / WEIGHTS).exists():
         raise UsageError(f"{run}: holds the weights of another run. Choose another folder with -o, or add --overwrite")
 
@@ -140,7 +140,7 @@ def _train(
             save_state(state, learner, recipe.digest)
         _save(run / WEIGHTS, learner, recipe, commit)
         if not finished:
-            console.say(f"stopped at step {learner.step}; state and weights so far are saved. Go on with slmsam2 pretrain --continue")
+            console.say(f"stopped at step {learner.step}; state and weights so far are saved. Resume with slmsam2 pretrain --continue")
     if finished:
         state.unlink(missing_ok=True)
         backup_path(state).unlink(missing_ok=True)
@@ -183,7 +183,7 @@ def _check(learner: Pretrainer, recipe: Recipe, checks: Log) -> None:
     console.say(
         f"step {learner.step}, {learner.seconds / 60:.1f} min: Dice {found.dice:.3f} "
         f"(first mask copied {found.copy:.3f}, memory emptied {found.carried:.3f}, ends told {found.told:.3f}), "
-        f"presence {found.object_score:.3f}, beyond ends {found.beyond:.3f}, missed {found.missed:.3f}"
+        f"object score {found.object_score:.3f}, beyond ends {found.beyond:.3f}, missed {found.missed:.3f}"
     )
 
 

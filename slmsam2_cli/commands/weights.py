@@ -102,7 +102,9 @@ def get(name: str, *, output: Path | None = None, sha256: str | None = None, url
         else:
             _fetch(wanted, entry)
     console.say(f"licence: {entry.licence}" + (f" ({entry.note})" if entry.note else ""))
-    console.say(f"use it with --weights {name if output is None else wanted.path} (network {entry.size}: slmsam2 plan --network {entry.size})")
+    console.say(
+        f"use it with --weights {name if output is None else wanted.path} (network {entry.size}: slmsam2 plan --network {entry.size})"
+    )
     return DONE
 
 

@@ -1,4 +1,4 @@
-"""Made-up patients: data sets in the Decathlon's layout for demos and tests.
+"""Synthetic phantoms: data sets in the Decathlon's layout for demos and tests.
 
 A body with organs that look alike from case to case but differ in pose, size and contrast. What makes propagation hard is in it:
 structures that begin or end inside the volume, one that moves from slice to slice, one that is small, and unlabelled neighbours of
@@ -33,7 +33,7 @@ AIR_HU = -1000.0
 def phantom_volume(
     rng: Rng, shape: tuple[int, int, int] = (24, 96, 96), modality: Modality = "MR"
 ) -> tuple[Array, Array, tuple[float, float, float]]:
-    """One made-up patient: image (Z, Y, X) float32, labels (Z, Y, X) uint8, spacing in mm (z, y, x)."""
+    """One synthetic phantom: image (Z, Y, X) float32, labels (Z, Y, X) uint8, spacing in mm (z, y, x)."""
     z, y, x = _warped_coordinates(rng, shape)
     body = _ellipsoid(z, y, x, (0, 0, 0), (9, rng.uniform(0.72, 0.82), rng.uniform(0.80, 0.90)))
     tissue = np.full(shape, BODY)
@@ -146,7 +146,7 @@ def write_phantom_dataset(
         else:
             entries["test"].append(f"./imagesTs/{name}")
     names = {"0": "background", **{str(value): text for value, text in LABELS.items()}}
-    about = {"name": f"Phantom_{modality}", "description": "made-up patients", "licence": "CC0-1.0", "tensorImageSize": "3D"}
+    about = {"name": f"Phantom_{modality}", "description": "synthetic phantoms", "licence": "CC0-1.0", "tensorImageSize": "3D"}
     head = {"modality": {"0": "CT" if modality == "CT" else "MRI"}, "labels": names, "numTraining": cases, "numTest": test_cases}
     atomic.write_json(folder / "dataset.json", {**about, **head, **entries})
 

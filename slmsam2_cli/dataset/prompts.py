@@ -50,7 +50,7 @@ class Prompts:
 def read_prompts(
     folder: Path, case_id: str, view: View, values: Sequence[int], ignore: int | None = None, image: Volume | None = None
 ) -> Prompts | None:
-    """A person's prompts for one case; None when the folder holds none, or nothing is annotated. CaseError when they cannot be used.
+    """Annotated prompts for one case; None when the folder holds none, or nothing is annotated. CaseError when they cannot be used.
 
     image: where given, what its file does not know about its own geometry is not held against the prompt (see check.compare_geometry).
     """
@@ -62,7 +62,7 @@ def read_prompts(
         return None
     mask = read_annotated_mask(path, view, image, case=case_id, root=folder)
     listed = _listed(listing, case_id, view) if listing.exists() else None
-    return prompts_from_mask(mask, view, values, ignore, listed, case=case_id, file=path.name, list_in=listing.name)
+    return mask_to_prompts(mask, view, values, ignore, listed, case=case_id, file=path.name, list_in=listing.name)
 
 
 def read_annotated_mask(path: Path, view: View, image: Volume | None = None, *, case: str, root: Path) -> Array:
@@ -76,7 +76,7 @@ def read_annotated_mask(path: Path, view: View, image: Volume | None = None, *, 
     return volume.voxels
 
 
-def prompts_from_mask(
+def mask_to_prompts(
     mask: Array,
     view: View,
     values: Sequence[int],
@@ -128,9 +128,9 @@ def _annotated_slices(mask: Array, view: View, ignore: int | None) -> list[int]:
 
 
 def _annotated_along(paint: Array, view: View) -> SliceAxis | None:
-    """The other axis along which somebody painted slices, if it looks so: few slices along it hold all paint, many along the view's do.
+    """The other axis along which somebody annotated slices, if it looks so: few slices along it hold all paint, many along the view's do.
 
-    A structure that is thin in both directions (a vessel) is no painted slice unless it is exactly one voxel thick in one of them, and an
+    A structure that is thin in both directions (a vessel) is no annotated slice unless it is exactly one voxel thick in one of them, and an
     axis with few slices says nothing.
     """
     along = {axis: _slices_along(paint, view, axis) for axis in AXES}

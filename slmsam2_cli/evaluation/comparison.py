@@ -1,6 +1,6 @@
 """Several predictions of the same cases, side by side: who is better, by how much, and how sure that is.
 
-Differences are paired: case by case, then averaged, with a bootstrap interval over cases. Only cases unseen to every prediction count,
+Differences are paired: case by case, then averaged, with a bootstrap interval over cases. Only cases held-out to every prediction count,
 and distances are the penalised ones, so that leaving out the hard cases is no way to win. Nor is inventing structures: whoever rightly
 holds nothing is perfect beside one that does not.
 """

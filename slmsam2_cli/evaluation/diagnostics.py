@@ -1,4 +1,4 @@
-"""Mistakes that a low score may come from, and that a person can mend: labels exchanged, a mask stored mirrored.
+"""Mistakes that a low score may come from, and that a person can fix: labels exchanged, a mask stored mirrored.
 
 A hint changes no number. It is given only where the mended mask would be far better.
 """

@@ -1,9 +1,9 @@
 """Which prediction belongs to which reference, and which cases a model had already seen.
 
-Files are named here, not opened. A prediction is its reference's namesake; nnU-Net's channel suffix `_0000` is tolerated. Where there is
-not one namesake, names that differ by a common affix are matched, which is said (naming.py).
+Compare file names; open no file. A prediction has the name of its reference; nnU-Net's channel suffix `_0000` is tolerated. Where there is
+no file of the same name, names that differ by a common affix are matched, which is said (naming.py).
 
-Which mask belongs to which label when no two files are namesakes: by what is left after a common affix.
+Which mask belongs to which label when no two files have the same name: by what is left after a common affix.
 
 `pred_007` and `007_seg` are one case because every mask begins with `pred_` and every label ends in `_seg`. An affix is made of whole
 words, each with a letter in it, so that a number, which tells cases apart, is never taken for one. Where both sides carry an affix, one
@@ -155,7 +155,7 @@ class Pairing:
 
     pairs: (case, reference, prediction or None when it is missing), sorted; without_reference: predictions nobody can judge;
     not_requested: training cases that were not predicted; problems: cases with two files that could be meant;
-    renamed: (case, name of its prediction) where the two are no namesakes and were matched by a common affix.
+    renamed: (case, name of its prediction) where the two differ and were matched by a common affix.
     """
 
     pairs: tuple[tuple[str, Path, Path | None], ...]

@@ -161,7 +161,7 @@ def score_all(
     advance: Callable[..., None] = lambda: None,
     max_kept_bytes: int = MAX_KEPT_BYTES,
 ) -> list[CaseScore]:
-    """Scores in the order of the jobs. workers: processes, None for one a core (at most 8); max_kept_bytes: of what `afterwards` made."""
+    """Scores in the order of the jobs. workers: processes, None for one per core (at most 8); max_kept_bytes: of what `afterwards` made."""
     scores: dict[int, CaseScore] = {}
     held = 0
     count = min(parallel.count(workers), len(jobs))
@@ -272,7 +272,7 @@ def _prediction(job: Job, reference: LabelVolume) -> tuple[np.ndarray, tuple[str
         return prediction.voxels, (*prediction.warnings, *doubts), False
     if not job.resample:
         what = f"the prediction's grid is not the label's: {difference} (label, then prediction)"
-        remedy = "Predict on the grid of the label, or score it with --resample; nothing is resampled in silence"
+        remedy = "Predict on the grid of the label, or score it with --resample; nothing is resampled silently"
         raise CaseError(job.case, _names(job)[1] or "", what, remedy)
     moved, outside = onto(reference.grid, prediction.voxels, prediction.grid)
     lost = f"; {outside} labelled voxels lie outside it and are not scored" if outside else ""

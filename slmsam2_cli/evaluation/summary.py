@@ -1,6 +1,6 @@
 """Scores in, summary.json out: nnU-Net's shape with a status, a distance and the doubt added.
 
-`mean` and `foreground_mean` are the headline: unseen cases only. Cases the model has learned from are summarised apart under `training`,
+`mean` and `foreground_mean` are the headline: held-out cases only. Cases the model has learned from are summarised apart under `training`,
 slices that were given are left out under `unprompted`. Strict JSON: null, never NaN; paths are relative; nothing depends on the clock.
 
 Limits that a result must reach, for use in continuous integration: `Dice=0.8`.
@@ -129,7 +129,7 @@ def _status_counts(cases: Sequence[Case]) -> dict[str, int]:
 
 
 def _curve(scores: Sequence[CaseScore], value: Structure) -> list[Json]:
-    """Dice of unseen cases' slices against their distance from the nearest given slice, in slices."""
+    """Dice of held-out cases' slices against their distance from the nearest given slice, in slices."""
     by_distance: dict[int, list[float]] = {}
     for score in scores:
         label: LabelScore | None = score.labels.get(value) if score.group == "held_out" else None
@@ -160,7 +160,7 @@ def parse_thresholds(asked: Iterable[str]) -> list[Threshold]:
 
 
 def failed_thresholds(summary: Mapping[str, Any], floors: Sequence[Threshold]) -> list[str]:
-    """One line for each limit that the foreground mean of unseen cases does not reach; an undefined mean reaches none."""
+    """One line for each limit that the foreground mean of held-out cases does not reach; an undefined mean reaches none."""
     lines = []
     for floor in floors:
         key = nsd_key(summary["definitions"]["nsd_tolerance_mm"]) if floor.metric == "nsd" else floor.metric

@@ -32,7 +32,7 @@ SLICE_KEYS = (
 COMPARISON = "# Comparison"
 COMPARISON_KEYS = ("case", "label", "name")
 DIFFERENCE = (
-    "Differences are second minus first, over unseen cases that both have; the interval is a bootstrap over cases; "
+    "Differences are second minus first, over held-out cases that both have; the interval is a bootstrap over cases; "
     "beside an invented structure, rightly nothing counts as perfect"
 )
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -76,7 +76,7 @@ def groups(summary: Json) -> list[tuple[str, Json, int]]:
     """(title, block of means, number of cases) of the headline and, where there are any, of the training cases."""
     cases = summary["cases"]
     found = [
-        ("unseen cases", summary, cases["held_out"]),
+        ("held-out cases", summary, cases["held_out"]),
         ("training cases (the model has seen them)", summary["training"], cases["training"]),
     ]
     return [group for group in found if group[2]]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from slmsam2_cli.dataset.dataset_json import Case
 from slmsam2_cli.dataset.intensity import normalise
-from slmsam2_cli.dataset.prompts import Prompts, prompts_from_mask, read_annotated_mask, restore_annotated
+from slmsam2_cli.dataset.prompts import Prompts, mask_to_prompts, read_annotated_mask, restore_annotated
 from slmsam2_cli.dataset.slices import View
 from slmsam2_cli.inference.image_set import Found
 from slmsam2_cli.inference.propagation import AnnotatedSlice, Propagation
@@ -42,7 +42,7 @@ _OBJECT = 1  # the one label of a mask
 class Track:
     """One object on every slice of a stack.
 
-    mask (T, H, W) bool; confidence (T,) float32: presence probability times predicted IoU, 1 on annotated slices, 0 where no
+    mask (T, H, W) bool; confidence (T,) float32: object score probability times predicted IoU, 1 on annotated slices, 0 where no
     pass came by; disagreement (T,) float32: 1 - Dice of the passes from both sides, NaN where there were not two.
     """
 
@@ -55,7 +55,7 @@ class Track:
 class Match:
     """One object on one image.
 
-    mask (H, W) bool; confidence: presence probability times predicted IoU, 1 on annotated images; nearest: index of the annotated
+    mask (H, W) bool; confidence: object score probability times predicted IoU, 1 on annotated images; nearest: index of the annotated
     image whose object it resembles most; similarity: to that one, -1 to 1; warning: "" if all is well.
     """
 
@@ -158,7 +158,7 @@ def _scheme_of(window: Window) -> _Scheme:
     return _Scheme("ct", lower, upper)
 
 
-def prompts_from_masks(masks: object, view: View, name: str) -> Prompts:
+def mask_to_promptss(masks: object, view: View, name: str) -> Prompts:
     """The annotated slices of one object: slice index -> mask (H, W); an empty one says that it is not there. ValueError."""
     count, *size = view.grid.shape
     if not isinstance(masks, Mapping) or not masks:
@@ -250,7 +250,7 @@ class Drawn:
             mask = self._joined(self.masks, case, image, view, plan)
         else:
             mask = _declared(_voxels(self.masks, "prompts", case, image, view), plan)
-        found = prompts_from_mask(
+        found = mask_to_prompts(
             mask,
             view,
             tuple(plan.labels),
@@ -261,7 +261,7 @@ class Drawn:
             list_in="annotated_slices",
         )
         if found is None:
-            raise ValueError("prompts: nothing is painted; give a mask with at least one painted slice")
+            raise ValueError("prompts: nothing is painted; give a mask with at least one annotated slice")
         return found, ()
 
     def _joined(self, masks: Mapping[object, object], case: Case, image: Volume, view: View, plan: Plan) -> Array:

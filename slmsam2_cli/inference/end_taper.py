@@ -1,6 +1,6 @@
 """Where a person marked the end, the mask tapers towards it: what is known without looking at the image.
 
-Between an annotated slice and an end-stop a structure is about as an ellipsoid: a share u of the way there, its outline has moved
+Between an annotated slice and an end mark a structure is about as an ellipsoid: a share u of the way there, its outline has moved
 inwards by 1 - sqrt(1 - u²) of the distance from the outline to the middle; it lies where the network's mask lies. Mixed with what the
 network says, before the slice is remembered, it brings back masks that vanish too early and shrinks those that would stay. SHARE, STEEP
 and ENOUGH were chosen on the cases that docs/decisions.md names.

@@ -34,7 +34,7 @@ BankPolicy = SelfSort | ShortLongSelfSort
 class Found:
     """One object on one image.
 
-    logits (n, n) float32, below 0 where absent; confidence: presence probability times predicted IoU, 1 on annotated images;
+    logits (n, n) float32, below 0 where absent; confidence: object score probability times predicted IoU, 1 on annotated images;
     nearest: the annotated image whose object it is most similar to; similarity: to that one, -1 to 1; warning: "" if all is well.
     """
 
@@ -108,7 +108,7 @@ class _ImageSet:
         return found
 
     def _anchor(self, i: int, mask: Tensor) -> Found:
-        """A person's word, stored if the object is there."""
+        """The annotated word, stored if the object is there."""
         drawn = mask.float()[None, None].to(self.model.device)
         output = self.model.anchor(self.features[i], drawn)
         if bool(mask.any()):

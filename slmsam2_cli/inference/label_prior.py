@@ -1,7 +1,7 @@
-"""What a recogniser says of one volume, and how far it is heeded: as far as it agrees with what a person drew on this very volume.
+"""What a label U-Net says of one volume, and how far it is weighted: as far as it agrees with what a person drew on this very volume.
 
-The annotated slices are a test that nobody has to set: where the recogniser finds them, it counts as much as propagation; where it
-finds something else, it counts little or nothing. It is heeded slice by slice, before the slice is remembered, so that what it mends
+The annotated slices are a test that nobody has to set: where the label U-Net finds them, it counts as much as propagation; where it
+finds something else, it counts little or nothing. It is weighted slice by slice, before the slice is remembered, so that what it mends
 stays mended. Shares and bounds were chosen on the cases that docs/decisions.md names.
 """
 
@@ -19,7 +19,7 @@ from slmsam2_cli.model.roi import RoiCrop
 from slmsam2_cli.model.slmsam2 import SliceOutput, revised
 
 SURE = 10.0  # the most a logit counts
-MOST = 0.5  # what the recogniser counts at most; propagation counts the rest
+MOST = 0.5  # what the label U-Net counts at most; propagation counts the rest
 GOOD = 0.7  # Dice with what was drawn from which on it counts that much
 MIN_AREA_FRACTION = 0.1  # share of what was drawn that has to be recognised for the structure to be there
 SCALES = (1.0, 0.87, 1.15)  # at which it is asked; one answer is worth less than their mean
@@ -47,7 +47,7 @@ class LabelPrior:
         """What it counts, 0 to MOST."""
         return MOST * min(1.0, self.agreement / GOOD) ** 2
 
-    def heeded(self, output: SliceOutput, t: int, square: RoiCrop | None) -> SliceOutput:
+    def weighted(self, output: SliceOutput, t: int, square: RoiCrop | None) -> SliceOutput:
         """The output of one object on slice t, seen in `square`, or of the whole slice, with what is recognised mixed in."""
         if self.share == 0:
             return output
@@ -65,7 +65,7 @@ class LabelPrior:
         return revised(output, chosen, object_score)
 
     def _at(self, t: int, place: RoiCrop, edge: int) -> tuple[Tensor, Tensor]:
-        """(1, 1, n, n) each: margins of slice t in a square of the slice, and 1 where the recogniser looked, else 0."""
+        """(1, 1, n, n) each: margins of slice t in a square of the slice, and 1 where the label U-Net looked, else 0."""
         margins = self.margins[t].float().clamp(-SURE, SURE)
         both = torch.stack(
             [self.view.paste(margins, self.storage_size, 0.0), self.view.paste(torch.ones_like(margins), self.storage_size, 0.0)]

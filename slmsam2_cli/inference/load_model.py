@@ -32,7 +32,7 @@ from slmsam2_cli.model.label_unet import LabelUNet
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.fingerprint import Fingerprint
 from slmsam2_cli.planning.measure import measure
-from slmsam2_cli.planning.plan import COLOURS, Decision, FuserName, NetworkPlan, Plan, read_plan, signed, write_plan
+from slmsam2_cli.planning.plan import RGB_CHANNELS, Decision, FuserName, NetworkPlan, Plan, read_plan, with_digest, write_plan
 from slmsam2_cli.planning.rules import AS_STORED, MIN_EMPTY_SLICES, decide
 from slmsam2_cli.workspace import Workspace
 
@@ -58,7 +58,7 @@ def choose_model(
         checkpoint = read_checkpoint(workspace.model)
         plan = checkpoint.plan or _workspace_plan(workspace, checkpoint, data)
         if read_split(workspace).get("finished") is False:
-            console.warn("the workspace's model comes from an unfinished run. Go on with slmsam2 finetune --continue")
+            console.warn("the workspace's model comes from an unfinished run. Resume with slmsam2 finetune --continue")
     else:
         checkpoint = _base(weights)
         plan = _workspace_plan(workspace, checkpoint, data) or checkpoint.plan
@@ -112,7 +112,7 @@ def warnings_of(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
 def _channels_warning(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
     """One line where more than three channels are to be read, and the weights have learned no projection of them."""
     count = len(plan.channels)
-    if count <= COLOURS or f"{adapters.PREFIX}{plan.modality}.{adapters.INPUT}" in checkpoint.state:
+    if count <= RGB_CHANNELS or f"{adapters.PREFIX}{plan.modality}.{adapters.INPUT}" in checkpoint.state:
         return ()
     return (f"{checkpoint.name} has not learned to read {count} channels: means of them are shown to it. Fine-tune it first",)
 
@@ -150,7 +150,7 @@ def build_model(checkpoint: Checkpoint, plan: Plan) -> SlmSam2:
 
 
 def matching_label_unet(checkpoint: Checkpoint, plan: Plan) -> LabelUNet | None:
-    """The weights' own recogniser, where the plan is of the labels and channels that it was learned from."""
+    """The weights' own label U-Net, where the plan is of the labels and channels that it was learned from."""
     found, theirs = label_unet_of(checkpoint), checkpoint.plan
     same = theirs is not None and (theirs.labels, theirs.channels) == (plan.labels, plan.channels)
     return found if same else None
@@ -174,7 +174,7 @@ def _workspace_plan(workspace: Workspace | None, base: Checkpoint, data: Dataset
         return plan
     if base.network.size != plan.network.size:
         console.warn(
-            f"plan.json is for network {plan.network.size}: its {plan.geometry.input_size} px may not suit {base.name}, which is of network "
+            f"plan.json is for network {plan.network.size}: its {plan.geometry.input_size} px may not suit {base.name}, of network "
             f"{base.network.size}. Run slmsam2 plan --network {base.network.size} --overwrite"
         )
     return match_fuser(plan, base).model_copy(update={"network": base.network})
@@ -214,13 +214,13 @@ MAX_MEASURED = 20  # images; more would not change a decision
 FILE = "plan.json"
 
 
-def plan_from_prompts(cases: Sequence[Case], prompts: PromptSource, network: NetworkPlan, masks: Path, anew: bool = False) -> Plan:
-    """The plan by which an earlier run into the folder `masks` went, or, `anew`, one measured on these cases, written there.
+def plan_from_prompts(cases: Sequence[Case], prompts: PromptSource, network: NetworkPlan, masks: Path, again: bool = False) -> Plan:
+    """The plan by which an earlier run into the folder `masks` went, or, `again`, one measured on these cases, written there.
 
     DatasetError when no case can be measured, PlanError for a plan that cannot be read, OutputError.
     """
-    if (masks / FILE).exists() and not anew:
-        console.say(f"plan: {masks / FILE}, as before (--overwrite plans anew)")
+    if (masks / FILE).exists() and not again:
+        console.say(f"plan: {masks / FILE}, as before (--overwrite plans again)")
         return read_plan(masks / FILE)
     prompted = [replace(case, label=file) for case in cases if (file := prompts.file(case)) is not None][:MAX_MEASURED]
     plan = _decided(prompted, prompts, network)
@@ -251,7 +251,7 @@ def _decided(cases: Sequence[Case], prompts: PromptSource, network: NetworkPlan)
                 "reasons": plan.reasons | {"geometry.through_plane_mm": AS_STORED, "inference": "as where labels have no gaps"},
             }
         )
-    return signed(plan.model_copy(update={"network": network}))
+    return with_digest(plan.model_copy(update={"network": network}))
 
 
 def _labels(cases: Sequence[Case], root: Path, problems: list[CaseError]) -> dict[int, str]:

@@ -1,9 +1,9 @@
 """One volume: from annotated slices to mask logits on every slice.
 
 Every annotated slice that holds an object starts a pass in each direction. A pass stops at the next annotated slice,
-where a person's word begins. Between two that hold the object the passes from both sides, no surer than SURE, are blended by
+where the next annotated slice begins. Between two that hold the object the passes from both sides, no surer than SURE, are blended by
 distance; towards one that marks its end the mask tapers (tapering.py). The passes are independent (docs/explanation/propagation.md),
-unless the memory policy is two-sided: then all passes share one store, as in SAM 2's predictor, first all forwards, then all backwards.
+unless the memory policy is shared: then all passes share one store, as in SAM 2's predictor, first all forwards, then all backwards.
 
 With `roi_scale` the network sees, of every slice, a square around what is annotated (model/roi.py). An object whose mask reaches the
 edge of its square is tracked once more in a larger one.
@@ -25,6 +25,7 @@ from slmsam2_cli.inference.label_prior import LabelPrior, recognised
 from slmsam2_cli.model.memory.policy import ReadContext
 from slmsam2_cli.model.roi import RoiCrop, around, box_of
 from slmsam2_cli.model.slmsam2 import Memory, MemoryBank, SliceFeatures, SliceOutput, SlmSam2
+from slmsam2_cli.planning.rules import MAX_CACHED_BYTES
 
 ABSENT = -20.0  # logit of "nothing here" in results
 SURE = 10.0  # the most one of two passes counts where they are blended; "nothing here" would outvote the other from afar
@@ -35,7 +36,7 @@ BORDER = 1  # mask pixels along the edge of a square that a mask has to leave fr
 
 @dataclass(frozen=True)
 class AnnotatedSlice:
-    """One annotated slice of one object. mask (px, px) bool; an empty mask is an end-stop.
+    """One annotated slice of one object. mask (px, px) bool; an empty mask is an end mark.
 
     end: whether an empty one marks the object's end, not only that it is not there, as a slice painted for the sake of others.
     """
@@ -49,10 +50,10 @@ class AnnotatedSlice:
 class Propagation:
     """One object on every slice.
 
-    logits (T, n, n) float32, below 0 where absent: of `square`, or of whole slices; confidence (T,): presence probability
+    logits (T, n, n) float32, below 0 where absent: of `square`, or of whole slices; confidence (T,): object score probability
     times predicted IoU, 1 on annotated slices, 0 where no pass came by; disagreement (T,): where passes from both sides came
-    by, 1 - Dice of their two masks (0 when both are empty), NaN elsewhere; agreement: Dice of what the recogniser finds with what was
-    annotated, None where there is no recogniser.
+    by, 1 - Dice of their two masks (0 when both are empty), NaN elsewhere; agreement: Dice of what the label U-Net finds with what was
+    annotated, None where there is no label U-Net.
     """
 
     logits: Tensor
@@ -71,7 +72,7 @@ class Propagation:
 class FeatureCache:
     """Encodes slices in batches on demand and keeps them while there is room."""
 
-    def __init__(self, model: SlmSam2, frames: Tensor, batch: int = BATCH, keep_bytes: int = 2**31) -> None:
+    def __init__(self, model: SlmSam2, frames: Tensor, batch: int = BATCH, keep_bytes: int = MAX_CACHED_BYTES) -> None:
         self.model, self.frames, self.batch = model, frames, batch
         self.kept: dict[int, SliceFeatures] = {}
         self.keep_bytes, self.kept_bytes = keep_bytes, 0
@@ -109,9 +110,9 @@ def propagate(
 
     frames (T, C, px, px) in [0, 1], of the network's size, or of any with `roi_scale`: the network then sees a square so many times
     as wide as what is annotated, each object in its own. objects: label -> its annotated slices. `advance` is told how many slices were
-    tracked. low_resolution_prompts: write a person's mask to memory as SAM 2's predictor does, through the 4x smaller
+    tracked. low_resolution_prompts: write an annotated mask to memory as SAM 2's predictor does, through the 4x smaller
     mask; otherwise at full resolution. batch: slices encoded at a time. recognise: the objects are the labels that the model was
-    tuned on, so its recogniser, where it has one, is heeded as far as it agrees with what is annotated. patience: a pass with no annotated
+    tuned on, so its label U-Net, if any, is weighted by its agreement with the annotated slices. max_empty_slices: a pass with no annotated
     slice of the object ahead ends after so many slices without it; None: at the end of the volume.
     """
     model.eval()
@@ -128,7 +129,7 @@ def propagate(
 
 
 def _label_priors(model: SlmSam2, frames: Tensor, objects: Mapping[int, list[AnnotatedSlice]]) -> dict[int, LabelPrior]:
-    """What the model's recogniser says of each object; nothing where it has none."""
+    """What the model's label U-Net says of each object; nothing where it has none."""
     if model.label_unet is None:
         return {}
     return recognised(model.label_unet, frames, {label: [(a.slice, a.mask) for a in anchors] for label, anchors in objects.items()})
@@ -209,7 +210,7 @@ def _propagate_object(
 
 
 def _passes(starts: Iterable[int], shared_memory: bool) -> list[tuple[int, int]]:
-    """(anchor, step) of every pass, in order; two-sided: all forwards, ascending, then all backwards, descending."""
+    """(anchor, step) of every pass, in order; shared: all forwards, ascending, then all backwards, descending."""
     if shared_memory:
         return [(start, 1) for start in sorted(starts)] + [(start, -1) for start in sorted(starts, reverse=True)]
     return [(start, step) for start in starts for step in (1, -1)]
@@ -228,7 +229,7 @@ def stored(memory: Memory) -> Memory:
 
 
 def confidence_of(output: SliceOutput) -> float:
-    """Presence probability times predicted IoU of the one object on a slice."""
+    """Object score probability times predicted IoU of the one object on a slice."""
     return float(output.object_score.float().sigmoid() * output.iou.float().amax(dim=1, keepdim=True).clamp(0, 1))
 
 
@@ -248,7 +249,7 @@ def _run(
     square: RoiCrop | None,
     max_empty_slices: int | None,
 ) -> None:
-    """One pass from an anchor up to the next annotated slice, the end of the volume, or the end of patience."""
+    """One pass from an anchor up to the next annotated slice, the end of the volume, or after `max_empty_slices` empty slices."""
     count = len(features.frames)
     stop = next((s for s in range(start + step, count if step > 0 else -1, step) if s in said), count if step > 0 else -1)
     between, ends = stop in bank.anchors, stop in said and said[stop].end and not bool(said[stop].mask.any())
@@ -257,7 +258,7 @@ def _run(
     for t in range(start + step, stop, step):
         moment = ReadContext(t, step, bank.anchors, bank.tracked, count)
         output = model.track(features[t], bank, moment)
-        output = hint.heeded(output, t, square) if hint is not None else output
+        output = hint.weighted(output, t, square) if hint is not None else output
         output = taper.followed(output, t) if taper is not None else output
         bank.write(t, stored(model.remember(features[t], output)))
         model.forget(bank, moment)

@@ -1,6 +1,6 @@
 """One case from file to mask: read, bring into view, propagate, bring back, impose what a person drew.
 
-From a person's prompts on the volume's own grid to anchors on the stack that the network sees.
+From the user's prompts on the volume's own grid to anchors on the stack that the network sees.
 
 The way back: from mask logits on the network's frame to labels on the volume's own grid.
 """
@@ -37,7 +37,7 @@ def annotated_slices_of(prompts: Prompts, view: View, values: Sequence[int], inp
     """Label value -> its annotated slices, ascending; labels that nobody annotated with anything are left out.
 
     Slices outside the crop hold nothing the network could see, so they anchor nothing (they still come back exact). A slice
-    without the label is an end-stop only where all of it was looked at, and marks an end only where nothing at all is painted on it.
+    without the label is an end mark only where all of it was looked at, and marks an end only where nothing at all is painted on it.
     Where several native slices meet in one stack slice, a painted one counts.
     """
     found: dict[int, list[AnnotatedSlice]] = {}
@@ -141,7 +141,7 @@ class PromptSource:
         prompts = read_prompts(self.folder, case.id, view, tuple(plan.labels), plan.ignore, image) if self.simulated is None else None
         if prompts is None or not any(prompts.annotated.values()):
             raise CaseError(
-                case.id, "", "has no annotated slice", f"Save a mask named {case.id} with at least one painted slice among the prompts"
+                case.id, "", "has no annotated slice", f"Save a mask named {case.id} with at least one annotated slice among the prompts"
             )
         return prompts, ()
 
@@ -169,7 +169,7 @@ class SegmentedCase:
 def segment_case(
     case: Case,
     root: Path,
-    prompts_from: PromptReader,
+    prompt_reader: PromptReader,
     model: SlmSam2,
     plan: Plan,
     calibration: Calibration | None = None,
@@ -183,7 +183,7 @@ def segment_case(
     started = time.monotonic()
     image = read_image(case.images, case=case.id, root=root, channels=len(plan.channels))
     view, frames = make_frames(image, plan.geometry, plan.intensity)
-    prompts, warnings = prompts_from.read(case, image, view, plan)
+    prompts, warnings = prompt_reader.read(case, image, view, plan)
     objects = annotated_slices_of(prompts, view, tuple(plan.labels), plan.geometry.stack_size)
     stack = pad_to_square(to_input(torch.from_numpy(frames), plan.geometry.adjacent_slices), plan.geometry.stack_size)
     found = propagate(
@@ -199,12 +199,12 @@ def segment_case(
     one_piece = [value for value, one in found.items() if value in known and (one.agreement or 0) >= GOOD]
     labels = restore_annotated(_labels(found, view, plan), prompts, view)
     labels = keep_connected(labels, prompts.labels, one_piece, view.orientation.order[0])
-    told = {value: _calibrated(one, objects[value], calibration) for value, one in found.items()}
+    told = {value: _apply_calibration(one, objects[value], calibration) for value, one in found.items()}
     metadata = _case_metadata(prompts, view, told, time.monotonic() - started) | {"calibrated": calibration is not None}
     return SegmentedCase(labels, image, (*image.warnings, *warnings), metadata)
 
 
-def _calibrated(found: Propagation, anchors: list[AnnotatedSlice], calibration: Calibration | None) -> Propagation:
+def _apply_calibration(found: Propagation, anchors: list[AnnotatedSlice], calibration: Calibration | None) -> Propagation:
     """The same masks with calibrated confidence; annotated slices, and slices that no pass came to, keep theirs."""
     if calibration is None:
         return found

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slmsam2_cli.planning.plan import COLOURS, MOST_CHANNELS, groups
+from slmsam2_cli.planning.plan import MAX_CHANNELS, RGB_CHANNELS, channel_groups
 
 
 class LowRank(nn.Module):
@@ -94,12 +94,13 @@ class Projection(nn.Module):
 
 def means(channels: int) -> Tensor:
     """Weights (3, C, 1, 1) that make each colour the mean of its group of channels."""
-    weight = torch.zeros(COLOURS, channels, 1, 1)
-    for colour, group in enumerate(groups(channels)):
+    weight = torch.zeros(RGB_CHANNELS, channels, 1, 1)
+    for colour, group in enumerate(channel_groups(channels)):
         weight[colour, list(group)] = 1 / len(group)
     return weight
 
 
 def fits(weight: Tensor) -> bool:
     """Whether a tensor can be a projection's weight."""
-    return weight.ndim == 4 and weight.shape[::2] == (COLOURS, 1) and weight.shape[3] == 1 and COLOURS < weight.shape[1] <= MOST_CHANNELS
+    is_pointwise = weight.ndim == 4 and weight.shape[::2] == (RGB_CHANNELS, 1) and weight.shape[3] == 1
+    return is_pointwise and RGB_CHANNELS < weight.shape[1] <= MAX_CHANNELS

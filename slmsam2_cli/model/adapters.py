@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from slmsam2_cli.errors import WeightsError
-from slmsam2_cli.model.adapter_layers import Bottleneck, LowRank, Projection, bottleneck, fits, low_rank, means, saved_bottleneck
-from slmsam2_cli.planning.plan import COLOURS, AdapterPlan, Plan
+from slmsam2_cli.model.adapter_layers import Bottleneck, LowRank, Projection, fits, low_rank, means, saved_bottleneck
+from slmsam2_cli.planning.plan import RGB_CHANNELS, AdapterPlan, Plan
 
 PREFIX = "adapters."
 INPUT = "input.weight"
@@ -138,7 +138,7 @@ def to_rgb(model: nn.Module, frames: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, 3, H, W): through the projection in use; where there is none, C is 3. ValueError for another C."""
     found = of(model)
     projection = found.projections[found.shown] if found is not None and found.shown is not None else None
-    reads = projection.channels if projection is not None else COLOURS
+    reads = projection.channels if projection is not None else RGB_CHANNELS
     if frames.shape[1] != reads:
         raise ValueError(f"slices of {frames.shape[1]} channels, where the network reads {reads}")
     return projection(frames) if projection is not None else frames
@@ -156,7 +156,7 @@ def ensure_projection(model: nn.Module, modality: str, channels: int, source: st
             f"{source}: was tuned on {there.channels} channels of {modality}, the plan has {channels}. "
             f"Choose other weights, or a data set with the same {there.channels} channels"
         )
-    if channels <= COLOURS:
+    if channels <= RGB_CHANNELS:
         return False
     if there is None:
         _project(model, modality, means(channels))
@@ -181,9 +181,9 @@ def add(model: nn.Module, modality: str, plan: AdapterPlan, seed: int = 0) -> No
     """Give the model an adapter that changes nothing yet; it is not in use. ValueError for a second one of the same modality."""
     rng = torch.Generator().manual_seed(seed)
     branches: dict[str, nn.Module] = {}
-    for site, parts in encoder_sites(model, plan.kind).items():
+    for site, parts in encoder_sites(model, "lora").items():
         linear = _linear(model, site)
-        branches[site] = low_rank(linear, parts, plan.rank, rng) if plan.kind == "lora" else bottleneck(linear, plan.ratio, rng)
+        branches[site] = low_rank(linear, parts, plan.rank, rng)
     for site, parts in memory_sites(model).items():
         branches[site] = low_rank(_linear(model, site), parts, plan.rank, rng)
     _install(model, modality, branches, {})
@@ -356,7 +356,7 @@ def split(state: Mapping[str, Tensor]) -> tuple[State, dict[str, State]]:
 def channel_mismatch(state: Mapping[str, Tensor], plan: Plan) -> str:
     """What is wrong with a file's projection for the channels of its own plan; "" when it fits."""
     name = f"{PREFIX}{plan.modality}.{INPUT}"
-    wanted = len(plan.channels) if len(plan.channels) > COLOURS else None
+    wanted = len(plan.channels) if len(plan.channels) > RGB_CHANNELS else None
     found = state[name].shape[1] if name in state and state[name].ndim > 1 else None
     return f"its plan has {len(plan.channels)} channels, {name} reads {found or 'none'}" if found != wanted else ""
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 FEWEST, MANY = 20, 60  # slices
 KNOTS = 33
 ON_TRAINING = "fitted on volumes it learned from, so it may still promise too much"
-_SHRINK = 0.1  # slices' worth of belief in what the model says itself
+_SHRINK = 0.1  # slices' worth of weight for what the model says itself
 _EDGE = 1e-3  # a confidence closer than this to 0 or 1 counts as this close
 Array = np.ndarray[Any, Any]
 

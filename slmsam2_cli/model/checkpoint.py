@@ -34,7 +34,7 @@ from slmsam2_cli.version import VERSION
 
 class Validation(BaseModel):
     """left_out: what nothing was learned from, in each short run; base, tuned: mean Dice there, before and after; steps: of the run on
-    everything that these led to, 0 where there was none; recogniser: whether it helped there, None where there is none; kept: which of
+    everything that these led to, 0 where there was none; label U-Net: whether it helped there, None where there is none; kept: which of
     the two the file holds.
     """
 
@@ -48,7 +48,7 @@ class Validation(BaseModel):
     kept: Literal["base", "tuned"]
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RANDOM = "random"
 RANDOM_WARNING = "the model descends from random weights: for trials and tests, not for clinical data"
 _MOST_BYTES = 4 * 2**30
@@ -58,7 +58,7 @@ _SHORT = ("short_memory_attention.", "stream_fuser.")
 class Provenance(BaseModel):
     """Where weights come from. base: name of the weights training started from, or of those converted; base_digest: their
     digest (the file's SHA-256 where it was converted) or ""; licence: what the base may be used for, as published, or "";
-    lowered: by how much their presence score was lowered once they were trained; random: whether any ancestor was random; seed,
+    object_score_offset: by how much their object score was lowered once they were trained; random: whether any ancestor was random; seed,
     steps and seconds of training; training: ids of the data set's cases that
     these weights or their ancestors learned from; learned_from: SHA-256 of every image file they learned from;
     versions of libraries; validation: what they and their base were worth on volumes left out.
@@ -70,7 +70,7 @@ class Provenance(BaseModel):
     base_digest: str = ""
     licence: str = ""
     random: bool = False
-    lowered: float = 0.0
+    object_score_offset: float = 0.0
     seed: int | None = None
     steps: int = 0
     seconds: float = 0.0
@@ -110,7 +110,7 @@ class Checkpoint:
 
     @property
     def base_digest(self) -> str:
-        """The digest of the weights without adapters and recogniser."""
+        """The digest of the weights without adapters and label U-Net."""
         base = without_label_unet(adapters.split(self.state)[0])
         return tensors_digest(base) if len(base) < len(self.state) else self.digest
 
@@ -149,7 +149,7 @@ def save_checkpoint(path: Path, model: SlmSam2, plan: Plan, provenance: Provenan
 def save_adapter(
     path: Path, model: SlmSam2, modality: str, plan: Plan, provenance: Provenance, needs: Needs, calibration: Calibration | None = None
 ) -> str:
-    """Write one modality's adapter alone, to be put on its base by `combine_with_base`, and the recogniser. Like `save_checkpoint`."""
+    """Write one modality's adapter alone, to be put on its base by `combine_with_base`, and the label U-Net. Like `save_checkpoint`."""
     state = {f"{adapters.PREFIX}{modality}.{name}": tensor for name, tensor in adapters.adapter_state(model, modality).items()}
     own = model.label_unet.state_dict() if model.label_unet is not None else {}
     state |= {f"{LABEL_UNET_PREFIX}{name}": tensor for name, tensor in own.items()}
@@ -229,6 +229,11 @@ def _read_native(path: Path) -> Checkpoint:
         raise WeightsError(
             f"{path.name}: format version {header['format_version']} is newer than this tool's {FORMAT_VERSION}. Update slmsam2"
         )
+    if int(header["format_version"]) < FORMAT_VERSION:
+        raise WeightsError(
+            f"{path.name}: format version {header['format_version']} is of an earlier slmsam2; this one reads {FORMAT_VERSION}. "
+            "Fine-tune again"
+        )
     digest = tensors_digest(state)
     if digest != header.get("digest"):
         raise WeightsError(f"{path.name}: corrupt: its weights do not match the digest in its header. Fetch or train it again")
@@ -246,10 +251,10 @@ def _read_native(path: Path) -> Checkpoint:
 
 
 def _with_recipe(provenance: Provenance, header: Mapping[str, str]) -> Provenance:
-    """What a recipe of pre-training says of the presence score. KeyError, JSONDecodeError."""
+    """What a recipe of pre-training says of the object score. KeyError, JSONDecodeError."""
     if "recipe" not in header:
         return provenance
-    return provenance.model_copy(update={"lowered": -float(json.loads(header["recipe"]).get("object_score_shift", 0.0))})
+    return provenance.model_copy(update={"object_score_offset": -float(json.loads(header["recipe"]).get("object_score_shift", 0.0))})
 
 
 def _read_external(name: str, state: State) -> Checkpoint:
@@ -260,7 +265,7 @@ def _read_external(name: str, state: State) -> Checkpoint:
 
 
 def fit(model: SlmSam2, checkpoint: Checkpoint, modality: str | None = None) -> None:
-    """Load weights strictly, and all adapters; the one for `modality` is put in force where there is one. No recogniser.
+    """Load weights strictly, and all adapters; the one for `modality` is put in force where there is one. No label U-Net.
 
     From weights without a short memory, the short stack starts as a copy of the long one. WeightsError names the first
     tensors that are missing, unexpected or of another shape.

@@ -95,7 +95,7 @@ def _readme(checkpoint: Checkpoint, name: str) -> str:
         *([f"channels    {', '.join(plan.channels)}, in this order"] if len(plan.channels) > 1 else []),
         f"learned     {provenance.steps} steps on {len(provenance.training)} case(s), from {provenance.base}",
         f"weights     {checkpoint.digest}",
-        f"confidence  {f'calibrated on {table.slices} slices, {table.note}' if table else 'uncalibrated'}",
+        f"confidence  {f'calibrated with {table.slices} slices, {table.note}' if table else 'uncalibrated'}",
         *([f"adapter     for the base {checkpoint.needs.name}, weights {checkpoint.needs.digest}"] if checkpoint.needs else []),
         *([f"warning     {RANDOM_WARNING}"] if provenance.random else []),
         "",

@@ -1,7 +1,7 @@
 """What the labels of a data set look like: a small U-Net that names them slice by slice, without a prompt.
 
-Propagation knows what was drawn and forgets it slice by slice; a recogniser knows nothing of this volume's drawing and is as good far
-away from it as beside it. It is learned from the few annotated volumes (training/label_unet.py), and heeded as far as it agrees
+Propagation knows what was drawn and forgets it slice by slice; a label U-Net knows nothing of this volume's drawing and is as good far
+away from it as beside it. It is learned from the few annotated volumes (training/label_unet.py), and weighted as far as it agrees
 with what a person drew on this very volume (inference/label_prior.py). U-Net: Ronneberger et al. 2015, arXiv:1505.04597.
 """
 
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slmsam2_cli.model.roi import RoiCrop, around, box_of
+from slmsam2_cli.planning.rules import ROI_SCALE
 
 REACH = 2  # slices seen on either side
 SLICES = 2 * REACH + 1
-PREFIX = "recogniser."
-FOCUS = 2.0  # width of the square it sees, in widths of everything that is annotated
+PREFIX = "label_unet."
 MOST_PX = 1024
 _GROUPS = 8
 
@@ -96,17 +96,17 @@ def with_adjacent_slices(stack: Tensor, t: int) -> Tensor:
 
 
 def view_of(masks: Sequence[Tensor], storage_size: int) -> RoiCrop:
-    """Where a recogniser looks: around everything that was annotated, whichever label it is. masks (S, S), one at least not empty."""
-    return around(box_of(masks), FOCUS, storage_size)
+    """Where a label U-Net looks: around everything that was annotated, whichever label it is. masks (S, S), one at least not empty."""
+    return around(box_of(masks), ROI_SCALE, storage_size)
 
 
 def without_label_unet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint that are not the recogniser's."""
+    """The tensors of a checkpoint that are not the label U-Net's."""
     return {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
 
 
 def label_unet_from_state(state: Mapping[str, Tensor]) -> LabelUNet | None:
-    """The recogniser among the tensors of a checkpoint; None where it has none. ValueError when it is not whole."""
+    """The label U-Net among the tensors of a checkpoint; None where it has none. ValueError when it is not whole."""
     own = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
     if not own:
         return None
@@ -115,5 +115,5 @@ def label_unet_from_state(state: Mapping[str, Tensor]) -> LabelUNet | None:
         made = LabelUNet(inputs // SLICES, own["labels"].tolist(), int(own["px_seen"]), width)
         made.load_state_dict(own)
     except (KeyError, IndexError, RuntimeError, TypeError) as error:
-        raise ValueError(f"its recogniser is not whole ({str(error).splitlines()[0][:120]})") from None
+        raise ValueError(f"its label U-Net is not whole ({str(error).splitlines()[0][:120]})") from None
     return made.eval()

@@ -4,7 +4,7 @@ SAM 2 compares slices at stride 16, where a slice of 128 px has 8 x 8 places, to
 4, which alone costs small structures a tenth of their Dice (docs/explanation/nano.md). The refiner works at stride 4, on four
 by four pixels a place. It reads, per object, the mask of the slice just passed, moved to where block matching finds it; how grey
 values go with the inside of that mask and of the annotated ones (evidence.py); the decoder's logits; and where the slice's codes
-resemble the inside of what is known (as in Voigtlaender et al., "FEELVOS", arXiv:1902.09513). It adds to the logits, to presence
+resemble the inside of what is known (as in Voigtlaender et al., "FEELVOS", arXiv:1902.09513). It adds to the logits, to object score
 and to the predicted IoU. What depends on the slice alone is computed once per slice.
 """
 
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from slmsam2_cli.model.block_matching import foreground_likelihood
 
 REFINER_UPSCALE = 4  # pixels of a refined mask along the edge of one of the decoder's
-_MAPS = 3 * REFINER_UPSCALE**2 + 8  # carried mask, two likelihoods; the mask unmoved, logits, change, two matches, two likenesses, presence
+_MAPS = (
+    3 * REFINER_UPSCALE**2 + 8
+)  # carried mask, two likelihoods; the mask unmoved, logits, change, two matches, two likenesses, object score
 _NEAR = 1.0  # a logit of this size is half a certainty, for the network's input
 _FEW = 1e-3
 
@@ -91,7 +93,7 @@ class Refiner(nn.Module):
     def forward(
         self, here: RefinerFeatures, top: Tensor, logits: Tensor, carried: Tensor, passed: PriorSlice, annotated: Sequence[PriorSlice]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What to add to logits (B, 1, H, W), presence (B, 1) and the logit of the IoU (B, 1).
+        """What to add to logits (B, 1, H, W), object_score (B, 1) and the logit of the IoU (B, 1).
 
         top (B, C, h, w); carried (B, 2, H, W): the mask of the slice passed, as probability, and its grey values, where they have
         moved to.

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slmsam2_cli.planning.plan import COLOURS
+from slmsam2_cli.planning.plan import RGB_CHANNELS
 
 MIN_EDGE = 16  # slice pixels; a smaller square would show no surroundings of a dot
 
@@ -81,7 +81,7 @@ def to_input(stack: Tensor, adjacent_slices: bool = False) -> Tensor:
         return torch.stack([here, torch.cat([here[:1], here[:-1]]), torch.cat([here[1:], here[-1:]])], dim=1)
     if len(stack) == 2:
         stack = torch.cat([stack, stack.mean(dim=0, keepdim=True)])
-    return stack.transpose(0, 1).expand(-1, max(COLOURS, len(stack)), -1, -1)
+    return stack.transpose(0, 1).expand(-1, max(RGB_CHANNELS, len(stack)), -1, -1)
 
 
 def pad_to_square(slices: Tensor, input_size: int) -> Tensor:

@@ -32,7 +32,7 @@ from slmsam2_cli.model.sam2_config import SIZE_OPTIONS, DecoderSize, SizeOptions
 from slmsam2_cli.planning.plan import NetworkPlan
 
 ABSENT_LOGIT = float(NO_OBJ_SCORE)  # of every pixel where an object is absent
-MASK_LOGIT = 10.0  # a person's mask enters as logits of +-10, as in SAM 2
+MASK_LOGIT = 10.0  # an annotated mask enters as logits of +-10, as in SAM 2
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -60,7 +60,7 @@ class SliceOutput:
     """What the decoder says of B objects on one slice.
 
     candidates (B, M, n, n): raw mask logits, n = 4h, or 16h where there is a refiner; iou (B, M): predicted IoU of each;
-    best (B,): the candidate chosen; presence (B, 1): object-score logit; chosen (B, 1, n, n): the best candidate; logits
+    best (B,): the candidate chosen; object_score (B, 1): object-score logit; chosen (B, 1, n, n): the best candidate; logits
     (B, 1, n, n): the same, emptied where the object is absent; pointer (B, C); pointers: what it is of an absent and of a present
     object, None where it is settled.
     """
@@ -76,7 +76,7 @@ class SliceOutput:
 
 
 def revised(output: SliceOutput, chosen: Tensor, object_score: Tensor) -> SliceOutput:
-    """The output with other mask logits (B, 1, n, n) and presence (B, 1), and all that follows from them; an empty mask is no object."""
+    """Return the output with other mask logits (B, 1, n, n) and object score (B, 1); an empty mask is no object."""
     empty = (chosen <= 0).flatten(1).all(dim=1, keepdim=True)
     object_score = torch.where(empty, object_score.clamp(max=-1.0), object_score).to(output.object_score)
     present = object_score > 0
@@ -160,7 +160,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
 
     With `fifo` and `selfsort` the state dict has exactly SAM 2.1's keys (plus `carry_gain` where the size carries masks).
     calibration: what these weights' confidence is worth, for policies that weigh it; None while nobody knows, as in training.
-    recogniser: of a data set's labels, where it was tuned on one; tracking does not ask it, inference/label_prior.py does.
+    label U-Net: of a data set's labels, where it was tuned on one; tracking does not ask it, inference/label_prior.py does.
     """
 
     def __init__(self, network: NetworkPlan, input_size: int, size_options: SizeOptions | None = None) -> None:
@@ -210,7 +210,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         return SliceFeatures(top, output["vision_pos_enc"][-1], (s0, s1), detail)
 
     def anchor(self, features: SliceFeatures, masks: Tensor) -> SliceOutput:
-        """A person's masks as output. masks (B, 1, H, W) in {0, 1}."""
+        """Annotated masks as output. masks (B, 1, H, W) in {0, 1}."""
         low, _, iou, _, _, pointer, object_score = self._use_mask_as_output(features.top, list(features.fine), masks.float())
         if self.refiner is not None:
             size = (self.mask_size, self.mask_size)
@@ -256,7 +256,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
     def _told(
         self, policy: MemoryPolicy, bank: MemoryBank, moment: ReadContext, features: SliceFeatures | None = None
     ) -> list[ReadContext]:
-        """The moment as each object sees it; once, for all, where the policy weighs no evidence. A person's slices need no calibration."""
+        """The moment as each object sees it; once, for all, where the policy weighs no evidence. Annotated slices need no calibration."""
         if not policy.needs_scores:
             return [moment]
         traces = {s: bank[s].traces for s in (*bank.anchors, *bank.tracked)}
@@ -315,7 +315,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         return tokens, positions.repeat_interleave(split, dim=0)
 
     def decode(self, conditioned: Tensor, fine: tuple[Tensor, Tensor], carried: Tensor | None, seen: Seen | None = None) -> SliceOutput:
-        """Masks, IoU, presence and pointer. conditioned (B, C, h, w); carried (B, 1, n, n): previous logits; seen: to refine by."""
+        """Masks, IoU, object score and pointer. conditioned (B, C, h, w); carried (B, 1, n, n): previous logits; seen: to refine by."""
         batch = len(conditioned)
         inside = carried.detach().sigmoid() if carried is not None else None
         if seen is not None and inside is not None:
@@ -372,7 +372,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         )
 
     def remember(self, features: SliceFeatures, output: SliceOutput, masks: Tensor | None = None) -> Memory:
-        """Write a memory of this slice. masks (B, 1, H, W): a person's, at full resolution, instead of the logits."""
+        """Write a memory of this slice. masks (B, 1, H, W): the user's, at full resolution, instead of the logits."""
         size = (self.input_size, self.input_size)
         if masks is not None:
             logits = masks.float() * (2 * MASK_LOGIT) - MASK_LOGIT

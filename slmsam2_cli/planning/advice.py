@@ -1,9 +1,7 @@
-"""Which slices to annotate on a new volume: one in the middle of each structure, and an empty one beyond each of its ends.
+"""Advise which slices to annotate on a new volume, and warn about cases of a dataset that differ from the others.
 
-What it rests on is measured: where the label lies in the training volumes, how long it is, whether it runs out of them. What an end that
-is marked brings is in docs/reference/benchmarks.md.
-
-What a person should look at before trusting a data set: cases that differ from the rest, cases twice, labels that are missing.
+The advice is one slice in the middle of each structure and an empty slice beyond each of its ends. It follows from the training labels:
+their position, their length, and whether they reach the end of the volume. What end marks gain is in docs/reference/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -18,139 +16,134 @@ from slmsam2_cli.dataset.slices import AXES, SliceAxis
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, Extent, Fingerprint
 
 AXIS_ENDS: dict[SliceAxis, tuple[str, str]] = {"SI": ("inferior", "superior"), "AP": ("anterior", "posterior"), "LR": ("right", "left")}
-MAJORITY = 0.5  # share of cases from which on something is usual
+MAJORITY = 0.5  # fraction of cases above which something is usual
+MIN_CASES = 3  # fewer cases are not compared with each other
+OUTLIER_FACTOR = 3.0  # a size or spacing this many times the median, or the median this many times it, is reported
+MAX_NAMED = 5  # cases named in one line; the others are counted
 
 
 @dataclass(frozen=True)
 class Advice:
-    """For one label, along the planned axis.
+    """Where to annotate one label along the slice axis.
 
-    place: where its middle lies, from 0, the first of SIDES, to 1; slices, shortest, longest: median, least and most slices from its
-    first to its last; length_mm: median; pieces: whether it usually has gaps; open_: share of cases in which it reaches the volume's
-    rim on either of SIDES.
+    position: of its middle, from 0 at the first of AXIS_ENDS to 1 at the second; slices, shortest, longest: median, minimum and maximum
+    number of slices from its first to its last; length_mm: median; has_gaps: whether gaps are usual; open_ends: fraction of cases in
+    which it reaches the end of the volume, for each of AXIS_ENDS.
     """
 
     label: int
     name: str
-    place: float
+    position: float
     slices: int
     shortest: int
     longest: int
     length_mm: float
-    pieces: bool
-    open_: tuple[float, float]
+    has_gaps: bool
+    open_ends: tuple[float, float]
 
-    def words(self, axis: SliceAxis) -> str:
-        """What to do, for a person in front of a volume."""
+    def describe(self, axis: SliceAxis) -> str:
+        """Return the advice as text."""
         if self.longest == 1:
-            return "lies on one slice: annotate that one"
+            return "is on one slice: annotate this slice"
         varies = f" ({self.shortest} to {self.longest})" if self.shortest != self.longest else ""
         length = f"{self.slices} slices{varies}, {self.length_mm:.0f} mm"
-        first = f"annotate its middle slice, about {self.place:.0%} of the way from the {AXIS_ENDS[axis][0]} side ({length})"
-        more = "; it has gaps, so annotate one slice in each of its pieces instead" if self.pieces else ""
-        ends = [side for side, share in zip(AXIS_ENDS[axis], self.open_, strict=True) if share <= MAJORITY]
+        text = f"annotate the middle slice, about {self.position:.0%} of the way from the {AXIS_ENDS[axis][0]} end of the volume ({length})"
+        text += "; the structure has gaps, so annotate one slice of each part instead" if self.has_gaps else ""
+        ends = [side for side, fraction in zip(AXIS_ENDS[axis], self.open_ends, strict=True) if fraction <= MAJORITY]
         if not ends:
-            return f"{first}{more}; it runs through the whole volume, so no end needs a mark"
-        place = f"mark the first empty slice beyond its {' and '.join(ends)} end{'s' if len(ends) > 1 else ''}"
+            return f"{text}; it extends through the whole volume, so no end marks are needed"
         usual, most = self.slices // 2 + 1, self.longest // 2 + 1
-        return f"{first}{more}; {place}, {f'at most {most}' if most == usual else f'usually {usual}, at most {most}'} slices away"
+        distance = f"at most {most}" if most == usual else f"usually {usual}, at most {most}"
+        plural = "s" if len(ends) > 1 else ""
+        return f"{text}; mark the first empty slice beyond the {' and '.join(ends)} end{plural}, {distance} slices away"
 
 
 def annotation_advice(fingerprint: Fingerprint, axis: SliceAxis) -> tuple[Advice, ...]:
-    """For every label that lies in some case."""
+    """Compute the advice for every label that occurs in a case."""
     found = []
     for value, name in fingerprint.labels.items():
         cases = [case for case in fingerprint.cases if value in case.labels and case.axis(axis) in case.labels[value].extents]
-        cases = [case for case in cases if 1 not in case.shape] or cases  # a single slice tells nothing of ends
-        if cases:
-            found.append(_of_label(value, name, cases, axis))
+        cases = [case for case in cases if 1 not in case.shape] or cases  # single slices have no ends
+        if not cases:
+            continue
+        extents: list[Extent] = [case.labels[value].extents[case.axis(axis)] for case in cases]
+        counts = [case.shape[AXES.index(case.axis(axis))] for case in cases]
+        spacings = [case.spacing_mm[AXES.index(case.axis(axis))] for case in cases]
+        lengths = [extent.last - extent.first + 1 for extent in extents]
+        with_gaps = [extent.slices < length for extent, length in zip(extents, lengths, strict=True)]
+        at_first = sum(extent.first == 0 for extent in extents)
+        at_last = sum(extent.last == count - 1 for extent, count in zip(extents, counts, strict=True))
+        advice = Advice(
+            label=value,
+            name=name,
+            position=median((extent.first + extent.last + 1) / (2 * count) for extent, count in zip(extents, counts, strict=True)),
+            slices=math.ceil(median(lengths)),
+            shortest=min(lengths),
+            longest=max(lengths),
+            length_mm=median(length * mm for length, mm in zip(lengths, spacings, strict=True)),
+            has_gaps=sum(with_gaps) > MAJORITY * len(cases),
+            open_ends=(at_first / len(cases), at_last / len(cases)),
+        )
+        found.append(advice)
     return tuple(found)
 
 
-def _of_label(value: int, name: str, cases: Sequence[CaseFingerprint], axis: SliceAxis) -> Advice:
-    extents: list[Extent] = [case.labels[value].extents[case.axis(axis)] for case in cases]
-    counts = [case.shape[AXES.index(case.axis(axis))] for case in cases]
-    apart = [case.spacing_mm[AXES.index(case.axis(axis))] for case in cases]
-    lengths = [extent.last - extent.first + 1 for extent in extents]
-    broken = [extent.slices < length for extent, length in zip(extents, lengths, strict=True)]
-    at_first, at_last = sum(extent.first == 0 for extent in extents), sum(e.last == n - 1 for e, n in zip(extents, counts, strict=True))
-    return Advice(
-        label=value,
-        name=name,
-        place=median((extent.first + extent.last + 1) / (2 * count) for extent, count in zip(extents, counts, strict=True)),
-        slices=math.ceil(median(lengths)),
-        shortest=min(lengths),
-        longest=max(lengths),
-        length_mm=median(length * mm for length, mm in zip(lengths, apart, strict=True)),
-        pieces=sum(broken) > MAJORITY * len(cases),
-        open_=(at_first / len(cases), at_last / len(cases)),
-    )
-
-
-FEW = 3  # cases from which on there is a rest to differ from
-OUTLIER_FACTOR = 3.0  # a size or spacing so many times the others' median, or one part in so many, is pointed out
-MAX_NAMED = 5  # cases named in one line; the others are counted
-
-
 def dataset_warnings(fingerprint: Fingerprint) -> tuple[str, ...]:
-    """One line for each, cases by id. Nothing here is an error: all of it can be right."""
+    """List cases to check, one line per finding: duplicates, unusual orientations and sizes, missing labels. None of them is an error."""
     cases = fingerprint.cases
-    return (*_duplicate_images(cases), *_orientation_outliers(cases), *_sizes(cases), *_missing(fingerprint))
+    missing = []
+    for value, name in fingerprint.labels.items():
+        without = [case for case in cases if value not in case.labels]
+        if len(without) == len(cases):
+            missing.append(f"label {value} ({name}) is in no case, so it cannot be learned")
+        elif without:
+            where = format_case_names(without)
+            missing.append(f"label {value} ({name}) is absent in {where}. Ignore this if the structure is not present")
+    return (*_duplicate_images(cases), *_orientation_outliers(cases), *_size_outliers(cases), *missing)
 
 
 def _duplicate_images(cases: Sequence[CaseFingerprint]) -> Iterator[str]:
-    """Images whose size and grey values agree in every number measured, to seven digits, in whatever order they are stored."""
-    alike: dict[object, list[CaseFingerprint]] = {}
+    """Report images whose size and intensity statistics agree to seven digits, in whatever orientation they are stored."""
+    groups: dict[object, list[CaseFingerprint]] = {}
     for case in cases:
-        alike.setdefault((tuple(sorted(case.stored_shape)), tuple(channel.whole for channel in case.channels)), []).append(case)
-    for group in (group for group in alike.values() if len(group) > 1):
+        groups.setdefault((tuple(sorted(case.stored_shape)), tuple(channel.whole for channel in case.channels)), []).append(case)
+    for group in (group for group in groups.values() if len(group) > 1):
         same = all(case.labels == group[0].labels for case in group)
-        also = "and their masks" if same else "but their masks differ"
-        yield f"{named(group)}: the same image, {also}. Keep one: a twin among the unseen cases makes their scores too good"
+        what = "duplicate images and masks" if same else "duplicate images with different masks"
+        yield f"{format_case_names(group)}: {what}. Remove the duplicates; otherwise held-out scores are optimistic"
 
 
 def _orientation_outliers(cases: Sequence[CaseFingerprint]) -> Iterator[str]:
-    """Cases stored another way round than most. Headers say so and are followed; a wrong header shows in the picture."""
+    """Report cases stored in another orientation than most. The header is followed; if it is wrong, the picture shows it."""
     usual, count = Counter(case.orientation for case in cases).most_common(1)[0]
-    if len(cases) < FEW or 2 * count <= len(cases):
+    if len(cases) < MIN_CASES or 2 * count <= len(cases):
         return
     for code in sorted({case.orientation for case in cases} - {usual}):
-        group = [case for case in cases if case.orientation == code]
-        yield f"{named(group)}: stored as {code}, most as {usual}. Fine if the header is right: see that they lie alike in plan.html"
+        names = format_case_names([case for case in cases if case.orientation == code])
+        yield f"{names}: orientation is {code}, most cases are {usual}. Check in plan.html that they are shown in the same orientation"
 
 
-def _sizes(cases: Sequence[CaseFingerprint]) -> Iterator[str]:
-    if len(cases) < FEW:
+def _size_outliers(cases: Sequence[CaseFingerprint]) -> Iterator[str]:
+    """Report cases whose spacing or extent is far from the median."""
+    if len(cases) < MIN_CASES:
         return
     for index, axis in enumerate(AXES):
         measured = (
-            (f"slices along {axis} are apart", [case.spacing_mm[index] for case in cases]),
-            (f"the volume measures along {axis}", [case.extent_mm[index] for case in cases]),
+            (f"spacing along {axis}", [case.spacing_mm[index] for case in cases]),
+            (f"extent along {axis}", [case.extent_mm[index] for case in cases]),
         )
         for what, values in measured:
             middle = median(values)
-            far = [
-                (case, value)
-                for case, value in zip(cases, values, strict=True)
-                if not middle / OUTLIER_FACTOR <= value <= middle * OUTLIER_FACTOR
-            ]
+            lowest, highest = middle / OUTLIER_FACTOR, middle * OUTLIER_FACTOR
+            far = [(case, value) for case, value in zip(cases, values, strict=True) if not lowest <= value <= highest]
             if far and 2 * len(far) < len(cases):
                 low, high = (f"{end(value for _, value in far):.3g}" for end in (min, max))
                 span = low if low == high else f"{low} to {high}"
-                yield f"{named([case for case, _ in far])}: {what} {span} mm, in most cases {middle:.3g}. See that the header is right"
+                yield f"{format_case_names([case for case, _ in far])}: {what} is {span} mm, median {middle:.3g} mm. Check the image header"
 
 
-def _missing(fingerprint: Fingerprint) -> Iterator[str]:
-    for value, name in fingerprint.labels.items():
-        lacking = [case for case in fingerprint.cases if value not in case.labels]
-        if len(lacking) == len(fingerprint.cases):
-            yield f"label {value} ({name}) is in no case: it cannot be learned"
-        elif lacking:
-            yield f"label {value} ({name}) is missing in {named(lacking)}. Fine where the structure is not there"
-
-
-def named(cases: Sequence[CaseFingerprint]) -> str:
-    """ "case a", "cases a, b", or the first few and how many more."""
-    shown = ", ".join(case.id for case in cases[:MAX_NAMED])
+def format_case_names(cases: Sequence[CaseFingerprint]) -> str:
+    """Return "case a", "cases a, b", or the first MAX_NAMED and the number of others."""
+    names = ", ".join(case.id for case in cases[:MAX_NAMED])
     more = f" and {len(cases) - MAX_NAMED} more" if len(cases) > MAX_NAMED else ""
-    return f"case{'s' if len(cases) > 1 else ''} {shown}{more}"
+    return f"case{'s' if len(cases) > 1 else ''} {names}{more}"

@@ -1,4 +1,4 @@
-"""The fingerprint: what was measured on a data set, as one frozen value and one JSON file. Facts only; decisions are in plan.py."""
+"""The fingerprint: all measurements of a dataset as one frozen value and one JSON file. It holds no settings; those are in plan.py."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Triple = tuple[float, float, float]
 
 
 class Statistics(FrozenModel):
-    """Grey values of some voxels, in the image's own unit."""
+    """Intensities of some voxels, in the image's own unit."""
 
-    voxels: int = Field(description="how many voxels")
+    voxels: int = Field(description="number of voxels")
     mean: float
     median: float
     std: float
@@ -40,10 +40,10 @@ class ChannelFingerprint(FrozenModel):
 class Extent(FrozenModel):
     """Where a label lies along one anatomical axis of the oriented volume."""
 
-    first: int = Field(description="first slice that holds it")
-    last: int = Field(description="last slice that holds it")
-    slices: int = Field(description="number of slices that hold it")
-    gap: int = Field(default=0, description="the most slices in a row without it between these two")
+    first: int = Field(description="first slice with the label")
+    last: int = Field(description="last slice with the label")
+    slices: int = Field(description="number of slices with the label")
+    gap: int = Field(default=0, description="longest run of slices without the label between the first and the last")
 
 
 class LabelFingerprint(FrozenModel):
@@ -51,17 +51,17 @@ class LabelFingerprint(FrozenModel):
 
     voxels: int
     extents: dict[SliceAxis, Extent] = Field(description="per anatomical axis")
-    overlap: dict[SliceAxis, float] = Field(description="mean Dice of neighbouring slices of which at least one holds the label")
+    overlap: dict[SliceAxis, float] = Field(description="mean Dice of adjacent slices, of which at least one contains the label")
     copied: dict[SliceAxis, float] = Field(
-        description="Dice of the label's middle slice copied to every slice: what propagation has to beat"
+        description="Dice of the label's middle slice copied to every slice, as a baseline for propagation"
     )
     borders: dict[SliceAxis, int] = Field(
-        default_factory=dict, description="voxel faces across an axis with which it borders on something else, or on the volume's rim"
+        default_factory=dict, description="number of voxel faces on the border of the label, by the axis that they face"
     )
 
 
 class CaseFingerprint(FrozenModel):
-    """One training case. Triples are (S, P, L) in the oriented volume unless said otherwise."""
+    """One training case. Triples are (S, P, L) in the oriented volume unless stated otherwise."""
 
     id: str
     stored_shape: tuple[int, int, int] = Field(description="voxels (z, y, x) as stored")
@@ -75,38 +75,41 @@ class CaseFingerprint(FrozenModel):
 
     @property
     def extent_mm(self) -> Triple:
-        """Extent of the whole volume in mm (S, P, L)."""
+        """Extent of the volume in mm (S, P, L)."""
         si, ap, lr = (n * mm for n, mm in zip(self.shape, self.spacing_mm, strict=True))
         return si, ap, lr
 
     def axis(self, planned: SliceAxis) -> SliceAxis:
-        """The axis this case is cut along: the planned one, or its singleton axis."""
+        """Return the slice axis of this case: the planned one, or the axis along which it has a single slice."""
         if 1 not in self.shape or self.shape[AXES.index(planned)] == 1:
             return planned
         return AXES[self.shape.index(1)]
 
 
 class Fingerprint(FrozenModel):
-    """All measurements of one data set."""
+    """All measurements of one dataset."""
 
-    format_version: Literal[2] = Field(default=2, description="major version of this file's format")
-    tool_version: str = Field(description="the version of slmsam2 that measured")
+    format_version: Literal[2] = Field(default=2, description="version of this file's format")
+    tool_version: str = Field(description="version of slmsam2 that measured")
     dataset_name: str
     channels: tuple[str, ...] = Field(description="channel names in order", min_length=1)
-    labels: dict[int, str] = Field(description="foreground label value -> name")
-    ignore: int | None = Field(description="the label value that means: not annotated")
-    cases: tuple[CaseFingerprint, ...] = Field(description="usable training cases, by id")
-    foreground: tuple[Statistics | None, ...] = Field(description="per channel: labelled voxels of all cases, at most 10,000 of each")
+    labels: dict[int, str] = Field(description="label value -> structure name")
+    ignore: int | None = Field(description="label value of voxels that are not annotated; null: none")
+    cases: tuple[CaseFingerprint, ...] = Field(description="valid training cases, sorted by id")
+    foreground: tuple[Statistics | None, ...] = Field(description="per channel: labelled voxels of all cases, at most 10,000 per case")
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of the measurements, whatever version of the tool made them; without those that earlier ones did not make."""
-        later: Any = {"labels": {"__all__": {"borders": True, "extents": {"__all__": {"gap"}}}}}
-        return digest_of(self.model_dump(mode="json", exclude={"tool_version": True, "cases": {"__all__": later}}))
+        """SHA-256 (hex) of the measurements, without tool_version and without borders and gaps."""
+        excluded: Any = {"labels": {"__all__": {"borders": True, "extents": {"__all__": {"gap"}}}}}
+        return digest_of(self.model_dump(mode="json", exclude={"tool_version": True, "cases": {"__all__": excluded}}))
 
 
 def read_fingerprint(path: Path) -> Fingerprint:
-    """The fingerprint in a file. PlanError names the file and the key."""
+    """Read fingerprint.json.
+
+    Raises: PlanError, with file and key, when the file is missing, no JSON, of another format_version or invalid.
+    """
     value = read_document(path, "fingerprint")
     try:
         return Fingerprint.model_validate_json(json.dumps(value))
@@ -115,5 +118,5 @@ def read_fingerprint(path: Path) -> Fingerprint:
 
 
 def write_fingerprint(path: Path, fingerprint: Fingerprint) -> None:
-    """Write the fingerprint so that a crash leaves the old one or the new one."""
+    """Write fingerprint.json atomically: after a crash the old or the new file is there."""
     atomic.write_json(path, fingerprint.model_dump(mode="json"))

@@ -1,16 +1,15 @@
-"""Labels measured in their mask: where they lie, how much neighbouring slices share, how far one slice copied to all would get.
+"""Measure labels in their mask: extent, overlap of adjacent slices, Dice of the middle slice copied to all slices, borders.
 
-Masks are looked at as they are stored, a few planes at a time, so that nothing their size is made of them; an axis gets its anatomical
-name only at the end.
+Masks are read as stored, a few planes at a time, so that no copy of a mask is made. Axes get their anatomical names at the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 
 import numpy as np
 
+from slmsam2_cli.dataset.masks import bounding_box, dice
 from slmsam2_cli.dataset.prompts import choose_slice
 from slmsam2_cli.dataset.slices import AXES, Box, Orientation, SliceAxis
 from slmsam2_cli.planning.fingerprint import Extent, LabelFingerprint
@@ -18,98 +17,85 @@ from slmsam2_cli.planning.intensity_stats import CHUNK_VALUES, Array
 
 
 def measure_labels(labels: Array, values: Iterable[int], orientation: Orientation) -> dict[int, LabelFingerprint]:
-    """Those of the values that occur in labels (Z, Y, X)."""
-    boxes = {value: box_of(labels.shape, partial(_holding, labels, value)) for value in values}
-    return {value: _measure_label(labels, value, box, orientation) for value, box in boxes.items() if box}
+    """Measure those of the label values that occur in labels (Z, Y, X)."""
+    found = {}
+    for value in values:
+        box = bounding_box_of_planes(labels.shape, lambda planes: np.asarray(labels[planes] == value))  # noqa: B023
+        if box is not None:
+            found[value] = _measure_label(labels, value, box, orientation)
+    return found
 
 
-def _holding(labels: Array, value: int, planes: slice) -> Array:
-    return np.asarray(labels[planes] == value)
+def bounding_box_of_planes(shape: Sequence[int], mask_of: Callable[[slice], Array]) -> Box | None:
+    """Find the half-open ranges (z, y, x) that hold a mask of a shape, reading a few planes at a time; None for an empty mask.
 
-
-def box_of(shape: Sequence[int], held: Callable[[slice], Array]) -> Box | None:
-    """The half-open ranges (z, y, x) that hold all voxels which held(planes) finds, (planes, Y, X) bool; None when there are none."""
-    spans = [np.zeros(length, bool) for length in shape]
-    for planes in runs(shape):
-        mask = held(planes)
-        spans[0][planes] = mask.any(axis=(1, 2))
-        plane = np.asarray(mask.any(axis=0))
-        spans[1] |= plane.any(axis=1)
-        spans[2] |= plane.any(axis=0)
-    if not spans[0].any():
+    mask_of: returns the mask of a range of planes, (planes, Y, X) bool.
+    """
+    boxes = [(planes.start, box) for planes in plane_chunks(shape) if (box := bounding_box(mask_of(planes)))]
+    if not boxes:
         return None
-    z, y, x = ((int(found[0]), int(found[-1]) + 1) for found in map(np.flatnonzero, spans))
+    z = boxes[0][0] + boxes[0][1][0][0], boxes[-1][0] + boxes[-1][1][0][1]
+    y, x = ((min(box[axis][0] for _, box in boxes), max(box[axis][1] for _, box in boxes)) for axis in (1, 2))
     return z, y, x
 
 
-def runs(shape: Sequence[int]) -> Iterator[slice]:
-    """The planes (Z, of Y by X voxels), as many at a time as fit a processor's cache, one at least."""
+def plane_chunks(shape: Sequence[int]) -> Iterator[slice]:
+    """Split the planes of a volume (Z, Y, X) into ranges that fit the processor's cache, of at least one plane."""
     step = max(1, CHUNK_VALUES // (shape[1] * shape[2]))
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
 def _measure_label(labels: Array, value: int, box: Box, orientation: Orientation) -> LabelFingerprint:
+    """Measure one label, given its bounding box, along all three anatomical axes."""
     cut = labels[tuple(slice(start, end) for start, end in box)]
-    shadows, shared = _projected(cut, value)
-    areas = shadows[1].sum(axis=1), shadows[0].sum(axis=1), shadows[0].sum(axis=0)
+    projections, shared = _project(cut, value)
+    areas = projections[1].sum(axis=1), projections[0].sum(axis=1), projections[0].sum(axis=0)
+    voxels = int(areas[0].sum())
     extents: dict[SliceAxis, Extent] = {}
     overlap: dict[SliceAxis, float] = {}
     copied: dict[SliceAxis, float] = {}
     borders: dict[SliceAxis, int] = {}
-    voxels = int(areas[0].sum())
     for axis, stored, back in zip(AXES, orientation.order, orientation.flipped, strict=True):
         slices, area, (start, end) = labels.shape[stored], areas[stored], box[stored]
         first = slices - end if back else start
+        longest_gap = int(np.diff(np.flatnonzero(area)).max(initial=1)) - 1
+        extents[axis] = Extent(first=first, last=first + end - start - 1, slices=int(np.count_nonzero(area)), gap=longest_gap)
         borders[axis] = 2 * (voxels - int(shared[stored].sum()))
-        extents[axis] = Extent(first=first, last=first + end - start - 1, slices=int(np.count_nonzero(area)), gap=longest_gap(area))
         if slices > 1:
             overlap[axis] = round(adjacent_overlap(area, shared[stored], ends=(start > 0) + (end < slices)), 6)
             middle = len(area) - 1 - choose_slice(area[::-1], "middle") if back else choose_slice(area, "middle")
-            covered = int(shadows[stored][cut.take(middle, axis=stored) == value].sum())
-            copied[axis] = round(copy_overlap(area, int(area[middle]), covered, slices), 6)
+            covered = int(projections[stored][cut.take(middle, axis=stored) == value].sum())
+            copied[axis] = round(dice(covered, voxels, slices * int(area[middle])), 6)
     return LabelFingerprint(voxels=voxels, extents=extents, overlap=overlap, copied=copied, borders=borders)
 
 
-def longest_gap(area: Array) -> int:
-    """The most slices in a row without anything between two with something; area (T,)."""
-    return int(np.diff(np.flatnonzero(area)).max(initial=1)) - 1
+def _project(cut: Array, value: int) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array]]:
+    """Count a label's voxels along each axis of the mask (Z, Y, X), and those that adjacent planes share.
 
-
-def _projected(cut: Array, value: int) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array]]:
-    """Of a label, along each axis of the mask (Z, Y, X): its voxels in every line of voxels, and those that neighbouring planes share.
-
-    (Y, X), (Z, X), (Z, Y) and (Z - 1,), (Y - 1,), (X - 1,).
+    Returns projections (Y, X), (Z, X), (Z, Y) and shared voxels (Z - 1,), (Y - 1,), (X - 1,).
     """
     z, y, x = cut.shape
-    shadows = np.zeros((y, x), np.int64), np.zeros((z, x), np.int64), np.zeros((z, y), np.int64)
+    projections = np.zeros((y, x), np.int64), np.zeros((z, x), np.int64), np.zeros((z, y), np.int64)
     shared = np.zeros(z - 1, np.int64), np.zeros(y - 1, np.int64), np.zeros(x - 1, np.int64)
-    for planes in runs(cut.shape):
+    for planes in plane_chunks(cut.shape):
         mask = cut[planes] == value
-        shadows[0][:] += mask.sum(axis=0)
-        shadows[1][planes] = mask.sum(axis=1)
-        shadows[2][planes] = mask.sum(axis=2)
+        projections[0][:] += mask.sum(axis=0)
+        projections[1][planes] = mask.sum(axis=1)
+        projections[2][planes] = mask.sum(axis=2)
         second = max(planes.start, 1)
-        above, here = slice(second - 1, planes.stop - 1), slice(second, planes.stop)
-        shared[0][above] = ((cut[above] == value) & (cut[here] == value)).sum(axis=(1, 2))
+        before, here = slice(second - 1, planes.stop - 1), slice(second, planes.stop)
+        shared[0][before] = ((cut[before] == value) & (cut[here] == value)).sum(axis=(1, 2))
         shared[1][:] += (mask[:, 1:] & mask[:, :-1]).sum(axis=(0, 2))
         shared[2][:] += (mask[:, :, 1:] & mask[:, :, :-1]).sum(axis=(0, 1))
-    return shadows, shared
+    return projections, shared
 
 
 def adjacent_overlap(area: Array, shared: Array, ends: int) -> float:
-    """Mean Dice of neighbouring slices of which at least one is not empty: area (T,) on each slice, shared (T - 1,) by neighbours.
+    """Compute the mean Dice of adjacent slices of which at least one contains the label.
 
-    ends: how many of the stack's two ends border on an empty slice of the volume; such a pair overlaps by 0, so a label that often
-    vanishes scores low.
+    area: (T,) label voxels per slice; shared: (T - 1,) per pair of slices; ends: number of ends of the label (0 to 2) with an empty slice
+    beyond. Such a pair counts with a Dice of 0, so a label that often disappears scores low.
     """
-    both = area[1:] + area[:-1]
-    pairs = int((both > 0).sum()) + ends
-    return float((2 * shared[both > 0] / both[both > 0]).sum() / pairs) if pairs else 0.0
-
-
-def copy_overlap(area: Array, middle: int, covered: int, slices: int) -> float:
-    """Dice of a label with its middle slice copied to all `slices` slices of the volume.
-
-    area: (T,) on each slice; middle: on the middle one; covered: voxels of the label that lie on the copies.
-    """
-    return 2 * covered / (int(area.sum()) + slices * middle)
+    held = area[1:] + area[:-1] > 0
+    pairs = int(held.sum()) + ends
+    return float(dice(shared[held], area[1:][held], area[:-1][held]).sum() / pairs) if pairs else 0.0

@@ -1,8 +1,7 @@
-"""Every decision, as a pure function from the fingerprint to a value and its reason. Nothing is read, written or printed here.
+"""The planning rules: pure functions from the fingerprint to a setting and the reason for it. Nothing is read, written or printed.
 
-How slices are walked through: how far apart they are, how many are encoded at a time, and when a pass gives up.
-
-What these rules rest on was measured (benchmarks/plan_passes.py; docs/reference/benchmarks.md).
+`decide` applies all of them and returns the plan. The numbers behind the rules are in docs/reference/benchmarks.md; those on slice
+spacing and empty slices come from benchmarks/plan_passes.py. Values that training and inference share with estimate.py are defined here.
 """
 
 from __future__ import annotations
@@ -17,8 +16,9 @@ from slmsam2_cli.errors import DatasetError, UsageError
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, Extent, Fingerprint
 from slmsam2_cli.planning.modality import choose_intensity, choose_modality
 from slmsam2_cli.planning.plan import (
-    COLOURS,
-    MOST_CHANNELS,
+    MAX_CHANNELS,
+    RGB_CHANNELS,
+    ChannelIntensity,
     Decision,
     EvaluationPlan,
     FuserName,
@@ -29,93 +29,41 @@ from slmsam2_cli.planning.plan import (
     OverrideKey,
     Plan,
     TrainingPlan,
-    groups,
-    signed,
+    channel_groups,
+    with_digest,
 )
-from slmsam2_cli.planning.resolution import choose_roi_input_size, refuse_to_lose, thinnest_structure
+from slmsam2_cli.planning.resolution import check_resolvable, choose_roi_input_size, thinnest_structure
 from slmsam2_cli.version import VERSION
 
-LONG = 48  # slices; structures over more of them lose at each step, so that twice the step is better
-EMPTY_SLICES_PER_GAP = 2  # times the longest gap that was seen in a training label
+# Shared with training and inference
+ROI_SCALE = 2.0  # edge of nano's ROI crop and of the label U-Net's, relative to the bounding box of the annotation
+MAX_CACHED_BYTES = 2**31  # of slice features that propagation keeps
+TRACKS_PER_CLIP = 4  # maximum number of passes through a training clip
+LABEL_UNET_BATCH = 16  # slices per step
+LABEL_UNET_WIDTH = 32  # channels up to an input of NARROW_LABEL_UNET_SIZE pixels; half as many above
+MIN_LABEL_UNET_SIZE, NARROW_LABEL_UNET_SIZE, MAX_LABEL_UNET_SIZE = 48, 64, 128  # input edge in pixels
+FOLDS = 2  # of cross-validation
+FOLD_FRACTION, SINGLE_CASE_FRACTION = 0.3, 0.2  # steps of a fold relative to the final run: usually, and with one training case
+CHECKPOINTS = (1 / 3, 2 / 3, 1.0)  # fractions of a fold's steps after which it is scored
+
+LONG_STRUCTURE = 48  # slices; longer structures are segmented better with slices merged
+EMPTY_SLICES_PER_GAP = 2  # max_empty_slices relative to the longest gap in a training label
 MIN_EMPTY_SLICES = 6
-BATCH, BATCH_PX = 8, 256  # so many slices at a time, while they are not larger than this
-AS_STORED = "slices are left as stored, so that a person's slice is a slice of the network"
-
-
-def choose_through_plane_mm(cases: Sequence[CaseFingerprint], axis: SliceAxis) -> Decision[float | None]:
-    """As stored; but a multiple of the spacing where structures run over more than LONG slices, at which they run over fewer.
-
-    Never less than the largest spacing of any case, and never finer than stored: what lies between two slices nobody has seen.
-    """
-    stacks = [case for case in cases if 1 not in case.shape]
-    lengths = [extent.last - extent.first + 1 for case in stacks for extent in _extents(case, axis)]
-    if not lengths or median(lengths) <= LONG:
-        return Decision(None, AS_STORED)
-    spacings = [_through_mm(case, axis) for case in stacks]
-    times = math.ceil(median(lengths) / LONG)
-    wanted = float(f"{times * median(spacings):.5g}")
-    long = f"structures run over {median(lengths):g} slices, more than {LONG}"
-    if wanted < max(spacings):
-        return Decision(None, f"{AS_STORED}; {long}, but the slices of some case are {max(spacings):.3g} mm apart")
-    return Decision(wanted, f"{long}: about {times} slices each are joined")
-
-
-def choose_inference(cases: Sequence[CaseFingerprint], axis: SliceAxis, input_size: int) -> Decision[InferencePlan]:
-    """Slices encoded at a time, by their size; and after how many slices without its object a pass ends, by the gaps in the labels."""
-    batch = max(1, min(BATCH, math.floor(BATCH * (BATCH_PX / input_size) ** 2)))
-    gaps = [extent.gap for case in cases if 1 not in case.shape for extent in _extents(case, axis)]
-    if not gaps:
-        return Decision(InferencePlan(batch_slices=batch), "no label was measured, so every slice is tracked")
-    max_empty_slices = max(MIN_EMPTY_SLICES, EMPTY_SLICES_PER_GAP * max(gaps))
-    seen = f"labels have gaps of up to {max(gaps)} slices" if max(gaps) else "no label has a gap"
-    return Decision(
-        InferencePlan(batch_slices=batch, max_empty_slices=max_empty_slices),
-        f"{seen}: a pass ends {max_empty_slices} slices after its object has",
-    )
-
-
-def stack_length(case: CaseFingerprint, axis: SliceAxis, through_mm: float | None) -> int:
-    """How many slices the network is given of a case."""
-    slices = case.shape[AXES.index(case.axis(axis))]
-    return slices if through_mm is None else max(1, round(slices * _through_mm(case, axis) / through_mm))
-
-
-def propagated_slices(
-    case: CaseFingerprint, value: int, axis: SliceAxis, max_empty_slices: int | None, through_mm: float | None = None
-) -> int:
-    """About how many of these are walked through for a label of a case."""
-    slices, stored = stack_length(case, axis, through_mm), case.shape[AXES.index(case.axis(axis))]
-    extent = case.labels[value].extents.get(case.axis(axis))
-    if extent is None or max_empty_slices is None:
-        return slices
-    first, last = round(extent.first * slices / stored), round((extent.last + 1) * slices / stored)
-    return min(slices, last + max_empty_slices) - max(0, first - max_empty_slices)
-
-
-def _extents(case: CaseFingerprint, axis: SliceAxis) -> list[Extent]:
-    cut = case.axis(axis)
-    return [label.extents[cut] for label in case.labels.values() if cut in label.extents]
-
-
-def _through_mm(case: CaseFingerprint, axis: SliceAxis) -> float:
-    return case.spacing_mm[AXES.index(case.axis(axis))]
-
-
-MANY = 20  # training cases; more do not lengthen the run
-MAX_CASES_WITHOUT_ADDING = 2  # volumes; a recogniser of so few takes for the structure what only looks like it
+BATCH_SLICES, BATCH_INPUT_SIZE = 8, 256  # slices encoded at a time, up to this input size
+AS_STORED = "native slice spacing is kept, so each annotated slice maps to one network slice"
+MAX_COUNTED_CASES = 20  # more training cases do not add steps
+MAX_CASES_WITHOUT_ADDING = 2  # a label U-Net trained on so few cases adds false structures
 ANISOTROPY_RATIO = 1.5  # an axis is coarse when its spacing is this many times that of the next
-OVERLAP_MARGIN = 0.03  # neighbouring overlaps closer than this are equal, see docs/decisions.md
-MASK_STRIDE = 4  # network pixels along the edge of one pixel of the mask the network predicts
-MAX_VOXELS_PER_MASK_PIXEL = 1.5  # the most voxels one such pixel should span
+OVERLAP_MARGIN = 0.03  # differences in adjacent-slice overlap below this are ignored, see docs/decisions.md
+MASK_STRIDE = 4  # input pixels along the edge of a pixel of the predicted mask
+MAX_VOXELS_PER_MASK_PIXEL = 1.5
 MIN_INPUT_SIZE = 128
-FOCUS = 2.0  # edge of nano's square, in widths of what is annotated
 MAX_STORAGE_SIZE = 512
 NATIVE_SIZES: dict[NetworkSize, int] = {"nano": 256, "tiny": 1024, "small": 1024, "base_plus": 1024, "large": 1024}
 NSD_TOLERANCE_MM = 2.0
+NSD_RADIUS_FRACTION = 3.0  # with a tolerance above radius / 3 of a thin structure, nearly every mask scores 1
 TRAINING = "training."
-# A change of these leaves steps and rates to the rule.
-_SETTINGS = ("strategy", "adapters", "label_unet", "can_add", "object_score_target", "validation", "workers")
-THIN = 3.0  # a tolerance of more than one part in so many of a structure's radius forgives nearly everything
+_EDITABLE = ("strategy", "adapters", "label_unet", "can_add", "object_score_target", "validation", "workers")  # steps still follow the rule
 
 
 def decide(
@@ -125,102 +73,115 @@ def decide(
     axis: Decision[SliceAxis] | None = None,
     overrides: tuple[OverrideKey, ...] = (),
 ) -> Plan:
-    """The plan for a data set; fuser: that of the weights it starts from; axis: where that is settled already; overrides: the keys that an
-    option settled. DatasetError when no case is usable, UsageError when the network is unknown.
+    """Apply all rules to a dataset.
+
+    network, axis: as requested by the user; fuser: of the pretrained weights; overrides: keys that a command-line option set.
+
+    Raises: DatasetError when no case is usable, there are too many channels or a structure is too thin; UsageError for unknown networks.
     """
     cases = fingerprint.cases
     if not cases:
-        raise DatasetError("no training case is usable, so nothing can be planned")
-    if len(fingerprint.channels) > MOST_CHANNELS:
-        raise DatasetError(
-            f"{fingerprint.dataset_name}: {len(fingerprint.channels)} channels ({', '.join(fingerprint.channels)}), but the network reads "
-            f"{MOST_CHANNELS} at most. Make a data set of the {MOST_CHANNELS} that show the structures best"
-        )
-    modalities = [choose_modality(fingerprint, index) for index in range(len(fingerprint.channels))]
-    size = choose_network(network)
-    axis = axis or choose_slice_axis(fingerprint)
-    crop = choose_crop(cases, modalities[0].value)
-    fov = field_of_view_mm(cases, axis.value, crop.value)
-    spacing = in_plane_spacing_mm(cases, axis.value)
-    roi_scale, finest = choose_roi_scale(size.value), finest_in_plane_mm(cases, axis.value)
-    slices = choose_storage_size(fov, finest) if roi_scale.value else None
-    if roi_scale.value and slices is not None:
-        pixel = choose_storage_mm(fov, finest, slices.value)
-        frame = choose_roi_input_size(fingerprint, axis.value, roi_scale.value, pixel.value)
-    else:
-        frame = choose_input_size(fov, spacing, size.value)
-        pixel = choose_in_plane_mm(fov, spacing, frame.value)
-    refuse_to_lose(
-        thinnest_structure(fingerprint, axis.value, size.value, frame.value, roi_scale.value, pixel.value), size.value, roi_scale.value
-    )
-    through, inference = choose_through_plane_mm(cases, axis.value), choose_inference(cases, axis.value, frame.value)
-    intensity = [choose_intensity(fingerprint, index, kind.value) for index, kind in enumerate(modalities)]
-    training = choose_training(size.value, len(cases))
-    tolerance = choose_nsd_tolerance_mm(fingerprint, axis.value, spacing)
-    reasons = {
-        "modality": "; ".join(f"{name}: {kind.reason}" for name, kind in zip(fingerprint.channels, modalities, strict=True)),
-        **projection_reason(fingerprint.channels),
-        "geometry.slice_axis": axis.reason,
-        "geometry.crop_to_nonzero": crop.reason,
-        "geometry.roi_scale": roi_scale.reason,
-        **({"geometry.storage_size": slices.reason} if slices is not None else {}),
-        "geometry.input_size": frame.reason,
-        "geometry.in_plane_mm": pixel.reason,
-        "geometry.through_plane_mm": through.reason,
-        "intensity": "; ".join(f"{name}: {chosen.reason}" for name, chosen in zip(fingerprint.channels, intensity, strict=True)),
-        "network.size": size.reason,
-        "training": training.reason,
-        "inference": inference.reason,
-        "evaluation.nsd_tolerance_mm": tolerance.reason,
-    }
+        raise DatasetError("no training case is usable, so no plan can be made")
+    modality, intensity, channel_reasons = _choose_channels(fingerprint)
+    size, axis = choose_network(network), axis or choose_slice_axis(fingerprint)
+    geometry, geometry_reasons = _choose_geometry(fingerprint, size.value, axis.value, modality)
+    training, inference = choose_training(size.value, len(cases)), choose_inference(cases, axis.value, geometry.input_size)
+    tolerance = choose_nsd_tolerance_mm(fingerprint, axis.value, in_plane_spacing_mm(cases, axis.value))
     plan = Plan(
         tool_version=VERSION,
         dataset_name=fingerprint.dataset_name,
-        modality=modalities[0].value,
+        modality=modality,
         channels=fingerprint.channels,
         labels=fingerprint.labels,
         ignore=fingerprint.ignore,
-        geometry=GeometryPlan(
-            slice_axis=axis.value,
-            in_plane_mm=pixel.value,
-            through_plane_mm=through.value,
-            input_size=frame.value,
-            crop_to_nonzero=crop.value,
-            roi_scale=roi_scale.value,
-            storage_size=slices.value if slices is not None else None,
-        ),
-        intensity=tuple(chosen.value for chosen in intensity),
+        geometry=geometry,
+        intensity=intensity,
         network=NetworkPlan(size=size.value, policy="shortlong", fuser=fuser),
         training=training.value,
         inference=inference.value,
         evaluation=EvaluationPlan(nsd_tolerance_mm=tolerance.value),
-        reasons=reasons,
+        reasons={
+            **channel_reasons,
+            "geometry.slice_axis": axis.reason,
+            **geometry_reasons,
+            "network.size": size.reason,
+            "training": training.reason,
+            "inference": inference.reason,
+            "evaluation.nsd_tolerance_mm": tolerance.reason,
+        },
         overrides=overrides,
         fingerprint_digest=fingerprint.digest,
     )
-    return signed(plan)
+    return with_digest(plan)
 
 
-def projection_reason(channels: Sequence[str]) -> dict[str, str]:
-    """What becomes of more than three channels; nothing to be said of fewer."""
-    if len(channels) <= COLOURS:
-        return {}
-    shown = " | ".join(" + ".join(channels[index] for index in group) for group in groups(len(channels)))
-    return {"channels": f"more than {COLOURS}: a projection to {COLOURS} is learned, which starts as the means of {shown}"}
+def _choose_channels(fingerprint: Fingerprint) -> tuple[str, tuple[ChannelIntensity, ...], dict[str, str]]:
+    """Choose the modality of the first channel and the normalisation of every channel; returns them with the reasons by plan key."""
+    channels = fingerprint.channels
+    if len(channels) > MAX_CHANNELS:
+        raise DatasetError(
+            f"{fingerprint.dataset_name}: {len(channels)} channels ({', '.join(channels)}), but at most {MAX_CHANNELS} are supported. "
+            f"Make a dataset of the {MAX_CHANNELS} that show the structures best"
+        )
+    modalities = [choose_modality(fingerprint, index) for index in range(len(channels))]
+    intensity = [choose_intensity(fingerprint, index, kind.value) for index, kind in enumerate(modalities)]
+    reasons = {"modality": "; ".join(f"{name}: {kind.reason}" for name, kind in zip(channels, modalities, strict=True))}
+    if len(channels) > RGB_CHANNELS:
+        means = " | ".join(" + ".join(channels[index] for index in group) for group in channel_groups(len(channels)))
+        reasons["channels"] = (
+            f"more than {RGB_CHANNELS}: the network learns a projection to {RGB_CHANNELS}, initialised as means of {means}"
+        )
+    reasons["intensity"] = "; ".join(f"{name}: {chosen.reason}" for name, chosen in zip(channels, intensity, strict=True))
+    return modalities[0].value, tuple(chosen.value for chosen in intensity), reasons
+
+
+def _choose_geometry(fingerprint: Fingerprint, size: NetworkSize, axis: SliceAxis, modality: str) -> tuple[GeometryPlan, dict[str, str]]:
+    """Choose crop, resolution and sizes of slices; returns them with the reasons by plan key."""
+    cases = fingerprint.cases
+    crop, roi_scale, storage = choose_crop(cases, modality), choose_roi_scale(size), None
+    fov = field_of_view_mm(cases, axis, crop.value)
+    if roi_scale.value:
+        finest = min(case.spacing_mm[index] for case in cases for index in in_plane(case, axis))  # so that no case loses voxels
+        storage = choose_storage_size(fov, finest)
+        pixel = choose_storage_mm(fov, finest, storage.value)
+        edge = choose_roi_input_size(fingerprint, axis, roi_scale.value, pixel.value)
+    else:
+        spacing = in_plane_spacing_mm(cases, axis)
+        edge = choose_input_size(fov, spacing, size)
+        pixel = choose_in_plane_mm(fov, spacing, edge.value)
+    check_resolvable(thinnest_structure(fingerprint, axis, size, edge.value, roi_scale.value, pixel.value), size, roi_scale.value)
+    through = choose_through_plane_mm(cases, axis)
+    geometry = GeometryPlan(
+        slice_axis=axis,
+        in_plane_mm=pixel.value,
+        through_plane_mm=through.value,
+        input_size=edge.value,
+        crop_to_nonzero=crop.value,
+        roi_scale=roi_scale.value,
+        storage_size=storage.value if storage is not None else None,
+    )
+    return geometry, {
+        "geometry.crop_to_nonzero": crop.reason,
+        "geometry.roi_scale": roi_scale.reason,
+        **({"geometry.storage_size": storage.reason} if storage is not None else {}),
+        "geometry.input_size": edge.reason,
+        "geometry.in_plane_mm": pixel.reason,
+        "geometry.through_plane_mm": through.reason,
+    }
 
 
 def requested_axis(fingerprint: Fingerprint, axis: SliceAxis) -> Decision[SliceAxis]:
-    """What was asked for, and what the measurements say to it."""
-    own = choose_slice_axis(fingerprint)
-    agree = "the measurements agree" if own.value == axis else f"the measurements speak for {own.value}: {own.reason}"
-    return Decision(axis, f"asked for; {agree}")
+    """Take the slice axis that the user requested, and note which one the data suggest."""
+    suggested = choose_slice_axis(fingerprint)
+    note = "the data suggest the same axis" if suggested.value == axis else f"the data suggest {suggested.value}: {suggested.reason}"
+    return Decision(axis, f"set by the user; {note}")
 
 
 def choose_slice_axis(fingerprint: Fingerprint) -> Decision[SliceAxis]:
-    """Propagate along the coarse axis; without one, along the axis whose neighbouring masks overlap most and vanish least.
+    """Choose the coarse axis; without one, the axis along which masks of adjacent slices overlap most.
 
-    Axes within OVERLAP_MARGIN of the best overlap count as equal; among them the one whose middle slice, copied to all slices, fits best
-    (structures are long and steady along it, so fewer ends have to be found). Ties: SI, AP, LR.
+    Axes within OVERLAP_MARGIN of the best overlap count as equal. Among them the one is taken whose middle slice, copied to all slices,
+    has the highest Dice: structures change least along it, and fewer ends have to be found. Ties: SI, AP, LR.
     """
     cases = fingerprint.cases
     stacks = [case for case in cases if 1 not in case.shape]
@@ -228,120 +189,183 @@ def choose_slice_axis(fingerprint: Fingerprint) -> Decision[SliceAxis]:
         singles = [sum(case.shape[index] == 1 for case in cases) for index in range(3)]
         return Decision(AXES[singles.index(max(singles))], "every case is a single slice")
     spacings = [median(case.spacing_mm[index] for case in stacks) for index in range(3)]
-    shown = ", ".join(f"{axis} {mm:.3g}" for axis, mm in zip(AXES, spacings, strict=True))
+    spacing_text = ", ".join(f"{axis} {mm:.3g}" for axis, mm in zip(AXES, spacings, strict=True))
     coarsest = spacings.index(max(spacings))
     ratio = spacings[coarsest] / max(mm for index, mm in enumerate(spacings) if index != coarsest)
     if ratio > ANISOTROPY_RATIO:
-        return Decision(AXES[coarsest], f"the coarse axis: median spacing {shown} mm, {ratio:.2g} times the next")
+        return Decision(AXES[coarsest], f"coarsest axis: median spacing {spacing_text} mm, {ratio:.2g} times the next")
     overlaps = {axis: round(axis_mean(stacks, axis, "overlap"), 3) for axis in AXES}
     copies = {axis: round(axis_mean(stacks, axis, "copied"), 3) for axis in AXES}
-    rivals = [axis for axis in AXES if overlaps[axis] >= max(overlaps.values()) - OVERLAP_MARGIN]
-    best = max(rivals, key=lambda axis: (copies[axis], -AXES.index(axis)))
-    known = ", ".join(f"{axis} {overlaps[axis]:.3f}" for axis in AXES)
-    rest = f"; of {' and '.join(rivals)}, its middle slice stands best for all ({copies[best]:.3f})" if len(rivals) > 1 else ""
-    return Decision(best, f"no coarse axis (median spacing {shown} mm); neighbouring masks overlap most along it (mean Dice {known}){rest}")
+    candidates = [axis for axis in AXES if overlaps[axis] >= max(overlaps.values()) - OVERLAP_MARGIN]
+    best = max(candidates, key=lambda axis: (copies[axis], -AXES.index(axis)))
+    reason = (
+        f"no coarse axis (median spacing {spacing_text} mm); masks of adjacent slices overlap most along this axis "
+        f"(mean Dice {', '.join(f'{axis} {overlaps[axis]:.3f}' for axis in AXES)})"
+    )
+    if len(candidates) > 1:
+        reason += (
+            f"; {' and '.join(candidates)} are similar, and structures change least along {best} (middle slice copied: {copies[best]:.3f})"
+        )
+    return Decision(best, reason)
 
 
 def axis_mean(cases: list[CaseFingerprint], axis: SliceAxis, measured: Literal["overlap", "copied"]) -> float:
-    """Mean over cases of the mean over labels of a Dice measured along an axis; 0 without any label."""
-    each = [[getattr(label, measured)[axis] for label in case.labels.values() if axis in getattr(label, measured)] for case in cases]
-    means = [sum(found) / len(found) for found in each if found]
+    """Compute the mean over cases of the mean over labels of a Dice measured along an axis; 0 without any label."""
+    per_case = [[getattr(label, measured)[axis] for label in case.labels.values() if axis in getattr(label, measured)] for case in cases]
+    means = [sum(scores) / len(scores) for scores in per_case if scores]
     return sum(means) / len(means) if means else 0.0
 
 
 def choose_crop(cases: tuple[CaseFingerprint, ...], modality: str) -> Decision[bool]:
-    """Zero means nothing was measured, except in CT, where it is water."""
+    """Crop volumes to their non-zero voxels, except in CT, where 0 HU is water."""
     if modality == "CT":
-        return Decision(False, "0 HU is water, not the outside")
+        return Decision(False, "0 HU is water, so zero voxels are kept")
     kept = [math.prod(case.content_mm) / math.prod(case.extent_mm) for case in cases]
-    return Decision(True, f"zeros around the content lie outside the scan; it fills {min(kept):.0%} to {max(kept):.0%} of the volumes")
+    return Decision(
+        True, f"zero voxels around the content lie outside the scan; content fills {min(kept):.0%} to {max(kept):.0%} of the volumes"
+    )
 
 
 def in_plane(case: CaseFingerprint, axis: SliceAxis) -> tuple[int, int]:
-    """Indices of the two axes (of S, P, L) that span a slice."""
+    """Return the indices of the two axes (of S, P, L) that span a slice."""
     through = AXES.index(case.axis(axis))
     first, second = (index for index in range(3) if index != through)
     return first, second
 
 
 def field_of_view_mm(cases: tuple[CaseFingerprint, ...], axis: SliceAxis, crop: bool) -> float:
-    """The longest edge of any training slice, after the crop."""
+    """Return the longest edge of any training slice in mm, after the crop."""
     extents = [case.content_mm if crop else case.extent_mm for case in cases]
     return max(extent[index] for case, extent in zip(cases, extents, strict=True) for index in in_plane(case, axis))
 
 
 def in_plane_spacing_mm(cases: tuple[CaseFingerprint, ...], axis: SliceAxis) -> float:
-    """Median over cases of the finer in-plane spacing."""
+    """Return the median over cases of the finer in-plane spacing in mm."""
     return median(min(case.spacing_mm[index] for index in in_plane(case, axis)) for case in cases)
 
 
-def finest_in_plane_mm(cases: tuple[CaseFingerprint, ...], axis: SliceAxis) -> float:
-    """The finest in-plane spacing of any case, so that none loses voxels."""
-    return min(case.spacing_mm[index] for case in cases for index in in_plane(case, axis))
-
-
 def choose_roi_scale(size: NetworkSize) -> Decision[float | None]:
-    """nano looks at a square around what is annotated; the others, made for whole pictures of 1024 px, at whole slices."""
+    """Use ROI crops with nano; the other networks were trained on whole images of 1024 pixels and see whole slices."""
     if size != "nano":
         return Decision(None, f"{size} sees whole slices")
-    return Decision(FOCUS, f"nano sees a square {FOCUS:g} times as wide as what is annotated, so that a structure has pixels enough")
+    return Decision(ROI_SCALE, f"ROI: {ROI_SCALE:g}x the prompt's bounding box, so that small structures keep enough pixels")
 
 
 def choose_storage_size(fov_mm: float, spacing_mm: float) -> Decision[int]:
-    """The smallest multiple of 32 in which a slice keeps its voxels, at most MAX_STORAGE_SIZE."""
-    wanted = 32 * math.ceil(round(fov_mm / spacing_mm, 6) / 32)
-    basis = f"{fov_mm:.4g} mm wide slices of {spacing_mm:.3g} mm voxels are stored at {min(wanted, MAX_STORAGE_SIZE)} px"
-    return Decision(min(wanted, MAX_STORAGE_SIZE), basis + (", the most that is stored" if wanted > MAX_STORAGE_SIZE else ""))
+    """Choose the smallest multiple of 32 pixels in which a slice keeps its voxels, at most MAX_STORAGE_SIZE."""
+    needed = 32 * math.ceil(round(fov_mm / spacing_mm, 6) / 32)
+    size = min(needed, MAX_STORAGE_SIZE)
+    limit = ", the maximum" if needed > MAX_STORAGE_SIZE else ""
+    return Decision(size, f"slices up to {fov_mm:.4g} mm wide with {spacing_mm:.3g} mm voxels are stored at {size} pixels{limit}")
 
 
 def choose_storage_mm(fov_mm: float, spacing_mm: float, storage_size: int) -> Decision[float]:
-    """A voxel a pixel; fewer only where the slice would not fit. Rounded up, so that all fits."""
+    """Store one voxel per pixel, or less where the slice would not fit. Rounded up, so that every slice fits."""
     filling = fov_mm / storage_size
-    reason = "a voxel a pixel" if filling <= spacing_mm else f"the largest training slice fills {storage_size} px"
+    reason = "one voxel per pixel" if filling <= spacing_mm else f"the largest training slice fills {storage_size} pixels"
     return Decision(round_up(max(filling, spacing_mm)), reason)
 
 
 def choose_input_size(fov_mm: float, spacing_mm: float, size: NetworkSize) -> Decision[int]:
-    """The smallest multiple of 32 for which a pixel of the predicted mask spans at most 1.5 voxels, within [128, native size]."""
+    """Choose the smallest multiple of 32 for which a mask pixel spans at most 1.5 voxels, within MIN_INPUT_SIZE and the native size."""
     native = NATIVE_SIZES[size]
-    wanted = 32 * math.ceil(round(fov_mm / spacing_mm * MASK_STRIDE / MAX_VOXELS_PER_MASK_PIXEL, 6) / 32)
-    chosen = min(max(wanted, MIN_INPUT_SIZE), native)
-    basis = f"{fov_mm:.4g} mm wide slices of {spacing_mm:.3g} mm voxels need {wanted} px for mask pixels of {MAX_VOXELS_PER_MASK_PIXEL:g} voxels"
-    if wanted > native:
-        return Decision(chosen, f"{basis}; {size} takes at most {native}")
-    return Decision(chosen, basis if wanted >= MIN_INPUT_SIZE else f"{basis}; the smallest useful is {MIN_INPUT_SIZE}")
+    needed = 32 * math.ceil(round(fov_mm / spacing_mm * MASK_STRIDE / MAX_VOXELS_PER_MASK_PIXEL, 6) / 32)
+    reason = (
+        f"slices up to {fov_mm:.4g} mm wide with {spacing_mm:.3g} mm voxels need {needed} pixels "
+        f"for mask pixels of {MAX_VOXELS_PER_MASK_PIXEL:g} voxels"
+    )
+    if needed > native:
+        reason += f"; the maximum for {size} is {native}"
+    elif needed < MIN_INPUT_SIZE:
+        reason += f"; the minimum is {MIN_INPUT_SIZE}"
+    return Decision(min(max(needed, MIN_INPUT_SIZE), native), reason)
 
 
 def choose_in_plane_mm(fov_mm: float, spacing_mm: float, input_size: int) -> Decision[float]:
-    """The field of view fills the frame, but no voxel is blown up beyond one pixel of the predicted mask. Rounded up, so that all fits."""
+    """Fill the input with the field of view, but enlarge no voxel beyond one mask pixel. Rounded up, so that every slice fits."""
     filling, finest = fov_mm / input_size, spacing_mm / MASK_STRIDE
-    reason = "the largest training slice fills the frame" if filling >= finest else f"a voxel is spread over {MASK_STRIDE} pixels at most"
+    reason = "the largest training slice fills the input" if filling >= finest else f"one voxel covers at most {MASK_STRIDE} input pixels"
     return Decision(round_up(max(filling, finest)), reason)
 
 
 def round_up(value: float, digits: int = 5) -> float:
-    """To so many significant digits, never down."""
+    """Round to the given number of significant digits, never down."""
     step = 10.0 ** (math.floor(math.log10(value)) + 1 - digits)
     rounded = float(f"{math.ceil(value / step) * step:.{digits}g}")
     return rounded if rounded >= value else float(f"{(math.ceil(value / step) + 1) * step:.{digits}g}")
 
 
-def choose_network(asked: str | None) -> Decision[NetworkSize]:
-    """What was asked for, else the network that comes with the tool and runs anywhere."""
-    if asked in (None, "nano"):
-        return Decision("nano", "comes with the tool and runs on a CPU")
-    if asked not in NATIVE_SIZES:
-        raise UsageError(f"--network {asked}: no such network. Choose one of {', '.join(NATIVE_SIZES)}")
-    return Decision(asked, "asked for")
+def _extents(cases: Sequence[CaseFingerprint], axis: SliceAxis) -> list[Extent]:
+    """List where labels lie along the slice axis, over all labels of all cases with more than one slice."""
+    stacks = [case for case in cases if 1 not in case.shape]
+    return [label.extents[case.axis(axis)] for case in stacks for label in case.labels.values() if case.axis(axis) in label.extents]
+
+
+def choose_through_plane_mm(cases: Sequence[CaseFingerprint], axis: SliceAxis) -> Decision[float | None]:
+    """Keep the spacing of slices; merge slices where structures extend over a median of more than LONG_STRUCTURE.
+
+    Slices are never resampled to less than the largest spacing of any case, since nothing is known between two slices.
+    """
+    lengths = [extent.last - extent.first + 1 for extent in _extents(cases, axis)]
+    if not lengths or median(lengths) <= LONG_STRUCTURE:
+        return Decision(None, AS_STORED)
+    spacings = [case.spacing_mm[AXES.index(case.axis(axis))] for case in cases if 1 not in case.shape]
+    times = math.ceil(median(lengths) / LONG_STRUCTURE)
+    wanted = float(f"{times * median(spacings):.5g}")
+    long = f"structures extend over {median(lengths):g} slices (median), more than {LONG_STRUCTURE}"
+    if wanted < max(spacings):
+        return Decision(None, f"{AS_STORED}; {long}, but some cases have a slice spacing of {max(spacings):.3g} mm")
+    return Decision(wanted, f"{long}: about {times} slices are merged into one")
+
+
+def choose_inference(cases: Sequence[CaseFingerprint], axis: SliceAxis, input_size: int) -> Decision[InferencePlan]:
+    """Choose the batch by the input size, and max_empty_slices by the longest gap in a training label."""
+    batch = max(1, min(BATCH_SLICES, math.floor(BATCH_SLICES * (BATCH_INPUT_SIZE / input_size) ** 2)))
+    gaps = [extent.gap for extent in _extents(cases, axis)]
+    if not gaps:
+        return Decision(InferencePlan(batch_slices=batch), "no label was measured, so propagation runs through all slices")
+    stop = max(MIN_EMPTY_SLICES, EMPTY_SLICES_PER_GAP * max(gaps))
+    seen = f"labels have gaps of up to {max(gaps)} slices" if max(gaps) else "labels have no gaps"
+    return Decision(InferencePlan(batch_slices=batch, max_empty_slices=stop), f"{seen}: propagation stops after {stop} empty slices")
+
+
+def stack_length(case: CaseFingerprint, axis: SliceAxis, through_mm: float | None) -> int:
+    """Return the number of a case's slices after resampling to through_mm (None: as stored)."""
+    index = AXES.index(case.axis(axis))
+    return case.shape[index] if through_mm is None else max(1, round(case.shape[index] * case.spacing_mm[index] / through_mm))
+
+
+def propagated_slices(
+    case: CaseFingerprint, value: int, axis: SliceAxis, max_empty_slices: int | None, through_mm: float | None = None
+) -> int:
+    """Estimate through how many slices a label of a case is propagated."""
+    slices, stored = stack_length(case, axis, through_mm), case.shape[AXES.index(case.axis(axis))]
+    extent = case.labels[value].extents.get(case.axis(axis))
+    if extent is None or max_empty_slices is None:
+        return slices
+    first, last = round(extent.first * slices / stored), round((extent.last + 1) * slices / stored)
+    return min(slices, last + max_empty_slices) - max(0, first - max_empty_slices)
+
+
+def choose_network(requested: str | None) -> Decision[NetworkSize]:
+    """Take the requested network, else the bundled one.
+
+    Raises: UsageError when the network is unknown.
+    """
+    if requested in (None, "nano"):
+        return Decision("nano", "default: bundled model, runs on CPU")
+    if requested not in NATIVE_SIZES:
+        raise UsageError(f"--network {requested}: unknown network. Choose one of {', '.join(NATIVE_SIZES)}")
+    return Decision(requested, "set by the user")
 
 
 def choose_training(size: NetworkSize, cases: int, from_scratch: bool = False) -> Decision[TrainingPlan]:
-    """More volumes, more steps, up to a limit; the published recipe for the big networks, a faster one for the small.
+    """Choose steps by the number of cases; the large networks use the published recipe, nano a faster one.
 
-    From random weights everything has to be learned, so the run is longer and its rate higher. From its base nano keeps what it
-    knows of where structures end: one and five volumes taught it no better, more were not tried.
+    Training from random weights takes more steps and a higher learning rate. Pretrained nano keeps its own object score (teacher):
+    fine-tuning on one and on five cases did not improve it; larger numbers were not tested.
     """
-    counted = min(cases, MANY)
+    counted = min(cases, MAX_COUNTED_CASES)
     if size == "nano":
         steps, clips, rate, decay = (1500, 2, 6e-4, 0.01) if from_scratch else (min(200 + 80 * counted, 300 + 60 * counted), 1, 1e-4, 0.01)
     else:
@@ -355,71 +379,61 @@ def choose_training(size: NetworkSize, cases: int, from_scratch: bool = False) -
         object_score_target="teacher" if size == "nano" and not from_scratch else "ground_truth",
         validation="cross-validation",
     )
-    basis = (
-        "from random weights"
-        if from_scratch
-        else f"and {cases} training case{'s' if cases != 1 else ''}; fine-tuning with fewer takes fewer steps"
-    )
-    return Decision(plan, f"for {size} {basis}")
+    if from_scratch:
+        return Decision(plan, f"defaults for {size} trained from random weights")
+    plural = "s" if cases != 1 else ""
+    return Decision(plan, f"defaults for {size} and {cases} training case{plural}; fine-tuning on fewer cases takes fewer steps")
 
 
 def training_for(plan: Plan, used: int, from_scratch: bool = False) -> TrainingPlan:
-    """A person's own training settings, or the rule's for the number of volumes that are really used, with what an option settled.
+    """Adapt the plan's training settings to the number of cases that are used, keeping manual edits and options.
 
-    Whether the recogniser may find, where nobody said, goes by that number in either case.
+    After a manual edit of steps or rates the settings stay as edited. can_add, unless set, depends on the number of cases either way.
     """
-    asked = [key.removeprefix(TRAINING) for key in plan.overrides if key.startswith(TRAINING)]
-    rules = [choose_training(plan.network.size, count).value for count in range(1, MANY + 1)]
+    optional = [key.removeprefix(TRAINING) for key in plan.overrides if key.startswith(TRAINING)]
+    rules = [choose_training(plan.network.size, count).value for count in range(1, MAX_COUNTED_CASES + 1)]
     decided = next((rule for rule in rules if rule.steps == plan.training.steps), plan.training)
-    own = [name for name in _SETTINGS if plan.edited and getattr(plan.training, name) != getattr(decided, name)]
-    chosen = {name: getattr(plan.training, name) for name in (*own, *asked)}
+    edited = [name for name in _EDITABLE if plan.edited and getattr(plan.training, name) != getattr(decided, name)]
+    chosen = {name: getattr(plan.training, name) for name in (*edited, *optional)}
     is_by_rule = not plan.edited or plan.training == decided.model_copy(update=chosen) and decided in rules
     by_rule = choose_training(plan.network.size, used, from_scratch).value
-    settled = by_rule.model_copy(update=chosen) if is_by_rule else plan.training
+    settings = by_rule.model_copy(update=chosen) if is_by_rule else plan.training
     can_add = plan.network.size != "nano" or used > MAX_CASES_WITHOUT_ADDING or from_scratch
-    return settled if settled.can_add is not None else settled.model_copy(update={"can_add": can_add})
+    return settings if settings.can_add is not None else settings.model_copy(update={"can_add": can_add})
 
 
-def override_training(plan: Plan, asked: Mapping[str, float]) -> Plan:
-    """The plan with training settings that an option settled, by their names, as the tool's own decisions."""
-    if not asked:
+def override_training(plan: Plan, settings: Mapping[str, float]) -> Plan:
+    """Return the plan with training settings of command-line options, by field name; they do not count as manual edits."""
+    if not settings:
         return plan
-    settings = TrainingPlan.model_validate(plan.training.model_dump() | dict(asked))
-    reason = f"{plan.reasons['training']}; asked for: {', '.join(f'{name} {value}' for name, value in asked.items())}"
-    keys = tuple(TRAINING + name for name in sorted(asked))
-    changed = {"training": settings, "overrides": (*plan.overrides, *keys), "reasons": plan.reasons | {"training": reason}}
-    return signed(plan.model_copy(update=changed))
+    training = TrainingPlan.model_validate(plan.training.model_dump() | dict(settings))
+    reason = f"{plan.reasons['training']}; set by the user: {', '.join(f'{name} {value}' for name, value in settings.items())}"
+    keys = tuple(TRAINING + name for name in sorted(settings))
+    changed = {"training": training, "overrides": (*plan.overrides, *keys), "reasons": plan.reasons | {"training": reason}}
+    return with_digest(plan.model_copy(update=changed))
 
 
 def choose_nsd_tolerance_mm(fingerprint: Fingerprint, axis: SliceAxis, pixel_mm: float) -> Decision[float]:
-    """2 mm; for a thin structure a third of its radius, but never less than a pixel, below which nobody can draw.
+    """Choose 2 mm, or a third of the radius of a thin structure, but never less than a pixel, the finest border that can be drawn.
 
-    The radius is that of a circle as large as the thinnest label's median cross-section; pixel_mm: in-plane spacing.
+    The radius is that of a circle with the area of the thinnest label's mean cross-section (median over cases). pixel_mm: in-plane spacing.
     """
-    by_label = {label: radii for label in fingerprint.labels if (radii := _radii_mm(fingerprint.cases, label, axis))}
-    if not by_label:
-        return Decision(NSD_TOLERANCE_MM, "the usual 2 mm; no label was measured")
-    radius, label = min((median(radii), label) for label, radii in by_label.items())
-    thin, name = radius / THIN, fingerprint.labels[label]
-    if pixel_mm > min(thin, NSD_TOLERANCE_MM):
-        return Decision(_two_digits(pixel_mm), f"a pixel of {pixel_mm:.3g} mm, the least that can be drawn")
-    if thin < NSD_TOLERANCE_MM:
-        return Decision(_two_digits(thin), f"a third of the radius of {name} ({radius:.1f} mm), the thinnest")
-    return Decision(NSD_TOLERANCE_MM, f"the usual 2 mm; {name}, the thinnest, has a radius of {radius:.1f} mm")
-
-
-def _radii_mm(cases: tuple[CaseFingerprint, ...], label: int, axis: SliceAxis) -> list[float]:
-    """Of every case that holds the label, the radius of a circle as large as its mean cross-section."""
     found = []
-    for case in cases:
-        measured = case.labels.get(label)
-        cut = case.axis(axis)
-        extent = measured.extents.get(cut) if measured is not None else None
-        if measured is not None and extent is not None:
-            pixel_mm2 = math.prod(mm for one, mm in zip(AXES, case.spacing_mm) if one != cut)
-            found.append(math.sqrt(measured.voxels / extent.slices * pixel_mm2 / math.pi))
-    return found
-
-
-def _two_digits(value: float) -> float:
-    return float(f"{value:.2g}")
+    for value, name in fingerprint.labels.items():
+        radii = []
+        for case in (case for case in fingerprint.cases if value in case.labels):
+            label, cut = case.labels[value], case.axis(axis)
+            if (extent := label.extents.get(cut)) is not None:
+                pixel_mm2 = math.prod(mm for one, mm in zip(AXES, case.spacing_mm) if one != cut)
+                radii.append(math.sqrt(label.voxels / extent.slices * pixel_mm2 / math.pi))
+        if radii:
+            found.append((median(radii), value, name))
+    if not found:
+        return Decision(NSD_TOLERANCE_MM, "default of 2 mm; no label was measured")
+    radius, _, name = min(found)
+    thin = radius / NSD_RADIUS_FRACTION
+    if pixel_mm > min(thin, NSD_TOLERANCE_MM):
+        return Decision(float(f"{pixel_mm:.2g}"), f"one pixel ({pixel_mm:.3g} mm), the finest border that can be drawn")
+    if thin < NSD_TOLERANCE_MM:
+        return Decision(float(f"{thin:.2g}"), f"a third of the radius of {name} ({radius:.1f} mm), the thinnest structure")
+    return Decision(NSD_TOLERANCE_MM, f"default of 2 mm; {name}, the thinnest structure, has a radius of {radius:.1f} mm")

@@ -95,7 +95,7 @@ class Losses(FrozenModel):
     absent: float = Field(default=10.0, description="how many times that where the object is not", ge=0)
     dice: float = Field(default=1.0, description="of soft Dice, where the object is", ge=0)
     iou: float = Field(default=1.0, description="of the error of the predicted IoU, where the object is", ge=0)
-    object_score: float = Field(default=1.0, description="of the cross-entropy of presence", ge=0)
+    object_score: float = Field(default=1.0, description="of the cross-entropy of object score", ge=0)
 
 
 class Recipe(FrozenModel):
@@ -119,7 +119,7 @@ class Recipe(FrozenModel):
     weight_decay: float = Field(default=0.05, description="decoupled weight decay of AdamW", ge=0, le=1)
     average: float = Field(default=0.999, description="how much of the moving average a step keeps, at most", ge=0, lt=1)
     object_score_shift: float = Field(
-        default=0.0, description="added to the presence score of the weights that are kept: below 0, doubt counts as absent", ge=-10, le=10
+        default=0.0, description="added to the object score of the weights that are kept: below 0, doubt counts as absent", ge=-10, le=10
     )
     compile: bool = Field(default=False, description="compile the larger modules on a GPU")
     phases: tuple[Phase, ...] = Field(description="single images, short clips, long clips", min_length=1)

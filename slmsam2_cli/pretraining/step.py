@@ -51,7 +51,7 @@ def build(recipe: Recipe, device: torch.device) -> SlmSam2:
 
 
 def kept(model: SlmSam2, shift: float) -> dict[str, Tensor]:
-    """Name -> weights on the CPU, in half precision, as they are written; `shift` is added to every presence score."""
+    """Name -> weights on the CPU, in half precision, as they are written; `shift` is added to every object score."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     state[OBJECT_SCORE_BIAS] = state[OBJECT_SCORE_BIAS] + shift
     return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}

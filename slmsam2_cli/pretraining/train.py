@@ -16,7 +16,7 @@ from slmsam2_cli.pretraining.recipe import Recipe
 from slmsam2_cli.pretraining.step import Part, build, compute
 from slmsam2_cli.pretraining.workers import Helpers, gather_gradients, helpers
 from slmsam2_cli.training.learner import (
-    PATIENCE,
+    MAX_SKIPPED_STEPS,
     SKIPPED_KEY,
     Learner,
     Progress,
@@ -78,7 +78,7 @@ def train(learner: Pretrainer, recipe: Recipe, stop: Callable[[], bool], use_pro
             parts = _parts(learner, recipe, done, others)
             finite = all(part.losses for part in parts) and optimiser_step(learner, rate, recipe.average)
             skipped = 0 if finite else skipped + 1
-            if skipped >= PATIENCE:
+            if skipped >= MAX_SKIPPED_STEPS:
                 raise TrainingError(
                     f"training diverged at step {learner.step}. Lower learning_rate in the recipe (now {recipe.learning_rate:g})"
                 )

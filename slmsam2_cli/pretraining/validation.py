@@ -25,7 +25,7 @@ class Check:
     """Means over tracks or slices.
 
     dice: of the model; copy: of the first mask on every slice; carried: of the model with no memory but the carried mask;
-    told: of the model, had it been told on which slices the object is; presence: share of slices on which it was right about
+    told: of the model, had it been told on which slices the object is; object_score: share of slices on which it was right about
     whether the object is there; beyond, missed: share of empty slices with a mask, of slices of the object without one.
     """
 
@@ -67,7 +67,7 @@ def check(model: SlmSam2, clips: Clips) -> Check:
 
 
 def _tracked(model: SlmSam2, clips: Clips, previous_mask_only: bool = False) -> tuple[Tensor, Tensor]:
-    """Of the slices after the first: masks (T - 1, M, H, W), as if the object were there, and presence (T - 1, M); both bool."""
+    """Of the slices after the first: masks (T - 1, M, H, W), as if the object were there, and object score (T - 1, M); both bool."""
     length = len(clips.masks)
     features = model.encode(clips.frames.flatten(0, 1))
     first = features.at(clips.feature_index(0))

@@ -1,4 +1,4 @@
-"""Clips of imaginary volumes: anatomy-like label maps with the grey values of many scanners, drawn as fast as they are learnt from.
+"""Draw clips of procedurally generated volumes: anatomy-like label maps with the grey values of many scanners.
 
 After the idea of SynthSeg (Billot et al. 2023, arXiv:2107.09559): a network that has seen every appearance needs to know none.
 Here the forms are drawn too, with what propagation stumbles over: ends, look-alikes, branches and invisible borders.
@@ -91,7 +91,7 @@ class VolumesRecipe(FrozenModel):
     blocky: Share = Field(default=0.6, description="share of masks drawn on the scanner's pixels, where these are coarser than the frame's")
     colours: Share = Field(default=0.05, description="share of windows whose three channels differ")
     eager: float = Field(default=6.0, description="how much likelier a structure that ends within the clip is to be followed")
-    slices: tuple[int, int] = Field(default=(8, 80), description="length of the imaginary volumes")
+    slices: tuple[int, int] = Field(default=(8, 80), description="length of the procedurally generated volumes")
 
 
 def draw_clips(

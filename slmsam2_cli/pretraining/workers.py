@@ -54,9 +54,9 @@ class Helpers:
         try:
             parts = [line.recv() for line in self.lines]
         except (EOFError, OSError):
-            raise TrainingError("a process that computed a part of the step has ended. Go on with --continue --threads 1") from None
+            raise TrainingError("a process that computed a part of the step has ended. Resume with --continue --threads 1") from None
         if failed := [part for part in parts if isinstance(part, str)]:
-            raise TrainingError(f"a process that computed a part of the step failed: {failed[0]}. Go on with --continue --threads 1")
+            raise TrainingError(f"a process that computed a part of the step failed: {failed[0]}. Resume with --continue --threads 1")
         for gradients in self.gradients:
             self.own += gradients
         return parts

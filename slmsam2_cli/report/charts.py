@@ -123,7 +123,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Lane:
-    """One structure of one measure. box: of unseen cases, or of all when none is unseen; None without a value."""
+    """One structure of one measure. box: of held-out cases, or of all when none is held-out; None without a value."""
 
     name: str
     text: str

@@ -212,7 +212,7 @@ _QUALITIES, _BYTES = (50, 30, 15), 6000  # WebP; the next lower one where a pict
 
 @dataclass(frozen=True)
 class Choice:
-    """A slice to show. badness: 0 and more, comparable between cases; words: what is wrong with it."""
+    """A slice to show. severity: 0 and more, comparable between cases; words: what is wrong with it."""
 
     slice: int
     severity: float
@@ -266,7 +266,7 @@ def _caption(choice: Choice) -> str:
 
 
 def cohort_sheet(shown: Mapping[str, Sequence[tuple[float, Picture]]], most: int = 24, a_case: int = 2) -> tuple[Picture, ...]:
-    """The worst pictures of all cases, worst first. shown: case -> (badness, picture)."""
+    """The worst pictures of all cases, worst first. shown: case -> (severity, picture)."""
     best = [found for pairs in shown.values() for found in sorted(pairs, key=lambda p: -p[0])[:a_case]]
     return tuple(picture for _, picture in sorted(best, key=lambda p: (-p[0], p[1].case, p[1].slice))[:most])
 

@@ -1,6 +1,6 @@
 """An evaluation as a report: summary.json and the scores behind it, with pictures from the files where they can be had.
 
-Numbers are those of summary.json; nothing is measured anew.
+Numbers are those of summary.json; nothing is measured again.
 """
 
 from __future__ import annotations
@@ -136,13 +136,13 @@ def _merit(case: CaseReport) -> float:
 
 
 def _headline(summary: Json) -> tuple[tuple[str, str, str], ...]:
-    """The few numbers of unseen cases; without any, that there is none."""
+    """The few numbers of held-out cases; without any, that there is none."""
     census, tolerance = summary["cases"], summary["definitions"]["nsd_tolerance_mm"]
     if not census["held_out"]:
-        return (("Mean Dice", "-", "no unseen case: the model has learned from every case"),)
+        return (("Mean Dice", "-", "no held-out case: the model has learned from every case"),)
     mean, rest = summary["foreground_statistics"], summary["unprompted"]["foreground_statistics"]
     counted, found = (sum(record["Dice"]["n"] for record in part["statistics"].values()) for part in (summary, summary["unprompted"]))
-    n = f"{counted} structures in {census['held_out']} unseen case{'s' * (census['held_out'] != 1)}"
+    n = f"{counted} structures in {census['held_out']} held-out case{'s' * (census['held_out'] != 1)}"
     interval = mean["Dice"]["ci95"]
     alone = "Dice of the slices that the model had to find itself" + (f", of {found} structures" if 0 < found != counted else "")
     doubt = f"95 % interval {interval[0]:.3f} to {interval[1]:.3f}; " if interval else ""
@@ -192,7 +192,7 @@ def _point(told: Json) -> CurvePoint:
 def _facts(summary: Json, looks: Looks) -> tuple[tuple[str, str], ...]:
     census, model = summary["cases"], summary["model"]
     told = [("model", str(model.get("name") or "")), *((key, str(model.get(key) or "")) for key in ("weights_digest", "plan_digest"))]
-    counts = f"{census['held_out']} unseen, {census['training']} training, {len(census['failed'])} failed"
+    counts = f"{census['held_out']} held-out, {census['training']} training, {len(census['failed'])} failed"
     counts += f", {len(census['pred_missing'])} without a prediction, {len(census['without_reference'])} predictions without a label"
     shown = [("shown", f"pictures of {looks.opened} cases, the worst first")] if looks.opened else []
     facts = [

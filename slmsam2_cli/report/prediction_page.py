@@ -1,6 +1,6 @@
 """Predictions without a truth as a report: volumes, the model's own doubt, and what is odd, so that a person knows where to look first.
 
-Cases come with the most suspicious first: gross oddities, then by the number of flags, then by doubt (1 - mean confidence, or the mean
+Cases come with the most suspicious first: gross warnings, then by the number of flags, then by doubt (1 - mean confidence, or the mean
 disagreement where that is more, of the worst structure), then by name.
 
 The page of a folder of masks that predict wrote: MASKS/manifest.json and the masks in, MASKS/report.html out.
@@ -36,7 +36,7 @@ Json = Mapping[str, Any]
 UNCALIBRATED = "uncalibrated: it says where to look first, not how good a mask is"
 CALIBRATED = "calibrated: the Dice to expect of a slice, by what was found in slices like it"
 PARTLY = "calibrated for some cases only, so it cannot be compared between cases"
-_CONFIDENCE = "presence probability times predicted IoU, mean over slices that hold the structure and were not given"
+_CONFIDENCE = "object score probability times predicted IoU, mean over slices that hold the structure and were not given"
 COLUMNS = (
     ("volume_ml", "Volume ml", 2, ""),
     ("confidence", "Confidence", 3, "high"),
@@ -284,18 +284,18 @@ _DIGEST = "account of the masks"
 
 
 def write_prediction_report(
-    masks: Path, images: Mapping[str, tuple[Path, ...]], shown: ChannelIntensityLike | None = None, anew: bool = True
+    masks: Path, images: Mapping[str, tuple[Path, ...]], shown: ChannelIntensityLike | None = None, again: bool = True
 ) -> None:
     """Write the page of all masks in the folder. images: case -> its files, where they are known; shown: how the network sees grey values.
 
-    Unless `anew`, a page that tells of these very masks already is left alone. Runs that share the folder take turns.
+    Unless `again`, a page that tells of these very masks already is left alone. Runs that share the folder take turns.
     """
     window = (shown.lower, shown.upper) if shown is not None and shown.scheme == "ct" else None
     try:
         with atomic.wait_for_lock(masks / _TURN):
             manifest = atomic.read_json(masks / MANIFEST, "the predictions' manifest")
             digest = _digest(manifest)
-            if (manifest["cases"] or (masks / NAME).exists()) and (anew or not _tells(masks / NAME, digest)):
+            if (manifest["cases"] or (masks / NAME).exists()) and (again or not _tells(masks / NAME, digest)):
                 _write(masks, manifest, images, window, digest)
                 console.say(f"wrote {masks / NAME}: what to look at first")
     except Exception as error:  # noqa: BLE001 - the masks are done; nothing about a page may make the run fail

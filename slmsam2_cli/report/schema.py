@@ -95,7 +95,7 @@ class ViewerVolumes:
 
 @dataclass(frozen=True)
 class CaseReport:
-    """One case. group: unseen or training; status: ok, pred_missing, failed (problem says why); flags: why to look at it, in words.
+    """One case. group: held-out or training; status: ok, pred_missing, failed (problem says why); flags: why to look at it, in words.
 
     slice_mm: distance of slices; pictures: its contact sheet, worst first; volumes: None when the viewer has nothing of it;
     volumes_file: the file beside the page that holds them instead, relative, forward slashes.
@@ -115,7 +115,7 @@ class CaseReport:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Dice at one distance from the prompt over all unseen cases of a structure."""
+    """Dice at one distance from the prompt over all held-out cases of a structure."""
 
     distance: int
     n: int

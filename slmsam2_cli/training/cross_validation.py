@@ -36,21 +36,19 @@ from slmsam2_cli.model.label_unet import LabelUNet
 from slmsam2_cli.model.roi import pad_to_square, to_input
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import Plan, TrainingPlan, digest_of
+from slmsam2_cli.planning.rules import CHECKPOINTS, FOLD_FRACTION, FOLDS, SINGLE_CASE_FRACTION
 from slmsam2_cli.training.learner import Progress, fraction_done
 from slmsam2_cli.training.monitoring import draw_overlays
 from slmsam2_cli.training.state import Run, backup_path, load_state, save_state, training_images_of
 from slmsam2_cli.training.trainer import Learner, follow, init_learner, training_data_of
 
-FOLDS = 2
-SHARE, SINGLE_CASE_FRACTION = 0.3, 0.2  # of a run's steps, for each fold; of one volume there is only one fold
 FOLD_TIME_FRACTION = 0.3  # where they are limited, all folds together
 MIN_STEPS = 20  # of a fold; fewer tell nothing
-LOOKS = (1 / 3, 2 / 3, 1.0)  # shares of a fold at which it is judged
 TIE_MARGIN = 0.005  # Dice; of looks that score alike the latest counts
 STOP_MARGIN = 0.02  # Dice below the best look so far at which a fold is given up
 
 Array = np.ndarray[Any, Any]
-Look = tuple[float, ...]  # Dice with the recogniser, where there is one, and without
+Look = tuple[float, ...]  # Dice with the label U-Net, where there is one, and without
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def label_areas(case: PreparedCase, value: int, ignore: int | None) -> Array:
 
 def fold_settings(training: TrainingPlan, count: int) -> TrainingPlan | None:
     """The settings of a fold of a run on `count` volumes; None where it would be too short to tell anything."""
-    share = SINGLE_CASE_FRACTION if count == 1 else SHARE
+    share = SINGLE_CASE_FRACTION if count == 1 else FOLD_FRACTION
     steps = round(training.steps * share)
     if steps < MIN_STEPS:
         return None
@@ -138,19 +136,19 @@ class FoldScore:
     labels: Array
 
 
-def judged(model: SlmSam2, fold: Fold, plan: Plan, heeded: bool) -> FoldScore:
+def judged(model: SlmSam2, fold: Fold, plan: Plan, weighted: bool) -> FoldScore:
     """What the model makes of what was left out, as predict would: each label from its middle slice, which itself does not count.
 
-    heeded: whether the model's recogniser is, where it has one. Where a label is rightly not found, that counts as 1.
+    weighted: whether the model's label U-Net is, where it has one. Where a label is rightly not found, that counts as 1.
     """
     case = fold.held
     check_not_truncated(case)
     assert case.labels is not None
     truth = np.array(case.labels)  # read now, while it is known to be whole
     given = {value: choose_slice(area, "middle") for value in plan.labels if (area := label_areas(case, value, plan.ignore)).any()}
-    found = tracked(model, np.asarray(case.frames), truth, given, plan, heeded)
+    found = tracked(model, np.asarray(case.frames), truth, given, plan, weighted)
     labels = _labels(found, truth, given, plan.geometry.stack_size)
-    pieces = model.label_unet.pieces if heeded and model.label_unet is not None else ()
+    pieces = model.label_unet.pieces if weighted and model.label_unet is not None else ()
     drawn = np.zeros_like(truth)
     for value, t in given.items():
         drawn[t][truth[t] == value] = value
@@ -159,9 +157,9 @@ def judged(model: SlmSam2, fold: Fold, plan: Plan, heeded: bool) -> FoldScore:
 
 
 def tracked(
-    model: SlmSam2, frames: Array, truth: Array, given: Mapping[int, int], plan: Plan, heeded: bool = True
+    model: SlmSam2, frames: Array, truth: Array, given: Mapping[int, int], plan: Plan, weighted: bool = True
 ) -> dict[int, Propagation]:
-    """Every label from one slice of the truth, as the plan says that predict tracks; heeded as in `judged`.
+    """Every label from one slice of the truth, as the plan says that predict tracks; weighted as in `judged`.
 
     frames: (C, T, H, W) in [0, 1]; truth: labels (T, H, W); given: label -> its slice.
     """
@@ -173,7 +171,7 @@ def tracked(
         {value: [AnnotatedSlice(t, pad_to_square(torch.from_numpy(truth[t] == value), px))] for value, t in given.items()},
         batch=plan.inference.batch_slices,
         roi_scale=plan.geometry.roi_scale,
-        recognise=heeded,
+        recognise=weighted,
         max_empty_slices=plan.inference.max_empty_slices,
     )
 
@@ -208,7 +206,7 @@ def stopped_early(looks: Mapping[int, Look]) -> bool:
 def conclude(looks: Mapping[str, Mapping[int, Look]], training: TrainingPlan, asked: bool) -> Validation | None:
     """From the Dice of every fold at every look, numbered from 1; 0 is the base's. None where there is no fold.
 
-    Of looks and ways that score nearly as well as the best, and not worse than the base, the recogniser's count first, then the latest.
+    Of looks and ways that score nearly as well as the best, and not worse than the base, the label U-Net's count first, then the latest.
     asked: whether a person named the steps; then they are not fewer, and the last look alone counts.
     """
     shared = sorted(set.intersection(*(set(found) for found in looks.values()))) if looks else []
@@ -220,7 +218,7 @@ def conclude(looks: Mapping[str, Mapping[int, Look]], training: TrainingPlan, as
     top, ways = max(after)[0], len(means[shared[-1]])
     enough = [(way, -look) for mean, way, look in after if mean >= max(top - TIE_MARGIN, base)]
     way, look = (min(enough)[0], -min(enough)[1]) if enough else (max(after)[1], max(after)[2])
-    steps = max(1, round(training.steps * (1.0 if asked else LOOKS[look - 1])))
+    steps = max(1, round(training.steps * (1.0 if asked else CHECKPOINTS[look - 1])))
     return Validation(
         left_out=tuple(looks),
         base=round(base, 4),
@@ -237,7 +235,7 @@ def print_validation(validation: Validation, count: int) -> None:
     if validation.kept == "base":
         console.warn(f"{where}. The base is kept as it is. Set training.validation to none in plan.json to tune it all the same")
     else:
-        alone = ", without the recogniser, which did not help there" if validation.label_unet is False else ""
+        alone = ", without the label U-Net, which did not help there" if validation.label_unet is False else ""
         console.say(f"{where}. Tuning on {'all ' if count > 1 else ''}{count} for {validation.steps} steps{alone}")
 
 
@@ -246,7 +244,7 @@ FILE, STATE = "validation.json", "fold.safetensors"
 
 @dataclass
 class Record:
-    """validation.json: fold -> look -> Dice with and without the recogniser, and the folds that are done."""
+    """validation.json: fold -> look -> Dice with and without the label U-Net, and the folds that are done."""
 
     path: Path
     run: str
@@ -340,9 +338,9 @@ def _fold(
     looked = [fraction_done(learner, training)]
 
     def look(progress: Progress) -> str:
-        for number, share in enumerate(LOOKS, start=1):
+        for number, share in enumerate(CHECKPOINTS, start=1):
             if looked[0] < share <= progress.done:
-                looks[number] = tuple(judged(learner.average, fold, plan, heeded=way).score for way in ways)
+                looks[number] = tuple(judged(learner.average, fold, plan, weighted=way).score for way in ways)
                 record.write()
         looked[0] = progress.done
         return f"without {fold.name}: Dice {looks[0][0]:.3f}" + "".join(f", {max(looks[at]):.3f}" for at in sorted(looks) if at)
@@ -378,7 +376,7 @@ def _pretrained_score(run: Run, learner: Learner, fold: Fold, plan: Plan) -> flo
     average, new = learner.average, learner.average.label_unet
     known = pretrained_label_unet(run)
     average.label_unet = known.to(average.device) if known is not None else None
-    score = judged(average, fold, plan, heeded=known is not None).score
+    score = judged(average, fold, plan, weighted=known is not None).score
     average.label_unet = new
     return score
 
@@ -396,8 +394,8 @@ def _draw(learner: Learner, fold: Fold, plan: Plan, record: Record) -> None:
     """A picture of what was left out, for people who would rather look; nothing about it may make a run fail but a volume cut short."""
     try:
         looks = record.looks[fold.name]
-        heeded = len(looks[max(looks)]) > 1 and looks[max(looks)][0] >= looks[max(looks)][1]
-        last = judged(learner.average, fold, plan, heeded)
+        weighted = len(looks[max(looks)]) > 1 and looks[max(looks)][0] >= looks[max(looks)][1]
+        last = judged(learner.average, fold, plan, weighted)
         title = f"{fold.name}, left out: Dice {looks[0][0]:.3f} before, {last.score:.3f} after"
         draw_overlays(record.path.with_name(f"left_out_{fold.held.id}.png"), fold.held, last.labels, title)
     except atomic.ArrayError:

@@ -24,11 +24,11 @@ from slmsam2_cli.errors import TrainingError
 from slmsam2_cli.io.atomic import ArrayError
 from slmsam2_cli.parallel import exit_with_parent
 from slmsam2_cli.planning.plan import TrainingPlan
+from slmsam2_cli.planning.rules import TRACKS_PER_CLIP
 from slmsam2_cli.training.augment import augment
 from slmsam2_cli.training.clips import Clips, ClipSampler, WindowChoice, together
 from slmsam2_cli.training.label_unet import SliceSampler
 
-TRACKS_PER_WINDOW = 4
 BATCH_TIMEOUT_S = 300  # that a batch may take before the process that draws it counts as dead
 _MOST_WORKERS, _AHEAD = 4, 2  # at 1024 px a batch is 0.2 GB of shared memory
 _IDLE = -1
@@ -38,7 +38,7 @@ _CHOOSE, _SHOW, _SLICES = 0, 1, 2  # apart: what one draws does not change anoth
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What is learned from: clips, and slices for the recogniser where there is one, which sees `px` pixels."""
+    """What is learned from: clips, and slices for the label U-Net where there is one, which sees `px` pixels."""
 
     clips: ClipSampler
     slices: SliceSampler | None = None
@@ -46,7 +46,7 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class Batch:
-    """clips: of all windows; seen: slices for the recogniser and what their pixels are."""
+    """clips: of all windows; seen: slices for the label U-Net and what their pixels are."""
 
     clips: Clips
     seen: tuple[Tensor, Tensor] | None = None
@@ -87,7 +87,7 @@ class BatchDataset(Dataset[Any]):
 
     def _window(self, windows: WindowChoice, step: int, number: int) -> Clips:
         rng = self._rng(step, _SHOW, number)
-        return augment(self.training_data.clips.show(windows, number, rng, TRACKS_PER_WINDOW), rng)
+        return augment(self.training_data.clips.show(windows, number, rng, TRACKS_PER_CLIP), rng)
 
     def _slices(self, step: int) -> tuple[Tensor, Tensor] | None:
         if self.training_data.slices is None or self.label_unet_size is None:
@@ -151,7 +151,7 @@ class BatchFeed:
         except (ConnectionError, EOFError, FileNotFoundError) as error:  # it ended before all of its last batch was fetched
             raise RuntimeError(f"{_LOADER} worker ended: {error or type(error).__name__}") from error
         if isinstance(batch, FailedBatch):
-            raise TrainingError(f"{batch.why}. Go on with slmsam2 finetune --continue, which makes anew what is damaged in prepared/")
+            raise TrainingError(f"{batch.why}. Resume with slmsam2 finetune --continue, which makes again what is damaged in prepared/")
         self.step += 1
         found: Batch = batch
         return found
@@ -170,7 +170,7 @@ class BatchFeed:
         step = min(theirs)
         ids = ", ".join(self.batches.training_data.clips.cases_of(self.batches.windows(step, self.length())))
         return TrainingError(
-            f"step {step}, {ids}: a process that draws clips ended or hung ({said}). Go on with slmsam2 finetune --continue"
+            f"step {step}, {ids}: a process that draws clips ended or hung ({said}). Resume with slmsam2 finetune --continue"
         )
 
 

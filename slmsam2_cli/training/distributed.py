@@ -1,7 +1,7 @@
 """Processes that share every step, one on each GPU, or several on a CPU, joined by torch.distributed.
 
 Each shows the network some of a step's windows; gradients are added up, so that the step is that of one process with all of them. The
-first one leads: it alone decides when to stop, shows bars, keeps states and models, and trains the recogniser. The others begin as copies
+first one leads: it alone decides when to stop, shows bars, keeps states and models, and trains the label U-Net. The others begin as copies
 of it and take the same steps.
 """
 
@@ -207,4 +207,4 @@ def _end_of(process: BaseProcess) -> str:
 
 
 def _ended(why: str) -> TrainingError:
-    return TrainingError(f"a process that shares the steps ended: {why}. Go on with slmsam2 finetune --continue")
+    return TrainingError(f"a process that shares the steps ended: {why}. Resume with slmsam2 finetune --continue")

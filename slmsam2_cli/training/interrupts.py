@@ -33,9 +33,9 @@ def resumable(command: str) -> Iterator[None]:
     try:
         yield
     except OutputError as error:
-        raise ResumableError(f"{error}. Mend that, and go on with {command} --continue") from error
+        raise ResumableError(f"{error}. Fix that, and resume with {command} --continue") from error
     except ArrayError as error:
-        raise ResumableError(f"{error}. Go on with {command} --continue, which makes it anew") from error
+        raise ResumableError(f"{error}. Resume with {command} --continue, which makes it again") from error
 
 
 @contextmanager
@@ -52,8 +52,8 @@ def graceful_stop() -> Iterator[Callable[[], bool]]:
         caught.append(number)
         console.say("stopping after this step …")
 
-    heeded = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, note) for number in heeded}
+    weighted = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in weighted}
     try:
         yield lambda: bool(caught)
     finally:

@@ -1,6 +1,6 @@
-"""How the recogniser is learned: single slices of the annotated volumes, around what a person would have annotated.
+"""How the label U-Net is learned: single slices of the annotated volumes, around what a person would have annotated.
 
-Nothing is mirrored: a recogniser names labels, and left may differ from right. A network without a prompt has to see what it will be
+Nothing is mirrored: a label U-Net names labels, and left may differ from right. A network without a prompt has to see what it will be
 shown, so its squares are those of inference, around the middle slices of all labels of a volume, jittered.
 """
 
@@ -20,11 +20,15 @@ from slmsam2_cli.dataset.prompts import choose_slice
 from slmsam2_cli.inference.postprocess import is_one_piece
 from slmsam2_cli.model.label_unet import REACH, LabelUNet, view_of
 from slmsam2_cli.model.roi import RoiCrop, pad_to_square
+from slmsam2_cli.planning.rules import (
+    LABEL_UNET_BATCH,
+    LABEL_UNET_WIDTH,
+    MAX_LABEL_UNET_SIZE,
+    MIN_LABEL_UNET_SIZE,
+    NARROW_LABEL_UNET_SIZE,
+)
 
-BATCH = 16
 HELD = 0.75  # share of slices that hold a label
-_LEAST_PX, _FEW_PX, _MOST_PX = 48, 64, 128
-_WIDTH = 32
 _TURN, _SCALE, _SHIFT = math.radians(20), 0.25, 0.15
 _IGNORE_INDEX = -1
 
@@ -46,9 +50,9 @@ class SliceSampler:
 
     @property
     def px(self) -> int:
-        """Edge at which the recogniser sees these squares: their own size where that is within reason."""
+        """Edge at which the label U-Net sees these squares: their own size where that is within reason."""
         edge = float(np.median([source.square.edge for source in self.sources]))
-        return int(min(_MOST_PX, max(_LEAST_PX, 16 * math.ceil(edge / 16))))
+        return int(min(MAX_LABEL_UNET_SIZE, max(MIN_LABEL_UNET_SIZE, 16 * math.ceil(edge / 16))))
 
     def _source(self, case: PreparedCase) -> _Source | None:
         if case.labels is None:
@@ -76,7 +80,7 @@ class SliceSampler:
             return (None,) * len(self.values)
         return tuple(is_one_piece(mask) if (mask := labels == value).any() else None for value in self.values)
 
-    def draw(self, rng: np.random.Generator, torch_rng: torch.Generator, px: int, count: int = BATCH) -> tuple[Tensor, Tensor]:
+    def draw(self, rng: np.random.Generator, torch_rng: torch.Generator, px: int, count: int = LABEL_UNET_BATCH) -> tuple[Tensor, Tensor]:
         """Slices (B, C * SLICES, px, px) and which label each pixel is, (B, px, px): 0 none, 1 the first, -1 nobody looked."""
         drawn = [self._one(rng, px) for _ in range(count)]
         slices, truth = torch.stack([s for s, _ in drawn]), torch.stack([t for _, t in drawn])
@@ -142,6 +146,6 @@ def new_label_unet(sampler: SliceSampler, channels: int, seed: int) -> LabelUNet
     """One with random weights, as fine as these volumes ask for; thinner where it sees more pixels, for the same cost."""
     torch.manual_seed(seed)
     px = sampler.px
-    made = LabelUNet(channels, sampler.values, px, _WIDTH if px <= _FEW_PX else _WIDTH // 2)
+    made = LabelUNet(channels, sampler.values, px, LABEL_UNET_WIDTH if px <= NARROW_LABEL_UNET_SIZE else LABEL_UNET_WIDTH // 2)
     made.one_piece.copy_(torch.tensor(sampler.one_piece))
     return made

@@ -19,7 +19,7 @@ from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.training.background import PendingResult
 from slmsam2_cli.training.losses import SliceLoss
 
-PATIENCE = 20  # steps in a row without a finite gradient after which a run has diverged
+MAX_SKIPPED_STEPS = 20  # steps in a row without a finite gradient after which a run has diverged
 SKIPPED_KEY = "skipped"
 _CLIP_NORM = 1.0
 

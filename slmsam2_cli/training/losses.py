@@ -1,9 +1,9 @@
-"""What a tracked slice is wrong by: focal, Dice, predicted IoU and presence, weighted 20 : 1 : 1 : 1 as SAM 2 does.
+"""What a tracked slice is wrong by: focal, Dice, predicted IoU and object score, weighted 20 : 1 : 1 : 1 as SAM 2 does.
 
 Dice and IoU count only where the object is present; with several candidates the best one carries them
 (Ravi et al., "SAM 2", arXiv:2408.00714; Chen et al., arXiv:2505.01854, section III). Published training drops the
 focal term too where the object is absent; here it stays, so that a mask learns to vanish by itself and a wrong
-presence score is not the only thing that can end a structure.
+object score is not the only thing that can end a structure.
 
 From nothing, the focal term teaches the empty mask: most pixels are background, and its weight on the others is a quarter. So
 pre-training replaces it by a cross-entropy in which inside and outside count alike (docs/explanation/pretraining.md).
@@ -28,8 +28,8 @@ _SMALLEST = 1e-3  # share of a slice below which an object counts no more than t
 class Weights:
     """What each term counts. pixels: of the term over pixels, which is focal, or balanced cross-entropy when `balanced`.
 
-    absent: how many times that where the object is not, and Dice says nothing. lowered: by how much the presence score of the weights that
-    are tuned was lowered once they were made; it is compared as it was before, or tuning would raise it again.
+    absent: how many times that where the object is not, and Dice says nothing. object_score_offset: by how much the
+    object score of the initial weights was lowered after training; the loss adds it back, or fine-tuning would raise the score again.
     """
 
     pixels: float = 20.0
@@ -38,7 +38,7 @@ class Weights:
     object_score: float = 1.0
     balanced: bool = False
     absent: float = 1.0
-    lowered: float = 0.0
+    object_score_offset: float = 0.0
 
 
 SAM2 = Weights()
@@ -109,10 +109,10 @@ def slice_loss(
 ) -> SliceLoss:
     """Loss of B objects on one slice. target (B, 1, H, W) in {0, 1}; candidates are brought to its size.
 
-    known (B, 1, H, W): 0 where nobody looked (the ignore label), where no term counts; presence counts where the object was
+    known (B, 1, H, W): 0 where nobody looked (the ignore label), where no term counts; object score counts where the object was
     seen, or all of the slice was looked at. counts: what sums over the objects are divided by, `object_counts` of these, or the mean of
-    those of several processes, each of which sees some of the objects. believed (B,): how probable it is that each is there, for
-    presence to learn instead of the truth.
+    those of several processes, each of which sees some of the objects. target_scores (B,): how probable it is that each is there, for
+    object score to learn instead of the truth.
     """
     candidates = F.interpolate(output.candidates, size=target.shape[-2:], mode="bilinear", align_corners=False)
     truth = target.expand_as(candidates)
@@ -128,7 +128,7 @@ def slice_loss(
         dice=(dices[rows, best] * present).sum() / held.clamp(min=_NONE),
         iou=(iou_error * present).sum() / held.clamp(min=_NONE),
         object_score=_object_score_loss(
-            output.object_score.float().squeeze(1) + weights.lowered, present, _valid_objects(present, known), sure
+            output.object_score.float().squeeze(1) + weights.object_score_offset, present, _valid_objects(present, known), sure
         )
         if target_scores is None
         else _object_score_loss(output.object_score.float().squeeze(1), target_scores, torch.ones_like(present), objects),
@@ -143,11 +143,11 @@ def object_counts(target: Tensor, known: Tensor | None = None) -> Tensor:
 
 
 def _object_score_loss(logits: Tensor, chance: Tensor, counted: Tensor, count: Tensor) -> Tensor:
-    """Cross-entropy of presence over the objects that count, 0 when none does. logits, chance, counted (B,)."""
+    """Cross-entropy of object score over the objects that count, 0 when none does. logits, chance, counted (B,)."""
     each = F.binary_cross_entropy_with_logits(logits, chance, reduction="none")
     return (each * counted).sum() / count.clamp(min=_NONE)
 
 
 def _valid_objects(present: Tensor, known: Tensor | None) -> Tensor:
-    """1 for every object whose presence is known, (B,)."""
+    """1 for every object whose object score is known, (B,)."""
     return torch.ones_like(present) if known is None else torch.maximum(present, known.flatten(1).amin(dim=1))

@@ -88,7 +88,7 @@ def _found(path: Path, kind: type[Learner], settings: str) -> tuple[Path, dict[s
         except (SafetensorError, OSError, ValueError):
             continue
         if header.get("settings") != settings:
-            raise WeightsError(f"{candidate.name}: was made with another {kind.settings}. Undo the change, or start anew with --overwrite")
+            raise WeightsError(f"{candidate.name}: was made with another {kind.settings}. Undo the change, or start again with --overwrite")
         return candidate, tensors, header
     raise WeightsError(f"nothing to continue in {path.parent}. Run {kind.command} without --continue")
 
@@ -128,7 +128,7 @@ def keep(path: Path, model: SlmSam2, plan: Plan, provenance: Provenance, base: C
     """Write the model, and its adapter beside it; returns the digest of the model's weights. OutputError.
 
     An adapter names the base whose weights it was made for; an earlier one beside a model without adapters is removed. The plan that is
-    written says what the model's recogniser may: that of a base that was kept goes on as it was.
+    written says what the model's label U-Net may: that of a base that was kept goes on as it was.
     """
     if model.label_unet is not None:
         plan = plan.model_copy(update={"training": plan.training.model_copy(update={"can_add": model.label_unet.raises})})
@@ -145,7 +145,7 @@ def keep(path: Path, model: SlmSam2, plan: Plan, provenance: Provenance, base: C
 class Run:
     """What one fine-tuning run is. `digest` changes when its plan, its cases, their files or its base do.
 
-    cases: ids it learns from; known: ids that its base has learned from already; unseen: all others; images: SHA-256 of the
+    cases: ids it learns from; known: ids that its base has learned from already; held_out: all others; images: SHA-256 of the
     image files of `cases`; files: of these and of their labels.
     """
 
@@ -179,7 +179,7 @@ def image_digests(prepared: PreparedCase, data: Dataset) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Wish:
+class RunOptions:
     """The options that decide which run it is; an interrupted run keeps them for --continue."""
 
     cases: int

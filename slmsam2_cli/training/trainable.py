@@ -76,7 +76,7 @@ def parameter_groups(model: SlmSam2, plan: TrainingPlan) -> list[dict[str, objec
     projections of channels, which it would darken.
 
     `scale` times the plan's learning rate is the group's: unless everything is trained, adapters and fuser learn at least
-    at MIN_NEW_RATE; a recogniser learns at LABEL_UNET_RATE.
+    at MIN_NEW_RATE; a label U-Net learns at LABEL_UNET_RATE.
     """
     found: dict[tuple[float, bool], list[object]] = {}
     for name, parameter in model.named_parameters():

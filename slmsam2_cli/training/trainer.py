@@ -33,34 +33,34 @@ from slmsam2_cli.training.clips import Clips, ClipSampler
 from slmsam2_cli.training.dataloader import Batch, BatchDataset, BatchFeed, TrainingData, dataloader_workers
 from slmsam2_cli.training.distributed import ALONE, ProcessGroup, shared
 from slmsam2_cli.training.label_unet import SliceSampler, label_unet_loss, new_label_unet
-from slmsam2_cli.training.learner import PATIENCE, SKIPPED_KEY, Progress, copy_for_ema, fraction_done, learning_rate, training_step
+from slmsam2_cli.training.learner import MAX_SKIPPED_STEPS, SKIPPED_KEY, Progress, copy_for_ema, fraction_done, learning_rate, training_step
 from slmsam2_cli.training.losses import NANO, SAM2, SliceLoss, Weights, object_counts, slice_loss
 from slmsam2_cli.training.monitoring import LABEL_UNET_COLUMN
 from slmsam2_cli.training.state import save_state
 from slmsam2_cli.training.trainable import parameter_groups, prepare
 
 _EMA = 0.99
-TEACHER_OBJECT_SCORE_WEIGHT = 3.0  # what presence counts where it is kept as it was; with 1 it drifted (docs/decisions.md)
+TEACHER_OBJECT_SCORE_WEIGHT = 3.0  # what object score counts where it is kept as it was; with 1 it drifted (docs/decisions.md)
 _CURRICULUM = ((0.2, 2), (0.35, 4))  # share of the run up to which clips have at most so many slices
 Track = Callable[[SliceFeatures, MemoryBank, int], SliceOutput]
 
 
 @dataclass(kw_only=True)
 class Learner(learning.Learner):
-    """With whether it started from random weights, and by how much the presence score of those it started from had been lowered.
+    """With whether it started from random weights, and by how much the object score of those it started from had been lowered.
 
-    teacher: the network as it was before the first step, whose belief about presence is kept; None: presence learns the truth.
+    teacher: the network as it was before the first step, whose predicted object score is the target; None: object score learns the truth.
     """
 
     from_scratch: bool
-    lowered: float = 0.0
+    object_score_offset: float = 0.0
     teacher: SlmSam2 | None = None
 
     def networks(self) -> tuple[SlmSam2, ...]:
         return (*super().networks(), *([self.teacher] if self.teacher is not None else []))
 
 
-def new_learner(model: SlmSam2, plan: TrainingPlan, from_scratch: bool, lowered: float = 0.0) -> Learner:
+def new_learner(model: SlmSam2, plan: TrainingPlan, from_scratch: bool, object_score_offset: float = 0.0) -> Learner:
     """A learner at step 0 of what the model lets be trained (strategies.py); the seed is the plan's."""
     torch.manual_seed(plan.seed)  # dropout
     return Learner(
@@ -68,13 +68,13 @@ def new_learner(model: SlmSam2, plan: TrainingPlan, from_scratch: bool, lowered:
         average=copy_for_ema(model),
         optimiser=torch.optim.AdamW(parameter_groups(model, plan), lr=plan.learning_rate),
         from_scratch=from_scratch,
-        lowered=lowered,
+        object_score_offset=object_score_offset,
         teacher=_teacher(model) if plan.object_score_target == "teacher" and not from_scratch else None,
     )
 
 
 def _teacher(model: SlmSam2) -> SlmSam2:
-    """The network as it is now, without a recogniser."""
+    """The network as it is now, without a label U-Net."""
     teacher = copy_for_ema(model)
     teacher.label_unet = None
     return teacher
@@ -96,7 +96,7 @@ def train(
 ) -> Iterator[Progress]:
     """Train until the plan's steps or minutes are used up or `stop` says so; yields after every step.
 
-    The model's recogniser, where it has one, learns beside it, step by step. ranks: the processes that share the steps; the first one's
+    The model's label U-Net, where it has one, learns beside it, step by step. ranks: the processes that share the steps; the first one's
     clock and `stop` count. workers: processes that draw ahead, None for as many as the device needs. A step without a finite loss and
     gradient changes nothing; after 20 such steps in a row TrainingError is raised. Between two steps torch may have half of the cores.
     """
@@ -125,7 +125,7 @@ def train(
                 rate = learning_rate(learner.step, done, plan.learning_rate, plan.warmup_steps)
                 losses = training_step(learner, _losses(learner, here, ranks), rate, _EMA, seen, ranks)
                 skipped = skipped + 1 if SKIPPED_KEY in losses else 0
-                if skipped >= PATIENCE:
+                if skipped >= MAX_SKIPPED_STEPS:
                     raise TrainingError(
                         f"training diverged at step {learner.step}. Lower training.learning_rate in plan.json (now {plan.learning_rate:g})"
                     )
@@ -199,7 +199,7 @@ def loss_weights(learner: Learner) -> Weights:
     """What each part of the loss counts for this network."""
     if learner.teacher is not None:
         return replace(default_loss_weights(learner.model), object_score=TEACHER_OBJECT_SCORE_WEIGHT)
-    return replace(default_loss_weights(learner.model), lowered=learner.lowered)
+    return replace(default_loss_weights(learner.model), object_score_offset=learner.object_score_offset)
 
 
 def default_loss_weights(model: SlmSam2) -> Weights:
@@ -217,7 +217,7 @@ def clip_losses(
     """Track M objects from their first slice; one loss per tracked slice, T - 1 in all.
 
     weights: None for the network's usual ones; over: the mean of (T, 3) counts of objects over the processes that share a step;
-    believed: what presence learns, another network's `belief` about the same clips.
+    target_scores: what object score learns, the teacher's prediction for the same clips.
     """
     weights = weights or default_loss_weights(model)
     clips = clips.to(device)
@@ -273,7 +273,7 @@ def followed(
 ) -> list[SliceLoss]:
     """One loss per slice 1 ... until - 1, each tracked by `track`; its memory goes into the bank.
 
-    features: of all T * W slices, as `Clips.feature_index` numbers them; counts: (T, 3), believed: T times (M,), as slice_loss takes them.
+    features: of all T * W slices, as `Clips.feature_index` numbers them; counts: (T, 3); target_scores: T times (M,), as slice_loss takes.
     """
     losses = []
     for t, output in enumerate(_track_slices(model, clips, features, bank, track, until), start=1):
@@ -326,8 +326,8 @@ def init_learner(plan: Plan, base: Checkpoint | None, training_data: TrainingDat
     if training_data.slices is not None:
         model.label_unet = new_label_unet(training_data.slices, len(plan.channels), plan.training.seed)
         model.label_unet.raises = plan.training.can_add is not False
-    lowered = base.provenance.lowered if base is not None and base.provenance is not None else 0.0
-    return new_learner(model.to(device), plan.training, base is None, lowered)
+    object_score_offset = base.provenance.object_score_offset if base is not None and base.provenance is not None else 0.0
+    return new_learner(model.to(device), plan.training, base is None, object_score_offset)
 
 
 def follow(
@@ -356,7 +356,7 @@ def follow(
                 saved()
                 last = time.monotonic()
     if learner.step == begun:
-        console.say("nothing was left to train")
+        console.say("training already complete")
 
 
 def _train_in_worker(training_data: TrainingData, training: TrainingPlan, learner: Learner, ranks: ProcessGroup) -> None:

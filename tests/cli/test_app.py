@@ -230,7 +230,7 @@ def test_nnunets_spellings_are_understood(tmp_path: Path, passed_on: Callable[[s
 
 
 @pytest.mark.parametrize(("options", "overwrite"), [((), False), (("--continue",), False), (("--overwrite",), True)])
-def test_predict_goes_on_or_begins_anew(
+def test_predict_goes_on_or_begins_again(
     options: tuple[str, ...], overwrite: bool, dataset: Path, passed_on: Callable[[str], dict[str, Any]]
 ) -> None:
     seen = passed_on("predict")
@@ -238,7 +238,7 @@ def test_predict_goes_on_or_begins_anew(
     assert seen["overwrite"] is overwrite
 
 
-def test_to_go_on_and_to_begin_anew_contradict_each_other(
+def test_to_go_on_and_to_begin_again_contradict_each_other(
     dataset: Path, passed_on: Callable[[str], dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen = passed_on("predict")

@@ -26,7 +26,7 @@ SHAPE = (5, 32, 32)
 
 
 def write_channels(folder, names, cases=2):
-    """A data set in nnU-Net's layout, one file a channel: the same made-up patient, ever darker."""
+    """A data set in nnU-Net's layout, one file a channel: the same synthetic phantom, ever darker."""
     for sub in ("imagesTr", "labelsTr"):
         (folder / sub).mkdir(parents=True)
     for index in range(cases):
@@ -83,7 +83,7 @@ def test_the_model_learned_how_to_read_four_channels_and_says_nothing_more(four)
     assert read_checkpoint(four[1].model).plan.channels == FOUR
 
 
-def test_it_predicts_the_unseen_case_on_the_images_grid(four):
+def test_it_predicts_the_held_out_case_on_the_images_grid(four):
     folder, workspace = four
     assert predict(None, None, dataset=folder, workspace=workspace, report=False) == 0
     (name,) = masks(workspace.predictions)

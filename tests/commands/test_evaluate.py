@@ -93,7 +93,7 @@ def test_complete_predictions_are_exit_zero(folders):
 def test_the_table_and_the_written_paths_are_shown(folders, capsys):
     run(folders)
     shown = capsys.readouterr()
-    assert "unseen cases: 3. HD95: larger of the two directed 95th percentiles" in shown.out
+    assert "held-out cases: 3. HD95: larger of the two directed 95th percentiles" in shown.out
     assert "0.556" in shown.out
     assert all(str(folders / "out" / name) in shown.err for name in ("summary.json", "cases.csv", "slices.csv", "summary.md"))
 

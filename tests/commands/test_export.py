@@ -126,7 +126,7 @@ def test_the_folder_is_named_after_the_zip_unless_told_otherwise(archive, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("wish", "error", "match"),
+    ("options", "error", "match"),
     [
         (lambda folder: export_model(None, None, folder / "a.zip"), UsageError, "no model named"),
         (lambda folder: export_model(Workspace(folder), None, folder / "a.zip"), UsageError, "no fine-tuned model"),
@@ -136,6 +136,6 @@ def test_the_folder_is_named_after_the_zip_unless_told_otherwise(archive, tmp_pa
         (lambda folder: import_model(folder, None), UsageError, "a directory"),
     ],
 )
-def test_what_cannot_be_done_says_why(wish, error, match, tmp_path):
+def test_what_cannot_be_done_says_why(options, error, match, tmp_path):
     with pytest.raises(error, match=match):
-        wish(tmp_path)
+        options(tmp_path)

@@ -50,7 +50,7 @@ def test_it_plans_prepares_and_trains_and_writes_exactly_these_files(tuned):
     assert {p.name for p in tuned.finetuned.iterdir()} - {"tensorboard"} == written
 
 
-def test_the_split_names_training_and_unseen_cases_and_they_do_not_overlap(tuned):
+def test_the_split_names_training_and_held_out_cases_and_they_do_not_overlap(tuned):
     split = json.loads(tuned.split.read_text())
     assert len(split["training"]) == 2 and len(split["held_out"]) == 2
     assert not set(split["training"]) & set(split["held_out"])
@@ -163,7 +163,7 @@ def test_more_processes_than_cores_are_refused_before_anything_is_trained(datase
         finetune(dataset, Workspace(tmp_path), cases=1, weights="random", steps=1, workers=64)
 
 
-def test_an_interrupted_run_goes_on_with_its_own_options_and_ends_like_an_undisturbed_one(dataset, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_with_its_own_options_and_ends_like_an_uninterrupted_one(dataset, tmp_path, monkeypatch):
     """SIGINT after the second of four steps; --continue needs nothing but itself."""
     import signal
 
@@ -203,7 +203,7 @@ def test_a_disk_that_fails_in_the_middle_is_one_line_that_says_how_to_go_on_from
 
     monkeypatch.setattr(trainer, "train", until_the_disk_fails)
     monkeypatch.setattr(stage, "SAVE_EVERY_S", 0.0)
-    with disk, pytest.raises(OutputError, match="could not be written: .*go on with slmsam2 finetune --continue$"):
+    with disk, pytest.raises(OutputError, match="could not be written: .*resume with slmsam2 finetune --continue$"):
         finetune(dataset, broken, cases=1, weights="random", steps=3, seed=1)
     assert not broken.model.exists()
     assert finetune(dataset, broken, resume=True) == 0
@@ -215,7 +215,7 @@ def test_a_disk_that_fails_before_anything_is_learned_says_nothing_of_going_on_w
     workspace = Workspace(tmp_path)
     finetune(dataset, workspace, cases=1, weights="random", steps=1, seed=1)
     shutil.rmtree(workspace.prepared)
-    with atomic.fail_at(1), pytest.raises(OutputError, match="Mend that and try again, or choose a workspace") as caught:
+    with atomic.fail_at(1), pytest.raises(OutputError, match="Fix that and try again, or choose a workspace") as caught:
         finetune(dataset, workspace, cases=1, weights="random", steps=1, seed=2, overwrite=True)
     assert "--continue" not in str(caught.value)
 
@@ -239,7 +239,7 @@ def test_a_model_trained_on_its_own_weights_descends_from_random_too(tuned, data
     assert provenance.random and provenance.base_digest == read_checkpoint(tuned.model).digest
 
 
-def test_cases_that_the_base_has_learned_from_never_count_as_unseen(tuned, dataset, tmp_path):
+def test_cases_that_the_base_has_learned_from_never_count_as_held_out(tuned, dataset, tmp_path):
     before = json.loads(tuned.split.read_text())["training"]
     workspace = Workspace(tmp_path)
     finetune(dataset, workspace, cases=1, weights=str(tuned.model), steps=1, seed=1)
@@ -248,7 +248,7 @@ def test_cases_that_the_base_has_learned_from_never_count_as_unseen(tuned, datas
     assert set(before) <= set(read_checkpoint(workspace.model).provenance.training)
 
 
-def test_a_run_killed_before_its_first_model_is_not_started_anew_in_silence(dataset, tmp_path):
+def test_a_run_killed_before_its_first_model_is_not_started_again_silently(dataset, tmp_path):
     workspace = Workspace(tmp_path)
     finetune(dataset, workspace, cases=1, weights="random", steps=1)
     workspace.model.rename(workspace.finetuned / "state.safetensors")
@@ -260,7 +260,7 @@ def by_rule(count, from_scratch=False, **changes):
     return choose_training("nano", count, from_scratch).value.model_copy(update=changes)
 
 
-def test_a_persons_own_training_settings_are_kept_and_the_rules_own_are_fitted_to_the_run(tuned):
+def test_an_annotated_own_training_settings_are_kept_and_the_rules_own_are_fitted_to_the_run(tuned):
     planned = read_plan(tuned.plan)
     assert training_for(planned, 2, from_scratch=True) == by_rule(2, from_scratch=True, can_add=True)
     own = planned.model_copy(update={"training": planned.training.model_copy(update={"learning_rate": 1e-5})})
@@ -313,7 +313,7 @@ def test_the_model_knows_the_labels_and_predict_says_how_far_it_agrees_with_what
     assert shares and all(0 <= share <= 1 for share in shares)
 
 
-def test_a_plan_may_leave_the_recogniser_out(tuned, dataset, tmp_path):
+def test_a_plan_may_leave_the_label_unet_out(tuned, dataset, tmp_path):
     workspace, planned = Workspace(tmp_path), read_plan(tuned.plan)
     write_plan(workspace.plan, planned.model_copy(update={"training": planned.training.model_copy(update={"label_unet": False})}))
     finetune(dataset, workspace, cases=2, weights="random", steps=1)
@@ -326,7 +326,7 @@ def test_a_plan_that_nobody_edited_is_trained_by_today_s_rule_also_where_an_earl
     assert training_for(earlier, 2, from_scratch=False) == by_rule(2, can_add=False)
 
 
-def test_whether_a_recogniser_may_find_travels_with_its_model_and_stays_with_a_base_that_is_kept(tuned, tmp_path):
+def test_whether_a_label_unet_may_find_travels_with_its_model_and_stays_with_a_base_that_is_kept(tuned, tmp_path):
     planned, path = read_plan(tuned.plan), tmp_path / "one.safetensors"
     model = SlmSam2(planned.network, planned.geometry.input_size)
     model.label_unet = LabelUNet(1, list(planned.labels), 32, width=8)
@@ -337,7 +337,7 @@ def test_whether_a_recogniser_may_find_travels_with_its_model_and_stays_with_a_b
 
 
 @pytest.mark.parametrize(("object_score", "may"), [("teacher", False), ("ground_truth", True)])
-def test_a_model_from_before_finds_was_a_setting_goes_by_its_presence(tuned, tmp_path, object_score, may):
+def test_a_model_from_before_finds_was_a_setting_goes_by_its_object_score(tuned, tmp_path, object_score, may):
     planned, path = read_plan(tuned.plan), tmp_path / "one.safetensors"
     model = SlmSam2(planned.network, planned.geometry.input_size)
     model.label_unet = LabelUNet(1, list(planned.labels), 32, width=8)
@@ -375,7 +375,7 @@ def test_adapters_leave_a_whole_model_and_a_small_file_that_names_its_base(adapt
     assert combine_with_base(small, read_checkpoint(tuned.model)).digest == whole.digest
 
 
-def test_an_interrupted_run_of_adapters_ends_like_an_undisturbed_one(adapted, dataset, tuned, tmp_path, monkeypatch):
+def test_an_interrupted_run_of_adapters_ends_like_an_uninterrupted_one(adapted, dataset, tuned, tmp_path, monkeypatch):
     import signal
 
     from slmsam2_cli.training import trainer as stage
@@ -428,7 +428,8 @@ def test_what_an_option_of_plan_settled_holds_for_any_number_of_cases(tuned):
 
 
 @pytest.mark.parametrize(
-    ("free", "told"), [(10e9, None), (0.9e9, "Run slmsam2 plan --max-memory "), (0.01e9, "Close other programs, or use a machine with more")]
+    ("free", "told"),
+    [(10e9, None), (0.9e9, "Run slmsam2 plan --max-memory "), (0.01e9, "Close other programs, or use a machine with more")],
 )
 def test_where_memory_is_short_the_setting_that_fits_is_told(dataset, tmp_path, capsys, monkeypatch, free, told):
     monkeypatch.setattr("slmsam2_cli.training.interrupts.free_bytes", lambda: int(free))

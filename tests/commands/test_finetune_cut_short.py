@@ -35,7 +35,7 @@ def cut(workspace, name="frames"):
 
 
 def test_the_run_ends_in_one_line_and_goes_on_to_the_same_weights(data, tmp_path, monkeypatch):
-    without_interrupts, disturbed = Workspace(tmp_path / "undisturbed"), Workspace(tmp_path / "disturbed")
+    without_interrupts, disturbed = Workspace(tmp_path / "uninterrupted"), Workspace(tmp_path / "disturbed")
     options = {"cases": 2, "weights": "random", "steps": STEPS, "device": "cpu"}
     assert finetune(data, without_interrupts, **options) == 0
     monkeypatch.setattr(stage, "SAVE_EVERY_S", 0.0)
@@ -65,7 +65,7 @@ def test_nothing_that_looks_at_a_volume_reads_what_is_gone(data, tmp_path, name)
     model = trainer.new_model(plan, read_checkpoint(space.model))
     cut(space, name)
     for look in (
-        lambda: judged(model, fold, plan, heeded=False),
+        lambda: judged(model, fold, plan, weighted=False),
         lambda: calibrate.confidence_and_dice(model, cases, plan),
         lambda: make_folds(cases, plan),
         lambda: label_areas(cases[0], 1, None),
@@ -79,8 +79,8 @@ def test_nothing_that_looks_at_a_volume_reads_what_is_gone(data, tmp_path, name)
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (atomic.ArrayError("case a: frames.npy was cut short"), r"short. Go on with slmsam2 finetune --continue, which makes it anew$"),
-        (OutputError("model: the disk is full"), r"full. Mend that, and go on with slmsam2 finetune --continue$"),
+        (atomic.ArrayError("case a: frames.npy was cut short"), r"short. Resume with slmsam2 finetune --continue, which makes it again$"),
+        (OutputError("model: the disk is full"), r"full. Fix that, and resume with slmsam2 finetune --continue$"),
     ],
 )
 def test_what_ends_a_run_that_has_begun_says_how_to_go_on(error, said):

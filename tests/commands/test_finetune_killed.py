@@ -37,7 +37,7 @@ def wait_for_a_save(state, process):
 def test_ten_kills_change_nothing(tmp_path):
     data = tmp_path / "data"
     write_phantom_dataset(data, cases=2, test_cases=0, seed=3, shape=(8, 32, 32))
-    without_interrupts, killed = Workspace(tmp_path / "undisturbed"), Workspace(tmp_path / "killed")
+    without_interrupts, killed = Workspace(tmp_path / "uninterrupted"), Workspace(tmp_path / "killed")
     assert finetune(data, without_interrupts, cases=2, weights="random", steps=STEPS, device="cpu") == 0
     moments, state = random.Random(0), killed.finetuned / "state.safetensors"
     for kill in range(KILLS):

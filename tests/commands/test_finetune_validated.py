@@ -32,29 +32,29 @@ def short_folds():
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(cross_validation, "MIN_STEPS", 1)
         for module in (cross_validation, cross_validation):
-            patched.setattr(module, "LOOKS", (1.0,))
+            patched.setattr(module, "CHECKPOINTS", (1.0,))
         patched.setattr("slmsam2_cli.commands.finetune.SAVE_EVERY_S", 0.0)
         yield
 
 
 @pytest.fixture(scope="module")
 def without_interrupts(dataset, short_folds, tmp_path_factory):
-    workspace = Workspace(tmp_path_factory.mktemp("undisturbed"))
+    workspace = Workspace(tmp_path_factory.mktemp("uninterrupted"))
     assert finetune(dataset, workspace, cases=2, steps=STEPS) == 0
     return workspace
 
 
 @pytest.fixture
 def scored(monkeypatch):
-    """Lets a test say what the folds are worth after tuning, with and without the recogniser; before it, 0.5."""
+    """Lets a test say what the folds are worth after tuning, with and without the label U-Net; before it, 0.5."""
 
     def tell(with_it, alone):
         judged_before = set()
 
-        def judged(model, fold, plan, heeded):
+        def judged(model, fold, plan, weighted):
             first = fold.name not in judged_before
             judged_before.add(fold.name)
-            return FoldScore(0.5 if first else with_it if heeded else alone, np.asarray(fold.held.labels))
+            return FoldScore(0.5 if first else with_it if weighted else alone, np.asarray(fold.held.labels))
 
         monkeypatch.setattr(cross_validation, "judged", judged)
 
@@ -90,15 +90,15 @@ def test_where_tuning_makes_it_worse_the_base_is_kept_and_said_to_be(dataset, tm
     assert "finished already" in capsys.readouterr().err
 
 
-def test_a_recogniser_that_did_not_help_is_not_in_the_model(dataset, tmp_path, scored, capsys):
+def test_a_label_unet_that_did_not_help_is_not_in_the_model(dataset, tmp_path, scored, capsys):
     scored(0.4, 0.6)
     workspace = Workspace(tmp_path)
     finetune(dataset, workspace, cases=2, steps=STEPS)
     assert label_unet_of(read_checkpoint(workspace.model)) is None and provenance(workspace).steps == STEPS
-    assert "without the recogniser, which did not help there" in capsys.readouterr().err
+    assert "without the label U-Net, which did not help there" in capsys.readouterr().err
 
 
-def test_a_recogniser_that_helped_is(dataset, tmp_path, scored):
+def test_a_label_unet_that_helped_is(dataset, tmp_path, scored):
     scored(0.6, 0.4)
     workspace = Workspace(tmp_path)
     finetune(dataset, workspace, cases=2, steps=STEPS)
@@ -106,7 +106,7 @@ def test_a_recogniser_that_helped_is(dataset, tmp_path, scored):
 
 
 @pytest.mark.parametrize("moment", [3, 6])
-def test_a_run_that_ends_in_a_fold_goes_on_there_and_ends_like_an_undisturbed_one(
+def test_a_run_that_ends_in_a_fold_goes_on_there_and_ends_like_an_uninterrupted_one(
     without_interrupts, dataset, tmp_path, monkeypatch, moment
 ):
     """Whatever is judged for the so-manieth time takes the process with it: a look at the first fold, one at the second."""
@@ -123,7 +123,7 @@ def test_a_run_that_ends_in_a_fold_goes_on_there_and_ends_like_an_undisturbed_on
     with pytest.raises(KeyboardInterrupt):
         finetune(dataset, broken, cases=2, steps=STEPS)
     if moment > 1:  # by then there is something to lose
-        with pytest.raises(UsageError, match="an unfinished run is here. Go on with slmsam2 finetune --continue"):
+        with pytest.raises(UsageError, match="an unfinished run is here. Resume with slmsam2 finetune --continue"):
             finetune(dataset, broken, cases=2, steps=STEPS)
     assert finetune(dataset, broken, resume=True) == 0
     assert read_checkpoint(broken.model).digest == read_checkpoint(without_interrupts.model).digest
@@ -135,13 +135,13 @@ def test_a_run_that_ends_in_a_fold_goes_on_there_and_ends_like_an_undisturbed_on
 def test_a_fold_that_worsens_is_given_up_also_when_it_is_gone_on_with(dataset, tmp_path, monkeypatch):
     """The second look is far worse than the first; a run that ends at its picture does not train on when it goes on."""
     monkeypatch.setattr(cross_validation, "draw_overlays", lambda *arguments: None)
-    monkeypatch.setattr(cross_validation, "SHARE", 1.0)
+    monkeypatch.setattr(cross_validation, "FOLD_FRACTION", 1.0)
     monkeypatch.setattr(cross_validation, "MIN_STEPS", STEPS)  # so that it is given up before it has so many
     for module in (cross_validation, cross_validation):
-        monkeypatch.setattr(module, "LOOKS", (1 / 3, 2 / 3, 1.0))
+        monkeypatch.setattr(module, "CHECKPOINTS", (1 / 3, 2 / 3, 1.0))
     asked = []
 
-    def judged(model, fold, plan, heeded):
+    def judged(model, fold, plan, weighted):
         asked.append(fold.name)
         return FoldScore({0: 0.5, 1: 0.9, 2: 0.9}.get(asked.count(fold.name) - 1, 0.1), np.asarray(fold.held.labels))
 
@@ -153,7 +153,7 @@ def test_a_fold_that_worsens_is_given_up_also_when_it_is_gone_on_with(dataset, t
     assert provenance(workspace).validation.kept == "base" and provenance(workspace).validation.tuned == 0.1
 
 
-def test_a_model_that_knows_the_labels_is_judged_and_kept_with_its_recogniser(without_interrupts, dataset, tmp_path, scored):
+def test_a_model_that_knows_the_labels_is_judged_and_kept_with_its_label_unet(without_interrupts, dataset, tmp_path, scored):
     scored(0.4, 0.3)
     workspace = Workspace(tmp_path)
     finetune(dataset, workspace, cases=1, seed=5, steps=8, weights=str(without_interrupts.model))  # the one that it has not learned from

@@ -1,4 +1,4 @@
-"""slmsam2 plan: measures, decides, says why, and leaves a person's edits alone."""
+"""slmsam2 plan: measures, decides, says why, and leaves the user's edits alone."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_overwrite_replaces_a_broken_plan(data, workspace):
     assert plan(data, workspace, overwrite=True) == 0
 
 
-def test_an_edited_plan_and_changed_data_are_not_reconciled_in_silence(data, workspace):
+def test_an_edited_plan_and_changed_data_are_not_reconciled_silently(data, workspace):
     plan(data, workspace)
     edit(workspace, input_size=224)
     before = workspace.plan.read_bytes()
@@ -159,7 +159,7 @@ def test_the_decisions_on_real_data_sets(workspace, name, modality, axis, storag
     assert read_plan(workspace.plan).geometry.input_size == whole_px
 
 
-def test_an_axis_that_was_asked_for_is_kept_when_planning_anew(data, workspace):
+def test_an_axis_that_was_asked_for_is_kept_when_planning_again(data, workspace):
     plan(data, workspace, axis="LR")
     plan(data, workspace)
     settled = read_plan(workspace.plan)
@@ -239,7 +239,7 @@ def test_without_a_report_no_page_is_written(data, workspace):
     assert read_plan(workspace.plan) and not workspace.plan_page.exists()
 
 
-def test_a_time_limit_and_a_memory_limit_are_kept_when_planning_anew(data, workspace):
+def test_a_time_limit_and_a_memory_limit_are_kept_when_planning_again(data, workspace):
     plan(data, workspace, minutes=7.0, max_memory_gb=0.95)
     first = read_plan(workspace.plan)
     plan(data, workspace)
@@ -289,7 +289,7 @@ def test_only_what_an_option_can_settle_can_have_been_asked(data, workspace):
         plan(data, workspace)
 
 
-def test_an_edited_plan_that_needs_more_memory_than_allowed_is_not_kept_in_silence(data, workspace):
+def test_an_edited_plan_that_needs_more_memory_than_allowed_is_not_kept_silently(data, workspace):
     plan(data, workspace)
     value = json.loads(workspace.plan.read_text())
     value["training"] |= {"clips_per_step": 8, "clip_slices": 4}
@@ -298,7 +298,7 @@ def test_an_edited_plan_that_needs_more_memory_than_allowed_is_not_kept_in_silen
         plan(data, workspace, max_memory_gb=1.25)
 
 
-def test_an_axis_is_not_taken_back_from_an_edited_plan_in_silence(data, workspace):
+def test_an_axis_is_not_taken_back_from_an_edited_plan_silently(data, workspace):
     plan(data, workspace, axis="LR")
     value = json.loads(workspace.plan.read_text())
     value["training"]["learning_rate"] = 2e-4

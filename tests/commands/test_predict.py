@@ -77,7 +77,7 @@ def test_simulated_prompts_come_back_exactly_on_their_slices(images, tmp_path, d
 
 
 def sparse_prompts(folder, images, dataset, slice_=4):
-    """A person's masks: one painted slice each, of the file's last axis."""
+    """Annotated masks: one annotated slice each, of the file's last axis."""
     folder.mkdir()
     for name in written(images):
         truth = nibabel.load(dataset / "labelsTr" / name)
@@ -87,7 +87,7 @@ def sparse_prompts(folder, images, dataset, slice_=4):
     return folder
 
 
-def test_a_persons_slice_comes_back_bit_exact_as_a_whole(images, tmp_path, dataset):
+def test_an_annotated_slice_comes_back_bit_exact_as_a_whole(images, tmp_path, dataset):
     prompts, masks = sparse_prompts(tmp_path / "prompts", images, dataset), tmp_path / "masks"
     assert run(images, masks, dataset, prompts=prompts) == 0
     for name in written(images):
@@ -340,21 +340,21 @@ def test_impossible_options_are_refused_before_anything_is_read(images, tmp_path
     assert not (tmp_path / "masks").exists()
 
 
-def test_when_every_case_was_learned_from_these_are_segmented_and_no_score_is_that_of_unseen_ones(tmp_path, capsys):
+def test_when_every_case_was_learned_from_these_are_segmented_and_no_score_is_that_of_held_out_ones(tmp_path, capsys):
     write_phantom_dataset(tmp_path / "data", cases=1, test_cases=0, seed=5, shape=(8, 40, 40))
     workspace = Workspace(tmp_path / "space")
     finetune(tmp_path / "data", workspace, cases=1, weights="random", steps=1)
     assert predict(None, None, dataset=tmp_path / "data", workspace=workspace) == 0
-    assert "no case is unseen: the cases that the model has learned from are segmented" in capsys.readouterr().err
+    assert "no case is held_out: the cases that the model has learned from are segmented" in capsys.readouterr().err
     assert [case["training"] for case in metadata(workspace.predictions).values()] == [True]
     assert evaluate((), None, workspace, None, dataset=tmp_path / "data") == 0
     summary = json.loads((workspace.evaluation / "summary.json").read_text())
     assert (summary["cases"]["held_out"], summary["foreground_mean"]["Dice"]) == (0, None)
     assert summary["training"]["foreground_mean"]["Dice"] is not None
-    assert "there is no unseen case, so the headline is empty" in capsys.readouterr().err
+    assert "there is no held-out case, so the headline is empty" in capsys.readouterr().err
 
 
-def test_a_case_that_finetune_left_out_is_no_unseen_one(tmp_path, capsys):
+def test_a_case_that_finetune_left_out_is_no_held_out_one(tmp_path, capsys):
     data, workspace = tmp_path / "data", Workspace(tmp_path / "space")
     write_phantom_dataset(data, cases=2, test_cases=0, seed=5, shape=(8, 40, 40))
     broken = data / "imagesTr" / "phantom_001.nii.gz"
@@ -362,7 +362,7 @@ def test_a_case_that_finetune_left_out_is_no_unseen_one(tmp_path, capsys):
     finetune(data, workspace, cases=1, weights="random", steps=1, skip_invalid=True)
     assert predict(None, None, dataset=data, workspace=workspace) == 1
     assert list(metadata(workspace.predictions)) == ["phantom_000"]
-    assert "no case is unseen" in capsys.readouterr().err
+    assert "no case is held-out" in capsys.readouterr().err
 
 
 def test_a_case_is_known_again_under_another_name(images, tmp_path, dataset):
@@ -500,7 +500,7 @@ def test_when_memory_runs_out_slices_are_taken_one_by_one_from_then_on(images, t
     assert capsys.readouterr().err.count("going on slice by slice") == 1
 
 
-def test_inside_a_data_set_the_unseen_cases_are_predicted_into_the_workspace(dataset):
+def test_inside_a_data_set_the_held_out_cases_are_predicted_into_the_workspace(dataset):
     workspace = Workspace(dataset / "slmsam2")
     assert predict(None, None, dataset=dataset, workspace=workspace) == 0
     held_out = json.loads(workspace.split.read_text())["held_out"]

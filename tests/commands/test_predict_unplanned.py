@@ -86,7 +86,7 @@ def test_a_second_run_into_the_same_folder_follows_the_first_one_s_plan(scans, d
     assert {one.name, other.name} <= {path.name for path in masks.iterdir()}
 
 
-def test_a_label_that_is_new_is_known_once_everything_is_planned_anew(scans, dataset, weights, tmp_path):
+def test_a_label_that_is_new_is_known_once_everything_is_planned_again(scans, dataset, weights, tmp_path):
     masks, prompts = tmp_path / "masks", painted(tmp_path / "prompts", dataset)
     predict(scans, masks, prompts=prompts, weights=weights, report=False)
     for path in prompts.iterdir():

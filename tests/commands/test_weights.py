@@ -438,9 +438,9 @@ def test_tensors_that_share_memory_or_are_of_half_precision_are_imported(
     cache: Path, tmp_path: Path, base: dict[str, torch.Tensor]
 ) -> None:
     halves = {name: tensor.half() for name, tensor in base.items()}
-    twins = [name for name in halves if name.endswith("norm1.bias")][:2]
-    if halves[twins[0]].shape == halves[twins[1]].shape:
-        halves[twins[1]] = halves[twins[0]]
+    duplicates = [name for name in halves if name.endswith("norm1.bias")][:2]
+    if halves[duplicates[0]].shape == halves[duplicates[1]].shape:
+        halves[duplicates[1]] = halves[duplicates[0]]
     (tmp_path / "half.pt").write_bytes(pt_of(halves))
     assert import_weights(tmp_path / "half.pt") == 0
     read = load_base_weights("half")

@@ -36,9 +36,9 @@ def test_the_scale_of_an_mr_does_not_matter(gain, shift):
 
 def test_one_hot_voxel_does_not_darken_the_rest():
     grey = np.linspace(1, 100, 10_000).reshape(1, 10, 10, 100)
-    spoilt = grey.copy()
-    spoilt[0, 0, 0, 0] = 1.7e6
-    assert np.abs(normalise(spoilt, [MR]) - normalise(grey, [MR]))[0, 1:].max() < 0.01
+    failed = grey.copy()
+    failed[0, 0, 0, 0] = 1.7e6
+    assert np.abs(normalise(failed, [MR]) - normalise(grey, [MR]))[0, 1:].max() < 0.01
 
 
 @pytest.mark.parametrize("value", [0.0, 7.0, -3.0])

@@ -1,4 +1,4 @@
-"""Made-up patients look alike enough to learn from and differ enough to be worth it."""
+"""Synthetic phantoms look alike enough to learn from and differ enough to be worth it."""
 
 from __future__ import annotations
 

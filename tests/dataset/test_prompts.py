@@ -63,7 +63,7 @@ def test_ends_are_marked_on_the_slices_just_beyond_them():
     assert [int((found.labels == value).any(axis=(1, 2)).sum()) for value in (1, 2)] == [1, 1]
 
 
-def test_what_a_label_s_end_stops_say_is_no_word_about_other_labels():
+def test_what_a_label_s_end_marks_say_is_no_word_about_other_labels():
     labels = mask_with((8, 4, 4), (np.s_[2:6, 0], 1), (np.s_[5:, 2], 2))
     view = view_of((8, 4, 4))
     found = simulate_prompts(labels, view, (1, 2), "middle", mark_ends=True)
@@ -115,7 +115,7 @@ def test_an_untouched_mask_is_no_prompt(tmp_path):
     assert read_prompts(tmp_path, "case", view_of((3, 4, 5)), [1]) is None
 
 
-def test_a_painted_slice_speaks_for_every_label_and_comes_back_bit_exact(tmp_path):
+def test_a_annotated_slice_speaks_for_every_label_and_comes_back_bit_exact(tmp_path):
     view = view_of((3, 4, 5))
     mask = mask_with((3, 4, 5), (np.s_[1, 2, 2:4], 2))
     save(tmp_path, mask, view)
@@ -171,7 +171,7 @@ def test_slices_painted_along_another_axis_are_refused_and_both_are_named(tmp_pa
         read_prompts(tmp_path, "case", view, [1])
 
 
-def test_one_painted_slice_among_ignored_ones_has_an_axis_too(tmp_path):
+def test_one_annotated_slice_among_ignored_ones_has_an_axis_too(tmp_path):
     view, mask = view_of((12, 14, 16)), np.full((12, 14, 16), 9, np.uint8)
     mask[:, :, 4] = 0
     mask[SAGITTAL] = 1

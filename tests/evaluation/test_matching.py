@@ -27,7 +27,7 @@ def matched(pairing):
     return [(case, None if prediction is None else prediction.name) for case, _, prediction in pairing.pairs]
 
 
-def test_namesakes_belong_together_whatever_their_ending(folders):
+def test_same_name_belong_together_whatever_their_ending(folders):
     references, predictions = folders(["a.nii.gz", "b.nrrd"], ["a.mha", "b.nii.gz", "manifest.json", "summary.json", "._a.mha"])
     assert matched(pair(references, predictions, None, ())) == [("a", "a.mha"), ("b", "b.nii.gz")]
 
@@ -42,7 +42,7 @@ def test_a_label_without_prediction_is_missing(folders):
     assert matched(pair(references, predictions, None, ())) == [("a", "a.nii.gz"), ("b", None)]
 
 
-def test_an_unseen_case_that_predict_never_listed_is_missing_too(folders):
+def test_an_held_out_case_that_predict_never_listed_is_missing_too(folders):
     references, predictions = folders(["a.nii.gz", "b.nii.gz"], ["a.nii.gz"])
     manifest = Manifest(cases={"a": ManifestCase()})
     assert matched(pair(references, predictions, manifest, ())) == [("a", "a.nii.gz"), ("b", None)]
@@ -91,7 +91,7 @@ def test_names_with_a_common_affix_are_matched_and_told(folders):
     assert found.renamed == (("a_seg", "pred-a"), ("b_seg", "pred-b"))
 
 
-def test_one_namesake_is_enough_to_match_by_nothing_else(folders):
+def test_one_same_name_is_enough_to_match_by_nothing_else(folders):
     references, predictions = folders(["a.nii.gz", "b.nii.gz"], ["a.nii.gz", "b_seg.nii.gz"])
     found = pair(references, predictions, None, ())
     assert (matched(found), found.without_reference, found.renamed) == ([("a", "a.nii.gz"), ("b", None)], ("b_seg",), ())

@@ -1,4 +1,4 @@
-"""Which mask belongs to which label when no two files are namesakes."""
+"""Which mask belongs to which label when no two files have the same name."""
 
 from __future__ import annotations
 

@@ -228,7 +228,7 @@ def test_unprompted_distances_ask_only_voxels_outside_the_given_slices():
     prediction = np.roll(reference, 4, axis=2)
     prediction[3] = reference[3]
     found = score(reference, prediction, prompted=[3])
-    # the reference's two other voxels are 1 mm from the given one, the prediction's two are 4 mm from their namesakes
+    # the reference's two other voxels are 1 mm from the given one, the prediction's two are 4 mm from their files of the same name
     assert found.all["assd_mm"] == pytest.approx((1 + 0 + 1 + 4 + 0 + 4) / 6)
     assert found.unprompted["assd_mm"] == pytest.approx((1 + 1 + 4 + 4) / 4)
 

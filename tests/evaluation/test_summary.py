@@ -46,7 +46,7 @@ def summary(*scores, about=ABOUT):
     return summarise(scores, about)
 
 
-def test_the_headline_is_the_mean_of_the_unseen_cases():
+def test_the_headline_is_the_mean_of_the_held_out_cases():
     found = summary(HALF, PERFECT, LABEL_UNET_ROI_SCALE)
     assert found["mean"]["1"]["Dice"] == pytest.approx((2 / 3 + 1) / 2)
     assert found["foreground_mean"]["Dice"] == found["mean"]["1"]["Dice"]

@@ -91,7 +91,7 @@ def test_it_counts_by_its_share_and_the_network_by_the_rest():
     assert mixed.object_score.item() == pytest.approx(SHARE * SURE - (1 - SHARE) * 1)
 
 
-def test_a_network_that_is_sure_of_absence_is_believed():
+def test_a_network_that_is_sure_of_absence_is_predicted():
     assert (EndTaper(disc(), 0, 10, PX).followed(output(-SURE, -SURE), 1).logits < 0).all()
 
 

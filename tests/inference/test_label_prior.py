@@ -1,4 +1,4 @@
-"""A recogniser is heeded as far as it agrees with what was drawn on this volume, and no further."""
+"""A label U-Net is weighted as far as it agrees with what was drawn on this volume, and no further."""
 
 from dataclasses import replace
 
@@ -63,7 +63,7 @@ def test_agreement_is_the_dice_of_what_is_recognised_with_what_was_drawn():
     assert found.share == pytest.approx(MOST * (2 / 3 / GOOD) ** 2)
 
 
-def test_an_end_stop_says_nothing_of_agreement():
+def test_an_end_mark_says_nothing_of_agreement():
     found = recognised(Bright(), stack(), {4: [(0, torch.zeros(PX, PX, dtype=torch.bool)), (3, drawn())]})[4]
     assert found.agreement == pytest.approx(1.0)
 
@@ -77,52 +77,52 @@ def test_one_that_finds_nothing_of_what_was_drawn_changes_nothing():
     found = recognised(Bright(), stack(held=()), {4: [(3, drawn())]})[4]
     seen = output(3.0, 2.0)
     assert found.share == 0
-    assert found.heeded(seen, 3, None) is seen
+    assert found.weighted(seen, 3, None) is seen
 
 
-def test_logits_and_presence_are_the_mean_of_both_where_it_counts_one_half():
-    mixed = hint(margin=4.0).heeded(output(-2.0, -1.0), 0, None)
+def test_logits_and_object_score_are_the_mean_of_both_where_it_counts_one_half():
+    mixed = hint(margin=4.0).weighted(output(-2.0, -1.0), 0, None)
     assert mixed.chosen.unique().tolist() == [1.0]
     assert mixed.object_score.item() == pytest.approx(1.5)
     assert (mixed.logits > 0).all()
 
 
 def test_one_that_may_not_raise_ends_a_structure_but_finds_none():
-    """Presence -4 and recognised at +10, which counts one half: +3 for one that may; +4 and -10: -3 for both."""
+    """Object score -4 and recognised at +10, which counts one half: +3 for one that may; +4 and -10: -3 for both."""
     for raises, found in ((True, 3.0), (False, -4.0)):
-        assert float(replace(hint(), raises=raises).heeded(output(2.0, -4.0), 0, None).object_score) == pytest.approx(found)
-        assert float(replace(hint(margin=-SURE), raises=raises).heeded(output(2.0, 4.0), 0, None).object_score) == pytest.approx(-3.0)
+        assert float(replace(hint(), raises=raises).weighted(output(2.0, -4.0), 0, None).object_score) == pytest.approx(found)
+        assert float(replace(hint(margin=-SURE), raises=raises).weighted(output(2.0, 4.0), 0, None).object_score) == pytest.approx(-3.0)
 
 
 def test_neither_counts_more_than_sure():
-    mixed = hint(margin=-500.0).heeded(output(500.0, 500.0), 0, None)
+    mixed = hint(margin=-500.0).weighted(output(500.0, 500.0), 0, None)
     assert mixed.chosen.abs().max() < 1e-5
     assert mixed.object_score.item() < 0  # an empty mask is no object
 
 
 def test_where_it_did_not_look_the_mask_stays_as_it_was():
-    mixed = hint(view=RoiCrop(0, 0, 32)).heeded(output(-3.0, 1.0), 0, None)
+    mixed = hint(view=RoiCrop(0, 0, 32)).weighted(output(-3.0, 1.0), 0, None)
     assert (mixed.chosen[..., :31, :31] > 0).all()
     assert torch.equal(mixed.chosen[..., 33:, :], torch.full((1, 1, 31, 64), -3.0))
 
 
 def test_what_lies_outside_of_its_view_is_no_reason_to_believe_in_the_structure():
-    mixed = hint(margin=-SURE, view=RoiCrop(16, 16, 32)).heeded(output(3.0, 3.0), 0, None)
+    mixed = hint(margin=-SURE, view=RoiCrop(16, 16, 32)).weighted(output(3.0, 3.0), 0, None)
     assert mixed.object_score.item() == pytest.approx(-3.5)
     assert (mixed.logits < 0).all()
 
 
 def test_where_it_did_not_look_at_all_nothing_changes():
     seen = output(3.0, 3.0)
-    assert hint(margin=-SURE, view=RoiCrop(0, 0, 16)).heeded(seen, 0, RoiCrop(32, 32, 32)) is seen
+    assert hint(margin=-SURE, view=RoiCrop(0, 0, 16)).weighted(seen, 0, RoiCrop(32, 32, 32)) is seen
 
 
-def test_the_pointer_follows_the_presence():
+def test_the_pointer_follows_the_object_score():
     absent, present = torch.zeros(1, 8), torch.ones(1, 8)
     lost = replace(output(-2.0, -1.0), pointer=absent, pointers=(absent, present))
-    assert torch.equal(hint(margin=SURE).heeded(lost, 0, None).pointer, present)
+    assert torch.equal(hint(margin=SURE).weighted(lost, 0, None).pointer, present)
     held = replace(output(2.0, 1.0), pointer=present, pointers=(absent, present))
-    assert torch.equal(hint(margin=-SURE).heeded(held, 0, None).pointer, absent)
+    assert torch.equal(hint(margin=-SURE).weighted(held, 0, None).pointer, absent)
 
 
 def test_of_several_channels_it_reads_its_own():
@@ -145,14 +145,14 @@ def test_a_speck_is_not_the_structure():
     margins = torch.full((1, PX, PX), -SURE)
     margins[0, 5:7, 5:7] = SURE  # 4 pixels
     speck = LabelPrior(margins, RoiCrop(0, 0, PX), PX, 1.0, area=40 / MIN_AREA_FRACTION)  # 40 would be enough
-    assert speck.heeded(output(-SURE, -SURE), 0, None).object_score.item() < -5
-    assert (speck.heeded(output(-SURE, -SURE), 0, None).logits < 0).all()
+    assert speck.weighted(output(-SURE, -SURE), 0, None).object_score.item() < -5
+    assert (speck.weighted(output(-SURE, -SURE), 0, None).logits < 0).all()
 
 
 def test_a_network_that_sees_a_square_is_told_of_that_square():
     margins = torch.full((1, PX, PX), -4.0)
     margins[0, :, 32:] = 4.0
-    mixed = LabelPrior(margins, RoiCrop(0, 0, PX), PX, 1.0, 16.0).heeded(output(0.0, 5.0, edge=32), 0, RoiCrop(16, 40, 16))
+    mixed = LabelPrior(margins, RoiCrop(0, 0, PX), PX, 1.0, 16.0).weighted(output(0.0, 5.0, edge=32), 0, RoiCrop(16, 40, 16))
     assert (mixed.chosen == 2.0).all()
 
 

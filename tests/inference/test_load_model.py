@@ -64,7 +64,7 @@ def test_a_plan_for_another_size_than_the_weights_is_followed_with_a_warning(tmp
     assert followed.network.size == "nano" and followed.geometry == plan().geometry
 
 
-def test_a_plan_for_the_size_of_the_weights_is_followed_without_a_word(tmp_path, capsys):
+def test_a_plan_for_the_size_of_the_weights_is_followed_silently(tmp_path, capsys):
     workspace, base = workspace_with(tmp_path, plan()), model_file(tmp_path, network(), plan())
     choose_model(workspace, None, str(base), None)
     assert "plan.json" not in capsys.readouterr().err
@@ -152,7 +152,7 @@ def test_a_table_for_another_modality_is_none(tmp_path, capsys):
 # What recognises the labels
 
 
-def test_a_model_s_recogniser_is_asked_only_about_the_labels_and_channels_it_has_learned(tmp_path):
+def test_a_model_s_label_unet_is_asked_only_about_the_labels_and_channels_it_has_learned(tmp_path):
     tuned = SlmSam2(NetworkPlan(size="nano"), PX)
     tuned.label_unet = LabelUNet(1, [1], 32, width=8)
     checkpoint = read_checkpoint(model_file(tmp_path, tuned, plan()))

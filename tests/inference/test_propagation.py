@@ -60,7 +60,7 @@ def test_a_one_slice_volume_is_its_annotation(model):
     assert found.logits.shape == (1, PX, PX) and found.confidence.tolist() == [1.0]
 
 
-def test_nothing_is_found_beyond_an_end_stop(model):
+def test_nothing_is_found_beyond_an_end_mark(model):
     found = propagate(model, stack(9), {1: [AnnotatedSlice(2, EMPTY), AnnotatedSlice(4, square()), AnnotatedSlice(6, EMPTY)]})[1]
     assert (found.logits[[0, 1, 2, 6, 7, 8]] == ABSENT).all()
     assert (found.logits[[3, 5]] > ABSENT).any()
@@ -92,7 +92,7 @@ def one_sided(model, monkeypatch):
     return model
 
 
-def test_between_two_anchors_both_sides_count_by_how_near_they_are(one_sided):
+def test_between_two_conditioning_slices_both_sides_count_by_how_near_they_are(one_sided):
     found = propagate(one_sided, stack(9), {1: [AnnotatedSlice(2, square()), AnnotatedSlice(6, square())]})[1]
     assert [float(found.logits[t].mean()) for t in (3, 4, 5)] == pytest.approx([4 * 3 / 4 + 8 / 4, 6, 4 / 4 + 8 * 3 / 4])
     assert [float(found.logits[t].mean()) for t in (0, 1, 7, 8)] == pytest.approx([8, 8, 4, 4])
@@ -142,7 +142,7 @@ def test_from_one_side_alone_there_is_no_disagreement(model, anchors):
     assert propagate(model, stack(9), {1: anchors})[1].disagreement.isnan().all()
 
 
-def test_towards_an_end_stop_only_the_side_of_the_object_counts(one_sided):
+def test_towards_an_end_mark_only_the_side_of_the_object_counts(one_sided):
     found = propagate(one_sided, stack(9), {1: [AnnotatedSlice(2, square()), AnnotatedSlice(6, EMPTY)]})[1]
     tapered = [float((4 + SHARE * (EndTaper(square(), 2, 6, one_sided.mask_size).logits(t, FILLED) - 4)).mean()) for t in (3, 4, 5)]
     assert [float(found.logits[t].mean()) for t in (1, 3, 4, 5)] == pytest.approx([8, *tapered], rel=1e-4)
@@ -234,7 +234,7 @@ def test_every_policy_runs_on_every_size(size):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_one_sided_passes_are_independent_and_two_sided_ones_are_not(policy):
+def test_one_sided_passes_are_independent_and_shared_memory_ones_are_not(policy):
     """Slices after the anchor change those before it only where the way back reads what the way out has written."""
     frames, other = stack(7), stack(7)
     other[4:] = stack(3, seed=9)
@@ -244,7 +244,7 @@ def test_one_sided_passes_are_independent_and_two_sided_ones_are_not(policy):
         assert torch.equal(one[:3], two[:3]) == (not shared_memory)
 
 
-def test_two_sided_passes_go_up_from_every_anchor_and_then_down(monkeypatch):
+def test_shared_memory_passes_go_up_from_every_anchor_and_then_down(monkeypatch):
     went, track = [], SlmSam2.track
     monkeypatch.setattr(SlmSam2, "track", lambda self, f, bank, at: went.append((at.slice, at.step)) or track(self, f, bank, at))
     propagate(built("fifo", shared_memory=True), stack(7), {1: [AnnotatedSlice(1, square()), AnnotatedSlice(4, square())]})
@@ -335,7 +335,7 @@ def vanishing(model, monkeypatch):
     return model, asked
 
 
-def test_a_pass_ends_when_its_object_has_been_away_for_as_long_as_its_patience(vanishing):
+def test_a_pass_ends_when_its_object_has_been_away_for_as_long_as_its_max_empty_slices(vanishing):
     model, asked = vanishing
     visited = []
     found = propagate(model, stack(20), {1: [AnnotatedSlice(4, square())]}, advance=visited.append, max_empty_slices=3)[1]
@@ -344,19 +344,19 @@ def test_a_pass_ends_when_its_object_has_been_away_for_as_long_as_its_patience(v
     assert (found.logits[[9, 12, 19]] == ABSENT).all() and not found.confidence[9:].any()
 
 
-def test_a_gap_shorter_than_the_patience_is_crossed(vanishing):
+def test_a_gap_shorter_than_the_max_empty_slices_is_crossed(vanishing):
     model, asked = vanishing
     found = propagate(model, stack(20), {1: [AnnotatedSlice(4, square())]}, max_empty_slices=7)[1]
     assert (found.logits[12] > 0).all() and max(asked) == 19
 
 
-def test_towards_another_annotated_slice_patience_does_not_end(vanishing):
+def test_towards_another_annotated_slice_max_empty_slices_does_not_end(vanishing):
     model, asked = vanishing
     propagate(model, stack(20), {1: [AnnotatedSlice(4, square()), AnnotatedSlice(16, square())]}, max_empty_slices=2)
     assert set(range(5, 16)) <= set(asked) and asked.count(10) == 2
 
 
-def test_without_patience_every_slice_is_visited(vanishing):
+def test_without_max_empty_slices_every_slice_is_visited(vanishing):
     model, asked = vanishing
     propagate(model, stack(20), {1: [AnnotatedSlice(4, square())]})
     assert sorted(asked) == [t for t in range(20) if t != 4]

@@ -1,4 +1,4 @@
-"""From a person's slices to anchors: which slices, which labels, and structures thinner than a network pixel."""
+"""From annotated slices to anchors: which slices, which labels, and structures thinner than a network pixel."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_a_label_is_anchored_on_the_slice_where_it_was_drawn():
     assert anchor.slice == 2 and np.array_equal(anchor.mask.numpy(), drawn()[2] == 1)
 
 
-def test_an_empty_annotated_slice_is_an_end_stop():
+def test_an_empty_annotated_slice_is_an_end_mark():
     stop, anchor = annotated_slices_of(prompts(drawn(), {1: (0, 2)}), view(), [1], 32)[1]
     assert (stop.slice, bool(stop.mask.any())) == (0, False)
     assert (anchor.slice, bool(anchor.mask.any())) == (2, True)
@@ -48,7 +48,7 @@ IGNORE = 9
 
 
 @pytest.mark.parametrize(("ignored", "anchored"), [(slice(0, 1), [2]), (slice(0, 0), [2, 4])])
-def test_a_slice_without_the_label_is_an_end_stop_only_where_all_of_it_was_looked_at(ignored, anchored):
+def test_a_slice_without_the_label_is_an_end_mark_only_where_all_of_it_was_looked_at(ignored, anchored):
     labels = drawn()
     labels[4, ignored] = IGNORE
     found = annotated_slices_of(Prompts(labels, {1: (2, 4)}, (2, 4), IGNORE), view(), [1], 32)[1]

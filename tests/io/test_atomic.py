@@ -1,4 +1,4 @@
-"""The writing door: whole files or none, strict JSON, one writer."""
+"""The writing door: whole files or none, strict JSON, one process."""
 
 from __future__ import annotations
 

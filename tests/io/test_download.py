@@ -160,7 +160,7 @@ def test_a_stream_without_an_end_is_stopped(site: Site, tmp_path: Path) -> None:
     assert names_in(tmp_path) == []
 
 
-def test_a_server_that_tells_no_length_is_believed_when_the_digest_is_right(site: Site, tmp_path: Path) -> None:
+def test_a_server_that_tells_no_length_is_predicted_when_the_digest_is_right(site: Site, tmp_path: Path) -> None:
     site.lengths = False
     assert fetch(wanted(site, tmp_path, size=None)) == DIGEST
 

@@ -283,13 +283,13 @@ def test_calibration_travels_in_the_header(tmp_path, plan):
 
 
 def tuned_on(labels, seed=0):
-    """A model with a recogniser of these labels."""
+    """A model with a label U-Net of these labels."""
     model = build(seed)
     model.label_unet = LabelUNet(1, labels, 32, width=8)
     return model
 
 
-def test_a_recogniser_is_saved_with_the_model_and_read_back(tmp_path, plan):
+def test_a_label_unet_is_saved_with_the_model_and_read_back(tmp_path, plan):
     made, path = tuned_on([1]), tmp_path / "model.safetensors"
     save_checkpoint(path, made, plan, Provenance(base="nano"))
     found = label_unet_of(read_checkpoint(path))
@@ -307,7 +307,7 @@ def test_what_a_base_recognises_is_not_taken_over_and_not_part_of_its_digest(tmp
     assert base.base_digest == tensors_digest(build().state_dict()) != base.digest
 
 
-def test_an_adapter_brings_its_own_recogniser_to_a_base_that_has_another(tmp_path, plan):
+def test_an_adapter_brings_its_own_label_unet_to_a_base_that_has_another(tmp_path, plan):
     base_path, path = tmp_path / "base.safetensors", tmp_path / "adapter.safetensors"
     save_checkpoint(base_path, tuned_on([1]), plan, Provenance(base="nano"))
     base, model = read_checkpoint(base_path), tuned_on([7])
@@ -316,10 +316,10 @@ def test_an_adapter_brings_its_own_recogniser_to_a_base_that_has_another(tmp_pat
     assert label_unet_of(combine_with_base(read_checkpoint(path), base)).values == [7]
 
 
-def test_a_damaged_recogniser_is_refused_with_the_file_s_name(tmp_path, plan):
+def test_a_damaged_label_unet_is_refused_with_the_file_s_name(tmp_path, plan):
     path = tmp_path / "model.safetensors"
     save_checkpoint(path, tuned_on([1]), plan, Provenance(base="nano"))
     whole = read_checkpoint(path)
-    broken = replace(whole, state={name: tensor for name, tensor in whole.state.items() if name != "recogniser.labels"})
-    with pytest.raises(WeightsError, match="model.safetensors: corrupt: its recogniser is not whole"):
+    broken = replace(whole, state={name: tensor for name, tensor in whole.state.items() if name != "label U-Net.labels"})
+    with pytest.raises(WeightsError, match="model.safetensors: corrupt: its label U-Net is not whole"):
         label_unet_of(broken)

@@ -1,4 +1,4 @@
-"""A recogniser is what its tensors say, and sees a slice between its neighbours."""
+"""A label U-Net is what its tensors say, and sees a slice between its neighbours."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_it_says_the_same_once_it_was_read_back():
     ],
 )
 def test_one_that_is_not_whole_is_refused(changes):
-    with pytest.raises(ValueError, match="px|recogniser"):
+    with pytest.raises(ValueError, match="px|label U-Net"):
         label_unet_from_state(tensors(**changes))
 
 

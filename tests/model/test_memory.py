@@ -21,7 +21,7 @@ def moment(slice_, tracked=(), anchors=(0,), step=1, slices=100, evidence=None):
 
 
 def seen(object_score, confidence=1.0):
-    """Evidence of slices by their presence logits, all equally confident."""
+    """Memory scores of slices by their object score logits, all equally confident."""
     return MemoryScores(dict(object_score), dict.fromkeys(object_score, confidence))
 
 
@@ -133,7 +133,7 @@ def test_what_is_forgotten_would_never_have_been_read(policy, step):
         assert len(kept) <= 17
 
 
-def test_two_sided_the_first_slices_of_the_way_back_still_find_what_the_way_out_has_written():
+def test_shared_memory_the_first_slices_of_the_way_back_still_find_what_the_way_out_has_written():
     shared_memory, kept = Fifo(shared_memory=True), []
     for t in range(31, 100):
         kept = shared_memory.keep(moment(t, [*kept, t], anchors=(30,)))

@@ -1,8 +1,8 @@
 """The policy `fifo` against SAM 2's own code, on the same random weights.
 
 Inference is compared with `SAM2VideoPredictor`: the raw mask logits of every pass, slice by slice, at the decoder's resolution,
-before passes are blended. The predictor lets a pass read what the other direction has written, so ours reads two-sided here.
-Both write a person's mask to memory through the four times smaller mask (`low_resolution_prompts`).
+before passes are blended. The predictor lets a pass read what the other direction has written, so ours reads shared here.
+Both write an annotated mask to memory through the four times smaller mask (`low_resolution_prompts`).
 Training is compared with `SAM2Base._track_step` in training mode: the loss of a clip and the gradient of every parameter.
 """
 
@@ -107,7 +107,7 @@ def test_with_one_sided_reading_the_first_pass_is_the_predictors_and_the_second_
 
 
 def test_three_anchors_both_ways_and_their_blend(monkeypatch):
-    """Forwards through all anchors from the first, then backwards from the last: between two anchors both passes go by."""
+    """Forwards through all anchors from the first, then backwards from the last: between two conditioning slices both passes go by."""
     model, frames, drawn = build(shared_memory=True), frames_of(), {2: SQUARE, 6: TALL, 10: FLAT}
     predictor = Predictor(model, frames, monkeypatch)
     for slice_, mask in drawn.items():

@@ -21,7 +21,7 @@ ANCHOR, PX = 0, 64
 
 
 def moment(slice_, *stored, step=1, at=None):
-    """A moment with one anchor and stored slices (index, presence, confidence, angle in degrees); `at`: the current slice's angle.
+    """A moment with one anchor and stored slices (index, object score, confidence, angle in degrees); `at`: the current slice's angle.
 
     Objects are points on a circle: similarity is the cosine of the angle between them, and the anchor lies at 0 degrees.
     """
@@ -62,8 +62,8 @@ def test_a_slice_that_the_table_trusts_less_is_not_admitted_and_one_that_it_trus
     assert ShortLongSelfSort().keep(calibrated(moment(2, (1, 50.0, 0.9, 0), (2, 50.0, 0.9, 0)), table((0.9, 0.2)))) == [2]
 
 
-def test_the_table_is_asked_about_presence_times_predicted_iou():
-    """At a logit of 0 the object is there with probability one half, so 0.8 counts as 0.4; the anchor is a person's word."""
+def test_the_table_is_asked_about_object_score_times_predicted_iou():
+    """At a logit of 0 the object is there with probability one half, so 0.8 counts as 0.4; the anchor is the next annotated slice."""
     told = calibrated(moment(2, (1, 0.0, 0.8, 0)), table((0.4, 0.1), (0.8, 0.9))).evidence
     assert told.confidence == {ANCHOR: 1.0, 1: pytest.approx(0.1)}
     assert moment(2, (1, -1000.0, 0.8, 0)).evidence.calibrated([1], table((0.0, 0.05), (1.0, 1.0)).of).confidence[1] == 0.05

@@ -52,7 +52,7 @@ def test_tuning_needs_what_every_slice_and_track_of_a_clip_keeps():
 
 
 @pytest.mark.parametrize(("span", "px", "width"), [(10, 48, 32), (28, 64, 32), (40, 80, 16), (90, 128, 16)])
-def test_the_recogniser_sees_twice_what_is_annotated(span, px, width):
+def test_the_label_unet_sees_twice_what_is_annotated(span, px, width):
     one = known(case(span=span))
     assert label_unet_size(decide(one), one.cases) == (px, width)  # 2 * span, in steps of 16, from 48 to 128
 
@@ -89,14 +89,14 @@ def test_without_validation_its_time_is_saved():
     )
 
 
-def test_no_more_time_is_foretold_than_the_plan_allows():
+def test_no_more_time_is_estimated_than_the_plan_allows():
     small = known(case())
     plan = decide(small)
     short = plan.model_copy(update={"training": plan.training.model_copy(update={"minutes": 2.0})})
     assert estimate_finetuning(short, small, 1, 10.0).seconds == 120
 
 
-def test_of_a_network_that_was_not_measured_nothing_is_foretold():
+def test_of_a_network_that_was_not_measured_nothing_is_estimated():
     small = known(case())
     assert estimate_prediction(decide(small, "tiny"), small.cases) is None and estimate_finetuning(decide(small, "tiny"), small, 1) is None
 

@@ -18,7 +18,7 @@ from slmsam2_cli.planning.plan import (
     differences,
     keep_edits,
     read_plan,
-    signed,
+    with_digest,
     write_plan,
 )
 
@@ -26,7 +26,7 @@ from slmsam2_cli.planning.plan import (
 def plan(**changes):
     geometry = GeometryPlan(slice_axis="SI", in_plane_mm=0.5, through_plane_mm=None, input_size=128, crop_to_nonzero=True)
     training = TrainingPlan(steps=100, clips_per_step=4, learning_rate=1e-4, warmup_steps=10, weight_decay=0.1)
-    return signed(
+    return with_digest(
         Plan(
             tool_version="1",
             dataset_name="d",

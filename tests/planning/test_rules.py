@@ -261,7 +261,7 @@ def test_from_its_base_nano_keeps_what_it_knows_of_where_structures_end():
     assert choose_training("tiny", 5).value.object_score_target == "ground_truth"
 
 
-def test_a_recogniser_of_nano_finds_what_propagation_does_not_see_only_if_three_volumes_taught_it_or_somebody_says_so():
+def test_a_label_unet_of_nano_finds_what_propagation_does_not_see_only_if_three_volumes_taught_it_or_somebody_says_so():
     many = decide(fingerprint(*(case(str(number)) for number in range(9))))
     assert [training_for(many, n).can_add for n in (1, 2, 3, 20)] == [False, False, True, True]
     assert training_for(many, 1, from_scratch=True).can_add

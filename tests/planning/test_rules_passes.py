@@ -49,7 +49,7 @@ def test_as_many_slices_are_encoded_at_a_time_as_eight_of_256_pixels_are_large(p
     assert choose_inference([running(10, 30)], "SI", px).value.batch_slices == batch
 
 
-def test_a_pass_walks_over_the_label_and_as_far_beyond_as_its_patience():
+def test_a_pass_walks_over_the_label_and_as_far_beyond_as_its_max_empty_slices():
     assert propagated_slices(running(10, 30), 1, "SI", 6) == 21 + 12
     assert propagated_slices(running(2, 30), 1, "SI", 6) == 31 + 6  # two slices to the rim
     assert propagated_slices(running(10, 395), 1, "SI", 6) == 386 + 6 + 4

@@ -81,7 +81,7 @@ def test_the_packaged_base_is_read_from_such_a_file(done, monkeypatch):
     assert load_base_weights("auto").digest == read_checkpoint(done / "nano.safetensors").digest
 
 
-def test_an_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(done, recipe, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(done, recipe, tmp_path, monkeypatch):
     """SIGINT after the second of four steps."""
     train = stage.train
 

@@ -85,7 +85,7 @@ def test_a_recipe_that_is_not_there_or_no_json_is_refused(tmp_path):
         read_recipe(tmp_path / "broken.json")
 
 
-def test_a_shift_of_presence_changes_the_bias_of_its_head_and_nothing_else():
+def test_a_shift_of_object_score_changes_the_bias_of_its_head_and_nothing_else():
     model = build(read_recipe(SMOKE), torch.device("cpu"))
     plain, shifted = kept(model, 0.0), kept(model, -0.75)
     changed = {name for name in plain if not torch.equal(plain[name], shifted[name])}

@@ -1,4 +1,4 @@
-"""What every clip of imaginary volumes promises, whatever was drawn."""
+"""What every clip of procedurally generated volumes promises, whatever was drawn."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def report(cases: int = 7, slices: int = 24, kind: Kind = "evaluation", name: st
         kind=kind,
         title="Prostate MR, one slice given" if kind == "evaluation" else "Prediction: prostate MR",
         headline=(
-            ("Dice, unseen cases", "0.912", "95 % interval 0.894 to 0.927; n 7"),
+            ("Dice, held-out cases", "0.912", "95 % interval 0.894 to 0.927; n 7"),
             ("HD95", "3.1 mm", "n 6 of 7"),
             ("Without those given", "0.905", "Dice"),
             ("Cases", "9", "1 failed, 1 missing"),
@@ -50,7 +50,7 @@ def report(cases: int = 7, slices: int = 24, kind: Kind = "evaluation", name: st
                 "Means",
                 ("Structure", "Dice", "HD95", "n"),
                 (("Peripheral zone", "0.90", "3.4", "7"), ("Transition zone", "0.93", "2.8", "7")),
-                "Unseen cases.",
+                "Held-out cases.",
             ),
         ),
         worst=worst,

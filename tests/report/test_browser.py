@@ -26,7 +26,7 @@ from slmsam2_cli.report.schema import Report
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-PATIENCE_MS = 60_000
+TIMEOUT_MS = 60_000
 SOFTWARE_GL = ("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader")
 TRUTH = (86, 180, 233)
 NO_WEBGL = "HTMLCanvasElement.prototype.getContext = () => null"
@@ -67,7 +67,7 @@ class LoadedCase:
         self.page, self.folder = page, folder
         self.said: list[str] = []
         self.asked: list[str] = []
-        page.set_default_timeout(PATIENCE_MS)
+        page.set_default_timeout(TIMEOUT_MS)
         page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: self.said.append(f"error: {error}"))
         page.on("request", lambda request: self.asked.append(request.url))
@@ -122,7 +122,7 @@ def near(shown: np.ndarray, colour: tuple[int, int, int], within: int = 40) -> i
 
 def until(holds: Callable[[], bool]) -> None:
     """Waits for what no selector can say."""
-    deadline = time.monotonic() + PATIENCE_MS / 1000
+    deadline = time.monotonic() + TIMEOUT_MS / 1000
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.05)

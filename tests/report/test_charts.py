@@ -105,7 +105,7 @@ def test_dice_classes(dice: float, index: int) -> None:
     assert dice_class(dice) == index
 
 
-def test_a_distribution_boxes_unseen_cases_only_and_shows_all() -> None:
+def test_a_distribution_boxes_held_out_cases_only_and_shows_all() -> None:
     cases = [CaseReport(f"c{i}", "held_out", "ok", (liver(dice=value),)) for i, value in enumerate((0.6, 0.7, 0.8, 0.9, 1.0))]
     cases.append(CaseReport("learned", "training", "ok", (liver(dice=0.5),)))
     cases.append(CaseReport("empty", "held_out", "ok", (liver(dice=None),)))

@@ -68,7 +68,7 @@ def test_failed_and_missing_cases_come_first_then_the_worst(files):
 def test_the_numbers_are_those_of_the_summary(files):
     made, summary = report(files)
     mean = summary["foreground_mean"]
-    assert made.headline[0][:2] == ("Mean Dice", f"{mean['Dice']:.3f}") and "5 unseen cases" in made.headline[0][2]
+    assert made.headline[0][:2] == ("Mean Dice", f"{mean['Dice']:.3f}") and "5 held-out cases" in made.headline[0][2]
     assert made.headline[2][1] == f"{mean['HD95']:.2f} mm" and f"{mean['HD95_penalised']:.2f} mm" in made.headline[2][2]
     assert "of 3 structures" in made.headline[2][2]
     row = next(row for row in summary["metric_per_case"] if row["case"] == "long")
@@ -175,7 +175,7 @@ def test_progress_is_told_once_a_case(files):
 
 def test_when_every_case_was_learned_from_the_headline_says_so(files):
     made, _ = report(files, [score_case(job("exact", files["exact"], group="training"))])
-    assert made.headline == (("Mean Dice", "-", "no unseen case: the model has learned from every case"),)
+    assert made.headline == (("Mean Dice", "-", "no held-out case: the model has learned from every case"),)
     assert made.tables[0].title == "Training cases (the model has seen them): 1"
 
 

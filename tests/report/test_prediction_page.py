@@ -239,15 +239,15 @@ def test_a_folder_gets_one_page_that_names_every_case_and_no_path(folder, capsys
     assert "Masks of 2 cases" in text and str(folder) not in text and "warning" not in capsys.readouterr().err
 
 
-def test_a_page_that_tells_of_these_masks_is_left_alone_and_any_other_is_made_anew(folder):
+def test_a_page_that_tells_of_these_masks_is_left_alone_and_any_other_is_made_again(folder):
     page = written(folder, {"a": entry("a")})
     write_prediction_report(folder, {})
     first = page.stat().st_mtime_ns
     written(folder, {"a": entry("a", seconds=9.0)})
-    write_prediction_report(folder, {}, anew=False)
+    write_prediction_report(folder, {}, again=False)
     assert page.stat().st_mtime_ns == first
     written(folder, {"a": entry("a"), "b": entry("b")})
-    write_prediction_report(folder, {}, anew=False)
+    write_prediction_report(folder, {}, again=False)
     assert page.stat().st_mtime_ns != first and "Masks of 2 cases" in page.read_text()
 
 

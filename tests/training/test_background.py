@@ -64,7 +64,7 @@ def test_what_goes_wrong_there_is_raised_where_it_is_asked_for_and_the_threads_c
 
 
 def made(object_score, scratch=False):
-    """A learner with a recogniser, and what it learns from."""
+    """A learner with a label U-Net, and what it learns from."""
     cases = [case(name=name, size=(PX, PX)) for name in ("left", "right")]
     training_data = TrainingData(ClipSampler(cases, [1], whole(PX)), SliceSampler(cases, [1], PX))
     torch.manual_seed(0)
@@ -79,7 +79,7 @@ def plan(**changes):
 
 
 def learned(object_score, scratch=False):
-    """All weights after three steps, the recogniser's included."""
+    """All weights after three steps, the label U-Net's included."""
     one, training_data = made(object_score, scratch)
     for _ in train(one, training_data, plan(object_score_target=object_score), lambda: False):
         pass
@@ -93,7 +93,7 @@ def test_two_threads_learn_what_one_does_bit_by_bit(threads, object_score, scrat
     threads(2)
     helped, before = learned(object_score, scratch), made(object_score, scratch)[0].model.state_dict()
     assert all(torch.equal(value, helped[name]) for name, value in alone.items())
-    assert not torch.equal(helped["recogniser.logits.weight"], before["recogniser.logits.weight"])
+    assert not torch.equal(helped["label U-Net.logits.weight"], before["label U-Net.logits.weight"])
 
 
 def test_with_two_threads_each_batch_is_drawn_once_and_none_beyond_the_last_step(threads, monkeypatch):
@@ -110,10 +110,10 @@ def test_with_two_threads_each_batch_is_drawn_once_and_none_beyond_the_last_step
 def test_a_batch_that_cannot_be_shown_ends_the_run_at_its_own_step(threads, monkeypatch):
     threads(2)
 
-    def spoilt(self, at, usual=BatchDataset.__getitem__):
+    def failed(self, at, usual=BatchDataset.__getitem__):
         return FailedBatch("step 2: damaged") if at[0] == 2 else usual(self, at)
 
-    monkeypatch.setattr(BatchDataset, "__getitem__", spoilt)
+    monkeypatch.setattr(BatchDataset, "__getitem__", failed)
     one, training_data = made("teacher")
     with pytest.raises(TrainingError, match="step 2: damaged"):
         list(train(one, training_data, plan(object_score_target="teacher"), lambda: False))

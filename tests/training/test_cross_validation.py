@@ -117,26 +117,26 @@ def copying(monkeypatch):
 
 def test_all_slices_but_the_given_one_count_empty_ones_too(copying):
     held = prepared(slices=12, held=range(4, 9))  # copied to 11 more: 2 * 4 / (4 + 11)
-    assert judged(None, Fold("a", (), held), plan(), heeded=False).score == pytest.approx(8 / 15, abs=0.02)
+    assert judged(None, Fold("a", (), held), plan(), weighted=False).score == pytest.approx(8 / 15, abs=0.02)
 
 
 def test_of_a_divided_volume_only_the_lower_part_counts(copying):
     held = prepared(slices=12, held=range(4, 9))  # slices 0 to 5, of which 4 and 5 hold it: 2 * 2 / (2 + 6)
-    assert judged(None, Fold("a", (), held, until=6), plan(), heeded=False).score == pytest.approx(0.5, abs=0.02)
+    assert judged(None, Fold("a", (), held, until=6), plan(), weighted=False).score == pytest.approx(0.5, abs=0.02)
 
 
 def test_ignored_pixels_do_not_count(copying):
     held = prepared(slices=12, held=range(4, 9))
     labels = np.array(held.labels)
     labels[9:] = 9
-    score = judged(None, Fold("a", (), PreparedCase("a", held.frames, labels, None, {})), plan(ignore=9), heeded=False).score
+    score = judged(None, Fold("a", (), PreparedCase("a", held.frames, labels, None, {})), plan(ignore=9), weighted=False).score
     assert score == pytest.approx(2 * 4 / (4 + 8), abs=0.02)
 
 
 def test_a_label_that_is_rightly_not_found_counts_as_found(copying, monkeypatch):
     held = prepared(slices=12, held=[5])  # on the given slice alone, and nowhere else is anything found
     monkeypatch.setattr(cross_validation, "_labels", lambda found, truth, given, px: truth * (np.arange(12) == 5)[:, None, None])
-    assert judged(None, Fold("a", (), held), plan(), heeded=False).score == 1
+    assert judged(None, Fold("a", (), held), plan(), weighted=False).score == 1
 
 
 def test_where_two_labels_claim_a_pixel_the_surer_one_has_it(monkeypatch):
@@ -148,7 +148,7 @@ def test_where_two_labels_claim_a_pixel_the_surer_one_has_it(monkeypatch):
     held = prepared(slices=12, held=range(4, 9))
     labels = np.array(held.labels)
     labels[4:9, 20:24, 20:24] = 2
-    found = judged(None, Fold("a", (), PreparedCase("a", held.frames, labels, None, {})), plan({1: "a", 2: "b"}), heeded=False).labels
+    found = judged(None, Fold("a", (), PreparedCase("a", held.frames, labels, None, {})), plan({1: "a", 2: "b"}), weighted=False).labels
     assert (found[0] == 2).all() and (found[6][labels[6] == 1] == 1).all()  # but what is given stays
 
 
@@ -187,7 +187,7 @@ def test_a_look_that_is_better_than_the_base_counts_before_a_later_one_that_is_n
     assert (found.kept, found.steps, found.tuned) == ("tuned", 400, 0.801)
 
 
-def test_a_recogniser_that_does_not_help_is_left_away():
+def test_a_label_unet_that_does_not_help_is_left_away():
     without = settled({"a": {0: (0.5, 0.5), 1: (0.4, 0.6), 3: (0.45, 0.7)}})
     assert without.label_unet is False and without.tuned == 0.7
     with_it = settled({"a": {0: (0.5, 0.5), 1: (0.4, 0.6), 3: (0.697, 0.7)}})

@@ -100,7 +100,7 @@ def test_a_process_that_is_killed_while_it_draws_is_an_error_with_step_and_volum
         until_it_fails(feed(workers=workers, batches=Dying(lambda: os.kill(os.getpid(), signal.SIGKILL))))
 
 
-def test_a_process_that_hangs_is_an_error_after_the_patience_is_over():
+def test_a_process_that_hangs_is_an_error_after_the_max_empty_slices_is_over():
     with pytest.raises(TrainingError, match=r"step 2, .*hung"):
         until_it_fails(feed(workers=1, batches=Dying(lambda: time.sleep(60)), timeout_s=2))
 

@@ -1,4 +1,4 @@
-"""What the recogniser is shown: slices as at inference, with the labels that are on them."""
+"""What the label U-Net is shown: slices as at inference, with the labels that are on them."""
 
 from dataclasses import replace
 

@@ -45,7 +45,7 @@ def test_iou_of_half_against_everything_is_one_half_and_of_two_empty_masks_one()
     assert true_iou(-torch.ones(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)).item() == 1.0
 
 
-def test_an_absent_object_costs_presence_and_a_mask_that_does_not_vanish_but_no_dice():
+def test_an_absent_object_costs_object_score_and_a_mask_that_does_not_vanish_but_no_dice():
     nothing = torch.zeros(1, 1, 8, 8)
     loss = slice_loss(output(torch.full((1, 1, 8, 8), -30.0), object_score=30.0), nothing)
     assert loss.dice == 0 and loss.iou == 0
@@ -73,7 +73,7 @@ def test_what_nobody_looked_at_costs_nothing():
     assert loss.pixels.item() == pytest.approx(0.0, abs=1e-6) and loss.dice.item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_presence_is_not_judged_where_the_object_may_hide_in_what_nobody_looked_at():
+def test_object_score_is_not_judged_where_the_object_may_hide_in_what_nobody_looked_at():
     nothing = torch.zeros(1, 1, 8, 8)
     assert slice_loss(output(-torch.ones(1, 1, 8, 8), object_score=30.0), nothing, half()).object_score == 0
     assert slice_loss(output(-torch.ones(1, 1, 8, 8), object_score=30.0), nothing, torch.ones(1, 1, 8, 8)).object_score > 1
@@ -106,7 +106,7 @@ def test_a_mask_where_nothing_is_may_count_more():
     assert ten_times.item() == pytest.approx(10 * once.item())
 
 
-def test_presence_that_is_kept_is_compared_with_what_was_believed_whatever_the_truth():
+def test_object_score_that_is_kept_is_compared_with_what_was_predicted_whatever_the_truth():
     even = torch.tensor([0.5])
     for target in (half(), torch.zeros(1, 1, 8, 8)):
         assert slice_loss(

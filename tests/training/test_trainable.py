@@ -1,4 +1,4 @@
-"""Strategies: who learns, at which rate, and that nobody else moves; an interrupted run ends like an undisturbed one."""
+"""Strategies: who learns, at which rate, and that nobody else moves; an interrupted run ends like an uninterrupted one."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def state(one):
 
 
 @pytest.mark.parametrize("settings", [*map(plan, STRATEGIES), plan("adapters", adapters=AdapterPlan(kind="bottleneck"))])
-def test_a_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(settings, tmp_path):
+def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(settings, tmp_path):
     whole, first, second = learner(settings), learner(settings), learner(settings)
     run(whole, settings)
     run(first, settings, until=2)
@@ -99,7 +99,7 @@ def test_what_starts_at_zero_learns_at_a_ten_thousandth_at_least_unless_everythi
 
 
 @pytest.mark.parametrize("strategy", ["full", "frozen-encoder", "decoder+memory", "adapters"])
-def test_a_recogniser_learns_at_its_own_rate_under_every_strategy(strategy):
+def test_a_label_unet_learns_at_its_own_rate_under_every_strategy(strategy):
     model = prepared(plan(strategy, learning_rate=1e-4))
     model.label_unet = LabelUNet(1, [1], 32, width=8)
     (fast,) = (
@@ -126,7 +126,7 @@ def test_full_tuning_merges_the_bases_own_adapter_and_says_which_are_left_out():
     assert not adapters.modalities(model) and all(p.requires_grad for p in model.parameters())
 
 
-def test_a_bottleneck_in_the_base_is_not_dropped_in_silence():
+def test_a_bottleneck_in_the_base_is_not_dropped_silently():
     model = prepared(plan("adapters", adapters=AdapterPlan(kind="bottleneck")))
     with pytest.raises(WeightsError, match="cannot be merged"):
         prepare(model, plan("full"), "MR")

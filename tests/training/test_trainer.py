@@ -1,4 +1,4 @@
-"""Training: it learns, it follows its schedule, and an interrupted run ends like an undisturbed one."""
+"""Training: it learns, it follows its schedule, and an interrupted run ends like an uninterrupted one."""
 
 from functools import partial
 
@@ -56,7 +56,7 @@ def weights(one):
 
 
 @pytest.mark.parametrize(("threads", "object_score"), [(1, "ground_truth"), (1, "teacher"), (2, "teacher")])
-def test_a_run_resumed_from_disk_ends_bit_for_bit_like_an_undisturbed_one(tmp_path, threads, object_score):
+def test_a_run_resumed_from_disk_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path, threads, object_score):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)  # with two, what the next step shows is looked at before this one is over
     try:
@@ -196,7 +196,7 @@ def test_a_run_is_done_by_steps_or_by_minutes_whichever_comes_first():
     assert fraction_done(one, plan(4, minutes=0.5)) == 1.0
 
 
-def test_where_presence_is_kept_the_untouched_network_has_nothing_to_learn_of_it():
+def test_where_object_score_is_kept_the_untouched_network_has_nothing_to_learn_of_it():
     torch.manual_seed(0)
     one = new_learner(SlmSam2(NetworkPlan(size="nano"), PX), plan(object_score_target="teacher"), from_scratch=False)
     clips = sampler().draw(np.random.default_rng(0), 1, 3, 4)
@@ -210,7 +210,7 @@ def test_where_presence_is_kept_the_untouched_network_has_nothing_to_learn_of_it
         assert (largest < 1e-6) == still
 
 
-def test_presence_is_kept_only_by_plan_and_never_from_random_weights():
+def test_object_score_is_kept_only_by_plan_and_never_from_random_weights():
     model = SlmSam2(NetworkPlan(size="nano"), PX)
     assert new_learner(model, plan(), from_scratch=False).teacher is None
     assert new_learner(model, plan(object_score_target="teacher"), from_scratch=True).teacher is None
@@ -218,7 +218,7 @@ def test_presence_is_kept_only_by_plan_and_never_from_random_weights():
     assert teacher is not None and not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 
 
-def test_what_keeps_presence_does_not_change_while_the_rest_learns():
+def test_what_keeps_object_score_does_not_change_while_the_rest_learns():
     torch.manual_seed(0)
     one = new_learner(SlmSam2(NetworkPlan(size="nano"), PX), plan(2, object_score_target="teacher"), from_scratch=False)
     before = [p.clone() for p in one.teacher.parameters()]

@@ -19,7 +19,7 @@ from slmsam2_cli.model.memory.policy import MemoryScores
 
 @dataclass(frozen=True)
 class ObjectStats:
-    """Of B objects on one slice: presence (B,) logit; confidence (B,) predicted IoU, 0 to 1; vector (B, C) of unit length, 0 where
+    """Of B objects on one slice: object_score (B,) logit; confidence (B,) predicted IoU, 0 to 1; vector (B, C) of unit length, 0 where
     nothing was seen; area (B,): positions of the embedding that the object covers.
     """
 
@@ -35,7 +35,7 @@ class ObjectStats:
 
 @torch.no_grad()
 def object_stats(top: Tensor, cover: Tensor, object_score: Tensor, confidence: Tensor) -> ObjectStats:
-    """top (B, C, h, w); cover (B, 1, H, W): share of each pixel that is the object's; presence (B, 1); confidence (B,)."""
+    """top (B, C, h, w); cover (B, 1, H, W): share of each pixel that is the object's; object_score (B, 1); confidence (B,)."""
     weight = F.adaptive_avg_pool2d(cover.float(), (top.shape[-2], top.shape[-1]))
     vector = F.normalize((top.float() * weight).sum(dim=(-2, -1)), dim=1)
     return ObjectStats(object_score.float().flatten(), confidence.float().clamp(0, 1), vector, weight.sum(dim=(-3, -2, -1)))

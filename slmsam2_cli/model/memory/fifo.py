@@ -35,7 +35,7 @@ class Fifo:
         return (self.long(moment),)
 
     def keep(self, moment: ReadContext) -> list[int]:
-        """What is within reach; with two-sided reading also what a pass from an anchor the other way will read first."""
+        """What is within reach; with shared reading also what a pass from an anchor the other way will read first."""
         return within(moment, max(self.memories, self.pointers), moment.anchors if self.shared_memory else ())
 
     def long(self, moment: ReadContext) -> Stream:

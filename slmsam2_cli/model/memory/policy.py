@@ -34,7 +34,7 @@ class Stream:
 class MemoryScores:
     """What is known of one object on the stored slices.
 
-    presence: object-score logit; confidence: predicted IoU, or the Dice to expect (`calibrated`), 0 to 1; here: similarity to the
+    object_score: object-score logit; confidence: predicted IoU, or the Dice to expect (`calibrated`), 0 to 1; here: similarity to the
     slice to be segmented; alike: similarity of two stored slices, under either order of the two. Similarities are cosines, -1 to 1.
     """
 
@@ -44,11 +44,11 @@ class MemoryScores:
     alike: Mapping[tuple[int, int], float] = field(default_factory=dict)
 
     def certainty(self, slice_: int) -> float:
-        """max(0, 2 sigmoid(presence) - 1) * confidence: 0 where the object is rather absent, 1 where it surely is as drawn."""
+        """max(0, 2 sigmoid(object_score) - 1) * confidence: 0 where the object is rather absent, 1 where it surely is as drawn."""
         return max(0.0, math.tanh(self.object_score[slice_] / 2)) * self.confidence[slice_]
 
     def calibrated(self, slices: Iterable[int], table: Callable[[float], float]) -> MemoryScores:
-        """The same, but for the confidence of these slices: what the table makes of presence probability times predicted IoU."""
+        """The same, but for the confidence of these slices: what the table makes of object score probability times predicted IoU."""
         told = {s: table((1 + math.tanh(self.object_score[s] / 2)) / 2 * self.confidence[s]) for s in slices}
         return replace(self, confidence={**self.confidence, **told})
 

@@ -55,7 +55,7 @@ class SelfSort:
     def members(self, moment: ReadContext) -> list[int]:
         """The tracked slices in the bank, in the order of writing.
 
-        Admission is gone through anew each time. What had left would leave again, so forgetting it changes nothing.
+        Admission is gone through again each time. What had left would leave again, so forgetting it changes nothing.
         """
         bank: list[int] = []
         for slice_ in (s for s in moment.tracked if self.admits(s, moment)):
