@@ -1,4 +1,4 @@
-"""Stage 2: dataset + plan -> prepared cases.   Reads plan.json, images, labels.   Writes prepared/<case>/."""
+"""slmsam2 preprocess: dataset + plan -> preprocessed cases.   Reads plan.json, images, labels.   Writes prepared/<case>/."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from slmsam2_cli.workspace import Workspace
 
 
 def preprocess(dataset: Path, workspace: Workspace, *, overwrite: bool = False) -> int:
-    """Turn every training case into a stack of slices, once. The exit code: 0, or 1 when some cases are unusable.
+    """Convert all training cases to stacks of slices, except those that are up to date. Returns the exit code: 0, or 1 with invalid cases.
 
-    Raises DatasetError with all problems when no case is usable, PlanError without a plan, OutputError.
+    Raises: DatasetError, with all problems, when no case is valid; PlanError when plan.json is missing or has other channels;
+    OutputError when the workspace cannot be written.
     """
     plan = read_plan(workspace.plan)
     data = read_dataset(dataset)
     if data.channels != plan.channels:
-        raise PlanError(f"plan.json knows the channels {plan.channels}, the data set has {data.channels}. Run slmsam2 plan --overwrite")
+        raise PlanError(
+            f"plan.json is for the channels {', '.join(plan.channels)}, but the dataset has {', '.join(data.channels)}. "
+            "Run slmsam2 plan --overwrite"
+        )
     try:
-        with lock_folder(workspace.root), console.progress("preparing", len(data.training)) as advance:
+        with lock_folder(workspace.root), console.progress("Preprocessing", len(data.training)) as advance:
             outcome = prepare_all(
                 data, plan.geometry, plan.intensity, workspace.prepared, overwrite=overwrite, log=console.say, advance=advance
             )
@@ -35,6 +39,8 @@ def preprocess(dataset: Path, workspace: Workspace, *, overwrite: bool = False) 
         console.error(str(problem))
     for case in outcome.cases:
         if case.view.scale < 1:
-            console.warn(f"case {case.id}: slices were shrunk to {case.view.scale:.0%} to fit {plan.geometry.stack_size} px")
-    console.say(f"{len(outcome.cases)} cases ready, {outcome.prepared_now} of them prepared now")
+            console.warn(
+                f"case {case.id}: slices were reduced to {case.view.scale:.0%} of their size to fit {plan.geometry.stack_size} pixels"
+            )
+    console.say(f"{len(outcome.cases)} cases ready, {outcome.prepared_now} preprocessed in this run")
     return SOME_FAILED if outcome.problems else DONE
