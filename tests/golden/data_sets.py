@@ -28,7 +28,7 @@ def golden_plan(name: str) -> Plan:
 
 
 def write(root: Path) -> None:
-    """Measure a data set and decide; the version of the tool is left out of the plan, so that it changes only when a decision does."""
+    """Measure a dataset and write its fingerprint and plan, without the version of slmsam2, so that the files change only with settings."""
     fingerprint, problems = measure(read_dataset(root))
     assert not problems, problems
     for kind, value in (("fingerprint", fingerprint), ("plan", decide(fingerprint))):

@@ -1,16 +1,14 @@
-"""What a run will need: answers by hand, from the constants that were measured."""
+"""Estimates of memory and time: answers by hand, from the measured constants."""
 
 from __future__ import annotations
-
-from inspect import signature
 
 import pytest
 from golden.data_sets import NAMES, golden_fingerprint, golden_plan
 from measured_cases import case, known
 
-from slmsam2_cli.inference import propagation
-from slmsam2_cli.model import label_unet
-from slmsam2_cli.planning import estimate
+from slmsam2_cli.dataset.cache import open_prepared, prepare_all
+from slmsam2_cli.dataset.dataset import read_dataset
+from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.planning.estimate import (
     MIB,
     Estimate,
@@ -20,44 +18,44 @@ from slmsam2_cli.planning.estimate import (
     label_unet_size,
     longest_clip,
 )
+from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.rules import decide
-from slmsam2_cli.training import cross_validation, dataloader
-from slmsam2_cli.training import label_unet as label_unet_training
+from slmsam2_cli.training.label_unet import SliceSampler
 
 
-def test_predicting_needs_the_libraries_the_volume_and_what_is_kept_of_its_slices():
+def test_prediction_memory_is_libraries_plus_volume_plus_cached_slices():
     small = known(case())
     # 440 MiB + 100,000 voxels of 11 + 8 bytes + 10 slices of 1.64 MiB
     assert estimate_prediction(decide(small), small.cases).memory_bytes == pytest.approx(456.4 * MIB + 1.9e6, rel=1e-6)
 
 
-def test_the_largest_volume_decides_how_much_memory_predicting_needs():
+def test_the_largest_volume_determines_the_memory_of_prediction():
     both = known(case(), case("b", shape=(200, 100, 100)))
     alone = known(case("b", shape=(200, 100, 100)))
     assert estimate_prediction(decide(both), both.cases).memory_bytes == estimate_prediction(decide(alone), alone.cases).memory_bytes
 
 
-def test_what_is_kept_of_slices_is_bounded():
+def test_the_cache_of_slices_is_limited_to_2_gib():
     endless = known(case(shape=(100_000, 10, 10)))
     # 440 MiB + 10 million voxels of 19 bytes + 2 GiB instead of 160
     assert estimate_prediction(decide(endless), endless.cases).memory_bytes == pytest.approx((440 + 2048) * MIB + 1.9e8, rel=1e-6)
 
 
-def test_tuning_needs_what_every_slice_and_track_of_a_clip_keeps():
+def test_finetuning_memory_grows_with_slices_and_passes_of_a_clip():
     small = known(case())
-    # one label, so 2 tracks: 440 + 94 + 8 * 40 + 7 * 2 * 18 MiB, 80 to ask the base,
+    # one label, so 2 tracks: 440 + 94 + 8 * 40 + 7 * 2 * 18 MiB, 80 for the teacher,
     # and 25 maps of 16 slices, 48 * 48 pixels and 32 channels of 4 bytes
     wanted = (440 + 94 + 320 + 252 + 80) * MIB + 25 * 4 * 16 * 48 * 48 * 32
     assert estimate_finetuning(decide(small), small, 1).memory_bytes == wanted
 
 
 @pytest.mark.parametrize(("span", "px", "width"), [(10, 48, 32), (28, 64, 32), (40, 80, 16), (90, 128, 16)])
-def test_the_label_unet_sees_twice_what_is_annotated(span, px, width):
+def test_the_label_unet_sees_twice_the_extent_of_the_labels(span, px, width):
     one = known(case(span=span))
     assert label_unet_size(decide(one), one.cases) == (px, width)  # 2 * span, in steps of 16, from 48 to 128
 
 
-def test_a_shorter_clip_is_proposed_where_memory_is_short():
+def test_the_longest_clip_that_fits_in_memory_is_found():
     small = known(case())
     plan, whole = decide(small), estimate_finetuning(decide(small), small, 1).memory_bytes
     assert longest_clip(plan, small, whole) == 8
@@ -69,7 +67,7 @@ def test_a_shorter_clip_is_proposed_where_memory_is_short():
 def test_a_slower_machine_takes_longer_in_proportion():
     small = known(case(), case("b"))
     plan = decide(small)
-    at = [estimate_finetuning(plan, small, 1, pace).seconds for pace in (0.1, 0.2, 0.3)]
+    at = [estimate_finetuning(plan, small, 1, seconds).seconds for seconds in (0.1, 0.2, 0.3)]
     assert at[2] - at[1] == pytest.approx(at[1] - at[0]) and at[1] > 1.9 * at[0] - 10
 
 
@@ -80,7 +78,7 @@ def test_more_volumes_take_more_steps():
     assert two / one == pytest.approx(360 * 1.6 / (280 * 1.2), rel=0.01)
 
 
-def test_without_validation_its_time_is_saved():
+def test_finetuning_without_cross_validation_takes_a_sixth_less_time():
     small = known(case())
     plan = decide(small)
     without = plan.model_copy(update={"training": plan.training.model_copy(update={"validation": "none"})})
@@ -89,14 +87,14 @@ def test_without_validation_its_time_is_saved():
     )
 
 
-def test_no_more_time_is_estimated_than_the_plan_allows():
+def test_the_estimate_is_at_most_the_plan_s_time_limit():
     small = known(case())
     plan = decide(small)
     short = plan.model_copy(update={"training": plan.training.model_copy(update={"minutes": 2.0})})
     assert estimate_finetuning(short, small, 1, 10.0).seconds == 120
 
 
-def test_of_a_network_that_was_not_measured_nothing_is_estimated():
+def test_only_nano_has_estimates():
     small = known(case())
     assert estimate_prediction(decide(small, "tiny"), small.cases) is None and estimate_finetuning(decide(small, "tiny"), small, 1) is None
 
@@ -104,30 +102,22 @@ def test_of_a_network_that_was_not_measured_nothing_is_estimated():
 @pytest.mark.parametrize(
     ("seconds", "words"), [(None, "-"), (3.4, "3 s"), (42.0, "40 s"), (90.0, "2 min"), (754.0, "13 min"), (7200.0, "2.0 h")]
 )
-def test_times_are_told_as_roughly_as_they_are_known(seconds, words):
+def test_times_are_rounded(seconds, words):
     assert format_estimate(Estimate(1_540_000_000, seconds)) == (words, "1.5 GB")
 
 
-def test_what_the_cost_knows_of_training_and_inference_is_what_they_do():
-    assert (estimate.TRACKS, estimate.BATCH, estimate.LABEL_UNET_ROI_SCALE) == (
-        dataloader.TRACKS_PER_WINDOW,
-        label_unet_training.BATCH,
-        label_unet.FOCUS,
-    )
-    assert (estimate.MIN_LABEL_UNET_SIZE, estimate.NARROW_LABEL_UNET_SIZE, estimate.MAX_LABEL_UNET_SIZE) == (
-        label_unet_training._LEAST_PX,
-        label_unet_training._FEW_PX,
-        label_unet_training._MOST_PX,
-    )
-    assert (estimate.FOLDS, estimate.SHARE, estimate.SINGLE_CASE_FRACTION) == (
-        cross_validation.FOLDS,
-        cross_validation.SHARE,
-        cross_validation.SINGLE_CASE_FRACTION,
-    )
-    assert 2 * len(cross_validation.LOOKS) + 2 == estimate.VALIDATION_PASSES
-    assert signature(propagation.FeatureCache).parameters["keep_bytes"].default == estimate.MAX_CACHED_BYTES
+def test_the_estimated_input_of_the_label_unet_is_the_one_it_is_trained_with(tmp_path):
+    write_phantom_dataset(tmp_path, cases=2, test_cases=0, shape=(8, 48, 48))
+    data = read_dataset(tmp_path)
+    fingerprint, _ = measure(data)
+    plan = decide(fingerprint)
+    prepare_all(data, plan.geometry, plan.intensity, tmp_path / "prepared")
+    cases = [open_prepared(tmp_path / "prepared", case.id) for case in data.training]
+    trained = SliceSampler(cases, tuple(plan.labels), plan.geometry.stack_size).px
+    estimated, _ = label_unet_size(plan, fingerprint.cases)
+    assert estimated - 16 <= trained <= estimated  # single slices may be smaller than all of them together
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_real_data_set_fits_a_laptop(name):
+def test_every_real_dataset_can_be_finetuned_with_2_gb(name):
     assert estimate_finetuning(golden_plan(name), golden_fingerprint(name), 5).memory_bytes < 2e9

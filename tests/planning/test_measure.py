@@ -1,4 +1,4 @@
-"""What is measured on a data set is what a person would count."""
+"""Measurements of a dataset are what one counts by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from slmsam2_cli.planning.measure import measure, measure_case, orientation_code
 
 
 def dataset(root, *pairs, spacing=(3.0, 1.0, 1.0), labels=None):
-    """A data set of (image, labels) arrays on disk."""
+    """Write a dataset of (image, labels) arrays."""
     cases = []
     for index, (image, mask) in enumerate(pairs):
         for folder, array in (("images", image.astype(np.float32)), ("labels", mask.astype(np.uint8))):
@@ -30,7 +30,7 @@ def dataset(root, *pairs, spacing=(3.0, 1.0, 1.0), labels=None):
 
 
 def block(shape=(4, 10, 12)):
-    """An image of 5 with a block of 100 that is label 1, zeros around."""
+    """Return an image of value 5 with zeros around, and a block of value 100 that is label 1."""
     image, mask = np.zeros(shape), np.zeros(shape)
     image[:, 1:9, 1:11] = 5
     image[1:3, 2:6, 3:5] = 100
@@ -93,10 +93,10 @@ def test_an_empty_label_is_a_warning(tmp_path):
     assert fingerprint.foreground == (None,)
 
 
-def test_progress_is_told_once_a_case(tmp_path):
-    told = []
-    measure(dataset(tmp_path, block(), block()), lambda steps, note: told.append(note))
-    assert told == ["c0", "c1"]
+def test_progress_advances_once_per_case(tmp_path):
+    advanced = []
+    measure(dataset(tmp_path, block(), block()), lambda steps, note: advanced.append(note))
+    assert advanced == ["c0", "c1"]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -112,21 +112,21 @@ def test_the_number_of_processes_changes_nothing(tmp_path, workers):
 
 
 def killing(case, dataset):
-    """Stands in for a case whose process the kernel ends."""
+    """Kill the process at one case, as the kernel does when memory runs out."""
     if case.id == "c1":
         os.kill(os.getpid(), signal.SIGKILL)
     return measure_case(case, dataset)
 
 
-def test_a_killed_process_is_its_own_case_s_problem_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(parallel, "START_METHOD", "fork")  # a forked process knows the stand-in
+def test_a_killed_process_is_a_problem_of_its_case_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "START_METHOD", "fork")  # a forked process uses the replaced function
     monkeypatch.setattr(module, "measure_case", killing)
     fingerprint, problems = measure(dataset(tmp_path, block(), block(), block()), workers=2)
     assert [case.id for case in fingerprint.cases] == ["c0", "c2"]
     assert [problem.case for problem in problems] == ["c1"]
 
 
-def test_want_of_memory_is_the_case_s_problem(tmp_path, monkeypatch):
+def test_running_out_of_memory_is_a_problem_of_the_case(tmp_path, monkeypatch):
     def hungry(case, dataset):
         raise MemoryError
 
@@ -135,11 +135,11 @@ def test_want_of_memory_is_the_case_s_problem(tmp_path, monkeypatch):
     assert "case c0: not enough memory" in str(problems[0])
 
 
-def test_a_small_data_set_is_measured_without_other_processes(tmp_path):
+def test_a_small_dataset_is_measured_in_this_process(tmp_path):
     assert worker_count(dataset(tmp_path, block(), block(), block()).training) == 0
 
 
-def test_a_large_data_set_gets_a_process_a_core_but_no_more_than_cases(tmp_path, monkeypatch):
+def test_a_large_dataset_is_measured_by_one_process_per_core_but_at_most_one_per_case(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MIN_PARALLEL_BYTES", 1)
     monkeypatch.setattr(module, "available_cpus", lambda: 2)
     cases = dataset(tmp_path, block(), block(), block()).training
@@ -148,23 +148,23 @@ def test_a_large_data_set_gets_a_process_a_core_but_no_more_than_cases(tmp_path,
 
 def test_the_foreground_is_pooled_over_all_cases(tmp_path):
     small, large = block(), (np.full((4, 10, 12), 10.0), np.ones((4, 10, 12)))
-    isotonic = measure(dataset(tmp_path, small, large))[0].foreground[0]
-    assert (isotonic.min, isotonic.max) == (10, 100)
+    foreground = measure(dataset(tmp_path, small, large))[0].foreground[0]
+    assert (foreground.min, foreground.max) == (10, 100)
 
 
 @pytest.mark.parametrize(
     ("direction", "code"), [(np.eye(3), "LPS"), (np.diag([-1.0, -1.0, 1.0]), "RAS"), (np.eye(3)[:, [1, 2, 0]], "PSL"), (-np.eye(3), "RAI")]
 )
-def test_the_orientation_is_told_in_letters(direction, code):
+def test_the_orientation_code_names_the_direction_of_x_y_and_z(direction, code):
     assert orientation_code(Grid((2, 2, 2), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), direction)) == code
 
 
-def test_a_fingerprint_survives_the_disk(tmp_path):
+def test_a_fingerprint_is_read_as_it_was_written(tmp_path):
     fingerprint, _ = measure(dataset(tmp_path, block()))
     write_fingerprint(tmp_path / "fingerprint.json", fingerprint)
     assert read_fingerprint(tmp_path / "fingerprint.json") == fingerprint
 
 
-def test_the_digest_does_not_depend_on_the_tool_s_version(tmp_path):
+def test_the_digest_does_not_depend_on_the_version_of_slmsam2(tmp_path):
     fingerprint, _ = measure(dataset(tmp_path, block()))
     assert fingerprint.model_copy(update={"tool_version": "99"}).digest == fingerprint.digest

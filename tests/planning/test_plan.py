@@ -1,4 +1,4 @@
-"""A plan can be read, edited and compared, and refuses what it does not know."""
+"""A plan can be read, edited and compared; unknown keys and other format versions are rejected."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import pytest
 
 from slmsam2_cli.errors import PlanError
 from slmsam2_cli.planning.plan import (
+    MAX_CHANNELS,
+    POLICIES,
+    AdapterPlan,
     ChannelIntensity,
     EvaluationPlan,
     GeometryPlan,
@@ -15,6 +18,7 @@ from slmsam2_cli.planning.plan import (
     NetworkPlan,
     Plan,
     TrainingPlan,
+    channel_groups,
     differences,
     keep_edits,
     read_plan,
@@ -44,7 +48,7 @@ def plan(**changes):
 
 
 def edited(tmp_path, change):
-    """The plan after somebody changed the file."""
+    """Write a plan, change the file and return its path."""
     path = tmp_path / "plan.json"
     write_plan(path, plan())
     value = json.loads(path.read_text())
@@ -68,18 +72,18 @@ def test_reasons_and_versions_do_not_change_the_digest():
     assert plan(modality="CT").digest != plan().digest
 
 
-def test_an_edit_shows(tmp_path):
+def test_a_manual_edit_is_detected(tmp_path):
     path = edited(tmp_path, lambda value: value["geometry"].update(input_size=256))
     assert not plan().edited
     assert read_plan(path).edited
 
 
-def test_a_rewritten_reason_is_no_edit(tmp_path):
-    assert not read_plan(edited(tmp_path, lambda value: value["reasons"].update(modality="I say so"))).edited
+def test_a_changed_reason_does_not_count_as_a_manual_edit(tmp_path):
+    assert not read_plan(edited(tmp_path, lambda value: value["reasons"].update(modality="by hand"))).edited
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda v: v["geometry"].update(frame_pix=256), r"geometry\.frame_pix: unknown key"),
         (lambda v: v.update(epochs=3), r"epochs: unknown key"),
@@ -91,38 +95,43 @@ def test_a_rewritten_reason_is_no_edit(tmp_path):
         (lambda v: v["geometry"].update(in_plane_mm=0), r"geometry\.in_plane_mm: "),
         (lambda v: v["geometry"].update(in_plane_mm="0.5"), r"geometry\.in_plane_mm: "),
         (lambda v: v["intensity"][0].update(lower=99.9), r"intensity\.0: upper 99.5 must be above lower 99.9"),
-        (lambda v: v["intensity"][0].update(upper=101), r"intensity\.0: percentiles lie between 0 and 100"),
+        (lambda v: v["intensity"][0].update(upper=101), r"intensity\.0: percentiles must lie between 0 and 100"),
         (lambda v: v["intensity"].clear(), r"0 entries for 1 channels"),
         (lambda v: v["training"].update(steps=0), r"training\.steps: "),
         (lambda v: v["network"].update(size="huge"), r"network\.size: .*nano"),
-        (lambda v: v["network"].update(policy="../x"), r"network\.policy: "),
+        (lambda v: v["network"].update(policy="../x"), r"network\.policy: must be one of fifo, shortlong, .* \(found '../x'\)"),
+        (lambda v: v["training"].update(adapters={"kind": "bottleneck"}), r"training\.adapters\.kind: unknown key"),
         (lambda v: v.update(labels={"0": "background"}), r"labels\.0: "),
         (lambda v: v.update(labels={"x": "a"}), r"labels\.x: "),
-        (lambda v: v.update(format_version=2), r"format_version 2 is newer than this tool's 1"),
-        (lambda v: v.update(format_version="1"), r"format_version: "),
+        (
+            lambda v: v.update(format_version=1),
+            r"format_version 1 of an earlier slmsam2 is no longer supported .*plan --overwrite to create",
+        ),
+        (lambda v: v.update(format_version=3), r"format_version 3 is newer than the supported 2. Update slmsam2"),
+        (lambda v: v.update(format_version="2"), r"format_version: "),
     ],
 )
-def test_a_mistake_is_refused_by_name(tmp_path, change, said):
-    with pytest.raises(PlanError, match=said):
+def test_an_invalid_plan_is_rejected_with_the_key(tmp_path, change, message):
+    with pytest.raises(PlanError, match=message):
         read_plan(edited(tmp_path, change))
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("{", "not valid JSON"), ("[]", "must be a JSON object"), ('{"a": 1, "a": 2}', "twice"), ('{"a": NaN}', "NaN")]
+    ("text", "message"), [("{", "not valid JSON"), ("[]", "must be a JSON object"), ('{"a": 1, "a": 2}', "twice"), ('{"a": NaN}', "NaN")]
 )
-def test_what_is_not_a_json_object_is_refused(tmp_path, text, said):
+def test_a_file_that_is_no_json_object_is_rejected(tmp_path, text, message):
     (tmp_path / "plan.json").write_text(text)
-    with pytest.raises(PlanError, match=said):
+    with pytest.raises(PlanError, match=message):
         read_plan(tmp_path / "plan.json")
 
 
-def test_a_missing_plan_says_what_to_do(tmp_path):
+def test_the_error_for_a_missing_plan_names_the_command_to_run(tmp_path):
     with pytest.raises(PlanError, match="Run slmsam2 plan first"):
         read_plan(tmp_path / "plan.json")
 
 
-def test_every_field_says_what_it_means():
-    for model in (Plan, GeometryPlan, ChannelIntensity, NetworkPlan, TrainingPlan, InferencePlan, EvaluationPlan):
+def test_every_field_has_a_description():
+    for model in (Plan, GeometryPlan, ChannelIntensity, NetworkPlan, AdapterPlan, TrainingPlan, InferencePlan, EvaluationPlan):
         for name, field in model.model_fields.items():
             nested = name in {"geometry", "network", "training", "inference", "evaluation"} and model is Plan
             assert field.description or nested, f"{model.__name__}.{name}"
@@ -139,12 +148,40 @@ def test_a_fresh_plan_replaces_an_unedited_one():
     assert keep_edits(None, fresh) == fresh
 
 
-def test_an_edited_plan_is_kept_while_the_data_stay_the_same(tmp_path):
+def test_an_edited_plan_is_kept_while_the_dataset_is_unchanged(tmp_path):
     mine = read_plan(edited(tmp_path, lambda value: value["geometry"].update(input_size=256)))
     assert keep_edits(mine, plan()) == mine
 
 
-def test_an_edited_plan_is_refused_by_key_when_the_data_changed(tmp_path):
+def test_an_edited_plan_is_rejected_with_its_keys_when_the_dataset_changed(tmp_path):
     mine = read_plan(edited(tmp_path, lambda value: value["geometry"].update(input_size=256)))
-    with pytest.raises(PlanError, match=r"geometry\.input_size is 256 where the data now ask for 128.*--overwrite"):
+    with pytest.raises(PlanError, match=r"geometry\.input_size is 256 \(new default: 128\).*--overwrite"):
         keep_edits(mine, plan(fingerprint_digest="g"))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_only_settings_that_differ_from_their_default_are_written(policy):
+    assert NetworkPlan(policy=policy).model_dump() == {"size": "nano", "policy": policy, "fuser": "gated"}
+    assert NetworkPlan(policy=policy, bank_read=3).model_dump()["bank_read"] == 3
+
+
+@pytest.mark.parametrize(
+    ("policy", "short_stream", "bank"),
+    [("fifo", False, False), ("shortlong", True, False), ("selfsort", False, True), ("shortlong+selfsort", True, True)],
+)
+def test_a_policy_declares_its_short_stream_and_its_bank(policy, short_stream, bank):
+    network = NetworkPlan(policy=policy)
+    assert (network.has_short_stream, network.has_bank) == (short_stream, bank)
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups"),
+    [(4, [[0, 1], [2], [3]]), (5, [[0, 1], [2, 3], [4]]), (6, [[0, 1], [2, 3], [4, 5]]), (7, [[0, 1, 2], [3, 4], [5, 6]])],
+)
+def test_channels_are_grouped_with_their_neighbours_and_the_first_groups_are_larger(channels, groups):
+    assert [list(group) for group in channel_groups(channels)] == groups
+
+
+@pytest.mark.parametrize("channels", range(4, MAX_CHANNELS + 1))
+def test_every_channel_is_in_exactly_one_group(channels):
+    assert [index for group in channel_groups(channels) for index in group] == list(range(channels))

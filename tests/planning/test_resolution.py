@@ -1,4 +1,4 @@
-"""Structures thinner than what a network draws are seen beforehand."""
+"""Structures that are too thin for the predicted masks are detected before training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from slmsam2_cli.planning.rules import decide
 
 
 def holding(mask, spacing=(3.0, 1.0, 1.0)):
-    """A case whose label 1 is the mask (S, P, L)."""
+    """Return a case whose label 1 is the mask (S, P, L)."""
     return CaseFingerprint(
         id="a",
         stored_shape=mask.shape,
@@ -29,7 +29,7 @@ def holding(mask, spacing=(3.0, 1.0, 1.0)):
 
 
 def bar(width, length, slices=3, edge=260):
-    """`width` rows of `length` voxels, in slices of 100 x `edge`."""
+    """Return a mask of `width` rows of `length` voxels, in slices of 100 x `edge`."""
     mask = np.zeros((slices, 100, edge), bool)
     mask[:, 10 : 10 + width, 5 : 5 + length] = True
     return mask
@@ -52,57 +52,57 @@ def test_a_disc_counts_as_half_of_its_diameter():
     assert width_mm(holding(np.stack([disc, disc])), 1, "SI") == pytest.approx(0.537 * 80, rel=0.03)
 
 
-def test_several_small_pieces_count_for_half_of_one_at_least():
+def test_two_small_parts_count_as_at_least_half_as_wide_as_one():
     two = bar(6, 6)
     two[:, 60:66, 200:206] = True
     assert 3 < width_mm(holding(two), 1, "SI") < 6
 
 
 @pytest.mark.parametrize(("edge", "px"), [(10, 96), (24, 96), (25, 128), (90, 128)])
-def test_a_structure_of_few_voxels_is_seen_at_no_more_pixels_than_its_mask_has_use_for(edge, px):
-    # square of 2 * 24 pixels as stored, two network pixels for one of the mask: 96
+def test_the_input_for_a_structure_of_few_voxels_is_no_finer_than_the_image(edge, px):
+    # ROI of 2 * 24 stored pixels, two input pixels per mask pixel: 96
     decision = choose_roi_input_size(known(holding(bar(edge, edge))), "SI", 2.0, 1.0)
-    assert decision.value == px and ("squares of" in decision.reason) == (px == 96)
+    assert decision.value == px and ("adds no detail" in decision.reason) == (px == 96)
 
 
-def test_where_slices_are_stored_finer_because_of_some_case_the_mask_is_finer_too():
+def test_a_finer_storage_resolution_allows_a_larger_input():
     found = known(holding(bar(20, 20)))
     assert (choose_roi_input_size(found, "SI", 2.0, 1.0).value, choose_roi_input_size(found, "SI", 2.0, 0.5).value) == (96, 128)
 
 
-def test_what_is_wide_enough_is_seen_at_the_usual_size():
-    # square of 2 * 40 mm, 64 pixels of the mask: 1.25 mm each
+def test_a_wide_structure_is_seen_at_the_default_input_size():
+    # ROI of 2 * 40 mm, 64 mask pixels: 1.25 mm each
     found = known(holding(bar(4, 40)))
     assert thinnest_structure(found, "SI", "nano", 128, 2.0, 1.0).pixels == pytest.approx(4 / 1.25)
     assert choose_roi_input_size(found, "SI", 2.0, 1.0).value == 128
 
 
-def test_a_structure_thinner_than_a_pixel_of_the_mask_is_seen_twice_as_large():
-    decision = choose_roi_input_size(known(holding(bar(3, 120))), "SI", 2.0, 1.0)  # 240 / 64 mm a pixel
-    assert decision.value == 256 and "organ, the thinnest, is 3 mm wide, a pixel of the mask 3.8 mm" in decision.reason
+def test_a_structure_thinner_than_a_mask_pixel_doubles_the_input_size():
+    decision = choose_roi_input_size(known(holding(bar(3, 120))), "SI", 2.0, 1.0)  # 240 / 64 mm per mask pixel
+    assert decision.value == 256 and "organ, the thinnest structure, is 3 mm wide, a mask pixel 3.8 mm" in decision.reason
 
 
-def test_a_square_is_not_larger_than_the_slice():
-    # 2 * 240 mm, but slices of 260: 260 / 64 mm a pixel
+def test_an_roi_is_not_larger_than_the_slice():
+    # 2 * 240 mm, but slices of 260: 260 / 64 mm per mask pixel
     assert thinnest_structure(known(holding(bar(4, 240))), "SI", "nano", 128, 2.0, 1.0).pixel_mm == pytest.approx(260 / 64)
 
 
-def test_what_may_be_too_thin_for_squares_around_it_is_said():
-    found = known(holding(bar(1, 240)))  # 260 / 128 mm a pixel at 256 px
-    said = resolution_warning(found, "SI", "nano", 256, 2.0)
-    assert said.startswith("organ is 1 mm wide, and a pixel of its mask may be 2 mm: parts of it may be lost")
+def test_a_structure_that_may_be_too_thin_for_its_roi_is_a_warning():
+    found = known(holding(bar(1, 240)))  # 260 / 128 mm per mask pixel at 256 px
+    warning = resolution_warning(found, "SI", "nano", 256, 2.0)
+    assert warning.startswith("organ is 1 mm wide, but mask pixels may be 2 mm wide, so parts of it may be missed")
     assert resolution_warning(known(holding(bar(2, 240))), "SI", "nano", 256, 2.0) is None
     assert decide(found).geometry.input_size == 256
 
 
-def test_what_a_network_of_whole_slices_would_lose_is_refused_with_what_to_do():
+def test_a_structure_too_thin_for_a_network_of_whole_slices_is_rejected():
     with pytest.raises(
-        DatasetError, match=r"organ is 1 mm wide, and a pixel of the mask that tiny draws .* mm: it would be lost. Plan with"
+        DatasetError, match=r"organ is 1 mm wide, but tiny predicts masks with .* mm pixels, so it cannot be segmented. Use --network nano"
     ):
         decide(known(holding(bar(1, 240, edge=2000))), "tiny")
 
 
-def test_a_label_without_measured_borders_is_not_judged():
+def test_a_label_without_measured_borders_has_no_width():
     case = holding(bar(1, 200))
     plain = case.model_copy(update={"labels": {1: case.labels[1].model_copy(update={"borders": {}})}})
     assert width_mm(plain, 1, "SI") is None

@@ -1,24 +1,29 @@
-"""Every decision follows from the fingerprint, and says why."""
+"""Every setting follows from the fingerprint and has a reason."""
 
 from __future__ import annotations
 
+import measured_cases
 import pytest
 
 from slmsam2_cli.errors import DatasetError, UsageError
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint, Extent, Fingerprint, LabelFingerprint, Statistics
 from slmsam2_cli.planning.modality import choose_modality, ct_window
 from slmsam2_cli.planning.rules import (
-    FOCUS,
+    ROI_SCALE,
     choose_in_plane_mm,
+    choose_inference,
     choose_input_size,
     choose_nsd_tolerance_mm,
     choose_slice_axis,
     choose_storage_mm,
     choose_storage_size,
+    choose_through_plane_mm,
     choose_training,
     decide,
+    propagated_slices,
     requested_axis,
     round_up,
+    stack_length,
     training_for,
 )
 
@@ -55,31 +60,31 @@ HU = values(-1000.0, 40.0, 1500.0)
 
 
 @pytest.mark.parametrize(
-    ("name", "whole", "modality", "because"),
+    ("name", "whole", "modality", "reason"),
     [
-        ("MRI", values(), "MR", "by its name"),
-        ("T2", values(), "MR", "by its name"),
-        ("FLAIR_0", values(), "MR", "by its name"),
-        ("PET", values(0, 1, 20), "PET", "by its name"),
-        ("CT", HU, "CT", "by its name"),
+        ("MRI", values(), "MR", "from the channel name"),
+        ("T2", values(), "MR", "from the channel name"),
+        ("FLAIR_0", values(), "MR", "from the channel name"),
+        ("PET", values(0, 1, 20), "PET", "from the channel name"),
+        ("CT", HU, "CT", "from the channel name"),
         ("CT", values(0, 90, 255), "unknown", "not in Hounsfield units"),
-        ("MRI", HU, "MR", "by its name"),
-        ("", HU, "CT", "the name is blank; taken for CT"),
-        ("CTA", HU, "CT", "does not settle it; taken for CT"),
-        ("CBCT", values(0, 900, 4095), "unknown", "not Hounsfield units"),
-        ("0", values(-3.0, 0.0, 4.0), "unknown", "does not settle it"),
+        ("MRI", HU, "MR", "from the channel name"),
+        ("", HU, "CT", "channel name is blank; treated as CT"),
+        ("CTA", HU, "CT", "is no known modality; treated as CT"),
+        ("CBCT", values(0, 900, 4095), "unknown", "not in Hounsfield units"),
+        ("0", values(-3.0, 0.0, 4.0), "unknown", "is no known modality"),
     ],
 )
-def test_the_modality_is_the_name_s_unless_the_values_say_otherwise(name, whole, modality, because):
+def test_the_modality_follows_the_channel_name_and_ct_is_checked_by_values(name, whole, modality, reason):
     decision = choose_modality(fingerprint(case(whole=whole), channel=name), 0)
     assert decision.value == modality
-    assert because in decision.reason
+    assert reason in decision.reason
 
 
 def test_slices_follow_the_coarse_axis_whatever_the_overlap():
     decision = choose_slice_axis(fingerprint(case(spacing=(1.0, 1.0, 4.0), overlap=(0.9, 0.9, 0.1))))
     assert decision.value == "LR"
-    assert "coarse axis" in decision.reason and "LR 4" in decision.reason
+    assert "coarsest axis" in decision.reason and "LR 4" in decision.reason
 
 
 def test_without_a_coarse_axis_the_overlap_decides():
@@ -89,11 +94,11 @@ def test_without_a_coarse_axis_the_overlap_decides():
 @pytest.mark.parametrize(
     ("overlap", "copied", "axis"),
     [
-        ((0.68, 0.775, 0.758), (0.3, 0.31, 0.45), "LR"),  # AP and LR overlap alike, and LR's middle slice stands better for all
-        ((0.775, 0.775, 0.744), (0.3, 0.31, 0.99), "AP"),  # LR is out of the running by .031
+        ((0.68, 0.775, 0.758), (0.3, 0.31, 0.45), "LR"),  # AP and LR overlap similarly, and copying LR's middle slice scores higher
+        ((0.775, 0.775, 0.744), (0.3, 0.31, 0.99), "AP"),  # LR overlaps less by 0.031, more than the margin
     ],
 )
-def test_among_axes_of_like_overlap_the_one_whose_middle_slice_copies_best_is_taken(overlap, copied, axis):
+def test_among_axes_of_similar_overlap_the_one_with_the_best_middle_slice_copy_is_chosen(overlap, copied, axis):
     assert choose_slice_axis(fingerprint(case(overlap=overlap, copied=copied))).value == axis
 
 
@@ -104,23 +109,23 @@ def with_channels(*names):
     return fingerprint(many).model_copy(update={"channels": names, "foreground": (None,) * len(names)})
 
 
-def test_more_channels_than_the_network_reads_are_refused_by_name():
+def test_more_than_16_channels_are_rejected():
     many = [f"b{value}" for value in range(17)]
-    with pytest.raises(DatasetError, match=r"17 channels \(b0, b1, .*, b16\), but the network reads 16 at most"):
+    with pytest.raises(DatasetError, match=r"17 channels \(b0, b1, .*, b16\), but at most 16 are supported"):
         decide(with_channels(*many))
 
 
-def test_more_than_three_channels_are_planned_each_and_the_reason_says_which_meet_at_first():
+def test_more_than_three_channels_are_projected_starting_from_means_of_neighbours():
     plan = decide(with_channels("FLAIR", "T1w", "t1gd", "T2w"))
     assert plan.channels == ("FLAIR", "T1w", "t1gd", "T2w") == tuple(channel.name for channel in plan.intensity)
-    assert plan.modality == "MR" and plan.reasons["channels"].endswith("the means of FLAIR + T1w | t1gd | T2w")
+    assert plan.modality == "MR" and plan.reasons["channels"].endswith("means of FLAIR + T1w | t1gd | T2w")
 
 
-def test_three_channels_are_shown_as_they_are():
+def test_three_channels_need_no_projection():
     assert "channels" not in decide(with_channels("T1", "T2", "PD")).reasons
 
 
-def test_a_plan_for_weights_that_bring_a_fuser_names_it():
+def test_the_plan_takes_the_fuser_of_the_pretrained_weights():
     assert decide(fingerprint(case()), None, "sum").network.fuser == "sum"
     assert decide(fingerprint(case())).network.fuser == "gated"
 
@@ -139,7 +144,7 @@ def test_the_median_spacing_stands_for_a_mixed_data_set():
     assert choose_slice_axis(fingerprint(*cases)).value == "SI"
 
 
-def test_single_slices_have_no_vote_among_volumes():
+def test_single_slices_do_not_influence_the_axis_of_volumes():
     cases = [case("flat", shape=(100, 1, 100), spacing=(1.0, 9.0, 1.0)), case("deep", spacing=(3.0, 1.0, 1.0))]
     assert choose_slice_axis(fingerprint(*cases)).value == "SI"
 
@@ -149,7 +154,7 @@ def test_single_slices_alone_are_cut_along_their_singleton_axis():
 
 
 @pytest.mark.parametrize(
-    ("fov", "spacing", "size", "frame"),
+    ("fov", "spacing", "size", "input_size"),
     [
         (43.0, 1.0, "nano", 128),  # 43 * 4 / 1.5 = 114.7
         (57.0, 1.0, "nano", 160),  # 152
@@ -160,16 +165,16 @@ def test_single_slices_alone_are_cut_along_their_singleton_axis():
         (1.0, 1.0, "nano", 128),
     ],
 )
-def test_the_frame_is_large_enough_for_fine_mask_pixels(fov, spacing, size, frame):
-    assert choose_input_size(fov, spacing, size).value == frame
+def test_the_input_is_large_enough_for_mask_pixels_of_1_5_voxels(fov, spacing, size, input_size):
+    assert choose_input_size(fov, spacing, size).value == input_size
 
 
-def test_the_largest_slice_fills_the_frame():
+def test_the_largest_slice_fills_the_input():
     assert choose_in_plane_mm(200.0, 1.0, 256).value == pytest.approx(200 / 256, rel=1e-4)
     assert 200.0 / choose_in_plane_mm(200.0, 1.0, 256).value <= 256
 
 
-def test_a_tiny_slice_is_not_blown_up_without_limit():
+def test_a_voxel_is_enlarged_to_at_most_four_input_pixels():
     assert choose_in_plane_mm(10.0, 1.0, 128).value == 0.25
 
 
@@ -206,10 +211,10 @@ def test_the_field_of_view_is_the_largest_after_the_crop():
     assert plan.geometry.in_plane_mm == pytest.approx(60 / 160)
 
 
-def test_nano_sees_squares_of_slices_that_keep_their_voxels_and_the_others_see_whole_slices():
+def test_nano_sees_roi_crops_and_the_other_networks_whole_slices():
     nano, tiny = (decide(fingerprint(case()), size).geometry for size in ("nano", "tiny"))
-    assert (nano.focus, nano.input_size, nano.storage_size, nano.in_plane_mm) == (FOCUS, 128, 128, 1.0)  # 100 voxels of 1 mm
-    assert (tiny.focus, tiny.storage_size) == (None, None)
+    assert (nano.roi_scale, nano.input_size, nano.storage_size, nano.in_plane_mm) == (ROI_SCALE, 128, 128, 1.0)  # 100 voxels of 1 mm
+    assert (tiny.roi_scale, tiny.storage_size) == (None, None)
 
 
 def test_slices_are_stored_as_finely_as_the_finest_case():
@@ -217,7 +222,7 @@ def test_slices_are_stored_as_finely_as_the_finest_case():
     assert (plan.geometry.in_plane_mm, plan.geometry.storage_size) == (0.5, 224)  # 100 mm at 0.5 mm
 
 
-def test_slices_too_large_to_be_stored_voxel_by_voxel_are_made_smaller():
+def test_slices_larger_than_512_voxels_are_reduced():
     assert (choose_storage_size(1024.0, 1.0).value, choose_storage_size(512.0, 1.0).value, choose_storage_size(513.0, 2.0).value) == (
         512,
         512,
@@ -255,27 +260,27 @@ def test_more_cases_mean_more_steps_up_to_a_limit():
     assert choose_training("tiny", 5).value.steps == 500
 
 
-def test_from_its_base_nano_keeps_what_it_knows_of_where_structures_end():
+def test_pretrained_nano_learns_object_scores_from_the_teacher():
     assert {choose_training("nano", n).value.object_score_target for n in (1, 2, 5, 500)} == {"teacher"}
     assert choose_training("nano", 5, from_scratch=True).value.object_score_target == "ground_truth"
     assert choose_training("tiny", 5).value.object_score_target == "ground_truth"
 
 
-def test_a_label_unet_of_nano_finds_what_propagation_does_not_see_only_if_three_volumes_taught_it_or_somebody_says_so():
+def test_nano_s_label_unet_may_add_structures_from_three_cases_on_unless_the_plan_says_otherwise():
     many = decide(fingerprint(*(case(str(number)) for number in range(9))))
     assert [training_for(many, n).can_add for n in (1, 2, 3, 20)] == [False, False, True, True]
     assert training_for(many, 1, from_scratch=True).can_add
     assert training_for(decide(fingerprint(case()), "tiny"), 1).can_add
-    for said in (True, False):
-        own = many.model_copy(update={"training": many.training.model_copy(update={"can_add": said})})
-        assert [training_for(own, n).can_add for n in (1, 20)] == [said, said]
+    for can_add in (True, False):
+        own = many.model_copy(update={"training": many.training.model_copy(update={"can_add": can_add})})
+        assert [training_for(own, n).can_add for n in (1, 20)] == [can_add, can_add]
     longer = many.model_copy(update={"training": many.training.model_copy(update={"steps": 7})})
     assert [training_for(longer, n).can_add for n in (1, 20)] == [False, True]
 
 
-def test_a_network_may_be_asked_for():
+def test_the_requested_network_is_used_and_unknown_ones_are_rejected():
     assert decide(fingerprint(case()), "tiny").network.size == "tiny"
-    with pytest.raises(UsageError, match=r"--network huge: no such network. Choose one of nano, tiny"):
+    with pytest.raises(UsageError, match=r"--network huge: unknown network. Choose one of nano, tiny"):
         decide(fingerprint(case()), "huge")
 
 
@@ -284,7 +289,7 @@ def test_nothing_can_be_planned_without_a_case():
         decide(fingerprint())
 
 
-def test_the_same_facts_give_the_same_plan():
+def test_the_same_fingerprint_gives_the_same_plan():
     assert decide(fingerprint(case())) == decide(fingerprint(case()))
 
 
@@ -296,30 +301,30 @@ def test_the_tolerance_of_nsd_is_2_mm_and_less_for_thin_structures_but_never_bel
     axes = ("SI", "AP", "LR")
     disc = round(3.14159265 * radius_px**2 * 10)
     tube = LabelFingerprint(voxels=disc, extents={"SI": Extent(first=0, last=9, slices=10)}, overlap=dict.fromkeys(axes, 0.5), copied={})
-    facts = fingerprint(case(spacing=(2.0, pixel_mm, pixel_mm)).model_copy(update={"labels": {1: tube}}))
-    assert choose_nsd_tolerance_mm(facts, "SI", pixel_mm).value == pytest.approx(tolerance, abs=0.01)
+    measured = fingerprint(case(spacing=(2.0, pixel_mm, pixel_mm)).model_copy(update={"labels": {1: tube}}))
+    assert choose_nsd_tolerance_mm(measured, "SI", pixel_mm).value == pytest.approx(tolerance, abs=0.01)
 
 
 def test_without_a_measured_label_the_tolerance_is_2_mm():
     assert choose_nsd_tolerance_mm(fingerprint(case()), "SI", 1.0).value == 2.0
 
 
-def test_everything_else_follows_an_axis_that_was_asked_for():
+def test_all_other_settings_follow_the_requested_axis():
     wide = fingerprint(case(shape=(20, 100, 300), spacing=(3.0, 1.0, 1.0)))
     assert (decide(wide).geometry.slice_axis, decide(wide).geometry.storage_size) == ("SI", 320)  # 300 mm of 1 mm
-    turned = decide(wide, axis=requested_axis(wide, "LR"), asked=("geometry.slice_axis",))
+    turned = decide(wide, axis=requested_axis(wide, "LR"), overrides=("geometry.slice_axis",))
     assert (turned.geometry.slice_axis, turned.geometry.storage_size) == ("LR", 128)  # 100 mm of 1 mm
 
 
-def test_an_axis_that_was_asked_for_hears_what_the_measurements_say():
+def test_the_reason_for_a_requested_axis_names_the_one_that_the_data_suggest():
     thick = fingerprint(case(spacing=(3.0, 1.0, 1.0)))
-    assert requested_axis(thick, "SI").reason == "asked for; the measurements agree"
-    assert requested_axis(thick, "AP").reason.startswith("asked for; the measurements speak for SI: the coarse axis")
+    assert requested_axis(thick, "SI").reason == "set by the user; the data suggest the same axis"
+    assert requested_axis(thick, "AP").reason.startswith("set by the user; the data suggest SI: coarsest axis")
 
 
-def test_what_was_asked_for_is_no_decision_of_its_own():
+def test_overrides_do_not_change_the_digest():
     plain = fingerprint(case())
-    assert decide(plain, asked=("geometry.slice_axis",)).digest == decide(plain).digest
+    assert decide(plain, overrides=("geometry.slice_axis",)).digest == decide(plain).digest
     assert "overrides" not in decide(plain).model_dump(mode="json")
 
 
@@ -327,7 +332,7 @@ def test_what_was_asked_for_is_no_decision_of_its_own():
     ("name", "kind"),
     [("X-Ray", "XR"), ("CR chest", "XR"), ("red", "RGB"), ("PT", "PET"), ("us", "US"), ("T2_FLAIR", "MR"), ("dose", "unknown")],
 )
-def test_a_modality_is_known_by_the_words_of_the_channel_s_name(name, kind):
+def test_words_of_the_channel_name_determine_the_modality(name, kind):
     assert choose_modality(fingerprint(case(), channel=name), 0).value == kind
 
 
@@ -342,6 +347,65 @@ def hot(name, above):
     ("channel", "cases", "upper"),
     [("PET", (True, True, False), 100.0), ("PET", (True, False), 100.0), ("PET", (True, False, False), 99.5), ("MRI", (True, True), 99.5)],
 )
-def test_of_pet_nothing_is_cut_off_above_where_that_would_be_what_is_labelled(channel, cases, upper):
+def test_pet_is_not_clipped_above_where_this_would_affect_labelled_voxels(channel, cases, upper):
     plan = decide(fingerprint(*(hot(f"c{i}", above) for i, above in enumerate(cases)), channel=channel))
     assert plan.intensity[0].upper == upper
+
+
+def running(first, last, gap=0, through_mm=1.0, slices=400):
+    """Return a case with the label on slices `first` to `last` except for one gap."""
+    one = measured_cases.case(shape=(slices, 100, 100))
+    extents = one.labels[1].extents | {"SI": Extent(first=first, last=last, slices=last - first + 1 - gap, gap=gap)}
+    label = one.labels[1].model_copy(update={"extents": extents})
+    return one.model_copy(update={"labels": {1: label}, "spacing_mm": (through_mm, 1.0, 1.0)})
+
+
+def test_slice_spacing_is_kept_for_short_structures():
+    assert choose_through_plane_mm([running(0, 47)], "SI").value is None
+
+
+def test_slices_are_merged_for_long_structures():
+    decision = choose_through_plane_mm([running(0, 99, through_mm=0.5)], "SI")  # 100 slices: 34 of three
+    assert decision.value == 1.5 and "100 slices (median), more than 48: about 3 slices are merged into one" in decision.reason
+
+
+def test_the_median_case_determines_the_length_of_structures():
+    assert choose_through_plane_mm([running(0, 19), running(0, 29), running(0, 299)], "SI").value is None
+
+
+def test_slices_are_not_merged_below_the_largest_spacing_of_any_case():
+    decision = choose_through_plane_mm([running(0, 99), running(0, 99), running(0, 99, through_mm=7.5)], "SI")
+    assert decision.value is None and "some cases have a slice spacing of 7.5 mm" in decision.reason
+
+
+def test_propagation_stops_after_six_empty_slices_and_later_where_labels_have_gaps():
+    assert choose_inference([running(10, 30)], "SI", 128).value.max_empty_slices == 6
+    assert choose_inference([running(10, 30), running(10, 30, gap=10)], "SI", 128).value.max_empty_slices == 20
+
+
+def test_propagation_never_stops_early_where_no_label_was_measured():
+    assert choose_inference([running(10, 30).model_copy(update={"labels": {}})], "SI", 128).value.max_empty_slices is None
+
+
+@pytest.mark.parametrize(("px", "batch"), [(64, 8), (128, 8), (256, 8), (512, 2), (1024, 1)])
+def test_the_batch_has_at_most_the_pixels_of_eight_slices_of_256_pixels(px, batch):
+    assert choose_inference([running(10, 30)], "SI", px).value.batch_slices == batch
+
+
+def test_propagation_covers_the_label_and_max_empty_slices_beyond():
+    assert propagated_slices(running(10, 30), 1, "SI", 6) == 21 + 12
+    assert propagated_slices(running(2, 30), 1, "SI", 6) == 31 + 6  # two slices to the end of the volume
+    assert propagated_slices(running(10, 395), 1, "SI", 6) == 386 + 6 + 4
+    assert propagated_slices(running(10, 30), 1, "SI", None) == 400
+
+
+def test_single_slices_do_not_influence_slice_spacing_or_max_empty_slices():
+    one = running(0, 0, slices=1)
+    assert choose_through_plane_mm([one], "SI").value is None
+    assert choose_inference([one], "SI", 128).value.max_empty_slices is None
+
+
+def test_merged_slices_shorten_propagation():
+    one = running(10, 309, through_mm=0.5)
+    assert stack_length(one, "SI", None) == 400 and stack_length(one, "SI", 1.0) == 200
+    assert propagated_slices(one, 1, "SI", 6, 1.0) == 150 + 5 + 6  # from the fifth of them on
