@@ -126,14 +126,14 @@ def crowded_functions(modules: dict[str, Module]) -> list[str]:
 
 
 def dice_formulas(modules: dict[str, Module]) -> list[str]:
-    """Where 2 x / (a + b) is computed."""
+    """Where 2 x / (a + b) is computed; soft Dice losses, which add 1 to both, are not meant."""
     return [f"{module.name}:{node.lineno}" for module in modules.values() for node in ast.walk(module.tree) if _is_dice(node)]
 
 
 def _is_dice(node: ast.AST) -> bool:
     if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)):
         return False
-    top = node.left.left if isinstance(node.left, ast.BinOp) and isinstance(node.left.op, ast.Add) else node.left
+    top = node.left
     doubled = isinstance(top, ast.BinOp) and isinstance(top.op, ast.Mult) and getattr(top.left, "value", None) in (2, 2.0)
     return doubled and "log" not in ast.unparse(node)
 

@@ -122,7 +122,7 @@ def strip(picture: Picture, y: float, policy: MemoryPolicy, moment: ReadContext,
     for t in range(slices):
         if t == moment.slice:
             picture.box(x_of(t), y, HERE, "?", dashed=True)
-        elif t in moment.anchors:
+        elif t in moment.conditioning:
             picture.box(x_of(t), y, ANCHOR, str(long[t]))
         elif t in long or t in short:
             fill = BOTH if t in long and t in short else LONG if t in long else SHORT

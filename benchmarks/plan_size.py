@@ -25,7 +25,7 @@ from slmsam2_cli.commands.predict import predict
 from slmsam2_cli.dataset.cache import make_frames
 from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.dataset.prompts import simulate_prompts
-from slmsam2_cli.inference.propagation import AnnotatedSlice, propagate
+from slmsam2_cli.inference.propagation import AnnotatedSlice, PropagationOptions, propagate
 from slmsam2_cli.inference.segment import annotated_slices_of
 from slmsam2_cli.io.atomic import read_json
 from slmsam2_cli.io.volume import read_image, read_labels
@@ -72,7 +72,12 @@ class Pipeline:
     def seconds(self) -> float:
         """A volume's worth."""
         started = time.perf_counter()
-        propagate(self.model, self.stack, {v: a for v, a in self.anchors.items() if a}, roi_scale=self.plan.geometry.roi_scale)
+        propagate(
+            self.model,
+            self.stack,
+            {v: a for v, a in self.anchors.items() if a},
+            options=PropagationOptions(roi_scale=self.plan.geometry.roi_scale),
+        )
         return (time.perf_counter() - started) * self.slices / len(self.stack)
 
 

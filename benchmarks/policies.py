@@ -57,19 +57,19 @@ class Run:
 
     def __init__(self, model: SlmSam2, first: SliceFeatures, mask: torch.Tensor, slices: int) -> None:
         self.model, self.slices = model, slices
-        self.bank = MemoryBank({0: stored(model.remember(first, model.anchor(first, mask), mask))})
+        self.bank = MemoryBank({0: stored(model.remember(first, model.condition_on_mask(first, mask), mask))})
 
     def step(self, t: int, here: SliceFeatures) -> float:
         """Track and remember slice t; seconds."""
         started = time.perf_counter()
-        moment = ReadContext(t, 1, self.bank.anchors, self.bank.tracked, self.slices)
+        moment = ReadContext(t, 1, self.bank.conditioning, self.bank.tracked, self.slices)
         self.bank.write(t, stored(self.model.remember(here, self.model.track(here, self.bank, moment))))
-        self.model.forget(self.bank, moment)
+        self.model.prune(self.bank, moment)
         return time.perf_counter() - started
 
     def stored_mib(self) -> float:
-        memories = [*self.bank.anchors.values(), *self.bank.tracked.values()]
-        return sum(t.nbytes for m in memories for t in (m.spatial, m.pointer, m.chosen, m.traces.vector)) / 2**20
+        memories = [*self.bank.conditioning.values(), *self.bank.tracked.values()]
+        return sum(t.nbytes for m in memories for t in (m.spatial, m.pointer, m.chosen, m.stats.vector)) / 2**20
 
 
 @torch.inference_mode()

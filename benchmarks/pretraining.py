@@ -49,7 +49,7 @@ def one_step(learner: train.Pretrainer, recipe: Recipe, gradients: torch.Tensor,
     features = model.encode(clips.frames.flatten(0, 1))
     marks.append(time.process_time())
     first = features.at(clips.feature_index(0))
-    bank = MemoryBank({0: model.remember(first, model.anchor(first, clips.masks[0]), clips.masks[0])})
+    bank = MemoryBank({0: model.remember(first, model.condition_on_mask(first, clips.masks[0]), clips.masks[0])})
     marks.append(time.process_time())
     reader = Reader(model, recipe, clips.slices, random.Random(0))
     total = total_loss(followed(model, clips, features, bank, reader.track, len(clips.masks)))

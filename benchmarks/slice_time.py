@@ -35,11 +35,11 @@ def once(model: SlmSam2, frames: torch.Tensor) -> tuple[float, float]:
     first = features.at(slice(0, 1))
     mask = torch.zeros(1, 1, model.input_size, model.input_size)
     mask[..., : model.input_size // 2, : model.input_size // 2] = 1
-    bank = MemoryBank({0: model.remember(first, model.anchor(first, mask), mask)})
+    bank = MemoryBank({0: model.remember(first, model.condition_on_mask(first, mask), mask)})
     tracking = time.perf_counter()
     for t in range(1, len(frames)):
         here = features.at(slice(t, t + 1))
-        bank.tracked[t] = model.remember(here, model.track(here, bank, ReadContext(t, 1, bank.anchors, bank.tracked, 30)))
+        bank.tracked[t] = model.remember(here, model.track(here, bank, ReadContext(t, 1, bank.conditioning, bank.tracked, 30)))
     return 1000 * (encoded - started) / len(frames), 1000 * (time.perf_counter() - tracking) / (len(frames) - 1)
 
 

@@ -10,6 +10,7 @@ from itertools import combinations
 
 import numpy as np
 
+from slmsam2_cli.dataset.masks import dice
 from slmsam2_cli.evaluation.metrics import box_of
 
 GOOD = 0.5  # the mended Dice must be at least this
@@ -49,13 +50,13 @@ def _joint_counts(truth: np.ndarray, prediction: np.ndarray, values: Sequence[in
 def _swapped_labels(joint: np.ndarray, values: Sequence[int]) -> Iterator[str]:
     reference, predicted = joint.sum(axis=1), joint.sum(axis=0)
 
-    def dice(row: int, column: int) -> float:
-        both = int(reference[row] + predicted[column])
-        return 2 * int(joint[row, column]) / both if both else 0.0
+    def dice_of(row: int, column: int) -> float:
+        counts = int(reference[row]), int(predicted[column])
+        return float(dice(int(joint[row, column]), *counts)) if sum(counts) else 0.0
 
     for a, b in combinations(range(1, len(values) + 1), 2):
-        crossed = (dice(a, b), dice(b, a))
-        if min(crossed) >= GOOD and min(crossed) - max(dice(a, a), dice(b, b)) >= GAIN:
+        crossed = (dice_of(a, b), dice_of(b, a))
+        if min(crossed) >= GOOD and min(crossed) - max(dice_of(a, a), dice_of(b, b)) >= GAIN:
             one, other = values[a - 1], values[b - 1]
             yield (
                 f"labels {one} and {other} look exchanged: Dice of {one} against the predicted {other} is {crossed[0]:.2f}, "
@@ -65,13 +66,13 @@ def _swapped_labels(joint: np.ndarray, values: Sequence[int]) -> Iterator[str]:
 
 def _mirrored(truth: np.ndarray, prediction: np.ndarray, joint: np.ndarray) -> Iterator[str]:
     """The axis along which the prediction, turned round, would fit; looked for only where it does not fit as it is."""
-    total = int(joint[1:].sum() + joint[:, 1:].sum())
-    now = 2 * int(np.trace(joint[1:, 1:])) / total if total else 1.0
+    sizes = int(joint[1:].sum()), int(joint[:, 1:].sum())
+    now = float(dice(int(np.trace(joint[1:, 1:])), *sizes)) if sum(sizes) else 1.0
     if now > GOOD - GAIN / 2 or not joint[1:].any() or not joint[:, 1:].any():
         return
     for axis, name in enumerate(AXES):
         turned = np.flip(prediction, axis)
         hit = sum(int(np.count_nonzero((plane == other) & (plane > 0))) for plane, other in zip(truth, turned, strict=True))
-        then = 2 * hit / total
+        then = float(dice(hit, *sizes))
         if then >= max(GOOD, now + GAIN):
             yield f"the prediction looks mirrored along {name}: turned round its Dice over all labels is {then:.2f}, not {now:.2f}"

@@ -17,7 +17,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from slmsam2_cli.inference.label_prior import SURE
-from slmsam2_cli.model.slmsam2 import SliceOutput, revised
+from slmsam2_cli.model.slmsam2 import SliceOutput, with_mask
 
 SHARE = 0.35  # what the taper counts; the network counts the rest
 SLOPE = 40.0  # logits from the outline to the middle
@@ -54,7 +54,7 @@ class EndTaper:
         object_score = torch.lerp(
             output.object_score.float().clamp(-SURE, SURE), expected.max().float().expand_as(output.object_score), SHARE
         )
-        return revised(output, chosen, object_score)
+        return with_mask(output, chosen, object_score)
 
 
 def _middle(mask: Tensor) -> tuple[float, float]:

@@ -20,7 +20,6 @@ from torch import Tensor
 from slmsam2_cli.inference.propagation import ABSENT, FeatureCache, confidence_of, stored
 from slmsam2_cli.model.memory.features import similarity
 from slmsam2_cli.model.memory.policy import ReadContext
-from slmsam2_cli.model.memory.registry import build_bank
 from slmsam2_cli.model.memory.selfsort import SelfSort
 from slmsam2_cli.model.memory.shortlong import ShortLongSelfSort
 from slmsam2_cli.model.slmsam2 import MemoryBank, SliceOutput, SlmSam2
@@ -47,7 +46,7 @@ class Found:
 
 def bank_policy(model: SlmSam2) -> BankPolicy:
     """The self-sorting bank that goes with a network's weights, whatever its own policy is; thresholds are its plan's."""
-    bank = build_bank(model.network, model.num_maskmem)
+    bank = SelfSort.from_plan(model.network, model.num_maskmem, model.max_obj_ptrs_in_encoder)
     return ShortLongSelfSort(bank) if model.network.has_short_stream else bank
 
 
@@ -98,33 +97,33 @@ class _ImageSet:
         order = sorted(nearest, key=lambda i: (-nearest[i][1], i))
         for i in order:
             self.bank.write(i, stored(self.model.remember(self.features[i], self._track(i, self.bank))))
-            self.model.forget(self.bank, self._context(i, self.bank), self.policy)
+            self.model.prune(self.bank, self._context(i, self.bank), self.policy)
             self.advance(1)
-        self.model.forget(self.bank, self._context(_NOWHERE, self.bank), self.policy)  # now the bank's members alone are left
+        self.model.prune(self.bank, self._context(_NOWHERE, self.bank), self.policy)  # now the bank's members alone are left
         for i in order:
             others = {s: memory for s, memory in self.bank.tracked.items() if s != i}
-            found[i] = self._found(self._track(i, MemoryBank(self.bank.anchors, others)), *nearest[i])
+            found[i] = self._found(self._track(i, MemoryBank(self.bank.conditioning, others)), *nearest[i])
             self.advance(1)
         return found
 
     def _anchor(self, i: int, mask: Tensor) -> Found:
         """The annotated word, stored if the object is there."""
         drawn = mask.float()[None, None].to(self.model.device)
-        output = self.model.anchor(self.features[i], drawn)
+        output = self.model.condition_on_mask(self.features[i], drawn)
         if bool(mask.any()):
-            self.bank.anchors[i] = stored(self.model.remember(self.features[i], output, drawn))
+            self.bank.conditioning[i] = stored(self.model.remember(self.features[i], output, drawn))
         return Found(output.logits[0, 0].float().cpu(), 1.0, i, 1.0)
 
     def _nearest(self, i: int) -> tuple[int, float]:
         """(annotated image, similarity) of the one whose object this image resembles most."""
-        traces = [memory.traces for memory in self.bank.anchors.values()]
+        traces = [memory.stats for memory in self.bank.conditioning.values()]
         vectors, areas = torch.cat([t.vector for t in traces]), torch.cat([t.area for t in traces])
-        alike = dict(zip(self.bank.anchors, similarity(vectors, areas, self.features[i].top[0]).tolist()))
+        alike = dict(zip(self.bank.conditioning, similarity(vectors, areas, self.features[i].top[0]).tolist()))
         nearest = max(alike, key=lambda anchor: (alike[anchor], -anchor))
         return nearest, alike[nearest]
 
     def _context(self, i: int, bank: MemoryBank) -> ReadContext:
-        return ReadContext(i, UNORDERED, bank.anchors, bank.tracked, self.model.max_obj_ptrs_in_encoder)
+        return ReadContext(i, UNORDERED, bank.conditioning, bank.tracked, self.model.max_obj_ptrs_in_encoder)
 
     def _track(self, i: int, bank: MemoryBank) -> SliceOutput:
         return self.model.track(self.features[i], bank, self._context(i, bank), self.policy)

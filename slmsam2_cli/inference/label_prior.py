@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slmsam2_cli.dataset.masks import dice
 from slmsam2_cli.model.label_unet import LabelUNet, view_of, with_adjacent_slices
 from slmsam2_cli.model.roi import RoiCrop
-from slmsam2_cli.model.slmsam2 import SliceOutput, revised
+from slmsam2_cli.model.slmsam2 import SliceOutput, with_mask
 
 SURE = 10.0  # the most a logit counts
 MOST = 0.5  # what the label U-Net counts at most; propagation counts the rest
@@ -62,7 +63,7 @@ class LabelPrior:
         object_score = torch.lerp(output.object_score.float().clamp(-SURE, SURE), there.float().expand_as(output.object_score), self.share)
         if not self.raises:
             object_score = torch.minimum(object_score, output.object_score.float().clamp(-SURE, SURE))
-        return revised(output, chosen, object_score)
+        return with_mask(output, chosen, object_score)
 
     def _at(self, t: int, place: RoiCrop, edge: int) -> tuple[Tensor, Tensor]:
         """(1, 1, n, n) each: margins of slice t in a square of the slice, and 1 where the label U-Net looked, else 0."""
@@ -124,7 +125,6 @@ def _hint(margins: Tensor, view: RoiCrop, storage_size: int, masks: Sequence[tup
     agreement, area = 0.0, 0.0
     for t, mask in masks:
         said = view.paste(margins[t].float(), storage_size, -SURE) > 0
-        pixels = int(said.sum()) + int(mask.sum())
-        agreement += 2 * int((said & mask).sum()) / pixels / len(masks)
+        agreement += dice(int((said & mask).sum()), int(said.sum()), int(mask.sum())) / len(masks)
         area += int(mask.sum()) / len(masks)
     return LabelPrior(margins, view, storage_size, agreement, area, raises)

@@ -14,17 +14,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slmsam2_cli.dataset.masks import dice
 from slmsam2_cli.inference.end_taper import EndTaper
 from slmsam2_cli.inference.label_prior import LabelPrior, recognised
 from slmsam2_cli.model.memory.policy import ReadContext
 from slmsam2_cli.model.roi import RoiCrop, around, box_of
 from slmsam2_cli.model.slmsam2 import Memory, MemoryBank, SliceFeatures, SliceOutput, SlmSam2
+from slmsam2_cli.planning.plan import Plan
 from slmsam2_cli.planning.rules import MAX_CACHED_BYTES
 
 ABSENT = -20.0  # logit of "nothing here" in results
@@ -94,75 +95,117 @@ class FeatureCache:
             self.kept[start + i] = features.at(slice(i, i + 1))
 
 
+@dataclass(frozen=True)
+class PropagationOptions:
+    """How objects are propagated.
+
+    batch: slices encoded at a time. roi_scale: the network sees a square so many times as wide as the annotation, one per object; None:
+    whole slices. use_label_prior: the objects are the labels that the model was fine-tuned on, so the prediction of its label U-Net
+    is weighted by its agreement with the annotated slices. max_empty_slices: a pass without an annotated slice ahead stops after so many
+    slices without its object; None: at the end of the volume. low_resolution_prompts: write an annotated mask to memory as SAM 2's
+    predictor does, through the 4x smaller mask; otherwise at full resolution.
+    """
+
+    batch: int = BATCH
+    roi_scale: float | None = None
+    use_label_prior: bool = False
+    max_empty_slices: int | None = None
+    low_resolution_prompts: bool = False
+
+
+def options_of(plan: Plan, use_label_prior: bool = True, batch: int | None = None) -> PropagationOptions:
+    """Return the options that a plan names; batch: slices encoded at a time, where not as many as planned."""
+    settings = plan.inference
+    return PropagationOptions(batch or settings.batch_slices, plan.geometry.roi_scale, use_label_prior, settings.max_empty_slices)
+
+
+@dataclass
+class PropagationState:
+    """What the passes of one object have written so far; changed in place.
+
+    logits (T, n, n) float32; confidence (T,); disagreement (T,): NaN where no two passes met; weight (T,): sum of the passes' shares.
+    """
+
+    logits: Tensor
+    confidence: Tensor
+    disagreement: Tensor
+    weight: Tensor
+
+    @classmethod
+    def empty(cls, slices: int, edge: int) -> PropagationState:
+        """Return the state before the first pass: no object on any slice."""
+        logits = torch.full((slices, edge, edge), ABSENT, dtype=torch.float32)
+        return cls(logits, torch.zeros(slices), torch.full((slices,), torch.nan), torch.zeros(slices))
+
+    def blend(self, t: int, logits: Tensor, confidence: float, share: float) -> None:
+        """Mix a pass's logits (n, n) and confidence on slice t with those of an earlier pass, by their shares."""
+        if self.weight[t] > 0:  # the pass from the other side was here, so `self.logits` holds its logits alone
+            self.disagreement[t] = _disagreement(self.logits[t] > 0, logits > 0)
+        mix = share / (share + float(self.weight[t]))
+        self.logits[t] = torch.lerp(self.logits[t], logits, mix)
+        self.confidence[t] = self.confidence[t] + mix * (confidence - self.confidence[t])
+        self.weight[t] += share
+
+
+@dataclass(frozen=True)
+class _Object:
+    """What the passes of one object read: the network, its encoded slices, annotated slices by number, and how to go about it."""
+
+    model: SlmSam2
+    features: FeatureCache
+    annotated: Mapping[int, AnnotatedSlice]
+    options: PropagationOptions
+    advance: Callable[[int], None]
+    prior: LabelPrior | None
+    square: RoiCrop | None = None
+
+
 @torch.inference_mode()
 def propagate(
     model: SlmSam2,
     frames: Tensor,
     objects: Mapping[int, list[AnnotatedSlice]],
+    options: PropagationOptions = PropagationOptions(),
     advance: Callable[[int], None] = lambda slices: None,
-    low_resolution_prompts: bool = False,
-    batch: int = BATCH,
-    roi_scale: float | None = None,
-    recognise: bool = False,
-    max_empty_slices: int | None = None,
 ) -> dict[int, Propagation]:
-    """Masks of every object on every slice.
+    """Segment every object on every slice.
 
-    frames (T, C, px, px) in [0, 1], of the network's size, or of any with `roi_scale`: the network then sees a square so many times
-    as wide as what is annotated, each object in its own. objects: label -> its annotated slices. `advance` is told how many slices were
-    tracked. low_resolution_prompts: write an annotated mask to memory as SAM 2's predictor does, through the 4x smaller
-    mask; otherwise at full resolution. batch: slices encoded at a time. recognise: the objects are the labels that the model was
-    tuned on, so its label U-Net, if any, is weighted by its agreement with the annotated slices. max_empty_slices: a pass with no annotated
-    slice of the object ahead ends after so many slices without it; None: at the end of the volume.
+    frames (T, C, px, px) in [0, 1], of the network's input size, or of any size with `options.roi_scale`. objects: label -> its annotated
+    slices. advance: called with the number of slices that were propagated.
     """
     model.eval()
-    hints = _label_priors(model, frames, objects) if recognise else {}
-    low = low_resolution_prompts
-    if roi_scale is None:
-        features = FeatureCache(model, frames, batch)
-        each = partial(_propagate_object, model, features, advance=advance, low=low, max_empty_slices=max_empty_slices)
-        return {label: each(anchors, hint=hints.get(label)) for label, anchors in objects.items()}
-    return {
-        label: _propagate_in_roi(model, frames, anchors, roi_scale, advance, low, batch, hints.get(label), max_empty_slices)
-        for label, anchors in objects.items()
+    priors = {}
+    if options.use_label_prior and model.label_unet is not None:
+        masks = {label: [(a.slice, a.mask) for a in annotated] for label, annotated in objects.items()}
+        priors = recognised(model.label_unet, frames, masks)
+    features = FeatureCache(model, frames, options.batch)
+    ones = {
+        label: _Object(model, features, {a.slice: a for a in annotated}, options, advance, priors.get(label))
+        for label, annotated in objects.items()
     }
+    return {label: _propagate_object(one) if options.roi_scale is None else _propagate_in_roi(one) for label, one in ones.items()}
 
 
-def _label_priors(model: SlmSam2, frames: Tensor, objects: Mapping[int, list[AnnotatedSlice]]) -> dict[int, LabelPrior]:
-    """What the model's label U-Net says of each object; nothing where it has none."""
-    if model.label_unet is None:
-        return {}
-    return recognised(model.label_unet, frames, {label: [(a.slice, a.mask) for a in anchors] for label, anchors in objects.items()})
-
-
-def _propagate_in_roi(
-    model: SlmSam2,
-    frames: Tensor,
-    anchors: list[AnnotatedSlice],
-    roi_scale: float,
-    advance: Callable[[int], None],
-    low: bool,
-    batch: int,
-    hint: LabelPrior | None,
-    max_empty_slices: int | None,
-) -> Propagation:
-    """One object in a square around what is annotated; in a larger one where that turns out too small."""
-    storage_size, px = frames.shape[-1], model.input_size
-    square = around(box_of([a.mask for a in anchors if bool(a.mask.any())]), roi_scale, storage_size)
+def _propagate_in_roi(one: _Object) -> Propagation:
+    """Propagate one object in a square around its annotation; again in a larger one where the mask reaches its border."""
+    frames, px, roi_scale = one.features.frames, one.model.input_size, one.options.roi_scale
+    assert roi_scale is not None
+    storage_size = frames.shape[-1]
+    square = around(box_of([a.mask for a in one.annotated.values() if bool(a.mask.any())]), roi_scale, storage_size)
     for attempt in range(1, ATTEMPTS + 1):
-        features = FeatureCache(model, square.cut(frames, px), batch)
-        seen = [replace(a, mask=square.crop_masks(a.mask, px)) for a in anchors]
-        told = advance if attempt == 1 else _no_progress
-        found = replace(_propagate_object(model, features, seen, told, low, hint, square, max_empty_slices), square=square)
+        cropped = replace(
+            one,
+            features=FeatureCache(one.model, square.cut(frames, px), one.options.batch),
+            annotated={t: replace(a, mask=square.crop_masks(a.mask, px)) for t, a in one.annotated.items()},
+            advance=one.advance if attempt == 1 else lambda slices: None,  # slices propagated again are no progress
+            square=square,
+        )
+        found = replace(_propagate_object(cropped), square=square)
         larger = _larger_roi(found, roi_scale, storage_size)
         if larger is None:
             break
         square = larger
     return found
-
-
-def _no_progress(slices: int) -> None:
-    """Slices tracked once more are no progress."""
 
 
 def _larger_roi(found: Propagation, roi_scale: float, storage_size: int) -> RoiCrop | None:
@@ -184,104 +227,74 @@ def _larger_roi(found: Propagation, roi_scale: float, storage_size: int) -> RoiC
     return wanted if wanted != square else None
 
 
-def _propagate_object(
-    model: SlmSam2,
-    features: FeatureCache,
-    anchors: list[AnnotatedSlice],
-    advance: Callable[[int], None],
-    low: bool,
-    hint: LabelPrior | None,
-    square: RoiCrop | None = None,
-    max_empty_slices: int | None = None,
-) -> Propagation:
-    count, edge = len(features.frames), model.mask_size
-    logits = torch.full((count, edge, edge), ABSENT, dtype=torch.float32)
-    confidence = torch.zeros(count)
-    said = {anchor.slice: anchor for anchor in anchors}
-    memories = {a.slice: _store_prompt(model, features, a, logits, confidence, low) for a in anchors if bool(a.mask.any())}
-    for anchor in (a for a in anchors if not bool(a.mask.any())):
-        confidence[anchor.slice] = 1.0
-    weight, disagreement = torch.zeros(count), torch.full((count,), torch.nan)
+def _propagate_object(one: _Object) -> Propagation:
+    """Propagate one object from each of its annotated slices in both directions, and blend where two passes meet."""
+    state = PropagationState.empty(len(one.features.frames), one.model.mask_size)
+    memories = {t: _store_prompt(one, state, a) for t, a in one.annotated.items() if bool(a.mask.any())}
+    for t, annotated in one.annotated.items():
+        if not bool(annotated.mask.any()):
+            state.confidence[t] = 1.0
     shared = MemoryBank(memories)
-    for start, step in _passes(memories, model.policy.shared_memory):
-        bank = shared if model.policy.shared_memory else MemoryBank(memories)
-        _run(model, features, bank, start, step, said, logits, confidence, weight, disagreement, advance, hint, square, max_empty_slices)
-    return Propagation(logits, confidence, disagreement, agreement=hint.agreement if hint is not None else None)
+    for start, step in _passes(memories, one.model.policy.shared_memory):
+        _run_pass(one, state, shared if one.model.policy.shared_memory else MemoryBank(memories), start, step)
+    agreement = one.prior.agreement if one.prior is not None else None
+    return Propagation(state.logits, state.confidence, state.disagreement, agreement=agreement)
 
 
 def _passes(starts: Iterable[int], shared_memory: bool) -> list[tuple[int, int]]:
-    """(anchor, step) of every pass, in order; shared: all forwards, ascending, then all backwards, descending."""
+    """List (annotated slice, step) of every pass in order; with shared memory first all forwards, ascending, then all backwards."""
     if shared_memory:
         return [(start, 1) for start in sorted(starts)] + [(start, -1) for start in sorted(starts, reverse=True)]
     return [(start, step) for start in starts for step in (1, -1)]
 
 
-def _store_prompt(model: SlmSam2, features: FeatureCache, anchor: AnnotatedSlice, logits: Tensor, confidence: Tensor, low: bool) -> Memory:
-    mask = anchor.mask.float()[None, None].to(model.device)
-    output = model.anchor(features[anchor.slice], mask)
-    logits[anchor.slice], confidence[anchor.slice] = output.logits[0, 0].float().cpu(), 1.0
-    return stored(model.remember(features[anchor.slice], output, None if low else mask))
+def _store_prompt(one: _Object, state: PropagationState, annotated: AnnotatedSlice) -> Memory:
+    """Encode an annotated slice as a memory, and write its mask and confidence 1 into the state."""
+    t, mask = annotated.slice, annotated.mask.float()[None, None].to(one.model.device)
+    output = one.model.condition_on_mask(one.features[t], mask)
+    state.logits[t], state.confidence[t] = output.logits[0, 0].float().cpu(), 1.0
+    return stored(one.model.remember(one.features[t], output, None if one.options.low_resolution_prompts else mask))
 
 
 def stored(memory: Memory) -> Memory:
-    """Spatial memories are kept in bfloat16, as SAM 2's predictor does: half the bytes."""
+    """Return the memory with its spatial part in bfloat16, as SAM 2's predictor keeps it: half the bytes."""
     return replace(memory, spatial=memory.spatial.to(torch.bfloat16))
 
 
 def confidence_of(output: SliceOutput) -> float:
-    """Object score probability times predicted IoU of the one object on a slice."""
+    """Compute object score probability times predicted IoU of the one object on a slice."""
     return float(output.object_score.float().sigmoid() * output.iou.float().amax(dim=1, keepdim=True).clamp(0, 1))
 
 
-def _run(
-    model: SlmSam2,
-    features: FeatureCache,
-    bank: MemoryBank,
-    start: int,
-    step: int,
-    said: Mapping[int, AnnotatedSlice],
-    logits: Tensor,
-    confidence: Tensor,
-    weight: Tensor,
-    disagreement: Tensor,
-    advance: Callable[[int], None],
-    hint: LabelPrior | None,
-    square: RoiCrop | None,
-    max_empty_slices: int | None,
-) -> None:
-    """One pass from an anchor up to the next annotated slice, the end of the volume, or after `max_empty_slices` empty slices."""
-    count = len(features.frames)
-    stop = next((s for s in range(start + step, count if step > 0 else -1, step) if s in said), count if step > 0 else -1)
-    between, ends = stop in bank.anchors, stop in said and said[stop].end and not bool(said[stop].mask.any())
-    taper = EndTaper(said[start].mask, start, stop, model.mask_size) if ends else None
-    without = 0
+def _run_pass(one: _Object, state: PropagationState, bank: MemoryBank, start: int, step: int) -> None:
+    """Propagate from an annotated slice to the next one, to the end of the volume, or until `max_empty_slices` slices were empty."""
+    model, annotated, count = one.model, one.annotated, len(one.features.frames)
+    end = count if step > 0 else -1
+    stop = next((t for t in range(start + step, end, step) if t in annotated), end)
+    between, ends = stop in bank.conditioning, stop in annotated and annotated[stop].end and not bool(annotated[stop].mask.any())
+    taper = EndTaper(annotated[start].mask, start, stop, model.mask_size) if ends else None
+    empty = 0
     for t in range(start + step, stop, step):
-        moment = ReadContext(t, step, bank.anchors, bank.tracked, count)
-        output = model.track(features[t], bank, moment)
-        output = hint.weighted(output, t, square) if hint is not None else output
+        context = ReadContext(t, step, bank.conditioning, bank.tracked, count)
+        output = model.track(one.features[t], bank, context)
+        output = one.prior.weighted(output, t, one.square) if one.prior is not None else output
         output = taper.followed(output, t) if taper is not None else output
-        bank.write(t, stored(model.remember(features[t], output)))
-        model.forget(bank, moment)
-        share = abs(stop - t) / abs(stop - start) if between else 1.0
-        seen = output.logits[0, 0].float().cpu()
-        seen = seen.clamp(-SURE, SURE) if between else seen.clamp(min=ABSENT)
-        sure = confidence_of(output)
-        if weight[t] > 0:  # the other side was here, so its logits are all that is in `logits`
-            disagreement[t] = _disagreement(logits[t] > 0, seen > 0)
-        mix = share / (share + float(weight[t]))
-        logits[t], confidence[t] = torch.lerp(logits[t], seen, mix), confidence[t] + mix * (sure - confidence[t])
-        weight[t] += share
-        advance(1)
-        without = 0 if bool((seen > 0).any()) else without + 1
-        if not between and without == max_empty_slices:
-            advance(abs(stop - t) - 1)
+        bank.write(t, stored(model.remember(one.features[t], output)))
+        model.prune(bank, context)
+        logits = output.logits[0, 0].float().cpu()
+        logits = logits.clamp(-SURE, SURE) if between else logits.clamp(min=ABSENT)
+        state.blend(t, logits, confidence_of(output), abs(stop - t) / abs(stop - start) if between else 1.0)
+        one.advance(1)
+        empty = 0 if bool((logits > 0).any()) else empty + 1
+        if not between and empty == one.options.max_empty_slices:
+            one.advance(abs(stop - t) - 1)
             break
 
 
 def _disagreement(one: Tensor, other: Tensor) -> float:
-    """1 - Dice of two masks (h, w) bool; 0 when both are empty."""
-    pixels = int(one.sum()) + int(other.sum())
-    return 1 - 2 * int((one & other).sum()) / pixels if pixels else 0.0
+    """Compute 1 - Dice of two masks (h, w) bool; 0 when both are empty."""
+    pixels = int(one.sum()), int(other.sum())
+    return 1 - float(dice(int((one & other).sum()), *pixels)) if any(pixels) else 0.0
 
 
 def full_resolution(logits: Tensor, input_size: int, height: int, width: int) -> Tensor:

@@ -25,7 +25,7 @@ from slmsam2_cli.dataset.slices import View, interpolation_matrix, resample_plan
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.inference.label_prior import GOOD
 from slmsam2_cli.inference.postprocess import keep_connected
-from slmsam2_cli.inference.propagation import AnnotatedSlice, Propagation, propagate
+from slmsam2_cli.inference.propagation import AnnotatedSlice, Propagation, options_of, propagate
 from slmsam2_cli.io.volume import Volume, read_image, read_labels, write_mask
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.roi import pad_to_square, to_input
@@ -190,10 +190,7 @@ def segment_case(
         model,
         stack,
         objects,
-        batch=batch or plan.inference.batch_slices,
-        roi_scale=plan.geometry.roi_scale,
-        recognise=True,
-        max_empty_slices=plan.inference.max_empty_slices,
+        options_of(plan, batch=batch),
     )
     known = model.label_unet.pieces if model.label_unet is not None else []
     one_piece = [value for value, one in found.items() if value in known and (one.agreement or 0) >= GOOD]

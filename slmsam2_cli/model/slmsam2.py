@@ -25,7 +25,7 @@ from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.fusion import build_fuser
 from slmsam2_cli.model.label_unet import LabelUNet
 from slmsam2_cli.model.memory.features import ObjectStats, memory_scores, object_stats
-from slmsam2_cli.model.memory.policy import MemoryPolicy, ReadContext, Stream
+from slmsam2_cli.model.memory.policy import MemoryPolicy, ReadContext, MemoryRead
 from slmsam2_cli.model.memory.registry import build_policy
 from slmsam2_cli.model.refiner import REFINER_UPSCALE, PriorSlice, Refiner, RefinerFeatures
 from slmsam2_cli.model.sam2_config import SIZE_OPTIONS, DecoderSize, SizeOptions, build_heads, sam2_parts
@@ -75,7 +75,7 @@ class SliceOutput:
     pointers: tuple[Tensor, Tensor] | None = None
 
 
-def revised(output: SliceOutput, chosen: Tensor, object_score: Tensor) -> SliceOutput:
+def with_mask(output: SliceOutput, chosen: Tensor, object_score: Tensor) -> SliceOutput:
     """Return the output with other mask logits (B, 1, n, n) and object score (B, 1); an empty mask is no object."""
     empty = (chosen <= 0).flatten(1).all(dim=1, keepdim=True)
     object_score = torch.where(empty, object_score.clamp(max=-1.0), object_score).to(output.object_score)
@@ -95,37 +95,37 @@ class Memory:
     spatial: Tensor
     pointer: Tensor
     chosen: Tensor
-    traces: ObjectStats
+    stats: ObjectStats
     detail: RefinerFeatures | None = None
 
     def at(self, index: Tensor) -> Memory:
         """The memory of some of the B objects."""
         detail = self.detail.at(index) if self.detail is not None else None
-        return Memory(self.spatial[index], self.pointer[index], self.chosen[index], self.traces.at(index), detail)
+        return Memory(self.spatial[index], self.pointer[index], self.chosen[index], self.stats.at(index), detail)
 
     def sight(self) -> PriorSlice | None:
         """Where the objects were on the slice, for the refiner; None where there is none."""
         if self.detail is None:
             return None
-        return PriorSlice(self.detail, self.chosen.detach().float().sigmoid(), self.traces.object_score.float().sigmoid()[:, None])
+        return PriorSlice(self.detail, self.chosen.detach().float().sigmoid(), self.stats.object_score.float().sigmoid()[:, None])
 
 
 @dataclass
 class MemoryBank:
     """The state of one run for B objects: anchors that a person annotated, slices tracked, in the order of writing."""
 
-    anchors: dict[int, Memory] = field(default_factory=dict)
+    conditioning: dict[int, Memory] = field(default_factory=dict)
     tracked: dict[int, Memory] = field(default_factory=dict)
 
     def __getitem__(self, slice_: int) -> Memory:
-        return self.tracked[slice_] if slice_ in self.tracked else self.anchors[slice_]
+        return self.tracked[slice_] if slice_ in self.tracked else self.conditioning[slice_]
 
     def __contains__(self, slice_: int) -> bool:
-        return slice_ in self.tracked or slice_ in self.anchors
+        return slice_ in self.tracked or slice_ in self.conditioning
 
     def at(self, index: Tensor) -> MemoryBank:
         """What is remembered of some of the B objects."""
-        return MemoryBank({s: m.at(index) for s, m in self.anchors.items()}, {s: m.at(index) for s, m in self.tracked.items()})
+        return MemoryBank({s: m.at(index) for s, m in self.conditioning.items()}, {s: m.at(index) for s, m in self.tracked.items()})
 
     def write(self, slice_: int, memory: Memory) -> None:
         """Store a tracked slice as the newest one, also where an older memory of it is stored."""
@@ -149,7 +149,7 @@ class Seen:
 
 def _seen(features: SliceFeatures, passed: Memory, bank: MemoryBank) -> Seen | None:
     """None where the network has no refiner."""
-    just, known = passed.sight(), [sight for memory in bank.anchors.values() if (sight := memory.sight()) is not None]
+    just, known = passed.sight(), [sight for memory in bank.conditioning.values() if (sight := memory.sight()) is not None]
     if features.detail is None or just is None or not known:
         return None
     return Seen(features.detail, just, known)
@@ -209,7 +209,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         detail = self.refiner.detail(seen, s0, coloured.detach().mean(1, keepdim=True)) if self.refiner is not None else None
         return SliceFeatures(top, output["vision_pos_enc"][-1], (s0, s1), detail)
 
-    def anchor(self, features: SliceFeatures, masks: Tensor) -> SliceOutput:
+    def condition_on_mask(self, features: SliceFeatures, masks: Tensor) -> SliceOutput:
         """Annotated masks as output. masks (B, 1, H, W) in {0, 1}."""
         low, _, iou, _, _, pointer, object_score = self._use_mask_as_output(features.top, list(features.fine), masks.float())
         if self.refiner is not None:
@@ -231,7 +231,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
             return self.decode(conditioned, features.fine, None)
         return self.decode(conditioned, features.fine, passed.chosen, _seen(features, passed, bank))
 
-    def forget(self, bank: MemoryBank, moment: ReadContext, policy: MemoryPolicy | None = None) -> None:
+    def prune(self, bank: MemoryBank, moment: ReadContext, policy: MemoryPolicy | None = None) -> None:
         """Drop what no slice will read once `moment.slice` is stored, so that memory does not grow with the volume."""
         policy = policy or self.policy
         bank.retain({s for told in self._told(policy, bank, moment) for s in policy.keep(told)})
@@ -259,15 +259,15 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         """The moment as each object sees it; once, for all, where the policy weighs no evidence. Annotated slices need no calibration."""
         if not policy.needs_scores:
             return [moment]
-        traces = {s: bank[s].traces for s in (*bank.anchors, *bank.tracked)}
+        traces = {s: bank[s].stats for s in (*bank.conditioning, *bank.tracked)}
         top = features.top if features is not None else None
         objects = len(next(iter(traces.values())).object_score)
         told = [memory_scores(traces, of, top) for of in range(objects)]
         if self.calibration is not None:
             told = [one.calibrated(bank.tracked, self.calibration.of) for one in told]
-        return [replace(moment, evidence=one) for one in told]
+        return [replace(moment, scores=one) for one in told]
 
-    def _fused(self, features: SliceFeatures, bank: MemoryBank, streams: Sequence[Stream], slices: int) -> Tensor:
+    def _fused(self, features: SliceFeatures, bank: MemoryBank, streams: Sequence[MemoryRead], slices: int) -> Tensor:
         """One stream, or two and the fuser. Returns (B, C, h, w)."""
         long = self._attend(self.memory_attention, features, bank, streams[0], slices)
         if len(streams) == 1:
@@ -276,7 +276,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         fused: Tensor = self.stream_fuser(long, short)
         return fused
 
-    def _attend(self, attention: nn.Module, features: SliceFeatures, bank: MemoryBank, stream: Stream, slices: int) -> Tensor:
+    def _attend(self, attention: nn.Module, features: SliceFeatures, bank: MemoryBank, stream: MemoryRead, slices: int) -> Tensor:
         """One memory-attention stack over one stream: query (h*w, B, C) -> (B, C, h, w)."""
         batch, width, h, w = features.top.shape
         spatial, spatial_position = self._spatial_tokens(bank, stream)
@@ -291,14 +291,14 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         )
         return attended.permute(1, 2, 0).reshape(batch, width, h, w)
 
-    def _spatial_tokens(self, bank: MemoryBank, stream: Stream) -> tuple[Tensor, Tensor]:
+    def _spatial_tokens(self, bank: MemoryBank, stream: MemoryRead) -> tuple[Tensor, Tensor]:
         memories = [bank[s].spatial for s, _ in stream.spatial]
         position = self.memory_encoder.position_encoding(memories[0]).flatten(2).permute(2, 0, 1)
         tokens = torch.cat([memory.flatten(2).permute(2, 0, 1) for memory in memories])
         positions = torch.cat([position + self.maskmem_tpos_enc[row] for _, row in stream.spatial])
         return tokens, positions
 
-    def _pointer_tokens(self, bank: MemoryBank, stream: Stream, batch: int, slices: int) -> tuple[Tensor, Tensor]:
+    def _pointer_tokens(self, bank: MemoryBank, stream: MemoryRead, batch: int, slices: int) -> tuple[Tensor, Tensor]:
         """Each pointer of C channels becomes C / C_mem tokens; the position code is its distance in slices.
 
         Distances are measured against min(slices, 16) - 1, as in SAM 2 (at least 1: a volume of one slice).

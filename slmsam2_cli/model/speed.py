@@ -37,10 +37,10 @@ def _trial(model: SlmSam2, frames: torch.Tensor) -> float:
     started = time.perf_counter()
     features = model.encode(frames)
     first = features.at(slice(0, 1))
-    bank = MemoryBank({0: model.remember(first, model.anchor(first, mask), mask)})
+    bank = MemoryBank({0: model.remember(first, model.condition_on_mask(first, mask), mask)})
     for t in range(1, len(frames)):
         here = features.at(slice(t, t + 1))
-        output = model.track(here, bank, ReadContext(t, 1, bank.anchors, bank.tracked, len(frames)))
+        output = model.track(here, bank, ReadContext(t, 1, bank.conditioning, bank.tracked, len(frames)))
         bank.tracked[t] = model.remember(here, output)
     float(output.object_score.sum())  # waits for the device
     return (time.perf_counter() - started) / len(frames)

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from slmsam2_cli.device import half_precision
 from slmsam2_cli.model.cpu_ops import optimise_for_cpu
-from slmsam2_cli.model.memory.policy import MemoryPolicy, ReadContext, Stream
+from slmsam2_cli.model.memory.policy import MemoryPolicy, ReadContext, MemoryRead
 from slmsam2_cli.model.memory.registry import build_policy
 from slmsam2_cli.model.memory.selfsort import POINTER_DISTANCE
-from slmsam2_cli.model.memory.shortlong import near
+from slmsam2_cli.model.memory.shortlong import short_read
 from slmsam2_cli.model.slmsam2 import Memory, MemoryBank, SliceFeatures, SliceOutput, SlmSam2, set_input_size
 from slmsam2_cli.pretraining.prompts import box_of, nearly, points_of, refine_masks, segment_from_boxes, segment_from_points, without_memory
 from slmsam2_cli.pretraining.recipe import Recipe
@@ -68,11 +68,11 @@ class RandomBank:
     needs_scores: bool = False
     shared_memory: bool = False
 
-    def read(self, moment: ReadContext) -> tuple[Stream, ...]:
+    def read(self, moment: ReadContext) -> tuple[MemoryRead, ...]:
         """Anchors, and the last of what was tracked in the order told."""
-        read = [*moment.anchors, *list(moment.tracked)[-self.nearest :]]
-        long = Stream(tuple((s, self.row) for s in read), tuple((s, POINTER_DISTANCE) for s in read))
-        return (long, near(moment, 1)) if self.short else (long,)
+        read = [*moment.conditioning, *list(moment.tracked)[-self.nearest :]]
+        long = MemoryRead(tuple((s, self.row) for s in read), tuple((s, POINTER_DISTANCE) for s in read))
+        return (long, short_read(moment, 1)) if self.short else (long,)
 
     def keep(self, moment: ReadContext) -> Collection[int]:
         """Everything."""
@@ -101,7 +101,7 @@ class Reader:
         passed = bank[t - 1] if carries and self.model.carry_gain is not None else None
         if previous_mask_only and passed is not None:
             return self.model.decode(without_memory(self.model, here), here.fine, passed.chosen)
-        moment = ReadContext(t, 1, bank.anchors, self._readable(list(bank.tracked), t), self.slices)
+        moment = ReadContext(t, 1, bank.conditioning, self._readable(list(bank.tracked), t), self.slices)
         return self.model.decode_after(self.model.condition(here, bank, moment, self.policy), here, bank, passed)
 
     def _readable(self, tracked: Sequence[int], t: int) -> list[int]:
@@ -183,7 +183,7 @@ def clip_losses(
     until = length
     if length >= 4 and chance.random() < recipe.reading.two_conditioning_slices:
         until = length - 1
-        bank.anchors[until] = _annotated(model, features.at(clips.feature_index(until)), clips, until)
+        bank.conditioning[until] = _annotated(model, features.at(clips.feature_index(until)), clips, until)
     reader = Reader(model, recipe, clips.slices, chance)
     return losses + followed(model, clips, features, bank, reader.track, until, weights)
 
@@ -212,4 +212,4 @@ def _prompted(
 
 def _annotated(model: SlmSam2, here: SliceFeatures, clips: Clips, t: int) -> Memory:
     """A slice whose masks were given; an empty one says that the object has ended."""
-    return model.remember(here, model.anchor(here, clips.masks[t]), clips.masks[t])
+    return model.remember(here, model.condition_on_mask(here, clips.masks[t]), clips.masks[t])

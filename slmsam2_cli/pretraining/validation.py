@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slmsam2_cli.dataset.masks import dice
 from slmsam2_cli.model.memory.policy import ReadContext
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
 from slmsam2_cli.pretraining.prompts import without_memory
@@ -71,15 +72,15 @@ def _tracked(model: SlmSam2, clips: Clips, previous_mask_only: bool = False) -> 
     length = len(clips.masks)
     features = model.encode(clips.frames.flatten(0, 1))
     first = features.at(clips.feature_index(0))
-    bank, outputs = MemoryBank({0: model.remember(first, model.anchor(first, clips.masks[0]), clips.masks[0])}), []
+    bank, outputs = MemoryBank({0: model.remember(first, model.condition_on_mask(first, clips.masks[0]), clips.masks[0])}), []
     for t in range(1, length):
-        here, moment = features.at(clips.feature_index(t)), ReadContext(t, 1, bank.anchors, bank.tracked, clips.slices)
+        here, moment = features.at(clips.feature_index(t)), ReadContext(t, 1, bank.conditioning, bank.tracked, clips.slices)
         if previous_mask_only:
             output = model.decode(without_memory(model, here), here.fine, bank[t - 1].chosen)
         else:
             output = model.track(here, bank, moment)
         bank.write(t, model.remember(here, output))
-        model.forget(bank, moment)
+        model.prune(bank, moment)
         outputs.append(output)
     size = clips.masks.shape[-2:]
     masks = [F.interpolate(o.chosen.float(), size=size, mode="bilinear", align_corners=False)[:, 0] > 0 for o in outputs]
@@ -89,9 +90,9 @@ def _tracked(model: SlmSam2, clips: Clips, previous_mask_only: bool = False) -> 
 def _dice(masks: Tensor, truth: Tensor) -> float:
     """Mean over the tracks with any truth. (T, M, H, W) bool."""
     shared = (masks & truth).sum(dim=(0, 2, 3))
-    both = masks.sum(dim=(0, 2, 3)) + truth.sum(dim=(0, 2, 3))
-    held = truth.sum(dim=(0, 2, 3)) > 0
-    return float((2 * shared / both.clamp(min=1))[held].mean()) if held.any() else 0.0
+    found, real = masks.sum(dim=(0, 2, 3)), truth.sum(dim=(0, 2, 3))
+    held = real > 0
+    return float(dice(shared[held], found[held], real[held]).mean()) if held.any() else 0.0
 
 
 def _share(flags: Tensor) -> float:

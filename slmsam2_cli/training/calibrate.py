@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from slmsam2_cli.dataset.cache import PreparedCase, check_not_truncated
+from slmsam2_cli.dataset.masks import dice
 from slmsam2_cli.dataset.prompts import choose_slice
 from slmsam2_cli.model.calibration import Calibration, calibrate
 from slmsam2_cli.model.slmsam2 import SlmSam2
@@ -74,6 +75,6 @@ def _pairs(model: SlmSam2, one: _Structure, plan: Plan) -> Iterator[tuple[float,
     found = tracked(model, np.asarray(one.case.frames[:, one.start : one.stop]), labels, {one.value: given}, plan)[one.value]
     for t in range(len(truth)):
         mask = (found.plane(t, px, *truth.shape[1:]) > 0) & looked[t]
-        pixels = int(mask.sum()) + int(truth[t].sum())
-        if t != given and pixels:
-            yield float(found.confidence[t]), 2 * int((mask & truth[t]).sum()) / pixels
+        pixels = int(mask.sum()), int(truth[t].sum())
+        if t != given and any(pixels):
+            yield float(found.confidence[t]), float(dice(int((mask & truth[t]).sum()), *pixels))

@@ -29,7 +29,7 @@ from slmsam2_cli.evaluation.metrics import dice
 from slmsam2_cli.inference.label_prior import GOOD
 from slmsam2_cli.inference.load_model import matching_label_unet
 from slmsam2_cli.inference.postprocess import keep_connected
-from slmsam2_cli.inference.propagation import AnnotatedSlice, Propagation, propagate
+from slmsam2_cli.inference.propagation import AnnotatedSlice, Propagation, options_of, propagate
 from slmsam2_cli.io import atomic
 from slmsam2_cli.model.checkpoint import Validation
 from slmsam2_cli.model.label_unet import LabelUNet
@@ -169,10 +169,7 @@ def tracked(
         model,
         stack,
         {value: [AnnotatedSlice(t, pad_to_square(torch.from_numpy(truth[t] == value), px))] for value, t in given.items()},
-        batch=plan.inference.batch_slices,
-        roi_scale=plan.geometry.roi_scale,
-        recognise=weighted,
-        max_empty_slices=plan.inference.max_empty_slices,
+        options_of(plan, use_label_prior=weighted),
     )
 
 

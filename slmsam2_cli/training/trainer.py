@@ -230,10 +230,10 @@ def _start_clip(model: SlmSam2, clips: Clips) -> tuple[SliceFeatures, MemoryBank
     """All slices encoded, the first one remembered, and how the others are tracked."""
     features = model.encode(clips.frames.flatten(0, 1))
     bank, first = MemoryBank(), features.at(clips.feature_index(0))
-    bank.anchors[0] = model.remember(first, model.anchor(first, clips.masks[0]), clips.masks[0])
+    bank.conditioning[0] = model.remember(first, model.condition_on_mask(first, clips.masks[0]), clips.masks[0])
 
     def track(here: SliceFeatures, bank: MemoryBank, t: int) -> SliceOutput:
-        return model.track(here, bank, ReadContext(t, 1, bank.anchors, bank.tracked, clips.slices))
+        return model.track(here, bank, ReadContext(t, 1, bank.conditioning, bank.tracked, clips.slices))
 
     return features, bank, track
 

@@ -1,6 +1,6 @@
-"""What was measured on real data sets, and what was decided from it: facts and decisions, no voxels.
+"""Reviewed fingerprints and plans of real datasets; they contain no voxels.
 
-python tests/golden/data_sets.py ../shared/data     writes plans/NAME.fingerprint.json and plans/NAME.plan.json again; read the difference
+python tests/golden/data_sets.py ../shared/data     rewrites plans/NAME.fingerprint.json and plans/NAME.plan.json; review the difference
 """
 
 from __future__ import annotations

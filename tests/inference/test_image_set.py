@@ -72,7 +72,7 @@ def tracked(monkeypatch):
 
     def noted(self, moment):
         stream = long(self, moment)
-        calls[-1] += [list(moment.anchors), list(moment.tracked), [s for s, _ in stream.spatial]]
+        calls[-1] += [list(moment.conditioning), list(moment.tracked), [s for s, _ in stream.spatial]]
         return stream
 
     monkeypatch.setattr(SelfSort, "long", noted)

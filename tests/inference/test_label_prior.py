@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slmsam2_cli.inference.label_prior import GOOD, MIN_AREA_FRACTION, MOST, SURE, LabelPrior, recognised
-from slmsam2_cli.inference.propagation import AnnotatedSlice, propagate
+from slmsam2_cli.inference.propagation import AnnotatedSlice, PropagationOptions, propagate
 from slmsam2_cli.model.label_unet import REACH, LabelUNet
 from slmsam2_cli.model.roi import RoiCrop
 from slmsam2_cli.model.slmsam2 import SliceOutput, SlmSam2
@@ -173,14 +173,14 @@ def shown(found):
 @pytest.mark.parametrize("roi_scale", [None, 2.0])
 def test_a_structure_that_propagation_loses_is_found_again_and_ends_where_it_ends(model, focus):
     anchors = {4: [AnnotatedSlice(3, drawn())]}
-    heard = propagate(model, stack(), anchors, roi_scale=focus, recognise=True)[4]
+    heard = propagate(model, stack(), anchors, options=PropagationOptions(roi_scale=focus, use_label_prior=True))[4]
     assert shown(heard) == [False, False, True, True, True, False, False]
     assert heard.agreement == pytest.approx(1.0)
-    alone = propagate(model, stack(), anchors, roi_scale=focus)[4]
+    alone = propagate(model, stack(), anchors, options=PropagationOptions(roi_scale=focus))[4]
     assert shown(alone) == [False, False, False, True, False, False, False]
     assert alone.agreement is None
 
 
 def test_objects_that_are_no_labels_of_the_data_set_are_not_recognised(model):
-    found = propagate(model, stack(), {9: [AnnotatedSlice(3, drawn())]}, recognise=True)[9]
+    found = propagate(model, stack(), {9: [AnnotatedSlice(3, drawn())]}, options=PropagationOptions(use_label_prior=True))[9]
     assert found.agreement is None and shown(found)[2:5] == [False, True, False]

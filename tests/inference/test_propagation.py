@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slmsam2_cli.inference.end_taper import SHARE, EndTaper
-from slmsam2_cli.inference.propagation import ABSENT, AnnotatedSlice, full_resolution, propagate
+from slmsam2_cli.inference.propagation import ABSENT, AnnotatedSlice, PropagationOptions, full_resolution, propagate
 from slmsam2_cli.model.memory.registry import build_policy
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan
@@ -201,7 +201,7 @@ def test_a_pass_that_lost_the_object_does_not_outvote_the_other_from_afar(one_si
 def test_as_many_slices_are_encoded_at_a_time_as_was_asked_for(model, monkeypatch, batch):
     encode, sizes = SlmSam2.encode, []
     monkeypatch.setattr(SlmSam2, "encode", lambda self, frames: sizes.append(len(frames)) or encode(self, frames))
-    propagate(model, stack(3), {1: [AnnotatedSlice(1, square())]}, batch=batch)
+    propagate(model, stack(3), {1: [AnnotatedSlice(1, square())]}, options=PropagationOptions(batch=batch))
     assert max(sizes) == min(batch, 3)
 
 
@@ -255,12 +255,12 @@ def test_the_store_of_one_object_is_not_that_of_another(monkeypatch):
     stores, track = {}, SlmSam2.track
 
     def noted(self, features, bank, moment):
-        stores.setdefault(id(bank.anchors), (bank, []))[1].append(moment.slice)
+        stores.setdefault(id(bank.conditioning), (bank, []))[1].append(moment.slice)
         return track(self, features, bank, moment)
 
     monkeypatch.setattr(SlmSam2, "track", noted)
     propagate(built("selfsort", shared_memory=True), stack(5), {1: [AnnotatedSlice(2, square())], 2: [AnnotatedSlice(4, square(4, 12))]})
-    assert [(list(bank.anchors), seen) for bank, seen in stores.values()] == [([2], [3, 4, 1, 0]), ([4], [3, 2, 1, 0])]
+    assert [(list(bank.conditioning), seen) for bank, seen in stores.values()] == [([2], [3, 4, 1, 0]), ([4], [3, 2, 1, 0])]
 
 
 FOCUS = 2.0
@@ -277,7 +277,7 @@ def large_stack(slices=5, px=128):
 
 
 def test_with_a_focus_an_object_is_seen_in_a_square_around_its_annotation(model):
-    found = propagate(model, large_stack(), {1: [AnnotatedSlice(2, large_square())]}, roi_scale=FOCUS)[1]
+    found = propagate(model, large_stack(), {1: [AnnotatedSlice(2, large_square())]}, options=PropagationOptions(roi_scale=FOCUS))[1]
     assert found.square is not None and found.logits.shape == (5, PX, PX)
     shown = found.plane(2, 128, 128, 128) > 0
     assert (shown & large_square()).sum() / (shown | large_square()).sum() > 0.9
@@ -285,9 +285,9 @@ def test_with_a_focus_an_object_is_seen_in_a_square_around_its_annotation(model)
 
 def test_what_lies_outside_of_the_square_has_no_part_in_the_result(one_sided_nothing):
     stack = large_stack()
-    before = propagate(one_sided_nothing, stack, {1: [AnnotatedSlice(2, large_square())]}, roi_scale=FOCUS)[1]
+    before = propagate(one_sided_nothing, stack, {1: [AnnotatedSlice(2, large_square())]}, options=PropagationOptions(roi_scale=FOCUS))[1]
     stack[:, :, :20] = 0.0
-    after = propagate(one_sided_nothing, stack, {1: [AnnotatedSlice(2, large_square())]}, roi_scale=FOCUS)[1]
+    after = propagate(one_sided_nothing, stack, {1: [AnnotatedSlice(2, large_square())]}, options=PropagationOptions(roi_scale=FOCUS))[1]
     assert (before.square.row, before.square.edge) == (28, 48)
     assert torch.equal(before.logits, after.logits)
 
@@ -308,7 +308,13 @@ def one_sided_nothing(model, monkeypatch):
 def test_a_mask_that_reaches_the_edge_of_its_square_is_tracked_again_in_a_larger_one(one_sided):
     """This model fills whatever it sees."""
     visited = []
-    found = propagate(one_sided, large_stack(), {1: [AnnotatedSlice(2, large_square())]}, advance=visited.append, roi_scale=FOCUS)[1]
+    found = propagate(
+        one_sided,
+        large_stack(),
+        {1: [AnnotatedSlice(2, large_square())]},
+        advance=visited.append,
+        options=PropagationOptions(roi_scale=FOCUS),
+    )[1]
     assert found.square.edge == 128  # 48, then 96, then all
     assert sum(visited) == 4  # tracking again is no progress
 
@@ -316,7 +322,10 @@ def test_a_mask_that_reaches_the_edge_of_its_square_is_tracked_again_in_a_larger
 def test_slices_of_the_size_of_the_square_are_seen_as_without_a_focus(one_sided_nothing):
     mask = torch.zeros(PX, PX, dtype=torch.bool)
     mask[2:60, 2:60] = True
-    seen, whole = (propagate(one_sided_nothing, stack(4), {1: [AnnotatedSlice(1, mask)]}, roi_scale=f)[1] for f in (FOCUS, None))
+    seen, whole = (
+        propagate(one_sided_nothing, stack(4), {1: [AnnotatedSlice(1, mask)]}, options=PropagationOptions(roi_scale=f))[1]
+        for f in (FOCUS, None)
+    )
     assert torch.equal(seen.logits, whole.logits)
 
 
@@ -338,7 +347,9 @@ def vanishing(model, monkeypatch):
 def test_a_pass_ends_when_its_object_has_been_away_for_as_long_as_its_max_empty_slices(vanishing):
     model, asked = vanishing
     visited = []
-    found = propagate(model, stack(20), {1: [AnnotatedSlice(4, square())]}, advance=visited.append, max_empty_slices=3)[1]
+    found = propagate(
+        model, stack(20), {1: [AnnotatedSlice(4, square())]}, advance=visited.append, options=PropagationOptions(max_empty_slices=3)
+    )[1]
     assert asked == [5, 6, 7, 8, 3, 2, 1, 0]
     assert sum(visited) == 19  # what is left out is done with
     assert (found.logits[[9, 12, 19]] == ABSENT).all() and not found.confidence[9:].any()
@@ -346,13 +357,15 @@ def test_a_pass_ends_when_its_object_has_been_away_for_as_long_as_its_max_empty_
 
 def test_a_gap_shorter_than_the_max_empty_slices_is_crossed(vanishing):
     model, asked = vanishing
-    found = propagate(model, stack(20), {1: [AnnotatedSlice(4, square())]}, max_empty_slices=7)[1]
+    found = propagate(model, stack(20), {1: [AnnotatedSlice(4, square())]}, options=PropagationOptions(max_empty_slices=7))[1]
     assert (found.logits[12] > 0).all() and max(asked) == 19
 
 
 def test_towards_another_annotated_slice_max_empty_slices_does_not_end(vanishing):
     model, asked = vanishing
-    propagate(model, stack(20), {1: [AnnotatedSlice(4, square()), AnnotatedSlice(16, square())]}, max_empty_slices=2)
+    propagate(
+        model, stack(20), {1: [AnnotatedSlice(4, square()), AnnotatedSlice(16, square())]}, options=PropagationOptions(max_empty_slices=2)
+    )
     assert set(range(5, 16)) <= set(asked) and asked.count(10) == 2
 
 

@@ -50,11 +50,11 @@ def seen(model):
     mask[..., 10:40, 20:50] = 1
     features, bank = model.encode(frames), MemoryBank()
     first = features.at(slice(0, 1))
-    bank.anchors[0] = model.remember(first, model.anchor(first, mask), mask)
+    bank.conditioning[0] = model.remember(first, model.condition_on_mask(first, mask), mask)
     found = []
     for t in (1, 2):
         here = features.at(slice(t, t + 1))
-        output = model.track(here, bank, ReadContext(t, 1, bank.anchors, bank.tracked, 3))
+        output = model.track(here, bank, ReadContext(t, 1, bank.conditioning, bank.tracked, 3))
         bank.tracked[t] = model.remember(here, output)
         found += [output.candidates, output.iou, output.object_score]
     return torch.cat([tensor.flatten() for tensor in found])

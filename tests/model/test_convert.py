@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from published import as_the_authors_name_them
 
 from slmsam2_cli.errors import WeightsError
-from slmsam2_cli.inference.propagation import ABSENT, AnnotatedSlice, propagate
+from slmsam2_cli.inference.propagation import ABSENT, AnnotatedSlice, PropagationOptions, propagate
 from slmsam2_cli.model.convert import convert, layout, read_pt, shape_mismatch
 from slmsam2_cli.model.sam2_config import sam2_parts
 from slmsam2_cli.model.slmsam2 import SlmSam2
@@ -114,7 +114,7 @@ def test_converted_sam2_0_does_what_sam2_0_does(monkeypatch):
     for _ in older.propagate_in_video(state, start_frame_idx=START):
         pass
     expected = {t: out["pred_masks"][0, 0] for t, out in state["output_dict_per_obj"][0]["non_cond_frame_outputs"].items()}
-    got = propagate(ours, frames, {1: [AnnotatedSlice(START, mask)]}, low_resolution_prompts=True)[1].logits
+    got = propagate(ours, frames, {1: [AnnotatedSlice(START, mask)]}, options=PropagationOptions(low_resolution_prompts=True))[1].logits
     assert sorted(expected) == list(range(START + 1, SLICES))
     assert {bool(logits.max() > ABSENT) for logits in expected.values()} == {True, False}
     for t, logits in expected.items():

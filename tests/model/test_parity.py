@@ -11,7 +11,7 @@ import sam2.sam2_video_predictor as stock
 import torch
 from sam2.modeling.sam2_base import SAM2Base
 
-from slmsam2_cli.inference.propagation import ABSENT, AnnotatedSlice, propagate
+from slmsam2_cli.inference.propagation import ABSENT, AnnotatedSlice, PropagationOptions, propagate
 from slmsam2_cli.model.sam2_config import SIZE_OPTIONS, sam2_parts
 from slmsam2_cli.model.slmsam2 import SliceOutput, SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan
@@ -67,14 +67,14 @@ def our_passes(model, frames, objects, monkeypatch):
     raw, track, memories = {1: {}, -1: {}}, SlmSam2.track, []
 
     def recorded(self, features, bank, moment):
-        if not any(bank.anchors is seen for seen in memories):  # one dictionary of anchors an object, objects one after the other
-            memories.append(bank.anchors)
+        if not any(bank.conditioning is seen for seen in memories):  # one dictionary of anchors an object, objects one after the other
+            memories.append(bank.conditioning)
         output = track(self, features, bank, moment)
         raw[moment.step][list(objects)[len(memories) - 1], moment.slice] = output.logits[0, 0]
         return output
 
     monkeypatch.setattr(SlmSam2, "track", recorded)
-    found = propagate(model, frames, objects, low_resolution_prompts=True)
+    found = propagate(model, frames, objects, options=PropagationOptions(low_resolution_prompts=True))
     return raw, found
 
 

@@ -25,11 +25,11 @@ def annotated(model, features):
     mask = torch.zeros(1, 1, PX, PX)
     mask[..., 16:40, 16:40] = 1
     first = features.at(slice(0, 1))
-    return MemoryBank({0: model.remember(first, model.anchor(first, mask), mask)})
+    return MemoryBank({0: model.remember(first, model.condition_on_mask(first, mask), mask)})
 
 
 def tracked(model, bank, features, t=1):
-    return model.track(features.at(slice(t, t + 1)), bank, ReadContext(t, 1, bank.anchors, bank.tracked, 3))
+    return model.track(features.at(slice(t, t + 1)), bank, ReadContext(t, 1, bank.conditioning, bank.tracked, 3))
 
 
 def wake(refiner):
@@ -44,7 +44,7 @@ def test_a_fresh_refiner_says_what_block_matching_says():
     model = network()
     features = model.encode(frames())
     bank, here = annotated(model, features), features.at(slice(1, 2))
-    conditioned = model.condition(here, bank, ReadContext(1, 1, bank.anchors, bank.tracked, 3))
+    conditioned = model.condition(here, bank, ReadContext(1, 1, bank.conditioning, bank.tracked, 3))
     refined = model.decode_after(conditioned, here, bank, bank[0])
     carried = moved(here.detail.grey, features.detail.grey[:1], bank[0].chosen.sigmoid())
     plain = model.decode(conditioned, here.fine, carried.logit(eps=1e-6))
@@ -59,7 +59,7 @@ def test_it_sees_the_slice_just_passed_beside_the_one_looked_at():
     features = model.encode(frames())
     bank = annotated(model, features)
     before = tracked(model, bank, features).candidates
-    bank.anchors[0].detail = features.detail.at(slice(2, 3))
+    bank.conditioning[0].detail = features.detail.at(slice(2, 3))
     assert not torch.allclose(before, tracked(model, bank, features).candidates)
 
 
@@ -71,9 +71,9 @@ def test_objects_have_no_part_in_each_other():
     masks = torch.zeros(2, 1, PX, PX)
     masks[0, :, 8:24, 8:24], masks[1, :, 30:60, 20:50] = 1, 1
     together = features.at(torch.tensor([0, 0]))
-    both = MemoryBank({0: model.remember(together, model.anchor(together, masks), masks)})
+    both = MemoryBank({0: model.remember(together, model.condition_on_mask(together, masks), masks)})
     here = features.at(torch.tensor([1, 1]))
-    moment = ReadContext(1, 1, both.anchors, both.tracked, 3)
+    moment = ReadContext(1, 1, both.conditioning, both.tracked, 3)
     found = model.track(here, both, moment)
     for one in (0, 1):
         index = torch.tensor([one])
@@ -100,7 +100,7 @@ def test_without_a_slice_passed_there_is_nothing_to_refine_by():
     wake(model.refiner)
     features = model.encode(frames())
     bank = annotated(model, features)
-    moment, here = ReadContext(2, 1, bank.anchors, bank.tracked, 3), features.at(slice(2, 3))
+    moment, here = ReadContext(2, 1, bank.conditioning, bank.tracked, 3), features.at(slice(2, 3))
     plain = model.decode(model.condition(here, bank, moment), here.fine, None)
     assert torch.equal(model.track(here, bank, moment).candidates, plain.candidates)
 

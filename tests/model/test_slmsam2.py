@@ -63,8 +63,8 @@ def test_the_published_sum_changes_the_output_at_step_zero(fifo, frames, mask):
     bank = MemoryBank()
     features = fifo.encode(frames[:2])
     first, second = features.at(slice(0, 1)), features.at(slice(1, 2))
-    bank.anchors[0] = fifo.remember(first, fifo.anchor(first, mask[None, None].float()), mask[None, None].float())
-    moment = ReadContext(1, 1, bank.anchors, bank.tracked, 2)
+    bank.conditioning[0] = fifo.remember(first, fifo.condition_on_mask(first, mask[None, None].float()), mask[None, None].float())
+    moment = ReadContext(1, 1, bank.conditioning, bank.tracked, 2)
     ratio = summed.condition(second, bank, moment).std() / fifo.condition(second, bank, moment).std()
     assert float(ratio) == pytest.approx(2.0, abs=0.1)
 
@@ -178,7 +178,7 @@ def test_a_run_leaves_nothing_on_the_model(frames, mask):
 def test_memory_does_not_grow_with_the_volume(name, options, monkeypatch):
     model, most = build("nano", 32, policy=name, **options, bank_slices=5, bank_confidence=0.0, bank_similarity=-1.0), []
     torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 5.0)
-    forget = SlmSam2.forget
+    forget = SlmSam2.prune
     monkeypatch.setattr(SlmSam2, "forget", lambda self, bank, at: forget(self, bank, at) or most.append(len(bank.tracked)))
     propagate(model, torch.rand(60, 3, 32, 32), {1: [AnnotatedSlice(0, torch.ones(32, 32, dtype=torch.bool))]})
     bound = {"fifo": 17, "shortlong": 17, "selfsort": 6, "shortlong+selfsort": 6}[name]

@@ -23,8 +23,8 @@ def tracked(model):
     features, mask = model.encode(frames), torch.zeros(1, 1, model.input_size, model.input_size)
     mask[..., : model.input_size // 2] = 1
     first = features.at(slice(0, 1))
-    bank = MemoryBank({0: model.remember(first, model.anchor(first, mask), mask)})
-    return model.track(features.at(slice(1, 2)), bank, ReadContext(1, 1, bank.anchors, bank.tracked, 2)).chosen
+    bank = MemoryBank({0: model.remember(first, model.condition_on_mask(first, mask), mask)})
+    return model.track(features.at(slice(1, 2)), bank, ReadContext(1, 1, bank.conditioning, bank.tracked, 2)).chosen
 
 
 def test_a_network_whose_frame_was_changed_says_what_one_made_for_that_frame_says():

@@ -1,4 +1,4 @@
-"""A data set on disk whose cases are a bright block in a dark box, and its plan."""
+"""Write a dataset whose cases are a bright block in a dark box, and plan it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from slmsam2_cli.planning.rules import decide
 
 
 def case_of(name, spacing=(3.0, 1.0, 1.0)):
-    """Grey values (8, 20, 24): 100, but 300 where labelled, on slices 3 to 5. spacing: mm (z, y, x)."""
+    """Return an image (8, 20, 24) of value 100, with 300 where it is labelled, on slices 3 to 5. spacing: mm (z, y, x)."""
     labels = np.zeros((8, 20, 24), np.uint8)
     labels[3:6, 5:15, 6:18] = 1
     return SimpleNamespace(id=name, image=100.0 + 200 * labels, labels=labels, spacing=spacing)
 
 
 def dataset(root, *cases, label="organ", modality="MRI"):
-    """(the data set, its fingerprint)."""
+    """Write the cases; returns the dataset and its fingerprint."""
     for case in cases:
         atomic.write_bytes(root / "imagesTr" / f"{case.id}.nii.gz", nifti_bytes(case.image, case.spacing))
         atomic.write_bytes(root / "labelsTr" / f"{case.id}.nii.gz", nifti_bytes(case.labels, case.spacing))

@@ -1,4 +1,4 @@
-"""plan.html: whole without a script, closed to the outside, escaped, and the same for the same data."""
+"""plan.html: complete without scripts, no external resources, all text escaped, reproducible."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import replace
 
 import pytest
 from report.planning import case_of, dataset, plan_of
-from report.test_page import EVIL, build_policy, hash_of, read
+from report.test_render import EVIL, build_policy, hash_of, read
 
 from slmsam2_cli.errors import OutputError
 from slmsam2_cli.planning.plan import ChannelIntensity
 from slmsam2_cli.report import contact_sheet
-from slmsam2_cli.report.plan_page import PAGE_BEGINS, PlanNotes, steps, write_plan_page
+from slmsam2_cli.report.plan_page import PAGE_BEGINS, PlanNotes, shown_cases, write_plan_page
 from slmsam2_cli.report.schema import Table
 
 BY = "\N{MULTIPLICATION SIGN}"
 NOTES = PlanNotes(
-    decisions=(("geometry.slice_axis", "SI", "the coarse axis"),),
+    settings=(("geometry.slice_axis", "SI", "the coarsest axis"),),
     warnings=("case a: is tilted",),
     advice=(("more cases", "annotate two more"),),
-    costs=(("slmsam2 finetune", "1.8 GB"),),
-    measured=(Table("What was measured", ("what", "median"), (("slices along SI", "8"),), "of 2 cases"),),
+    estimates=(("slmsam2 finetune", "1.8 GB"),),
+    measured=(Table("Dataset", ("property", "median"), (("slices along SI", "8"),), "of 2 cases"),),
 )
 
 
@@ -41,15 +41,15 @@ def text_of(html):
     return " ".join("".join(read(html).text).split())
 
 
-def test_all_that_was_decided_warned_of_advised_and_measured_is_on_the_page(tmp_path, data):
+def test_settings_warnings_advice_estimates_and_measurements_are_on_the_page(tmp_path, data):
     text = text_of(page(tmp_path, data))
-    for said in ("geometry.slice_axis", "the coarse axis", "is tilted", "annotate two more", "1.8 GB", "of 2 cases"):
-        assert said in text
+    for part in ("geometry.slice_axis", "the coarsest axis", "is tilted", "annotate two more", "1.8 GB", "of 2 cases"):
+        assert part in text
 
 
 def test_warnings_come_first(tmp_path, data):
     html = page(tmp_path, data)
-    assert html.index("case a: is tilted") < html.index("the coarse axis") < html.index('id="cases"')
+    assert html.index("case a: is tilted") < html.index("the coarsest axis") < html.index('id="cases"')
 
 
 def test_without_notes_there_are_no_empty_tables(tmp_path, data):
@@ -66,7 +66,7 @@ def test_each_case_is_shown_with_its_name_slice_and_sizes(tmp_path, data):
     assert "slice 4: organ" in text and "24 x 20 x 8 voxels" in text and "1 x 1 x 3 mm" in text
 
 
-def test_the_window_s_bounds_are_printed(tmp_path, data):
+def test_the_ends_of_the_window_are_printed(tmp_path, data):
     assert "window 100 to 300" in text_of(page(tmp_path, data))
     ct = ChannelIntensity(name="CT", scheme="ct", lower=-160.0, upper=240.0)
     shown = text_of(page(tmp_path, data, intensity=(ct,)))
@@ -81,32 +81,32 @@ def test_a_case_that_cannot_be_read_is_named_at_the_top_and_leaves_a_gap(tmp_pat
     assert html.count("<img") == 1 and html.count('class="hole"') == 1
 
 
-def test_a_page_of_gaps_alone_is_still_a_page(tmp_path, data):
+def test_a_page_without_readable_cases_is_still_written(tmp_path, data):
     for image in (tmp_path / "imagesTr").iterdir():
         image.unlink()
     html = page(tmp_path, data)
-    assert "2 of 2 cases could not be shown" in html and 'id="greys"' not in html and 'id="sizes"' in html
+    assert "2 of 2 cases could not be shown" in html and 'id="intensities"' not in html and 'id="sizes"' in html
 
 
 def test_many_cases_are_not_all_shown_and_the_page_says_so(tmp_path, data, monkeypatch):
     monkeypatch.setattr(contact_sheet, "MOST_CASES", 1)
     html = page(tmp_path, data)
-    assert "1 of 2 training cases, evenly chosen" in html and html.count("<img") == 1
+    assert "1 of 2 training cases, evenly spaced" in html and html.count("<img") == 1
 
 
 def test_progress_has_as_many_steps_as_cases_shown(tmp_path, data):
-    told = []
-    write_plan_page(tmp_path / "p.html", *data, plan_of(data[1]), NOTES, lambda steps, note: told.append(note))
-    assert told == ["a", "b"] and steps(data[0]) == 2
+    advanced = []
+    write_plan_page(tmp_path / "p.html", *data, plan_of(data[1]), NOTES, lambda steps, note: advanced.append(note))
+    assert advanced == ["a", "b"] and shown_cases(data[0]) == 2
 
 
 def test_the_same_data_give_the_same_bytes(tmp_path, data):
     assert page(tmp_path, data) == page(tmp_path, data)
 
 
-def test_names_are_text_wherever_they_stand(tmp_path):
-    told = (EVIL, EVIL, EVIL)
-    notes = PlanNotes((told,), (EVIL,), ((EVIL, EVIL),), (told,), (Table(EVIL, (EVIL,), ((EVIL,),), EVIL),))
+def test_text_is_escaped_everywhere(tmp_path):
+    row = (EVIL, EVIL, EVIL)
+    notes = PlanNotes((row,), (EVIL,), ((EVIL, EVIL),), (row,), (Table(EVIL, (EVIL,), ((EVIL,),), EVIL),))
     given, fingerprint = dataset(tmp_path, case_of("a"), label="<b>organ</b>")
     reader = read(page(tmp_path, (replace(given, name=EVIL), fingerprint), notes, dataset_name=EVIL, modality=EVIL))
     tags = [tag for tag, _ in reader.tags]
@@ -115,7 +115,7 @@ def test_names_are_text_wherever_they_stand(tmp_path):
     assert "<b>organ</b>" in "".join(reader.text)
 
 
-def test_nothing_runs_and_nothing_is_loaded_from_elsewhere(tmp_path, data):
+def test_the_page_has_no_scripts_and_no_external_resources(tmp_path, data):
     html = page(tmp_path, data)
     reader = read(html)
     ((_, style),) = reader.inside["style"]
@@ -127,7 +127,7 @@ def test_nothing_runs_and_nothing_is_loaded_from_elsewhere(tmp_path, data):
     assert "http" not in re.sub(r"http-equiv|data:[^\"]*", "", html)
 
 
-def test_links_lead_to_sections_that_are_there(tmp_path, data):
+def test_links_lead_to_existing_sections(tmp_path, data):
     for notes in (NOTES, PlanNotes()):
         reader = read(page(tmp_path, data, notes))
         ids = [attrs["id"] for _, attrs in reader.tags if "id" in attrs]
@@ -135,7 +135,7 @@ def test_links_lead_to_sections_that_are_there(tmp_path, data):
         assert {attrs["href"][1:] for tag, attrs in reader.tags if tag == "a"} <= set(ids)
 
 
-def test_a_page_that_somebody_else_wrote_is_left_alone(tmp_path, data):
+def test_a_file_of_another_program_is_not_overwritten(tmp_path, data):
     theirs = tmp_path / "plan.html"
     theirs.write_text("<p>mine</p>")
     with pytest.raises(OutputError, match="was not written by slmsam2"):
@@ -143,5 +143,5 @@ def test_a_page_that_somebody_else_wrote_is_left_alone(tmp_path, data):
     assert theirs.read_text() == "<p>mine</p>"
 
 
-def test_a_page_begins_as_its_writer_knows_it(tmp_path, data):
+def test_the_page_begins_with_its_mark(tmp_path, data):
     assert page(tmp_path, data).encode().startswith(PAGE_BEGINS)

@@ -1,7 +1,11 @@
-"""What a memory policy answers: which earlier slices a slice looks at, in which temporal row, and which pointers.
+"""Memory policies: which stored slices a slice reads, in which temporal row, and which object pointers.
 
-Index arithmetic and comparisons of plain numbers: no tensors, no parameters, so every rule is tested without weights.
-SAM 2's memory: Ravi et al., "SAM 2" (arXiv:2408.00714); the two views as in Chen et al., arXiv:2505.01854.
+Index arithmetic and comparisons of plain numbers: no tensors and no parameters, so every rule can be tested without weights.
+SAM 2's memory: Ravi et al., "SAM 2", arXiv:2408.00714. Long and short memory: Chen et al., "SLM-SAM 2", arXiv:2505.01854.
+
+To add a policy, write a frozen dataclass with everything that `MemoryPolicy` and `PlannedPolicy` declare (fifo.py is the shortest
+example) in a module of this folder, and list the class in `POLICIES` of registry.py. Its flags are repeated in `POLICIES` of
+planning/plan.py, which may not import the network; tests/model/test_memory.py compares the two tables.
 """
 
 from __future__ import annotations
@@ -9,107 +13,109 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
-MIN_CERTAINTY = 0.01  # certainty above which a gated policy reads a slice, as SAM 3 ships it
+from slmsam2_cli.planning.plan import NetworkPlan
+
+MIN_CERTAINTY = 0.01  # certainty above which the object score gate lets a slice be read, as in SAM 3
 
 
 @dataclass(frozen=True)
-class Stream:
-    """One view of the store of per-slice outputs.
+class MemoryRead:
+    """What one memory-attention stack reads.
 
     spatial: (slice, temporal row) of every spatial memory, in reading order.
-    pointers: (slice, distance in slices) of every object pointer; the distance of an anchor is signed.
+    pointers: (slice, distance in slices) of every object pointer; the distance of a conditioning slice is signed.
     """
 
     spatial: tuple[tuple[int, int], ...]
     pointers: tuple[tuple[int, int], ...]
 
-    def tokens(self, spatial_tokens: int, tokens_per_pointer: int) -> int:
-        """Number of memory tokens that attention sees, with `spatial_tokens` per slice."""
-        return len(self.spatial) * spatial_tokens + len(self.pointers) * tokens_per_pointer
-
 
 @dataclass(frozen=True)
 class MemoryScores:
-    """What is known of one object on the stored slices.
+    """Scores of one object on the stored slices, from which a policy chooses.
 
-    object_score: object-score logit; confidence: predicted IoU, or the Dice to expect (`calibrated`), 0 to 1; here: similarity to the
-    slice to be segmented; alike: similarity of two stored slices, under either order of the two. Similarities are cosines, -1 to 1.
+    object_score: object score logit. confidence: predicted IoU, 0 to 1, or the expected Dice after `calibrated`.
+    query_similarity: similarity to the slice to be segmented. pairwise_similarity: similarity of two stored slices, under both orders
+    of the two. Similarities are cosines, -1 to 1.
     """
 
     object_score: Mapping[int, float] = field(default_factory=dict)
     confidence: Mapping[int, float] = field(default_factory=dict)
-    here: Mapping[int, float] = field(default_factory=dict)
-    alike: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    query_similarity: Mapping[int, float] = field(default_factory=dict)
+    pairwise_similarity: Mapping[tuple[int, int], float] = field(default_factory=dict)
 
     def certainty(self, slice_: int) -> float:
-        """max(0, 2 sigmoid(object_score) - 1) * confidence: 0 where the object is rather absent, 1 where it surely is as drawn."""
+        """Compute max(0, 2 sigmoid(object_score) - 1) * confidence: 0 where the object is probably absent, at most 1."""
         return max(0.0, math.tanh(self.object_score[slice_] / 2)) * self.confidence[slice_]
 
     def calibrated(self, slices: Iterable[int], table: Callable[[float], float]) -> MemoryScores:
-        """The same, but for the confidence of these slices: what the table makes of object score probability times predicted IoU."""
-        told = {s: table((1 + math.tanh(self.object_score[s] / 2)) / 2 * self.confidence[s]) for s in slices}
-        return replace(self, confidence={**self.confidence, **told})
+        """Return the scores with the confidence of these slices looked up in a table by sigmoid(object_score) * predicted IoU."""
+        expected = {s: table((1 + math.tanh(self.object_score[s] / 2)) / 2 * self.confidence[s]) for s in slices}
+        return replace(self, confidence={**self.confidence, **expected})
 
 
 @dataclass(frozen=True)
 class ReadContext:
-    """Where a pass stands: the slice to be segmented (or just stored) and what has been stored so far.
+    """The state of a pass: the slice to be segmented (or just stored), and what is stored.
 
-    slice: index along the slice axis; step: +1 forward, -1 backward, 0 where slices have no order; anchors: slices a person
-    annotated; tracked: slices segmented so far, in the order of writing; slices: number of slices of the volume;
-    evidence: filled in for policies that weigh it.
+    slice: index along the slice axis. step: +1 forward, -1 backward, 0 for images without an order. conditioning: the annotated
+    slices. tracked: slices segmented so far, in the order of writing. slices: number of slices of the volume. scores: only filled in
+    for policies with `needs_scores`.
     """
 
     slice: int
     step: int
-    anchors: Collection[int]
+    conditioning: Collection[int]
     tracked: Collection[int]
     slices: int
-    evidence: MemoryScores = MemoryScores()
+    scores: MemoryScores = MemoryScores()
+
+    def previous_slices(self, count: int) -> list[tuple[int, int]]:
+        """List (slice, distance) of the `count` slices before this one in the direction of the pass, the farthest first."""
+        return [(self.slice - self.step * distance, distance) for distance in range(count, 0, -1)]
+
+    def drop_uncertain(self) -> ReadContext:
+        """Return the context without tracked slices of low certainty (the object score gate); the previous slice always stays."""
+        previous = self.slice - self.step
+        certain = [s for s in self.tracked if s == previous or self.scores.certainty(s) > MIN_CERTAINTY]
+        return replace(self, tracked=certain)
 
 
 class MemoryPolicy(Protocol):
-    """The questions asked at every slice."""
-
-    @property
-    def name(self) -> str:
-        """What a plan calls it."""
-        ...
+    """What the network asks at every slice."""
 
     @property
     def needs_scores(self) -> bool:
-        """Whether its answers rest on evidence, besides the slices' places."""
+        """Whether the choice depends on `ReadContext.scores`; computing them takes time."""
         ...
 
     @property
     def shared_memory(self) -> bool:
-        """Whether all passes of a run share one store."""
+        """Whether all passes through a volume share one memory bank."""
         ...
 
-    def read(self, moment: ReadContext) -> tuple[Stream, ...]:
-        """The streams to attend to, the long one first."""
+    def read(self, context: ReadContext) -> tuple[MemoryRead, ...]:
+        """Choose what the long stack reads and, for a policy with `has_short_stream`, what the short stack reads."""
         ...
 
-    def keep(self, moment: ReadContext) -> Collection[int]:
-        """The tracked slices that have to stay stored, once `moment.slice` has been."""
+    def keep(self, context: ReadContext) -> Collection[int]:
+        """List the tracked slices that may still be read once `context.slice` is stored; all others are deleted."""
         ...
 
 
-def recent(moment: ReadContext, reach: int) -> list[tuple[int, int]]:
-    """(slice, distance) of the `reach` slices behind this one, the farthest first."""
-    return [(moment.slice - moment.step * distance, distance) for distance in range(reach, 0, -1)]
+class PlannedPolicy(MemoryPolicy, Protocol):
+    """A policy that a plan can name."""
 
+    name: ClassVar[str]  # value of network.policy in plan.json
+    has_short_stream: ClassVar[bool]  # whether the network gets a second memory-attention stack, and a fuser
+    has_bank: ClassVar[bool]  # whether the plan's bank_* keys apply
 
-def gated(moment: ReadContext) -> ReadContext:
-    """The moment without tracked slices on which the object is hardly certain; the slice just passed always stays."""
-    just_passed = moment.slice - moment.step
-    sure = [s for s in moment.tracked if s == just_passed or moment.evidence.certainty(s) > MIN_CERTAINTY]
-    return replace(moment, tracked=sure)
+    @classmethod
+    def from_plan(cls, network: NetworkPlan, memories: int, pointers: int) -> PlannedPolicy:
+        """Build the policy with a plan's settings.
 
-
-def within(moment: ReadContext, reach: int, starts: Iterable[int]) -> list[int]:
-    """Tracked slices at most `reach` behind this one, ahead of it, or at most `reach` from one of `starts`."""
-    near = set(starts)
-    return [s for s in moment.tracked if (moment.slice - s) * moment.step <= reach or any(abs(s - start) <= reach for start in near)]
+        memories: rows of the network's temporal table. pointers: the most object pointers that the network reads.
+        """
+        ...

@@ -1,31 +1,29 @@
-"""From a plan's word to a memory policy."""
+"""The memory policies that a plan can name: one class per line. policy.py says how to write another one."""
 
 from __future__ import annotations
 
 from slmsam2_cli.model.memory.fifo import Fifo
-from slmsam2_cli.model.memory.policy import MemoryPolicy
+from slmsam2_cli.model.memory.policy import PlannedPolicy
 from slmsam2_cli.model.memory.selfsort import SelfSort
 from slmsam2_cli.model.memory.shortlong import ShortLong, ShortLongSelfSort
 from slmsam2_cli.planning.plan import NetworkPlan
 
+POLICY_CLASSES: tuple[type[PlannedPolicy], ...] = (
+    Fifo,
+    ShortLong,
+    SelfSort,
+    ShortLongSelfSort,
+)
+POLICIES: dict[str, type[PlannedPolicy]] = {policy.name: policy for policy in POLICY_CLASSES}
 
-def build_policy(network: NetworkPlan, memories: int, pointers: int) -> MemoryPolicy:
-    """The policy a plan names. memories: rows of the network's temporal table; pointers: how many it was made to read."""
-    if network.policy in ("fifo", "shortlong"):
-        long = Fifo(memories, pointers, network.object_score_gate, network.shared_memory)
-        return ShortLong(long) if network.has_short_stream else long
-    bank = build_bank(network, memories)
-    return ShortLongSelfSort(bank) if network.has_short_stream else bank
 
+def build_policy(network: NetworkPlan, memories: int, pointers: int) -> PlannedPolicy:
+    """Build the policy that a plan names.
 
-def build_bank(network: NetworkPlan, memories: int) -> SelfSort:
-    """The self-sorting bank with a plan's settings, whichever policy the plan names."""
-    return SelfSort(
-        network.bank_slices,
-        network.bank_read,
-        network.bank_confidence,
-        network.bank_similarity,
-        row=memories - 1,
-        object_score_gate=network.object_score_gate,
-        shared_memory=network.shared_memory,
-    )
+    memories: rows of the network's temporal table. pointers: the most object pointers that the network reads.
+
+    Raises: ValueError, with the known names, for an unknown policy.
+    """
+    if network.policy not in POLICIES:
+        raise ValueError(f"unknown memory policy {network.policy!r}. Known policies: {', '.join(POLICIES)}")
+    return POLICIES[network.policy].from_plan(network, memories, pointers)

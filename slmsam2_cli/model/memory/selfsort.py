@@ -1,77 +1,93 @@
-"""MedSAM-2's self-sorting bank, made deterministic: what is read is what looks alike, not what was seen last.
+"""MedSAM-2's self-sorting bank, made deterministic: a slice reads the stored slices that are most similar to it, not the last ones.
 
-A tracked slice enters the bank when the object is present, the prediction confident and the object similar to an anchor.
-Of more than the bank holds, the least different one leaves. A slice reads every anchor and the most similar ones of the
-bank (Zhu et al., "Medical SAM 2", arXiv:2408.00874). Unlike there, anchors are never evicted and nothing is drawn at random.
+A tracked slice enters the bank if it contains the object, with enough confidence, and is similar enough to a conditioning slice. When
+the bank is full, its most redundant slice leaves. A slice reads every conditioning slice and the most similar slices of the bank (Zhu
+et al., "Medical SAM 2", arXiv:2408.00874). Unlike there, conditioning slices never leave and nothing is drawn at random.
 
-Order in time plays no role, and the temporal table has no row for that. The row that SAM 2 gives to anchors comes closest:
-it was trained to mean "prompted, at any distance", so all that is read here has it. Pointers, whose code is a distance,
-all have that of a neighbour.
+The order of slices plays no role, and the temporal table has no row for that. The row that SAM 2 gives to conditioning slices comes
+closest, as it was trained to mean "prompted, at any distance", so everything is read in that row. Pointers, which are encoded by
+distance, all get that of an adjacent slice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from slmsam2_cli.model.memory.policy import MIN_CERTAINTY, MemoryScores, ReadContext, Stream
+from slmsam2_cli.model.memory.policy import MIN_CERTAINTY, MemoryRead, MemoryScores, ReadContext
+from slmsam2_cli.planning.plan import NetworkPlan
 
 POINTER_DISTANCE = 1  # pointer distance of every slice that is read, in slices
 
 
 @dataclass(frozen=True)
 class SelfSort:
-    """capacity: tracked slices in the bank; nearest: how many of them are read; both thresholds are inclusive.
+    """capacity: the most tracked slices in the bank. nearest: how many of them are read. Both thresholds are inclusive.
 
-    row: of the temporal table, for everything; object_score_gate: a slice enters only when the object's certainty passes the gate;
-    shared_memory: one bank for the passes in both directions.
+    temporal_row: row of the temporal table for everything that is read. object_score_gate: a slice enters only if its certainty passes
+    the gate. shared_memory: one bank for the passes in both directions.
     """
+
+    name: ClassVar[str] = "selfsort"
+    has_short_stream: ClassVar[bool] = False
+    has_bank: ClassVar[bool] = True
 
     capacity: int = 16
     nearest: int = 6
     min_confidence: float = 0.5
     min_similarity: float = 0.5
-    row: int = 6
+    temporal_row: int = 6
     object_score_gate: bool = False
     shared_memory: bool = False
-    name: str = "selfsort"
     needs_scores: bool = True
 
-    def read(self, moment: ReadContext) -> tuple[Stream, ...]:
-        """One stream: the long view."""
-        return (self.long(moment),)
+    @classmethod
+    def from_plan(cls, network: NetworkPlan, memories: int, pointers: int) -> SelfSort:
+        """Build the bank with a plan's settings, whichever policy the plan names. pointers: not used."""
+        bank = (network.bank_slices, network.bank_read, network.bank_confidence, network.bank_similarity)
+        return cls(*bank, memories - 1, network.object_score_gate, network.shared_memory)
 
-    def keep(self, moment: ReadContext) -> list[int]:
-        """The bank, and the slice just stored: its mask may be carried to the next one."""
-        return [*{*self.members(moment), *(s for s in moment.tracked if s == moment.slice)}]
+    def read(self, context: ReadContext) -> tuple[MemoryRead, ...]:
+        """Choose one read, that of the long memory."""
+        return (self.long_read(context),)
 
-    def long(self, moment: ReadContext) -> Stream:
-        """Anchors, and the bank's slices most similar to this one; ties: the more confident first, then the lower index."""
-        told = moment.evidence
-        ranked = sorted(self.members(moment), key=lambda s: (-told.here[s], -told.confidence[s], s))
-        read = [*moment.anchors, *ranked[: self.nearest]]
-        return Stream(tuple((s, self.row) for s in read), tuple((s, POINTER_DISTANCE) for s in read))
+    def keep(self, context: ReadContext) -> list[int]:
+        """List the bank, and the slice just stored, whose mask the decoder may need for the next slice."""
+        return [*{*self.members(context), *(s for s in context.tracked if s == context.slice)}]
 
-    def members(self, moment: ReadContext) -> list[int]:
-        """The tracked slices in the bank, in the order of writing.
+    def long_read(self, context: ReadContext) -> MemoryRead:
+        """Read conditioning slices and the most similar slices of the bank; ties: higher confidence first, then the lower index."""
+        similarity, confidence = context.scores.query_similarity, context.scores.confidence
+        ranked = sorted(self.members(context), key=lambda s: (-similarity[s], -confidence[s], s))
+        read = [*context.conditioning, *ranked[: self.nearest]]
+        return MemoryRead(tuple((s, self.temporal_row) for s in read), tuple((s, POINTER_DISTANCE) for s in read))
 
-        Admission is gone through again each time. What had left would leave again, so forgetting it changes nothing.
+    def members(self, context: ReadContext) -> list[int]:
+        """List the tracked slices in the bank, in the order of writing.
+
+        Admission is repeated at every call. A slice that left the bank would leave again, so deleting it does not change the bank.
         """
         bank: list[int] = []
-        for slice_ in (s for s in moment.tracked if self.admits(s, moment)):
+        for slice_ in (s for s in context.tracked if self.admits(s, context)):
             bank.append(slice_)
             if len(bank) > self.capacity:
-                bank.remove(most_redundant(bank, moment.evidence))
+                bank.remove(most_redundant(bank, context.scores))
         return bank
 
-    def admits(self, slice_: int, moment: ReadContext) -> bool:
-        """Whether the object is there, as surely and as similar to an anchor as the thresholds ask."""
-        told = moment.evidence
-        there = told.object_score[slice_] > 0 and told.confidence[slice_] >= self.min_confidence
-        certain = not self.object_score_gate or told.certainty(slice_) > MIN_CERTAINTY
-        return there and certain and max((told.alike[slice_, a] for a in moment.anchors), default=-1.0) >= self.min_similarity
+    def admits(self, slice_: int, context: ReadContext) -> bool:
+        """Check object score, confidence, gate and similarity to the nearest conditioning slice against the thresholds."""
+        scores = context.scores
+        present = scores.object_score[slice_] > 0 and scores.confidence[slice_] >= self.min_confidence
+        certain = not self.object_score_gate or scores.certainty(slice_) > MIN_CERTAINTY
+        nearest = max((scores.pairwise_similarity[slice_, other] for other in context.conditioning), default=-1.0)
+        return present and certain and nearest >= self.min_similarity
 
 
-def most_redundant(bank: Sequence[int], told: MemoryScores) -> int:
-    """The slice whose summed 1 - similarity to the others is least; ties: the less confident, then the higher index."""
-    return min(bank, key=lambda s: (sum(1 - told.alike[s, other] for other in bank if other != s), told.confidence[s], -s))
+def most_redundant(bank: Sequence[int], scores: MemoryScores) -> int:
+    """Find the slice with the least summed 1 - similarity to the others; ties: the lower confidence, then the higher index."""
+
+    def distinctness(slice_: int) -> float:
+        return sum(1 - scores.pairwise_similarity[slice_, other] for other in bank if other != slice_)
+
+    return min(bank, key=lambda s: (distinctness(s), scores.confidence[s], -s))
