@@ -20,7 +20,7 @@ from slmsam2_cli.dataset.cache import make_frames
 from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.dataset.prompts import choose_slice
 from slmsam2_cli.io.volume import read_image, read_labels
-from slmsam2_cli.model.block_matching import moved
+from slmsam2_cli.model.block_matching import warp_to_slice
 from slmsam2_cli.model.roi import around, box_of, pad_to_square, to_input
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.rules import decide
@@ -61,13 +61,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     options = parser.parse_args()
-    print("| set (labels) | copied | moved | ms a slice |")
+    print("| set (labels) | copied | warp_to_slice | ms a slice |")
     print("|---|---|---|---|")
     for name, cases in CHOSEN_ON.items():
         shown = list(squares(options.data / name, cases))
         copied = [np.mean(found) for one in shown if (found := carried(*one, lambda here, before, mask: mask))]
         started, slices = time.perf_counter(), sum(len(carried(*one, lambda here, before, mask: mask)) for one in shown)
-        follows = [np.mean(found) for one in shown if (found := carried(*one, moved))]
+        follows = [np.mean(found) for one in shown if (found := carried(*one, warp_to_slice))]
         ms = 1000 * (time.perf_counter() - started) / slices
         print(f"| {name} ({len(shown)}) | {np.mean(copied):.3f} | {np.mean(follows):.3f} | {ms:.1f} |")
 

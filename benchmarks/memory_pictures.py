@@ -139,17 +139,17 @@ def bank() -> str:
     moment = ReadContext(here, 1, (0,), range(1, here), 16, told)
     rule = SelfSort(capacity=4, nearest=2)
     members = rule.members(moment)
-    read = [s for s, _ in rule.long(moment).spatial]
+    read = [s for s, _ in rule.long_read(moment).spatial]
     picture = Picture(int(x_of(here + 1)) + 40, TOP + 5 * LINE + 30)
     picture.text(LEFT, 24, "A bank of 4, of which 2 are read (defaults: 16 and 6)", bold=True)
     for t in range(here + 1):
         picture.text(x_of(t) + CELL / 2, TOP - 10, str(t), QUIET, "middle")
     rows = [
         ("written", "predicted IoU, from 0.5", {t: f"{confidence[t]:.1f}" for t in range(here)}, set(range(here))),
-        ("", "likeness to an anchor, from 0.5", {t: f"{told.alike[t, 0]:.2f}" for t in range(here)}, set(range(here))),
+        ("", "likeness to an anchor, from 0.5", {t: f"{told.pairwise_similarity[t, 0]:.2f}" for t in range(here)}, set(range(here))),
         ("admitted", "present, confident, similar", {}, {0, *(s for s in moment.tracked if rule.admits(s, moment))}),
         ("kept", "the 4 most different", {}, {0, *members}),
-        ("read", "the 2 most similar to slice 9", {t: f"{told.here[t]:.2f}" for t in (0, *members)}, set(read)),
+        ("read", "the 2 most similar to slice 9", {t: f"{told.query_similarity[t]:.2f}" for t in (0, *members)}, set(read)),
     ]
     for n, (name, note, numbers, on) in enumerate(rows):
         y = TOP + n * LINE

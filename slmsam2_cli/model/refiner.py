@@ -1,11 +1,11 @@
-"""A last look at mask logits: a small U-Net per object that sees this slice and the one just passed, and draws every pixel.
+"""The refiner: a small U-Net per object that corrects mask logits at full resolution, from this slice and the previous one.
 
-SAM 2 compares slices at stride 16, where a slice of 128 px has 8 x 8 places, too few to follow a border, and draws at stride
-4, which alone costs small structures a tenth of their Dice (docs/explanation/nano.md). The refiner works at stride 4, on four
-by four pixels a place. It reads, per object, the mask of the slice just passed, moved to where block matching finds it; how grey
-values go with the inside of that mask and of the annotated ones (evidence.py); the decoder's logits; and where the slice's codes
-resemble the inside of what is known (as in Voigtlaender et al., "FEELVOS", arXiv:1902.09513). It adds to the logits, to object score
-and to the predicted IoU. What depends on the slice alone is computed once per slice.
+SAM 2 compares slices at stride 16, where a slice of 128 px has 8 x 8 positions, too few to follow a border, and predicts masks at
+stride 4, which alone costs small structures a tenth of their Dice (docs/explanation/nano.md). The refiner works at stride 4 and
+predicts 4 x 4 pixels at every position. It reads, per object: the mask of the previous slice, warped by block matching; the foreground
+likelihood of the intensities under that mask and under the annotated ones (block_matching.py); the decoder's logits; and the similarity
+of the slice's feature codes to those inside the known masks (as in Voigtlaender et al., "FEELVOS", arXiv:1902.09513). It adds to the
+mask logits, to the object score and to the predicted IoU. What depends on the slice alone is computed once per slice.
 """
 
 from __future__ import annotations
@@ -20,37 +20,38 @@ from torch import Tensor, nn
 
 from slmsam2_cli.model.block_matching import foreground_likelihood
 
-REFINER_UPSCALE = 4  # pixels of a refined mask along the edge of one of the decoder's
-_MAPS = (
-    3 * REFINER_UPSCALE**2 + 8
-)  # carried mask, two likelihoods; the mask unmoved, logits, change, two matches, two likenesses, object score
-_NEAR = 1.0  # a logit of this size is half a certainty, for the network's input
-_FEW = 1e-3
+REFINER_UPSCALE = 4  # pixels of a refined mask along the edge of one pixel of the decoder's
+# Input maps: warped mask and two likelihoods at full resolution; previous mask, logits, intensity change, two matched masks, two
+# prototype similarities, object score
+_MAPS = 3 * REFINER_UPSCALE**2 + 8
+_LOGIT_SCALE = 1.0  # logits enter as tanh(logit / (2 * scale))
+_MIN_AREA = 1e-3
 
 
 @dataclass
 class RefinerFeatures:
-    """What the refiner keeps of B slices: maps to add up, for the slice looked at and for the one passed, and codes to compare.
+    """What the refiner keeps of B slices.
 
-    here, passed (B, C, 4h, 4w); codes (B, K, 4h, 4w) and coarse (B, K, 2h, 2w), of unit length; grey (B, 1, H, W).
+    current, previous (B, C, 4h, 4w): maps that are added for the slice to be refined and for the slice before it. codes (B, K, 4h, 4w)
+    and coarse_codes (B, K, 2h, 2w): of unit length, compared between slices. grey (B, 1, H, W): intensities.
     """
 
-    here: Tensor
-    passed: Tensor
+    current: Tensor
+    previous: Tensor
     codes: Tensor
-    coarse: Tensor
+    coarse_codes: Tensor
     grey: Tensor
 
     def at(self, index: Tensor | slice) -> RefinerFeatures:
-        """The same of some of the slices."""
-        return RefinerFeatures(self.here[index], self.passed[index], self.codes[index], self.coarse[index], self.grey[index])
+        """Select some of the B slices."""
+        return RefinerFeatures(self.current[index], self.previous[index], self.codes[index], self.coarse_codes[index], self.grey[index])
 
 
 @dataclass
 class PriorSlice:
-    """Where B objects were on a slice. inside (B, 1, H, W), present (B, 1): probabilities."""
+    """A slice on which the B objects are known. inside (B, 1, H, W) and present (B, 1): probabilities."""
 
-    detail: RefinerFeatures
+    features: RefinerFeatures
     inside: Tensor
     present: Tensor
 
@@ -60,15 +61,18 @@ def _block(read: int, write: int, stride: int = 1) -> nn.Sequential:
 
 
 class Refiner(nn.Module):
-    """fine: channels of the encoder's maps at stride 4; top: of its maps at stride 16; codes: channels that are compared."""
+    """fine: channels of the encoder's maps at stride 4. top: of its maps at stride 16. codes: channels of the feature codes.
+
+    The attributes are keys of saved weights and keep their names.
+    """
 
     def __init__(self, fine: int, top: int, width: int = 32, codes: int = 16) -> None:
         super().__init__()
         self.stem = nn.Sequential(_block(3, 16, stride=2), _block(16, 16, stride=2))
         self.here, self.passed = (nn.Conv2d(fine + 16, width, 3, padding=1) for _ in range(2))
         self.code = nn.Conv2d(fine + 16, codes, 3, padding=1)
-        self.sharpness = nn.Parameter(torch.tensor([2.0, 2.0]))  # log, of the match with the slice passed, with the annotated ones
-        self.nearness = nn.Parameter(torch.tensor([4.0, 2.0]))  # log, per squared distance in frame widths
+        self.sharpness = nn.Parameter(torch.tensor([2.0, 2.0]))  # log; of the match with the previous, with the conditioning slices
+        self.nearness = nn.Parameter(torch.tensor([4.0, 2.0]))  # log; per squared distance in input edges
         self.maps = nn.Conv2d(_MAPS, width, 3, padding=1)
         self.enter = nn.Sequential(LayerNorm2d(width), nn.GELU(), _block(width, width))
         self.down = nn.Sequential(_block(width, 2 * width, stride=2), _block(2 * width, 2 * width))
@@ -80,84 +84,89 @@ class Refiner(nn.Module):
         self.logits = nn.Conv2d(width, REFINER_UPSCALE**2, 3, padding=1)
         scores = nn.Linear(64, 2)
         self.scores = nn.Sequential(nn.Linear(8 * width + 2 * _MAPS + 3, 64), nn.GELU(), scores)
-        for parameter in (*self.logits.parameters(), *scores.parameters()):  # at first it changes nothing
+        for parameter in (*self.logits.parameters(), *scores.parameters()):  # a new refiner changes nothing
             nn.init.zeros_(parameter)
 
-    def detail(self, frames: Tensor, fine: Tensor, grey: Tensor) -> RefinerFeatures:
-        """frames (B, 3, H, W) as the encoder sees them; fine (B, C, H / 4, W / 4); grey (B, 1, H, W) in [0, 1]."""
-        seen = torch.cat([fine, self.stem(frames)], dim=1)
-        code = self.code(seen)
+    def extract_features(self, frames: Tensor, fine: Tensor, grey: Tensor) -> RefinerFeatures:
+        """Compute what depends on the slice alone.
+
+        frames (B, 3, H, W): normalised as for the image encoder. fine (B, C, H/4, W/4). grey (B, 1, H, W): intensities in [0, 1].
+        """
+        features = torch.cat([fine, self.stem(frames)], dim=1)
+        code = self.code(features)
         coarse = F.normalize(F.avg_pool2d(code, 2), dim=1)
-        return RefinerFeatures(self.here(seen), self.passed(seen), F.normalize(code, dim=1), coarse, grey)
+        return RefinerFeatures(self.here(features), self.passed(features), F.normalize(code, dim=1), coarse, grey)
 
     def forward(
-        self, here: RefinerFeatures, top: Tensor, logits: Tensor, carried: Tensor, passed: PriorSlice, annotated: Sequence[PriorSlice]
+        self,
+        current: RefinerFeatures,
+        top: Tensor,
+        logits: Tensor,
+        warped: Tensor,
+        previous: PriorSlice,
+        conditioning: Sequence[PriorSlice],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What to add to logits (B, 1, H, W), object_score (B, 1) and the logit of the IoU (B, 1).
+        """Compute what to add to the mask logits (B, 1, H, W), the object score (B, 1) and the logit of the predicted IoU (B, 1).
 
-        top (B, C, h, w); carried (B, 2, H, W): the mask of the slice passed, as probability, and its grey values, where they have
-        moved to.
+        top (B, C, h, w). warped (B, 2, H, W): mask (probability) and intensities of the previous slice, warped to this one.
         """
-        nearby, known = self._matched(here, [passed], 0), self._matched(here, annotated, 1)
-        inside, outside = _prototype_similarity(here, annotated)
-        before = 2 * passed.present - 1
-        there = before[:, :, None, None].expand_as(nearby)
-        carried, grey = carried[:, :1], carried[:, 1:]
-        alike = [foreground_likelihood(here.grey, *_concat_slices(sights)) for sights in ([passed], annotated)]
-        fine = [F.pixel_unshuffle(2 * one - 1, REFINER_UPSCALE) for one in (carried, *alike)]
-        drawn, unmoved = F.avg_pool2d((logits / (2 * _NEAR)).tanh(), REFINER_UPSCALE), F.avg_pool2d(passed.inside, REFINER_UPSCALE)
-        change = 4 * F.avg_pool2d((here.grey - grey).abs(), REFINER_UPSCALE)
-        maps = torch.cat([*fine, 2 * unmoved - 1, drawn, change, 2 * nearby - 1, 2 * known - 1, inside, outside, there], dim=1)
-        x = self.enter(here.here + passed.detail.passed + self.maps(maps))
+        near, known = self._match(current, [previous], 0), self._match(current, conditioning, 1)
+        inside, outside = _prototype_similarity(current, conditioning)
+        before = 2 * previous.present - 1
+        score = before[:, :, None, None].expand_as(near)
+        mask, grey = warped[:, :1], warped[:, 1:]
+        likelihoods = [foreground_likelihood(current.grey, *_concat_slices(priors)) for priors in ([previous], conditioning)]
+        full = [F.pixel_unshuffle(2 * one - 1, REFINER_UPSCALE) for one in (mask, *likelihoods)]
+        decoded = F.avg_pool2d((logits / (2 * _LOGIT_SCALE)).tanh(), REFINER_UPSCALE)
+        unwarped = F.avg_pool2d(previous.inside, REFINER_UPSCALE)
+        change = 4 * F.avg_pool2d((current.grey - grey).abs(), REFINER_UPSCALE)
+        maps = torch.cat([*full, 2 * unwarped - 1, decoded, change, 2 * near - 1, 2 * known - 1, inside, outside, score], dim=1)
+        x = self.enter(current.current + previous.features.previous + self.maps(maps))
         middle = self.down(x)
         low = self.merge(self.bottom(middle) + self.top(top))
-        above = low
-        for skip, up, leave in zip((middle, x), self.up, self.leave):
-            above = leave(F.interpolate(up(above), scale_factor=2.0) + skip)
-        delta: Tensor = F.pixel_shuffle(self.logits(above), REFINER_UPSCALE)
-        share = (logits + delta).sigmoid()
-        seen = torch.cat([above, maps], dim=1)
-        within = [_within(seen, F.avg_pool2d(mask, REFINER_UPSCALE)) for mask in (carried, share)]
-        told = [low.mean((2, 3)), low.amax((2, 3)), *within, share.mean((2, 3)), share.amax((2, 3)), before]
-        object_score, iou = self.scores(torch.cat(told, dim=1)).split(1, dim=1)
+        up = low
+        for skip, reduce, leave in zip((middle, x), self.up, self.leave):
+            up = leave(F.interpolate(reduce(up), scale_factor=2.0) + skip)
+        delta: Tensor = F.pixel_shuffle(self.logits(up), REFINER_UPSCALE)
+        refined = (logits + delta).sigmoid()
+        features = torch.cat([up, maps], dim=1)
+        pooled = [_mean_inside(features, F.avg_pool2d(one, REFINER_UPSCALE)) for one in (mask, refined)]
+        summary = [low.mean((2, 3)), low.amax((2, 3)), *pooled, refined.mean((2, 3)), refined.amax((2, 3)), before]
+        object_score, iou = self.scores(torch.cat(summary, dim=1)).split(1, dim=1)
         return delta, object_score, iou
 
-    def _matched(self, here: RefinerFeatures, sights: Sequence[PriorSlice], kind: int) -> Tensor:
-        """Share of what every place resembles most that was inside, nearer places first. (B, 1, 4h, 4w)."""
-        batch, _, height, width = here.coarse.shape
-        place = _places(height, width, here.coarse)
-        near = (place[:, None] - place[None]).square().sum(-1) * -self.nearness[kind].exp()
-        query = here.coarse.flatten(2).transpose(1, 2) * self.sharpness[kind].exp()
-        keys = torch.cat([sight.detail.coarse.flatten(2) for sight in sights], dim=2)
-        values = torch.cat([F.avg_pool2d(sight.inside, 2 * REFINER_UPSCALE).flatten(2) for sight in sights], dim=2)
-        weight = torch.softmax(query @ keys + near.repeat(1, len(sights)), dim=2)
+    def _match(self, current: RefinerFeatures, priors: Sequence[PriorSlice], kind: int) -> Tensor:
+        """Transfer the masks of known slices by attention between coarse codes, nearer positions first -> (B, 1, 4h, 4w)."""
+        batch, _, height, width = current.coarse_codes.shape
+        like = {"device": current.coarse_codes.device, "dtype": current.coarse_codes.dtype}
+        rows, columns = (torch.arange(n, **like).add(0.5) / n for n in (height, width))
+        position = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)  # (2h * 2w, 2), in input edges
+        distance = (position[:, None] - position[None]).square().sum(-1) * -self.nearness[kind].exp()
+        query = current.coarse_codes.flatten(2).transpose(1, 2) * self.sharpness[kind].exp()
+        keys = torch.cat([prior.features.coarse_codes.flatten(2) for prior in priors], dim=2)
+        values = torch.cat([F.avg_pool2d(prior.inside, 2 * REFINER_UPSCALE).flatten(2) for prior in priors], dim=2)
+        weight = torch.softmax(query @ keys + distance.repeat(1, len(priors)), dim=2)
         found = (weight @ values.transpose(1, 2)).transpose(1, 2).reshape(batch, 1, height, width)
         return F.interpolate(found, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
-def _within(seen: Tensor, masks: Tensor) -> Tensor:
-    """Means of (B, C, 4h, 4w) inside of masks (B, 1, 4h, 4w); (B, C)."""
-    means: Tensor = (seen * masks).sum((2, 3)) / masks.sum((2, 3)).clamp(min=1.0)
+def _mean_inside(features: Tensor, masks: Tensor) -> Tensor:
+    """Average features (B, C, 4h, 4w) inside masks (B, 1, 4h, 4w) -> (B, C)."""
+    means: Tensor = (features * masks).sum((2, 3)) / masks.sum((2, 3)).clamp(min=1.0)
     return means
 
 
-def _concat_slices(sights: Sequence[PriorSlice]) -> tuple[Tensor, Tensor]:
-    """Grey values and masks of several slices, one below the other."""
-    return torch.cat([sight.detail.grey for sight in sights], dim=2), torch.cat([sight.inside for sight in sights], dim=2)
+def _concat_slices(priors: Sequence[PriorSlice]) -> tuple[Tensor, Tensor]:
+    """Stack intensities and masks of S slices along the rows: each (B, 1, S * H, W)."""
+    return torch.cat([prior.features.grey for prior in priors], dim=2), torch.cat([prior.inside for prior in priors], dim=2)
 
 
-def _prototype_similarity(here: RefinerFeatures, annotated: Sequence[PriorSlice]) -> tuple[Tensor, Tensor]:
-    """Cosine of every place's code with the mean code inside and outside of what was annotated. Each (B, 1, 4h, 4w)."""
-    codes = torch.cat([sight.detail.codes.flatten(2) for sight in annotated], dim=2)
-    inside = torch.cat([F.avg_pool2d(sight.inside, REFINER_UPSCALE).flatten(2) for sight in annotated], dim=2)
+def _prototype_similarity(current: RefinerFeatures, conditioning: Sequence[PriorSlice]) -> tuple[Tensor, Tensor]:
+    """Compute the similarity of every position's code to the mean code inside and outside the annotated masks: each (B, 1, 4h, 4w)."""
+    codes = torch.cat([prior.features.codes.flatten(2) for prior in conditioning], dim=2)
+    inside = torch.cat([F.avg_pool2d(prior.inside, REFINER_UPSCALE).flatten(2) for prior in conditioning], dim=2)
     found = []
     for share in (inside, 1 - inside):
-        mean = (codes * share).sum(2) / share.sum(2).clamp(min=_FEW)
-        found.append((here.codes * mean[:, :, None, None]).sum(1, keepdim=True))
+        mean = (codes * share).sum(2) / share.sum(2).clamp(min=_MIN_AREA)
+        found.append((current.codes * mean[:, :, None, None]).sum(1, keepdim=True))
     return found[0], found[1]
-
-
-def _places(height: int, width: int, like: Tensor) -> Tensor:
-    """(height * width, 2): the middle of every place, frame widths."""
-    rows, columns = (torch.arange(n, device=like.device, dtype=like.dtype).add(0.5) / n for n in (height, width))
-    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)

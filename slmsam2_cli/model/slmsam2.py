@@ -1,10 +1,15 @@
-"""SLM-SAM 2: SAM 2.1 with a short and a long memory, for slices instead of video frames.
+"""SLM-SAM 2: SAM 2.1 with a long and a short memory, for slices of a volume instead of frames of a video.
 
-The modules are `sam2`'s; what differs is where memory is read. A policy says which slices a slice looks at
-(`memory/`), this file gathers their tokens, attends, fuses, decodes and writes the next memory. The state of a run
-lives in a `MemoryBank` that the caller owns, never on the module. Chen et al., arXiv:2505.01854.
+The modules are those of `sam2`; what differs is where memory is read. One slice passes through
 
-One network, slices of several sizes: everything that depends on the edge of a slice, and nothing that is learned, changes.
+    encode     slice (B, 3, H, W) -> features at strides 4, 8 and 16
+    condition  memory attention of the features at stride 16 (h = H / 16) to the stored slices that the policy chooses (memory/)
+    decode     mask decoder, and refiner (refiner.py): mask logits, predicted IoU, object score, object pointer
+    remember   memory encoder: the memory of this slice, for later slices
+
+`track` is condition and decode. An annotated slice skips both: `condition_on_mask` turns its mask into the same output. The state of a
+pass lies in a `MemoryBank` that the caller owns, never on the module. Chen et al., "SLM-SAM 2", IEEE TMI 2025, arXiv:2505.01854; Ravi
+et al., "SAM 2", arXiv:2408.00714.
 """
 
 from __future__ import annotations
@@ -20,49 +25,48 @@ from sam2.modeling.sam2_utils import get_1d_sine_pe
 from torch import Tensor, nn
 
 from slmsam2_cli.model import adapters
-from slmsam2_cli.model.block_matching import moved
+from slmsam2_cli.model.block_matching import warp_to_slice
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.fusion import build_fuser
 from slmsam2_cli.model.label_unet import LabelUNet
 from slmsam2_cli.model.memory.features import ObjectStats, memory_scores, object_stats
-from slmsam2_cli.model.memory.policy import MemoryPolicy, ReadContext, MemoryRead
+from slmsam2_cli.model.memory.policy import MemoryPolicy, MemoryRead, ReadContext
 from slmsam2_cli.model.memory.registry import build_policy
 from slmsam2_cli.model.refiner import REFINER_UPSCALE, PriorSlice, Refiner, RefinerFeatures
 from slmsam2_cli.model.sam2_config import SIZE_OPTIONS, DecoderSize, SizeOptions, build_heads, sam2_parts
 from slmsam2_cli.planning.plan import NetworkPlan
 
-ABSENT_LOGIT = float(NO_OBJ_SCORE)  # of every pixel where an object is absent
-MASK_LOGIT = 10.0  # an annotated mask enters as logits of +-10, as in SAM 2
+ABSENT_LOGIT = float(NO_OBJ_SCORE)  # mask logit of every pixel of a slice without the object
+MASK_LOGIT = 10.0  # annotated masks become logits of +-10, as in SAM 2
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass
 class SliceFeatures:
-    """What the image encoder says of B slices.
+    """Output of the image encoder for B slices.
 
-    top (B, C, h, w) at stride 16 with its position code; fine = (B, C/8, 4h, 4w) and (B, C/4, 2h, 2w) for the decoder;
-    detail: for the refiner, where there is one.
+    top (B, C, h, w): at stride 16, with its position encoding. fine: (B, C/8, 4h, 4w) and (B, C/4, 2h, 2w), for the mask decoder.
+    refiner_features: None without a refiner.
     """
 
     top: Tensor
     top_position: Tensor
     fine: tuple[Tensor, Tensor]
-    detail: RefinerFeatures | None = None
+    refiner_features: RefinerFeatures | None = None
 
     def at(self, index: Tensor | slice) -> SliceFeatures:
-        """The features of some of the B slices."""
-        detail = self.detail.at(index) if self.detail is not None else None
-        return SliceFeatures(self.top[index], self.top_position[index], (self.fine[0][index], self.fine[1][index]), detail)
+        """Select some of the B slices."""
+        refiner_features = self.refiner_features.at(index) if self.refiner_features is not None else None
+        return SliceFeatures(self.top[index], self.top_position[index], (self.fine[0][index], self.fine[1][index]), refiner_features)
 
 
 @dataclass
 class SliceOutput:
-    """What the decoder says of B objects on one slice.
+    """Output of the mask decoder for B objects on one slice. Masks have n = 4h pixels, 16h with a refiner.
 
-    candidates (B, M, n, n): raw mask logits, n = 4h, or 16h where there is a refiner; iou (B, M): predicted IoU of each;
-    best (B,): the candidate chosen; object_score (B, 1): object-score logit; chosen (B, 1, n, n): the best candidate; logits
-    (B, 1, n, n): the same, emptied where the object is absent; pointer (B, C); pointers: what it is of an absent and of a present
-    object, None where it is settled.
+    candidates (B, M, n, n): mask logits. iou (B, M): predicted IoU of each. best (B,): index of the chosen candidate. object_score
+    (B, 1): logit. chosen (B, 1, n, n): logits of the chosen candidate. logits (B, 1, n, n): the same, `ABSENT_LOGIT` for an absent
+    object. pointer (B, C). pointers: (of an absent, of a present object); None for an annotated mask.
     """
 
     candidates: Tensor
@@ -76,7 +80,7 @@ class SliceOutput:
 
 
 def with_mask(output: SliceOutput, chosen: Tensor, object_score: Tensor) -> SliceOutput:
-    """Return the output with other mask logits (B, 1, n, n) and object score (B, 1); an empty mask is no object."""
+    """Return the output with other mask logits (B, 1, n, n) and object score (B, 1); with an empty mask the object is absent."""
     empty = (chosen <= 0).flatten(1).all(dim=1, keepdim=True)
     object_score = torch.where(empty, object_score.clamp(max=-1.0), object_score).to(output.object_score)
     present = object_score > 0
@@ -87,32 +91,33 @@ def with_mask(output: SliceOutput, chosen: Tensor, object_score: Tensor) -> Slic
 
 @dataclass
 class Memory:
-    """What is remembered of one slice: spatial (B, C_mem, h, w), pointer (B, C), chosen mask logits (B, 1, n, n), and traces.
+    """One stored slice: spatial (B, C_mem, h, w), pointer (B, C), chosen mask logits (B, 1, n, n), statistics of the objects.
 
-    detail: of the slice, for the refiner, where there is one.
+    refiner_features: None without a refiner.
     """
 
     spatial: Tensor
     pointer: Tensor
     chosen: Tensor
     stats: ObjectStats
-    detail: RefinerFeatures | None = None
+    refiner_features: RefinerFeatures | None = None
 
     def at(self, index: Tensor) -> Memory:
-        """The memory of some of the B objects."""
-        detail = self.detail.at(index) if self.detail is not None else None
-        return Memory(self.spatial[index], self.pointer[index], self.chosen[index], self.stats.at(index), detail)
+        """Select some of the B objects."""
+        refiner_features = self.refiner_features.at(index) if self.refiner_features is not None else None
+        return Memory(self.spatial[index], self.pointer[index], self.chosen[index], self.stats.at(index), refiner_features)
 
-    def sight(self) -> PriorSlice | None:
-        """Where the objects were on the slice, for the refiner; None where there is none."""
-        if self.detail is None:
+    def as_prior_slice(self) -> PriorSlice | None:
+        """Return the slice as the refiner reads it; None without a refiner."""
+        if self.refiner_features is None:
             return None
-        return PriorSlice(self.detail, self.chosen.detach().float().sigmoid(), self.stats.object_score.float().sigmoid()[:, None])
+        present = self.stats.object_score.float().sigmoid()[:, None]
+        return PriorSlice(self.refiner_features, self.chosen.detach().float().sigmoid(), present)
 
 
 @dataclass
 class MemoryBank:
-    """The state of one run for B objects: anchors that a person annotated, slices tracked, in the order of writing."""
+    """The state of a pass for B objects: conditioning (annotated) slices, and tracked slices in the order of writing."""
 
     conditioning: dict[int, Memory] = field(default_factory=dict)
     tracked: dict[int, Memory] = field(default_factory=dict)
@@ -124,48 +129,39 @@ class MemoryBank:
         return slice_ in self.tracked or slice_ in self.conditioning
 
     def at(self, index: Tensor) -> MemoryBank:
-        """What is remembered of some of the B objects."""
+        """Select some of the B objects."""
         return MemoryBank({s: m.at(index) for s, m in self.conditioning.items()}, {s: m.at(index) for s, m in self.tracked.items()})
 
     def write(self, slice_: int, memory: Memory) -> None:
-        """Store a tracked slice as the newest one, also where an older memory of it is stored."""
+        """Store a tracked slice as the newest one, in place of an older memory of it."""
         self.tracked.pop(slice_, None)
         self.tracked[slice_] = memory
 
     def retain(self, slices: Collection[int]) -> None:
-        """Drop all other tracked slices."""
+        """Delete all other tracked slices."""
         for other in [s for s in self.tracked if s not in slices]:
             del self.tracked[other]
 
 
 @dataclass
-class Seen:
-    """What the refiner looks at: this slice, the one passed, the annotated ones."""
+class RefinerInput:
+    """What the refiner reads: the features of this slice, the previous slice, and the conditioning slices."""
 
-    here: RefinerFeatures
-    passed: PriorSlice
-    annotated: list[PriorSlice]
-
-
-def _seen(features: SliceFeatures, passed: Memory, bank: MemoryBank) -> Seen | None:
-    """None where the network has no refiner."""
-    just, known = passed.sight(), [sight for memory in bank.conditioning.values() if (sight := memory.sight()) is not None]
-    if features.detail is None or just is None or not known:
-        return None
-    return Seen(features.detail, just, known)
+    current: RefinerFeatures
+    previous: PriorSlice
+    conditioning: list[PriorSlice]
 
 
 class SlmSam2(SAM2Base):  # type: ignore[misc]
-    """SAM 2.1 plus, under `shortlong` policies, a short memory-attention stack and a fuser.
+    """SAM 2.1 and, for policies with a short memory, a second memory-attention stack and a fuser.
 
-    With `fifo` and `selfsort` the state dict has exactly SAM 2.1's keys (plus `carry_gain` where the size carries masks).
-    calibration: what these weights' confidence is worth, for policies that weigh it; None while nobody knows, as in training.
-    label U-Net: of a data set's labels, where it was tuned on one; tracking does not ask it, inference/label_prior.py does.
+    With `fifo` and `selfsort` the state dict has exactly SAM 2.1's keys (nano also `carry_gain` and `refiner.*`).
+    calibration: of these weights' confidence, for policies that need scores; None if not calibrated, and in training.
+    label_unet: segments the labels of a dataset without a prompt; None without one. `track` does not use it, inference/label_prior.py does.
     """
 
     def __init__(self, network: NetworkPlan, input_size: int, size_options: SizeOptions | None = None) -> None:
-        if input_size <= 0 or input_size % 32:
-            raise ValueError(f"input_size is {input_size}; it must be a positive multiple of 32")
+        _check_input_size(input_size)
         self.size_options = size_options if size_options is not None else SIZE_OPTIONS[network.size]
         self._decoder_size: DecoderSize = self.size_options.decoder
         super().__init__(**sam2_parts(network.size, input_size, self.size_options.widths))
@@ -190,27 +186,29 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
 
     @property
     def mask_size(self) -> int:
-        """Edge of the masks it draws, in their own pixels."""
+        """Edge n of the masks in pixels: a quarter of the input's, or the input's with a refiner."""
         return self.input_size // 4 * (REFINER_UPSCALE if self.refiner is not None else 1)
 
     def copy_long_to_short(self) -> None:
-        """Start the short stack as an exact copy of the long one."""
+        """Initialise the short memory-attention stack as an exact copy of the long one."""
         self.short_memory_attention.load_state_dict(self.memory_attention.state_dict())
 
     def encode(self, frames: Tensor) -> SliceFeatures:
-        """Features of B slices. frames (B, 3, H, W) in [0, 1], or as many channels as the projection in use reads -> SliceFeatures.
+        """Encode B slices (B, 3, H, W) in [0, 1]; other numbers of channels go through the projection of the modality in use.
 
-        ValueError for any other number of channels.
+        Raises: ValueError for another number of channels than the projection reads (3 without one).
         """
-        coloured = adapters.to_rgb(self, frames)
-        seen = (coloured - self._mean) / self._std
-        output = self.forward_image(seen)
+        rgb = adapters.to_rgb(self, frames)
+        normalised = (rgb - self._mean) / self._std
+        output = self.forward_image(normalised)
         s0, s1, top = output["backbone_fpn"][-3:]
-        detail = self.refiner.detail(seen, s0, coloured.detach().mean(1, keepdim=True)) if self.refiner is not None else None
-        return SliceFeatures(top, output["vision_pos_enc"][-1], (s0, s1), detail)
+        refiner_features = None
+        if self.refiner is not None:
+            refiner_features = self.refiner.extract_features(normalised, s0, rgb.detach().mean(1, keepdim=True))
+        return SliceFeatures(top, output["vision_pos_enc"][-1], (s0, s1), refiner_features)
 
     def condition_on_mask(self, features: SliceFeatures, masks: Tensor) -> SliceOutput:
-        """Annotated masks as output. masks (B, 1, H, W) in {0, 1}."""
+        """Turn annotated masks (B, 1, H, W) in {0, 1} into the output of their slice."""
         low, _, iou, _, _, pointer, object_score = self._use_mask_as_output(features.top, list(features.fine), masks.float())
         if self.refiner is not None:
             size = (self.mask_size, self.mask_size)
@@ -218,69 +216,77 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
             low = (2 * share - 1) * MASK_LOGIT
         return SliceOutput(low, iou, low.new_zeros(len(low), dtype=torch.long), object_score, low, low, pointer)
 
-    def track(self, features: SliceFeatures, bank: MemoryBank, moment: ReadContext, policy: MemoryPolicy | None = None) -> SliceOutput:
-        """Segment B objects on one slice from memory alone; another policy than the network's reads with the same weights."""
-        conditioned = self.condition(features, bank, moment, policy)
-        just_passed = moment.slice - moment.step
-        passed = bank[just_passed] if self.carry_gain is not None and just_passed in bank else None
-        return self.decode_after(conditioned, features, bank, passed)
+    def track(self, features: SliceFeatures, bank: MemoryBank, context: ReadContext, policy: MemoryPolicy | None = None) -> SliceOutput:
+        """Segment B objects on one slice from memory. policy: instead of the network's; the weights are the same."""
+        conditioned = self.condition(features, bank, context, policy)
+        before = context.slice - context.step
+        previous = bank[before] if self.carry_gain is not None and before in bank else None
+        return self.decode_after(conditioned, features, bank, previous)
 
-    def decode_after(self, conditioned: Tensor, features: SliceFeatures, bank: MemoryBank, passed: Memory | None) -> SliceOutput:
-        """Masks after the slice `passed`, whose mask is carried, refined by what was annotated; without it, neither."""
-        if passed is None:
+    def decode_after(self, conditioned: Tensor, features: SliceFeatures, bank: MemoryBank, previous: Memory | None) -> SliceOutput:
+        """Decode with the mask of the previous slice as dense prompt, then refine; without a previous slice do neither."""
+        if previous is None:
             return self.decode(conditioned, features.fine, None)
-        return self.decode(conditioned, features.fine, passed.chosen, _seen(features, passed, bank))
+        current, prior = features.refiner_features, previous.as_prior_slice()
+        known = [one for memory in bank.conditioning.values() if (one := memory.as_prior_slice()) is not None]
+        refine = RefinerInput(current, prior, known) if current is not None and prior is not None and known else None
+        return self.decode(conditioned, features.fine, previous.chosen, refine)
 
-    def prune(self, bank: MemoryBank, moment: ReadContext, policy: MemoryPolicy | None = None) -> None:
-        """Drop what no slice will read once `moment.slice` is stored, so that memory does not grow with the volume."""
+    def prune(self, bank: MemoryBank, context: ReadContext, policy: MemoryPolicy | None = None) -> None:
+        """Delete what no later slice will read once `context.slice` is stored, so that memory does not grow with the volume."""
         policy = policy or self.policy
-        bank.retain({s for told in self._told(policy, bank, moment) for s in policy.keep(told)})
+        bank.retain({s for one in self._contexts(policy, bank, context) for s in policy.keep(one)})
 
-    def condition(self, features: SliceFeatures, bank: MemoryBank, moment: ReadContext, policy: MemoryPolicy | None = None) -> Tensor:
-        """Attend to each stream that the policy names, and fuse. Returns (B, C, h, w).
+    def condition(self, features: SliceFeatures, bank: MemoryBank, context: ReadContext, policy: MemoryPolicy | None = None) -> Tensor:
+        """Attend to what the policy reads, and fuse long and short memory -> (B, C, h, w).
 
-        A policy that weighs evidence may read other slices for each object; objects that read the same are attended together.
+        A policy that needs scores may read other slices for each object; objects that read the same slices form one batch.
         """
         policy = policy or self.policy
-        reads = [policy.read(told) for told in self._told(policy, bank, moment, features)]
+        reads = [policy.read(one) for one in self._contexts(policy, bank, context, features)]
         if len(set(reads)) == 1:
-            return self._fused(features, bank, reads[0], moment.slices)
-        groups = [[i for i, streams in enumerate(reads) if streams == read] for read in dict.fromkeys(reads)]
+            return self._attend_and_fuse(features, bank, reads[0], context.slices)
+        groups = [[i for i, read in enumerate(reads) if read == distinct] for distinct in dict.fromkeys(reads)]
         parts = []
         for objects in groups:
             index = torch.tensor(objects, device=features.top.device)
-            parts.append(self._fused(features.at(index), bank.at(index), reads[objects[0]], moment.slices))
-        back = torch.tensor([i for objects in groups for i in objects], device=features.top.device).argsort()
-        return torch.cat(parts)[back]
+            parts.append(self._attend_and_fuse(features.at(index), bank.at(index), reads[objects[0]], context.slices))
+        order = torch.tensor([i for objects in groups for i in objects], device=features.top.device).argsort()
+        return torch.cat(parts)[order]
 
-    def _told(
-        self, policy: MemoryPolicy, bank: MemoryBank, moment: ReadContext, features: SliceFeatures | None = None
+    def _contexts(
+        self, policy: MemoryPolicy, bank: MemoryBank, context: ReadContext, features: SliceFeatures | None = None
     ) -> list[ReadContext]:
-        """The moment as each object sees it; once, for all, where the policy weighs no evidence. Annotated slices need no calibration."""
-        if not policy.needs_scores:
-            return [moment]
-        traces = {s: bank[s].stats for s in (*bank.conditioning, *bank.tracked)}
-        top = features.top if features is not None else None
-        objects = len(next(iter(traces.values())).object_score)
-        told = [memory_scores(traces, of, top) for of in range(objects)]
-        if self.calibration is not None:
-            told = [one.calibrated(bank.tracked, self.calibration.of) for one in told]
-        return [replace(moment, scores=one) for one in told]
+        """Add each object's scores to the context: one per object, or one for all objects if the policy needs no scores.
 
-    def _fused(self, features: SliceFeatures, bank: MemoryBank, streams: Sequence[MemoryRead], slices: int) -> Tensor:
-        """One stream, or two and the fuser. Returns (B, C, h, w)."""
-        long = self._attend(self.memory_attention, features, bank, streams[0], slices)
-        if len(streams) == 1:
+        The confidence of annotated slices is not calibrated.
+        """
+        if not policy.needs_scores:
+            return [context]
+        stats = {s: bank[s].stats for s in (*bank.conditioning, *bank.tracked)}
+        top = features.top if features is not None else None
+        scores = [memory_scores(stats, obj, top) for obj in range(len(next(iter(stats.values())).object_score))]
+        if self.calibration is not None:
+            scores = [one.calibrated(bank.tracked, self.calibration.of) for one in scores]
+        return [replace(context, scores=one) for one in scores]
+
+    def _attend_and_fuse(self, features: SliceFeatures, bank: MemoryBank, reads: Sequence[MemoryRead], slices: int) -> Tensor:
+        """Attend with one stack, or with two and the fuser -> (B, C, h, w)."""
+        long = self._attend(self.memory_attention, features, bank, reads[0], slices)
+        if len(reads) == 1:
             return long
-        short = self._attend(self.short_memory_attention, features, bank, streams[1], slices)
+        short = self._attend(self.short_memory_attention, features, bank, reads[1], slices)
         fused: Tensor = self.stream_fuser(long, short)
         return fused
 
-    def _attend(self, attention: nn.Module, features: SliceFeatures, bank: MemoryBank, stream: MemoryRead, slices: int) -> Tensor:
-        """One memory-attention stack over one stream: query (h*w, B, C) -> (B, C, h, w)."""
+    def _attend(self, attention: nn.Module, features: SliceFeatures, bank: MemoryBank, read: MemoryRead, slices: int) -> Tensor:
+        """Attend from the slice, (h*w, B, C), to the memory tokens of one read, (N, B, C_mem) -> (B, C, h, w)."""
         batch, width, h, w = features.top.shape
-        spatial, spatial_position = self._spatial_tokens(bank, stream)
-        pointers, pointer_position = self._pointer_tokens(bank, stream, batch, slices)
+        memories = [bank[s].spatial for s, _ in read.spatial]
+        spatial = torch.cat([memory.flatten(2).permute(2, 0, 1) for memory in memories])
+        position = self.memory_encoder.position_encoding(memories[0]).flatten(2).permute(2, 0, 1)
+        spatial_position = torch.cat([position + self.maskmem_tpos_enc[row] for _, row in read.spatial])
+        pointers, pointer_position = self._pointer_tokens(bank, read, batch, slices)
         dtype = features.top.dtype
         attended: Tensor = attention(
             curr=[features.top.flatten(2).permute(2, 0, 1)],
@@ -291,40 +297,40 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         )
         return attended.permute(1, 2, 0).reshape(batch, width, h, w)
 
-    def _spatial_tokens(self, bank: MemoryBank, stream: MemoryRead) -> tuple[Tensor, Tensor]:
-        memories = [bank[s].spatial for s, _ in stream.spatial]
-        position = self.memory_encoder.position_encoding(memories[0]).flatten(2).permute(2, 0, 1)
-        tokens = torch.cat([memory.flatten(2).permute(2, 0, 1) for memory in memories])
-        positions = torch.cat([position + self.maskmem_tpos_enc[row] for _, row in stream.spatial])
-        return tokens, positions
+    def _pointer_tokens(self, bank: MemoryBank, read: MemoryRead, batch: int, slices: int) -> tuple[Tensor, Tensor]:
+        """Split P pointers (P, B, C) into C / C_mem tokens each, with position encodings of their distances: two of (N, B, C_mem).
 
-    def _pointer_tokens(self, bank: MemoryBank, stream: MemoryRead, batch: int, slices: int) -> tuple[Tensor, Tensor]:
-        """Each pointer of C channels becomes C / C_mem tokens; the position code is its distance in slices.
-
-        Distances are measured against min(slices, 16) - 1, as in SAM 2 (at least 1: a volume of one slice).
+        Distances are divided by min(slices, 16) - 1, as in SAM 2 (by 1 for a volume of one slice).
         """
-        if not stream.pointers:
+        if not read.pointers:
             empty = self.maskmem_tpos_enc.new_zeros(0, batch, self.mem_dim)
             return empty, empty
         split = self.hidden_dim // self.mem_dim
-        pointers = torch.stack([bank[s].pointer for s, _ in stream.pointers])
+        pointers = torch.stack([bank[s].pointer for s, _ in read.pointers])
         tokens = pointers.reshape(-1, batch, split, self.mem_dim).permute(0, 2, 1, 3).flatten(0, 1)
-        distances = torch.tensor([d for _, d in stream.pointers], dtype=torch.float32, device=tokens.device)
+        distances = torch.tensor([d for _, d in read.pointers], dtype=torch.float32, device=tokens.device)
         code = get_1d_sine_pe(distances / max(1, min(slices, self.max_obj_ptrs_in_encoder) - 1), dim=self.hidden_dim)
         positions = self.obj_ptr_tpos_proj(code).unsqueeze(1).expand(-1, batch, self.mem_dim)
         return tokens, positions.repeat_interleave(split, dim=0)
 
-    def decode(self, conditioned: Tensor, fine: tuple[Tensor, Tensor], carried: Tensor | None, seen: Seen | None = None) -> SliceOutput:
-        """Masks, IoU, object score and pointer. conditioned (B, C, h, w); carried (B, 1, n, n): previous logits; seen: to refine by."""
-        batch = len(conditioned)
-        inside = carried.detach().sigmoid() if carried is not None else None
-        if seen is not None and inside is not None:
-            grey = seen.passed.detail.grey
-            follows = moved(seen.here.grey, grey, torch.cat([inside, grey], dim=1))
-            inside = follows[:, :1]
-        previous = (2 * inside - 1).to(conditioned.dtype) * MASK_LOGIT if inside is not None else None
-        rough = self.coarse(previous) if previous is not None else None
-        sparse, dense = self.sam_prompt_encoder(points=self._no_points(batch, conditioned.device), boxes=None, masks=rough)
+    def decode(
+        self, conditioned: Tensor, fine: tuple[Tensor, Tensor], previous_mask: Tensor | None, refine: RefinerInput | None = None
+    ) -> SliceOutput:
+        """Decode masks, predicted IoU, object score and pointer of B objects.
+
+        conditioned (B, C, h, w): from `condition`. fine: of `SliceFeatures`. previous_mask (B, 1, n, n): mask logits of the previous
+        slice, a dense prompt and a residual of the logits. refine: None to leave the refiner out.
+        """
+        inside = previous_mask.detach().sigmoid() if previous_mask is not None else None
+        if refine is not None and inside is not None:  # move the previous mask to where block matching finds it on this slice
+            grey = refine.previous.features.grey
+            warped = warp_to_slice(refine.current.grey, grey, torch.cat([inside, grey], dim=1))
+            inside = warped[:, :1]
+        residual = (2 * inside - 1).to(conditioned.dtype) * MASK_LOGIT if inside is not None else None
+        batch, device = len(conditioned), conditioned.device
+        no_points = torch.zeros(batch, 1, 2, device=device), -torch.ones(batch, 1, dtype=torch.int32, device=device)
+        prompt = self.downsample_logits(residual) if residual is not None else None
+        sparse, dense = self.sam_prompt_encoder(points=no_points, boxes=None, masks=prompt)
         candidates, iou, tokens, object_score = self.sam_mask_decoder(
             image_embeddings=conditioned,
             image_pe=self.sam_prompt_encoder.get_dense_pe(),
@@ -335,30 +341,27 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
             high_res_features=list(fine),
         )
         candidates = self.upsample_logits(candidates.float())
-        if previous is not None and self.carry_gain is not None:
-            candidates = candidates + self.carry_gain * previous.float()
-        if seen is not None and self.refiner is not None and inside is not None:
-            delta, present, quality = self.refiner(seen.here, conditioned, candidates, follows, seen.passed, seen.annotated)
+        if residual is not None and self.carry_gain is not None:
+            candidates = candidates + self.carry_gain * residual.float()
+        if refine is not None and self.refiner is not None and inside is not None:
+            priors = (refine.previous, refine.conditioning)
+            delta, present, quality = self.refiner(refine.current, conditioned, candidates, warped, *priors)
             candidates, object_score = candidates + delta.float(), object_score + present
             iou = (torch.logit(iou.float(), eps=1e-4) + quality.float()).sigmoid()
         return self._choose(candidates, iou, tokens, object_score)
 
     def upsample_logits(self, logits: Tensor) -> Tensor:
-        """The decoder's logits (B, M, 4h, 4w) at the size at which this network draws."""
+        """Upsample the decoder's logits (B, M, 4h, 4w) to the size of the network's masks (B, M, n, n)."""
         if self.refiner is None:
             return logits
         return F.interpolate(logits, scale_factor=float(REFINER_UPSCALE), mode="bilinear", align_corners=False)
 
-    def coarse(self, logits: Tensor) -> Tensor:
-        """Logits at the size at which this network draws, at the decoder's."""
+    def downsample_logits(self, logits: Tensor) -> Tensor:
+        """Average logits of the size of the network's masks (B, M, n, n) to the decoder's size (B, M, 4h, 4w)."""
         return F.avg_pool2d(logits, REFINER_UPSCALE) if self.refiner is not None else logits
 
-    @staticmethod
-    def _no_points(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        return torch.zeros(batch, 1, 2, device=device), -torch.ones(batch, 1, dtype=torch.int32, device=device)
-
     def _choose(self, candidates: Tensor, iou: Tensor, tokens: Tensor, object_score: Tensor) -> SliceOutput:
-        """The candidate of the highest predicted IoU; an absent object empties it and swaps the pointer."""
+        """Choose the candidate of the highest predicted IoU; an absent object gets an empty mask and SAM 2's no-object pointer."""
         rows = torch.arange(len(candidates), device=candidates.device)
         best = iou.argmax(dim=-1)
         token = tokens[rows, best] if tokens.size(1) > 1 else tokens[:, 0]
@@ -367,12 +370,11 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         pointer = present * object_pointer + (1 - present) * self.no_obj_ptr
         chosen = candidates[rows, best].unsqueeze(1)
         logits = torch.where((object_score > 0)[..., None, None], chosen, NO_OBJ_SCORE)
-        return SliceOutput(
-            candidates, iou, best, object_score, chosen, logits, pointer, (self.no_obj_ptr.expand_as(pointer), object_pointer)
-        )
+        pointers = (self.no_obj_ptr.expand_as(pointer), object_pointer)
+        return SliceOutput(candidates, iou, best, object_score, chosen, logits, pointer, pointers)
 
     def remember(self, features: SliceFeatures, output: SliceOutput, masks: Tensor | None = None) -> Memory:
-        """Write a memory of this slice. masks (B, 1, H, W): the user's, at full resolution, instead of the logits."""
+        """Encode the memory of this slice. masks (B, 1, H, W): annotated masks at full resolution, used instead of the logits."""
         size = (self.input_size, self.input_size)
         if masks is not None:
             logits = masks.float() * (2 * MASK_LOGIT) - MASK_LOGIT
@@ -382,14 +384,21 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         spatial, _ = self._encode_new_memory([top], [features.top.shape[-2:]], logits, output.object_score, masks is not None)
         cover = masks if masks is not None else output.logits.detach().sigmoid()
         confidence = output.iou.detach().gather(1, output.best[:, None]).squeeze(1)
-        traces = object_stats(features.top.detach(), cover, output.object_score.detach(), confidence)
-        return Memory(spatial, output.pointer, output.chosen, traces, features.detail)
+        stats = object_stats(features.top.detach(), cover, output.object_score.detach(), confidence)
+        return Memory(spatial, output.pointer, output.chosen, stats, features.refiner_features)
+
+
+def _check_input_size(input_size: int) -> None:
+    if input_size <= 0 or input_size % 32:
+        raise ValueError(f"input_size is {input_size}; it must be a positive multiple of 32")
 
 
 def set_input_size(model: SlmSam2, input_size: int) -> None:
-    """Let a network take slices of `input_size` from now on; memories of other sizes cannot be read any more. ValueError."""
-    if input_size <= 0 or input_size % 32:
-        raise ValueError(f"input_size is {input_size}; it must be a positive multiple of 32")
+    """Change the edge of the slices that a network takes; no weight depends on it. Memories of another size cannot be read any more.
+
+    Raises: ValueError when the edge is no positive multiple of 32.
+    """
+    _check_input_size(input_size)
     edge = input_size // model.backbone_stride
     model.image_size, model.sam_image_embedding_size = input_size, edge
     prompts = model.sam_prompt_encoder

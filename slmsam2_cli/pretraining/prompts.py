@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slmsam2_cli.model.refiner import PriorSlice
-from slmsam2_cli.model.slmsam2 import MASK_LOGIT, Seen, SliceFeatures, SliceOutput, SlmSam2
+from slmsam2_cli.model.slmsam2 import MASK_LOGIT, RefinerInput, SliceFeatures, SliceOutput, SlmSam2
 
 OUTSIDE, INSIDE, CORNERS = 0, 1, (2, 3)
 
@@ -40,14 +40,14 @@ def refine_masks(model: SlmSam2, features: SliceFeatures, masks: Tensor) -> Slic
     A refiner takes them for masks of a slice just passed that looks the same: so it learns to find borders where they are.
     """
     carried, seen = to_mask_logits(model, masks), None
-    if features.detail is not None:
-        sight = PriorSlice(features.detail, carried.sigmoid(), torch.ones(len(masks), 1, device=masks.device))
-        seen = Seen(features.detail, sight, [sight])
+    if features.refiner_features is not None:
+        sight = PriorSlice(features.refiner_features, carried.sigmoid(), torch.ones(len(masks), 1, device=masks.device))
+        seen = RefinerInput(features.refiner_features, sight, [sight])
     return model.decode(without_memory(model, features), features.fine, carried, seen)
 
 
 def _prompted(model: SlmSam2, features: SliceFeatures, points: Tensor, labels: Tensor, rough: Tensor | None) -> SliceOutput:
-    coarse = model.coarse(rough) if rough is not None else None
+    coarse = model.downsample_logits(rough) if rough is not None else None
     sparse, dense = model.sam_prompt_encoder(points=(points, labels), boxes=None, masks=coarse)
     candidates, iou, tokens, object_score = model.sam_mask_decoder(
         image_embeddings=without_memory(model, features),

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from slmsam2_cli.device import half_precision
 from slmsam2_cli.model.cpu_ops import optimise_for_cpu
-from slmsam2_cli.model.memory.policy import MemoryPolicy, ReadContext, MemoryRead
+from slmsam2_cli.model.memory.policy import MemoryPolicy, MemoryRead, ReadContext
 from slmsam2_cli.model.memory.registry import build_policy
 from slmsam2_cli.model.memory.selfsort import POINTER_DISTANCE
 from slmsam2_cli.model.memory.shortlong import short_read

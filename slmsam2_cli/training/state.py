@@ -187,4 +187,4 @@ class RunOptions:
     minutes: float | None
     steps: int | None
     seed: int
-    processes: int | None
+    workers: int | None

@@ -1,4 +1,4 @@
-"""slmsam2 plan: measures, decides, says why, and leaves the user's edits alone."""
+"""slmsam2 plan: measures a dataset, writes a plan with reasons, and keeps manual edits."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def test_the_files_written_are_these(data, workspace):
     ]
 
 
-def test_the_decisions_are_shown_with_their_reasons(data, workspace, capsys):
+def test_settings_are_printed_with_their_reasons(data, workspace, capsys):
     plan(data, workspace)
     shown = capsys.readouterr().out
-    assert "geometry.slice_axis" in shown and "coarse axis" in shown
+    assert "geometry.slice_axis" in shown and "coarsest axis" in shown
     assert "1 organ" in shown and "3 of 3" in shown
 
 
@@ -74,12 +74,12 @@ def test_planning_again_changes_nothing(data, workspace):
     assert (workspace.plan.read_bytes(), workspace.fingerprint.read_bytes()) == before
 
 
-def test_an_edited_plan_survives_and_the_difference_is_told(data, workspace, capsys):
+def test_manual_edits_are_kept_with_a_warning(data, workspace, capsys):
     plan(data, workspace)
     edit(workspace, input_size=224)
     assert plan(data, workspace) == 0
     assert read_plan(workspace.plan).geometry.input_size == 224
-    assert "geometry.input_size is 224; the tool would take 96" in capsys.readouterr().err
+    assert "keeping geometry.input_size = 224 (default: 96; use --overwrite to reset)" in capsys.readouterr().err
 
 
 def test_overwrite_drops_the_edits(data, workspace):
@@ -97,7 +97,7 @@ def test_overwrite_replaces_a_broken_plan(data, workspace):
     assert plan(data, workspace, overwrite=True) == 0
 
 
-def test_an_edited_plan_and_changed_data_are_not_reconciled_silently(data, workspace):
+def test_manual_edits_are_rejected_when_the_dataset_changed(data, workspace):
     plan(data, workspace)
     edit(workspace, input_size=224)
     before = workspace.plan.read_bytes()
@@ -107,27 +107,27 @@ def test_an_edited_plan_and_changed_data_are_not_reconciled_silently(data, works
     assert workspace.plan.read_bytes() == before
 
 
-def test_a_network_asked_for_once_is_kept(data, workspace):
+def test_a_requested_network_is_kept_by_later_runs(data, workspace):
     plan(data, workspace, network="tiny")
     plan(data, workspace)
     assert read_plan(workspace.plan).network.size == "tiny"
 
 
-def test_a_network_does_not_drop_a_person_s_edits(data, workspace):
+def test_the_network_option_does_not_drop_manual_edits(data, workspace):
     plan(data, workspace)
     edit(workspace, input_size=224)
-    with pytest.raises(PlanError, match=r"keeps its network.size: set it to tiny there"):
+    with pytest.raises(PlanError, match=r"manual edit of network.size that conflicts with this option. Set it to tiny in plan.json"):
         plan(data, workspace, network="tiny")
 
 
-def test_a_workspace_that_cannot_be_made_says_how_to_go_on(data, tmp_path):
+def test_the_error_for_an_unwritable_workspace_names_the_option(data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="Choose a workspace you can write to with -w"):
         plan(data, Workspace(tmp_path / "file" / "work"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_data_set_says_how_to_go_on(data):
+def test_the_error_for_a_read_only_dataset_names_the_option(data):
     data.chmod(0o555)
     try:
         with pytest.raises(OutputError, match="-w"):
@@ -136,9 +136,9 @@ def test_a_read_only_data_set_says_how_to_go_on(data):
         data.chmod(0o755)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared volumes are not beside this checkout")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared volumes are not next to this checkout")
 @pytest.mark.parametrize(
-    ("name", "modality", "axis", "storage_size", "square_px", "whole_px"),
+    ("name", "modality", "axis", "storage_size", "roi_px", "whole_px"),
     [
         ("Sarcoma_CT", "CT", "SI", 224, 128, 544),
         ("Sarcoma_MR_T1", "MR", "SI", 192, 128, 480),
@@ -149,40 +149,42 @@ def test_a_read_only_data_set_says_how_to_go_on(data):
         ("Task09_Spleen_crop", "CT", "SI", 192, 128, 448),
     ],
 )
-def test_the_decisions_on_real_data_sets(workspace, name, modality, axis, storage_size, square_px, whole_px):
-    """storage_size: of nano, which sees squares of slices at square_px; whole_px: of tiny, which sees whole slices."""
+def test_the_settings_for_real_datasets(workspace, name, modality, axis, storage_size, roi_px, whole_px):
+    """storage_size, roi_px: of nano, which sees ROI crops; whole_px: of tiny, which sees whole slices."""
     assert plan(SHARED / name, workspace) == 0
-    decided = read_plan(workspace.plan)
-    assert (decided.modality, decided.geometry.slice_axis, decided.geometry.storage_size) == (modality, axis, storage_size)
-    assert (decided.geometry.roi_scale, decided.geometry.input_size) == (2.0, square_px)
+    written = read_plan(workspace.plan)
+    assert (written.modality, written.geometry.slice_axis, written.geometry.storage_size) == (modality, axis, storage_size)
+    assert (written.geometry.roi_scale, written.geometry.input_size) == (2.0, roi_px)
     assert plan(SHARED / name, workspace, network="tiny", overwrite=True) == 0
     assert read_plan(workspace.plan).geometry.input_size == whole_px
 
 
-def test_an_axis_that_was_asked_for_is_kept_when_planning_again(data, workspace):
+def test_a_requested_axis_is_kept_by_later_runs(data, workspace):
     plan(data, workspace, axis="LR")
     plan(data, workspace)
-    settled = read_plan(workspace.plan)
-    assert (settled.geometry.slice_axis, settled.asked, settled.edited) == ("LR", ("geometry.slice_axis",), False)
-    assert settled.reasons["geometry.slice_axis"].startswith("asked for; the measurements speak for SI")
+    final = read_plan(workspace.plan)
+    assert (final.geometry.slice_axis, final.overrides, final.edited) == ("LR", ("geometry.slice_axis",), False)
+    assert final.reasons["geometry.slice_axis"].startswith("set by the user; the data suggest SI")
 
 
-def test_auto_takes_the_axis_back(data, workspace):
+def test_axis_auto_resets_a_requested_axis(data, workspace):
     plan(data, workspace, axis="LR")
     plan(data, workspace, axis="auto")
-    settled = read_plan(workspace.plan)
-    assert (settled.geometry.slice_axis, settled.asked) == ("SI", ())
+    final = read_plan(workspace.plan)
+    assert (final.geometry.slice_axis, final.overrides) == ("SI", ())
 
 
-def test_an_edited_plan_is_not_turned_by_an_option(data, workspace):
+def test_the_axis_option_does_not_drop_manual_edits(data, workspace):
     plan(data, workspace)
     edit(workspace, input_size=160)
-    with pytest.raises(PlanError, match="keeps its geometry.slice_axis: set it to LR there, or add --overwrite"):
+    with pytest.raises(
+        PlanError, match="manual edit of geometry.slice_axis that conflicts .* Set it to LR in plan.json, or use --overwrite"
+    ):
         plan(data, workspace, axis="LR")
     assert read_plan(workspace.plan).geometry.input_size == 160
 
 
-def test_a_comparison_shows_an_edit_beside_what_would_be_decided_and_writes_nothing(data, workspace, capsys):
+def test_a_comparison_shows_manual_edits_and_writes_nothing(data, workspace, capsys):
     plan(data, workspace)
     edit(workspace, input_size=160)
     before = {path: path.read_bytes() for path in workspace.root.iterdir() if path.is_file()}
@@ -193,11 +195,11 @@ def test_a_comparison_shows_an_edit_beside_what_would_be_decided_and_writes_noth
     assert {path: path.read_bytes() for path in workspace.root.iterdir() if path.is_file()} == before
 
 
-def test_a_plan_that_nobody_touched_differs_in_nothing(data, workspace, capsys):
+def test_a_comparison_of_an_unedited_plan_has_no_differences(data, workspace, capsys):
     plan(data, workspace)
     capsys.readouterr()
     compare(data, workspace.plan)
-    assert capsys.readouterr().out == "plan.json: every decision is as it would be made now\n"
+    assert capsys.readouterr().out == "plan.json is up to date: no differences\n"
 
 
 def test_a_comparison_says_that_the_data_have_changed(data, workspace, capsys):
@@ -206,32 +208,32 @@ def test_a_comparison_says_that_the_data_have_changed(data, workspace, capsys):
     value["fingerprint_digest"] = "0" * 64
     workspace.plan.write_text(json.dumps(value))
     compare(data, workspace.plan)
-    assert "rests on other measurements" in capsys.readouterr().err
+    assert "was made for different data, or the dataset has changed since" in capsys.readouterr().err
 
 
-def test_what_to_annotate_and_what_looks_odd_is_said(data, workspace, capsys):
+def test_slices_to_annotate_and_dataset_warnings_are_printed(data, workspace, capsys):
     for folder in ("imagesTr", "labelsTr"):
         (data / folder / "phantom_001.nii.gz").write_bytes((data / folder / "phantom_000.nii.gz").read_bytes())
     plan(data, workspace)
     shown = capsys.readouterr()
-    assert "what to annotate on a new volume" in shown.out
-    assert "cases phantom_000, phantom_001: the same image, and their masks" in shown.err
+    assert "Slices to annotate per volume" in shown.out
+    assert "cases phantom_000, phantom_001: duplicate images and masks" in shown.err
 
 
-def test_the_page_tells_what_the_terminal_tells(data, workspace, capsys):
+def test_the_page_shows_what_the_terminal_shows(data, workspace, capsys):
     plan(data, workspace)
     page, shown = workspace.plan_page.read_text(), capsys.readouterr()
-    for said in ("annotate its middle slice", "geometry.slice_axis", "phantom_002"):
-        assert said in page
+    for part in ("annotate the middle slice", "geometry.slice_axis", "phantom_002"):
+        assert part in page
     assert f"wrote {workspace.plan_page}" in shown.err
 
 
-def test_a_page_that_cannot_be_written_is_a_warning_and_the_plan_stands(data, workspace, capsys):
+def test_a_page_that_cannot_be_written_is_only_a_warning(data, workspace, capsys):
     workspace.plan_page.parent.mkdir()
     workspace.plan_page.write_text("mine")
     assert plan(data, workspace) == 0
     assert read_plan(workspace.plan) and workspace.plan_page.read_text() == "mine"
-    assert "warning: plan.html could not be made" in capsys.readouterr().err
+    assert "warning: could not write plan.html" in capsys.readouterr().err
 
 
 def test_without_a_report_no_page_is_written(data, workspace):
@@ -239,27 +241,27 @@ def test_without_a_report_no_page_is_written(data, workspace):
     assert read_plan(workspace.plan) and not workspace.plan_page.exists()
 
 
-def test_a_time_limit_and_a_memory_limit_are_kept_when_planning_again(data, workspace):
+def test_time_and_memory_limits_are_kept_by_later_runs(data, workspace):
     plan(data, workspace, minutes=7.0, max_memory_gb=0.95)
     first = read_plan(workspace.plan)
     plan(data, workspace)
     again = read_plan(workspace.plan)
     assert again.training == first.training and first.training.minutes == 7.0 and 2 <= first.training.clip_slices < 8
-    assert set(again.asked) == {"training.minutes", "training.clip_slices"} and not again.edited
+    assert set(again.overrides) == {"training.minutes", "training.clip_slices"} and not again.edited
 
 
-def test_a_memory_limit_that_nothing_fits_is_refused_with_the_least(data, workspace):
+def test_a_memory_limit_that_is_too_small_is_rejected_with_the_minimum(data, workspace):
     with pytest.raises(UsageError, match=r"--max-memory 0.3: even clips of 2 slices need \d\.\d\d GB"):
         plan(data, workspace, max_memory_gb=0.3)
     assert not workspace.plan.exists()
 
 
-def test_of_other_networks_no_memory_limit_can_be_kept(data, workspace):
-    with pytest.raises(UsageError, match="what network tiny needs is not known"):
+def test_a_memory_limit_is_rejected_for_networks_without_estimates(data, workspace):
+    with pytest.raises(UsageError, match="no estimate for network tiny"):
         plan(data, workspace, network="tiny", max_memory_gb=8.0)
 
 
-def test_where_the_modality_is_not_known_a_person_is_asked_to_name_it(data, workspace, capsys):
+def test_an_unknown_modality_is_a_warning_that_names_the_choices(data, workspace, capsys):
     described = json.loads((data / "dataset.json").read_text())
     key = "modality" if "modality" in described else "channel_names"
     described[key] = {"0": "scan"}
@@ -269,10 +271,10 @@ def test_where_the_modality_is_not_known_a_person_is_asked_to_name_it(data, work
     assert len(warnings) == 1 and "CT, MR, PET, US, XR, RGB" in warnings[0]
 
 
-def test_a_limit_of_0_or_one_taken_out_by_hand_is_no_limit(data, workspace):
+def test_a_limit_of_0_or_one_removed_by_hand_is_reset(data, workspace):
     plan(data, workspace, minutes=7.0, max_memory_gb=0.95)
     plan(data, workspace, max_memory_gb=0)
-    assert read_plan(workspace.plan).asked == ("training.minutes",)
+    assert read_plan(workspace.plan).overrides == ("training.minutes",)
     value = json.loads(workspace.plan.read_text())
     value["training"]["minutes"] = None
     workspace.plan.write_text(json.dumps(value))
@@ -280,41 +282,41 @@ def test_a_limit_of_0_or_one_taken_out_by_hand_is_no_limit(data, workspace):
     assert plan(data, workspace) == 0 and read_plan(workspace.plan).training.minutes is None
 
 
-def test_only_what_an_option_can_settle_can_have_been_asked(data, workspace):
+def test_overrides_contain_only_keys_that_have_an_option(data, workspace):
     plan(data, workspace)
     value = json.loads(workspace.plan.read_text())
     value["overrides"] = ["training.stepz"]
     workspace.plan.write_text(json.dumps(value))
-    with pytest.raises(PlanError, match="asked.0: Input should be 'geometry.slice_axis'"):
+    with pytest.raises(PlanError, match=r"overrides\.0: Input should be 'geometry.slice_axis'"):
         plan(data, workspace)
 
 
-def test_an_edited_plan_that_needs_more_memory_than_allowed_is_not_kept_silently(data, workspace):
+def test_a_manual_edit_that_exceeds_the_memory_limit_is_rejected(data, workspace):
     plan(data, workspace)
     value = json.loads(workspace.plan.read_text())
     value["training"] |= {"clips_per_step": 8, "clip_slices": 4}
     workspace.plan.write_text(json.dumps(value))
-    with pytest.raises(PlanError, match="keeps its training.clip_slices"):
+    with pytest.raises(PlanError, match="manual edit of training.clip_slices that conflicts"):
         plan(data, workspace, max_memory_gb=1.25)
 
 
-def test_an_axis_is_not_taken_back_from_an_edited_plan_silently(data, workspace):
+def test_axis_auto_is_rejected_for_an_edited_plan(data, workspace):
     plan(data, workspace, axis="LR")
     value = json.loads(workspace.plan.read_text())
     value["training"]["learning_rate"] = 2e-4
     workspace.plan.write_text(json.dumps(value))
-    with pytest.raises(PlanError, match="keeps its geometry.slice_axis: set it to SI there"):
+    with pytest.raises(PlanError, match="manual edit of geometry.slice_axis that conflicts .* Set it to SI in plan.json"):
         plan(data, workspace, axis="auto")
 
 
-def test_times_that_cannot_be_tried_out_are_left_open(data, workspace, capsys, monkeypatch):
+def test_estimates_have_no_time_where_the_speed_cannot_be_measured(data, workspace, capsys, monkeypatch):
     monkeypatch.setattr("slmsam2_cli.model.speed._trial", lambda *_: 1 / 0)
     assert plan(data, workspace) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("finetune -n 1"))
     assert row.split()[3:] == ["-", row.split()[4], "GB"]
 
 
-def test_the_same_data_and_plan_give_the_same_page(data, workspace):
+def test_the_page_is_reproducible(data, workspace):
     plan(data, workspace)
     first = workspace.plan_page.read_bytes()
     plan(data, workspace)

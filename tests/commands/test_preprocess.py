@@ -1,4 +1,4 @@
-"""slmsam2 preprocess: every case once, bad cases apart, nothing half-made."""
+"""slmsam2 preprocess: every case once, invalid cases reported, no incomplete files."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def workspace(data, tmp_path):
     return made
 
 
-def test_every_case_is_prepared(data, workspace, capsys):
+def test_every_case_is_preprocessed(data, workspace, capsys):
     assert preprocess(data, workspace) == 0
     assert sorted(p.name for p in workspace.prepared.iterdir()) == ["phantom_000", "phantom_001", "phantom_002"]
     assert open_prepared(workspace.prepared, "phantom_001").frames.max() == 1
-    assert "3 cases ready, 3 of them prepared now" in capsys.readouterr().err
+    assert "3 cases ready, 3 preprocessed in this run" in capsys.readouterr().err
 
 
-def test_a_second_run_finds_them_ready(data, workspace, capsys):
+def test_a_second_run_preprocesses_nothing(data, workspace, capsys):
     preprocess(data, workspace)
     assert preprocess(data, workspace) == 0
-    assert "3 cases ready, 0 of them prepared now" in capsys.readouterr().err
+    assert "3 cases ready, 0 preprocessed in this run" in capsys.readouterr().err
 
 
-def test_without_a_plan_it_says_what_to_do(data, tmp_path):
+def test_the_error_without_a_plan_names_the_command_to_run(data, tmp_path):
     with pytest.raises(PlanError, match="Run slmsam2 plan first"):
         preprocess(data, Workspace(tmp_path / "empty"))
 
@@ -61,25 +61,25 @@ def test_no_usable_case_is_an_error_with_every_problem(data, workspace):
     assert len(error.value.problems) == 3
 
 
-def test_an_edited_plan_is_followed_and_said(data, workspace, capsys):
+def test_cases_are_preprocessed_again_after_an_edit_of_the_plan(data, workspace, capsys):
     preprocess(data, workspace)
     value = json.loads(workspace.plan.read_text())
     value["geometry"]["in_plane_mm"] = 0.25
     workspace.plan.write_text(json.dumps(value))
     assert preprocess(data, workspace) == 0
-    said = capsys.readouterr().err
-    assert said.count("prepared again: the plan's geometry or intensities changed") == 3
-    assert said.count("to fit 32 px") == 3
+    printed = capsys.readouterr().err
+    assert printed.count("prepared again: the plan's geometry or intensities changed") == 3
+    assert printed.count("to fit 32 pixels") == 3
     assert open_prepared(workspace.prepared, "phantom_000").frames.shape[-1] <= 32
 
 
-def test_a_plan_for_other_channels_is_refused(data, workspace):
+def test_a_plan_for_other_channels_is_rejected(data, workspace):
     described = json.loads((data / "dataset.json").read_text())
     (data / "dataset.json").write_text(json.dumps({**described, "modality": {"0": "CT"}}))
     with pytest.raises(PlanError, match="channels"):
         preprocess(data, workspace)
 
 
-def test_only_one_may_write_at_a_time(data, workspace):
+def test_two_runs_cannot_write_the_same_workspace(data, workspace):
     with lock_folder(workspace.root), pytest.raises(LockError):
         preprocess(data, workspace)

@@ -34,10 +34,10 @@ def pairs(draw):
 
 
 def found(mask, other, spacing_mm, **changed):
-    surface._neighbours.cache_clear()
+    surface._adjacent_rows.cache_clear()
     with mock.patch.multiple(surface, **(changed or WAYS["as it is"])):
         distances = nearest_mm(np.flatnonzero(mask), other, np.flatnonzero(other), spacing_mm)
-    surface._neighbours.cache_clear()
+    surface._adjacent_rows.cache_clear()
     return distances
 
 

@@ -67,7 +67,7 @@ def circle(monkeypatch):
 @pytest.fixture
 def tracked(monkeypatch):
     """(anchors, stored, read) of every image that is segmented, in order."""
-    calls, track, long = [], SlmSam2.track, SelfSort.long
+    calls, track, long = [], SlmSam2.track, SelfSort.long_read
     monkeypatch.setattr(SlmSam2, "track", lambda self, f, bank, at, policy: calls.append([at.slice]) or track(self, f, bank, at, policy))
 
     def noted(self, moment):
@@ -75,7 +75,7 @@ def tracked(monkeypatch):
         calls[-1] += [list(moment.conditioning), list(moment.tracked), [s for s, _ in stream.spatial]]
         return stream
 
-    monkeypatch.setattr(SelfSort, "long", noted)
+    monkeypatch.setattr(SelfSort, "long_read", noted)
     return calls
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from slmsam2_cli.model.label_unet import PREFIX, LabelUNet, label_unet_from_state, neighbours, view_of, without_label_unet
+from slmsam2_cli.model.label_unet import PREFIX, LabelUNet, label_unet_from_state, view_of, with_adjacent_slices, without_label_unet
 from slmsam2_cli.model.roi import RoiCrop
 
 
@@ -53,8 +53,8 @@ def test_a_missing_tensor_is_refused():
 
 def test_beyond_the_ends_of_a_stack_the_outermost_slice_is_seen_again():
     stack = torch.arange(3.0).view(3, 1, 1, 1)
-    assert neighbours(stack, 0).flatten().tolist() == [0, 0, 0, 1, 2]
-    assert neighbours(stack, 2).flatten().tolist() == [0, 1, 2, 2, 2]
+    assert with_adjacent_slices(stack, 0).flatten().tolist() == [0, 0, 0, 1, 2]
+    assert with_adjacent_slices(stack, 2).flatten().tolist() == [0, 1, 2, 2, 2]
 
 
 def test_it_looks_at_a_square_twice_as_wide_as_all_that_is_annotated():

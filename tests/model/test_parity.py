@@ -66,11 +66,11 @@ def our_passes(model, frames, objects, monkeypatch):
     """{step: {(object, slice): raw logits}} of every pass, as the engine gets them from the network; and the engine's result."""
     raw, track, memories = {1: {}, -1: {}}, SlmSam2.track, []
 
-    def recorded(self, features, bank, moment):
-        if not any(bank.conditioning is seen for seen in memories):  # one dictionary of anchors an object, objects one after the other
+    def recorded(self, features, bank, context):
+        if not any(bank.conditioning is seen for seen in memories):  # one bank per object, objects one after the other
             memories.append(bank.conditioning)
-        output = track(self, features, bank, moment)
-        raw[moment.step][list(objects)[len(memories) - 1], moment.slice] = output.logits[0, 0]
+        output = track(self, features, bank, context)
+        raw[context.step][list(objects)[len(memories) - 1], context.slice] = output.logits[0, 0]
         return output
 
     monkeypatch.setattr(SlmSam2, "track", recorded)
@@ -85,7 +85,7 @@ def assert_equal(ours, theirs, at_least_seen):
 
 
 @pytest.mark.parametrize("start", [0, 5, SLICES - 1])
-def test_one_anchor_both_ways(start, monkeypatch):
+def test_one_conditioning_slice_in_both_directions(start, monkeypatch):
     model, frames = build(shared_memory=True), frames_of()
     predictor = Predictor(model, frames, monkeypatch)
     predictor.draw(start, SQUARE)
@@ -95,8 +95,8 @@ def test_one_anchor_both_ways(start, monkeypatch):
     assert_equal(ours[1] | ours[-1], up | down, at_least_seen=6)
 
 
-def test_with_one_sided_reading_the_first_pass_is_the_predictors_and_the_second_is_not(monkeypatch):
-    """What lies behind the anchor was written by the other pass; the published predictor reads it, we do not unless asked to."""
+def test_without_shared_memory_the_first_pass_is_the_predictors_and_the_second_is_not(monkeypatch):
+    """Slices behind the conditioning slice were written by the other pass; the predictor reads them, we only with shared memory."""
     model, frames = build(), frames_of()
     predictor = Predictor(model, frames, monkeypatch)
     predictor.draw(5, SQUARE)
@@ -106,8 +106,8 @@ def test_with_one_sided_reading_the_first_pass_is_the_predictors_and_the_second_
     assert max((ours[-1][where] - down[where]).abs().max() for where in down) > 100 * TOLERANCE
 
 
-def test_three_anchors_both_ways_and_their_blend(monkeypatch):
-    """Forwards through all anchors from the first, then backwards from the last: between two conditioning slices both passes go by."""
+def test_three_conditioning_slices_in_both_directions_and_their_blend(monkeypatch):
+    """Forward from the first through all conditioning slices, then backward from the last: two passes between two of them."""
     model, frames, drawn = build(shared_memory=True), frames_of(), {2: SQUARE, 6: TALL, 10: FLAT}
     predictor = Predictor(model, frames, monkeypatch)
     for slice_, mask in drawn.items():
@@ -117,14 +117,14 @@ def test_three_anchors_both_ways_and_their_blend(monkeypatch):
     assert_equal(ours[1], up, at_least_seen=4)
     assert_equal(ours[-1], down, at_least_seen=4)
     for t in (3, 4, 5, 7, 8, 9):
-        share = (t % 4 - 2) % 4 / 4  # of the way from one anchor to the next
+        share = (t % 4 - 2) % 4 / 4  # of the way from one conditioning slice to the next
         blend = (1 - share) * up[1, t].clamp(-10, 10) + share * down[1, t].clamp(-10, 10)
         assert (found[1].logits[t] - blend).abs().max() <= TOLERANCE
     assert all((found[1].logits[t] - up[1, t].clamp(min=ABSENT)).abs().max() <= TOLERANCE for t in (11, 12, 13))
     assert all((found[1].logits[t] - down[1, t].clamp(min=ABSENT)).abs().max() <= TOLERANCE for t in (0, 1))
 
 
-def test_a_corrected_slice_is_one_more_anchor(monkeypatch):
+def test_a_corrected_slice_is_one_more_conditioning_slice(monkeypatch):
     """The predictor needs its flag for that: without it, propagating again overwrites the correction."""
     model, frames = build(shared_memory=True), frames_of()
     predictor = Predictor(model, frames, monkeypatch, add_all_frames_to_correct_as_cond=True)

@@ -1,4 +1,4 @@
-"""MedSAM-2's bank: who is admitted, who leaves, who is read. Numbers alone, then the network around them."""
+"""MedSAM-2's self-sorting bank: which slices enter, leave and are read. First the rules alone, then in the network."""
 
 from dataclasses import replace
 from itertools import permutations
@@ -9,7 +9,7 @@ import torch
 from slmsam2_cli.inference.propagation import AnnotatedSlice, propagate
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.memory.features import memory_scores, object_stats, similarity
-from slmsam2_cli.model.memory.policy import MemoryScores, ReadContext, gated
+from slmsam2_cli.model.memory.policy import MemoryScores, ReadContext
 from slmsam2_cli.model.memory.selfsort import POINTER_DISTANCE, SelfSort
 from slmsam2_cli.model.memory.shortlong import ShortLongSelfSort
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
@@ -17,156 +17,157 @@ from slmsam2_cli.planning.plan import NetworkPlan
 from slmsam2_cli.training.clips import Clips
 from slmsam2_cli.training.trainer import clip_losses
 
-ANCHOR, PX = 0, 64
+ANNOTATED, PX = 0, 64
 
 
-def moment(slice_, *stored, step=1, at=None):
-    """A moment with one anchor and stored slices (index, object score, confidence, angle in degrees); `at`: the current slice's angle.
+def context(slice_, *stored, step=1, at=None):
+    """A context with one conditioning slice and stored slices (index, object score, confidence, angle in degrees).
 
-    Objects are points on a circle: similarity is the cosine of the angle between them, and the anchor lies at 0 degrees.
+    Objects are points on a circle: similarity is the cosine of the angle between them. The conditioning slice lies at 0 degrees, the
+    current slice at `at`.
     """
-    angles = {ANCHOR: 0.0} | {s: angle for s, _, _, angle in stored}
+    angles = {ANNOTATED: 0.0} | {s: angle for s, _, _, angle in stored}
     cosine = {(a, b): torch.tensor(angles[a] - angles[b]).deg2rad().cos().item() for a in angles for b in angles}
-    here = {s: torch.tensor(angle - at).deg2rad().cos().item() for s, angle in angles.items()} if at is not None else {}
-    object_score, confidence = {ANCHOR: 10.0} | {s: p for s, p, _, _ in stored}, {ANCHOR: 1.0} | {s: c for s, _, c, _ in stored}
-    return ReadContext(slice_, step, (ANCHOR,), [s for s, *_ in stored], 100, MemoryScores(object_score, confidence, here, cosine))
+    to_query = {s: torch.tensor(angle - at).deg2rad().cos().item() for s, angle in angles.items()} if at is not None else {}
+    object_score, confidence = {ANNOTATED: 10.0} | {s: p for s, p, _, _ in stored}, {ANNOTATED: 1.0} | {s: c for s, _, c, _ in stored}
+    return ReadContext(slice_, step, (ANNOTATED,), [s for s, *_ in stored], 100, MemoryScores(object_score, confidence, to_query, cosine))
 
 
-def test_only_the_present_the_confident_and_the_similar_are_admitted():
+def test_only_slices_with_the_object_of_high_confidence_and_similarity_enter():
     absent, unsure, unlike, just_so, good = (1, -0.1, 1.0, 0), (2, 5.0, 0.49, 0), (3, 5.0, 1.0, 61), (4, 0.1, 0.5, 59.9), (5, 5.0, 0.9, 10)
-    assert SelfSort().members(moment(6, absent, unsure, unlike, just_so, good)) == [4, 5]
+    assert SelfSort().members(context(6, absent, unsure, unlike, just_so, good)) == [4, 5]
 
 
-def test_behind_the_gate_a_slice_has_to_be_certain_too():
+def test_with_the_object_score_gate_a_slice_needs_a_certainty_above_0_01_to_enter():
     barely, well = (1, 0.01, 1.0, 0), (2, 0.1, 1.0, 0)
-    assert SelfSort(object_score_gate=True).members(moment(3, barely, well)) == [2]
-    assert SelfSort().members(moment(3, barely, well)) == [1, 2]
+    assert SelfSort(object_score_gate=True).members(context(3, barely, well)) == [2]
+    assert SelfSort().members(context(3, barely, well)) == [1, 2]
 
 
 def table(*knots):
-    """A calibration that says the second number of each pair where the model says the first."""
-    said, true = zip(*knots, strict=True)
-    return Calibration(method="isotonic", confidence=said, dice=true, slices=99, error_before=0.3, error_after=0.1)
+    """A calibration from confidence to Dice, given as pairs."""
+    raw, expected = zip(*knots, strict=True)
+    return Calibration(method="isotonic", confidence=raw, dice=expected, slices=99, error_before=0.3, error_after=0.1)
 
 
 def calibrated(at, calibration):
-    """The moment with the table's word for its tracked slices."""
-    return replace(at, evidence=at.evidence.calibrated(at.tracked, calibration.of))
+    """The context with calibrated confidence of its tracked slices."""
+    return replace(at, scores=at.scores.calibrated(at.tracked, calibration.of))
 
 
-def test_a_slice_that_the_table_trusts_less_is_not_admitted_and_one_that_it_trusts_more_is():
-    sure, unsure = moment(2, (1, 50.0, 0.9, 0)), moment(2, (1, 50.0, 0.3, 0))
+def test_calibration_decides_which_slices_enter():
+    sure, unsure = context(2, (1, 50.0, 0.9, 0)), context(2, (1, 50.0, 0.3, 0))
     assert SelfSort().members(sure) == [1] and SelfSort().members(unsure) == []
     assert SelfSort().members(calibrated(sure, table((0.0, 0.0), (0.9, 0.2)))) == []
     assert SelfSort().members(calibrated(unsure, table((0.3, 0.8), (1.0, 1.0)))) == [1]
-    assert ShortLongSelfSort().keep(calibrated(moment(2, (1, 50.0, 0.9, 0), (2, 50.0, 0.9, 0)), table((0.9, 0.2)))) == [2]
+    assert ShortLongSelfSort().keep(calibrated(context(2, (1, 50.0, 0.9, 0), (2, 50.0, 0.9, 0)), table((0.9, 0.2)))) == [2]
 
 
-def test_the_table_is_asked_about_object_score_times_predicted_iou():
-    """At a logit of 0 the object is there with probability one half, so 0.8 counts as 0.4; the anchor is the next annotated slice."""
-    told = calibrated(moment(2, (1, 0.0, 0.8, 0)), table((0.4, 0.1), (0.8, 0.9))).evidence
-    assert told.confidence == {ANCHOR: 1.0, 1: pytest.approx(0.1)}
-    assert moment(2, (1, -1000.0, 0.8, 0)).evidence.calibrated([1], table((0.0, 0.05), (1.0, 1.0)).of).confidence[1] == 0.05
+def test_calibration_looks_up_object_score_probability_times_predicted_iou():
+    """At a logit of 0 the object is there with probability one half, so 0.8 counts as 0.4; annotated slices are not calibrated."""
+    scores = calibrated(context(2, (1, 0.0, 0.8, 0)), table((0.4, 0.1), (0.8, 0.9))).scores
+    assert scores.confidence == {ANNOTATED: 1.0, 1: pytest.approx(0.1)}
+    assert context(2, (1, -1000.0, 0.8, 0)).scores.calibrated([1], table((0.0, 0.05), (1.0, 1.0)).of).confidence[1] == 0.05
 
 
-def test_the_gate_goes_by_the_table_too():
+def test_the_gate_uses_calibrated_confidence():
     """Certainty has to exceed 0.01."""
-    at = moment(9, (1, 50.0, 0.9, 0), (2, 50.0, 0.005, 0), (8, 50.0, 0.9, 0))
-    assert list(gated(at).tracked) == [1, 8]
-    assert list(gated(calibrated(at, table((0.005, 0.5), (0.9, 0.6)))).tracked) == [1, 2, 8]
-    assert list(gated(calibrated(at, table((0.9, 0.005)))).tracked) == [8]
+    at = context(9, (1, 50.0, 0.9, 0), (2, 50.0, 0.005, 0), (8, 50.0, 0.9, 0))
+    assert list(at.drop_uncertain().tracked) == [1, 8]
+    assert list(calibrated(at, table((0.005, 0.5), (0.9, 0.6))).drop_uncertain().tracked) == [1, 2, 8]
+    assert list(calibrated(at, table((0.9, 0.005))).drop_uncertain().tracked) == [8]
 
 
-def test_the_least_different_of_too_many_leaves():
+def test_the_most_redundant_slice_leaves_a_full_bank():
     """At 0, 10 and 40 degrees the one in the middle is nearest to the others."""
-    assert SelfSort(capacity=2).members(moment(4, (1, 5.0, 0.9, 0), (2, 5.0, 0.9, 10), (3, 5.0, 0.9, 40))) == [1, 3]
+    assert SelfSort(capacity=2).members(context(4, (1, 5.0, 0.9, 0), (2, 5.0, 0.9, 10), (3, 5.0, 0.9, 40))) == [1, 3]
 
 
 @pytest.mark.parametrize("order", list(permutations([(1, 5.0, 0.9, 0), (2, 5.0, 0.8, 0), (3, 5.0, 0.9, 0)])))
-def test_among_equals_the_least_confident_leaves_whatever_the_order(order):
-    assert sorted(SelfSort(capacity=2).members(moment(4, *order))) == [1, 3]
+def test_of_equally_redundant_slices_the_least_confident_leaves_in_any_order(order):
+    assert sorted(SelfSort(capacity=2).members(context(4, *order))) == [1, 3]
 
 
-def test_among_equals_of_equal_confidence_the_higher_index_leaves():
-    assert SelfSort(capacity=2).members(moment(9, *[(s, 5.0, 0.9, 20) for s in (1, 2, 3, 4)])) == [1, 2]
+def test_of_equally_redundant_and_confident_slices_the_higher_index_leaves():
+    assert SelfSort(capacity=2).members(context(9, *[(s, 5.0, 0.9, 20) for s in (1, 2, 3, 4)])) == [1, 2]
 
 
-def test_the_anchor_is_read_however_unlike_and_then_the_most_similar_first():
+def test_conditioning_slices_are_always_read_and_then_the_most_similar_first():
     slices = [(1, 5.0, 0.9, 50), (2, 5.0, 0.9, 20), (3, 5.0, 0.9, 40), (4, 5.0, 0.9, -50)]
-    (stream,) = SelfSort(nearest=2).read(moment(5, *slices, at=45))
-    assert [s for s, _ in stream.spatial] == [ANCHOR, 1, 3]
+    (read,) = SelfSort(nearest=2).read(context(5, *slices, at=45))
+    assert [s for s, _ in read.spatial] == [ANNOTATED, 1, 3]
 
 
 def test_equally_similar_slices_are_read_by_confidence_and_then_by_index():
     slices = [(1, 5.0, 0.7, 20), (2, 5.0, 0.9, 20), (3, 5.0, 0.7, 20)]
-    (stream,) = SelfSort().read(moment(5, *slices, at=30))
-    assert [s for s, _ in stream.spatial] == [ANCHOR, 2, 1, 3]
+    (read,) = SelfSort().read(context(5, *slices, at=30))
+    assert [s for s, _ in read.spatial] == [ANNOTATED, 2, 1, 3]
 
 
-def test_time_plays_no_role_in_the_bank():
-    near_in_time = SelfSort().read(moment(3, (1, 5.0, 0.9, 20), (2, 5.0, 0.9, 30), at=25))[0]
-    far_in_time = SelfSort().read(moment(99, (1, 5.0, 0.9, 20), (2, 5.0, 0.9, 30), at=25, step=-1))[0]
+def test_the_bank_ignores_the_order_of_slices():
+    near_in_time = SelfSort().read(context(3, (1, 5.0, 0.9, 20), (2, 5.0, 0.9, 30), at=25))[0]
+    far_in_time = SelfSort().read(context(99, (1, 5.0, 0.9, 20), (2, 5.0, 0.9, 30), at=25, step=-1))[0]
     assert near_in_time == far_in_time
     assert {row for _, row in near_in_time.spatial} == {6}
     assert {distance for _, distance in near_in_time.pointers} == {POINTER_DISTANCE}
 
 
-def test_what_has_left_the_bank_may_be_forgotten_without_changing_it():
+def test_deleting_slices_that_left_the_bank_does_not_change_it():
     policy, generator = SelfSort(capacity=4), torch.Generator().manual_seed(0)
     draws = torch.rand(40, 3, generator=generator).tolist()
     stored = [(t + 1, 4 * p - 1, c, 80 * a) for t, (p, c, a) in enumerate(draws)]
     kept = []
     for i, one in enumerate(stored):
-        everything = moment(one[0], *stored[: i + 1])
-        remembered = moment(one[0], *kept, one)
+        everything = context(one[0], *stored[: i + 1])
+        remembered = context(one[0], *kept, one)
         assert policy.members(remembered) == policy.members(everything)
         kept = [s for s in (*kept, one) if s[0] in policy.keep(remembered)]
         assert len(kept) <= 4 + 1
 
 
-def test_with_a_short_stream_the_slice_just_passed_is_read_in_row_zero_however_bad_it_is():
-    long, short = ShortLongSelfSort().read(moment(3, (1, 5.0, 0.9, 20), (2, -9.0, 0.0, 90), at=20))
-    assert [s for s, _ in long.spatial] == [ANCHOR, 1]
+def test_with_a_short_memory_the_previous_slice_is_read_in_row_zero_whatever_its_scores():
+    long, short = ShortLongSelfSort().read(context(3, (1, 5.0, 0.9, 20), (2, -9.0, 0.0, 90), at=20))
+    assert [s for s, _ in long.spatial] == [ANNOTATED, 1]
     assert short.spatial == ((2, 0),) and short.pointers == ((2, 1),)
 
 
-def test_where_slices_have_no_order_the_short_stream_sees_the_most_similar_one():
-    _, short = ShortLongSelfSort().read(moment(3, (1, 5.0, 0.9, 20), (2, 5.0, 0.9, 40), step=0, at=30.1))
+def test_without_an_order_of_slices_the_short_memory_reads_the_most_similar_one():
+    _, short = ShortLongSelfSort().read(context(3, (1, 5.0, 0.9, 20), (2, 5.0, 0.9, 40), step=0, at=30.1))
     assert short.spatial == ((2, 0),)
 
 
-def test_with_a_short_stream_the_slice_just_passed_stays_stored():
-    assert ShortLongSelfSort().keep(moment(2, (1, 5.0, 0.9, 20), (2, -9.0, 0.0, 90))) == [1, 2]
-    assert ShortLongSelfSort(SelfSort(min_confidence=1.0), short=2).keep(moment(3, *[(s, 5.0, 0.5, 0) for s in (1, 2, 3)])) == [2, 3]
+def test_with_a_short_memory_the_previous_slice_is_kept():
+    assert ShortLongSelfSort().keep(context(2, (1, 5.0, 0.9, 20), (2, -9.0, 0.0, 90))) == [1, 2]
+    assert ShortLongSelfSort(SelfSort(min_confidence=1.0), short=2).keep(context(3, *[(s, 5.0, 0.5, 0) for s in (1, 2, 3)])) == [2, 3]
 
 
-def test_an_objects_vector_is_the_mean_of_the_embedding_over_its_mask():
+def test_the_vector_of_an_object_is_the_mean_embedding_over_its_mask():
     top, cover = torch.zeros(1, 2, 2, 2), torch.zeros(1, 1, 4, 4)
     top[0, 0, 0, 0], top[0, 1, 0, 1], top[0, :, 1] = 3.0, 4.0, 100.0
     cover[..., :2, :] = 1  # the two positions of the upper row: their mean is (1.5, 2)
-    traces = object_stats(top, cover, torch.ones(1, 1), torch.tensor([1.5]))
-    assert traces.vector.tolist() == [pytest.approx([0.6, 0.8])]
-    assert traces.area.tolist() == [2.0] and traces.confidence.tolist() == [1.0]
+    stats = object_stats(top, cover, torch.ones(1, 1), torch.tensor([1.5]))
+    assert stats.vector.tolist() == [pytest.approx([0.6, 0.8])]
+    assert stats.area.tolist() == [2.0] and stats.confidence.tolist() == [1.0]
 
 
-def test_an_object_that_is_not_there_is_similar_to_nothing():
-    traces = object_stats(torch.rand(1, 8, 2, 2), torch.zeros(1, 1, 8, 8), -torch.ones(1, 1), torch.ones(1))
-    told = memory_scores({0: traces, 1: traces}, 0, torch.rand(1, 8, 2, 2))
-    assert set(told.alike.values()) == {0.0} and set(told.here.values()) == {0.0}
+def test_an_empty_mask_has_similarity_0_to_everything():
+    stats = object_stats(torch.rand(1, 8, 2, 2), torch.zeros(1, 1, 8, 8), -torch.ones(1, 1), torch.ones(1))
+    scores = memory_scores({0: stats, 1: stats}, 0, torch.rand(1, 8, 2, 2))
+    assert set(scores.pairwise_similarity.values()) == {0.0} and set(scores.query_similarity.values()) == {0.0}
 
 
-def test_similarity_to_a_slice_is_that_of_as_many_positions_as_the_object_covers():
+def test_similarity_to_a_slice_averages_as_many_positions_as_the_object_covers():
     top = torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, 0.0]])[:, :, None]  # cosines with (1, 0): 1, 0, -1
     found = similarity(torch.tensor([[1.0, 0.0]]).expand(4, -1), torch.tensor([0.2, 1.0, 2.0, 9.0]), top)
     assert found.tolist() == pytest.approx([1.0, 1.0, 0.5, 0.0])
 
 
-def test_evidence_is_not_rounded_where_the_network_computes_in_half_precision():
-    traces = {s: object_stats(torch.rand(1, 64, 4, 4), torch.ones(1, 1, 4, 4), torch.ones(1, 1), torch.ones(1)) for s in range(3)}
+def test_scores_are_not_rounded_under_bfloat16_autocast():
+    stats = {s: object_stats(torch.rand(1, 64, 4, 4), torch.ones(1, 1, 4, 4), torch.ones(1, 1), torch.ones(1)) for s in range(3)}
     top = torch.rand(1, 64, 4, 4)
     with torch.autocast("cpu", torch.bfloat16):
-        halved = memory_scores(traces, 0, top)
-    assert halved == memory_scores(traces, 0, top)
+        halved = memory_scores(stats, 0, top)
+    assert halved == memory_scores(stats, 0, top)
 
 
 def build(name, px=PX, **options):
@@ -193,7 +194,7 @@ def test_the_bank_has_no_weights(bank, stock):
     assert {n: t.shape for n, t in build(bank).state_dict().items()} == {n: t.shape for n, t in build(stock).state_dict().items()}
 
 
-def test_a_fresh_gated_short_stream_leaves_the_bank_alone(frames):
+def test_a_new_gated_short_stream_does_not_change_the_bank_policy(frames):
     alone, both = build("selfsort"), build("shortlong+selfsort")
     both.load_state_dict(both.state_dict() | alone.state_dict())
     both.copy_long_to_short()
@@ -213,31 +214,31 @@ def test_the_policies_differ_on_the_same_weights(frames):
     assert not torch.allclose(found["fifo"][2:], found["selfsort"][2:], atol=1e-4)
 
 
-def test_a_slice_reads_the_bank_by_likeness_wherever_it_lies(frames):
+def test_a_slice_reads_the_most_similar_slice_of_the_bank_at_any_distance(frames):
     """Slice 9 is a copy of slice 3, which therefore is read before 4 to 8."""
     model, read = build("selfsort", bank_read=1), {}
-    rule = SelfSort.long
+    rule = SelfSort.long_read
     frames = frames * torch.linspace(0.1, 1, 12)[:, None, None, None]
     frames[9] = frames[3]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SelfSort, "long", lambda self, at: read.setdefault(at.slice, rule(self, at)))
+        patch.setattr(SelfSort, "long_read", lambda self, at: read.setdefault(at.slice, rule(self, at)))
         propagate(model, frames, {1: [AnnotatedSlice(0, square())]})
     assert [s for s, _ in read[9].spatial] == [0, 3]
 
 
-@pytest.mark.parametrize(("says", "reads"), [(0.2, [0]), (0.8, [0, 2, 1])])
-def test_the_network_sends_confidence_through_its_table_before_the_bank_sees_it(frames, says, reads):
-    """A table that says the same of every slice: either nothing but the anchor is read, or all that was tracked."""
+@pytest.mark.parametrize(("dice", "reads"), [(0.2, [0]), (0.8, [0, 2, 1])])
+def test_the_network_calibrates_confidence_before_the_policy_reads_it(frames, dice, reads):
+    """With the same Dice for every slice, either the conditioning slice alone is read, or every tracked slice too."""
     model, read = build("selfsort", bank_confidence=0.5), {}
-    model.calibration, rule = table((0.0, says)), SelfSort.long
+    model.calibration, rule = table((0.0, dice)), SelfSort.long_read
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SelfSort, "long", lambda self, at: read.setdefault(at.slice, rule(self, at)))
+        patch.setattr(SelfSort, "long_read", lambda self, at: read.setdefault(at.slice, rule(self, at)))
         propagate(model, frames[:4], {1: [AnnotatedSlice(0, square())]})
     assert sorted(s for s, _ in read[3].spatial) == sorted(reads)
 
 
 @pytest.mark.parametrize("name", ["fifo", "shortlong"])
-def test_policies_that_weigh_nothing_are_blind_to_the_table(frames, name):
+def test_policies_without_scores_ignore_the_calibration(frames, name):
     model = build(name)
     before = propagate(model, frames[:4], {1: [AnnotatedSlice(0, square())]})[1]
     model.calibration = table((0.0, 0.2))
@@ -247,7 +248,7 @@ def test_policies_that_weigh_nothing_are_blind_to_the_table(frames, name):
 
 @pytest.mark.parametrize("name", ["fifo", "shortlong", "selfsort", "shortlong+selfsort"])
 @pytest.mark.parametrize("gate", [False, True])
-def test_objects_tracked_together_learn_what_they_would_learn_alone(name, gate):
+def test_objects_of_a_batch_have_the_losses_that_they_have_alone(name, gate):
     """Objects of one clip may read different slices; batching must not mix them up."""
     model = build(name, object_score_gate=gate, bank_read=2, bank_slices=2)
     frames = torch.rand(6, 1, 3, PX, PX, generator=torch.Generator().manual_seed(2))
@@ -255,9 +256,9 @@ def test_objects_tracked_together_learn_what_they_would_learn_alone(name, gate):
     masks[:, 0, :, 10:30, 10:30], masks[:, 1, :, 30:60, 20:40] = 1, 1
     window, reverse = torch.tensor([0, 0]), torch.tensor([False, True])
     together, sizes = [], []
-    condition = SlmSam2._fused
+    condition = SlmSam2._attend_and_fuse
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SlmSam2, "_fused", lambda self, f, *rest: sizes.append(len(f.top)) or condition(self, f, *rest))
+        patch.setattr(SlmSam2, "_attend_and_fuse", lambda self, f, *rest: sizes.append(len(f.top)) or condition(self, f, *rest))
         together = clip_losses(model, Clips(frames, masks, window, reverse, 20), torch.device("cpu"))
     assert (1 in sizes) == ("selfsort" in name), "only the bank's choice differs between these two"
     alone = [

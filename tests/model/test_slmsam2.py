@@ -1,4 +1,4 @@
-"""What the network is made of, and what it does at step 0. Against SAM 2's own code: test_parity.py."""
+"""Parameters and keys of the network, and its output before any training. Comparison with SAM 2's code: test_parity.py."""
 
 from functools import partial
 
@@ -45,17 +45,17 @@ def fifo():
     return build(policy="fifo")
 
 
-def test_a_fresh_gated_short_stream_changes_nothing(fifo, frames, mask):
+def test_a_new_gated_short_stream_does_not_change_the_output(fifo, frames, mask):
     shortlong = build(policy="shortlong")
     shortlong.load_state_dict(shortlong.state_dict() | fifo.state_dict())
     shortlong.copy_long_to_short()
-    anchors = {1: [AnnotatedSlice(START, mask)]}
-    one, other = propagate(fifo, frames[:9], anchors)[1], propagate(shortlong, frames[:9], anchors)[1]
+    annotated = {1: [AnnotatedSlice(START, mask)]}
+    one, other = propagate(fifo, frames[:9], annotated)[1], propagate(shortlong, frames[:9], annotated)[1]
     assert (one.logits - other.logits).abs().max() <= 1e-5
 
 
 @torch.no_grad()
-def test_the_published_sum_changes_the_output_at_step_zero(fifo, frames, mask):
+def test_the_published_sum_fuser_doubles_the_conditioned_features_before_training(fifo, frames, mask):
     """Documented weakness of the published fuser: it doubles what the decoder sees."""
     summed = build(policy="shortlong", fuser="sum")
     summed.load_state_dict(summed.state_dict() | fifo.state_dict())
@@ -64,18 +64,18 @@ def test_the_published_sum_changes_the_output_at_step_zero(fifo, frames, mask):
     features = fifo.encode(frames[:2])
     first, second = features.at(slice(0, 1)), features.at(slice(1, 2))
     bank.conditioning[0] = fifo.remember(first, fifo.condition_on_mask(first, mask[None, None].float()), mask[None, None].float())
-    moment = ReadContext(1, 1, bank.conditioning, bank.tracked, 2)
-    ratio = summed.condition(second, bank, moment).std() / fifo.condition(second, bank, moment).std()
+    context = ReadContext(1, 1, bank.conditioning, bank.tracked, 2)
+    ratio = summed.condition(second, bank, context).std() / fifo.condition(second, bank, context).std()
     assert float(ratio) == pytest.approx(2.0, abs=0.1)
 
 
-def test_a_fresh_short_stack_equals_the_long_one():
+def test_a_new_short_stack_equals_the_long_one():
     model = build(policy="shortlong")
     long, short = model.memory_attention.state_dict(), model.short_memory_attention.state_dict()
     assert all(torch.equal(long[name], short[name]) for name in long)
 
 
-def test_two_steps_of_training_part_the_short_stack_from_the_long_one_and_loading_keeps_it_so(frames, mask, tmp_path):
+def test_two_training_steps_make_the_short_stack_differ_from_the_long_one_and_loading_keeps_it(frames, mask, tmp_path):
     """Two, because the gate starts at zero: the first step opens it, the second reaches the stack behind it."""
     model, size = build("nano", policy="shortlong").train(), (3, 1, 1, PX, PX)
     start = {name: tensor.clone() for name, tensor in model.short_memory_attention.state_dict().items()}
@@ -94,7 +94,7 @@ def test_two_steps_of_training_part_the_short_stack_from_the_long_one_and_loadin
     assert any(not torch.equal(long[name], short[name]) for name in short)
 
 
-def test_parameter_counts_of_tiny_are_those_of_the_ledger():
+def test_parameter_counts_of_tiny():
     model = build(policy="shortlong", fuser="sum")
     counted = {
         "image encoder": parameters(model.image_encoder),
@@ -129,7 +129,7 @@ def test_tiny_with_fifo_has_exactly_the_keys_and_size_of_sam2(fifo):
 
 
 @pytest.mark.parametrize(("size", "millions"), [("small", 46.0), ("base_plus", 80.8), ("large", 224.4)])
-def test_the_other_sizes_are_sam2s(size, millions):
+def test_the_other_sizes_have_the_parameter_counts_of_sam_2(size, millions):
     assert parameters(build(size, policy="fifo")) / 1e6 == pytest.approx(millions, abs=0.1)
 
 
@@ -138,7 +138,7 @@ def test_nano_is_at_most_eight_million_parameters_and_made_for_128_to_256_px():
     assert 128 <= SIZE_OPTIONS["nano"].native_size <= 256
 
 
-def test_the_two_stacks_see_as_many_tokens_as_the_paper_counts():
+def test_both_stacks_read_the_token_counts_of_the_paper():
     """At 64 px a slice has 16 tokens and a pointer 4, where the paper's 1024 px have 4096 and 4."""
     model, seen = build(policy="shortlong"), {"memory_attention": [], "short_memory_attention": []}
     for name, lengths in seen.items():
@@ -164,7 +164,7 @@ def test_other_image_sizes_are_refused(px):
         build("nano", px)
 
 
-def test_a_run_leaves_nothing_on_the_model(frames, mask):
+def test_propagation_leaves_no_state_on_the_model(frames, mask):
     model = build("nano", PX)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     first = propagate(model, frames, {1: [AnnotatedSlice(START, mask)]})[1].logits
@@ -178,9 +178,9 @@ def test_a_run_leaves_nothing_on_the_model(frames, mask):
 def test_memory_does_not_grow_with_the_volume(name, options, monkeypatch):
     model, most = build("nano", 32, policy=name, **options, bank_slices=5, bank_confidence=0.0, bank_similarity=-1.0), []
     torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 5.0)
-    forget = SlmSam2.prune
-    monkeypatch.setattr(SlmSam2, "forget", lambda self, bank, at: forget(self, bank, at) or most.append(len(bank.tracked)))
+    prune = SlmSam2.prune
+    monkeypatch.setattr(SlmSam2, "prune", lambda self, bank, at: prune(self, bank, at) or most.append(len(bank.tracked)))
     propagate(model, torch.rand(60, 3, 32, 32), {1: [AnnotatedSlice(0, torch.ones(32, 32, dtype=torch.bool))]})
     bound = {"fifo": 17, "shortlong": 17, "selfsort": 6, "shortlong+selfsort": 6}[name]
-    beside_the_anchor = 16 if options and bound == 17 else 0
-    assert len(most) == 59 and max(most) == bound + beside_the_anchor
+    near_the_conditioning_slice = 16 if options and bound == 17 else 0
+    assert len(most) == 59 and max(most) == bound + near_the_conditioning_slice

@@ -48,9 +48,7 @@ class Fifo:
         """List the tracked slices within reach; with shared memory also those near a conditioning slice, for the opposite pass."""
         reach, starts = max(self.memories, self.pointers), context.conditioning if self.shared_memory else ()
         return [
-            s
-            for s in context.tracked
-            if (context.slice - s) * context.step <= reach or any(abs(s - start) <= reach for start in starts)
+            s for s in context.tracked if (context.slice - s) * context.step <= reach or any(abs(s - start) <= reach for start in starts)
         ]
 
     def long_read(self, context: ReadContext) -> MemoryRead:
