@@ -1,4 +1,4 @@
-"""Four and five channels from the data set to the mask: planned, prepared, learned from, predicted, handed on."""
+"""Four and five channels from dataset to mask: plan, preprocess, finetune, predict, export."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ SHAPE = (5, 32, 32)
 
 
 def write_channels(folder, names, cases=2):
-    """A data set in nnU-Net's layout, one file a channel: the same synthetic phantom, ever darker."""
+    """Write a dataset in nnU-Net's layout, one file per channel: the same synthetic phantom, each channel darker than the one before."""
     for sub in ("imagesTr", "labelsTr"):
         (folder / sub).mkdir(parents=True)
     for index in range(cases):
@@ -42,7 +42,7 @@ def write_channels(folder, names, cases=2):
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    """A data set of four channels, and its workspace with a model tuned for one step."""
+    """Return a dataset of four channels, and its workspace with a model fine-tuned for one step."""
     folder = write_channels(tmp_path_factory.mktemp("four"), FOUR)
     workspace = Workspace(folder / "slmsam2")
     assert plan(folder, workspace) == 0
@@ -52,7 +52,7 @@ def four(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def five(four, tmp_path_factory):
-    """The same of five channels of another modality, as an adapter on the model of four."""
+    """Return the same for five channels of another modality, as an adapter on the model for four."""
     folder = write_channels(tmp_path_factory.mktemp("five"), FIVE)
     workspace = Workspace(folder / "slmsam2")
     plan(folder, workspace)
@@ -67,7 +67,7 @@ def masks(folder):
 
 
 @pytest.mark.parametrize("which", ["four", "five"])
-def test_prepared_stacks_hold_every_channel(which, request):
+def test_preprocessed_stacks_hold_every_channel(which, request):
     folder, workspace = request.getfixturevalue(which)
     frames = np.load(workspace.prepared / "p0" / "frames.npy", mmap_mode="r")
     names = read_plan(workspace.plan).channels
@@ -75,7 +75,7 @@ def test_prepared_stacks_hold_every_channel(which, request):
     assert frames.dtype == np.float16 and all(channel.any() for channel in frames)
 
 
-def test_the_model_learned_how_to_read_four_channels_and_says_nothing_more(four):
+def test_the_model_has_a_learned_projection_of_four_channels_and_no_other_adapter(four):
     tensors = load_file(four[1].model)
     assert [name for name in tensors if name.startswith("adapters.")] == ["adapters.MR.input.weight"]
     learned = tensors["adapters.MR.input.weight"]
@@ -83,14 +83,14 @@ def test_the_model_learned_how_to_read_four_channels_and_says_nothing_more(four)
     assert read_checkpoint(four[1].model).plan.channels == FOUR
 
 
-def test_it_predicts_the_held_out_case_on_the_images_grid(four):
+def test_it_predicts_the_held_out_case_on_the_image_s_grid(four):
     folder, workspace = four
     assert predict(None, None, dataset=folder, workspace=workspace, report=False) == 0
     (name,) = masks(workspace.predictions)
     assert masks(workspace.predictions)[name].shape == nibabel.load(folder / "labelsTr" / name).shape
 
 
-def test_an_adapter_for_five_channels_of_another_modality_lies_beside_that_for_four(four, five):
+def test_adapters_for_four_and_five_channels_of_two_modalities_coexist(four, five):
     _, workspace = five
     whole = read_checkpoint(workspace.model).state
     assert whole["adapters.PET.input.weight"].shape == (3, 5, 1, 1)
@@ -98,7 +98,7 @@ def test_an_adapter_for_five_channels_of_another_modality_lies_beside_that_for_f
     assert "adapters.PET.input.weight" in load_file(workspace.finetuned / "adapter.safetensors")
 
 
-def test_the_adapter_on_its_base_predicts_like_the_whole_model_also_when_it_was_handed_on(four, five, tmp_path):
+def test_an_exported_adapter_on_its_pretrained_model_predicts_like_the_complete_model(four, five, tmp_path):
     folder, workspace = five
     adapter, base = workspace.finetuned / "adapter.safetensors", str(four[1].model)
     assert export_model(None, adapter, tmp_path / "adapter.zip") == 0
@@ -112,13 +112,13 @@ def test_the_adapter_on_its_base_predicts_like_the_whole_model_also_when_it_was_
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
-def test_a_model_for_four_channels_is_refused_on_a_data_set_of_five(four, five, tmp_path):
+def test_a_model_for_four_channels_is_rejected_for_a_dataset_of_five(four, five, tmp_path):
     with pytest.raises(PlanError, match=r"model\.safetensors reads 4 channels \(T1, T2, FLAIR, T1c\), the data set has 5 \(PET, T1"):
         predict(None, tmp_path / "masks", dataset=five[0], model=four[1].model, workspace=five[1])
     assert not (tmp_path / "masks").exists()
 
 
-def test_arrays_of_four_channels_are_propagated_from_python_and_others_refused(four):
+def test_arrays_of_four_channels_are_propagated_from_python_and_others_rejected(four):
     model, frames = api.load(four[1].model), np.random.default_rng(0).random((3, 4, 24, 32), np.float32)
     drawn = np.zeros((24, 32), bool)
     drawn[8:16, 8:20] = True
@@ -127,7 +127,7 @@ def test_arrays_of_four_channels_are_propagated_from_python_and_others_refused(f
         api.propagate(model, frames[:, :3], {"organ": {1: drawn}})
 
 
-def test_learning_from_five_channels_of_a_modality_of_which_the_base_knows_four_is_refused(four, tmp_path):
+def test_finetuning_with_five_channels_is_rejected_when_the_pretrained_model_has_four(four, tmp_path):
     folder = write_channels(tmp_path / "data", ("T1", "T2", "FLAIR", "T1c", "ADC"), cases=1)
     workspace = Workspace(tmp_path / "space")
     with pytest.raises(WeightsError, match="tuned on 4 channels of MR, the plan has 5"):
@@ -135,7 +135,7 @@ def test_learning_from_five_channels_of_a_modality_of_which_the_base_knows_four_
     assert not workspace.prepared.exists()
 
 
-def test_other_names_for_as_many_channels_are_said_because_their_order_counts(four, tmp_path, capsys):
+def test_a_warning_names_channels_that_are_called_differently_in_the_model(four, tmp_path, capsys):
     folder = tmp_path / "renamed"
     shutil.copytree(four[0], folder, ignore=shutil.ignore_patterns("slmsam2"))
     about = json.loads((folder / "dataset.json").read_text())
