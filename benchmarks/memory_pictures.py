@@ -16,7 +16,7 @@ from slmsam2_cli.model.memory.selfsort import SelfSort
 from slmsam2_cli.model.memory.shortlong import ShortLong, ShortLongSelfSort
 
 CELL, GAP, LEFT, TOP, LINE = 38, 5, 232, 62, 66  # px
-ANCHOR, LONG, SHORT, BOTH, HERE, IDLE = "#e07b28", "#4a90d9", "#58a55c", "url(#both)", "#ffffff", "#e4e6ea"
+ANNOTATED, LONG, SHORT, BOTH, HERE, IDLE = "#e07b28", "#4a90d9", "#58a55c", "url(#both)", "#ffffff", "#e4e6ea"
 INK, QUIET = "#24292f", "#6a737d"
 
 
@@ -73,118 +73,123 @@ def legend(picture: Picture, y: float, items: Iterable[tuple[str, str]]) -> None
         x += 36 + 6.7 * len(text)
 
 
-def evidence(angles: Mapping[int, float], confidence: Mapping[int, float], here: float) -> MemoryScores:
-    """Made-up evidence: objects are points on a circle, similar by the cosine of the angle between them (degrees)."""
+def made_scores(angles: Mapping[int, float], confidence: Mapping[int, float], query: float) -> MemoryScores:
+    """Make scores of objects that are points on a circle: similarity is the cosine of the angle between them (degrees)."""
 
     def cosine(one: float, other: float) -> float:
         return math.cos(math.radians(one - other))
 
     object_score = {s: 6.0 if confidence[s] > 0.05 else -6.0 for s in angles}
-    alike = {(a, b): cosine(angles[a], angles[b]) for a in angles for b in angles}
-    return MemoryScores(object_score, dict(confidence), {s: cosine(a, here) for s, a in angles.items()}, alike)
+    pairwise = {(a, b): cosine(angles[a], angles[b]) for a in angles for b in angles}
+    return MemoryScores(object_score, dict(confidence), {s: cosine(a, query) for s, a in angles.items()}, pairwise)
 
 
 def policies() -> str:
-    """Who reads what on slice 12, going up, with an anchor on slice 2."""
-    anchor, here, slices = 2, 12, 15
+    """What each policy reads for slice 12 of a forward pass, with slice 2 annotated."""
+    annotated, current, slices = 2, 12, 15
     angles = {2: 0.0, 3: 15.0, 4: 50.0, 5: 54.0, 6: 25.0, 7: 75.0, 8: 40.0, 9: 30.0, 10: 50.0, 11: 52.0}
     confidence = {2: 1.0, 3: 0.9, 4: 0.8, 5: 0.9, 6: 0.9, 7: 0.8, 8: 0.3, 9: 0.9, 10: 0.0, 11: 0.8}
-    moment = ReadContext(here, 1, (anchor,), range(anchor + 1, here), slices, evidence(angles, confidence, here=20.0))
+    context = ReadContext(current, 1, (annotated,), range(annotated + 1, current), slices, made_scores(angles, confidence, query=20.0))
     bank = SelfSort(nearest=3)
     rows: list[tuple[str, str, MemoryPolicy]] = [
         ("fifo", "SAM 2", Fifo()),
-        ("fifo, object score gate", "10 holds nothing: not read", Fifo(object_score_gate=True)),
+        ("fifo, object score gate", "slice 10 is empty: not read", Fifo(object_score_gate=True)),
         ("shortlong", "SLM-SAM 2", ShortLong()),
-        ("selfsort", "MedSAM-2 (here 3 read of 6)", bank),
+        ("selfsort", "MedSAM-2 (reads 3 of 6 here)", bank),
         ("shortlong+selfsort", "both", ShortLongSelfSort(bank)),
     ]
     picture = Picture(int(x_of(slices)) + 20, TOP + LINE * len(rows) + 46)
-    picture.text(16, 24, "Slice 12 is being segmented on the way up; slice 2 was annotated. Numbers are temporal rows.", bold=True)
+    picture.text(16, 24, "Forward pass, slice 12 is segmented next; slice 2 was annotated. Numbers are temporal rows.", bold=True)
     for t in range(slices):
         picture.text(x_of(t) + CELL / 2, TOP - 10, str(t), QUIET, "middle")
     for n, (name, note, policy) in enumerate(rows):
         y = TOP + n * LINE
         picture.text(16, y + 17, name, bold=True)
         picture.text(16, y + 34, note, QUIET)
-        strip(picture, y, policy, moment, slices)
+        strip(picture, y, policy, context, slices)
     legend(
         picture,
         TOP + LINE * len(rows) + 6,
-        [(ANCHOR, "anchor"), (LONG, "long stream"), (BOTH, "long and short"), (SHORT, "short"), (IDLE, "segmented, not read")],
+        [(ANNOTATED, "annotated"), (LONG, "long memory"), (BOTH, "long and short"), (SHORT, "short"), (IDLE, "segmented, not read")],
     )
     return picture.svg("Which slices each memory policy reads")
 
 
-def strip(picture: Picture, y: float, policy: MemoryPolicy, moment: ReadContext, slices: int) -> None:
-    """One policy's answer, a box a slice, its row inside."""
-    streams = policy.read(moment)
-    long, short = dict(streams[0].spatial), dict(streams[1].spatial) if len(streams) > 1 else {}
+def strip(picture: Picture, y: float, policy: MemoryPolicy, context: ReadContext, slices: int) -> None:
+    """What one policy reads: a box per slice with its temporal row."""
+    reads = policy.read(context)
+    long, short = dict(reads[0].spatial), dict(reads[1].spatial) if len(reads) > 1 else {}
     for t in range(slices):
-        if t == moment.slice:
+        if t == context.slice:
             picture.box(x_of(t), y, HERE, "?", dashed=True)
-        elif t in moment.conditioning:
-            picture.box(x_of(t), y, ANCHOR, str(long[t]))
+        elif t in context.conditioning:
+            picture.box(x_of(t), y, ANNOTATED, str(long[t]))
         elif t in long or t in short:
             fill = BOTH if t in long and t in short else LONG if t in long else SHORT
             picture.box(x_of(t), y, fill, str(long.get(t, short.get(t))))
         else:
-            picture.box(x_of(t), y, IDLE if t in moment.tracked else HERE)
+            picture.box(x_of(t), y, IDLE if t in context.tracked else HERE)
 
 
 def bank() -> str:
-    """How the bank sorts itself: written, admitted, kept, read."""
+    """Which slices enter the bank, stay and are read."""
     angles = {0: 0.0, 1: 5.0, 2: 30.0, 3: 34.0, 4: 58.0, 5: 75.0, 6: 40.0, 7: 45.0, 8: -10.0}
     confidence = {0: 1.0, 1: 0.9, 2: 0.8, 3: 0.9, 4: 0.9, 5: 0.8, 6: 0.3, 7: 0.9, 8: 0.7}
-    told, here = evidence(angles, confidence, here=20.0), 9
-    moment = ReadContext(here, 1, (0,), range(1, here), 16, told)
+    scores, current = made_scores(angles, confidence, query=20.0), 9
+    context = ReadContext(current, 1, (0,), range(1, current), 16, scores)
     rule = SelfSort(capacity=4, nearest=2)
-    members = rule.members(moment)
-    read = [s for s, _ in rule.long_read(moment).spatial]
-    picture = Picture(int(x_of(here + 1)) + 40, TOP + 5 * LINE + 30)
+    members = rule.members(context)
+    read = [s for s, _ in rule.long_read(context).spatial]
+    picture = Picture(int(x_of(current + 1)) + 40, TOP + 5 * LINE + 30)
     picture.text(LEFT, 24, "A bank of 4, of which 2 are read (defaults: 16 and 6)", bold=True)
-    for t in range(here + 1):
+    for t in range(current + 1):
         picture.text(x_of(t) + CELL / 2, TOP - 10, str(t), QUIET, "middle")
     rows = [
-        ("written", "predicted IoU, from 0.5", {t: f"{confidence[t]:.1f}" for t in range(here)}, set(range(here))),
-        ("", "likeness to an anchor, from 0.5", {t: f"{told.pairwise_similarity[t, 0]:.2f}" for t in range(here)}, set(range(here))),
-        ("admitted", "present, confident, similar", {}, {0, *(s for s in moment.tracked if rule.admits(s, moment))}),
+        ("written", "predicted IoU, from 0.5", {t: f"{confidence[t]:.1f}" for t in range(current)}, set(range(current))),
+        (
+            "",
+            "similarity to slice 0, from 0.5",
+            {t: f"{scores.pairwise_similarity[t, 0]:.2f}" for t in range(current)},
+            set(range(current)),
+        ),
+        ("admitted", "present, confident, similar", {}, {0, *(s for s in context.tracked if rule.admits(s, context))}),
         ("kept", "the 4 most different", {}, {0, *members}),
-        ("read", "the 2 most similar to slice 9", {t: f"{told.query_similarity[t]:.2f}" for t in (0, *members)}, set(read)),
+        ("read", "the 2 most similar to slice 9", {t: f"{scores.query_similarity[t]:.2f}" for t in (0, *members)}, set(read)),
     ]
     for n, (name, note, numbers, on) in enumerate(rows):
         y = TOP + n * LINE
         picture.text(16, y + 17, name, bold=True)
         picture.text(16, y + 34, note, QUIET)
-        for t in range(here):
-            fill = ANCHOR if t == 0 else LONG if t in on and n > 1 else IDLE
+        for t in range(current):
+            fill = ANNOTATED if t == 0 else LONG if t in on and n > 1 else IDLE
             picture.box(x_of(t), y, fill, numbers.get(t, ""))
-        picture.box(x_of(here), y, HERE, "?" if n == len(rows) - 1 else "", dashed=True)
-    legend(picture, TOP + LINE * len(rows) - 2, [(ANCHOR, "anchor: never evicted, always read"), (LONG, "in"), (IDLE, "out")])
-    return picture.svg("How the self-sorting bank admits, keeps and reads slices")
+        picture.box(x_of(current), y, HERE, "?" if n == len(rows) - 1 else "", dashed=True)
+    legend(picture, TOP + LINE * len(rows) - 2, [(ANNOTATED, "annotated: never leaves, always read"), (LONG, "in"), (IDLE, "out")])
+    return picture.svg("Which slices enter the self-sorting bank, stay and are read")
 
 
 def passes() -> str:
-    """What the first slice of the way back reads, one-sided and shared."""
-    anchor, slices = 5, 12
-    written = range(anchor + 1, slices)
-    rows = [("one-sided", "our default", ()), ("shared", "SAM 2's predictor", tuple(written))]
+    """What the first slice of the backward pass reads without and with shared memory."""
+    annotated, slices = 5, 12
+    written = range(annotated + 1, slices)
+    rows = [("not shared", "default", ()), ("shared_memory", "SAM 2's predictor", tuple(written))]
     picture = Picture(int(x_of(slices)) + 20, TOP + 2 * (LINE + 44) + 30)
-    picture.text(LEFT, 24, "The way up from slice 5 is done; the way down begins with slice 4 (fifo)", bold=True)
+    picture.text(LEFT, 24, "The forward pass from slice 5 is done; the backward pass begins with slice 4 (fifo)", bold=True)
     for t in range(slices):
         picture.text(x_of(t) + CELL / 2, TOP - 10, str(t), QUIET, "middle")
     for n, (name, note, known) in enumerate(rows):
         y = TOP + 28 + n * (LINE + 44)
         picture.text(16, y + 17, name, bold=True)
         picture.text(16, y + 34, note, QUIET)
-        (stream,) = Fifo().read(ReadContext(anchor - 1, -1, (anchor,), known, slices))
-        read = dict(stream.spatial)
+        (memory_read,) = Fifo().read(ReadContext(annotated - 1, -1, (annotated,), known, slices))
+        read = dict(memory_read.spatial)
         for t in range(slices):
-            fill = ANCHOR if t == anchor else LONG if t in read else IDLE if t in written else HERE
-            picture.box(x_of(t), y, fill, "?" if t == anchor - 1 else str(read.get(t, "")), dashed=t == anchor - 1)
+            fill = ANNOTATED if t == annotated else LONG if t in read else IDLE if t in written else HERE
+            picture.box(x_of(t), y, fill, "?" if t == annotated - 1 else str(read.get(t, "")), dashed=t == annotated - 1)
         for t in read:
-            picture.arc(x_of(t) + CELL / 2, x_of(anchor - 1) + CELL / 2, y, QUIET)
-    legend(picture, picture.height - 24, [(ANCHOR, "anchor"), (LONG, "read"), (IDLE, "written on the way up, not read")])
-    return picture.svg("What the first slice of the way back reads")
+            picture.arc(x_of(t) + CELL / 2, x_of(annotated - 1) + CELL / 2, y, QUIET)
+    legend(picture, picture.height - 24, [(ANNOTATED, "annotated"), (LONG, "read"), (IDLE, "segmented forward, not read")])
+    return picture.svg("What the first slice of the backward pass reads")
 
 
 PICTURES = {"memory-policies.svg": policies, "memory-bank.svg": bank, "memory-passes.svg": passes}

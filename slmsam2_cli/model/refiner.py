@@ -137,12 +137,12 @@ class Refiner(nn.Module):
 
     def _match(self, current: RefinerFeatures, priors: Sequence[PriorSlice], kind: int) -> Tensor:
         """Transfer the masks of known slices by attention between coarse codes, nearer positions first -> (B, 1, 4h, 4w)."""
-        batch, _, height, width = current.coarse_codes.shape
-        like = {"device": current.coarse_codes.device, "dtype": current.coarse_codes.dtype}
-        rows, columns = (torch.arange(n, **like).add(0.5) / n for n in (height, width))
+        codes = current.coarse_codes
+        batch, _, height, width = codes.shape
+        rows, columns = (torch.arange(n, device=codes.device, dtype=codes.dtype).add(0.5) / n for n in (height, width))
         position = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)  # (2h * 2w, 2), in input edges
         distance = (position[:, None] - position[None]).square().sum(-1) * -self.nearness[kind].exp()
-        query = current.coarse_codes.flatten(2).transpose(1, 2) * self.sharpness[kind].exp()
+        query = codes.flatten(2).transpose(1, 2) * self.sharpness[kind].exp()
         keys = torch.cat([prior.features.coarse_codes.flatten(2) for prior in priors], dim=2)
         values = torch.cat([F.avg_pool2d(prior.inside, 2 * REFINER_UPSCALE).flatten(2) for prior in priors], dim=2)
         weight = torch.softmax(query @ keys + distance.repeat(1, len(priors)), dim=2)
