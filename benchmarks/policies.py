@@ -14,7 +14,6 @@ import resource
 import statistics
 import time
 from pathlib import Path
-from typing import get_args
 
 import nibabel
 import numpy as np
@@ -23,7 +22,7 @@ import torch
 from slmsam2_cli.inference.propagation import stored
 from slmsam2_cli.model.memory.policy import ReadContext
 from slmsam2_cli.model.slmsam2 import MemoryBank, SliceFeatures, SlmSam2
-from slmsam2_cli.planning.plan import NetworkPlan, PolicyName
+from slmsam2_cli.planning.plan import POLICIES, NetworkPlan
 
 FULL = 7  # slices after which every policy has all it reads
 TARGET = 1.35  # of fifo, for shortlong
@@ -129,7 +128,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     frames, mask = slices_of(options.image, options.label, options.slices, options.px)
-    names = [*get_args(PolicyName), GATED]
+    names = [*POLICIES, GATED]
     models = {name: build(name, options.size, options.px) for name in names}
     encoding, found = measure(models, frames, mask, options.repeats)
     whole = {name: encoding + tracking for name, (tracking, _) in found.items()}

@@ -79,14 +79,15 @@ def decide(
 
     Raises: DatasetError when no case is usable, there are too many channels or a structure is too thin; UsageError for unknown networks.
     """
-    cases = fingerprint.cases
-    if not cases:
+    if not (cases := fingerprint.cases):
         raise DatasetError("no training case is usable, so no plan can be made")
     modality, intensity, channel_reasons = _choose_channels(fingerprint)
     size, axis = choose_network(network), axis or choose_slice_axis(fingerprint)
     geometry, geometry_reasons = _choose_geometry(fingerprint, size.value, axis.value, modality)
     training, inference = choose_training(size.value, len(cases)), choose_inference(cases, axis.value, geometry.input_size)
     tolerance = choose_nsd_tolerance_mm(fingerprint, axis.value, in_plane_spacing_mm(cases, axis.value))
+    reasons = {**channel_reasons, "geometry.slice_axis": axis.reason, **geometry_reasons, "network.size": size.reason}
+    reasons |= {"training": training.reason, "inference": inference.reason, "evaluation.nsd_tolerance_mm": tolerance.reason}
     plan = Plan(
         tool_version=VERSION,
         dataset_name=fingerprint.dataset_name,
@@ -100,15 +101,7 @@ def decide(
         training=training.value,
         inference=inference.value,
         evaluation=EvaluationPlan(nsd_tolerance_mm=tolerance.value),
-        reasons={
-            **channel_reasons,
-            "geometry.slice_axis": axis.reason,
-            **geometry_reasons,
-            "network.size": size.reason,
-            "training": training.reason,
-            "inference": inference.reason,
-            "evaluation.nsd_tolerance_mm": tolerance.reason,
-        },
+        reasons=reasons,
         overrides=overrides,
         fingerprint_digest=fingerprint.digest,
     )

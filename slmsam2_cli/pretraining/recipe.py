@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from slmsam2_cli.errors import PlanError
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.strict_json import explain
-from slmsam2_cli.planning.plan import FrozenModel, NetworkPlan, PolicyName, digest_of
+from slmsam2_cli.planning.plan import POLICIES, FrozenModel, NetworkPlan, PolicyName, digest_of
 from slmsam2_cli.pretraining.volumes import VolumesRecipe
 
 _ASSETS = Path(__file__).parents[1] / "assets"
@@ -136,7 +136,7 @@ class Recipe(FrozenModel):
             raise ValueError(f"phases: until has to rise to 1, found {', '.join(f'{end:g}' for end in ends)}")
         if min(self.other_input_sizes.values(), default=0) < 0 or sum(self.other_input_sizes.values()) > 1:
             raise ValueError("other_input_sizes: shares of all steps, together at most 1")
-        short = [name for name in self.reading.policies if name.startswith("shortlong")]
+        short = [name for name in self.reading.policies if POLICIES[name].has_short_stream]
         if short and not self.network.has_short_stream:
             raise ValueError(f"reading.policies: {short[0]} needs a short stack, which network.policy {self.network.policy} has not")
         return self

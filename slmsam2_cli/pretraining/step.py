@@ -30,6 +30,7 @@ from slmsam2_cli.model.memory.registry import build_policy
 from slmsam2_cli.model.memory.selfsort import POINTER_DISTANCE
 from slmsam2_cli.model.memory.shortlong import short_read
 from slmsam2_cli.model.slmsam2 import Memory, MemoryBank, SliceFeatures, SliceOutput, SlmSam2, set_input_size
+from slmsam2_cli.planning.plan import POLICIES
 from slmsam2_cli.pretraining.prompts import box_of, nearly, points_of, refine_masks, segment_from_boxes, segment_from_points, without_memory
 from slmsam2_cli.pretraining.recipe import Recipe
 from slmsam2_cli.pretraining.volumes import draw_clips
@@ -89,10 +90,10 @@ class Reader:
         self.policy = self._policy(recipe)
 
     def _policy(self, recipe: Recipe) -> MemoryPolicy:
-        if self.name in ("fifo", "shortlong"):
+        if not POLICIES[self.name].has_bank:
             named = recipe.network.model_copy(update={"policy": self.name})
             return build_policy(named, self.model.num_maskmem, self.model.max_obj_ptrs_in_encoder)
-        return RandomBank(self.model.num_maskmem - 1, recipe.network.bank_read, self.name.startswith("shortlong"))
+        return RandomBank(self.model.num_maskmem - 1, recipe.network.bank_read, POLICIES[self.name].has_short_stream)
 
     def track(self, here: SliceFeatures, bank: MemoryBank, t: int) -> SliceOutput:
         """Segment all objects on slice `t` from what of the memory can be read."""
@@ -106,7 +107,7 @@ class Reader:
 
     def _readable(self, tracked: Sequence[int], t: int) -> list[int]:
         """The tracked slices without those that are missing; a short stack always has the one just passed."""
-        needed = self.name.startswith("shortlong")
+        needed = POLICIES[self.name].has_short_stream
         kept = [s for s in tracked if (needed and s == t - 1) or self.chance.random() >= self.reading.drop_tracked]
         return self.chance.sample(kept, len(kept)) if isinstance(self.policy, RandomBank) else kept
 

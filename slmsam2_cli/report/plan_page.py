@@ -24,7 +24,7 @@ from slmsam2_cli.io import atomic
 from slmsam2_cli.planning.fingerprint import Fingerprint
 from slmsam2_cli.planning.plan import ChannelIntensity, GeometryPlan, Plan
 from slmsam2_cli.report.charts import GOLDEN, JITTER_PX, Box, Scale, format_coordinate, length_scale
-from slmsam2_cli.report.contact_sheet import COLOURS, MOST_CASES, MOST_CHANNELS, Gap, Look, colour, montage
+from slmsam2_cli.report.contact_sheet import MOST_CASES, MOST_CHANNELS, Look, colour, montage
 from slmsam2_cli.report.render import check_own_file, script_hash
 from slmsam2_cli.report.schema import Table
 from slmsam2_cli.version import VERSION
@@ -154,7 +154,7 @@ def _dot_plot(
             box = Box(least, q1, middle, q3, greatest, format_coordinate(float(q3) - float(q1)))
             lanes.append(Lane(name, text, _dots(values, titles, scale), box))
     mark = None if planned is None else (scale.percent(planned), f"planned: {planned:.3g} {unit}")
-    return DotPlot(heading, _ticks(scale), tuple(lanes), mark)
+    return DotPlot(heading, tuple((scale.percent(tick), f"{tick:g}") for tick in scale.ticks()), tuple(lanes), mark)
 
 
 def _dots(values: Sequence[float], titles: Sequence[str], scale: Scale) -> tuple[Dot, ...]:
@@ -162,10 +162,6 @@ def _dots(values: Sequence[float], titles: Sequence[str], scale: Scale) -> tuple
         Dot(scale.percent(value), format_coordinate((i * GOLDEN % 1 - 0.5) * 2 * JITTER_PX, 1), title)
         for i, (value, title) in enumerate(zip(values, titles, strict=True))
     )
-
-
-def _ticks(scale: Scale) -> tuple[tuple[str, str], ...]:
-    return tuple((scale.percent(tick), f"{tick:g}") for tick in scale.ticks())
 
 
 def histograms(thumbnails: Sequence[Look], plan: Plan) -> tuple[Histogram, ...]:
@@ -200,7 +196,7 @@ def _histogram(thumbnails: Sequence[Look], index: int, channel: ChannelIntensity
     return Histogram(
         name=channel.name,
         unit="HU" if ct else "relative to the case's window",
-        ticks=_ticks(scale),
+        ticks=tuple((scale.percent(tick), f"{tick:g}") for tick in scale.ticks()),
         everything=_histogram_path(pooled, scale, low, high),
         labelled=_histogram_path(tissue, scale, low, high),
         window=(x0, x1, format_coordinate(float(x1) - float(x0))),
@@ -237,9 +233,9 @@ def write_plan_page(
     notes: PlanNotes,
     advance: Callable[..., None] = lambda steps=1, note="": None,
 ) -> None:
-    """Draw the training cases one after another and write the page. advance: called after each of the shown_cases().
+    """Draw the training cases, calling advance after each of the shown_cases(), and write the page.
 
-    Raises: OutputError when the page cannot be written, or slmsam2 did not write the file that is there.
+    Raises: OutputError when the page cannot be written, or a file at its path is not from slmsam2.
     """
     check_own_file(path, PAGE_BEGINS)
     shown = montage(data, plan, advance)
@@ -249,23 +245,21 @@ def write_plan_page(
         plan=plan,
         notes=notes,
         shown=shown,
-        gaps=[one for one in shown if isinstance(one, Gap)],
         headline=_headline(fingerprint, plan),
         view=VIEWS[plan.geometry.slice_axis],
         colours=[(name, f"#{colour(place):06x}") for place, name in enumerate(data.labels.values())],
-        repeated=len(data.labels) > len(COLOURS),
         channels=plan.channels[:MOST_CHANNELS],
         histograms=histograms([one for one in shown if isinstance(one, Look)], plan),
         spacings=spacings(fingerprint, plan.geometry),
         extents=extents(fingerprint, plan.geometry),
         bins=BINS,
-        provenance=(
-            ("dataset", plan.dataset_name),
-            ("plan made with", f"slmsam2 {plan.tool_version}"),
-            ("plan_digest", plan.digest + (" (edited by hand)" if plan.edited else "")),
-            ("measured with", f"slmsam2 {fingerprint.tool_version}"),
-            ("fingerprint_digest", fingerprint.digest),
-        ),
+        provenance={
+            "dataset": plan.dataset_name,
+            "plan made with": f"slmsam2 {plan.tool_version}",
+            "plan_digest": plan.digest + (" (edited by hand)" if plan.edited else ""),
+            "measured with": f"slmsam2 {fingerprint.tool_version}",
+            "fingerprint_digest": fingerprint.digest,
+        },
         style=style,
         policy=f"default-src 'none'; style-src {script_hash(style)}; img-src data:; base-uri 'none'; form-action 'none'",
         version=VERSION,
