@@ -43,10 +43,14 @@ class IntensityValues:
         self.chunks: Chunks = (lambda: held) if self.fit_in_memory else (lambda: filter(len, chunks()))
 
     def at_ranks(self, ranks: Array) -> Array:
-        """Return the values at ranks (n,), counted from 0 in ascending order, in their own type. There must be at least one value."""
+        """Return the values at ranks (n,), counted from 0 in ascending order; 8-bit values may be returned as 16-bit."""
         if self.fit_in_memory:
             return np.asarray(np.sort(np.concatenate(list(self.chunks())))[ranks])
-        return values_at_ranks(self.chunks, ranks, max(MAX_HELD_VALUES, self.count // SCANS))
+
+        def chunks() -> Iterable[Array]:
+            return (chunk.astype(np.int16) if chunk.itemsize == 1 else chunk for chunk in self.chunks())
+
+        return values_at_ranks(chunks, ranks, max(MAX_HELD_VALUES, self.count // SCANS))
 
 
 def statistics(intensities: IntensityValues) -> Statistics | None:

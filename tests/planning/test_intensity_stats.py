@@ -68,6 +68,12 @@ def test_negative_zero_becomes_zero():
     assert str(statistics(intensities([-0.0])).median) == "0.0"
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.int16, np.float64])
+def test_more_values_than_are_held_in_memory_may_be_of_any_type(kind):
+    values = np.random.default_rng(0).integers(0, 128, MAX_HELD_VALUES + 999).astype(kind)
+    agrees_with_numpy(statistics(intensities(values, length=1 << 17)), values)
+
+
 @pytest.mark.parametrize("scale", [1, 0.37])
 def test_more_values_than_are_held_in_memory_have_numpy_s_statistics_and_sample(scale):
     values = np.float32(scale) * np.random.default_rng(0).permutation(MAX_HELD_VALUES + 1001).astype(np.float32)
