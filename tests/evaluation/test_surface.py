@@ -84,7 +84,7 @@ def test_the_only_voxel_of_an_array_needs_no_neighbours():
 
 @pytest.mark.parametrize("spacing_mm", SPACINGS)
 def test_neighbours_are_in_order_and_none_in_between_is_left_out(spacing_mm):
-    offsets, lengths = surface._neighbours((False, False, False), spacing_mm)
+    offsets, lengths = surface._adjacent_rows((False, False, False), spacing_mm)
     assert np.all(np.diff(lengths) >= 0) and 0 < len(offsets) <= surface.NEIGHBOURS
     reach = [int(lengths[-1] / s) + 1 for s in spacing_mm]
     inside = sum(  # every offset that is shorter than the last
