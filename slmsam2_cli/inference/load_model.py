@@ -142,8 +142,7 @@ def build_model(checkpoint: Checkpoint, plan: Plan) -> SlmSam2:
     model = SlmSam2(plan.network, plan.geometry.input_size)
     fit(model, checkpoint, plan.modality)
     adapters.ensure_projection(model, plan.modality, len(plan.channels), checkpoint.name)
-    if adapters.can_merge(model):
-        adapters.merge(model)
+    adapters.merge(model)
     model.calibration = checkpoint.calibration_for(plan.modality)
     model.label_unet = matching_label_unet(checkpoint, plan)
     return model
@@ -248,7 +247,11 @@ def _decided(cases: Sequence[Case], prompts: PromptSource, network: NetworkPlan)
             update={
                 "geometry": plan.geometry.model_copy(update={"through_plane_mm": None}),
                 "inference": plan.inference.model_copy(update={"max_empty_slices": MIN_EMPTY_SLICES}),
-                "reasons": plan.reasons | {"geometry.through_plane_mm": AS_STORED, "inference": "as where labels have no gaps"},
+                "reasons": plan.reasons
+                | {
+                    "geometry.through_plane_mm": AS_STORED,
+                    "inference": f"default: propagation stops after {MIN_EMPTY_SLICES} empty slices",
+                },
             }
         )
     return with_digest(plan.model_copy(update={"network": network}))
