@@ -27,7 +27,8 @@ def without_aliases(text: str) -> str:
 
 
 def words_of(text: str) -> str:
-    """Lower-case words with single spaces: identifiers split at underscores, hyphens and capitals."""
+    """Lower-case words with single spaces: identifiers split at underscores, hyphens and capitals; an empty line ends a phrase."""
+    text = re.sub(r"\n\s*\n", " . ", text)
     return re.sub(r"[\s_\-]+", " ", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", text)).lower()
 
 

@@ -3,8 +3,8 @@
 Writes finetuned/{split.json,model.safetensors,log.csv,log.jsonl,progress.png,validation.json,left_out_*.png,state}, tensorboard/ where
 that is installed, and adapter.safetensors for a plan with adapters.
 
-Plans and prepares by itself what has not been planned or prepared. A run interrupted after its folds leaves a usable model; all go on
-with --continue.
+Plans and prepares by itself what has not been planned or prepared. A run interrupted after its folds leaves a usable model; resume any with
+--continue.
 """
 
 from __future__ import annotations
