@@ -155,7 +155,7 @@ def test_two_processes_share_the_steps_of_a_run(dataset, tuned, tmp_path, capsys
     assert finetune(dataset, workspace, cases=2, weights="random", steps=2, workers=2) == 0
     assert "shared by 2 processes" in capsys.readouterr().err
     assert read_checkpoint(workspace.model).plan.training.workers == 2
-    assert json.loads(workspace.split.read_text())["options"]["processes"] == 2
+    assert json.loads(workspace.split.read_text())["options"]["workers"] == 2
 
 
 def test_more_processes_than_cores_are_refused_before_anything_is_trained(dataset, tmp_path):
