@@ -208,7 +208,7 @@ NAN = np.full((3, 40, 56), np.nan, np.float32)
         (np.array([["a"]]), None, None, "slices: values of type <U1; give numbers"),
         (NAN, None, None, "slices: holds NaN"),
         (noise(3, 40, 56) * 300 - 100, None, None, r"slices: values from -\d.* to 1\d\d.*, not from 0 to 1; give window="),
-        (noise(3, 5, 40, 56), None, None, "slices of 5 channels, where the network reads 3"),
+        (noise(3, 5, 40, 56), None, None, "slices have 5 channels, but the network reads 3"),
         (None, None, (5, 5), "window: 5 to 5; the second value must be above the first"),
         (None, None, "percent", "window: 'percent'; give"),
         (None, None, (-np.inf, np.inf), "window: -inf to inf; give finite values"),

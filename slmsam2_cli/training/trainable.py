@@ -6,7 +6,6 @@ the default and the rest is there to be measured.
 
 from __future__ import annotations
 
-from slmsam2_cli.errors import WeightsError
 from slmsam2_cli.model import adapters
 from slmsam2_cli.model.label_unet import PREFIX as LABEL_UNET_PREFIX
 from slmsam2_cli.model.slmsam2 import SlmSam2
@@ -48,10 +47,6 @@ def _adapt(model: SlmSam2, plan: TrainingPlan, modality: str) -> tuple[str, ...]
 def _plain(model: SlmSam2, modality: str) -> tuple[str, ...]:
     known, adapted = adapters.modalities(model), modality in adapters.adapted(model)
     adapters.use(model, modality if modality in known else None)
-    if not adapters.can_merge(model):
-        raise WeightsError(
-            f"the base holds a bottleneck adapter for {modality}, which cannot be merged. Set training.strategy to adapters in plan.json"
-        )
     adapters.merge(model)
     merged = (f"the base's adapter for {modality} was merged",) if adapted else ()
     others = [name for name in known if name != modality]

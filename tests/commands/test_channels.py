@@ -15,7 +15,7 @@ from slmsam2_cli.commands.plan import plan
 from slmsam2_cli.commands.predict import predict
 from slmsam2_cli.dataset.phantom import nifti_bytes, phantom_volume
 from slmsam2_cli.errors import PlanError, WeightsError
-from slmsam2_cli.model.adapter_layers import means
+from slmsam2_cli.model.adapter_layers import channel_means
 from slmsam2_cli.model.checkpoint import read_checkpoint
 from slmsam2_cli.planning.plan import read_plan, write_plan
 from slmsam2_cli.workspace import Workspace
@@ -79,7 +79,7 @@ def test_the_model_has_a_learned_projection_of_four_channels_and_no_other_adapte
     tensors = load_file(four[1].model)
     assert [name for name in tensors if name.startswith("adapters.")] == ["adapters.MR.input.weight"]
     learned = tensors["adapters.MR.input.weight"]
-    assert learned.shape == (3, 4, 1, 1) and not learned.equal(means(4))
+    assert learned.shape == (3, 4, 1, 1) and not learned.equal(channel_means(4))
     assert read_checkpoint(four[1].model).plan.channels == FOUR
 
 
@@ -123,14 +123,14 @@ def test_arrays_of_four_channels_are_propagated_from_python_and_others_rejected(
     drawn = np.zeros((24, 32), bool)
     drawn[8:16, 8:20] = True
     assert api.propagate(model, frames, {"organ": {1: drawn}})["organ"].mask.shape == (3, 24, 32)
-    with pytest.raises(ValueError, match="slices of 3 channels, where the network reads 4"):
+    with pytest.raises(ValueError, match="slices have 3 channels, but the network reads 4"):
         api.propagate(model, frames[:, :3], {"organ": {1: drawn}})
 
 
 def test_finetuning_with_five_channels_is_rejected_when_the_pretrained_model_has_four(four, tmp_path):
     folder = write_channels(tmp_path / "data", ("T1", "T2", "FLAIR", "T1c", "ADC"), cases=1)
     workspace = Workspace(tmp_path / "space")
-    with pytest.raises(WeightsError, match="tuned on 4 channels of MR, the plan has 5"):
+    with pytest.raises(WeightsError, match="tuned on 4 channels of MR, but the plan has 5"):
         finetune(folder, workspace, cases=1, weights=str(four[1].model), steps=1)
     assert not workspace.prepared.exists()
 

@@ -109,7 +109,7 @@ def test_weights_tuned_on_four_channels_are_refused_for_a_plan_of_five(tmp_path)
     four, five = plan(channels=("T1", "T2", "FLAIR", "T1c")), plan(channels=("T1", "T2", "FLAIR", "T1c", "ADC"))
     tuned = build_model(*choose_model(workspace_with(tmp_path, four), None, str(model_file(tmp_path, network(), plan())), None))
     base = model_file(tmp_path, tuned, four)
-    with pytest.raises(WeightsError, match=r"model\.safetensors: was tuned on 4 channels of MR, the plan has 5\. Choose other weights"):
+    with pytest.raises(WeightsError, match=r"model\.safetensors: fine-tuned on 4 channels of MR, but the plan has 5\. Use other weights"):
         build_model(*choose_model(workspace_with(tmp_path, five), None, str(base), None))
 
 

@@ -1,4 +1,4 @@
-"""More than three channels: means of groups at step 0, learned from then on, kept with the modality, absent for fewer."""
+"""The projection of more than three channels: its start, training under every strategy, saving, merging."""
 
 import copy
 from functools import cache
@@ -8,7 +8,7 @@ import torch
 
 from slmsam2_cli.errors import WeightsError
 from slmsam2_cli.model import adapters
-from slmsam2_cli.model.adapter_layers import Projection, means
+from slmsam2_cli.model.adapter_layers import Projection, channel_means
 from slmsam2_cli.model.checkpoint import (
     Checkpoint,
     Needs,
@@ -64,7 +64,7 @@ FOUR = plan("T1", "T2", "FLAIR", "T1c")
 
 
 def reading(channels=4, strategy="full", moved=True):
-    """A model made ready to learn from so many channels of MR; moved: what it learns is no longer what it started as."""
+    """A model prepared for training on so many channels of MR. moved: with a projection that differs from its start."""
     model = build()
     prepare(model, training(strategy), "MR", channels)
     if moved:
@@ -84,27 +84,27 @@ def seen(model, channels=4):
     return model.encode(slices(channels)).top
 
 
-# What it is at first
+# Start
 
 
-def test_four_channels_at_first_are_the_mean_of_two_and_the_other_two():
-    shown = Projection(means(4))(torch.tensor([0.2, 0.4, 0.6, 1.0]).view(1, 4, 1, 1))
+def test_four_channels_start_as_the_mean_of_two_and_the_other_two():
+    shown = Projection(channel_means(4))(torch.tensor([0.2, 0.4, 0.6, 1.0]).view(1, 4, 1, 1))
     assert shown.flatten().tolist() == pytest.approx([0.3, 0.6, 1.0])
 
 
-def test_five_channels_at_first_are_two_means_of_two_and_the_fifth():
-    shown = Projection(means(5))(torch.tensor([0.0, 1.0, 0.2, 0.6, 0.9]).view(1, 5, 1, 1))
+def test_five_channels_start_as_two_means_of_two_and_the_fifth():
+    shown = Projection(channel_means(5))(torch.tensor([0.0, 1.0, 0.2, 0.6, 0.9]).view(1, 5, 1, 1))
     assert shown.flatten().tolist() == pytest.approx([0.5, 0.4, 0.9])
 
 
 @pytest.mark.parametrize("channels", [4, 5, 16])
-def test_at_first_what_is_shown_stays_between_0_and_1_and_nothing_stays_nothing(channels):
-    shown = Projection(means(channels))(slices(channels))
+def test_a_new_projection_keeps_values_between_0_and_1_and_zeros_at_zero(channels):
+    shown = Projection(channel_means(channels))(slices(channels))
     assert shown.min() >= 0 and shown.max() <= 1
-    assert not Projection(means(channels))(torch.zeros(1, channels, 2, 2)).any()
+    assert not Projection(channel_means(channels))(torch.zeros(1, channels, 2, 2)).any()
 
 
-def test_at_step_0_the_model_sees_what_the_base_sees_in_the_means():
+def test_a_new_projection_encodes_like_the_base_does_the_means():
     frames = slices(4, 2)
     shown = torch.stack([frames[:, :2].mean(dim=1), frames[:, 2], frames[:, 3]], dim=1)
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_at_step_0_the_model_sees_what_the_base_sees_in_the_means():
 
 
 @pytest.mark.parametrize(("channels", "shown"), [(1, 3), (2, 3), (3, 3), (4, 4), (5, 5)])
-def test_a_stack_keeps_its_channels_from_four_on(channels, shown):
+def test_stacks_of_more_than_three_channels_keep_them_all(channels, shown):
     assert to_input(torch.zeros(channels, 6, 8, 9)).shape == (6, shown, 8, 9)
 
 
@@ -126,11 +126,11 @@ def test_up_to_three_channels_add_no_tensor(channels, strategy):
     assert strategy == "adapters" or set(model.state_dict()) == set(build().state_dict())
 
 
-# Who learns it
+# Training
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_it_learns_under_every_strategy_and_is_not_decayed(strategy):
+def test_every_strategy_trains_the_projection_without_weight_decay(strategy):
     model = reading(strategy=strategy, moved=False)
     model.encode(slices(4)).top.square().mean().backward()
     weight = model.get_parameter(KEY)
@@ -139,7 +139,7 @@ def test_it_learns_under_every_strategy_and_is_not_decayed(strategy):
     assert [group["weight_decay"] for group in groups if any(p is weight for p in group["params"])] == [0.0]
 
 
-def test_a_continued_run_has_it_again(tmp_path):
+def test_a_resumed_run_restores_the_projection(tmp_path):
     first, second = (new_learner(reading(moved=moved), training(), from_scratch=False) for moved in (True, False))
     save_state(tmp_path / "state.safetensors", first, "settings")
     load_state(tmp_path / "state.safetensors", second, "settings")
@@ -147,14 +147,14 @@ def test_a_continued_run_has_it_again(tmp_path):
     assert torch.equal(second.average.get_parameter(KEY), first.average.get_parameter(KEY))
 
 
-# Whose it is
+# One per modality
 
 
-def test_a_model_tuned_as_a_whole_has_one_tensor_more_than_its_network():
+def test_a_fully_fine_tuned_model_has_one_tensor_more_than_its_network():
     assert set(adapters.full_state(reading())) == {*build().state_dict(), KEY}
 
 
-def test_merging_the_adapter_keeps_the_projection_and_changes_nothing():
+def test_merging_the_adapter_keeps_the_projection_and_the_output():
     model = reading(strategy="adapters")
     before = seen(model)
     assert not torch.allclose(before, seen(reading(moved=False)), atol=1e-2)
@@ -163,7 +163,7 @@ def test_merging_the_adapter_keeps_the_projection_and_changes_nothing():
     assert torch.allclose(seen(model), before, atol=1e-5, rtol=1e-5)
 
 
-def test_a_modality_without_one_goes_on_with_three_channels_on_the_same_base():
+def test_other_modalities_of_the_same_model_still_read_three_channels():
     model = reading(strategy="adapters")
     adapters.add(model, "CT", AdapterPlan())
     four = seen(model)
@@ -175,27 +175,27 @@ def test_a_modality_without_one_goes_on_with_three_channels_on_the_same_base():
 
 
 @pytest.mark.parametrize(("model", "channels"), [(build, 4), (reading, 3), (reading, 5)])
-def test_slices_of_another_number_of_channels_are_refused(model, channels):
-    with pytest.raises(ValueError, match=f"slices of {channels} channels, where the network reads [34]"):
+def test_slices_with_another_number_of_channels_are_rejected(model, channels):
+    with pytest.raises(ValueError, match=f"slices have {channels} channels, but the network reads [34]"):
         model().encode(slices(channels))
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_base_tuned_on_four_channels_of_a_modality_learns_from_no_other_number_of_it(channels, strategy):
+def test_a_base_trained_on_four_channels_of_a_modality_cannot_be_trained_on_another_number(channels, strategy):
     learned = reading()
-    with pytest.raises(WeightsError, match=rf"tuned on 4 channels of MR, the plan has {channels}\. Choose other weights"):
+    with pytest.raises(WeightsError, match=rf"tuned on 4 channels of MR, but the plan has {channels}\. Use other weights"):
         prepare(learned, training(strategy), "MR", channels)
 
 
-def test_it_goes_on_learning_where_the_base_brings_one():
+def test_the_projection_of_the_base_is_trained_further():
     model = reading()
     learned = model.get_parameter(KEY).detach().clone()
     assert prepare(model, training("adapters"), "MR", 4)[-1].startswith("a new adapter for MR")
     assert torch.equal(model.get_parameter(KEY), learned) and model.get_parameter(KEY).requires_grad
 
 
-def test_another_modalitys_is_left_as_it_is_beside_a_new_adapter_and_not_carried_on_by_full_tuning():
+def test_the_projection_of_another_modality_is_kept_with_adapters_and_dropped_by_full_training():
     beside, full = reading(), reading()
     learned = beside.get_parameter(KEY).detach().clone()
     prepare(beside, training("adapters"), "PET", 5)
@@ -205,7 +205,7 @@ def test_another_modalitys_is_left_as_it_is_beside_a_new_adapter_and_not_carried
     assert {name for name in full.state_dict() if name.startswith("adapters.")} == {"adapters.PET.input.weight"}
 
 
-# What is kept of it
+# Saving
 
 
 def saved(tmp_path, model, made_for=FOUR):
@@ -215,7 +215,7 @@ def saved(tmp_path, model, made_for=FOUR):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_saved_model_is_read_back_with_it_and_sees_the_same(strategy, tmp_path):
+def test_a_saved_model_has_its_projection_and_gives_the_same_output(strategy, tmp_path):
     model, fresh = reading(strategy=strategy), build(seed=1)
     checkpoint = saved(tmp_path, model)
     assert KEY in checkpoint.state and checkpoint.digest == tensors_digest(adapters.full_state(model))
@@ -223,12 +223,12 @@ def test_a_saved_model_is_read_back_with_it_and_sees_the_same(strategy, tmp_path
     assert torch.equal(seen(fresh), seen(model))
 
 
-def test_it_counts_in_the_digest_and_not_in_that_of_the_base(tmp_path):
+def test_the_projection_is_part_of_the_digest_but_not_of_the_base_digest(tmp_path):
     one, other = saved(tmp_path, reading()), saved(tmp_path, reading(moved=False))
     assert one.digest != other.digest and one.base_digest == other.base_digest == tensors_digest(build().state_dict())
 
 
-def test_an_adapter_file_brings_it_to_its_base(tmp_path):
+def test_an_adapter_file_contains_the_projection(tmp_path):
     model, path, state = reading(strategy="adapters"), tmp_path / "adapter.safetensors", build().state_dict()
     below = Checkpoint("base0", state, tensors_digest(state))
     save_adapter(path, model, "MR", FOUR, Provenance(base="base0"), Needs(name="base0", digest=below.digest))
@@ -239,18 +239,18 @@ def test_an_adapter_file_brings_it_to_its_base(tmp_path):
 
 
 @pytest.mark.parametrize(("model", "said"), [(build, "reads none"), (lambda: reading(5), "reads 5")])
-def test_a_file_without_the_projection_that_its_plan_needs_is_refused(model, said, tmp_path):
-    with pytest.raises(WeightsError, match=f"corrupt: its plan has 4 channels, {KEY} {said}"):
+def test_a_file_without_the_projection_that_its_plan_needs_is_rejected(model, said, tmp_path):
+    with pytest.raises(WeightsError, match=f"corrupt: the plan has 4 channels, {KEY} {said}"):
         saved(tmp_path, model())
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 3, 1, 1), (3, 17, 1, 1), (2, 4, 1, 1), (3, 4, 3, 3)])
-def test_a_tensor_that_is_no_projection_is_refused_by_name(shape):
-    with pytest.raises(WeightsError, match=r"file: its adapter for MR does not fit this network: input\.weight"):
+def test_a_tensor_of_another_shape_than_a_projection_is_rejected_by_name(shape):
+    with pytest.raises(WeightsError, match=r"file: the adapter for MR does not fit this network: input\.weight"):
         adapters.attach(build(), "MR", {"input.weight": torch.zeros(shape)}, "file")
 
 
-def test_a_copy_of_the_model_has_its_own():
+def test_a_copy_of_the_model_has_its_own_projection():
     model = reading()
     other = copy.deepcopy(model)
     before = seen(other)
