@@ -36,7 +36,7 @@ _VERIFY_COLUMNS = ["name", "SHA-256", "layout", "network", "tensors", "digest co
 
 def list_weights() -> int:
     """A table of what is known by name and what is here. The exit code: 0."""
-    rows = [_embedded_row()] if zoo.present(zoo.BUNDLED_NAME) else []
+    rows = [_embedded_row()] if zoo.installed_path(zoo.BUNDLED_NAME) else []
     rows += [_published_row(entry) for entry in zoo.ENTRIES]
     rows += [_imported_row(name) for name in zoo.imported() if zoo.find(name) is None]
     console.table("weights", _LIST_COLUMNS, rows)
@@ -50,7 +50,7 @@ def _embedded_row() -> list[str]:
 
 
 def _published_row(entry: Entry) -> list[str]:
-    path = zoo.present(entry.name)
+    path = zoo.installed_path(entry.name)
     verified = "-" if path is None else "when imported" if path.suffix == ".safetensors" else "when fetched"
     if path is not None and entry.sha256 is None and path.suffix != ".safetensors":
         verified = "no published hash"
@@ -208,14 +208,14 @@ def verify(target: str | None) -> int:
 
 
 def _named(target: str) -> tuple[str, Path]:
-    path = zoo.present(target) if zoo.NAME.fullmatch(target) else None
+    path = zoo.installed_path(target) if zoo.NAME.fullmatch(target) else None
     return (target, path) if path is not None else (target, zoo.locate(target))
 
 
 def _installed_weights() -> Iterator[tuple[str, Path]]:
     names = [zoo.BUNDLED_NAME, *(entry.name for entry in zoo.ENTRIES), *zoo.imported()]
     for name in dict.fromkeys(names):
-        if (path := zoo.present(name)) is not None:
+        if (path := zoo.installed_path(name)) is not None:
             yield name, path
 
 
@@ -224,7 +224,7 @@ def _verified_row(name: str, path: Path) -> list[str]:
     from slmsam2_cli.model import checkpoint
 
     digest = _sha256(path)
-    entry = zoo.find(name) or zoo.published(digest)
+    entry = zoo.find(name) or zoo.find_by_digest(digest)
     zoo.verify_digest(path, entry)
     read = checkpoint.read_checkpoint(path)
     _check_complete(path.name, read)
@@ -275,7 +275,7 @@ def import_weights(file: Path, *, name: str | None = None, overwrite: bool = Fal
     from slmsam2_cli.model import checkpoint
 
     digest = _sha256(file)
-    entry = zoo.published(digest)
+    entry = zoo.find_by_digest(digest)
     name = _name_for(file, name, entry)
     path = zoo.folder() / f"{name}.safetensors"
     if path.exists() and not overwrite:

@@ -334,7 +334,7 @@ def resolve_adapter(adapter: Checkpoint, weights: str | None) -> Checkpoint:
     if needs is None:
         return adapter
     if weights is None:
-        known = zoo.NAME.fullmatch(needs.name) and zoo.present(needs.name)
+        known = zoo.NAME.fullmatch(needs.name) and zoo.installed_path(needs.name)
         if not known and not BUNDLED_WEIGHTS.is_file():
             raise WeightsError(f"{adapter.name}: {_which_base(needs)}. Name that base with --weights")
         weights = needs.name if known else "auto"

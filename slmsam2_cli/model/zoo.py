@@ -1,16 +1,16 @@
-"""Which weights are known by name, where they come from, and where they lie on this computer. Nothing is fetched here.
+"""Weights known by name: where they are published, and where they are stored on this computer. Nothing is downloaded here.
 
-Every digest was published by somebody who had the file; `source` says where. One that nobody published is None, and
-the tool says so instead of trusting what it got.
+Every digest comes from a published source, which `source` names. Where no digest is published it is None, and `slmsam2 weights get`
+says so.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import platformdirs
 
 from slmsam2_cli.errors import WeightsError
 from slmsam2_cli.io import atomic
@@ -30,7 +30,7 @@ _MEDSAM2_NOTE = "512 px; its model card allows research and education only"
 
 @dataclass(frozen=True)
 class Entry:
-    """Published weights. bytes and sha256: of the file at `url`, None where nobody published them; source: who did."""
+    """Published weights. bytes, sha256: of the file at `url`; None where not published. source: where they are published."""
 
     name: str
     size: NetworkSize
@@ -44,7 +44,7 @@ class Entry:
 
     @property
     def file(self) -> str:
-        """The file's name, as published."""
+        """The file name at the end of `url`."""
         return self.url.rpartition("/")[2]
 
 
@@ -128,25 +128,22 @@ ENTRIES = (
 
 
 def folder() -> Path:
-    """Where weights are kept for this user, whichever data set is open."""
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "slmsam2" / "weights"
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (named if named.is_absolute() else Path.home() / ".cache") / "slmsam2" / "weights"
+    """Return the user's folder of weights, shared by all datasets: below XDG_CACHE_HOME if set, else the system's folder of caches."""
+    return platformdirs.user_cache_path("slmsam2", appauthor=False) / "weights"
 
 
 def find(name: str) -> Entry | None:
-    """The published weights of that name, if there are any."""
+    """Find published weights by name."""
     return next((entry for entry in ENTRIES if entry.name == name), None)
 
 
-def published(sha256: str) -> Entry | None:
-    """The published weights whose file has this digest, if there are any."""
+def find_by_digest(sha256: str) -> Entry | None:
+    """Find published weights by the digest of their file."""
     return next((entry for entry in ENTRIES if entry.sha256 == sha256), None)
 
 
-def present(name: str) -> Path | None:
-    """Where the weights of that name lie: embedded, fetched, or imported; None when they do not."""
+def installed_path(name: str) -> Path | None:
+    """Find the file of bundled, downloaded or imported weights; None if they are not on this computer."""
     if name == BUNDLED_NAME:
         return BUNDLED_WEIGHTS if BUNDLED_WEIGHTS.is_file() else None
     entry = find(name)
@@ -155,39 +152,35 @@ def present(name: str) -> Path | None:
 
 
 def is_name(text: str) -> bool:
-    """Whether this means weights by name, not a file."""
-    return find(text) is not None or bool(NAME.fullmatch(text) and present(text))
+    """Tell a name of weights from a path."""
+    return find(text) is not None or bool(NAME.fullmatch(text) and installed_path(text))
 
 
 def imported() -> list[str]:
-    """The names of weights that were imported, published ones too."""
+    """List the names of imported weights; published weights that were imported are among them."""
     return sorted(path.stem for path in folder().glob("*.safetensors") if NAME.fullmatch(path.stem))
 
 
 def locate(name: str) -> Path:
-    """The file meant by a name or a path, its digest verified where one is known.
+    """Find the file that a name or a path means, and verify the digest of downloaded weights.
 
-    WeightsError when published weights are not here yet, when they are not what they were, or when nothing has that name.
+    Raises: WeightsError when published weights are not on this computer, when their file has changed, or when the name is unknown.
     """
     entry = find(name)
-    path = present(name) if NAME.fullmatch(name) else None
-    if path is None:
-        return _local_file(name, entry)
-    verify_digest(path, entry)
-    return path
-
-
-def _local_file(name: str, entry: Entry | None) -> Path:
+    path = installed_path(name) if NAME.fullmatch(name) else None
+    if path is not None:
+        verify_digest(path, entry)
+        return path
     if entry is not None:
-        raise WeightsError(f"{name}: not on this computer yet. Run slmsam2 weights get {name} (or slmsam2 weights import FILE)")
+        raise WeightsError(f"{name}: not on this computer. Run slmsam2 weights get {name} (or slmsam2 weights import FILE)")
     path = Path(name)
     if not path.exists() and not path.suffix and len(path.parts) == 1:
-        raise WeightsError(f"{name}: neither a file nor the name of weights. slmsam2 weights list shows the names")
+        raise WeightsError(f"{name}: no such file, and no weights of that name. Run slmsam2 weights list for the names")
     return path
 
 
 def recorded_digest(path: Path) -> str | None:
-    """The digest that a fetched file had when it arrived, from the note beside it (readable by sha256sum -c)."""
+    """Read the digest that a file had when it was downloaded, from FILE.sha256 (in the format of sha256sum)."""
     try:
         words = path.with_name(path.name + ".sha256").read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError):
@@ -196,9 +189,11 @@ def recorded_digest(path: Path) -> str | None:
 
 
 def verify_digest(path: Path, entry: Entry | None) -> str | None:
-    """Compare a fetched file with what was published, or with what arrived; imported ones carry their digest inside.
+    """Compare a downloaded file with the published digest, or with the digest at download; imported files contain their own.
 
-    The digest, or None when there was nothing to compare with. WeightsError.
+    Returns the digest; None if there is none to compare with.
+
+    Raises: WeightsError when the file cannot be read or has changed.
     """
     wanted = (entry.sha256 if entry else None) or recorded_digest(path)
     if wanted is None or entry is None or path.suffix == ".safetensors":

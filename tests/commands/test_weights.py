@@ -116,7 +116,7 @@ def test_a_changed_file_is_fetched_again(site: Site, cache: Path, content: bytes
 
 def test_a_file_goes_where_it_is_told(site: Site, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert get("known", output=tmp_path / "there") == 0
-    assert (tmp_path / "there" / "known.pt").exists() and zoo.present("known") is None
+    assert (tmp_path / "there" / "known.pt").exists() and zoo.installed_path("known") is None
     assert f"--weights {tmp_path / 'there' / 'known.pt'}" in said(capsys)
 
 
@@ -136,7 +136,7 @@ def test_without_a_published_hash_it_says_so_and_pins_what_came(
 def test_a_digest_may_be_pinned(site: Site, cache: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DigestError, match="refused"):
         get("unknown", sha256="0" * 64)
-    assert zoo.present("unknown") is None
+    assert zoo.installed_path("unknown") is None
     assert get("unknown", sha256="SHA256:" + hashlib.sha256(content).hexdigest().upper()) == 0
     assert "no published hash" not in said(capsys)
 
@@ -156,7 +156,7 @@ def test_a_mirror_must_have_the_published_file(site: Site, cache: Path, content:
     site.files |= {"/mirror.pt": content, "/forged.pt": content[:-1] + b"x"}
     with pytest.raises(DigestError, match="refused"):
         get("known", url=f"{site.url}/forged.pt")
-    assert zoo.present("known") is None
+    assert zoo.installed_path("known") is None
     assert get("known", url=f"{site.url}/mirror.pt") == 0
 
 
@@ -203,7 +203,7 @@ def test_an_interrupted_get_goes_on_where_it_was(site: Site, cache: Path, conten
         patched.setattr("slmsam2_cli.commands.weights._ProgressBar", Stopped)
         with pytest.raises(KeyboardInterrupt):
             get("known")
-    assert zoo.present("known") is None
+    assert zoo.installed_path("known") is None
     assert get("known") == 0
     assert site.requests[-1] == ("/known.pt", "bytes=100000-")
     assert (cache / "known.pt").read_bytes() == content

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,6 @@ from slmsam2_cli.model.zoo import ENTRIES, Entry
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder of weights."""
-    monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     zoo.folder().mkdir(parents=True)
     return zoo.folder()
@@ -33,7 +33,7 @@ def entry_for(content: bytes, monkeypatch: pytest.MonkeyPatch, sha256: str | Non
 # The list
 
 
-def test_names_files_and_digests_are_unlike_each_other() -> None:
+def test_names_files_and_digests_are_unique() -> None:
     for values in ([e.name for e in ENTRIES], [e.url for e in ENTRIES], [e.file for e in ENTRIES], [e.sha256 for e in ENTRIES if e.sha256]):
         assert len(set(values)) == len(values)
 
@@ -48,7 +48,7 @@ def test_every_entry_is_well_formed(entry: Entry) -> None:
 
 
 @pytest.mark.parametrize("version", ["2.0", "2.1"])
-def test_sam2_is_there_at_every_size(version: str) -> None:
+def test_every_size_of_sam_2_is_listed(version: str) -> None:
     assert [entry.size for entry in ENTRIES if entry.family == f"SAM {version}" and entry.licence == "Apache-2.0"] == [
         "tiny",
         "small",
@@ -57,7 +57,7 @@ def test_sam2_is_there_at_every_size(version: str) -> None:
     ]
 
 
-def test_the_file_of_2_1_is_larger_than_that_of_2_0_by_its_three_tensors() -> None:
+def test_a_file_of_sam_2_1_is_larger_than_that_of_2_0_by_its_three_tensors() -> None:
     """16,640 further numbers: 64 + 64 x 256 + 64 are 66,048 bytes; the rest is what torch writes around them."""
     for size in ("tiny", "small", "base-plus", "large"):
         newer, older = zoo.find(f"sam2.1-{size}"), zoo.find(f"sam2.0-{size}")
@@ -65,47 +65,45 @@ def test_the_file_of_2_1_is_larger_than_that_of_2_0_by_its_three_tensors() -> No
         assert 66_048 <= newer.bytes - older.bytes < 66_048 + 70_000
 
 
-# Where weights lie
+# Stored files
 
 
-@pytest.mark.parametrize(
-    ("platform", "named", "expected"),
-    [
-        ("linux", None, ".cache/slmsam2/weights"),
-        ("linux", "relative", ".cache/slmsam2/weights"),
-        ("darwin", "/ignored", "Library/Caches/slmsam2/weights"),
-    ],
-)
-def test_the_cache_is_where_the_system_keeps_caches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, platform: str, named: str | None, expected: str
+def test_weights_are_kept_below_xdg_cache_home_where_it_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    assert zoo.folder() == tmp_path / "elsewhere" / "slmsam2" / "weights"
+
+
+@pytest.mark.parametrize("named", [None, "", "relative"])
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have another folder of caches")
+def test_without_an_absolute_xdg_cache_home_weights_are_kept_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str | None
 ) -> None:
-    monkeypatch.setattr("sys.platform", platform)
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    if named:
+    if named is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", named)
-    assert zoo.folder() == tmp_path / expected
+    assert zoo.folder() == tmp_path / ".cache" / "slmsam2" / "weights"
 
 
-def test_published_weights_that_are_absent_name_the_command(cache: Path) -> None:
-    with pytest.raises(WeightsError, match="sam2.1-tiny: not on this computer yet. Run slmsam2 weights get sam2.1-tiny"):
+def test_the_error_for_published_weights_that_are_absent_names_the_command(cache: Path) -> None:
+    with pytest.raises(WeightsError, match="sam2.1-tiny: not on this computer. Run slmsam2 weights get sam2.1-tiny"):
         zoo.locate("sam2.1-tiny")
 
 
-def test_fetched_weights_are_found_by_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_downloaded_weights_are_found_by_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = entry_for(b"weights", monkeypatch)
     (cache / entry.file).write_bytes(b"weights")
     assert zoo.locate("small-one") == cache / "one.pt"
 
 
-def test_weights_that_changed_are_not_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_weights_are_rejected(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = entry_for(b"weights", monkeypatch)
     (cache / entry.file).write_bytes(b"weightz")
     with pytest.raises(WeightsError, match="one.pt: corrupt or changed: .* run slmsam2 weights get small-one"):
         zoo.locate("small-one")
 
 
-def test_without_a_published_digest_the_one_at_download_counts(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_published_digest_the_recorded_one_is_verified(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = entry_for(b"weights", monkeypatch, sha256=None)
     path = cache / entry.file
     path.write_bytes(b"weights")
@@ -118,7 +116,7 @@ def test_without_a_published_digest_the_one_at_download_counts(cache: Path, monk
 
 
 @pytest.mark.parametrize("note", [b"", b"no digest\n", b"\xff\xfe", b"0" * 63])
-def test_a_note_that_is_no_digest_pins_nothing(cache: Path, note: bytes) -> None:
+def test_a_recorded_digest_that_is_none_is_ignored(cache: Path, note: bytes) -> None:
     (cache / "one.pt.sha256").write_bytes(note)
     assert zoo.recorded_digest(cache / "one.pt") is None
 
@@ -131,16 +129,16 @@ def test_imported_weights_are_found_by_name(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.pt", "folder/model.safetensors", "../model.pt", "/nowhere/model.pt"])
-def test_what_looks_like_a_file_is_one(cache: Path, name: str) -> None:
+def test_a_path_is_returned_as_it_is(cache: Path, name: str) -> None:
     assert zoo.locate(name) == Path(name)
 
 
-def test_a_name_that_nothing_has_is_said_to_be_one(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_name_is_an_error_that_names_weights_list(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(WeightsError, match="kneee: neither a file nor the name of weights. slmsam2 weights list"):
+    with pytest.raises(WeightsError, match="kneee: no such file, and no weights of that name. Run slmsam2 weights list"):
         zoo.locate("kneee")
 
 
-def test_a_published_file_is_known_by_its_digest() -> None:
-    assert all(zoo.published(entry.sha256) == entry for entry in ENTRIES if entry.sha256)
-    assert zoo.published("0" * 64) is None
+def test_published_weights_are_found_by_their_digest() -> None:
+    assert all(zoo.find_by_digest(entry.sha256) == entry for entry in ENTRIES if entry.sha256)
+    assert zoo.find_by_digest("0" * 64) is None
