@@ -24,8 +24,8 @@ def copying(monkeypatch):
     """A model that copies the given slice to all others and is 0.7 sure; says which stacks it was shown."""
     shown = []
 
-    def propagate(model, frames, objects, recognise, focus, max_empty_slices, batch):
-        assert recognise and max_empty_slices == 6 and batch == 2  # as predict does
+    def propagate(model, frames, objects, options):
+        assert options.use_label_prior and options.max_empty_slices == 6 and options.batch == 2  # as predict does
         ((value, (anchor,)),) = objects.items()
         shown.append((len(frames), anchor.slice))
         logits = torch.where(anchor.mask[None, ::4, ::4], 10.0, -10.0).expand(len(frames), -1, -1)

@@ -105,7 +105,7 @@ def test_a_fold_that_is_too_short_to_tell_anything_is_left_away():
 def copying(monkeypatch):
     """A model that copies the given slice to all others."""
 
-    def propagate(model, frames, objects, **options):
+    def propagate(model, frames, objects, options):
         found = {}
         for value, (anchor,) in objects.items():
             logits = torch.where(anchor.mask[None, ::4, ::4], 10.0, -10.0).expand(len(frames), -1, -1)
@@ -140,7 +140,7 @@ def test_a_label_that_is_rightly_not_found_counts_as_found(copying, monkeypatch)
 
 
 def test_where_two_labels_claim_a_pixel_the_surer_one_has_it(monkeypatch):
-    def propagate(model, frames, objects, **options):
+    def propagate(model, frames, objects, options):
         everywhere = torch.full((len(frames), PX // 4, PX // 4), 1.0)
         return {v: Propagation(everywhere * (2 if v == 2 else 1), torch.ones(len(frames)), torch.zeros(len(frames))) for v in objects}
 

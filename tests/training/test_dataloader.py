@@ -107,7 +107,7 @@ def test_a_process_that_hangs_is_an_error_after_the_max_empty_slices_is_over():
 
 FINISHING = """
 import os, signal
-from test_feeding import feed
+from test_dataloader import feed
 signal.signal(signal.SIGTERM, lambda *_: None)  # who trains finishes its step
 one = feed(workers=1)
 one.next()

@@ -93,7 +93,7 @@ def test_a_label_is_one_piece_where_it_is_one_in_every_volume():
     assert SliceSampler([one], [1], PX).one_piece == [True]
     two.labels[3, 40:44, 40:44] = 1  # 16 of 400 voxels lie apart
     assert SliceSampler([one, two], [1], PX).one_piece == [False]
-    assert new_label_unet(SliceSampler([one], [1], PX), 1, 0).pieces == [1]
+    assert new_label_unet(SliceSampler([one], [1], PX), 1, 0).one_piece_labels == [1]
 
 
 def test_nothing_is_known_of_a_label_that_no_volume_holds_or_of_volumes_not_looked_at_as_a_whole():
