@@ -24,7 +24,7 @@ from slmsam2_cli.errors import LockError, OutputError, UsageError, WeightsError
 from slmsam2_cli.io import atomic, download
 from slmsam2_cli.io.download import DigestError, DownloadError
 from slmsam2_cli.model import zoo
-from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, fit, load_base_weights, read_checkpoint, save_weights
+from slmsam2_cli.model.checkpoint import Checkpoint, Header, Provenance, load_base_weights, load_weights, read_checkpoint, save_weights
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.model.zoo import Entry
 from slmsam2_cli.planning.plan import NetworkPlan
@@ -92,9 +92,9 @@ def test_what_was_fetched_is_found_by_name(
     assert "its SHA-256 is the published one" in text and "licence: Apache-2.0" in text and "--weights known" in text
     read = load_base_weights("known")
     assert read is not None and read.provenance is not None and read.network is not None
-    assert (read.name, read.provenance.base, read.provenance.licence, read.network.policy) == ("known", "known", "Apache-2.0", "fifo")
+    assert (read.name, read.provenance.pretrained, read.provenance.licence, read.network.policy) == ("known", "known", "Apache-2.0", "fifo")
     assert all(torch.equal(read.state[name], tensor) for name, tensor in base.items())
-    fit(build(seed=1), read)
+    load_weights(build(seed=1), read)
 
 
 def test_a_second_get_asks_nobody(site: Site, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,7 +213,7 @@ def test_a_full_disk_is_one_line(site: Site, cache: Path, monkeypatch: pytest.Mo
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(atomic, "append", full)
+    monkeypatch.setattr(atomic, "open_partial", full)
     with pytest.raises(OutputError, match="no space left on the device") as caught:
         get("known")
     assert "\n" not in str(caught.value)
@@ -264,9 +264,7 @@ def test_the_embedded_model_is_listed_when_there_is_one(
 ) -> None:
     path = cache.parent / "nano.safetensors"
     model = build()
-    save_weights(
-        path, {n: t.contiguous() for n, t in model.state_dict().items()}, model.network, Provenance(base="here", licence="Apache-2.0")
-    )
+    save_weights(path, dict(model.state_dict()), Header(model.network, Provenance(pretrained="here", licence="Apache-2.0")))
     monkeypatch.setattr(zoo, "BUNDLED_WEIGHTS", path)
     list_weights()
     assert "--weights auto" in capsys.readouterr().out
@@ -334,7 +332,7 @@ def test_a_file_fetched_by_hand_becomes_the_published_weights(
     assert import_weights(tmp_path / "download (1).pt") == 0
     read = load_base_weights("known")
     assert read is not None and read.provenance is not None
-    assert (read.provenance.base, read.provenance.base_digest) == ("known", hashlib.sha256(content).hexdigest())
+    assert (read.provenance.pretrained, read.provenance.pretrained_digest) == ("known", hashlib.sha256(content).hexdigest())
     assert read.provenance.licence == "Apache-2.0"
     assert all(torch.equal(read.state[name], tensor) for name, tensor in base.items())
     assert verify("known") == 0
@@ -349,8 +347,8 @@ def test_weights_of_somebody_keep_where_they_come_from(
     assert "--weights my-knee" in text and "is not known here" in text
     read = load_base_weights("my-knee")
     assert read is not None and read.provenance is not None
-    assert (read.provenance.base, read.provenance.licence) == ("my knee.pt", "")
-    assert read.provenance.base_digest == hashlib.sha256(content).hexdigest()
+    assert (read.provenance.pretrained, read.provenance.licence) == ("my knee.pt", "")
+    assert read.provenance.pretrained_digest == hashlib.sha256(content).hexdigest()
 
 
 def test_a_tuned_slm_sam2_is_imported_and_says_what_was_left_out(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -367,16 +365,16 @@ def test_a_tuned_slm_sam2_is_imported_and_says_what_was_left_out(cache: Path, tm
     read = load_base_weights("slm")
     assert read is not None and read.network is not None
     assert (read.network.policy, read.network.fuser) == ("shortlong", "sum")
-    fit(build(seed=1, fuser="sum"), read)
+    load_weights(build(seed=1, fuser="sum"), read)
     with pytest.raises(WeightsError, match=r"missing: stream_fuser.gate.* made for \(shortlong, sum\) under network in plan.json"):
-        fit(build(fuser="gated"), read)
+        load_weights(build(fuser="gated"), read)
 
 
 def test_a_model_of_ours_keeps_all_it_says(cache: Path, tmp_path: Path) -> None:
     model = build()
     path = tmp_path / "model.safetensors"
-    given = Provenance(base="random", random=True, training=("a",))
-    save_weights(path, {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, model.network, given)
+    given = Provenance(pretrained="random", random=True, training=("a",))
+    save_weights(path, dict(model.state_dict()), Header(model.network, given))
     assert import_weights(path, name="prostate") == 0
     read = load_base_weights("prostate")
     assert read is not None
@@ -463,7 +461,7 @@ def test_weights_of_another_size_name_the_network(cache: Path, tmp_path: Path, c
     read = load_base_weights("knee")
     assert read is not None
     with pytest.raises(WeightsError, match=r"tiny \(fifo\): it is of network nano\. Run slmsam2 plan --network nano --overwrite"):
-        fit(build(size="tiny", policy="fifo"), read)
+        load_weights(build(size="tiny", policy="fifo"), read)
 
 
 def test_finetune_starts_from_a_name_and_hands_its_licence_on(site: Site, cache: Path, tmp_path: Path) -> None:
@@ -473,7 +471,7 @@ def test_finetune_starts_from_a_name_and_hands_its_licence_on(site: Site, cache:
     assert finetune(tmp_path / "data", space, cases=1, weights="unknown", steps=1, device="cpu") == 0
     read = read_checkpoint(space.model)
     assert read.provenance is not None and read.network is not None
-    assert (read.provenance.base, read.provenance.licence, read.network.size) == ("unknown", "CC-BY-SA-4.0", "nano")
+    assert (read.provenance.pretrained, read.provenance.licence, read.network.size) == ("unknown", "CC-BY-SA-4.0", "nano")
     assert atomic.read_json(space.split, "the split")["options"]["weights"] == "unknown"
 
 
