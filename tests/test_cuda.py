@@ -1,4 +1,4 @@
-"""What a GPU does as a CPU does: masks, fine-trainer, going on with it, pre-training. Skipped where there is none."""
+"""Masks, fine-tuning, resuming, cross-validation and pretraining on a GPU; skipped without one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def masks_of(folder):
     return [np.asarray(nibabel.load(path).dataobj) for path in sorted(folder.glob("*.nii.gz"))]
 
 
-def test_masks_of_the_base_are_those_of_the_cpu(dataset, tmp_path):
+def test_masks_of_the_bundled_model_are_those_of_the_cpu(dataset, tmp_path):
     for device in ("cpu", "cuda"):
         assert predict(dataset / "imagesTr", tmp_path / device, simulate_from=dataset / "labelsTr", report=False, device=device) == 0
     pairs = list(zip(masks_of(tmp_path / "cpu"), masks_of(tmp_path / "cuda"), strict=True))
@@ -51,7 +51,7 @@ def test_masks_of_the_base_are_those_of_the_cpu(dataset, tmp_path):
             assert dice(one == label, other == label) > 0.97
 
 
-def test_a_model_tuned_there_is_read_here_and_its_losses_are_numbers(tuned, dataset, tmp_path):
+def test_a_model_fine_tuned_on_cuda_predicts_on_the_cpu_and_has_finite_losses(tuned, dataset, tmp_path):
     rows = list(csv.DictReader((tuned.finetuned / "log.csv").open()))
     assert [row["step"] for row in rows] == [str(step) for step in range(1, 7)]
     assert all(math.isfinite(float(row["total"])) for row in rows)
@@ -59,14 +59,14 @@ def test_a_model_tuned_there_is_read_here_and_its_losses_are_numbers(tuned, data
     assert all(mask.any() for mask in masks_of(tmp_path / "masks"))
 
 
-def test_what_is_left_out_is_judged_there(dataset, tmp_path, monkeypatch):
+def test_cross_validation_runs_on_cuda(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(cross_validation, "MIN_STEPS", 1)
     assert finetune(dataset, Workspace(tmp_path), cases=2, steps=4, seed=1, device="cuda") == 0
     found = read_checkpoint(Workspace(tmp_path).model).provenance.validation
-    assert len(found.left_out) == 2 and 0 < found.base < 1 and 0 < found.tuned < 1
+    assert len(found.held_out) == 2 and 0 < found.pretrained < 1 and 0 < found.fine_tuned < 1
 
 
-def test_a_run_that_was_stopped_there_goes_on_where_it_was(dataset, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_on_cuda(dataset, tmp_path, monkeypatch):
     class PoweredOff(Exception):
         pass
 
@@ -90,7 +90,7 @@ def test_a_run_that_was_stopped_there_goes_on_where_it_was(dataset, tmp_path, mo
     assert read_checkpoint(broken.model).provenance.steps == 6
 
 
-def test_a_base_learns_from_volumes_that_are_drawn_there(tmp_path):
+def test_pretraining_runs_on_cuda(tmp_path):
     assert pretrain(tmp_path / "run", smoke=True, steps=3, device="cuda") == 0
     rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
     assert [row["step"] for row in rows] == ["1", "2", "3"]

@@ -1,4 +1,4 @@
-"""Which device is chosen, and how it computes what is learned from."""
+"""The choice of the device, and mixed precision."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ def by_cudnn():
 
 
 @pytest.mark.parametrize("chosen", [True, False])
-def test_attention_whose_gradients_are_not_always_finite_is_off_while_something_is_learned_and_as_it_was_afterwards(chosen):
+def test_half_precision_switches_cudnn_attention_off_and_back(chosen):
     before = by_cudnn()
     torch.backends.cuda.enable_cudnn_sdp(chosen)
     try:
@@ -24,6 +24,6 @@ def test_attention_whose_gradients_are_not_always_finite_is_off_while_something_
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_absent_is_an_error_that_says_what_to_do():
+def test_the_error_for_an_absent_device_names_the_device_option():
     with pytest.raises(DeviceError, match="--device cuda: .*--device auto"):
         choose_device("cuda")

@@ -26,8 +26,8 @@ def export_model(workspace: Workspace | None, model: Path | None, output: Path, 
         console.say(f"wrote {output}: {len(content) / 2**20:.1f} MB, weights {checkpoint.digest[:12]}")
     for warning in checkpoint.warnings:
         console.warn(warning)
-    if checkpoint.needs:
-        console.say(f"it is an adapter: whoever uses it needs the base {checkpoint.needs.name}")
+    if checkpoint.required_base:
+        console.say(f"it is an adapter: whoever uses it needs the base {checkpoint.required_base.name}")
     return DONE
 
 
@@ -106,7 +106,7 @@ def _write_model(path: Path, package: export.Package, source: str) -> Checkpoint
 
 
 def _print_import(folder: Path, checkpoint: Checkpoint) -> None:
-    needs = checkpoint.needs
+    needs = checkpoint.required_base
     console.say(f"imported into {folder}: weights {checkpoint.digest[:12]}")
     for warning in checkpoint.warnings:
         console.warn(warning)

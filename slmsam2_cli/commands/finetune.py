@@ -26,7 +26,7 @@ from slmsam2_cli.inference.load_model import fuser_of, match_fuser
 from slmsam2_cli.io import atomic
 from slmsam2_cli.model import zoo
 from slmsam2_cli.model.calibration import Calibration
-from slmsam2_cli.model.checkpoint import RANDOM, Checkpoint, Provenance, Validation, load_base_weights
+from slmsam2_cli.model.checkpoint import RANDOM, Checkpoint, HeldOutResult, Provenance, load_base_weights
 from slmsam2_cli.planning.fingerprint import write_fingerprint
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.plan import RGB_CHANNELS, Plan, TrainingPlan, read_plan, write_plan
@@ -268,7 +268,7 @@ def _train_on_all(
     workspace: Workspace,
     device: torch.device,
     options: RunOptions,
-    validation: Validation | None,
+    validation: HeldOutResult | None,
     skipped: tuple[str, ...],
     begun: bool,
     stopped: Callable[[], bool],
@@ -279,7 +279,7 @@ def _train_on_all(
         print_validation(validation, len(used))
         if validation.label_unet is False:
             plan = plan.model_copy(update={"training": plan.training.model_copy(update={"label_unet": False})})
-    kept_base = validation is not None and validation.kept == "base"
+    kept_base = validation is not None and validation.kept == "pretrained"
     training_data = training_data_of(used, plan)
     training = settings_after_folds(run.plan.training, len(plan_folds(run, used)[0]), validation)
     learner = init_learner(plan, run.base, training_data, device)
@@ -379,11 +379,13 @@ def _calibrate(learner: Learner, cases: Sequence[PreparedCase], plan: Plan, stop
     return found
 
 
-def _save(workspace: Workspace, run: Run, learner: Learner, validation: Validation | None, calibration: Calibration | None = None) -> None:
+def _save(
+    workspace: Workspace, run: Run, learner: Learner, validation: HeldOutResult | None, calibration: Calibration | None = None
+) -> None:
     ancestor = run.base.provenance if run.base else None
     provenance = Provenance(
-        base=run.base.name if run.base else RANDOM,
-        base_digest=run.base.digest if run.base else "",
+        pretrained=run.base.name if run.base else RANDOM,
+        pretrained_digest=run.base.digest if run.base else "",
         licence=ancestor.licence if ancestor else "",
         object_score_offset=ancestor.object_score_offset if ancestor else 0.0,
         random=run.base is None or bool(ancestor and ancestor.random),
@@ -391,7 +393,7 @@ def _save(workspace: Workspace, run: Run, learner: Learner, validation: Validati
         steps=learner.step,
         seconds=round(learner.seconds, 1),
         training=tuple(sorted([*run.cases, *run.known])),
-        learned_from=tuple(sorted({*run.images, *(ancestor.learned_from if ancestor else ())})),
+        training_image_digests=tuple(sorted({*run.images, *(ancestor.training_image_digests if ancestor else ())})),
         versions={name: version(name) for name in ("torch", "sam2", "numpy")},
         validation=validation,
     )

@@ -18,7 +18,7 @@ from slmsam2_cli import console
 from slmsam2_cli.device import DeviceName, choose_device, describe
 from slmsam2_cli.errors import DONE, DeviceError, TrainingError, UsageError
 from slmsam2_cli.io import atomic
-from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, load_base_weights, save_weights
+from slmsam2_cli.model.checkpoint import Checkpoint, Header, Provenance, load_base_weights, save_weights
 from slmsam2_cli.pretraining.recipe import NANO, SMOKE, Recipe, read_recipe
 from slmsam2_cli.pretraining.step import kept
 from slmsam2_cli.pretraining.train import Pretrainer, Step, new_learner, train
@@ -191,8 +191,8 @@ def _save(path: Path, learner: Pretrainer, recipe: Recipe, commit: str) -> None:
     """The averaged weights in half precision, with everything that is needed to make them again."""
     started = atomic.read_json(path.parent / STARTED_FROM, "ancestor") if (path.parent / STARTED_FROM).exists() else {}
     provenance = Provenance(
-        base=BASE,
-        base_digest=started.get("digest", "") if isinstance(started, dict) else "",
+        pretrained=BASE,
+        pretrained_digest=started.get("digest", "") if isinstance(started, dict) else "",
         licence=LICENCE,
         seed=recipe.seed,
         steps=learner.step,
@@ -200,5 +200,5 @@ def _save(path: Path, learner: Pretrainer, recipe: Recipe, commit: str) -> None:
         versions={name: version(name) for name in ("torch", "sam2", "numpy")},
     )
     notes = {"recipe": recipe.model_dump_json()} | ({"commit": commit} if commit else {})
-    digest = save_weights(path, kept(learner.average, recipe.object_score_shift), recipe.network, provenance, notes=notes)
+    digest = save_weights(path, kept(learner.average, recipe.object_score_shift), Header(recipe.network, provenance, notes=notes))
     console.say(f"weights: {path} ({learner.step} steps, {learner.seconds:.0f} s, {path.stat().st_size / 1e6:.1f} MB, {digest[:12]})")

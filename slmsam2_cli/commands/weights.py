@@ -69,7 +69,7 @@ def _imported_row(name: str) -> list[str]:
         licence,
         "yes",
         "when imported",
-        f"imported from {provenance.get('base') or 'a file'}",
+        f"imported from {provenance.get('pretrained') or 'a file'}",
     ]
 
 
@@ -236,15 +236,15 @@ def _check_complete(name: str, read: Checkpoint) -> None:
     from slmsam2_cli.model import adapters, convert
 
     base, _ = adapters.split(read.state)
-    if read.needs is not None or read.network is None:
+    if read.required_base is not None or read.network is None:
         return
-    if wrong := convert.shape_mismatch(convert.layout(read.network), base):
+    if wrong := convert.shape_mismatch(convert.expected_shapes(read.network), base):
         raise WeightsError(f"{name}: is not a whole {read.network.size} network: {wrong}. Fetch, import or train it again")
 
 
 def _network_of(read: Checkpoint) -> str:
     assert read.network is not None
-    kind = f"an adapter for {read.needs.name}, " if read.needs else ""
+    kind = f"an adapter for {read.required_base.name}, " if read.required_base else ""
     return f"{kind}{read.network.size}, policy {read.network.policy}"
 
 
@@ -283,10 +283,13 @@ def import_weights(file: Path, *, name: str | None = None, overwrite: bool = Fal
     read = checkpoint.read_checkpoint(file)
     assert read.network is not None
     _check_complete(file.name, read)
-    made = checkpoint.Provenance(base=entry.name if entry else file.name, base_digest=digest, licence=entry.licence if entry else "")
+    made = checkpoint.Provenance(
+        pretrained=entry.name if entry else file.name, pretrained_digest=digest, licence=entry.licence if entry else ""
+    )
     state = _finite_state(file.name, read)
     with atomic.lock_folder(zoo.folder(), name):
-        checkpoint.save_weights(path, state, read.network, read.provenance or made, read.plan, read.calibration, read.needs)
+        header = checkpoint.Header(read.network, read.provenance or made, read.plan, read.calibration, read.required_base)
+        checkpoint.save_weights(path, state, header)
     for note in read.notes:
         console.say(note)
     console.say(f"{name}: {read.family}, {_network_of(read)}, {len(state)} tensors, {path}")

@@ -1,9 +1,8 @@
-"""Weights made elsewhere: loaded without running code, recognised by their keys, brought into our layout.
+"""Weights of other projects: loaded without running code, recognised by their tensors, converted to this project's layout.
 
-A family is known by which tensors it has, a size by the shape of its trunk; whatever has a tensor too many, too few or of
-another shape is refused by name. SAM 2.0 differs from 2.1 in three tensors that it lacks: it adds no code to pointers and
-no vector to empty memories, which is what zeros in their place do, exactly. The layout of tuned SLM-SAM 2 models is known
-by the names of their tensors alone.
+The names of the tensors decide the family, the shape of the trunk the size. A tensor too many, too few or of another shape is an error
+that names it. SAM 2.0 lacks three tensors of SAM 2.1: it adds no encoding to pointers and no vector to empty memories, so zeros in their
+place are exact. Only the names of the tensors of fine-tuned SLM-SAM 2 models are used.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ State = dict[str, Tensor]
 _NAMES_SHOWN = 5
 _TRUNK = re.compile(r"image_encoder\.trunk\.blocks\.(\d+)\.")
 _PATCHES = "image_encoder.trunk.patch_embed.proj.weight"
+# (channels, blocks) of the trunk
 _SIZES: dict[tuple[int, int], NetworkSize] = {
     (96, 12): "tiny",
     (96, 16): "small",
@@ -42,7 +42,7 @@ _FUSER = re.compile(r"recent_memory_fuser\.(?:layers\.)?(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Converted:
-    """A state in our layout. family: whose layout it was in; network: what it fits; notes: what was changed, to be said."""
+    """Weights in this project's layout. family: of the file. network: that they fit. notes: what was changed."""
 
     family: str
     network: NetworkPlan
@@ -51,56 +51,70 @@ class Converted:
 
 
 def read_pt(path: Path) -> State:
-    """The tensors of a `.pt`: {"model": state} or the state itself. WeightsError for anything else; no code in it is run."""
+    """Read the tensors of a `.pt` file, {"model": state} or the state itself, without running code in it.
+
+    Raises: WeightsError when it is anything else.
+    """
     _check_zip(path)
     try:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
-        raise WeightsError(f"{path.name}: not a checkpoint that can be loaded safely, refused ({first_line(error)})") from None
+        raise WeightsError(f"{path.name}: rejected, this checkpoint cannot be loaded safely ({first_line(error)})") from None
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(f"{path.name}: not a checkpoint: no format version and no tensors inside, the model is missing")
+        raise WeightsError(f"{path.name}: not a checkpoint: it contains no tensors")
     if not all(
         isinstance(n, str) and v.layout == torch.strided and v.device.type == "cpu" and not v.is_quantized for n, v in state.items()
     ):
-        raise WeightsError(f"{path.name}: not a checkpoint: it holds tensors that are not plain numbers")
+        raise WeightsError(f"{path.name}: not a checkpoint: it contains sparse, quantised or empty (meta) tensors")
     if sum(v.numel() * v.element_size() for v in state.values()) > 2 * path.stat().st_size:
         raise WeightsError(f"{path.name}: corrupt or unsafe: its tensors claim to be larger than the file")
     return dict(state)
 
 
 def first_line(error: Exception) -> str:
-    """An error of a library, short enough for a message."""
+    """Shorten a library's error message to 160 characters of its first line."""
     return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 def _check_zip(path: Path) -> None:
-    """Members must be stored, not compressed, and small enough to fit the file (no bombs)."""
+    """Reject zips with compressed members, or with members larger than the file (zip bombs)."""
     if not zipfile.is_zipfile(path):
         with path.open("rb") as file:
-            cut_zip = file.read(4) == b"PK\x03\x04"
-        if cut_zip:
-            raise WeightsError(f"{path.name}: corrupt or truncated. Fetch it again")
-        raise WeightsError(f"{path.name}: not a checkpoint of torch's zip format, refused as unsafe")
+            truncated = file.read(4) == b"PK\x03\x04"
+        if truncated:
+            raise WeightsError(f"{path.name}: corrupt or truncated. Download it again")
+        raise WeightsError(f"{path.name}: not a checkpoint in torch's zip format, rejected as unsafe")
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise WeightsError(f"{path.name}: corrupt or truncated ({first_line(error)}). Fetch it again") from None
+        raise WeightsError(f"{path.name}: corrupt or truncated ({first_line(error)}). Download it again") from None
     if any(m.compress_type != zipfile.ZIP_STORED or m.file_size > path.stat().st_size for m in members):
         raise WeightsError(f"{path.name}: corrupt or unsafe: a member is compressed or too large")
 
 
-def convert(name: str, state: State) -> Converted:
-    """Weights of a known family in our layout. WeightsError when they are of none, or not whole; `name` is the file's."""
+def convert_state(name: str, state: State) -> Converted:
+    """Convert the tensors of a known family. name: of the file, for messages.
+
+    Raises: WeightsError when the family or the size is unknown, or when tensors are missing, unexpected or misshapen.
+    """
     size = _size_of(name, state)
-    state, family, notes = _renamed(state)
+    state, family, notes = _rename(state)
     if not any(key in state for key in _ONLY_IN_2_1):
-        state, added = _with_zeros(name, state)
-        notes, family = (*notes, added), "SAM 2.0" if family == "SAM 2.1" else family
-    network = _network_of(size, state)
-    if wrong := shape_mismatch(layout(network), state):
-        raise WeightsError(f"{name}: looks like {family} {size}, but is not whole: {wrong}. Fetch it again, or ask whoever made it")
+        try:
+            memory, hidden = state["maskmem_tpos_enc"].shape[-1], state["no_mem_embed"].shape[-1]
+        except (KeyError, IndexError):
+            raise WeightsError(f"{name}: incomplete: maskmem_tpos_enc or no_mem_embed is missing. Download it again") from None
+        state |= {key: torch.zeros(shape) for key, shape in zip(_ONLY_IN_2_1, ((1, memory), (memory, hidden), (memory,)))}
+        notes = (*notes, f"{', '.join(_ONLY_IN_2_1)} are set to zero, which is exact for SAM 2.0")
+        family = "SAM 2.0" if family == "SAM 2.1" else family
+    settings = {"size": size, "policy": "fifo"}
+    if any(key.startswith(("short_memory_attention.", "stream_fuser.")) for key in state):
+        settings |= {"policy": "shortlong", "fuser": "gated" if "stream_fuser.gate" in state else "sum"}
+    network = NetworkPlan.model_validate(settings)
+    if wrong := shape_mismatch(expected_shapes(network), state):
+        raise WeightsError(f"{name}: recognised as {family} {size}, but not complete: {wrong}. Download it again, or ask its provider")
     return Converted(family, network, state, notes)
 
 
@@ -109,50 +123,34 @@ def _size_of(name: str, state: Mapping[str, Tensor]) -> NetworkSize:
     patches = state.get(_PATCHES)
     if patches is None or not blocks or not any(key.startswith("memory_attention.") for key in state):
         raise WeightsError(
-            f"{name}: of no family known here (SAM 2.0, SAM 2.1 and what is tuned from it, SLM-SAM 2); "
-            f"its tensors are called {', '.join(list(state)[:3])} …"
+            f"{name}: unsupported checkpoint (supported: SAM 2.0, SAM 2.1 and models fine-tuned from it, SLM-SAM 2); "
+            f"first tensors: {', '.join(list(state)[:3])} …"
         )
     size = _SIZES.get((len(patches), len(blocks)))
     if size is None:
-        raise WeightsError(f"{name}: of no size known here: {len(patches)} channels and {len(blocks)} blocks in the trunk")
+        raise WeightsError(f"{name}: unsupported size: {len(patches)} channels and {len(blocks)} blocks in the trunk")
     return size
 
 
-def _renamed(state: State) -> tuple[State, str, tuple[str, ...]]:
-    """Tensors under our names, the family, and what was left out."""
+def _rename(state: State) -> tuple[State, str, tuple[str, ...]]:
+    """Rename the tensors; returns them with the family and notes on tensors that were left out."""
+
+    def rename(key: str) -> str:
+        if fuser := _FUSER.fullmatch(key):
+            return f"stream_fuser.blocks.{fuser[1]}.{'gamma' if fuser[2] == 'weight' else fuser[2]}"
+        if key.startswith("recent_memory_attention."):
+            return key.replace("recent_memory_attention.", "short_memory_attention.", 1)
+        return key
+
     if any(key.startswith("recent_memory_") for key in state):
-        kept = {_map_name(key): tensor for key, tensor in state.items() if key != _UNUSED_KEY}
-        return kept, "SLM-SAM 2", (f"{_UNUSED_KEY} left out: the model does not use it",) if _UNUSED_KEY in state else ()
-    ours = any(key.startswith("short_memory_attention.") for key in state)
-    return dict(state), "slmsam2" if ours else "SAM 2.1", ()
-
-
-def _map_name(key: str) -> str:
-    if fuser := _FUSER.fullmatch(key):
-        return f"stream_fuser.blocks.{fuser[1]}.{'gamma' if fuser[2] == 'weight' else fuser[2]}"
-    return key.replace("recent_memory_attention.", "short_memory_attention.", 1) if key.startswith("recent_memory_attention.") else key
-
-
-def _with_zeros(name: str, state: State) -> tuple[State, str]:
-    """SAM 2.0 adds nothing where 2.1 adds these: zeros add nothing either."""
-    try:
-        memory, hidden = state["maskmem_tpos_enc"].shape[-1], state["no_mem_embed"].shape[-1]
-    except (KeyError, IndexError):
-        raise WeightsError(f"{name}: not whole: maskmem_tpos_enc or no_mem_embed is missing. Fetch it again") from None
-    shapes = ((1, memory), (memory, hidden), (memory,))
-    zeros = {key: torch.zeros(shape) for key, shape in zip(_ONLY_IN_2_1, shapes)}
-    return state | zeros, f"{', '.join(_ONLY_IN_2_1)} are zero: exactly what SAM 2.0 does without them"
-
-
-def _network_of(size: NetworkSize, state: Mapping[str, Tensor]) -> NetworkPlan:
-    if not any(key.startswith(("short_memory_attention.", "stream_fuser.")) for key in state):
-        return NetworkPlan.model_validate({"size": size, "policy": "fifo"})
-    fuser = "gated" if "stream_fuser.gate" in state else "sum"
-    return NetworkPlan.model_validate({"size": size, "policy": "shortlong", "fuser": fuser})
+        renamed = {rename(key): tensor for key, tensor in state.items() if key != _UNUSED_KEY}
+        return renamed, "SLM-SAM 2", (f"{_UNUSED_KEY} left out: the model does not use it",) if _UNUSED_KEY in state else ()
+    native = any(key.startswith("short_memory_attention.") for key in state)
+    return dict(state), "slmsam2" if native else "SAM 2.1", ()
 
 
 class _LinspaceOnCpu(TorchFunctionMode):
-    """SAM 2's trunk reads numbers out of a linspace while it is built, which a tensor without memory has none of."""
+    """Build linspace tensors on the CPU: SAM 2's trunk reads their numbers while it is built, and meta tensors have none."""
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         named = dict(kwargs or {})
@@ -161,14 +159,14 @@ class _LinspaceOnCpu(TorchFunctionMode):
         return func(*args, **named)
 
 
-def layout(network: NetworkPlan) -> dict[str, torch.Size]:
-    """The shape of every tensor of a network, by name; nothing is allocated. The edge of a slice has no part in it."""
+def expected_shapes(network: NetworkPlan) -> dict[str, torch.Size]:
+    """List the shape of every tensor of a network by name, without allocating it; the input size does not matter."""
     with torch.device("meta"), _LinspaceOnCpu():
         return {name: tensor.shape for name, tensor in SlmSam2(network, 64).state_dict().items()}
 
 
 def shape_mismatch(wanted: Mapping[str, torch.Size], given: Mapping[str, Tensor]) -> str:
-    """Which tensors are missing, unexpected or of another shape, the first few by name; "" when all fit."""
+    """Describe which tensors are missing, unexpected or of another shape, the first few by name; "" if all fit."""
     kinds = {
         "missing": [n for n in wanted if n not in given],
         "unexpected": [n for n in given if n not in wanted],
@@ -176,9 +174,8 @@ def shape_mismatch(wanted: Mapping[str, torch.Size], given: Mapping[str, Tensor]
             f"{n} {list(given[n].shape)} for {list(wanted[n])}" for n in wanted if n in given and given[n].shape != wanted[n]
         ],
     }
-    return "; ".join(f"{kind}: {_some(names)}" for kind, names in kinds.items() if names)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more
+    parts = []
+    for kind, names in kinds.items():
+        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+        parts += [f"{kind}: {', '.join(names[:_NAMES_SHOWN])}{more}"] if names else []
+    return "; ".join(parts)

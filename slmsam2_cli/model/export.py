@@ -60,14 +60,14 @@ def pack(checkpoint: Checkpoint, content: bytes) -> bytes:
     """The zip of a model file of this tool. content: the file's bytes. WeightsError for weights without plan and provenance."""
     if checkpoint.plan is None or checkpoint.provenance is None or checkpoint.network is None:
         raise WeightsError(f"{checkpoint.name}: carries no plan, so it is no model that could be used elsewhere. Export a fine-tuned one")
-    name = MODELS[1] if checkpoint.needs else MODELS[0]
+    name = MODELS[1] if checkpoint.required_base else MODELS[0]
     provenance = checkpoint.provenance
     files = {
         name: content,
         ABOUT: strict_json.dump({"format_version": FORMAT_VERSION, "tool_version": VERSION, "model": name, "weights": checkpoint.digest}),
         PLAN: strict_json.dump(checkpoint.plan.model_dump(mode="json")),
         PROVENANCE: strict_json.dump(provenance.model_dump(mode="json")),
-        LICENCE: _LICENCE.format(base=provenance.base, licence=provenance.licence or "terms not recorded").encode(),
+        LICENCE: _LICENCE.format(base=provenance.pretrained, licence=provenance.licence or "terms not recorded").encode(),
         README: _readme(checkpoint, name).encode(),
     }
     files[DIGESTS] = "".join(f"{hashlib.sha256(files[n]).hexdigest()}  {n}\n" for n in sorted(files)).encode()
@@ -93,10 +93,14 @@ def _readme(checkpoint: Checkpoint, name: str) -> str:
         "",
         f"network     {network.size}, {network.policy}, {plan.geometry.input_size} px, slices along {plan.geometry.slice_axis}",
         *([f"channels    {', '.join(plan.channels)}, in this order"] if len(plan.channels) > 1 else []),
-        f"learned     {provenance.steps} steps on {len(provenance.training)} case(s), from {provenance.base}",
+        f"learned     {provenance.steps} steps on {len(provenance.training)} case(s), from {provenance.pretrained}",
         f"weights     {checkpoint.digest}",
         f"confidence  {f'calibrated with {table.slices} slices, {table.note}' if table else 'uncalibrated'}",
-        *([f"adapter     for the base {checkpoint.needs.name}, weights {checkpoint.needs.digest}"] if checkpoint.needs else []),
+        *(
+            [f"adapter     for the base {checkpoint.required_base.name}, weights {checkpoint.required_base.digest}"]
+            if checkpoint.required_base
+            else []
+        ),
         *([f"warning     {RANDOM_WARNING}"] if provenance.random else []),
         "",
         "  slmsam2 import-model THIS.zip -o model",

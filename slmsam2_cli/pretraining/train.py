@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from slmsam2_cli.errors import TrainingError
-from slmsam2_cli.model.checkpoint import Checkpoint, fit
+from slmsam2_cli.model.checkpoint import Checkpoint, load_weights
 from slmsam2_cli.pretraining.recipe import Recipe
 from slmsam2_cli.pretraining.step import Part, build, compute
 from slmsam2_cli.pretraining.workers import Helpers, gather_gradients, helpers
@@ -50,7 +50,7 @@ def new_learner(recipe: Recipe, device: torch.device, start: Checkpoint | None =
     """A learner at step 0, with random weights drawn from the recipe's seed, or with those of `start`. WeightsError."""
     model = build(recipe, device)
     if start is not None:
-        fit(model, start)
+        load_weights(model, start)
     average = copy_for_ema(model)
     if recipe.compile and device.type == "cuda":
         for name in _COMPILED:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from slmsam2_cli.dataset.cache import PreparedCase, check_not_truncated
 from slmsam2_cli.errors import DatasetError
-from slmsam2_cli.model.roi import RoiCrop, around, box_of, pad_to_square, to_input
+from slmsam2_cli.model.roi import RoiCrop, mask_box, pad_to_square, roi_around, to_input
 from slmsam2_cli.planning.plan import GeometryPlan
 
 ENDS = 0.6
@@ -198,14 +198,14 @@ class ClipSampler:
         labels = self.stacks[structure.case].labels
         edges = [edge for edge in (start, start + length - 1) if edge in structure.slices]
         given = pad_to_square(torch.from_numpy(np.asarray(labels[edges[0]]) == structure.label), self.geometry.stack_size)
-        return around(box_of([given]), self.geometry.roi_scale, self.geometry.stack_size)
+        return roi_around(mask_box([given]), self.geometry.roi_scale, self.geometry.stack_size)
 
     def _frames(self, structure: _Structure, start: int, length: int, square: RoiCrop | None) -> Tensor:
         first = max(start - 1, 0)  # the neighbours of a window's outer slices are seen, too
         stack = torch.from_numpy(np.asarray(self.stacks[structure.case].frames[:, first : start + length + 1], dtype=np.float32))
         seen = to_input(stack, self.geometry.adjacent_slices)[start - first : start - first + length]
         slices = pad_to_square(seen, self.geometry.stack_size)
-        return square.cut(slices, self.geometry.input_size) if square is not None else slices
+        return square.crop(slices, self.geometry.input_size) if square is not None else slices
 
     def _masks(self, structure: _Structure, start: int, length: int, value: int, reverse: bool, square: RoiCrop | None) -> Tensor:
         labels = self.stacks[structure.case].labels

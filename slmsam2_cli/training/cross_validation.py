@@ -26,14 +26,13 @@ from slmsam2_cli.dataset.cache import PreparedCase, check_not_truncated
 from slmsam2_cli.dataset.prompts import choose_slice
 from slmsam2_cli.errors import WeightsError
 from slmsam2_cli.evaluation.metrics import dice
-from slmsam2_cli.inference.label_prior import GOOD
 from slmsam2_cli.inference.load_model import matching_label_unet
-from slmsam2_cli.inference.postprocess import keep_connected
-from slmsam2_cli.inference.propagation import AnnotatedSlice, Propagation, options_of, propagate
+from slmsam2_cli.inference.propagation import AnnotatedSlice, Propagation, propagate_stack
+from slmsam2_cli.inference.segment import remove_loose_parts
 from slmsam2_cli.io import atomic
-from slmsam2_cli.model.checkpoint import Validation
+from slmsam2_cli.model.checkpoint import HeldOutResult
 from slmsam2_cli.model.label_unet import LabelUNet
-from slmsam2_cli.model.roi import pad_to_square, to_input
+from slmsam2_cli.model.roi import pad_to_square
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import Plan, TrainingPlan, digest_of
 from slmsam2_cli.planning.rules import CHECKPOINTS, FOLD_FRACTION, FOLDS, SINGLE_CASE_FRACTION
@@ -119,7 +118,7 @@ def fold_settings(training: TrainingPlan, count: int) -> TrainingPlan | None:
     return training.model_copy(update={"steps": steps, "warmup_steps": max(5, steps // 20), "minutes": minutes})
 
 
-def settings_after_folds(training: TrainingPlan, folds: int, validation: Validation | None) -> TrainingPlan:
+def settings_after_folds(training: TrainingPlan, folds: int, validation: HeldOutResult | None) -> TrainingPlan:
     """The settings of the run on everything: the minutes that the folds left, and of steps and minutes the share they speak for."""
     left = 1 - FOLD_TIME_FRACTION if folds else 1.0
     share = validation.steps / training.steps if validation is not None and validation.steps else 1.0
@@ -148,11 +147,11 @@ def judged(model: SlmSam2, fold: Fold, plan: Plan, weighted: bool) -> FoldScore:
     given = {value: choose_slice(area, "middle") for value in plan.labels if (area := label_areas(case, value, plan.ignore)).any()}
     found = tracked(model, np.asarray(case.frames), truth, given, plan, weighted)
     labels = _labels(found, truth, given, plan.geometry.stack_size)
-    pieces = model.label_unet.pieces if weighted and model.label_unet is not None else ()
-    drawn = np.zeros_like(truth)
-    for value, t in given.items():
-        drawn[t][truth[t] == value] = value
-    labels = keep_connected(labels, drawn, [value for value, one in found.items() if value in pieces and (one.agreement or 0) >= GOOD])
+    if weighted:
+        annotated = np.zeros_like(truth)
+        for value, t in given.items():
+            annotated[t][truth[t] == value] = value
+        labels = remove_loose_parts(labels, annotated, found, model)
     return FoldScore(float(np.mean([_dice(truth, v, labels == v, t, fold.until, plan.ignore) for v, t in given.items()])), labels)
 
 
@@ -163,14 +162,9 @@ def tracked(
 
     frames: (C, T, H, W) in [0, 1]; truth: labels (T, H, W); given: label -> its slice.
     """
-    px = plan.geometry.stack_size
-    stack = pad_to_square(to_input(torch.from_numpy(frames.astype(np.float32)), plan.geometry.adjacent_slices), px)
-    return propagate(
-        model,
-        stack,
-        {value: [AnnotatedSlice(t, pad_to_square(torch.from_numpy(truth[t] == value), px))] for value, t in given.items()},
-        options_of(plan, use_label_prior=weighted),
-    )
+    size = plan.geometry.stack_size
+    objects = {value: [AnnotatedSlice(t, pad_to_square(torch.from_numpy(truth[t] == value), size))] for value, t in given.items()}
+    return propagate_stack(model, frames, objects, plan, use_label_prior=weighted)
 
 
 def _labels(found: Mapping[int, Propagation], truth: Array, given: Mapping[int, int], px: int) -> Array:
@@ -200,7 +194,7 @@ def stopped_early(looks: Mapping[int, Look]) -> bool:
     return bool(after) and after[-1] < max(after) - STOP_MARGIN
 
 
-def conclude(looks: Mapping[str, Mapping[int, Look]], training: TrainingPlan, asked: bool) -> Validation | None:
+def conclude(looks: Mapping[str, Mapping[int, Look]], training: TrainingPlan, asked: bool) -> HeldOutResult | None:
     """From the Dice of every fold at every look, numbered from 1; 0 is the base's. None where there is no fold.
 
     Of looks and ways that score nearly as well as the best, and not worse than the base, the label U-Net's count first, then the latest.
@@ -216,20 +210,22 @@ def conclude(looks: Mapping[str, Mapping[int, Look]], training: TrainingPlan, as
     enough = [(way, -look) for mean, way, look in after if mean >= max(top - TIE_MARGIN, base)]
     way, look = (min(enough)[0], -min(enough)[1]) if enough else (max(after)[1], max(after)[2])
     steps = max(1, round(training.steps * (1.0 if asked else CHECKPOINTS[look - 1])))
-    return Validation(
-        left_out=tuple(looks),
-        base=round(base, 4),
-        tuned=round(means[look][way], 4),
+    return HeldOutResult(
+        held_out=tuple(looks),
+        pretrained=round(base, 4),
+        fine_tuned=round(means[look][way], 4),
         steps=steps if enough else 0,
         label_unet=way == 0 if ways > 1 else None,
-        kept="tuned" if enough else "base",
+        kept="fine_tuned" if enough else "pretrained",
     )
 
 
-def print_validation(validation: Validation, count: int) -> None:
+def print_validation(validation: HeldOutResult, count: int) -> None:
     """What the volumes that were left out said, and what follows from it for the `count` that are learned from."""
-    where = f"on {', '.join(validation.left_out)}, left out: Dice {validation.base:.3f} before tuning, {validation.tuned:.3f} after"
-    if validation.kept == "base":
+    where = (
+        f"on {', '.join(validation.held_out)}, left out: Dice {validation.pretrained:.3f} before tuning, {validation.fine_tuned:.3f} after"
+    )
+    if validation.kept == "pretrained":
         console.warn(f"{where}. The base is kept as it is. Set training.validation to none in plan.json to tune it all the same")
     else:
         alone = ", without the label U-Net, which did not help there" if validation.label_unet is False else ""
@@ -291,7 +287,7 @@ def pretrained_label_unet(run: Run) -> LabelUNet | None:
 
 def validate(
     run: Run, used: Sequence[PreparedCase], device: torch.device, folder: Path, every_s: float, stopped: Callable[[], bool], asked: bool
-) -> Validation | None:
+) -> HeldOutResult | None:
     """Run what is left of the folds; None where there are none, nothing could be judged, or it was stopped before the end.
 
     asked: whether a person named the steps.

@@ -18,7 +18,7 @@ from torch import Tensor
 from slmsam2_cli.dataset.cache import PreparedCase
 from slmsam2_cli.dataset.prompts import choose_slice
 from slmsam2_cli.inference.postprocess import is_one_piece
-from slmsam2_cli.model.label_unet import REACH, LabelUNet, view_of
+from slmsam2_cli.model.label_unet import REACH, LabelUNet, label_unet_roi
 from slmsam2_cli.model.roi import RoiCrop, pad_to_square
 from slmsam2_cli.planning.rules import (
     LABEL_UNET_BATCH,
@@ -67,7 +67,7 @@ class SliceSampler:
         if not middles:
             return None
         held = tuple(np.flatnonzero(area) for area in areas)
-        return _Source(case, view_of(middles, self.storage_size), held, self._pieces(labels))
+        return _Source(case, label_unet_roi(middles, self.storage_size), held, self._pieces(labels))
 
     @property
     def one_piece(self) -> list[bool]:
@@ -101,7 +101,7 @@ class SliceSampler:
         square = _jitter(source.square, rng, self.storage_size)
         index = np.clip(np.arange(t - REACH, t + REACH + 1), 0, frames.shape[1] - 1)
         seen = torch.from_numpy(np.ascontiguousarray(frames[:, index].swapaxes(0, 1)).astype(np.float32))
-        shown = square.cut(pad_to_square(seen, self.storage_size), px).flatten(0, 1)
+        shown = square.crop(pad_to_square(seen, self.storage_size), px).flatten(0, 1)
         plane = np.asarray(labels[t])
         truth = np.zeros(plane.shape, np.int64)
         for number, value in enumerate(self.values, start=1):

@@ -25,7 +25,7 @@ from slmsam2_cli.dataset.dataset import Dataset
 from slmsam2_cli.errors import WeightsError
 from slmsam2_cli.io import atomic
 from slmsam2_cli.model.calibration import Calibration
-from slmsam2_cli.model.checkpoint import Checkpoint, Needs, Provenance, save_adapter, save_checkpoint, tensors_digest
+from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, RequiredBase, save_adapter, save_checkpoint, tensors_digest
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import Plan, digest_of
 from slmsam2_cli.training.learner import Learner
@@ -131,13 +131,13 @@ def keep(path: Path, model: SlmSam2, plan: Plan, provenance: Provenance, base: C
     written says what the model's label U-Net may: that of a base that was kept goes on as it was.
     """
     if model.label_unet is not None:
-        plan = plan.model_copy(update={"training": plan.training.model_copy(update={"can_add": model.label_unet.raises})})
+        plan = plan.model_copy(update={"training": plan.training.model_copy(update={"can_add": model.label_unet.can_add})})
     digest = save_checkpoint(path, model, plan, provenance, calibration)
     beside = path.with_name(ADAPTER)
     if plan.training.strategy != "adapters" or base is None:
         beside.unlink(missing_ok=True)
         return digest
-    save_adapter(beside, model, plan.modality, plan, provenance, Needs(name=base.name, digest=base.base_digest), calibration)
+    save_adapter(beside, model, plan, provenance, RequiredBase(name=base.name, digest=base.base_digest), calibration)
     return digest
 
 
@@ -168,7 +168,7 @@ class Run:
 
 def training_images_of(base: Checkpoint | None) -> frozenset[str]:
     """SHA-256 of the images that a base has learned from."""
-    return frozenset(base.provenance.learned_from if base and base.provenance else ())
+    return frozenset(base.provenance.training_image_digests if base and base.provenance else ())
 
 
 def image_digests(prepared: PreparedCase, data: Dataset) -> list[str]:

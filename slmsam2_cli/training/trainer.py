@@ -23,7 +23,7 @@ from slmsam2_cli import console
 from slmsam2_cli.dataset.cache import PreparedCase, check_not_truncated
 from slmsam2_cli.device import half_precision
 from slmsam2_cli.errors import PlanError, TrainingError
-from slmsam2_cli.model.checkpoint import Checkpoint, fit
+from slmsam2_cli.model.checkpoint import Checkpoint, load_weights
 from slmsam2_cli.model.memory.policy import ReadContext
 from slmsam2_cli.model.slmsam2 import MemoryBank, SliceFeatures, SliceOutput, SlmSam2
 from slmsam2_cli.planning.plan import Plan, TrainingPlan
@@ -138,7 +138,7 @@ def train(
 
 def _batches(learner: Learner, training_data: TrainingData, plan: TrainingPlan, ranks: ProcessGroup) -> BatchDataset:
     label_unet = learner.model.label_unet if ranks.rank == 0 else None
-    return BatchDataset(training_data, plan, label_unet.px if label_unet is not None else None, ranks.rank, ranks.count)
+    return BatchDataset(training_data, plan, label_unet.input_size if label_unet is not None else None, ranks.rank, ranks.count)
 
 
 @dataclass(frozen=True)
@@ -314,7 +314,7 @@ def new_model(plan: Plan, base: Checkpoint | None, seed: int = 0) -> SlmSam2:
     torch.manual_seed(seed)
     model = SlmSam2(plan.network, plan.geometry.input_size)
     if base is not None:
-        fit(model, base)
+        load_weights(model, base)
     for note in prepare(model, plan.training, plan.modality, len(plan.channels)):
         console.detail(note)
     return model
@@ -325,7 +325,7 @@ def init_learner(plan: Plan, base: Checkpoint | None, training_data: TrainingDat
     model = new_model(plan, base, plan.training.seed)
     if training_data.slices is not None:
         model.label_unet = new_label_unet(training_data.slices, len(plan.channels), plan.training.seed)
-        model.label_unet.raises = plan.training.can_add is not False
+        model.label_unet.can_add = plan.training.can_add is not False
     object_score_offset = base.provenance.object_score_offset if base is not None and base.provenance is not None else 0.0
     return new_learner(model.to(device), plan.training, base is None, object_score_offset)
 

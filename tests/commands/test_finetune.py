@@ -60,7 +60,7 @@ def test_the_split_names_training_and_held_out_cases_and_they_do_not_overlap(tun
 def test_the_model_carries_plan_provenance_and_the_warning_of_random_weights(tuned):
     checkpoint = read_checkpoint(tuned.model)
     assert checkpoint.plan is not None and checkpoint.plan.training.steps == 1
-    assert checkpoint.provenance.random and checkpoint.provenance.base == "random"
+    assert checkpoint.provenance.random and checkpoint.provenance.pretrained == "random"
     assert list(checkpoint.provenance.training) == json.loads(tuned.split.read_text())["training"]
     with safe_open(tuned.model, framework="pt") as file:
         assert file.metadata()["digest"] == checkpoint.digest
@@ -236,7 +236,7 @@ def test_a_model_trained_on_its_own_weights_descends_from_random_too(tuned, data
     workspace = Workspace(tmp_path)
     finetune(dataset, workspace, cases=1, weights=str(tuned.model), steps=1)
     provenance = read_checkpoint(workspace.model).provenance
-    assert provenance.random and provenance.base_digest == read_checkpoint(tuned.model).digest
+    assert provenance.random and provenance.pretrained_digest == read_checkpoint(tuned.model).digest
 
 
 def test_cases_that_the_base_has_learned_from_never_count_as_held_out(tuned, dataset, tmp_path):
@@ -309,7 +309,7 @@ def test_the_model_knows_the_labels_and_predict_says_how_far_it_agrees_with_what
     assert known.values == list(read_plan(tuned.plan).labels)
     assert predict(None, tmp_path / "masks", dataset=dataset, workspace=tuned, report=False) == 0
     cases = json.loads((tmp_path / "masks" / "manifest.json").read_text(encoding="utf-8"))["cases"]
-    shares = [share for case in cases.values() for share in case["recognised"].values()]
+    shares = [share for case in cases.values() for share in case["label_prior_dice"].values()]
     assert shares and all(0 <= share <= 1 for share in shares)
 
 
@@ -331,9 +331,9 @@ def test_whether_a_label_unet_may_find_travels_with_its_model_and_stays_with_a_b
     model = SlmSam2(planned.network, planned.geometry.input_size)
     model.label_unet = LabelUNet(1, list(planned.labels), 32, width=8)
     for may in (False, True):
-        model.label_unet.raises = may
-        keep(path, model, planned, Provenance(base="base"), None, None)  # whatever the run's own plan says
-        assert label_unet_of(read_checkpoint(path)).raises is may
+        model.label_unet.can_add = may
+        keep(path, model, planned, Provenance(pretrained="base"), None, None)  # whatever the run's own plan says
+        assert label_unet_of(read_checkpoint(path)).can_add is may
 
 
 @pytest.mark.parametrize(("object_score", "may"), [("teacher", False), ("ground_truth", True)])
@@ -342,8 +342,8 @@ def test_a_model_from_before_finds_was_a_setting_goes_by_its_object_score(tuned,
     model = SlmSam2(planned.network, planned.geometry.input_size)
     model.label_unet = LabelUNet(1, list(planned.labels), 32, width=8)
     earlier = planned.model_copy(update={"training": planned.training.model_copy(update={"object_score_target": object_score})})
-    save_checkpoint(path, model, earlier, Provenance(base="base"))
-    assert label_unet_of(read_checkpoint(path)).raises is may
+    save_checkpoint(path, model, earlier, Provenance(pretrained="base"))
+    assert label_unet_of(read_checkpoint(path)).can_add is may
 
 
 # Strategies
@@ -369,7 +369,7 @@ def test_adapters_leave_a_whole_model_and_a_small_file_that_names_its_base(adapt
         "log.jsonl",
         "progress.png",
     }
-    assert whole.base_digest == read_checkpoint(tuned.model).base_digest == small.needs.digest
+    assert whole.base_digest == read_checkpoint(tuned.model).base_digest == small.required_base.digest
     assert whole.modalities == small.modalities == (whole.plan.modality,)
     assert whole.plan.training.strategy == "adapters" and whole.plan.training.steps == 2
     assert combine_with_base(small, read_checkpoint(tuned.model)).digest == whole.digest

@@ -68,8 +68,8 @@ def provenance(workspace):
 def test_two_volumes_are_each_left_out_once_and_the_model_says_what_came_of_it(without_interrupts):
     workspace = without_interrupts
     told, split = provenance(workspace).validation, json.loads(workspace.split.read_text())
-    assert sorted(told.left_out) == split["training"] and 0 <= told.base <= 1 and 0 <= told.tuned <= 1
-    assert told.kept == ("tuned" if told.tuned >= told.base else "base")
+    assert sorted(told.held_out) == split["training"] and 0 <= told.pretrained <= 1 and 0 <= told.fine_tuned <= 1
+    assert told.kept == ("fine_tuned" if told.fine_tuned >= told.pretrained else "pretrained")
     record = json.loads((workspace.finetuned / "validation.json").read_text())
     assert sorted(record["done"]) == split["training"] and all(set(looks) == {"0", "1"} for looks in record["looks"].values())
     assert {path.name for path in workspace.finetuned.glob("left_out_*.png")} == {f"left_out_{name}.png" for name in split["training"]}
@@ -82,7 +82,7 @@ def test_where_tuning_makes_it_worse_the_base_is_kept_and_said_to_be(dataset, tm
     assert finetune(dataset, workspace, cases=2, steps=STEPS) == 0
     kept, base = read_checkpoint(workspace.model), load_base_weights("auto").state
     assert set(kept.state) == set(base) and all(torch.equal(kept.state[name].float(), base[name].float()) for name in base)
-    assert kept.provenance.steps == 0 and kept.provenance.validation.kept == "base"
+    assert kept.provenance.steps == 0 and kept.provenance.validation.kept == "pretrained"
     said = capsys.readouterr().err
     assert "Dice 0.500 before tuning, 0.400 after. The base is kept as it is" in said
     assert json.loads(workspace.split.read_text())["finished"] is True
@@ -150,7 +150,7 @@ def test_a_fold_that_worsens_is_given_up_also_when_it_is_gone_on_with(dataset, t
     finetune(dataset, workspace, cases=2, steps=STEPS)
     looks = json.loads((workspace.finetuned / "validation.json").read_text())["looks"]
     assert all(set(found) == {"0", "1", "2"} for found in looks.values())
-    assert provenance(workspace).validation.kept == "base" and provenance(workspace).validation.tuned == 0.1
+    assert provenance(workspace).validation.kept == "pretrained" and provenance(workspace).validation.fine_tuned == 0.1
 
 
 def test_a_model_that_knows_the_labels_is_judged_and_kept_with_its_label_unet(without_interrupts, dataset, tmp_path, scored):
@@ -158,7 +158,7 @@ def test_a_model_that_knows_the_labels_is_judged_and_kept_with_its_label_unet(wi
     workspace = Workspace(tmp_path)
     finetune(dataset, workspace, cases=1, seed=5, steps=8, weights=str(without_interrupts.model))  # the one that it has not learned from
     kept, base = read_checkpoint(workspace.model), read_checkpoint(without_interrupts.model)
-    assert kept.provenance.validation.kept == "base"
+    assert kept.provenance.validation.kept == "pretrained"
     assert (label_unet_of(kept) is None) == (label_unet_of(base) is None) and set(kept.state) == set(base.state)
 
 

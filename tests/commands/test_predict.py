@@ -17,9 +17,10 @@ from slmsam2_cli.commands.finetune import finetune
 from slmsam2_cli.commands.predict import predict
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.errors import DatasetError, DeviceError, LockError, OutputError, UsageError, WeightsError
+from slmsam2_cli.inference import manifest
 from slmsam2_cli.model import adapters
 from slmsam2_cli.model.calibration import Calibration
-from slmsam2_cli.model.checkpoint import Needs, fit, read_checkpoint, save_adapter, save_checkpoint, tensors_digest
+from slmsam2_cli.model.checkpoint import RequiredBase, load_weights, read_checkpoint, save_adapter, save_checkpoint, tensors_digest
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import AdapterPlan, read_plan, write_plan
 from slmsam2_cli.workspace import Workspace
@@ -70,8 +71,8 @@ def test_simulated_prompts_come_back_exactly_on_their_slices(images, tmp_path, d
     for case in manifest["cases"].values():
         mask = np.asarray(nibabel.load(masks / case["output"]).dataobj).T
         truth = np.asarray(nibabel.load(dataset / "labelsTr" / case["output"]).dataobj).T
-        assert case["prompted_slices"]
-        for label, slices in case["prompted_slices"].items():
+        assert case["annotated_slices"]
+        for label, slices in case["annotated_slices"].items():
             for s in slices:
                 assert np.array_equal(mask.take(s, case["array_axis"]) == int(label), truth.take(s, case["array_axis"]) == int(label))
 
@@ -130,7 +131,7 @@ def test_a_changed_prompt_is_noticed_and_only_its_case_is_redone(images, tmp_pat
     nibabel.save(nibabel.Nifti1Image(np.roll(np.asarray(moved.dataobj), 1, axis=2), moved.affine, moved.header), prompts / first)
     capsys.readouterr()
     assert run(images, masks, dataset, prompts=prompts) == 0
-    assert "segmented again" in capsys.readouterr().err
+    assert "outdated (image, prompts, model or settings changed), recomputing" in capsys.readouterr().err
     assert {name for name in stamps if (masks / name).stat().st_mtime_ns != stamps[name]} == {first}
 
 
@@ -155,17 +156,17 @@ def test_a_half_written_mask_is_made_again(images, tmp_path, dataset):
 
 
 def test_a_run_killed_between_a_mask_and_its_record_goes_on_by_itself(images, tmp_path, dataset, monkeypatch):
-    masks, reference, write = tmp_path / "masks", tmp_path / "reference", stage.write_mask
+    masks, reference, write = tmp_path / "masks", tmp_path / "reference", manifest.write_mask
     run(images, reference, dataset)
 
     def killed(path, *arguments):
         write(path, *arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage, "write_mask", killed)
+    monkeypatch.setattr(manifest, "write_mask", killed)
     with pytest.raises(KeyboardInterrupt):
         run(images, masks, dataset)
-    monkeypatch.setattr(stage, "write_mask", write)
+    monkeypatch.setattr(manifest, "write_mask", write)
     assert written(masks) == ["manifest.json", written(images)[0]] and metadata(masks) == {}
     assert run(images, masks, dataset) == 0
     assert all((masks / name).read_bytes() == (reference / name).read_bytes() for name in written(images))
@@ -242,7 +243,7 @@ def test_new_voxels_behind_an_unchanged_header_are_noticed(images, tmp_path, dat
     raw.write_bytes(raw.read_bytes()[::-1])
     capsys.readouterr()
     assert run(scans, tmp_path / "masks", dataset) == 0
-    assert "segmented again" in capsys.readouterr().err
+    assert "outdated (image, prompts, model or settings changed), recomputing" in capsys.readouterr().err
 
 
 def test_a_broken_image_is_named_and_the_others_are_done(images, tmp_path, dataset, capsys):
@@ -345,7 +346,7 @@ def test_when_every_case_was_learned_from_these_are_segmented_and_no_score_is_th
     workspace = Workspace(tmp_path / "space")
     finetune(tmp_path / "data", workspace, cases=1, weights="random", steps=1)
     assert predict(None, None, dataset=tmp_path / "data", workspace=workspace) == 0
-    assert "no case is held_out: the cases that the model has learned from are segmented" in capsys.readouterr().err
+    assert "all labelled cases were used for training; scores will be optimistic" in capsys.readouterr().err
     assert [case["training"] for case in metadata(workspace.predictions).values()] == [True]
     assert evaluate((), None, workspace, None, dataset=tmp_path / "data") == 0
     summary = json.loads((workspace.evaluation / "summary.json").read_text())
@@ -362,7 +363,7 @@ def test_a_case_that_finetune_left_out_is_no_held_out_one(tmp_path, capsys):
     finetune(data, workspace, cases=1, weights="random", steps=1, skip_invalid=True)
     assert predict(None, None, dataset=data, workspace=workspace) == 1
     assert list(metadata(workspace.predictions)) == ["phantom_000"]
-    assert "no case is held-out" in capsys.readouterr().err
+    assert "all labelled cases were used for training" in capsys.readouterr().err
 
 
 def test_a_case_is_known_again_under_another_name(images, tmp_path, dataset):
@@ -388,7 +389,7 @@ def test_the_data_set_s_own_labels_are_cut_from_wherever_they_lie(tmp_path):
     finetune(data, workspace, cases=1, weights="random", steps=1)
     assert predict(None, None, dataset=data, workspace=workspace) == 0
     (case,) = metadata(workspace.predictions).values()
-    assert case["prompted_slices"]
+    assert case["annotated_slices"]
     with pytest.raises(UsageError, match="same folder"):
         predict(None, data / "masks", dataset=data, workspace=workspace)
 
@@ -403,7 +404,7 @@ def test_one_file_is_a_folder_of_one(images, tmp_path, dataset):
 
 def test_a_file_that_is_no_volume_is_refused(images, tmp_path, dataset):
     (images / "notes.txt").write_text("x")
-    with pytest.raises(UsageError, match="not the name of a volume"):
+    with pytest.raises(UsageError, match="unsupported file type"):
         run(images / "notes.txt", tmp_path / "masks", dataset)
 
 
@@ -491,13 +492,13 @@ def test_when_memory_runs_out_slices_are_taken_one_by_one_from_then_on(images, t
     batches, stumbles = [], stumbling(error, written(images)[0].removesuffix(".nii.gz"), times=1)
 
     def noting(case, *arguments):
-        batches.append(arguments[-1])
+        batches.append(arguments[-1].batch)
         return stumbles(case, *arguments)
 
     monkeypatch.setattr(stage, "segment_case", noting)
     assert run(images, tmp_path / "masks", dataset) == 0
     assert batches == [8, 1, 1]
-    assert capsys.readouterr().err.count("going on slice by slice") == 1
+    assert capsys.readouterr().err.count("retrying with batch size 1") == 1
 
 
 def test_inside_a_data_set_the_held_out_cases_are_predicted_into_the_workspace(dataset):
@@ -527,7 +528,10 @@ def test_a_device_that_is_too_small_for_single_slices_is_left_for_the_cpu(images
     monkeypatch.setattr(stage, "segment_case", out_of_memory(images))
     assert run(images, tmp_path / "masks", dataset) == 0
     warned = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
-    assert [line.rpartition(": ")[2] for line in warned] == ["going on slice by slice", "going on with the CPU"]
+    assert [line.rpartition(": ")[2] for line in warned] == [
+        "out of memory on cuda, retrying with batch size 1",
+        "out of memory on cuda, falling back to CPU",
+    ]
 
 
 def test_a_device_that_was_asked_for_is_not_left(images, tmp_path, dataset, monkeypatch, small_device):
@@ -567,7 +571,7 @@ def adapter_at(folder, dataset, modality=None):
     tuned = read_checkpoint(Workspace(dataset / "slmsam2").model)
     modality = modality or tuned.plan.modality
     model = SlmSam2(tuned.network, tuned.plan.geometry.input_size)
-    fit(model, tuned)
+    load_weights(model, tuned)
     adapters.add(model, modality, AdapterPlan())
     adapters.use(model, modality)
     with torch.no_grad():
@@ -575,7 +579,7 @@ def adapter_at(folder, dataset, modality=None):
             parameter.add_(0.05)
     whole, small = folder / "model.safetensors", folder / "small" / "adapter.safetensors"
     save_checkpoint(whole, model, tuned.plan, tuned.provenance)
-    save_adapter(small, model, modality, tuned.plan, tuned.provenance, Needs(name=tuned.name, digest=tuned.base_digest))
+    save_adapter(small, model, tuned.plan, tuned.provenance, RequiredBase(name=tuned.name, digest=tuned.base_digest))
     return whole, small
 
 
@@ -619,7 +623,7 @@ def with_table(path, dataset, table):
     """The workspace's model with another calibration."""
     tuned = read_checkpoint(Workspace(dataset / "slmsam2").model)
     model = SlmSam2(tuned.network, tuned.plan.geometry.input_size)
-    fit(model, tuned)
+    load_weights(model, tuned)
     save_checkpoint(path, model, tuned.plan, tuned.provenance, table)
     return path
 
@@ -640,7 +644,7 @@ def test_confidence_goes_through_the_models_table_but_on_given_slices(images, tm
         assert (before[case]["calibrated"], after[case]["calibrated"]) == (False, True)
         for label, told in after[case]["confidence"].items():
             for k, share in told["slices"].items():
-                was, given = before[case]["confidence"][label]["slices"][k], int(k) in after[case]["prompted_slices"].get(label, ())
+                was, given = before[case]["confidence"][label]["slices"][k], int(k) in after[case]["annotated_slices"].get(label, ())
                 assert share == pytest.approx(was if given else was / 2, abs=1e-4)
     masks = voxels(tmp_path / "raw"), voxels(tmp_path / "told")
     assert all(np.array_equal(masks[0][name], masks[1][name]) for name in masks[0])

@@ -11,10 +11,10 @@ from slmsam2_cli.model import adapters
 from slmsam2_cli.model.adapter_layers import Projection, channel_means
 from slmsam2_cli.model.checkpoint import (
     Checkpoint,
-    Needs,
     Provenance,
+    RequiredBase,
     combine_with_base,
-    fit,
+    load_weights,
     read_checkpoint,
     save_adapter,
     save_checkpoint,
@@ -210,7 +210,7 @@ def test_the_projection_of_another_modality_is_kept_with_adapters_and_dropped_by
 
 def saved(tmp_path, model, made_for=FOUR):
     path = tmp_path / "model.safetensors"
-    save_checkpoint(path, model, made_for, Provenance(base="base0"))
+    save_checkpoint(path, model, made_for, Provenance(pretrained="base0"))
     return read_checkpoint(path)
 
 
@@ -219,7 +219,7 @@ def test_a_saved_model_has_its_projection_and_gives_the_same_output(strategy, tm
     model, fresh = reading(strategy=strategy), build(seed=1)
     checkpoint = saved(tmp_path, model)
     assert KEY in checkpoint.state and checkpoint.digest == tensors_digest(adapters.full_state(model))
-    fit(fresh, checkpoint, "MR")
+    load_weights(fresh, checkpoint, "MR")
     assert torch.equal(seen(fresh), seen(model))
 
 
@@ -231,10 +231,10 @@ def test_the_projection_is_part_of_the_digest_but_not_of_the_base_digest(tmp_pat
 def test_an_adapter_file_contains_the_projection(tmp_path):
     model, path, state = reading(strategy="adapters"), tmp_path / "adapter.safetensors", build().state_dict()
     below = Checkpoint("base0", state, tensors_digest(state))
-    save_adapter(path, model, "MR", FOUR, Provenance(base="base0"), Needs(name="base0", digest=below.digest))
+    save_adapter(path, model, FOUR, Provenance(pretrained="base0"), RequiredBase(name="base0", digest=below.digest))
     assert KEY in read_checkpoint(path).state
     whole, fresh = combine_with_base(read_checkpoint(path), below), build(seed=1)
-    fit(fresh, whole, "MR")
+    load_weights(fresh, whole, "MR")
     assert whole.digest == tensors_digest(adapters.full_state(model)) and torch.equal(seen(fresh), seen(model))
 
 

@@ -1,4 +1,4 @@
-"""Weights of others: recognised, converted exactly, refused when anything is wrong, and never executed."""
+"""Weights of other projects: recognised, converted exactly, rejected when incomplete, and never executed."""
 
 import io
 import pickle
@@ -14,7 +14,7 @@ from published import as_the_authors_name_them
 
 from slmsam2_cli.errors import WeightsError
 from slmsam2_cli.inference.propagation import ABSENT, AnnotatedSlice, PropagationOptions, propagate
-from slmsam2_cli.model.convert import convert, layout, read_pt, shape_mismatch
+from slmsam2_cli.model.convert import convert_state, expected_shapes, read_pt, shape_mismatch
 from slmsam2_cli.model.sam2_config import sam2_parts
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan
@@ -34,13 +34,13 @@ def build(size="nano", seed=0, **others):
 
 def unallocated(size="tiny", **others):
     """A state of the right shapes that holds no memory."""
-    return {name: torch.empty(shape, device="meta") for name, shape in layout(network(size, **others)).items()}
+    return {name: torch.empty(shape, device="meta") for name, shape in expected_shapes(network(size, **others)).items()}
 
 
-# The contract: SAM 2's own tensors
+# SAM 2's tensors
 
 
-def test_the_golden_list_is_what_the_installed_sam2_builds():
+def test_the_golden_list_of_tensors_is_that_of_the_installed_sam2():
     assert GOLDEN.read_text() == text()
 
 
@@ -48,7 +48,7 @@ def test_the_golden_list_is_what_the_installed_sam2_builds():
 def test_our_model_with_fifo_has_exactly_the_tensors_of_sam2_1(size):
     sections = dict(re.findall(r"^# (\w+)\n((?:[^#].*\n)*)", GOLDEN.read_text(), re.MULTILINE))
     golden = sorted((sections["all"] + sections[size]).splitlines())
-    assert compact({name: tuple(shape) for name, shape in layout(network(size)).items()}) == golden
+    assert compact({name: tuple(shape) for name, shape in expected_shapes(network(size)).items()}) == golden
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -61,7 +61,7 @@ def test_sam2_0_lacks_three_tensors_and_differs_in_nothing_else(size):
 def test_a_layout_is_that_of_the_model_itself():
     for policy, fuser in (("fifo", "gated"), ("shortlong", "gated"), ("shortlong", "sum")):
         plan = network("nano", policy, fuser=fuser)
-        assert layout(plan) == {name: tensor.shape for name, tensor in SlmSam2(plan, 128).state_dict().items()}
+        assert expected_shapes(plan) == {name: tensor.shape for name, tensor in SlmSam2(plan, 128).state_dict().items()}
 
 
 # Families and sizes
@@ -69,14 +69,14 @@ def test_a_layout_is_that_of_the_model_itself():
 
 @pytest.mark.parametrize("size", [*SIZES, "nano"])
 def test_sam2_1_is_recognised_at_every_size(size):
-    found = convert("x.pt", unallocated(size))
+    found = convert_state("x.pt", unallocated(size))
     assert (found.family, found.network.size, found.network.policy, found.notes) == ("SAM 2.1", size, "fifo", ())
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_sam2_0_is_recognised_and_what_it_lacks_becomes_zero(size):
     older = {name: tensor for name, tensor in unallocated(size).items() if name not in ONLY_IN_2_1}
-    found = convert("x.pt", older)
+    found = convert_state("x.pt", older)
     assert (found.family, found.network.size, found.network.policy) == ("SAM 2.0", size, "fifo")
     assert all(not found.state[name].any() for name in ONLY_IN_2_1)
     assert "zero" in found.notes[0]
@@ -101,7 +101,7 @@ def test_converted_sam2_0_does_what_sam2_0_does(monkeypatch):
     older = stock.SAM2VideoPredictor(**sam2_parts("tiny", PX) | as_in_2_0).eval()
     with torch.no_grad():
         older.sam_mask_decoder.pred_obj_score_head.layers[-1].bias += 0.16  # present on some slices, absent on others
-    found = convert("sam2_hiera_tiny.pt", older.state_dict())
+    found = convert_state("sam2_hiera_tiny.pt", older.state_dict())
     assert found.family == "SAM 2.0"
     ours = SlmSam2(found.network, PX).eval()
     ours.load_state_dict(found.state)
@@ -122,9 +122,9 @@ def test_converted_sam2_0_does_what_sam2_0_does(monkeypatch):
 
 
 @pytest.mark.parametrize(("scale", "layers"), [("gamma", "layers."), ("weight", "layers."), ("gamma", "")])
-def test_a_tuned_slm_sam2_becomes_our_model_with_the_published_fuser(scale, layers):
+def test_a_fine_tuned_slm_sam_2_is_converted_to_shortlong_with_the_sum_fuser(scale, layers):
     model = build(policy="shortlong", fuser="sum")
-    found = convert("x.pt", as_the_authors_name_them(model.state_dict(), scale, layers))
+    found = convert_state("x.pt", as_the_authors_name_them(model.state_dict(), scale, layers))
     assert (found.family, found.network.policy, found.network.fuser) == ("SLM-SAM 2", "shortlong", "sum")
     assert found.notes == ("rec_maskmem_tpos_enc left out: the model does not use it",)
     wanted = model.state_dict()
@@ -133,17 +133,17 @@ def test_a_tuned_slm_sam2_becomes_our_model_with_the_published_fuser(scale, laye
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_tuned_slm_sam2_is_recognised_at_every_size(size):
-    found = convert("x.pt", as_the_authors_name_them(unallocated(size, policy="shortlong", fuser="sum")))
+def test_a_fine_tuned_slm_sam_2_is_recognised_at_every_size(size):
+    found = convert_state("x.pt", as_the_authors_name_them(unallocated(size, policy="shortlong", fuser="sum")))
     assert (found.family, found.network.size) == ("SLM-SAM 2", size)
 
 
-def test_our_own_tensors_without_a_header_keep_their_gate():
-    found = convert("x.pt", unallocated("nano", policy="shortlong"))
+def test_tensors_of_slmsam2_without_a_header_keep_the_gated_fuser():
+    found = convert_state("x.pt", unallocated("nano", policy="shortlong"))
     assert (found.family, found.network.fuser) == ("slmsam2", "gated")
 
 
-# Refusals
+# Rejected weights
 
 
 @pytest.mark.parametrize(
@@ -154,26 +154,29 @@ def test_our_own_tensors_without_a_header_keep_their_gate():
         (lambda s: s.update(extra=torch.zeros(1)), "unexpected: extra"),
         (lambda s: s.update(no_mem_embed=torch.zeros(1, 1, 3)), r"of another shape: no_mem_embed \[1, 1, 3\] for \[1, 1, 256\]"),
         (lambda s: [s.pop(name) for name in list(s) if name.startswith("memory_encoder.")], r"missing: memory_encoder\..* and \d+ more"),
-        (lambda s: [s.pop(name) for name in list(s) if name.startswith("memory_attention.")], "of no family known here"),
-        (lambda s: [s.pop(name) for name in list(s) if ".blocks.11." in name], "of no size known here: 96 channels and 11 blocks"),
+        (lambda s: [s.pop(name) for name in list(s) if name.startswith("memory_attention.")], "unsupported checkpoint"),
+        (lambda s: [s.pop(name) for name in list(s) if ".blocks.11." in name], "unsupported size: 96 channels and 11 blocks"),
         (lambda s: [s.pop(name) for name in (*ONLY_IN_2_1, "maskmem_tpos_enc")], "maskmem_tpos_enc or no_mem_embed is missing"),
-        (lambda s: s.update({"recent_memory_attention.norm.weight": torch.zeros(256)}), "SLM-SAM 2 tiny, but is not whole: missing"),
+        (
+            lambda s: s.update({"recent_memory_attention.norm.weight": torch.zeros(256)}),
+            "recognised as SLM-SAM 2 tiny, but not complete: missing",
+        ),
     ],
 )
-def test_a_state_that_is_not_whole_is_refused_with_a_list(change, message):
+def test_an_incomplete_state_is_rejected_with_the_names_of_tensors(change, message):
     state = unallocated("tiny")
     change(state)
     with pytest.raises(WeightsError, match=message):
-        convert("x.pt", state)
+        convert_state("x.pt", state)
 
 
 @pytest.mark.parametrize("state", [{"a": torch.zeros(1)}, {"conv1.weight": torch.zeros(2), "fc.bias": torch.zeros(3)}])
-def test_other_peoples_networks_are_of_no_family(state):
-    with pytest.raises(WeightsError, match=r"x\.pt: of no family known here"):
-        convert("x.pt", state)
+def test_other_networks_are_rejected_as_unsupported(state):
+    with pytest.raises(WeightsError, match=r"x\.pt: unsupported checkpoint"):
+        convert_state("x.pt", state)
 
 
-def test_all_kinds_of_misfit_are_said_at_once():
+def test_shape_mismatch_lists_missing_unexpected_and_misshapen_tensors():
     wanted = {"a": torch.Size([1]), "b": torch.Size([2])}
     assert (
         shape_mismatch(wanted, {"b": torch.zeros(3), "c": torch.zeros(1)}) == "missing: a; unexpected: c; of another shape: b [3] for [2]"
@@ -214,7 +217,7 @@ def test_code_inside_a_pickle_is_never_run(tmp_path, wrap, where):
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.9, 0.999])
-def test_a_file_cut_off_anywhere_is_refused(tmp_path, keep):
+def test_a_truncated_file_is_rejected(tmp_path, keep):
     torch.save({"model": {"a": torch.zeros(1000)}}, tmp_path / "whole.pt")
     content = (tmp_path / "whole.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(content[: int(len(content) * keep)])
@@ -222,25 +225,25 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path, keep):
         read_pt(tmp_path / "cut.pt")
 
 
-def test_a_compressed_bomb_is_refused_before_it_is_unpacked(tmp_path):
+def test_a_zip_bomb_is_rejected_before_it_is_unpacked(tmp_path):
     (tmp_path / "bomb.pt").write_bytes(torch_zip(bytes(50 * 2**20), zipfile.ZIP_DEFLATED))
     with pytest.raises(WeightsError, match="compressed or too large"):
         read_pt(tmp_path / "bomb.pt")
 
 
-def test_a_small_storage_seen_as_a_huge_tensor_is_refused(tmp_path):
+def test_a_tensor_larger_than_the_file_is_rejected(tmp_path):
     torch.save({"model": {"a": torch.zeros(1).expand(10**12)}}, tmp_path / "stretched.pt")
     with pytest.raises(WeightsError, match="claim to be larger than the file"):
         read_pt(tmp_path / "stretched.pt")
 
 
 @pytest.mark.parametrize("odd", [torch.zeros(2, 2).to_sparse(), torch.zeros(3, device="meta")])
-def test_tensors_that_are_not_plain_numbers_are_refused(tmp_path, odd):
+def test_sparse_and_meta_tensors_are_rejected(tmp_path, odd):
     torch.save({"model": {"a": odd}}, tmp_path / "odd.pt")
-    with pytest.raises(WeightsError, match="not plain numbers|safely"):
+    with pytest.raises(WeightsError, match="sparse, quantised or empty|safely"):
         read_pt(tmp_path / "odd.pt")
 
 
-def test_what_training_leaves_beside_the_model_is_ignored(tmp_path):
+def test_other_entries_of_a_training_checkpoint_are_ignored(tmp_path):
     torch.save({"model": {"a": torch.ones(2)}, "epoch": 3, "optimizer": {"lr": 0.1}}, tmp_path / "training.pt")
     assert torch.equal(read_pt(tmp_path / "training.pt")["a"], torch.ones(2))

@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from slmsam2_cli.errors import WeightsError
 from slmsam2_cli.model import export
-from slmsam2_cli.model.checkpoint import Checkpoint, Needs, Provenance, tensors_digest
+from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, RequiredBase, tensors_digest
 from slmsam2_cli.planning.plan import ChannelIntensity, GeometryPlan, NetworkPlan, Plan
 from slmsam2_cli.planning.rules import choose_training
 
@@ -34,7 +34,7 @@ def checkpoint(**changes):
         training=choose_training("nano", 1).value,
         fingerprint_digest="0",
     )
-    provenance = Provenance(base="sam2.1-tiny", licence="Apache-2.0", training=("case",), steps=7)
+    provenance = Provenance(pretrained="sam2.1-tiny", licence="Apache-2.0", training=("case",), steps=7)
     return Checkpoint(
         **{"name": "m", "state": STATE, "digest": tensors_digest(STATE), "network": plan.network, "plan": plan} | changes,
         provenance=provenance,
@@ -90,7 +90,7 @@ def test_the_same_model_gives_the_same_bytes():
 
 
 def test_an_adapter_says_whose_it_is():
-    data = exported(needs=Needs(name="sam2.1-tiny", digest="f" * 64))
+    data = exported(required_base=RequiredBase(name="sam2.1-tiny", digest="f" * 64))
     package = export.unpack(io.BytesIO(data), "adapter.zip")
     assert package.model == "adapter.safetensors" and b"sam2.1-tiny, weights " + b"f" * 64 in package.files["README.txt"]
 

@@ -1,9 +1,9 @@
-"""A label U-Net is what its tensors say, and sees a slice between its neighbours."""
+"""The label U-Net: output channels, saving, adjacent slices, crop."""
 
 import pytest
 import torch
 
-from slmsam2_cli.model.label_unet import PREFIX, LabelUNet, label_unet_from_state, view_of, with_adjacent_slices, without_label_unet
+from slmsam2_cli.model.label_unet import PREFIX, LabelUNet, label_unet_from_state, label_unet_roi, with_adjacent_slices, without_label_unet
 from slmsam2_cli.model.roi import RoiCrop
 
 
@@ -12,19 +12,19 @@ def tensors(**changes):
     return {f"{PREFIX}{name}": tensor for name, tensor in made.state_dict().items()} | changes
 
 
-def test_it_says_one_logit_for_the_background_and_one_for_every_label():
+def test_the_output_has_a_channel_for_the_background_and_one_per_label():
     assert LabelUNet(2, [3, 7], 32, width=8)(torch.rand(5, 10, 32, 32)).shape == (5, 3, 32, 32)
 
 
-def test_everything_about_it_can_be_read_from_its_tensors():
+def test_channels_labels_and_input_size_are_read_from_the_tensors():
     other = {"image_encoder.weight": torch.zeros(1)}
     found = label_unet_from_state(tensors() | other)
-    assert (found.channels, found.values, found.px) == (2, [3, 7], 32)
+    assert (found.channels, found.values, found.input_size) == (2, [3, 7], 32)
     assert without_label_unet(tensors() | other) == other
     assert label_unet_from_state(other) is None
 
 
-def test_it_says_the_same_once_it_was_read_back():
+def test_a_label_unet_gives_the_same_logits_after_reading():
     torch.manual_seed(0)
     made, slices = LabelUNet(1, [1], 16, width=8), torch.rand(2, 5, 16, 16)
     again = label_unet_from_state({f"{PREFIX}{name}": tensor for name, tensor in made.state_dict().items()})
@@ -41,23 +41,23 @@ def test_it_says_the_same_once_it_was_read_back():
         {f"{PREFIX}more": torch.zeros(1)},
     ],
 )
-def test_one_that_is_not_whole_is_refused(changes):
-    with pytest.raises(ValueError, match="px|label U-Net"):
+def test_misshapen_or_unexpected_tensors_are_rejected(changes):
+    with pytest.raises(ValueError, match="input size|label U-Net"):
         label_unet_from_state(tensors(**changes))
 
 
-def test_a_missing_tensor_is_refused():
-    with pytest.raises(ValueError, match="not whole"):
+def test_a_missing_tensor_is_rejected():
+    with pytest.raises(ValueError, match="incomplete"):
         label_unet_from_state({name: tensor for name, tensor in tensors().items() if not name.endswith("labels")})
 
 
-def test_beyond_the_ends_of_a_stack_the_outermost_slice_is_seen_again():
+def test_beyond_the_ends_of_a_stack_the_outermost_slice_is_repeated():
     stack = torch.arange(3.0).view(3, 1, 1, 1)
     assert with_adjacent_slices(stack, 0).flatten().tolist() == [0, 0, 0, 1, 2]
     assert with_adjacent_slices(stack, 2).flatten().tolist() == [0, 1, 2, 2, 2]
 
 
-def test_it_looks_at_a_square_twice_as_wide_as_all_that_is_annotated():
+def test_the_crop_is_twice_as_wide_as_all_annotated_masks():
     one, other = torch.zeros(64, 64), torch.zeros(64, 64)
     one[20:24, 24:28], other[30:40, 24:28] = 1, 1
-    assert view_of([one, other], 64) == RoiCrop(10, 6, 40)  # rows 20 to 40, so 40 pixels around (30, 26)
+    assert label_unet_roi([one, other], 64) == RoiCrop(10, 6, 40)  # rows 20 to 40, so 40 pixels around (30, 26)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from slmsam2_cli.inference.propagation import AnnotatedSlice, propagate
-from slmsam2_cli.model.checkpoint import fit, read_checkpoint
+from slmsam2_cli.model.checkpoint import load_weights, read_checkpoint
 from slmsam2_cli.model.memory.policy import ReadContext
 from slmsam2_cli.model.sam2_config import SIZE_OPTIONS, sam2_parts
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
@@ -87,7 +87,7 @@ def test_two_training_steps_make_the_short_stack_differ_from_the_long_one_and_lo
         optimiser.step()
     save_file(model.state_dict(), tmp_path / "tuned.safetensors")
     again = build("nano", policy="shortlong", seed=1)
-    fit(again, read_checkpoint(tmp_path / "tuned.safetensors"))
+    load_weights(again, read_checkpoint(tmp_path / "tuned.safetensors"))
     long, short = again.memory_attention.state_dict(), again.short_memory_attention.state_dict()
     assert all(torch.equal(tensor, short[name]) for name, tensor in model.short_memory_attention.state_dict().items())
     assert any(not torch.equal(start[name], short[name]) for name in short)

@@ -1,4 +1,4 @@
-"""One network for slices of several sizes, and quicker routes that say the same."""
+"""Changing the input size of a network, and the faster layers for CPUs."""
 
 import copy
 
@@ -27,19 +27,19 @@ def tracked(model):
     return model.track(features.at(slice(1, 2)), bank, ReadContext(1, 1, bank.conditioning, bank.tracked, 2)).chosen
 
 
-def test_a_network_whose_frame_was_changed_says_what_one_made_for_that_frame_says():
+def test_after_set_input_size_the_output_is_that_of_a_network_built_for_that_size():
     changed, made_for_it = network(96), network(64)
     made_for_it.load_state_dict(changed.state_dict())
     set_input_size(changed, 64)
     assert torch.equal(tracked(changed), tracked(made_for_it))
 
 
-def test_a_frame_that_is_no_multiple_of_32_is_refused():
+def test_an_input_size_that_is_no_multiple_of_32_is_rejected():
     with pytest.raises(ValueError, match="multiple of 32"):
         set_input_size(network(64), 100)
 
 
-def test_quicker_routes_change_neither_keys_nor_results():
+def test_optimise_for_cpu_changes_neither_keys_nor_results():
     plain = network(64)
     quick = copy.deepcopy(plain)
     optimise_for_cpu(quick)

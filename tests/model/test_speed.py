@@ -1,4 +1,4 @@
-"""How fast this machine is: a positive number, found without disturbing any other draw."""
+"""Seconds per slice on this machine: a positive number, and random generators are left as they were."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from slmsam2_cli.planning.plan import NetworkPlan
 CPU = torch.device("cpu")
 
 
-def test_a_pace_is_a_time():
+def test_seconds_per_slice_is_between_0_and_60():
     assert 0 < seconds_per_slice(NetworkPlan(), 64, CPU) < 60
 
 
-def test_trying_it_out_leaves_random_draws_as_they_were():
+def test_measuring_the_speed_does_not_change_random_draws():
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)

@@ -14,7 +14,7 @@ from slmsam2_cli.commands.predict import predict
 from slmsam2_cli.commands.pretrain import pretrain
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.errors import PlanError, UsageError, WeightsError
-from slmsam2_cli.model.checkpoint import fit, load_base_weights, read_checkpoint
+from slmsam2_cli.model.checkpoint import load_base_weights, load_weights, read_checkpoint
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan
 from slmsam2_cli.pretraining.recipe import SMOKE
@@ -59,7 +59,7 @@ def test_the_weights_are_half_as_large_carry_their_recipe_and_load_as_full_preci
     assert json.loads(header["recipe"]) == json.loads((done / "recipe.json").read_text()) and header["commit"] == "abc"
     assert (read.provenance.licence, read.provenance.steps, read.provenance.random) == ("Apache-2.0", 4, False)
     model = SlmSam2(read.network, 64)
-    fit(model, read)
+    load_weights(model, read)
     assert model.carry_gain.dtype == torch.float32
     assert model.network == NetworkPlan(size="nano", policy="shortlong") and not read.warnings
 
@@ -69,7 +69,7 @@ def test_finetune_starts_from_them_and_predict_uses_them_as_they_are(done, tmp_p
     workspace, weights = Workspace(tmp_path / "workspace"), str(done / "nano.safetensors")
     assert finetune(tmp_path / "data", workspace, cases=1, weights=weights, steps=1) == 0
     tuned = read_checkpoint(workspace.model)
-    assert tuned.provenance.base_digest == read_checkpoint(done / "nano.safetensors").digest and not tuned.provenance.random
+    assert tuned.provenance.pretrained_digest == read_checkpoint(done / "nano.safetensors").digest and not tuned.provenance.random
     labels = tmp_path / "data" / "labelsTr"
     images = tmp_path / "data" / "imagesTr"
     assert predict(images, tmp_path / "masks", simulate_from=labels, weights=weights, workspace=workspace, report=False) == 0
@@ -129,7 +129,7 @@ def test_it_goes_on_from_other_weights_and_says_from_which(done, recipe, tmp_pat
     given = done / "nano.safetensors"
     assert pretrain(tmp_path / "run", recipe=recipe, weights=str(given), steps=1, device="cpu") == 0
     found, before = read_checkpoint(tmp_path / "run" / "nano.safetensors"), read_checkpoint(given)
-    assert found.provenance.base_digest == before.digest != found.digest
+    assert found.provenance.pretrained_digest == before.digest != found.digest
     assert json.loads((tmp_path / "run" / "started_from.json").read_text()) == {"name": before.name, "digest": before.digest}
     apart = max(float((found.state[name].float() - tensor.float()).abs().max()) for name, tensor in before.state.items())
     assert 0 < apart < 0.01  # one step away; random weights would be farther

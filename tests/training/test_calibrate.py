@@ -6,9 +6,10 @@ import pytest
 import torch
 from stacks import case, whole
 
+from slmsam2_cli.inference import propagation
 from slmsam2_cli.inference.propagation import Propagation
 from slmsam2_cli.planning.plan import InferencePlan
-from slmsam2_cli.training import calibrate, cross_validation
+from slmsam2_cli.training import calibrate
 
 PX = 32
 
@@ -31,7 +32,7 @@ def copying(monkeypatch):
         logits = torch.where(anchor.mask[None, ::4, ::4], 10.0, -10.0).expand(len(frames), -1, -1)
         return {value: Propagation(logits, torch.full((len(frames),), 0.7), torch.zeros(len(frames)))}
 
-    monkeypatch.setattr(cross_validation, "propagate", propagate)
+    monkeypatch.setattr(propagation, "propagate", propagate)
     return shown
 
 

@@ -9,6 +9,7 @@ import torch
 from stacks import case, whole
 
 from slmsam2_cli.dataset.cache import PreparedCase
+from slmsam2_cli.inference import propagation
 from slmsam2_cli.inference.propagation import Propagation
 from slmsam2_cli.planning.plan import InferencePlan
 from slmsam2_cli.planning.rules import choose_training
@@ -112,7 +113,7 @@ def copying(monkeypatch):
             found[value] = Propagation(logits, torch.full((len(frames),), 0.7), torch.zeros(len(frames)))
         return found
 
-    monkeypatch.setattr(cross_validation, "propagate", propagate)
+    monkeypatch.setattr(propagation, "propagate", propagate)
 
 
 def test_all_slices_but_the_given_one_count_empty_ones_too(copying):
@@ -144,7 +145,7 @@ def test_where_two_labels_claim_a_pixel_the_surer_one_has_it(monkeypatch):
         everywhere = torch.full((len(frames), PX // 4, PX // 4), 1.0)
         return {v: Propagation(everywhere * (2 if v == 2 else 1), torch.ones(len(frames)), torch.zeros(len(frames))) for v in objects}
 
-    monkeypatch.setattr(cross_validation, "propagate", propagate)
+    monkeypatch.setattr(propagation, "propagate", propagate)
     held = prepared(slices=12, held=range(4, 9))
     labels = np.array(held.labels)
     labels[4:9, 20:24, 20:24] = 2
@@ -161,9 +162,9 @@ def settled(looks, asked=False):
 
 def test_the_better_of_base_and_tuned_is_kept_by_the_mean_over_folds():
     better = settled({"a": {0: (0.5,), 1: (0.6,), 2: (0.7,), 3: (0.8,)}, "b": {0: (0.7,), 1: (0.6,), 2: (0.6,), 3: (0.6,)}})
-    assert (better.base, better.tuned, better.kept, better.left_out, better.label_unet) == (0.6, 0.7, "tuned", ("a", "b"), None)
+    assert (better.pretrained, better.fine_tuned, better.kept, better.held_out, better.label_unet) == (0.6, 0.7, "fine_tuned", ("a", "b"), None)
     worse = settled({"a": {0: (0.9,), 1: (0.6,), 2: (0.7,), 3: (0.8,)}})
-    assert (worse.base, worse.tuned, worse.kept, worse.steps) == (0.9, 0.8, "base", 0)
+    assert (worse.pretrained, worse.fine_tuned, worse.kept, worse.steps) == (0.9, 0.8, "pretrained", 0)
 
 
 def test_where_an_earlier_look_was_better_fewer_steps_are_taken_unless_a_person_named_them():
@@ -173,7 +174,7 @@ def test_where_an_earlier_look_was_better_fewer_steps_are_taken_unless_a_person_
 
 def test_a_person_s_number_of_steps_is_judged_by_its_own_look_alone():
     looks = {"a": {0: (0.8,), 1: (0.82,), 2: (0.79,), 3: (0.7,)}}
-    assert (settled(looks).kept, settled(looks, asked=True).kept) == ("tuned", "base")
+    assert (settled(looks).kept, settled(looks, asked=True).kept) == ("fine_tuned", "pretrained")
     assert settled(looks, asked=True).tuned == 0.7
 
 
@@ -193,7 +194,7 @@ def test_a_label_unet_that_does_not_help_is_left_away():
     with_it = settled({"a": {0: (0.5, 0.5), 1: (0.4, 0.6), 3: (0.697, 0.7)}})
     assert with_it.label_unet is True and with_it.tuned == 0.697
     worse_than_the_base = settled({"a": {0: (0.798, 0.798), 3: (0.796, 0.8)}})
-    assert worse_than_the_base.label_unet is False and worse_than_the_base.kept == "tuned"
+    assert worse_than_the_base.label_unet is False and worse_than_the_base.kept == "fine_tuned"
 
 
 def test_only_looks_that_every_fold_came_to_are_compared():
