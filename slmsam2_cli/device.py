@@ -1,4 +1,4 @@
-"""Which device the work runs on, and in which precision. Torch is imported only when a device is chosen."""
+"""The device that the work runs on, and its precision. Torch is imported only when a device is chosen."""
 
 from __future__ import annotations
 
@@ -15,25 +15,28 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 
 
 def choose_device(name: DeviceName = "auto") -> torch.device:
-    """The device asked for, or the best one there is. Raises DeviceError when it is absent."""
+    """Return the named device; auto: CUDA, else MPS, else the CPU.
+
+    Raises: DeviceError when the device is unknown or not available.
+    """
     import torch
 
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
     if name not in available:
-        raise DeviceError(f"--device {name}: unknown. Use auto, cpu, cuda or mps")
+        raise DeviceError(f"--device {name}: unknown device. Use auto, cpu, cuda or mps")
     if not available[name]:
-        reason = "this torch was built without CUDA" if name == "cuda" and torch.version.cuda is None else "no such device was found"
-        raise DeviceError(f"--device {name}: {reason}. Use --device auto, or install a torch build for it")
+        reason = "this torch was built without CUDA" if name == "cuda" and torch.version.cuda is None else "no such device found"
+        raise DeviceError(f"--device {name}: {reason}. Use --device auto, or install a torch build for this device")
     return torch.device(name)
 
 
 @contextmanager
 def half_precision(device: torch.device) -> Iterator[None]:
-    """What is computed inside, to learn from, is in bfloat16 on a GPU, and as it is elsewhere.
+    """Compute in bfloat16 on a GPU, for training; elsewhere precision stays as it is.
 
-    Without attention by cuDNN, whose gradients are not always finite (on an H200 a run diverged by it, docs/decisions.md).
+    cuDNN's attention is switched off meanwhile: its gradients are not always finite, and a run on an H200 diverged (docs/decisions.md).
     """
     import torch
 
@@ -47,13 +50,13 @@ def half_precision(device: torch.device) -> Iterator[None]:
 
 
 def describe(device: torch.device) -> str:
-    """One line for logs and manifests, without names of users or hosts."""
+    """Describe a device in one line for logs and manifests, without names of users or hosts."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({torch.get_num_threads()} threads)"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is what Python or torch, on any device, raises where memory is short."""
+    """Tell whether an error means that memory ran out, of Python or of torch on any device."""
     signs = ("OutOfMemoryError", "out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, MemoryError) or any(sign in f"{type(error).__name__}: {error}" for sign in signs)

@@ -1,8 +1,7 @@
-"""A model as one zip to hand on: weights, plan, provenance, licence, a note for people, and the digest of each.
+"""Exported models: one zip with weights, plan, provenance, licence, a readme, and the digest of each.
 
-Packing is deterministic: the same model gives the same bytes. Unpacking trusts nothing: names come from a list, nothing
-is a link, nothing is compressed, sizes are known before anything is read, and every digest is checked. Bytes in, bytes
-out; files are the caller's.
+Packing is deterministic: the same model gives the same bytes. Unpacking rejects unknown names, links, compressed members and members of
+excessive size before any is read, and checks every digest. Bytes in, bytes out: the caller reads and writes files.
 """
 
 from __future__ import annotations
@@ -22,44 +21,47 @@ from slmsam2_cli.io import strict_json
 from slmsam2_cli.model.checkpoint import RANDOM_WARNING, Checkpoint
 from slmsam2_cli.version import VERSION
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MODELS = ("model.safetensors", "adapter.safetensors")
 ABOUT, PLAN, PROVENANCE, LICENCE, README, DIGESTS = (
     *("about.json", "plan.json", "provenance.json"),
     *("LICENSE.txt", "README.txt", "SHA256SUMS"),
 )
 NAMES = frozenset({*MODELS, ABOUT, PLAN, PROVENANCE, LICENCE, README, DIGESTS})
-MOST_BYTES, MOST_TEXT = 4 * 2**30, 20 * 2**20
-_ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)  # of time, for a zip
+MAX_BYTES, MAX_TEXT_BYTES = 4 * 2**30, 20 * 2**20
+_ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)  # the first date that a zip can record
 _LICENCE = """The files of slmsam2 that made this model are under the Apache License, Version 2.0:
 http://www.apache.org/licenses/LICENSE-2.0
 
 The architecture is that of SAM 2 (Copyright Meta Platforms, Inc. and affiliates, Apache License, Version 2.0).
 
-Weights of the base: {base}, {licence}.
-Whoever trained this model decides on the terms for what was learned on top of the base, within the base's own.
+Pretrained weights: {pretrained}, {licence}.
+Whoever trained this model decides on the terms for its fine-tuned weights, within those of the pretrained weights.
 Unless required by applicable law or agreed to in writing, it is distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR
-CONDITIONS OF ANY KIND, either express or implied. It is no medical device.
+CONDITIONS OF ANY KIND, either express or implied. It is not a medical device.
 """
 
 
 @dataclass(frozen=True)
 class Package:
-    """What was found in a zip and proved whole. model: which of MODELS; files: name -> content, without the list of digests."""
+    """A verified zip. model: which of MODELS it contains. files: name -> content, without the list of digests."""
 
     model: str
     files: Mapping[str, bytes]
 
 
 def model_in(folder: Path) -> Path:
-    """The model in a folder, else the adapter; where there is neither, the model that should be there."""
+    """Return the path of the model in a folder, else of the adapter; without either, the path that the model would have."""
     return next((folder / name for name in MODELS if (folder / name).is_file()), folder / MODELS[0])
 
 
 def pack(checkpoint: Checkpoint, content: bytes) -> bytes:
-    """The zip of a model file of this tool. content: the file's bytes. WeightsError for weights without plan and provenance."""
+    """Pack a model file into a zip. content: the file's bytes.
+
+    Raises: WeightsError for weights without plan and provenance.
+    """
     if checkpoint.plan is None or checkpoint.provenance is None or checkpoint.network is None:
-        raise WeightsError(f"{checkpoint.name}: carries no plan, so it is no model that could be used elsewhere. Export a fine-tuned one")
+        raise WeightsError(f"{checkpoint.name}: has no plan inside, so it cannot be exported. Export a fine-tuned model")
     name = MODELS[1] if checkpoint.required_base else MODELS[0]
     provenance = checkpoint.provenance
     files = {
@@ -67,107 +69,108 @@ def pack(checkpoint: Checkpoint, content: bytes) -> bytes:
         ABOUT: strict_json.dump({"format_version": FORMAT_VERSION, "tool_version": VERSION, "model": name, "weights": checkpoint.digest}),
         PLAN: strict_json.dump(checkpoint.plan.model_dump(mode="json")),
         PROVENANCE: strict_json.dump(provenance.model_dump(mode="json")),
-        LICENCE: _LICENCE.format(base=provenance.pretrained, licence=provenance.licence or "terms not recorded").encode(),
+        LICENCE: _LICENCE.format(pretrained=provenance.pretrained, licence=provenance.licence or "licence not recorded").encode(),
         README: _readme(checkpoint, name).encode(),
     }
     files[DIGESTS] = "".join(f"{hashlib.sha256(files[n]).hexdigest()}  {n}\n" for n in sorted(files)).encode()
     memory = io.BytesIO()
     with zipfile.ZipFile(memory, "w", zipfile.ZIP_STORED) as archive:
         for member in sorted(files):
-            archive.writestr(_entry(member), files[member])
+            entry = zipfile.ZipInfo(member, _ZIP_EPOCH)
+            entry.create_system, entry.external_attr = 3, (stat.S_IFREG | 0o644) << 16
+            archive.writestr(entry, files[member])
     return memory.getvalue()
-
-
-def _entry(name: str) -> zipfile.ZipInfo:
-    entry = zipfile.ZipInfo(name, _ZIP_EPOCH)
-    entry.create_system, entry.external_attr = 3, (stat.S_IFREG | 0o644) << 16
-    return entry
 
 
 def _readme(checkpoint: Checkpoint, name: str) -> str:
     plan, provenance, network = checkpoint.plan, checkpoint.provenance, checkpoint.network
     assert plan is not None and provenance is not None and network is not None
-    table = checkpoint.calibration
+    table, required = checkpoint.calibration, checkpoint.required_base
     lines = [
-        f"A model of slmsam2 {VERSION}, for {plan.modality}: {', '.join(plan.labels[value] for value in sorted(plan.labels))}.",
+        f"A model of slmsam2 {VERSION} for {plan.modality}: {', '.join(plan.labels[value] for value in sorted(plan.labels))}.",
         "",
         f"network     {network.size}, {network.policy}, {plan.geometry.input_size} px, slices along {plan.geometry.slice_axis}",
         *([f"channels    {', '.join(plan.channels)}, in this order"] if len(plan.channels) > 1 else []),
-        f"learned     {provenance.steps} steps on {len(provenance.training)} case(s), from {provenance.pretrained}",
+        f"training    {provenance.steps} steps on {len(provenance.training)} case(s), from {provenance.pretrained}",
         f"weights     {checkpoint.digest}",
-        f"confidence  {f'calibrated with {table.slices} slices, {table.note}' if table else 'uncalibrated'}",
-        *(
-            [f"adapter     for the base {checkpoint.required_base.name}, weights {checkpoint.required_base.digest}"]
-            if checkpoint.required_base
-            else []
-        ),
+        f"confidence  {f'calibrated on {table.slices} slices, {table.note}' if table else 'uncalibrated'}",
+        *([f"adapter     for the base {required.name}, weights {required.digest}"] if required else []),
         *([f"warning     {RANDOM_WARNING}"] if provenance.random else []),
         "",
         "  slmsam2 import-model THIS.zip -o model",
         f"  slmsam2 predict -i scans -o masks -p prompts --model model{' --weights BASE' if name == MODELS[1] else ''}",
         "",
-        "provenance.json names the cases it learned from. It holds no images.",
+        "provenance.json names the training cases. The zip contains no images.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def unpack(file: BinaryIO, name: str) -> Package:
-    """What is in a zip, after every check. WeightsError says what is wrong with which member; nothing is written."""
+    """Read and verify a zip; nothing is written. name: of the zip, for messages.
+
+    Raises: WeightsError, with the member and what is wrong with it.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
             _check_members(members, name, file.seek(0, io.SEEK_END))
             files = {member.filename: archive.read(member) for member in members}
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError, OSError) as error:
-        raise WeightsError(f"{name}: not a whole zip ({str(error)[:160]}). Fetch or export it again") from None
+        raise WeightsError(f"{name}: not a complete zip ({str(error)[:160]}). Download or export it again") from None
     _check_digests(files, name)
     return Package(_model_in(files, name), files)
 
 
 def _check_members(members: list[zipfile.ZipInfo], name: str, size: int) -> None:
-    """Everything that can be said from the directory of the zip, before any member is read."""
+    """Check the directory of the zip, before any member is read."""
     for member in members:
-        called, limit = member.filename, MOST_BYTES if member.filename in MODELS else MOST_TEXT
+        called, limit = member.filename, MAX_BYTES if member.filename in MODELS else MAX_TEXT_BYTES
         kind = stat.S_IFMT(member.external_attr >> 16)
         if member.orig_filename not in NAMES or called not in NAMES:
-            raise WeightsError(
-                f"{name}: holds {ascii(member.orig_filename)[:80]}, which is no part of an exported model. Nothing was taken from it"
-            )
+            raise WeightsError(f"{name}: unexpected file {ascii(member.orig_filename)[:80]}; archive rejected")
         if kind not in (0, stat.S_IFREG) or member.is_dir():
-            raise WeightsError(f"{name}: {called} is a link or no plain file. Nothing was taken from it")
+            raise WeightsError(f"{name}: {called} is a link or not a regular file; archive rejected")
         if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 0x1 or member.compress_size != member.file_size:
-            raise WeightsError(f"{name}: {called} is compressed or encrypted, which no export is. Nothing was taken from it")
+            raise WeightsError(f"{name}: {called} is compressed or encrypted, unlike in an exported model; archive rejected")
         if member.file_size > min(limit, size):
-            raise WeightsError(f"{name}: {called} claims {member.file_size} bytes, more than it may have. Nothing was taken from it")
+            raise WeightsError(f"{name}: {called} claims {member.file_size} bytes, which is too large; archive rejected")
     if len({member.filename for member in members}) != len(members):
-        raise WeightsError(f"{name}: holds a file twice. Nothing was taken from it")
+        raise WeightsError(f"{name}: contains a file twice; archive rejected")
 
 
 def _check_digests(files: dict[str, bytes], name: str) -> None:
-    """Every file is the one that was listed, and no other; the list itself is taken out."""
+    """Check that the files are those of the list of digests; remove the list."""
     if DIGESTS not in files:
-        raise WeightsError(f"{name}: {DIGESTS} is missing, so nothing in it can be trusted. Export it again")
+        raise WeightsError(f"{name}: {DIGESTS} is missing, so the files cannot be verified; archive rejected. Export it again")
     listed = dict(line.split("  ", 1)[::-1] for line in files.pop(DIGESTS).decode("ascii", "replace").splitlines() if "  " in line)
     if odd := sorted(set(listed) ^ set(files)):
-        raise WeightsError(f"{name}: {ascii(odd[0])[:80]} is missing, or not in {DIGESTS}. Fetch or export it again")
+        raise WeightsError(f"{name}: {ascii(odd[0])[:80]} is missing, or not listed in {DIGESTS}. Download or export it again")
     for called, content in files.items():
         if hashlib.sha256(content).hexdigest() != listed[called]:
-            raise WeightsError(f"{name}: {called} is not the file that was exported: its SHA-256 differs. Fetch or export it again")
+            raise WeightsError(f"{name}: {called} has another SHA-256 than when it was exported. Download or export it again")
 
 
 def _model_in(files: Mapping[str, bytes], name: str) -> str:
-    about = document(files, ABOUT, name)
+    about = read_json_member(files, ABOUT, name)
     version = about.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise WeightsError(f"{name}: format version {str(version)[:20]} is newer than this tool's {FORMAT_VERSION}. Update slmsam2")
+    if isinstance(version, int) and version < FORMAT_VERSION:
+        raise WeightsError(
+            f"{name}: format version {version} was written by an earlier slmsam2 and is no longer supported (supported: {FORMAT_VERSION}). "
+            "Fine-tune again, or use the slmsam2 that exported it"
+        )
+    if version != FORMAT_VERSION:
+        raise WeightsError(f"{name}: format version {str(version)[:20]} is newer than the supported {FORMAT_VERSION}. Update slmsam2")
     held = [model for model in MODELS if model in files]
     if held != [about.get("model")]:
-        raise WeightsError(f"{name}: should hold one model, holds {' and '.join(held) or 'none'}. Export it again")
+        raise WeightsError(f"{name}: must contain one model, contains {' and '.join(held) or 'none'}. Export it again")
     return held[0]
 
 
-def document(files: Mapping[str, bytes], called: str, name: str) -> dict[str, Any]:
-    """A JSON object in the zip. WeightsError."""
+def read_json_member(files: Mapping[str, bytes], called: str, name: str) -> dict[str, Any]:
+    """Parse a member as a JSON object.
+
+    Raises: WeightsError when it is missing or no JSON object.
+    """
     try:
         value = strict_json.parse(files[called])
     except KeyError:
@@ -175,15 +178,18 @@ def document(files: Mapping[str, bytes], called: str, name: str) -> dict[str, An
     except strict_json.JsonRejected as error:
         raise WeightsError(f"{name}: {called}: {error}. Export it again") from None
     if not isinstance(value, dict):
-        raise WeightsError(f"{name}: {called} is no JSON object. Export it again")
+        raise WeightsError(f"{name}: {called} is not a JSON object. Export it again")
     return value
 
 
 def check_contents(package: Package, checkpoint: Checkpoint, name: str) -> None:
-    """What stands beside the model is what stands inside it. WeightsError."""
+    """Compare plan, provenance and digest in the zip with those in the header of its model file.
+
+    Raises: WeightsError when they differ.
+    """
     for called, inside in ((PLAN, checkpoint.plan), (PROVENANCE, checkpoint.provenance)):
-        said = document(package.files, called, name)
-        if inside is None or said != json.loads(inside.model_dump_json()):
-            raise WeightsError(f"{name}: {called} is not that of the model beside it. Export it again")
-    if document(package.files, ABOUT, name).get("weights") != checkpoint.digest:
-        raise WeightsError(f"{name}: {ABOUT} names other weights than those beside it. Export it again")
+        found = read_json_member(package.files, called, name)
+        if inside is None or found != json.loads(inside.model_dump_json()):
+            raise WeightsError(f"{name}: {called} differs from the {called} inside the model. Export it again")
+    if read_json_member(package.files, ABOUT, name).get("weights") != checkpoint.digest:
+        raise WeightsError(f"{name}: {ABOUT} has another digest than the weights. Export it again")

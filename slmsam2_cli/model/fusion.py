@@ -1,19 +1,17 @@
-"""How the long and the short stream become one feature map.
+"""The fuser: how the outputs of the long and the short memory-attention stack become one feature map.
 
-`gated` keeps the norm: A_long + g (A_short - A_long), then two ConvNeXt blocks. The gate and the blocks start at
-zero, so that a fresh short stream changes nothing. `sum` is the published form, A_long + A_short, then the blocks
-with layer scale 1e-6 (Chen et al., arXiv:2505.01854).
+`gated` keeps the norm: A_long + g (A_short - A_long), then two ConvNeXt blocks. The gate and the layer scale of the blocks start at zero,
+so that a new short stack changes nothing. `sum` is the published form: A_long + A_short, then the blocks with layer scale 1e-6 (Chen et
+al., "SLM-SAM 2", arXiv:2505.01854).
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 from sam2.modeling.memory_encoder import CXBlock
 from torch import Tensor, nn
 
-FuserKind = Literal["gated", "sum"]
+from slmsam2_cli.planning.plan import FuserName
 
 
 def _blocks(width: int, layer_scale: float) -> nn.Sequential:
@@ -24,7 +22,7 @@ def _blocks(width: int, layer_scale: float) -> nn.Sequential:
 
 
 class GatedFuser(nn.Module):
-    """(B, C, h, w) long and short -> (B, C, h, w). One gate per channel; gate 0 is the long stream alone."""
+    """Fuse long and short (B, C, h, w) -> (B, C, h, w) with one gate per channel; gate 0 gives the long stack alone."""
 
     def __init__(self, width: int, gate: float = 0.0) -> None:
         super().__init__()
@@ -37,7 +35,7 @@ class GatedFuser(nn.Module):
 
 
 class SumFuser(nn.Module):
-    """The published fuser: (B, C, h, w) long and short -> (B, C, h, w)."""
+    """Fuse long and short (B, C, h, w) -> (B, C, h, w) by their sum, as published."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -48,6 +46,6 @@ class SumFuser(nn.Module):
         return fused
 
 
-def build_fuser(kind: FuserKind, width: int) -> nn.Module:
-    """The fuser asked for by name."""
+def build_fuser(kind: FuserName, width: int) -> nn.Module:
+    """Build the fuser that a plan names. width: channels C."""
     return GatedFuser(width) if kind == "gated" else SumFuser(width)

@@ -1,9 +1,8 @@
-"""SAM 2.1's parts at every size, assembled from the configurations that the package `sam2` carries.
+"""The parts of SAM 2.1 at every size, built from the configuration files of the package `sam2`.
 
-`nano` is the tiny configuration with the values below replaced: the same architecture, narrower everywhere
-(trunk, neck, memory, decoder), for slices of 128-256 px on a CPU.
-
-The prompt encoder, mask decoder and pointer heads, at widths that SAM 2 fixes in code and `nano` narrows.
+`nano` is the tiny configuration with the values below replaced: the same architecture with fewer channels everywhere (trunk, neck,
+memory, decoder), for slices of 128 to 256 px on a CPU. The widths of prompt encoder, mask decoder and pointer heads are fixed in SAM 2's
+code, so `build_heads` builds them here.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _CONFIG_FILES = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l", "na
 
 @dataclass(frozen=True)
 class Widths:
-    """Channels of a scaled-down SAM 2: first trunk stage, neck (and everything behind it), memory. Why these: explanation/network.md."""
+    """Channels of nano: first trunk stage, neck (and everything after it), memory. Reasons: docs/explanation/network.md."""
 
     trunk: int = 32
     neck: int = 128
@@ -36,7 +35,7 @@ class Widths:
 
 
 def nano_values(widths: Widths) -> dict[str, Any]:
-    """What nano replaces in the configuration of tiny."""
+    """Return the values of the tiny configuration that nano replaces."""
     neck, memory = widths.neck, widths.memory
     attention = {"embedding_dim": neck, "dropout": 0.0}
     return {
@@ -59,7 +58,7 @@ def nano_values(widths: Widths) -> dict[str, Any]:
             "layer": {
                 "d_model": neck,
                 "dim_feedforward": 4 * neck,
-                "dropout": 0.0,  # augmentation does its work, and on a CPU its random draws cost a tenth of a step
+                "dropout": 0.0,  # augmentation regularises instead; on a CPU the random draws took a tenth of a step
                 "self_attention": attention,
                 "cross_attention": attention | {"kv_in_dim": memory},
             },
@@ -78,7 +77,7 @@ def nano_values(widths: Widths) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class DecoderSize:
-    """The mask decoder's widths, which SAM 2 fixes in code: feed-forward, heads, and the IoU head."""
+    """Widths of the mask decoder: feed-forward, attention heads, hidden layer of the IoU head."""
 
     mlp: int = 2048
     heads: int = 8
@@ -87,10 +86,11 @@ class DecoderSize:
 
 @dataclass(frozen=True)
 class SizeOptions:
-    """What a size has besides its modules.
+    """Options of a network size.
 
-    native_size: the edge it was made for; carry_mask: the previous slice's mask enters the decoder as a dense prompt
-    and as a residual (needed to train from random weights in minutes, see docs/decisions.md); widths: of nano alone.
+    native_size: input size that it was designed for. carry_mask: the mask of the previous slice is a dense prompt of the decoder and a
+    residual of its logits (needed to train from random weights in minutes, docs/decisions.md). refine: whether there is a refiner.
+    widths: for nano only.
     """
 
     native_size: int
@@ -106,21 +106,15 @@ SIZE_OPTIONS = {size: _STOCK for size in get_args(NetworkSize)} | {
 }
 
 
-def _configuration(size: NetworkSize, input_size: int, widths: Widths) -> DictConfig:
+def sam2_parts(size: NetworkSize, input_size: int, widths: Widths | None = None) -> dict[str, Any]:
+    """Build the modules and settings of a network: keyword arguments of `SAM2Base`. input_size: in pixels, a multiple of 32."""
     path = Path(sam2.__path__[0]) / "configs" / "sam2.1" / f"sam2.1_hiera_{_CONFIG_FILES[size]}.yaml"
     model = OmegaConf.load(path).model
     if size == "nano":
-        model = OmegaConf.merge(model, OmegaConf.create(nano_values(widths)))
+        model = OmegaConf.merge(model, OmegaConf.create(nano_values(widths or SIZE_OPTIONS[size].widths)))
     model.image_size = input_size
     for attention in (model.memory_attention.layer.self_attention, model.memory_attention.layer.cross_attention):
         attention.feat_sizes = [input_size // 16, input_size // 16]
-    assert isinstance(model, DictConfig)
-    return model
-
-
-def sam2_parts(size: NetworkSize, input_size: int, widths: Widths | None = None) -> dict[str, Any]:
-    """Keyword arguments of `SAM2Base` for a size and a slice edge in px (a multiple of 32)."""
-    model = _configuration(size, input_size, widths or SIZE_OPTIONS[size].widths)
     plain = OmegaConf.to_container(model, resolve=True)
     assert isinstance(plain, dict)
     modules = {name: instantiate(part) for name, part in model.items() if isinstance(part, DictConfig)}
@@ -129,7 +123,7 @@ def sam2_parts(size: NetworkSize, input_size: int, widths: Widths | None = None)
 
 
 def build_heads(model: Any, size: DecoderSize) -> None:
-    """Give a `SAM2Base` its heads; with `DecoderSize()` they are SAM 2.1's, key for key."""
+    """Build prompt encoder, mask decoder and pointer heads of a `SAM2Base`; with `DecoderSize()` they have SAM 2.1's keys and shapes."""
     width, edge = model.hidden_dim, model.image_size // model.backbone_stride
     model.sam_prompt_embed_dim, model.sam_image_embedding_size = width, edge
     model.sam_prompt_encoder = PromptEncoder(

@@ -422,7 +422,7 @@ def test_what_is_not_whole_is_refused_and_nothing_is_written(
         (base | {"extra": torch.zeros(1)}, "unexpected: extra"),
         (base | {"no_mem_embed": torch.zeros(3)}, "of another shape: no_mem_embed"),
         (base | {"no_mem_embed": torch.full_like(base["no_mem_embed"], float("nan"))}, "not finite, in no_mem_embed"),
-        ({"resnet.weight": torch.zeros(3)}, "of no family known here"),
+        ({"resnet.weight": torch.zeros(3)}, "unsupported checkpoint"),
     ):
         path.write_bytes(pt_of(state))
         refused(cache, path, message)
@@ -460,7 +460,7 @@ def test_weights_of_another_size_name_the_network(cache: Path, tmp_path: Path, c
     import_weights(tmp_path / "knee.pt")
     read = load_base_weights("knee")
     assert read is not None
-    with pytest.raises(WeightsError, match=r"tiny \(fifo\): it is of network nano\. Run slmsam2 plan --network nano --overwrite"):
+    with pytest.raises(WeightsError, match=r"tiny \(fifo\): its network is nano\. Run slmsam2 plan --network nano --overwrite"):
         load_weights(build(size="tiny", policy="fifo"), read)
 
 

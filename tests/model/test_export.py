@@ -1,4 +1,4 @@
-"""A model as one zip: the same bytes every time, whole or refused, and nothing of it touched before it is trusted."""
+"""Exported models: the same bytes every time, and hostile or damaged zips are rejected."""
 
 import hashlib
 import io
@@ -72,12 +72,12 @@ def refused(data, match):
     assert str(caught.value).startswith("model.zip: ")
 
 
-def test_what_was_packed_comes_back_with_plan_provenance_licence_and_a_note():
+def test_a_packed_model_is_unpacked_with_plan_provenance_licence_and_readme():
     package = export.unpack(io.BytesIO(exported()), "model.zip")
     assert package.model == "model.safetensors" and package.files["model.safetensors"] == CONTENT
     assert set(package.files) == export.NAMES - {"adapter.safetensors", export.DIGESTS}
     assert json.loads(package.files["plan.json"])["labels"] == {"1": "liver", "2": "spleen"}
-    assert b"sam2.1-tiny, Apache-2.0" in package.files["LICENSE.txt"]
+    assert b"Pretrained weights: sam2.1-tiny, Apache-2.0" in package.files["LICENSE.txt"]
     note = package.files["README.txt"].decode()
     assert "for MR: liver, spleen." in note and "7 steps on 1 case(s)" in note and "uncalibrated" in note
 
@@ -89,14 +89,14 @@ def test_the_same_model_gives_the_same_bytes():
         assert archive.namelist() == sorted(archive.namelist())
 
 
-def test_an_adapter_says_whose_it_is():
+def test_the_readme_of_an_adapter_names_its_base():
     data = exported(required_base=RequiredBase(name="sam2.1-tiny", digest="f" * 64))
     package = export.unpack(io.BytesIO(data), "adapter.zip")
     assert package.model == "adapter.safetensors" and b"sam2.1-tiny, weights " + b"f" * 64 in package.files["README.txt"]
 
 
-def test_weights_without_a_plan_are_not_exported():
-    with pytest.raises(WeightsError, match="carries no plan"):
+def test_weights_without_a_plan_cannot_be_exported():
+    with pytest.raises(WeightsError, match="has no plan inside"):
         exported(plan=None)
 
 
@@ -117,31 +117,31 @@ def test_weights_without_a_plan_are_not_exported():
         ".slmsam2.lock",
     ],
 )
-def test_names_that_are_no_part_of_a_model_are_refused(name):
-    refused(rezipped(members(exported()) | {name: b"x"}), "no part of an exported model|holds a file twice|SHA256SUMS")
+def test_unexpected_names_are_rejected(name):
+    refused(rezipped(members(exported()) | {name: b"x"}), "unexpected file|contains a file twice|SHA256SUMS")
 
 
-def test_a_link_is_refused():
+def test_a_link_is_rejected():
     refused(rezipped(members(exported()), external_attr=(stat.S_IFLNK | 0o777) << 16, only="plan.json"), "plan.json is a link")
 
 
-def test_what_is_compressed_is_refused_before_it_is_read():
+def test_a_compressed_member_is_rejected_before_it_is_read():
     bomb = members(exported()) | {"README.txt": bytes(30 * 2**20)}
     refused(rezipped(bomb, compress_type=zipfile.ZIP_DEFLATED, only="README.txt"), "README.txt is compressed")
 
 
-def test_a_text_larger_than_texts_are_is_refused():
-    refused(rezipped(members(exported()) | {"README.txt": bytes(export.MOST_TEXT + 1)}), "README.txt claims")
+def test_a_text_file_above_the_limit_is_rejected():
+    refused(rezipped(members(exported()) | {"README.txt": bytes(export.MAX_TEXT_BYTES + 1)}), "README.txt claims")
 
 
-def test_a_member_that_claims_more_than_the_file_holds_is_refused():
+def test_a_member_larger_than_the_zip_is_rejected():
     data = bytearray(exported())
     start = data.index(b"PK\x01\x02")
     struct.pack_into("<II", data, start + 20, 2**30, 2**30)  # both sizes of the first member
-    refused(bytes(data), "claims 1073741824 bytes|not a whole zip")
+    refused(bytes(data), "claims 1073741824 bytes|not a complete zip")
 
 
-def test_a_file_that_is_there_twice_is_refused():
+def test_a_duplicate_member_is_rejected():
     memory = io.BytesIO(exported())
     with zipfile.ZipFile(memory, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("plan.json", b"{}")
@@ -149,7 +149,7 @@ def test_a_file_that_is_there_twice_is_refused():
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "plan.json", "LICENSE.txt"])
-def test_a_changed_byte_is_noticed_whatever_the_zip_says(name):
+def test_a_changed_byte_is_found_by_its_digest(name):
     files = members(exported())
     content = bytearray(files[name])
     content[0] ^= 1
@@ -158,36 +158,37 @@ def test_a_changed_byte_is_noticed_whatever_the_zip_says(name):
     with zipfile.ZipFile(memory, "w") as archive:
         for member, held in (files | {name: bytes(content), export.DIGESTS: listing}).items():
             archive.writestr(member, held)
-    refused(memory.getvalue(), f"{name} is not the file that was exported")
+    refused(memory.getvalue(), f"{name} has another SHA-256")
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda f: f.pop("model.safetensors"), "holds none"),
-        (lambda f: f.update({"adapter.safetensors": b"x"}), "holds model.safetensors and adapter.safetensors"),
+        (lambda f: f.pop("model.safetensors"), "contains none"),
+        (lambda f: f.update({"adapter.safetensors": b"x"}), "contains model.safetensors and adapter.safetensors"),
         (lambda f: f.update({"about.json": b'{"format_version": 99, "model": "model.safetensors"}'}), "99 is newer"),
+        (lambda f: f.update({"about.json": b'{"format_version": 1, "model": "model.safetensors"}'}), "1 was written by an earlier slmsam2"),
         (lambda f: f.update({"about.json": b'{"format_version": 1, "format_version": 1}'}), "about.json"),
-        (lambda f: f.update({"about.json": b"[]"}), "no JSON object"),
+        (lambda f: f.update({"about.json": b"[]"}), "not a JSON object"),
         (lambda f: f.pop("about.json"), "about.json is missing"),
     ],
 )
-def test_what_is_inconsistent_is_refused(change, match):
+def test_inconsistent_contents_are_rejected(change, match):
     files = members(exported())
     change(files)
     refused(rezipped(files), match)
 
 
-def test_without_digests_nothing_is_trusted():
+def test_a_zip_without_digests_is_rejected():
     refused(rezipped(members(exported()), listed=False), "SHA256SUMS is missing")
 
 
 @pytest.mark.parametrize("data", [b"", b"no zip at all", CONTENT])
-def test_what_is_no_zip_is_refused(data):
-    refused(data, "not a whole zip")
+def test_other_files_than_zips_are_rejected(data):
+    refused(data, "not a complete zip")
 
 
-def test_every_truncation_and_any_flipped_byte_gives_a_clean_refusal_or_the_very_files():
+def test_truncated_and_changed_zips_are_rejected_or_give_the_original_files():
     whole = exported()
     wanted = export.unpack(io.BytesIO(whole), "m").files
     changed = [whole[:k] for k in range(0, len(whole), 97)]
@@ -202,10 +203,10 @@ def test_every_truncation_and_any_flipped_byte_gives_a_clean_refusal_or_the_very
             pass
 
 
-def test_a_plan_beside_the_model_that_is_not_the_one_inside_is_refused():
+def test_a_plan_that_differs_from_the_one_inside_the_model_is_rejected():
     files = members(exported())
     other = json.loads(files["plan.json"]) | {"modality": "CT"}
     package = export.unpack(io.BytesIO(rezipped(files | {"plan.json": json.dumps(other).encode()})), "m")
-    with pytest.raises(WeightsError, match="plan.json is not that of the model"):
+    with pytest.raises(WeightsError, match="plan.json differs from the plan.json inside the model"):
         export.check_contents(package, checkpoint(), "m")
     export.check_contents(export.unpack(io.BytesIO(exported()), "m"), checkpoint(), "m")
