@@ -277,7 +277,7 @@ def test_an_edit_elsewhere_in_a_plan_for_many_volumes_leaves_the_rule_for_one_al
 
 
 def test_continue_and_overwrite_together_are_refused(dataset, tmp_path):
-    with pytest.raises(UsageError, match="contradict"):
+    with pytest.raises(UsageError, match="cannot be combined"):
         finetune(dataset, Workspace(tmp_path), cases=1, weights="random", resume=True, overwrite=True)
 
 
@@ -416,7 +416,7 @@ def test_tuning_everything_from_a_model_with_an_adapter_starts_from_what_it_did(
 
 def test_the_header_says_what_the_confidence_is_worth_and_on_which_volumes(tuned, capsys):
     found = read_checkpoint(tuned.model).calibration
-    assert found is not None and found.slices >= 20 and "volumes it learned from" in found.note
+    assert found is not None and found.slices >= 20 and "training cases" in found.note
     assert found.error_after < found.error_before
 
 
