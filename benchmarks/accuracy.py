@@ -37,7 +37,16 @@ from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.evaluation.metrics import Pair, measure
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.volume import read_labels
-from slmsam2_cli.model.checkpoint import Checkpoint, Provenance, fit, load_base_weights, read_checkpoint, save_checkpoint, save_weights
+from slmsam2_cli.model.checkpoint import (
+    Checkpoint,
+    Header,
+    Provenance,
+    load_base_weights,
+    load_weights,
+    read_checkpoint,
+    save_checkpoint,
+    save_weights,
+)
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.measure import measure as measure_dataset
 from slmsam2_cli.planning.plan import Plan, write_plan
@@ -172,7 +181,7 @@ def base_of(arm: Arm, folder: Path) -> tuple[str, Checkpoint]:
     network = base.network.model_copy(
         update={"policy": "fifo", "shared_memory": arm.network.get("shared_memory", False)}
     )  # untuned: as it is
-    save_weights(file, state, network, base.provenance)
+    save_weights(file, state, Header(network, base.provenance))
     found = load_base_weights(str(file))
     assert found is not None
     return str(file), found
@@ -214,7 +223,7 @@ def run(root: Path, arm: Arm, count: int, seed: int) -> Row:
             )
             held_out = [case.id for case in cases if case.id not in picked]
             model = SlmSam2(plan.network, plan.geometry.input_size)
-            fit(model, base)
+            load_weights(model, base)
             steps = published.train(model, [case for case in cases if case.id in picked], plan, seed)
             keep(space, model, plan, picked, held_out)
         else:
@@ -238,7 +247,7 @@ def picked_of(ids: Sequence[str], count: int, seed: int) -> set[str]:
 
 
 def keep(space: Workspace, model: SlmSam2, plan: Plan, picked: set[str], held_out: list[str]) -> None:
-    provenance = Provenance(base="nano", training=tuple(sorted(picked)))
+    provenance = Provenance(pretrained="nano", training=tuple(sorted(picked)))
     save_checkpoint(space.model, model, plan, provenance)
     atomic.write_json(space.split, {"training": sorted(picked), "held_out": held_out, "skipped": [], "finished": True})
 
@@ -255,7 +264,7 @@ def scores(root: Path, masks: Path, held_out: Sequence[str]) -> Iterator[Row]:
             if not (truth.voxels == value).any():
                 continue
             pair = Pair.of(truth.voxels == value, found == value, truth.grid.spacing_mm, metadata["array_axis"])
-            score = measure(pair, metadata["prompted_slices"].get(str(value), ()))
+            score = measure(pair, metadata["annotated_slices"].get(str(value), ()))
             assert score.unprompted is not None
             yield {"case": case.id, "label": value, "rest": score.unprompted["Dice"], **{key: rounded(score.all[key]) for key in KEYS}}
 

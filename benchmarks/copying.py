@@ -43,7 +43,7 @@ def main() -> None:
             continue
         truth = read_labels(labels[case], case=case, root=data.root)
         predicted = read_labels(space.predictions / metadata["output"], case=case, root=space.predictions).voxels
-        for value, slices in metadata["prompted_slices"].items():
+        for value, slices in metadata["annotated_slices"].items():
             mask = truth.voxels == int(value)
             for method, found in (copies(mask, slices, metadata["array_axis"]) | {"slmsam2": predicted == int(value)}).items():
                 score = (dice(mask, found), hd95(mask, found, truth.grid.spacing_mm))

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from zero_shot import CHOSEN_ON
 
-from slmsam2_cli.dataset.cache import make_frames
 from slmsam2_cli.dataset.dataset import read_dataset
+from slmsam2_cli.dataset.intensity import make_frames
 from slmsam2_cli.dataset.prompts import choose_slice
 from slmsam2_cli.io.volume import read_image, read_labels
 from slmsam2_cli.model.block_matching import warp_to_slice
-from slmsam2_cli.model.roi import around, box_of, pad_to_square, to_input
+from slmsam2_cli.model.roi import mask_box, pad_to_square, roi_around, to_input
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.rules import decide
 
@@ -40,8 +40,8 @@ def squares(root: Path, cases: set[str]) -> Iterator[tuple[Tensor, Tensor, int]]
         for value in plan.labels:
             masks = pad_to_square(torch.from_numpy(labels == value), px)
             given = choose_slice(masks.flatten(1).sum(1).numpy(), "middle")
-            square = around(box_of([masks[given]]), geometry.roi_scale or 2.0, px)
-            yield square.cut(stack, geometry.input_size), square.crop_masks(masks, geometry.input_size).float()[:, None], given
+            square = roi_around(mask_box([masks[given]]), geometry.roi_scale or 2.0, px)
+            yield square.crop(stack, geometry.input_size), square.crop_masks(masks, geometry.input_size).float()[:, None], given
 
 
 def carried(slices: Tensor, masks: Tensor, given: int, carry: Carry) -> list[float]:

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import binary_erosion
 
-from slmsam2_cli.dataset.cache import make_frames
 from slmsam2_cli.dataset.dataset import read_dataset
+from slmsam2_cli.dataset.intensity import make_frames
 from slmsam2_cli.io.volume import read_image, read_labels
 from slmsam2_cli.planning.plan import read_plan
 from slmsam2_cli.workspace import Workspace
@@ -58,7 +58,7 @@ def main() -> None:
     grey = view.oriented(((image.voxels[0] - low) / (high - low)).clip(0, 1))
     truth = view.oriented(read_labels(case.label, case=case.id, root=data.root).voxels)
     found = view.oriented(read_labels(space.predictions / metadata["output"], case=case.id, root=space.predictions).voxels)
-    given = {view.file_index(s) for slices in metadata["prompted_slices"].values() for s in slices}
+    given = {view.file_index(s) for slices in metadata["annotated_slices"].values() for s in slices}
     held = np.flatnonzero((truth > 0).any(axis=(1, 2)) | (found > 0).any(axis=(1, 2)))
     others = [t for t in range(held[0], held[-1] + 1) if t not in given]
     spread = np.linspace(0, len(others) - 1, 2 * COLUMNS - len(given)).round().astype(int)

@@ -22,7 +22,7 @@ from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.dataset.slices import AXES
 from slmsam2_cli.evaluation.metrics import dice
 from slmsam2_cli.inference.load_model import build_model
-from slmsam2_cli.inference.segment import PromptSource, segment_case
+from slmsam2_cli.inference.segment import PromptSource, Segmenter, segment_case
 from slmsam2_cli.io.volume import read_labels
 from slmsam2_cli.model.checkpoint import load_base_weights
 from slmsam2_cli.planning.fingerprint import Fingerprint
@@ -82,7 +82,7 @@ def scores_of(root: Path, weights: str) -> dict[str, tuple[float, float]]:
         held = [value for value in data.labels if (truth == value).any()]
         for name, plan in plans.items():
             started = time.perf_counter()
-            result = segment_case(case, data.root, source, models[plan.geometry.input_size], plan)
+            result = segment_case(case, data.root, source, Segmenter(models[plan.geometry.input_size], plan))
             seconds[name] += time.perf_counter() - started
             for value in held:
                 found[name].setdefault(value, []).append(dice(truth == value, result.labels == value))

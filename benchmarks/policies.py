@@ -19,7 +19,7 @@ import nibabel
 import numpy as np
 import torch
 
-from slmsam2_cli.inference.propagation import stored
+from slmsam2_cli.inference.propagation import to_bfloat16
 from slmsam2_cli.model.memory.policy import ReadContext
 from slmsam2_cli.model.slmsam2 import MemoryBank, SliceFeatures, SlmSam2
 from slmsam2_cli.planning.plan import POLICIES, NetworkPlan
@@ -56,13 +56,13 @@ class Run:
 
     def __init__(self, model: SlmSam2, first: SliceFeatures, mask: torch.Tensor, slices: int) -> None:
         self.model, self.slices = model, slices
-        self.bank = MemoryBank({0: stored(model.remember(first, model.condition_on_mask(first, mask), mask))})
+        self.bank = MemoryBank({0: to_bfloat16(model.remember(first, model.condition_on_mask(first, mask), mask))})
 
     def step(self, t: int, here: SliceFeatures) -> float:
         """Track and remember slice t; seconds."""
         started = time.perf_counter()
         moment = ReadContext(t, 1, self.bank.conditioning, self.bank.tracked, self.slices)
-        self.bank.write(t, stored(self.model.remember(here, self.model.track(here, self.bank, moment))))
+        self.bank.write(t, to_bfloat16(self.model.remember(here, self.model.track(here, self.bank, moment))))
         self.model.prune(self.bank, moment)
         return time.perf_counter() - started
 

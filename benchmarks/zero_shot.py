@@ -91,7 +91,7 @@ def of_case(case: Case, data: Dataset, space: Workspace, runs: dict[str, Path]) 
     slices = view.oriented(normalise(image.voxels, plan.intensity)[0])
     found = {method: read_labels(masks / metadata["output"], case=case.id, root=masks).voxels for method, masks in runs.items()}
     flows = Flows(slices)
-    for value, prompted in metadata["prompted_slices"].items():
+    for value, prompted in metadata["annotated_slices"].items():
         mask = view.oriented(truth.voxels == int(value))
         if not prompted:
             continue

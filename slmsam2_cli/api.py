@@ -20,21 +20,20 @@ from torch import Tensor
 from slmsam2_cli.dataset.dataset_json import Case
 from slmsam2_cli.dataset.discovery import stem
 from slmsam2_cli.device import DeviceName, choose_device
-from slmsam2_cli.inference import array_io, propagation
-from slmsam2_cli.inference import image_set as one_prompt
-from slmsam2_cli.inference.array_io import Array, Drawn, Match, Track, Window
+from slmsam2_cli.inference import array_io, image_set, propagation
+from slmsam2_cli.inference.array_io import Array, ArrayPrompts, Match, Track, Window
 from slmsam2_cli.inference.load_model import build_model, warnings_of
-from slmsam2_cli.inference.segment import SegmentedCase, segment_case
+from slmsam2_cli.inference.segment import SegmentedCase, Segmenter, segment_case
 from slmsam2_cli.io.strict_json import explain
 from slmsam2_cli.model import slmsam2, zoo
 from slmsam2_cli.model.calibration import Calibration
-from slmsam2_cli.model.checkpoint import RANDOM_WARNING, Checkpoint, fit, read_checkpoint, resolve_adapter
+from slmsam2_cli.model.checkpoint import RANDOM_WARNING, Checkpoint, load_weights, read_checkpoint, resolve_adapter
 from slmsam2_cli.model.export import model_in
 from slmsam2_cli.model.slmsam2 import SliceFeatures
 from slmsam2_cli.planning.plan import NetworkPlan, NetworkSize, Plan, read_plan
 
 FilePath = str | PathLike[str]
-Numbers = Array | Tensor
+ArrayLike = Array | Tensor
 Label = TypeVar("Label", bound=Hashable)
 
 
@@ -65,7 +64,7 @@ class SlmSam2:
         """Whether, of one channel, the network was taught to see the slices before and after as colours."""
         return self.plan is not None and self.plan.geometry.adjacent_slices
 
-    def encode(self, slices: Numbers, *, window: Window | None = None) -> SliceFeatures:
+    def encode(self, slices: ArrayLike, *, window: Window | None = None) -> SliceFeatures:
         """What the image encoder says of slices (T, H, W) or (T, C, H, W), all at once; sizes and window as in `propagate`.
 
         SliceFeatures on the network's device: top (T, C, px/16, px/16), fine (T, C/8, px/4, px/4) and (T, C/4, px/8, px/8).
@@ -82,7 +81,7 @@ def build(size: NetworkSize = "nano", *, input_size: int, seed: int = 0, device:
     size: nano, tiny, small, base_plus or large; input_size: edge of its input, a multiple of 32; options: further keys of
     `network` in plan.json, such as policy="fifo". ValueError, DeviceError.
     """
-    input_size, seed = _whole(input_size, "input_size"), _whole(seed, "seed")
+    input_size, seed = _as_int(input_size, "input_size"), _as_int(seed, "seed")
     try:
         made_of = NetworkPlan(size=size, **options)
     except ValidationError as error:
@@ -123,7 +122,7 @@ def load(
 def _checkpoint(path: FilePath, base: FilePath | None) -> Checkpoint:
     file = zoo.locate(str(path))
     checkpoint = read_checkpoint(model_in(file) if file.is_dir() else file)
-    if checkpoint.needs is None and base is not None:
+    if checkpoint.required_base is None and base is not None:
         raise ValueError(f"base: {checkpoint.name} is no adapter but a whole model; leave it out")
     return resolve_adapter(checkpoint, None if base is None else str(base))
 
@@ -137,12 +136,12 @@ def _plan_for(checkpoint: Checkpoint, plan: FilePath | Plan) -> Plan:
 def _build_without_plan(checkpoint: Checkpoint, input_size: int | None) -> slmsam2.SlmSam2:
     if input_size is None or checkpoint.network is None:
         raise ValueError(f"input_size: {checkpoint.name} carries no plan; give the edge of its input in pixels, or a plan")
-    network = slmsam2.SlmSam2(checkpoint.network, _whole(input_size, "input_size"))
-    fit(network, checkpoint)
+    network = slmsam2.SlmSam2(checkpoint.network, _as_int(input_size, "input_size"))
+    load_weights(network, checkpoint)
     return network
 
 
-def _whole(value: SupportsIndex, name: str) -> int:
+def _as_int(value: SupportsIndex, name: str) -> int:
     """A whole number of whatever type. ValueError."""
     try:
         return index(value)
@@ -151,7 +150,7 @@ def _whole(value: SupportsIndex, name: str) -> int:
 
 
 def propagate(
-    model: SlmSam2, slices: Numbers, prompts: Mapping[Label, Mapping[int, Numbers]], *, window: Window | None = None
+    model: SlmSam2, slices: ArrayLike, prompts: Mapping[Label, Mapping[int, ArrayLike]], *, window: Window | None = None
 ) -> dict[Label, Track]:
     """Masks of every object on every slice, from a few annotated slices of each.
 
@@ -174,7 +173,7 @@ def propagate(
 def segment(
     model: SlmSam2,
     image: FilePath | Sequence[FilePath],
-    prompts: FilePath | Numbers | Mapping[int | str, FilePath | Numbers],
+    prompts: FilePath | ArrayLike | Mapping[int | str, FilePath | ArrayLike],
     *,
     annotated_slices: Sequence[int] | None = None,
 ) -> SegmentedCase:
@@ -199,11 +198,12 @@ def segment(
         )
     paths = tuple(map(Path, given))
     case = Case(stem(paths[0]).removesuffix("_0000"), paths, None)
-    return segment_case(case, paths[0].parent, Drawn(prompts, annotated_slices), model.network, model.plan, model.calibration)
+    segmenter = Segmenter(model.network, model.plan, model.calibration)
+    return segment_case(case, paths[0].parent, ArrayPrompts(prompts, annotated_slices), segmenter)
 
 
 def segment_images(
-    model: SlmSam2, images: Numbers | Sequence[Numbers], prompts: Mapping[int, Numbers], *, window: Window | None = None
+    model: SlmSam2, images: ArrayLike | Sequence[ArrayLike], prompts: Mapping[int, ArrayLike], *, window: Window | None = None
 ) -> list[Match]:
     """One object on every image of a set without order, from one annotated image or a few (MedSAM-2's workflow).
 
@@ -216,5 +216,5 @@ def segment_images(
     views, frames = array_io.images_of(images, model.input_size, window)
     drawn = array_io.read_image_prompts(prompts, views)
     given = {i: array_io.mask_at_input_size(mask, views[i], model.input_size) for i, mask in drawn.items()}
-    found = one_prompt.segment_images(model.network, frames, given)
+    found = image_set.segment_images(model.network, frames, given)
     return [array_io.match_of(one, drawn.get(i), view, model.input_size) for i, (one, view) in enumerate(zip(found, views, strict=True))]

@@ -67,8 +67,8 @@ def test_the_prompted_slices_are_those_of_the_labels(scored: Workspace) -> None:
     for case, metadata in json.loads((scored.predictions / "manifest.json").read_text())["cases"].items():
         mask = np.asarray(nibabel.load(scored.predictions / f"{case}.nii.gz").dataobj).T
         truth = np.asarray(nibabel.load(SOURCE / "labelsTr" / f"{case}.nii.gz").dataobj).T
-        assert set(metadata["prompted_slices"]) == {"1", "2"}
-        for label, (given,) in metadata["prompted_slices"].items():
+        assert set(metadata["annotated_slices"]) == {"1", "2"}
+        for label, (given,) in metadata["annotated_slices"].items():
             axis = metadata["array_axis"]
             assert np.array_equal(mask.take(given, axis) == int(label), truth.take(given, axis) == int(label))
 

@@ -177,7 +177,7 @@ def _scores(predicted: Predicted, truth: Truth, options: Options) -> tuple[list[
 def _job(predicted: Predicted, truth: Truth, resample: bool, draws: bool, case: str, reference: Path, prediction: Path | None) -> Job:
     references, manifest = truth.references, predicted.manifest
     entry = manifest.cases.get(case) if manifest is not None else None
-    given = entry.prompted_slices if entry is not None else {} if manifest is not None and prediction is None else None
+    given = entry.annotated_slices if entry is not None else {} if manifest is not None and prediction is None else None
     return Job(
         case=case,
         group=group_of(case, predicted.seen),

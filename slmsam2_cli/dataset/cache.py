@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from slmsam2_cli.dataset.dataset import Case, Dataset, check_pair
-from slmsam2_cli.dataset.intensity import ChannelIntensityLike, normalise
+from slmsam2_cli.dataset.intensity import ChannelIntensityLike, make_frames
 from slmsam2_cli.dataset.slices import GeometryPlanLike, View
 from slmsam2_cli.errors import CaseError, OutputError, SlmSam2Error
 from slmsam2_cli.io import atomic
@@ -69,12 +69,6 @@ def check_not_truncated(case: PreparedCase) -> None:
             mapped = mapped.base
         if isinstance(mapped, mmap.mmap) and mapped.size() < len(mapped):
             raise atomic.ArrayError(f"case {case.id}: {name}.npy was cut short while it was in use")
-
-
-def make_frames(volume: Volume, geometry: GeometryPlanLike, intensity: Sequence[ChannelIntensityLike]) -> tuple[View, Array]:
-    """The view of a volume and its slices (C, T, H, W) float32 in 0…1."""
-    view = View.fit(volume, geometry)
-    return view, view.frames(normalise(volume.voxels, intensity))
 
 
 def read_pair(case: Case, dataset: Dataset) -> tuple[Volume, LabelVolume | None, tuple[str, ...]]:

@@ -11,6 +11,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from slmsam2_cli.dataset.slices import GeometryPlanLike, View
+from slmsam2_cli.io.volume import Volume
+
 Array = np.ndarray[Any, Any]
 
 
@@ -51,3 +54,9 @@ def normalise(voxels: Array, channels: Sequence[ChannelIntensityLike]) -> Array:
             for plane, target in zip(channel, out, strict=True):
                 target[...] = np.clip((plane.astype(np.float64) - low) / (high - low), 0.0, 1.0)
     return scaled
+
+
+def make_frames(volume: Volume, geometry: GeometryPlanLike, channels: Sequence[ChannelIntensityLike]) -> tuple[View, Array]:
+    """Turn a volume into a stack: its view, and the slices (C, T, H, W) float32 in [0, 1]."""
+    view = View.fit(volume, geometry)
+    return view, view.frames(normalise(volume.voxels, channels))

@@ -194,6 +194,24 @@ class View:
         inside = min(max(native_slice, start), end - 1) - start
         return min(int((inside + 0.5) * self.stack_shape[0] / (end - start)), self.stack_shape[0] - 1)
 
+    def project_slices(self, labels: Array, value: int, native_slices: Sequence[int]) -> dict[int, tuple[int, Array]]:
+        """Bring native slices of one label of a mask (Z, Y, X) to the stack: native slice -> (stack slice, mask (H, W) bool).
+
+        Slices outside the crop are left out. A structure too thin for the stack's pixels keeps those that it covers best.
+        """
+        (start, end), cut, (_, height, width) = self.box[0], self.cropped(labels), self.stack_shape
+        rows, columns = interpolation_matrix(cut.shape[1], height), interpolation_matrix(cut.shape[2], width)
+        found = {}
+        for native_slice in (t for t in native_slices if start <= t < end):
+            cover = resample_plane((cut[native_slice - start] == value).astype(np.float32), rows, columns)
+            mask = np.asarray(cover >= min(0.5, float(cover.max()))) & (cover > 0)
+            found[native_slice] = self.to_stack(native_slice), mask
+        return found
+
+    def by_file_slice(self, values: Array) -> dict[int, float]:
+        """Give every slice of the file inside the crop the value (T,) of the stack slice that shows it: file slice -> value."""
+        return {self.file_index(t): float(values[self.to_stack(t)]) for t in range(*self.box[0])}
+
     def cropped(self, array: Array) -> Array:
         """(..., Z, Y, X) -> (..., T', R', C'): oriented and cropped, a view."""
         ranges: tuple[Any, ...] = tuple(slice(start, end) for start, end in self.box)

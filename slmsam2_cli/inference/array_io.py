@@ -24,7 +24,7 @@ from slmsam2_cli.dataset.dataset_json import Case
 from slmsam2_cli.dataset.intensity import normalise
 from slmsam2_cli.dataset.prompts import Prompts, mask_to_prompts, read_annotated_mask, restore_annotated
 from slmsam2_cli.dataset.slices import View
-from slmsam2_cli.inference.image_set import Found
+from slmsam2_cli.inference.image_set import ImageResult
 from slmsam2_cli.inference.propagation import AnnotatedSlice, Propagation
 from slmsam2_cli.inference.segment import annotated_slices_of, restore_labels
 from slmsam2_cli.io.image import Grid
@@ -75,7 +75,7 @@ class _Scheme:
     upper: float
 
 
-def numbers(value: object, name: str) -> Array:
+def as_array(value: object, name: str) -> Array:
     """A NumPy array or torch tensor of finite numbers or booleans as a NumPy array. ValueError."""
     if isinstance(value, Tensor):
         if value.layout != torch.strided:
@@ -94,9 +94,9 @@ def numbers(value: object, name: str) -> Array:
     return value
 
 
-def mask_of(value: object, shape: tuple[int, ...], name: str) -> Array:
+def as_mask(value: object, shape: tuple[int, ...], name: str) -> Array:
     """A mask of that shape as bool; 0 and one other value may occur in it. ValueError."""
-    mask = numbers(value, name)
+    mask = as_array(value, name)
     if mask.shape != shape:
         raise ValueError(f"{name}: shape {mask.shape}, but the image's is {shape}")
     painted: Array = mask != 0
@@ -114,7 +114,7 @@ def frame(
     window: the grey values that become 0 and 1; "percentile": the stack's own, as plans have it for all but CT; None: the values
     are from 0 to 1 already. adjacent_slices: of one channel, the slices before and after are colours, too. ValueError.
     """
-    stack = numbers(slices, name)
+    stack = as_array(slices, name)
     if stack.ndim not in (3, 4):
         raise ValueError(f"{name}: shape {stack.shape}; give (T, H, W) or (T, C, H, W)")
     stack = stack[None] if stack.ndim == 3 else stack.swapaxes(0, 1)
@@ -165,15 +165,15 @@ def mask_to_promptss(masks: object, view: View, name: str) -> Prompts:
         raise ValueError(f"{name}: give {{slice index: mask}}, one annotated slice at least")
     labels = np.zeros(view.grid.shape, np.uint8)
     for index, mask in masks.items():
-        place = number(index, count, name, "slice")
-        labels[place] = mask_of(mask, tuple(size), f"{name}, slice {place}")
+        place = check_index(index, count, name, "slice")
+        labels[place] = as_mask(mask, tuple(size), f"{name}, slice {place}")
     if not labels.any():
         raise ValueError(f"{name}: every mask is empty; annotate a slice that holds the object")
     slices = tuple(sorted(int(index) for index in masks))
     return Prompts(labels, {_OBJECT: slices}, slices)
 
 
-def number(index: object, count: int, name: str, what: str) -> int:
+def check_index(index: object, count: int, name: str, what: str) -> int:
     """An index from 0 to count - 1. ValueError."""
     if isinstance(index, bool) or not isinstance(index, int | np.integer) or not 0 <= index < count:
         raise ValueError(f"{name}: no {what} {index!r}; they are numbered from 0 to {count - 1}")
@@ -186,7 +186,7 @@ def annotated_slices_on(prompts: Prompts, view: View, input_size: int) -> list[A
 
 
 def track_of(found: Propagation, prompts: Prompts, view: View, input_size: int) -> Track:
-    """What was found, at the stack's own size; annotated slices exactly as drawn."""
+    """What was found, at the stack's own size; annotated slices exactly as annotated."""
     mask = restore_annotated(restore_labels({_OBJECT: found}, view, input_size), prompts, view) == _OBJECT
     return Track(mask, found.confidence.numpy(), found.disagreement.numpy())
 
@@ -194,7 +194,7 @@ def track_of(found: Propagation, prompts: Prompts, view: View, input_size: int) 
 def images_of(images: object, input_size: int, window: Window | None) -> tuple[list[View], Tensor]:
     """How each image (H, W) or (C, H, W) fits the frame, and what the network sees of them: (N, C, px, px), C at least 3. ValueError."""
     if isinstance(images, np.ndarray | Tensor):
-        images = [*numbers(images, "images")] if images.ndim in (3, 4) else None
+        images = [*as_array(images, "images")] if images.ndim in (3, 4) else None
     if not isinstance(images, Sequence) or isinstance(images, str) or not images:
         raise ValueError("images: give an array (N, H, W) or (N, C, H, W), or a list of arrays (H, W) or (C, H, W)")
     views, frames = zip(*(_image(image, input_size, window, f"images[{i}]") for i, image in enumerate(images)))
@@ -204,7 +204,7 @@ def images_of(images: object, input_size: int, window: Window | None) -> tuple[l
 
 
 def _image(image: object, input_size: int, window: Window | None, name: str) -> tuple[View, Tensor]:
-    pixels = numbers(image, name)
+    pixels = as_array(image, name)
     if pixels.ndim not in (2, 3):
         raise ValueError(f"{name}: shape {pixels.shape}; give (H, W) or (C, H, W)")
     return frame(pixels[None], input_size, window, name)
@@ -214,28 +214,28 @@ def read_image_prompts(masks: object, views: list[View]) -> dict[int, Array]:
     """The annotated images: index -> mask (H, W) bool at the image's own size. ValueError."""
     if not isinstance(masks, Mapping):
         raise ValueError("prompts: give {image index: mask}")
-    places = {number(index, len(views), "prompts", "image"): mask for index, mask in masks.items()}
-    drawn = {i: mask_of(mask, views[i].grid.shape[1:], f"prompts, image {i}") for i, mask in places.items()}
-    if not any(mask.any() for mask in drawn.values()):
+    places = {check_index(index, len(views), "prompts", "image"): mask for index, mask in masks.items()}
+    annotated = {i: as_mask(mask, views[i].grid.shape[1:], f"prompts, image {i}") for i, mask in places.items()}
+    if not any(mask.any() for mask in annotated.values()):
         raise ValueError("prompts: no mask holds the object; annotate an image that does")
-    return drawn
+    return annotated
 
 
 def mask_at_input_size(mask: Array, view: View, input_size: int) -> Tensor:
     """A mask (H, W) on the frame: (px, px) bool."""
-    anchors = annotated_slices_of(Prompts(mask[None].astype(np.uint8), {_OBJECT: (0,)}, ()), view, (_OBJECT,), input_size)
-    return anchors[_OBJECT][0].mask if anchors else torch.zeros(input_size, input_size, dtype=torch.bool)
+    slices = annotated_slices_of(Prompts(mask[None].astype(np.uint8), {_OBJECT: (0,)}, ()), view, (_OBJECT,), input_size)
+    return slices[_OBJECT][0].mask if slices else torch.zeros(input_size, input_size, dtype=torch.bool)
 
 
-def match_of(found: Found, drawn: Array | None, view: View, input_size: int) -> Match:
-    """What was found on one image, at its own size; an annotated image exactly as drawn."""
+def match_of(found: ImageResult, annotated: Array | None, view: View, input_size: int) -> Match:
+    """What was found on one image, at its own size; an annotated image exactly as annotated."""
     alone = Propagation(found.logits[None], torch.tensor([found.confidence]), torch.tensor([torch.nan]))
-    mask = drawn if drawn is not None else restore_labels({_OBJECT: alone}, view, input_size)[0] == _OBJECT
+    mask = annotated if annotated is not None else restore_labels({_OBJECT: alone}, view, input_size)[0] == _OBJECT
     return Match(mask, found.confidence, found.nearest, found.similarity, found.warning)
 
 
 @dataclass(frozen=True, eq=False)
-class Drawn:
+class ArrayPrompts:
     """masks: one mask that holds label values, or one mask a label, by the label's value or name; each an array (Z, Y, X) on the
     image's grid or the path of a file. annotated_slices: further slices on which nothing is painted because nothing is there,
     numbered as the file stores them; None when nobody listed any.
@@ -270,7 +270,7 @@ class Drawn:
         for key, mask in masks.items():
             name = f"prompts[{key!r}]"
             value = _value_of(key, plan)
-            painted = mask_of(_voxels(mask, name, case, image, view), view.grid.shape, name)
+            painted = as_mask(_voxels(mask, name, case, image, view), view.grid.shape, name)
             if (other := joined[painted]).any():
                 raise ValueError(f"{name}: {np.count_nonzero(other)} of its voxels are painted as label {other[other != 0][0]} too")
             joined[painted] = value
@@ -282,7 +282,7 @@ class Drawn:
         if not isinstance(self.annotated_slices, Sequence | np.ndarray):
             raise ValueError(f"annotated_slices: {self.annotated_slices!r}; give a list of slice numbers")
         count = view.native_slices()
-        return tuple(view.file_index(number(index, count, "annotated_slices", "slice")) for index in self.annotated_slices)
+        return tuple(view.file_index(check_index(index, count, "annotated_slices", "slice")) for index in self.annotated_slices)
 
 
 def _voxels(mask: object, name: str, case: Case, image: Volume, view: View) -> Array:
@@ -290,7 +290,7 @@ def _voxels(mask: object, name: str, case: Case, image: Volume, view: View) -> A
     if isinstance(mask, str | PathLike):
         path = Path(mask)
         return read_annotated_mask(path, view, image, case=case.id, root=path.parent)
-    voxels = numbers(mask, name)
+    voxels = as_array(mask, name)
     if voxels.shape != view.grid.shape:
         raise ValueError(f"{name}: shape {voxels.shape}, but the image's is {view.grid.shape} (z, y, x)")
     return voxels

@@ -1,9 +1,9 @@
-"""Where a person marked the end, the mask tapers towards it: what is known without looking at the image.
+"""Taper a mask towards an end mark: the mask expected between an annotated slice and the slice on which the structure has ended.
 
-Between an annotated slice and an end mark a structure is about as an ellipsoid: a share u of the way there, its outline has moved
-inwards by 1 - sqrt(1 - u²) of the distance from the outline to the middle; it lies where the network's mask lies. Mixed with what the
-network says, before the slice is remembered, it brings back masks that vanish too early and shrinks those that would stay. SHARE, STEEP
-and ENOUGH were chosen on the cases that docs/decisions.md names.
+Between the two, a structure is roughly an ellipsoid: at a fraction u of the way, its outline has moved inwards by 1 - sqrt(1 - u²) of
+the distance from the outline to the middle. The expected mask is centred on the network's mask and mixed into it before the slice enters
+memory: masks that vanish too early come back, masks that would stay shrink. SHARE, SLOPE and MIN_AREA_RATIO were chosen on the cases
+named in docs/decisions.md.
 """
 
 from __future__ import annotations
@@ -16,55 +16,55 @@ import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from slmsam2_cli.inference.label_prior import SURE
+from slmsam2_cli.inference.label_prior import MAX_LOGIT
 from slmsam2_cli.model.slmsam2 import SliceOutput, with_mask
 
-SHARE = 0.35  # what the taper counts; the network counts the rest
+SHARE = 0.35  # weight of the taper; the network has the rest
 SLOPE = 40.0  # logits from the outline to the middle
-MIN_AREA_RATIO = 0.25  # area of the network's mask over what is expected, from which on it says where the structure is
+MIN_AREA_RATIO = 0.25  # area of the network's mask over the expected area from which on the taper is centred on that mask
 
 
 class EndTaper:
-    """From the mask (px, px) of slice `start` to nothing on slice `end`, for a network that draws masks of edge `edge`.
+    """The expected masks (edge, edge) from the annotated mask (px, px) of slice `start` to the empty slice `end`.
 
-    Where the mask meets the edge of the frame, its outline stays: it may go on behind it.
+    Where the mask meets the edge of the image its outline stays, since the structure may continue outside.
     """
 
     def __init__(self, mask: Tensor, start: int, end: int, edge: int) -> None:
         cover = F.adaptive_avg_pool2d(mask[None].float(), edge)[0]
-        held = ((cover >= cover.max().clamp(max=0.5)) & (cover > 0)).numpy()  # too thin for its pixels, it keeps the best of them
+        held = ((cover >= cover.max().clamp(max=0.5)) & (cover > 0)).numpy()  # a structure too thin for the pixels keeps the best of them
         depth = np.ones(held.shape) if held.all() else distance_transform_edt(held) - distance_transform_edt(~held)
         self.depth = torch.from_numpy(depth / depth.max()).float()[None, None]
         self.start, self.end = start, end
 
     def logits(self, t: int, seen: Tensor | None = None) -> Tensor:
-        """(1, 1, n, n) on slice t, within ±SURE; moved to where the mask `seen` (n, n) lies, where it is large enough to tell."""
+        """Compute the logits (1, 1, n, n) of slice t within ±MAX_LOGIT, centred on the mask `seen` (n, n) if that is large enough."""
         way = abs(t - self.start) / abs(self.end - self.start)
         depth = self.depth - 1 + math.sqrt(max(0.0, 1 - way**2))
         expected = depth[0, 0] > 0
         if seen is not None and expected.any() and int(seen.sum()) >= MIN_AREA_RATIO * int(expected.sum()):
             (row, column), (from_row, from_column) = _middle(seen), _middle(expected)
             depth = _moved(depth, round(row - from_row), round(column - from_column))
-        return (SLOPE * depth).clamp(-SURE, SURE)
+        return (SLOPE * depth).clamp(-MAX_LOGIT, MAX_LOGIT)
 
-    def followed(self, output: SliceOutput, t: int) -> SliceOutput:
-        """The output of one object on slice t, with the taper mixed in."""
+    def weighted(self, output: SliceOutput, t: int) -> SliceOutput:
+        """Mix the taper into the output of one object on slice t."""
         expected = self.logits(t, output.chosen[0, 0].cpu() > 0).to(output.chosen)
-        chosen = torch.lerp(output.chosen.clamp(-SURE, SURE), expected, SHARE)
+        chosen = torch.lerp(output.chosen.clamp(-MAX_LOGIT, MAX_LOGIT), expected, SHARE)
         object_score = torch.lerp(
-            output.object_score.float().clamp(-SURE, SURE), expected.max().float().expand_as(output.object_score), SHARE
+            output.object_score.float().clamp(-MAX_LOGIT, MAX_LOGIT), expected.max().float().expand_as(output.object_score), SHARE
         )
         return with_mask(output, chosen, object_score)
 
 
 def _middle(mask: Tensor) -> tuple[float, float]:
-    """Row and column of the centre of a mask (n, n) that is not empty."""
+    """Compute row and column of the centre of a mask (n, n) that is not empty."""
     row, column = mask.nonzero().float().mean(dim=0).tolist()
     return row, column
 
 
 def _moved(depth: Tensor, rows: int, columns: int) -> Tensor:
-    """(1, 1, n, n), moved by whole pixels; what comes in from outside is as deep as the rim it comes over."""
+    """Shift (1, 1, n, n) by whole pixels; pixels from outside repeat the border."""
     edge = depth.shape[-1]
     place = torch.arange(edge)
     return depth[..., (place - rows).clamp(0, edge - 1), :][..., (place - columns).clamp(0, edge - 1)]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from slmsam2_cli.inference.propagation import ABSENT, FeatureCache, confidence_of, stored
+from slmsam2_cli.inference.propagation import ABSENT, FeatureCache, confidence_of, to_bfloat16
 from slmsam2_cli.model.memory.features import similarity
 from slmsam2_cli.model.memory.policy import ReadContext
 from slmsam2_cli.model.memory.selfsort import SelfSort
@@ -25,12 +25,12 @@ from slmsam2_cli.model.memory.shortlong import ShortLongSelfSort
 from slmsam2_cli.model.slmsam2 import MemoryBank, SliceOutput, SlmSam2
 
 UNORDERED = 0  # the step of a pass through images: none lies behind another
-_NOWHERE = -1  # no image's number
+_NO_IMAGE = -1  # no image's number
 BankPolicy = SelfSort | ShortLongSelfSort
 
 
 @dataclass(frozen=True)
-class Found:
+class ImageResult:
     """One object on one image.
 
     logits (n, n) float32, below 0 where absent; confidence: object score probability times predicted IoU, 1 on annotated images;
@@ -57,7 +57,7 @@ def segment_images(
     prompts: Mapping[int, Tensor],
     policy: BankPolicy | None = None,
     advance: Callable[[int], None] = lambda images: None,
-) -> list[Found]:
+) -> list[ImageResult]:
     """One object on every image, in the order given.
 
     images (N, C, px, px) in [0, 1]; prompts: index of an annotated image -> its mask (px, px) bool; an empty mask says that the
@@ -90,34 +90,34 @@ class _ImageSet:
         self.features = FeatureCache(model, images, batch=1)  # an image's features must not depend on its neighbours in a batch
         self.bank = MemoryBank()
 
-    def segment(self, given: Mapping[int, Tensor]) -> dict[int, Found]:
+    def segment(self, given: Mapping[int, Tensor]) -> dict[int, ImageResult]:
         """Both rounds. given: number of an annotated image -> its mask (px, px)."""
         found = {i: self._anchor(i, given[i]) for i in sorted(given)}
         nearest = {i: self._nearest(i) for i in range(len(self.features.frames)) if i not in given}
         order = sorted(nearest, key=lambda i: (-nearest[i][1], i))
         for i in order:
-            self.bank.write(i, stored(self.model.remember(self.features[i], self._track(i, self.bank))))
+            self.bank.write(i, to_bfloat16(self.model.remember(self.features[i], self._track(i, self.bank))))
             self.model.prune(self.bank, self._context(i, self.bank), self.policy)
             self.advance(1)
-        self.model.prune(self.bank, self._context(_NOWHERE, self.bank), self.policy)  # now the bank's members alone are left
+        self.model.prune(self.bank, self._context(_NO_IMAGE, self.bank), self.policy)  # now the bank's members alone are left
         for i in order:
             others = {s: memory for s, memory in self.bank.tracked.items() if s != i}
             found[i] = self._found(self._track(i, MemoryBank(self.bank.conditioning, others)), *nearest[i])
             self.advance(1)
         return found
 
-    def _anchor(self, i: int, mask: Tensor) -> Found:
+    def _anchor(self, i: int, mask: Tensor) -> ImageResult:
         """The annotated word, stored if the object is there."""
         drawn = mask.float()[None, None].to(self.model.device)
         output = self.model.condition_on_mask(self.features[i], drawn)
         if bool(mask.any()):
-            self.bank.conditioning[i] = stored(self.model.remember(self.features[i], output, drawn))
-        return Found(output.logits[0, 0].float().cpu(), 1.0, i, 1.0)
+            self.bank.conditioning[i] = to_bfloat16(self.model.remember(self.features[i], output, drawn))
+        return ImageResult(output.logits[0, 0].float().cpu(), 1.0, i, 1.0)
 
     def _nearest(self, i: int) -> tuple[int, float]:
         """(annotated image, similarity) of the one whose object this image resembles most."""
-        traces = [memory.stats for memory in self.bank.conditioning.values()]
-        vectors, areas = torch.cat([t.vector for t in traces]), torch.cat([t.area for t in traces])
+        stats = [memory.stats for memory in self.bank.conditioning.values()]
+        vectors, areas = torch.cat([t.vector for t in stats]), torch.cat([t.area for t in stats])
         alike = dict(zip(self.bank.conditioning, similarity(vectors, areas, self.features[i].top[0]).tolist()))
         nearest = max(alike, key=lambda anchor: (alike[anchor], -anchor))
         return nearest, alike[nearest]
@@ -128,8 +128,8 @@ class _ImageSet:
     def _track(self, i: int, bank: MemoryBank) -> SliceOutput:
         return self.model.track(self.features[i], bank, self._context(i, bank), self.policy)
 
-    def _found(self, output: SliceOutput, nearest: int, alike: float) -> Found:
+    def _found(self, output: SliceOutput, nearest: int, alike: float) -> ImageResult:
         wanted = self.policy.min_similarity
         warning = f"resembles no annotated image (similarity {alike:.2f}, wanted {wanted:.2f}). Check it, or annotate one like it"
         logits = output.logits[0, 0].float().clamp(min=ABSENT).cpu()
-        return Found(logits, confidence_of(output), nearest, alike, warning if alike < wanted else "")
+        return ImageResult(logits, confidence_of(output), nearest, alike, warning if alike < wanted else "")

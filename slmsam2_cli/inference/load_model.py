@@ -26,7 +26,7 @@ from slmsam2_cli.inference.segment import PromptSource
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.volume import read_labels
 from slmsam2_cli.model import adapters
-from slmsam2_cli.model.checkpoint import Checkpoint, fit, label_unet_of, load_base_weights, read_checkpoint, resolve_adapter
+from slmsam2_cli.model.checkpoint import Checkpoint, label_unet_of, load_base_weights, load_weights, read_checkpoint, resolve_adapter
 from slmsam2_cli.model.export import model_in
 from slmsam2_cli.model.label_unet import LabelUNet
 from slmsam2_cli.model.slmsam2 import SlmSam2
@@ -85,7 +85,7 @@ def choose_model(
 def _named(model: Path, weights: str | None) -> Checkpoint:
     """The model in a file or folder; an adapter comes with its base."""
     checkpoint = read_checkpoint(model_in(model) if model.is_dir() else model)
-    if checkpoint.needs is None and weights is not None:
+    if checkpoint.required_base is None and weights is not None:
         raise UsageError("--model and --weights both name a model. Give one of them")
     return resolve_adapter(checkpoint, weights)
 
@@ -140,7 +140,7 @@ def build_model(checkpoint: Checkpoint, plan: Plan) -> SlmSam2:
     The adapter for the plan's modality is in force, merged where it can be. WeightsError.
     """
     model = SlmSam2(plan.network, plan.geometry.input_size)
-    fit(model, checkpoint, plan.modality)
+    load_weights(model, checkpoint, plan.modality)
     adapters.ensure_projection(model, plan.modality, len(plan.channels), checkpoint.name)
     adapters.merge(model)
     model.calibration = checkpoint.calibration_for(plan.modality)

@@ -1,43 +1,40 @@
-"""What a folder of masks remembers: for every mask a record of what it was made from, and the manifest they add up to.
+"""What predict saves with its masks: one record per mask, and the manifest that collects them.
 
-MASKS/.slmsam2/HASH.json  one mask: what it was made from (`key`), its digest, its account for the manifest
-MASKS/manifest.json       the accounts of all masks that are there
+MASKS/.slmsam2/HASH.json  one mask: a digest of its inputs (`key`), its own SHA-256, its metadata for the manifest
+MASKS/manifest.json       the metadata of all masks in the folder:
 
-A record says that the mask is about to be written before it is, and that it is done afterwards, so that a run which is
-killed in between knows the mask for its own.
-
-What predict wrote beside its masks: which slices were given for which label, which cases the model had learned from.
-
-`MASKS/manifest.json`:
-
-    {"format_version": 1, "tool_version": "…", "model": {…digests…},
+    {"format_version": 2, "tool_version": "…", "model": {…digests…},
      "cases": {"<case id>": {"output": "<file>", "slice_axis": "SI", "array_axis": 0,
-                             "prompted_slices": {"1": [12]}, "training": false,
+                             "annotated_slices": {"1": [12]}, "training": false,
                              "confidence": {"1": {"mean": 0.9, "slices": {"11": 0.8, …}}}, "disagreement": {"1": {"11": 0.1}}, …}}}
 
-array_axis: the (z, y, x) axis of the stored array along which slices are numbered; prompted_slices: label value -> indices along it.
-Scores rest on these; confidence and disagreement are only shown, so what cannot be understood of them is left out. Other keys are
-left alone.
+array_axis: the axis of the stored array (z, y, x) along which slices are numbered; annotated_slices: label value -> indices along it.
+training: whether the model was trained on the case. Scores rest on these; confidence and disagreement are only shown, so values that
+cannot be read are left out. Other keys are ignored.
+
+A record is written before its mask, as unfinished, and again afterwards, so that the next run knows a mask that a killed run left.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator
 
 from slmsam2_cli.errors import SlmSam2Error, UsageError
 from slmsam2_cli.io import atomic
-from slmsam2_cli.io.volume import image_ending, read_labels, volume_files
+from slmsam2_cli.io.volume import Volume, image_ending, read_labels, volume_files, write_mask
 
 MANIFEST = "manifest.json"
+FORMAT_VERSION = 2  # of the manifest and of the records
 _FOLDER = ".slmsam2"
-_TURN = ".slmsam2-manifest.lock"
+_LOCK_FILE = ".slmsam2-manifest.lock"
 Record = dict[str, Any]
 
 
@@ -48,22 +45,27 @@ class Records:
     masks: Path
 
     def read(self, case_id: str) -> Record:
-        """The record of a case; empty when there is none that can be used."""
+        """Read the record of a case; empty when there is none of this format."""
         record = _load(self._path(case_id))
         return record if record.get("case") == case_id else {}
 
     def begin(self, case_id: str) -> None:
-        """The mask of this case is about to be written. OutputError."""
-        atomic.write_json(self._path(case_id), {"format_version": 1, "case": case_id, "unfinished": True})
+        """Record that the mask of a case is about to be written."""
+        atomic.write_json(self._path(case_id), {"format_version": FORMAT_VERSION, "case": case_id, "unfinished": True})
 
-    def finish(self, case_id: str, key: str, metadata: Record) -> None:
-        """The mask that `account` names as output is written. OutputError."""
-        digest = atomic.sha256_of(self.masks / metadata["output"])
-        record = {"format_version": 1, "case": case_id, "key": key, "sha256": digest, "metadata": metadata}
-        atomic.write_json(self._path(case_id), record)
+    def save(self, case_id: str, key: str, labels: NDArray[Any], image: Volume, metadata: Record) -> None:
+        """Write the mask (Z, Y, X) of a case in the format of its image, and its record.
+
+        Raises: OutputError when a file cannot be written; the record then says that the mask is unfinished.
+        """
+        self.begin(case_id)
+        mask = self.masks / f"{case_id}{image.source.mask_ending}"
+        write_mask(mask, labels, image)
+        record = {"format_version": FORMAT_VERSION, "case": case_id, "key": key, "sha256": atomic.sha256_of(mask)}
+        atomic.write_json(self._path(case_id), record | {"metadata": {"output": mask.name} | metadata})
 
     def mark_stale(self, case_id: str) -> str | None:
-        """Mark an earlier mask of a case that now fails as out of date; the name of the mask, if there is one. OutputError."""
+        """Mark the earlier mask of a case that now fails as out of date. Returns its file name, None when there is no such mask."""
         record = self.read(case_id)
         if not self.intact(record):
             return None
@@ -71,55 +73,56 @@ class Records:
         return str(record["metadata"]["output"])
 
     def unmark_stale(self, case_id: str) -> None:
-        """What made the case fail is as it was before, and so is its mask. OutputError."""
+        """Mark a mask as up to date again, since its inputs are as they were."""
         record = self.read(case_id)
         if record.pop("stale", False):
             atomic.write_json(self._path(case_id), record)
 
     def intact(self, record: Record) -> bool:
-        """Whether the mask of a record is the one that was written."""
+        """Return whether the mask of a record is still the file that was written."""
         path = self._mask(record)
         return path is not None and atomic.sha256_of(path) == record.get("sha256")
 
     def files_named(self, case_id: str) -> list[Path]:
-        """Files in the folder that carry the name of this case's mask."""
+        """List the files that have the name of this case's mask, whatever their format."""
         if not self.masks.is_dir():
             return []
         return [p for p in sorted(self.masks.iterdir()) if (ending := image_ending(p)) and p.name[: -len(ending)] == case_id]
 
-    def write_manifest(self, head: Record) -> None:
-        """One account of the whole folder, from every record whose mask is there, under what `head` says of this run. OutputError.
+    def write_manifest(self, header: Record) -> None:
+        """Write the manifest: `header`, and the metadata of every case whose mask is in the folder.
 
-        Runs that share the folder take turns, so that none writes a manifest of records older than those another has read.
+        Runs that share the folder wait for each other, so that none writes a manifest from records that another has since replaced.
         """
-        with atomic.wait_for_lock(self.masks / _TURN):
+        with atomic.wait_for_lock(self.masks / _LOCK_FILE):
             folder = self.masks / _FOLDER
             records = [_load(path) for path in sorted(folder.glob("*.json"))] if folder.is_dir() else []
             kept = {r["case"]: r["metadata"] for r in records if not r.get("stale") and self._mask(r)}
-            atomic.write_json(self.masks / MANIFEST, head | {"cases": {case: kept[case] for case in sorted(kept)}})
+            atomic.write_json(self.masks / MANIFEST, header | {"cases": {case: kept[case] for case in sorted(kept)}})
 
     def _path(self, case_id: str) -> Path:
         return self.masks / _FOLDER / f"{hashlib.sha256(case_id.encode()).hexdigest()[:32]}.json"
 
     def _mask(self, record: Record) -> Path | None:
-        """The mask that a record speaks of, when it is there."""
+        """Return the path of a record's mask; None when there is no such file."""
         name = record.get("metadata", {}).get("output")
         path = self.masks / name if isinstance(name, str) and Path(name).name == name else None
         return path if path is not None and path.is_file() else None
 
 
 def _load(path: Path) -> Record:
-    """A record; empty when it is absent, damaged or none."""
+    """Read a record; empty when it is absent, damaged or of another format version."""
     try:
         record = atomic.read_json(path, "record of a mask") if path.exists() else {}
     except SlmSam2Error:
         return {}
-    whole = isinstance(record, dict) and isinstance(record.get("case"), str) and isinstance(record.get("metadata", {}), dict)
-    return record if whole else {}
+    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
+        return {}
+    return record if isinstance(record.get("case"), str) and isinstance(record.get("metadata", {}), dict) else {}
 
 
-def whole(path: Path, case_id: str) -> bool:
-    """Whether a file is a mask that can be read."""
+def is_readable_mask(path: Path, case_id: str) -> bool:
+    """Return whether a file is a mask that can be read."""
     try:
         read_labels(path, case=case_id, root=path.parent)
     except SlmSam2Error:
@@ -127,30 +130,28 @@ def whole(path: Path, case_id: str) -> bool:
     return True
 
 
-def cache_key(settings: str, inputs: Iterable[Path]) -> str:
-    """Digest of everything that shapes a mask: the settings' digest and the content of its inputs; what cannot be read is absent."""
-    return hashlib.sha256("\n".join([settings, *map(_content, inputs)]).encode()).hexdigest()
+def digest_inputs(settings: str, images: Sequence[Path], prompts: Sequence[Path]) -> tuple[str, frozenset[str]]:
+    """Compute the key of a mask, a SHA-256 of settings and content of its inputs, and the SHA-256 of each image file."""
+    digests = [_digests(path) for path in (*images, *prompts)]
+    key = hashlib.sha256("\n".join([settings, *(" ".join(files) for files in digests)]).encode()).hexdigest()
+    return key, frozenset(digest for files in digests[: len(images)] for digest in files)
 
 
-def _content(path: Path) -> str:
-    """Digest of a volume: of its file, or of every file it consists of."""
+def _digests(path: Path) -> tuple[str, ...]:
+    """Compute the SHA-256 of every file of a volume; "absent" when one cannot be read."""
     try:
-        return " ".join(atomic.sha256_of(file) for file in ((path,) if path.is_dir() else volume_files(path)))
+        return tuple(atomic.sha256_of(file) for file in volume_files(path))
     except (SlmSam2Error, OSError):
-        return "absent"
-
-
-NAME = "manifest.json"
-FORMAT_VERSION = 1
+        return ("absent",)
 
 
 class ManifestCase(BaseModel):
-    """One case as predict left it."""
+    """The metadata of one case."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     array_axis: Literal[0, 1, 2] | None = None
-    prompted_slices: dict[int, tuple[NonNegativeInt, ...]] = Field(default_factory=dict)
+    annotated_slices: dict[int, tuple[NonNegativeInt, ...]] = Field(default_factory=dict)
     training: bool = False
     confidence: dict[int, dict[int, float]] = Field(default_factory=dict)
     disagreement: dict[int, dict[int, float]] = Field(default_factory=dict)
@@ -158,13 +159,13 @@ class ManifestCase(BaseModel):
     @field_validator("confidence", "disagreement", mode="before")
     @classmethod
     def _by_slice(cls, value: object) -> dict[int, dict[int, float]]:
-        """Label -> slice -> share, of what is one."""
+        """Keep what is label -> slice -> number from 0 to 1."""
         labels = value.items() if isinstance(value, dict) else ()
-        return {int(label): shares for label, told in labels if _is_index(label) and (shares := _shares(told))}
+        return {int(label): numbers for label, entry in labels if _is_index(label) and (numbers := _fractions(entry))}
 
 
 class Manifest(BaseModel):
-    """The predictions' own account of themselves."""
+    """The content of manifest.json."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
@@ -175,9 +176,9 @@ class Manifest(BaseModel):
     cases: dict[str, ManifestCase] = Field(default_factory=dict)
 
 
-def _shares(told: object) -> dict[int, float]:
-    """Slice -> share, from the slices alone or from an object that holds them as `slices` beside other things."""
-    slices = told.get("slices", told) if isinstance(told, dict) else None
+def _fractions(entry: object) -> dict[int, float]:
+    """Read slice -> number from 0 to 1, from an object of slices or from one that holds them as `slices`."""
+    slices = entry.get("slices", entry) if isinstance(entry, dict) else None
     known = slices.items() if isinstance(slices, dict) else ()
     return {int(k): float(v) for k, v in known if _is_index(k) and isinstance(v, int | float) and 0 <= v <= 1}
 
@@ -187,17 +188,22 @@ def _is_index(key: object) -> bool:
 
 
 def read_manifest(predictions: Path) -> Manifest | None:
-    """The manifest of a folder of predictions, None when there is none; UsageError when it cannot be understood."""
-    path = predictions / NAME
+    """Read the manifest of a folder of predictions; None when there is none.
+
+    Raises: UsageError when it cannot be read or is of another format version.
+    """
+    path = predictions / MANIFEST
     if not path.exists():
         return None
     value = atomic.read_json(path, "the predictions' manifest")
-    remedy = "Run slmsam2 predict again, or remove the file to score without prompted slices"
+    remedy = "Run slmsam2 predict again, or remove the file to score without annotated slices"
+    version = value.get("format_version", FORMAT_VERSION) if isinstance(value, dict) else FORMAT_VERSION
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise UsageError(f"{MANIFEST}: format_version {version} is newer than this tool's {FORMAT_VERSION}. Update slmsam2")
+    if isinstance(version, int) and version < FORMAT_VERSION:
+        raise UsageError(f"{MANIFEST}: format_version {version} is of an older slmsam2 (now {FORMAT_VERSION}). {remedy}")
     try:
-        manifest = Manifest.model_validate_json(json.dumps(value))
+        return Manifest.model_validate_json(json.dumps(value))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise UsageError(f"{NAME}: {'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}. {remedy}") from None
-    if manifest.format_version > FORMAT_VERSION:
-        raise UsageError(f"{NAME}: format_version {manifest.format_version} is newer than this tool's {FORMAT_VERSION}. Update slmsam2")
-    return manifest
+        raise UsageError(f"{MANIFEST}: {'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}. {remedy}") from None

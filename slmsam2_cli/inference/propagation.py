@@ -1,12 +1,12 @@
-"""One volume: from annotated slices to mask logits on every slice.
+"""Propagate annotated slices through a volume: from masks on a few slices to mask logits on every slice.
 
-Every annotated slice that holds an object starts a pass in each direction. A pass stops at the next annotated slice,
-where the next annotated slice begins. Between two that hold the object the passes from both sides, no surer than SURE, are blended by
-distance; towards one that marks its end the mask tapers (tapering.py). The passes are independent (docs/explanation/propagation.md),
-unless the memory policy is shared: then all passes share one store, as in SAM 2's predictor, first all forwards, then all backwards.
+Every annotated slice that holds an object starts a pass in each direction, which stops at the next annotated slice. Between two that
+hold the object, the passes from both sides are blended by distance, their logits clamped to MAX_LOGIT; towards an end mark the mask
+tapers (end_taper.py). Passes are independent (docs/explanation/propagation.md), unless the plan says `network.shared_memory`: then all
+use one memory bank, as in SAM 2's predictor, first all forwards, then all backwards.
 
-With `roi_scale` the network sees, of every slice, a square around what is annotated (model/roi.py). An object whose mask reaches the
-edge of its square is tracked once more in a larger one.
+With `roi_scale` the network sees a crop of every slice around the annotation (model/roi.py). An object whose mask reaches the border of
+its crop is propagated again in a larger one.
 """
 
 from __future__ import annotations
@@ -14,32 +14,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from slmsam2_cli.dataset.masks import dice
 from slmsam2_cli.inference.end_taper import EndTaper
-from slmsam2_cli.inference.label_prior import LabelPrior, recognised
+from slmsam2_cli.inference.label_prior import MAX_LOGIT, LabelPrior, compute_label_priors
 from slmsam2_cli.model.memory.policy import ReadContext
-from slmsam2_cli.model.roi import RoiCrop, around, box_of
+from slmsam2_cli.model.roi import RoiCrop, mask_box, pad_to_square, roi_around, to_input
 from slmsam2_cli.model.slmsam2 import Memory, MemoryBank, SliceFeatures, SliceOutput, SlmSam2
 from slmsam2_cli.planning.plan import Plan
 from slmsam2_cli.planning.rules import MAX_CACHED_BYTES
 
-ABSENT = -20.0  # logit of "nothing here" in results
-SURE = 10.0  # the most one of two passes counts where they are blended; "nothing here" would outvote the other from afar
+ABSENT = -20.0  # logit of an absent object in results
 BATCH = 8  # slices encoded at a time
-ATTEMPTS = 3  # squares tried, each larger than the one before
-BORDER = 1  # mask pixels along the edge of a square that a mask has to leave free
+ATTEMPTS = 3  # crops tried, each larger than the one before
+BORDER = 1  # mask pixels along the border of a crop that a mask must leave free
 
 
 @dataclass(frozen=True)
 class AnnotatedSlice:
     """One annotated slice of one object. mask (px, px) bool; an empty mask is an end mark.
 
-    end: whether an empty one marks the object's end, not only that it is not there, as a slice painted for the sake of others.
+    end: whether an empty mask is an end mark; otherwise the slice was annotated for another object and only stops the passes.
     """
 
     slice: int
@@ -49,29 +51,28 @@ class AnnotatedSlice:
 
 @dataclass(frozen=True)
 class Propagation:
-    """One object on every slice.
+    """The result of one object on every slice.
 
-    logits (T, n, n) float32, below 0 where absent: of `square`, or of whole slices; confidence (T,): object score probability
-    times predicted IoU, 1 on annotated slices, 0 where no pass came by; disagreement (T,): where passes from both sides came
-    by, 1 - Dice of their two masks (0 when both are empty), NaN elsewhere; agreement: Dice of what the label U-Net finds with what was
-    annotated, None where there is no label U-Net.
+    logits (T, n, n) float32, below 0 where absent: of the crop `roi`, or of whole slices; confidence (T,): object score probability
+    times predicted IoU, 1 on annotated slices, 0 on slices that no pass reached; disagreement (T,): 1 - Dice of the masks of two passes
+    that meet (0 when both are empty), NaN elsewhere; prompt_dice: Dice of the label U-Net on the annotated slices, None without one.
     """
 
     logits: Tensor
     confidence: Tensor
     disagreement: Tensor
-    square: RoiCrop | None = None
-    agreement: float | None = None
+    roi: RoiCrop | None = None
+    prompt_dice: float | None = None
 
     def plane(self, t: int, storage_size: int, height: int, width: int) -> Tensor:
-        """(H, W) logits of slice t on the stack's pixels; storage_size: edge of the frame that the stack's slices are padded to."""
-        if self.square is None:
+        """Compute the logits (H, W) of slice t on the stack's pixels; storage_size: edge of the square to which its slices are padded."""
+        if self.roi is None:
             return full_resolution(self.logits[t : t + 1], storage_size, height, width)[0]
-        return self.square.paste(self.logits[t], storage_size, ABSENT)[:height, :width]
+        return self.roi.paste(self.logits[t], storage_size, ABSENT)[:height, :width]
 
 
 class FeatureCache:
-    """Encodes slices in batches on demand and keeps them while there is room."""
+    """Encodes slices in batches on demand and keeps them up to `keep_bytes`."""
 
     def __init__(self, model: SlmSam2, frames: Tensor, batch: int = BATCH, keep_bytes: int = MAX_CACHED_BYTES) -> None:
         self.model, self.frames, self.batch = model, frames, batch
@@ -99,7 +100,7 @@ class FeatureCache:
 class PropagationOptions:
     """How objects are propagated.
 
-    batch: slices encoded at a time. roi_scale: the network sees a square so many times as wide as the annotation, one per object; None:
+    batch: slices encoded at a time. roi_scale: the network sees a crop so many times as wide as the annotation, one per object; None:
     whole slices. use_label_prior: the objects are the labels that the model was fine-tuned on, so the prediction of its label U-Net
     is weighted by its agreement with the annotated slices. max_empty_slices: a pass without an annotated slice ahead stops after so many
     slices without its object; None: at the end of the volume. low_resolution_prompts: write an annotated mask to memory as SAM 2's
@@ -111,12 +112,6 @@ class PropagationOptions:
     use_label_prior: bool = False
     max_empty_slices: int | None = None
     low_resolution_prompts: bool = False
-
-
-def options_of(plan: Plan, use_label_prior: bool = True, batch: int | None = None) -> PropagationOptions:
-    """Return the options that a plan names; batch: slices encoded at a time, where not as many as planned."""
-    settings = plan.inference
-    return PropagationOptions(batch or settings.batch_slices, plan.geometry.roi_scale, use_label_prior, settings.max_empty_slices)
 
 
 @dataclass
@@ -157,7 +152,7 @@ class _Object:
     options: PropagationOptions
     advance: Callable[[int], None]
     prior: LabelPrior | None
-    square: RoiCrop | None = None
+    roi: RoiCrop | None = None
 
 
 @torch.inference_mode()
@@ -177,7 +172,7 @@ def propagate(
     priors = {}
     if options.use_label_prior and model.label_unet is not None:
         masks = {label: [(a.slice, a.mask) for a in annotated] for label, annotated in objects.items()}
-        priors = recognised(model.label_unet, frames, masks)
+        priors = compute_label_priors(model.label_unet, frames, masks)
     features = FeatureCache(model, frames, options.batch)
     ones = {
         label: _Object(model, features, {a.slice: a for a in annotated}, options, advance, priors.get(label))
@@ -186,45 +181,64 @@ def propagate(
     return {label: _propagate_object(one) if options.roi_scale is None else _propagate_in_roi(one) for label, one in ones.items()}
 
 
+def propagate_stack(
+    model: SlmSam2,
+    frames: NDArray[Any],
+    objects: Mapping[int, list[AnnotatedSlice]],
+    plan: Plan,
+    use_label_prior: bool = True,
+    batch: int | None = None,
+) -> dict[int, Propagation]:
+    """Segment every object on a stack of slices (C, T, H, W) in [0, 1] as a plan says; prediction and training go through here.
+
+    objects: label -> annotated slices, their masks (S, S) padded to the plan's `stack_size`. batch: slices encoded at a time, where it
+    is not the plan's number.
+    """
+    geometry, inference = plan.geometry, plan.inference
+    stack = to_input(torch.from_numpy(frames.astype(np.float32, copy=False)), geometry.adjacent_slices)
+    options = PropagationOptions(batch or inference.batch_slices, geometry.roi_scale, use_label_prior, inference.max_empty_slices)
+    return propagate(model, pad_to_square(stack, geometry.stack_size), objects, options)
+
+
 def _propagate_in_roi(one: _Object) -> Propagation:
-    """Propagate one object in a square around its annotation; again in a larger one where the mask reaches its border."""
+    """Propagate one object in a crop around its annotation; again in a larger one where the mask reaches its border."""
     frames, px, roi_scale = one.features.frames, one.model.input_size, one.options.roi_scale
     assert roi_scale is not None
     storage_size = frames.shape[-1]
-    square = around(box_of([a.mask for a in one.annotated.values() if bool(a.mask.any())]), roi_scale, storage_size)
+    roi = roi_around(mask_box([a.mask for a in one.annotated.values() if bool(a.mask.any())]), roi_scale, storage_size)
     for attempt in range(1, ATTEMPTS + 1):
         cropped = replace(
             one,
-            features=FeatureCache(one.model, square.cut(frames, px), one.options.batch),
-            annotated={t: replace(a, mask=square.crop_masks(a.mask, px)) for t, a in one.annotated.items()},
+            features=FeatureCache(one.model, roi.crop(frames, px), one.options.batch),
+            annotated={t: replace(a, mask=roi.crop_masks(a.mask, px)) for t, a in one.annotated.items()},
             advance=one.advance if attempt == 1 else lambda slices: None,  # slices propagated again are no progress
-            square=square,
+            roi=roi,
         )
-        found = replace(_propagate_object(cropped), square=square)
+        found = replace(_propagate_object(cropped), roi=roi)
         larger = _larger_roi(found, roi_scale, storage_size)
         if larger is None:
             break
-        square = larger
+        roi = larger
     return found
 
 
 def _larger_roi(found: Propagation, roi_scale: float, storage_size: int) -> RoiCrop | None:
-    """A square that leaves the mask room; None where it has room enough, or there is no larger one."""
-    assert found.square is not None
-    square, held = found.square, (found.logits > 0).any(dim=0)
-    if square.edge >= storage_size or not held.any():
+    """Return a crop that leaves the mask room; None when it has room enough, or there is no larger crop."""
+    assert found.roi is not None
+    roi, held = found.roi, (found.logits > 0).any(dim=0)
+    if roi.edge >= storage_size or not held.any():
         return None
-    top, left, bottom, right = box_of([held])
+    top, left, bottom, right = mask_box([held])
     count = held.shape[-1]
-    ends = (top, square.row > 0), (left, square.column > 0)
-    tails = (bottom, square.row + square.edge < storage_size), (right, square.column + square.edge < storage_size)
+    ends = (top, roi.row > 0), (left, roi.column > 0)
+    tails = (bottom, roi.row + roi.edge < storage_size), (right, roi.column + roi.edge < storage_size)
     if not (any(place < BORDER and open_ for place, open_ in ends) or any(place > count - BORDER and open_ for place, open_ in tails)):
         return None
-    scale = square.edge / count
-    low = [offset + int(place * scale) for offset, place in ((square.row, top), (square.column, left))]
-    high = [offset + math.ceil(place * scale) for offset, place in ((square.row, bottom), (square.column, right))]
-    wanted = around((low[0], low[1], high[0], high[1]), roi_scale, storage_size)
-    return wanted if wanted != square else None
+    scale = roi.edge / count
+    low = [offset + int(place * scale) for offset, place in ((roi.row, top), (roi.column, left))]
+    high = [offset + math.ceil(place * scale) for offset, place in ((roi.row, bottom), (roi.column, right))]
+    wanted = roi_around((low[0], low[1], high[0], high[1]), roi_scale, storage_size)
+    return wanted if wanted != roi else None
 
 
 def _propagate_object(one: _Object) -> Propagation:
@@ -237,8 +251,8 @@ def _propagate_object(one: _Object) -> Propagation:
     shared = MemoryBank(memories)
     for start, step in _passes(memories, one.model.policy.shared_memory):
         _run_pass(one, state, shared if one.model.policy.shared_memory else MemoryBank(memories), start, step)
-    agreement = one.prior.agreement if one.prior is not None else None
-    return Propagation(state.logits, state.confidence, state.disagreement, agreement=agreement)
+    prompt_dice = one.prior.prompt_dice if one.prior is not None else None
+    return Propagation(state.logits, state.confidence, state.disagreement, prompt_dice=prompt_dice)
 
 
 def _passes(starts: Iterable[int], shared_memory: bool) -> list[tuple[int, int]]:
@@ -253,10 +267,10 @@ def _store_prompt(one: _Object, state: PropagationState, annotated: AnnotatedSli
     t, mask = annotated.slice, annotated.mask.float()[None, None].to(one.model.device)
     output = one.model.condition_on_mask(one.features[t], mask)
     state.logits[t], state.confidence[t] = output.logits[0, 0].float().cpu(), 1.0
-    return stored(one.model.remember(one.features[t], output, None if one.options.low_resolution_prompts else mask))
+    return to_bfloat16(one.model.remember(one.features[t], output, None if one.options.low_resolution_prompts else mask))
 
 
-def stored(memory: Memory) -> Memory:
+def to_bfloat16(memory: Memory) -> Memory:
     """Return the memory with its spatial part in bfloat16, as SAM 2's predictor keeps it: half the bytes."""
     return replace(memory, spatial=memory.spatial.to(torch.bfloat16))
 
@@ -277,12 +291,12 @@ def _run_pass(one: _Object, state: PropagationState, bank: MemoryBank, start: in
     for t in range(start + step, stop, step):
         context = ReadContext(t, step, bank.conditioning, bank.tracked, count)
         output = model.track(one.features[t], bank, context)
-        output = one.prior.weighted(output, t, one.square) if one.prior is not None else output
-        output = taper.followed(output, t) if taper is not None else output
-        bank.write(t, stored(model.remember(one.features[t], output)))
+        output = one.prior.weighted(output, t, one.roi) if one.prior is not None else output
+        output = taper.weighted(output, t) if taper is not None else output
+        bank.write(t, to_bfloat16(model.remember(one.features[t], output)))
         model.prune(bank, context)
         logits = output.logits[0, 0].float().cpu()
-        logits = logits.clamp(-SURE, SURE) if between else logits.clamp(min=ABSENT)
+        logits = logits.clamp(-MAX_LOGIT, MAX_LOGIT) if between else logits.clamp(min=ABSENT)
         state.blend(t, logits, confidence_of(output), abs(stop - t) / abs(stop - start) if between else 1.0)
         one.advance(1)
         empty = 0 if bool((logits > 0).any()) else empty + 1
@@ -298,6 +312,6 @@ def _disagreement(one: Tensor, other: Tensor) -> float:
 
 
 def full_resolution(logits: Tensor, input_size: int, height: int, width: int) -> Tensor:
-    """(K, 4h, 4w) logits of one slice -> (K, H, W) on the stack's pixels: upsample to the frame, drop the padding."""
+    """Upsample logits (K, h, w) of one slice to (K, H, W) on the stack's pixels, without the padding."""
     frame = F.interpolate(logits.float()[None], size=(input_size, input_size), mode="bilinear", align_corners=False)[0]
     return frame[:, :height, :width]

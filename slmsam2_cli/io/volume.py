@@ -29,6 +29,7 @@ __all__ = [
     "Source",
     "Volume",
     "image_ending",
+    "keep_decoded",
     "mask_ending",
     "read_image",
     "read_labels",
@@ -151,8 +152,47 @@ def volume_files(path: Path) -> tuple[Path, ...]:
     return meta_files(path) if image_ending(path) == ".mhd" else (path,)
 
 
+class DecodedVolumes:
+    """Decoded volumes of one run, by path, size and time of change of their file: at most `max_bytes`, each handed out once when full."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.free_bytes, self.full = max_bytes, False
+        self.kept: dict[tuple[Path, int, int, int], DecodedVolume] = {}
+
+    def decode(self, path: Path, max_voxels: int) -> DecodedVolume:
+        """Return the volume of a file, decoded earlier if the file is unchanged."""
+        state = path.stat()
+        key = (path.resolve(), state.st_size, state.st_mtime_ns, max_voxels)
+        if key in self.kept:
+            return self.kept.pop(key) if self.full else self.kept[key]
+        volume = _decode(path, max_voxels)
+        if not self.full and volume.voxels.nbytes <= self.free_bytes:
+            volume.voxels.setflags(write=False)  # it is handed out more than once
+            self.kept[key] = volume
+            self.free_bytes -= volume.voxels.nbytes
+        return volume
+
+
+_decoded: DecodedVolumes | None = None
+
+
+@contextmanager
+def keep_decoded(max_bytes: int) -> Iterator[DecodedVolumes]:
+    """Keep volumes that are decoded inside the block, up to max_bytes, until `full` is set; later reads get them without decoding."""
+    global _decoded
+    _decoded = DecodedVolumes(max_bytes)
+    try:
+        yield _decoded
+    finally:
+        _decoded = None
+
+
 def decode(path: Path, max_voxels: int = MAX_VOXELS) -> DecodedVolume:
     """One file or DICOM folder, whatever its format. InputError, OSError."""
+    return _decode(path, max_voxels) if _decoded is None or not path.is_file() else _decoded.decode(path, max_voxels)
+
+
+def _decode(path: Path, max_voxels: int) -> DecodedVolume:
     if path.is_dir():
         from slmsam2_cli.io.dicom import read_dicom
 

@@ -130,7 +130,7 @@ def _cohorts(told: _Told, seen: Mapping[str, _Seen | None]) -> dict[int, Cohort]
     """By label, those that any case holds or was given, in ascending order."""
     held = {value: [one.found[value] for one in seen.values() if one and value in one.found] for value in _values(told, seen)}
     return {
-        value: Cohort.of(found, any(entry.prompted_slices.get(value) for entry in told.cases.values())) for value, found in held.items()
+        value: Cohort.of(found, any(entry.annotated_slices.get(value) for entry in told.cases.values())) for value, found in held.items()
     }
 
 
@@ -144,7 +144,7 @@ def _odd(seen: Mapping[str, _Seen | None], cohorts: Mapping[int, Cohort]) -> dic
 
 
 def _values(told: _Told, seen: Mapping[str, _Seen | None]) -> list[int]:
-    given = {value for entry in told.cases.values() for value, slices in entry.prompted_slices.items() if slices}
+    given = {value for entry in told.cases.values() for value, slices in entry.annotated_slices.items() if slices}
     return sorted(given | {value for one in seen.values() if one for value in one.found})
 
 
@@ -189,7 +189,7 @@ def _usually_low_confidence(cases: Sequence[CaseReport]) -> dict[str, str]:
 
 
 def _structure(value: int, name: str, entry: ManifestCase, seen: _Seen) -> Structure:
-    found, given = seen.found.get(value), entry.prompted_slices.get(value, ())
+    found, given = seen.found.get(value), entry.annotated_slices.get(value, ())
     areas = found.areas if found is not None else {}
     confidence, disagreement = entry.confidence.get(value, {}), entry.disagreement.get(value, {})
     worth = sorted({*areas, *given, *(k for k, share in disagreement.items() if share > 0)})

@@ -176,7 +176,7 @@ def test_a_prediction_without_label_is_mentioned(folders, capsys):
 
 
 def test_the_manifest_tells_axis_prompts_training_and_model(folders):
-    entry = {"array_axis": 0, "prompted_slices": {"1": [2]}, "training": False}
+    entry = {"array_axis": 0, "annotated_slices": {"1": [2]}, "training": False}
     cases = {"a": entry | {"training": True}, "b": entry}
     (folders / "masks" / "manifest.json").write_text(json.dumps({"format_version": 1, "model": {"digest": "ab"}, "cases": cases}))
     run(folders)
@@ -363,7 +363,7 @@ def test_slices_given_on_another_grid_are_not_taken_for_slices_of_the_label_s(fo
     image.SetDirection((1, 0, 0, 0, 1, 0, 0, 0, -1))
     image.SetOrigin((0, 0, 21))
     sitk.WriteImage(image, str(folders / "masks" / "c.nii.gz"))
-    entry = {"array_axis": 0, "prompted_slices": {"1": [6]}}
+    entry = {"array_axis": 0, "annotated_slices": {"1": [6]}}
     (folders / "masks" / "manifest.json").write_text(json.dumps({"format_version": 1, "cases": dict.fromkeys("abc", entry)}))
     assert run(folders, options=Options(resample=True)) == 0
     found = by_case(summary(folders / "out"))["c"]
@@ -392,7 +392,7 @@ def test_slices_given_for_a_label_are_given_for_its_regions(data):
     content = json.loads((data / "dataset.json").read_text())
     (data / "dataset.json").write_text(json.dumps(content | {"labels": {"background": 0, "whole": [1, 2]}}))
     space = Workspace.of(data, None)
-    cases = {case: {"array_axis": 0, "prompted_slices": {"1": [1], "2": [2]}} for case in "abc"}
+    cases = {case: {"array_axis": 0, "annotated_slices": {"1": [1], "2": [2]}} for case in "abc"}
     (space.predictions / "manifest.json").write_text(json.dumps({"format_version": 1, "cases": cases}))
     evaluate((), None, space, None, dataset=data)
     rest = by_case(summary(space.evaluation))["b"]["unprompted"]["(1, 2)"]

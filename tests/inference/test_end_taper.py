@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from slmsam2_cli.inference.end_taper import SHARE, SURE, EndTaper
+from slmsam2_cli.inference.end_taper import MAX_LOGIT, SHARE, EndTaper
 from slmsam2_cli.inference.propagation import AnnotatedSlice, propagate
 from slmsam2_cli.model.slmsam2 import SliceOutput, SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan
@@ -37,7 +37,7 @@ def test_at_the_end_nothing_is_left():
 
 
 def test_no_logit_is_surer_than_sure():
-    assert EndTaper(disc(), 0, 10, PX).logits(1).abs().max() == SURE
+    assert EndTaper(disc(), 0, 10, PX).logits(1).abs().max() == MAX_LOGIT
 
 
 @pytest.mark.parametrize("wide", [1, 2, 3, 4])
@@ -57,7 +57,7 @@ def test_where_the_mask_meets_the_edge_of_the_frame_its_outline_stays():
 
 
 def test_an_empty_mask_is_no_object():
-    mixed = EndTaper(disc(), 0, 10, PX).followed(output(-SURE, -4.0), 1)
+    mixed = EndTaper(disc(), 0, 10, PX).weighted(output(-MAX_LOGIT, -4.0), 1)
     assert mixed.object_score.item() < 0
 
 
@@ -86,13 +86,13 @@ def output(logit, object_score):
 
 
 def test_it_counts_by_its_share_and_the_network_by_the_rest():
-    mixed = EndTaper(disc(), 0, 10, PX).followed(output(-4.0, -1.0), 1)
-    assert mixed.chosen.max().item() == pytest.approx(SHARE * SURE - (1 - SHARE) * 4)
-    assert mixed.object_score.item() == pytest.approx(SHARE * SURE - (1 - SHARE) * 1)
+    mixed = EndTaper(disc(), 0, 10, PX).weighted(output(-4.0, -1.0), 1)
+    assert mixed.chosen.max().item() == pytest.approx(SHARE * MAX_LOGIT - (1 - SHARE) * 4)
+    assert mixed.object_score.item() == pytest.approx(SHARE * MAX_LOGIT - (1 - SHARE) * 1)
 
 
 def test_a_network_that_is_sure_of_absence_is_predicted():
-    assert (EndTaper(disc(), 0, 10, PX).followed(output(-SURE, -SURE), 1).logits < 0).all()
+    assert (EndTaper(disc(), 0, 10, PX).weighted(output(-MAX_LOGIT, -MAX_LOGIT), 1).logits < 0).all()
 
 
 def test_only_a_pass_towards_a_marked_end_tapers():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from slmsam2_cli.inference.label_prior import GOOD, MIN_AREA_FRACTION, MOST, SURE, LabelPrior, recognised
+from slmsam2_cli.inference.label_prior import FULL_WEIGHT_DICE, MAX_LOGIT, MAX_WEIGHT, MIN_AREA_FRACTION, LabelPrior, compute_label_priors
 from slmsam2_cli.inference.propagation import AnnotatedSlice, PropagationOptions, propagate
 from slmsam2_cli.model.label_unet import REACH, LabelUNet
 from slmsam2_cli.model.roi import RoiCrop
@@ -39,8 +39,8 @@ def drawn(low=24, high=40):
     return mask
 
 
-def hint(agreement=1.0, margin=SURE, view=None, area=16.0):
-    return LabelPrior(torch.full((1, PX, PX), margin), view or RoiCrop(0, 0, PX), PX, agreement, area)
+def label_prior(prompt_dice=1.0, margin=MAX_LOGIT, roi=None, area=16.0):
+    return LabelPrior(torch.full((1, PX, PX), margin), roi or RoiCrop(0, 0, PX), PX, prompt_dice, area)
 
 
 def output(logit, object_score, edge=PX):
@@ -50,38 +50,38 @@ def output(logit, object_score, edge=PX):
 
 
 def test_what_is_recognised_exactly_as_drawn_agrees_wholly_and_counts_one_half():
-    found = recognised(Bright(), stack(), {4: [(3, drawn())]})[4]
-    assert found.agreement == pytest.approx(1.0)
-    assert found.share == MOST
+    found = compute_label_priors(Bright(), stack(), {4: [(3, drawn())]})[4]
+    assert found.prompt_dice == pytest.approx(1.0)
+    assert found.weight == MAX_WEIGHT
 
 
 def test_agreement_is_the_dice_of_what_is_recognised_with_what_was_drawn():
     half = drawn()
     half[32:] = False  # 8 rows of 16: Dice 2 * 128 / (256 + 128)
-    found = recognised(Bright(), stack(), {4: [(3, half)]})[4]
-    assert found.agreement == pytest.approx(2 / 3)
-    assert found.share == pytest.approx(MOST * (2 / 3 / GOOD) ** 2)
+    found = compute_label_priors(Bright(), stack(), {4: [(3, half)]})[4]
+    assert found.prompt_dice == pytest.approx(2 / 3)
+    assert found.weight == pytest.approx(MAX_WEIGHT * (2 / 3 / FULL_WEIGHT_DICE) ** 2)
 
 
 def test_an_end_mark_says_nothing_of_agreement():
-    found = recognised(Bright(), stack(), {4: [(0, torch.zeros(PX, PX, dtype=torch.bool)), (3, drawn())]})[4]
-    assert found.agreement == pytest.approx(1.0)
+    found = compute_label_priors(Bright(), stack(), {4: [(0, torch.zeros(PX, PX, dtype=torch.bool)), (3, drawn())]})[4]
+    assert found.prompt_dice == pytest.approx(1.0)
 
 
 def test_a_label_that_it_does_not_know_or_that_nobody_drew_gets_no_hint():
-    assert recognised(Bright(), stack(), {5: [(3, drawn())]}) == {}
-    assert recognised(Bright(), stack(), {4: [(3, torch.zeros(PX, PX, dtype=torch.bool))]}) == {}
+    assert compute_label_priors(Bright(), stack(), {5: [(3, drawn())]}) == {}
+    assert compute_label_priors(Bright(), stack(), {4: [(3, torch.zeros(PX, PX, dtype=torch.bool))]}) == {}
 
 
 def test_one_that_finds_nothing_of_what_was_drawn_changes_nothing():
-    found = recognised(Bright(), stack(held=()), {4: [(3, drawn())]})[4]
+    found = compute_label_priors(Bright(), stack(held=()), {4: [(3, drawn())]})[4]
     seen = output(3.0, 2.0)
-    assert found.share == 0
+    assert found.weight == 0
     assert found.weighted(seen, 3, None) is seen
 
 
 def test_logits_and_object_score_are_the_mean_of_both_where_it_counts_one_half():
-    mixed = hint(margin=4.0).weighted(output(-2.0, -1.0), 0, None)
+    mixed = label_prior(margin=4.0).weighted(output(-2.0, -1.0), 0, None)
     assert mixed.chosen.unique().tolist() == [1.0]
     assert mixed.object_score.item() == pytest.approx(1.5)
     assert (mixed.logits > 0).all()
@@ -90,39 +90,41 @@ def test_logits_and_object_score_are_the_mean_of_both_where_it_counts_one_half()
 def test_one_that_may_not_raise_ends_a_structure_but_finds_none():
     """Object score -4 and recognised at +10, which counts one half: +3 for one that may; +4 and -10: -3 for both."""
     for raises, found in ((True, 3.0), (False, -4.0)):
-        assert float(replace(hint(), raises=raises).weighted(output(2.0, -4.0), 0, None).object_score) == pytest.approx(found)
-        assert float(replace(hint(margin=-SURE), raises=raises).weighted(output(2.0, 4.0), 0, None).object_score) == pytest.approx(-3.0)
+        assert float(replace(label_prior(), can_add=raises).weighted(output(2.0, -4.0), 0, None).object_score) == pytest.approx(found)
+        assert float(
+            replace(label_prior(margin=-MAX_LOGIT), can_add=raises).weighted(output(2.0, 4.0), 0, None).object_score
+        ) == pytest.approx(-3.0)
 
 
 def test_neither_counts_more_than_sure():
-    mixed = hint(margin=-500.0).weighted(output(500.0, 500.0), 0, None)
+    mixed = label_prior(margin=-500.0).weighted(output(500.0, 500.0), 0, None)
     assert mixed.chosen.abs().max() < 1e-5
     assert mixed.object_score.item() < 0  # an empty mask is no object
 
 
 def test_where_it_did_not_look_the_mask_stays_as_it_was():
-    mixed = hint(view=RoiCrop(0, 0, 32)).weighted(output(-3.0, 1.0), 0, None)
+    mixed = label_prior(roi=RoiCrop(0, 0, 32)).weighted(output(-3.0, 1.0), 0, None)
     assert (mixed.chosen[..., :31, :31] > 0).all()
     assert torch.equal(mixed.chosen[..., 33:, :], torch.full((1, 1, 31, 64), -3.0))
 
 
 def test_what_lies_outside_of_its_view_is_no_reason_to_believe_in_the_structure():
-    mixed = hint(margin=-SURE, view=RoiCrop(16, 16, 32)).weighted(output(3.0, 3.0), 0, None)
+    mixed = label_prior(margin=-MAX_LOGIT, roi=RoiCrop(16, 16, 32)).weighted(output(3.0, 3.0), 0, None)
     assert mixed.object_score.item() == pytest.approx(-3.5)
     assert (mixed.logits < 0).all()
 
 
 def test_where_it_did_not_look_at_all_nothing_changes():
     seen = output(3.0, 3.0)
-    assert hint(margin=-SURE, view=RoiCrop(0, 0, 16)).weighted(seen, 0, RoiCrop(32, 32, 32)) is seen
+    assert label_prior(margin=-MAX_LOGIT, roi=RoiCrop(0, 0, 16)).weighted(seen, 0, RoiCrop(32, 32, 32)) is seen
 
 
 def test_the_pointer_follows_the_object_score():
     absent, present = torch.zeros(1, 8), torch.ones(1, 8)
     lost = replace(output(-2.0, -1.0), pointer=absent, pointers=(absent, present))
-    assert torch.equal(hint(margin=SURE).weighted(lost, 0, None).pointer, present)
+    assert torch.equal(label_prior(margin=MAX_LOGIT).weighted(lost, 0, None).pointer, present)
     held = replace(output(2.0, 1.0), pointer=present, pointers=(absent, present))
-    assert torch.equal(hint(margin=-SURE).weighted(held, 0, None).pointer, absent)
+    assert torch.equal(label_prior(margin=-MAX_LOGIT).weighted(held, 0, None).pointer, absent)
 
 
 def test_of_several_channels_it_reads_its_own():
@@ -138,15 +140,15 @@ def test_of_several_channels_it_reads_its_own():
 
     frames = torch.zeros(7, 3, PX, PX)
     frames[:, 1] = stack()[:, 0]
-    assert recognised(Second(), frames, {4: [(3, drawn())]})[4].agreement == pytest.approx(1.0)
+    assert compute_label_priors(Second(), frames, {4: [(3, drawn())]})[4].prompt_dice == pytest.approx(1.0)
 
 
 def test_a_speck_is_not_the_structure():
-    margins = torch.full((1, PX, PX), -SURE)
-    margins[0, 5:7, 5:7] = SURE  # 4 pixels
+    margins = torch.full((1, PX, PX), -MAX_LOGIT)
+    margins[0, 5:7, 5:7] = MAX_LOGIT  # 4 pixels
     speck = LabelPrior(margins, RoiCrop(0, 0, PX), PX, 1.0, area=40 / MIN_AREA_FRACTION)  # 40 would be enough
-    assert speck.weighted(output(-SURE, -SURE), 0, None).object_score.item() < -5
-    assert (speck.weighted(output(-SURE, -SURE), 0, None).logits < 0).all()
+    assert speck.weighted(output(-MAX_LOGIT, -MAX_LOGIT), 0, None).object_score.item() < -5
+    assert (speck.weighted(output(-MAX_LOGIT, -MAX_LOGIT), 0, None).logits < 0).all()
 
 
 def test_a_network_that_sees_a_square_is_told_of_that_square():
@@ -171,16 +173,16 @@ def shown(found):
 
 
 @pytest.mark.parametrize("roi_scale", [None, 2.0])
-def test_a_structure_that_propagation_loses_is_found_again_and_ends_where_it_ends(model, focus):
+def test_a_structure_that_propagation_loses_is_found_again_and_ends_where_it_ends(model, roi_scale):
     anchors = {4: [AnnotatedSlice(3, drawn())]}
-    heard = propagate(model, stack(), anchors, options=PropagationOptions(roi_scale=focus, use_label_prior=True))[4]
+    heard = propagate(model, stack(), anchors, options=PropagationOptions(roi_scale=roi_scale, use_label_prior=True))[4]
     assert shown(heard) == [False, False, True, True, True, False, False]
-    assert heard.agreement == pytest.approx(1.0)
-    alone = propagate(model, stack(), anchors, options=PropagationOptions(roi_scale=focus))[4]
+    assert heard.prompt_dice == pytest.approx(1.0)
+    alone = propagate(model, stack(), anchors, options=PropagationOptions(roi_scale=roi_scale))[4]
     assert shown(alone) == [False, False, False, True, False, False, False]
-    assert alone.agreement is None
+    assert alone.prompt_dice is None
 
 
 def test_objects_that_are_no_labels_of_the_data_set_are_not_recognised(model):
     found = propagate(model, stack(), {9: [AnnotatedSlice(3, drawn())]}, options=PropagationOptions(use_label_prior=True))[9]
-    assert found.agreement is None and shown(found)[2:5] == [False, True, False]
+    assert found.prompt_dice is None and shown(found)[2:5] == [False, True, False]

@@ -42,7 +42,7 @@ def plan(modality="MR", channels=("T1",), **options):
 
 def model_file(folder, model, made_for, table=None):
     path = folder / "model.safetensors"
-    save_checkpoint(path, model, made_for, Provenance(base="base"), table)
+    save_checkpoint(path, model, made_for, Provenance(pretrained="base"), table)
     return path
 
 

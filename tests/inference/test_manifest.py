@@ -1,16 +1,19 @@
 """What a folder of masks remembers, and how runs that share it account for it."""
 
+import hashlib
 import json
 import threading
 
-from slmsam2_cli.inference.manifest import MANIFEST, Records, cache_key
+import numpy as np
+
+from slmsam2_cli.inference.manifest import MANIFEST, Records, digest_inputs
 from slmsam2_cli.io import atomic
+from slmsam2_cli.io.volume import Grid, Source, Volume
 
 
-def finished(records, case, content="mask"):
-    atomic.write_text(records.masks / f"{case}.nii", content)
-    records.begin(case)
-    records.finish(case, "key", {"output": f"{case}.nii"})
+def finished(records, case):
+    grid = Grid((1, 2, 2), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), np.eye(3))
+    records.save(case, "key", np.ones((1, 2, 2), np.uint8), Volume(np.zeros((1, 1, 2, 2)), grid, Source(".nii", ".nii")), {})
 
 
 def cases(folder):
@@ -66,6 +69,23 @@ def test_a_mask_that_was_changed_is_nobody_s(tmp_path):
 def test_a_key_changes_with_the_settings_and_with_every_input(tmp_path):
     one, two = tmp_path / "one.nii", tmp_path / "two.nii"
     one.write_text("1")
-    keys = [cache_key("s", [one, two]), cache_key("t", [one, two]), cache_key("s", [one])]
+    keys = [key for key, _ in (digest_inputs("s", [one], [two]), digest_inputs("t", [one], [two]), digest_inputs("s", [one], []))]
     two.write_text("2")
-    assert len({*keys, cache_key("s", [one, two])}) == 4
+    assert len({*keys, digest_inputs("s", [one], [two])[0]}) == 4
+
+
+def test_the_digest_of_every_image_file_is_known_but_not_that_of_the_prompts(tmp_path):
+    one, two = tmp_path / "one.nii", tmp_path / "two.nii"
+    one.write_text("1")
+    two.write_text("2")
+    assert digest_inputs("s", [one], [two])[1] == {hashlib.sha256(b"1").hexdigest()}
+
+
+def test_a_record_of_an_older_format_is_no_record(tmp_path):
+    records = Records(tmp_path)
+    finished(records, "a")
+    (file,) = (tmp_path / ".slmsam2").iterdir()
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 1}))
+    assert records.read("a") == {}
+    records.write_manifest({})
+    assert cases(tmp_path) == []

@@ -24,12 +24,12 @@ def test_prompted_slices_are_numbered_along_the_array_axis(tmp_path):
         "output": "a.nii.gz",
         "slice_axis": "SI",
         "array_axis": 2,
-        "prompted_slices": {"1": [12], "3": []},
+        "annotated_slices": {"1": [12], "3": []},
         "training": True,
         "seconds": 1.5,
     }
-    found = read_manifest(written(tmp_path, {"format_version": 1, "tool_version": "1", "model": {"digest": "ab"}, "cases": {"a": case}}))
-    assert (found.cases["a"].array_axis, found.cases["a"].prompted_slices, found.cases["a"].training) == (2, {1: (12,), 3: ()}, True)
+    found = read_manifest(written(tmp_path, {"format_version": 2, "tool_version": "1", "model": {"digest": "ab"}, "cases": {"a": case}}))
+    assert (found.cases["a"].array_axis, found.cases["a"].annotated_slices, found.cases["a"].training) == (2, {1: (12,), 3: ()}, True)
     assert found.model == {"digest": "ab"}
 
 
@@ -38,8 +38,8 @@ def test_prompted_slices_are_numbered_along_the_array_axis(tmp_path):
     [
         [],
         {"cases": {"a": {"array_axis": 3}}},
-        {"cases": {"a": {"prompted_slices": {"1": [-1]}}}},
-        {"cases": {"a": {"prompted_slices": {"one": [1]}}}},
+        {"cases": {"a": {"annotated_slices": {"1": [-1]}}}},
+        {"cases": {"a": {"annotated_slices": {"one": [1]}}}},
         {"cases": []},
     ],
 )
@@ -49,8 +49,13 @@ def test_a_manifest_that_makes_no_sense_is_refused_by_name(tmp_path, value):
 
 
 def test_a_manifest_from_the_future_is_refused_naming_both_versions(tmp_path):
-    with pytest.raises(UsageError, match=r"format_version 2 is newer than this tool's 1"):
-        read_manifest(written(tmp_path, {"format_version": 2}))
+    with pytest.raises(UsageError, match=r"format_version 3 is newer than this tool's 2"):
+        read_manifest(written(tmp_path, {"format_version": 3}))
+
+
+def test_an_older_manifest_is_refused_in_one_line_that_says_what_to_do(tmp_path):
+    with pytest.raises(UsageError, match=r"format_version 1 is of an older slmsam2 \(now 2\)\. Run slmsam2 predict again"):
+        read_manifest(written(tmp_path, {"format_version": 1, "cases": {"a": {"prompted_slices": {"1": [2]}}}}))
 
 
 def test_a_truncated_manifest_is_an_error_of_ours(tmp_path):
@@ -69,6 +74,6 @@ def test_confidence_and_disagreement_are_read_slice_by_slice(tmp_path):
     "odd", [None, 3, [], {"one": {"slices": {"1": 0.5}}}, {"1": 0.5}, {"1": {"slices": {"x": 0.5, "2": "high", "3": 7, "-1": 0.5}}}]
 )
 def test_a_confidence_that_cannot_be_understood_is_left_out_and_scoring_goes_on(tmp_path, odd):
-    found = read_manifest(written(tmp_path, {"cases": {"a": {"prompted_slices": {"1": [2]}, "confidence": odd, "disagreement": odd}}}))
-    assert found.cases["a"].prompted_slices == {1: (2,)}
+    found = read_manifest(written(tmp_path, {"cases": {"a": {"annotated_slices": {"1": [2]}, "confidence": odd, "disagreement": odd}}}))
+    assert found.cases["a"].annotated_slices == {1: (2,)}
     assert found.cases["a"].confidence == found.cases["a"].disagreement == {}

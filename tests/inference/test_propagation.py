@@ -278,7 +278,7 @@ def large_stack(slices=5, px=128):
 
 def test_with_a_focus_an_object_is_seen_in_a_square_around_its_annotation(model):
     found = propagate(model, large_stack(), {1: [AnnotatedSlice(2, large_square())]}, options=PropagationOptions(roi_scale=FOCUS))[1]
-    assert found.square is not None and found.logits.shape == (5, PX, PX)
+    assert found.roi is not None and found.logits.shape == (5, PX, PX)
     shown = found.plane(2, 128, 128, 128) > 0
     assert (shown & large_square()).sum() / (shown | large_square()).sum() > 0.9
 
@@ -288,7 +288,7 @@ def test_what_lies_outside_of_the_square_has_no_part_in_the_result(one_sided_not
     before = propagate(one_sided_nothing, stack, {1: [AnnotatedSlice(2, large_square())]}, options=PropagationOptions(roi_scale=FOCUS))[1]
     stack[:, :, :20] = 0.0
     after = propagate(one_sided_nothing, stack, {1: [AnnotatedSlice(2, large_square())]}, options=PropagationOptions(roi_scale=FOCUS))[1]
-    assert (before.square.row, before.square.edge) == (28, 48)
+    assert (before.roi.row, before.roi.edge) == (28, 48)
     assert torch.equal(before.logits, after.logits)
 
 
@@ -315,7 +315,7 @@ def test_a_mask_that_reaches_the_edge_of_its_square_is_tracked_again_in_a_larger
         advance=visited.append,
         options=PropagationOptions(roi_scale=FOCUS),
     )[1]
-    assert found.square.edge == 128  # 48, then 96, then all
+    assert found.roi.edge == 128  # 48, then 96, then all
     assert sum(visited) == 4  # tracking again is no progress
 
 

@@ -20,7 +20,7 @@ ALONE = Cohort((1.0,), True)
 
 
 def entry(name, **more):
-    told = {"output": f"{name}.nii.gz", "array_axis": 0, "training": False, "prompted_slices": {"1": [4]}, "seconds": 1.0}
+    told = {"output": f"{name}.nii.gz", "array_axis": 0, "training": False, "annotated_slices": {"1": [4]}, "seconds": 1.0}
     return told | {"confidence": {"1": {"mean": 0.5, "slices": {str(k): 0.9 for k in range(12)}}}, "disagreement": {}} | more
 
 
