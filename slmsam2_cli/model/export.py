@@ -93,7 +93,7 @@ def _readme(checkpoint: Checkpoint, name: str) -> str:
         *([f"channels    {', '.join(plan.channels)}, in this order"] if len(plan.channels) > 1 else []),
         f"training    {provenance.steps} steps on {len(provenance.training)} case(s), from {provenance.pretrained}",
         f"weights     {checkpoint.digest}",
-        f"confidence  {f'calibrated on {table.slices} slices, {table.note}' if table else 'uncalibrated'}",
+        f"confidence  {f'calibrated with {table.slices} slices; {table.note}' if table else 'uncalibrated'}",
         *([f"adapter     for the base {required.name}, weights {required.digest}"] if required else []),
         *([f"warning     {RANDOM_WARNING}"] if provenance.random else []),
         "",
