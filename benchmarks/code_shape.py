@@ -10,13 +10,21 @@ from __future__ import annotations
 
 import ast
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
+
+import nibabel
+import numpy as np
 
 import slmsam2_cli
+from slmsam2_cli.commands import predict as command
+from slmsam2_cli.dataset.dataset_json import Case
+from slmsam2_cli.dataset.phantom import write_phantom_dataset
 
 PACKAGE = Path(slmsam2_cli.__file__).parent
 LAYERS = (
@@ -169,7 +177,7 @@ class Trace:
         if name is None or frame.f_code.co_name.startswith(("<", "__")):
             return
         if frame.f_code.co_name == "read_nifti":
-            self.reads.append(Path(str(frame.f_locals["path"])).name)
+            self.reads.append(str(frame.f_locals["path"]))
         caller = frame.f_back
         while caller is not None and (_module_of(caller) is None or caller.f_code.co_name.startswith("<")):
             caller = caller.f_back
@@ -188,11 +196,39 @@ def _module_of(frame: FrameType) -> str | None:
     return "model" if name.startswith("model.") else name
 
 
-def trace_one_volume() -> tuple[Trace, list[str]]:
-    """Predict one synthetic phantom from one annotated slice. Returns the trace of its way, and every file that the run reads."""
-    from slmsam2_cli.dataset.phantom import write_phantom_dataset  # noqa: F401
+def trace_one_volume() -> tuple[Trace, Trace]:
+    """Predict one synthetic phantom from one annotated slice, in a folder without a plan, and again with the plan that was made.
 
-    raise NotImplementedError
+    Returns the trace of the whole first run, whose reads count the planning too, and the trace of the case alone in the second.
+    """
+    run_case, trace, whole = command._Runner.run_case, Trace(), Trace()
+
+    def traced(runner: command._Runner, case: Case) -> None:
+        with trace:
+            run_case(runner, case)
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_phantom_dataset(folder, cases=1, test_cases=0, shape=(8, 40, 40))
+        prompts = folder / "prompts"
+        prompts.mkdir()
+        (label,) = (folder / "labelsTr").iterdir()
+        volume = nibabel.load(label)
+        sparse = np.zeros_like(full := np.asarray(volume.dataobj))
+        middle = int(np.median(np.flatnonzero(full.any(axis=(0, 1)))))
+        sparse[..., middle] = full[..., middle]
+        nibabel.save(nibabel.Nifti1Image(sparse, volume.affine, volume.header), prompts / label.name)
+        options: dict[str, Any] = {"prompts": prompts, "weights": "auto", "device": "cpu", "report": False}
+        with whole:
+            command.predict(folder / "imagesTr", folder / "masks", **options)
+        (mask,) = (folder / "masks").glob("*.nii.gz")
+        mask.unlink()  # so that it is made again, by the plan that is there now
+        command._Runner.run_case = traced  # type: ignore[method-assign]
+        try:
+            command.predict(folder / "imagesTr", folder / "masks", **options)
+        finally:
+            command._Runner.run_case = run_case  # type: ignore[method-assign]
+    return whole, trace
 
 
 def main() -> int:
@@ -210,6 +246,14 @@ def main() -> int:
         ("upward imports", len(found := upward_imports(graph)), 0, found),
         ("places that compute Dice", len(found := dice_formulas(modules)), 1, found),
         ("places that compute a bounding box", len(found := bounding_boxes(modules)), 1, found),
+    ]
+    whole, case = trace_one_volume()
+    most_reads = max(whole.reads.count(name) for name in whole.reads)
+    rows += [
+        ("modules on the way of one volume", len(case.modules), 16, case.modules),
+        ("hops on the way of one volume", len(case.hops), 35, [f"{a}.{f} -> {b}.{g}" for a, f, b, g in sorted(case.hops)]),
+        ("reads of NIfTI files for one case, with verification", len(case.reads), 3, case.reads),
+        ("reads of one NIfTI file in a run without a plan", most_reads, 1, whole.reads),
     ]
     broken = False
     for name, value, bound, where in rows:
