@@ -18,8 +18,7 @@ from slmsam2_cli.dataset.checks import check_pair, compare_geometry
 from slmsam2_cli.dataset.dataset_json import NAME, Case, Dataset, Entry, raise_dataset_error, read_description
 from slmsam2_cli.dataset.discovery import DiscoveredCases, list_images, list_labels, normalise_name, stem
 from slmsam2_cli.errors import CaseError
-from slmsam2_cli.io.dicom import dicom_files
-from slmsam2_cli.io.files import is_ignored_name
+from slmsam2_cli.io.files import dicom_files, is_ignored_name
 from slmsam2_cli.io.volume import ENDINGS, image_ending, relative
 
 __all__ = ["Case", "Dataset", "check_pair", "compare_geometry", "find_label", "read_dataset", "read_image_folder"]

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from slmsam2_cli.errors import CaseError, DatasetError
-from slmsam2_cli.io.dicom import dicom_files
-from slmsam2_cli.io.files import error_reason, is_ignored_name
+from slmsam2_cli.io.files import dicom_files, error_reason, is_ignored_name
 from slmsam2_cli.io.volume import image_ending
 
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})\Z", re.DOTALL)

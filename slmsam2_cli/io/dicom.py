@@ -14,29 +14,9 @@ import numpy as np
 import SimpleITK
 from numpy.typing import NDArray
 
-from slmsam2_cli.io.files import InputError, is_ignored_name, open_regular
+from slmsam2_cli.io.files import InputError, dicom_files, is_ignored_name
 from slmsam2_cli.io.image import DIRECTION_TOLERANCE, SHEAR_TOLERANCE, DecodedVolume, Source, check_size, geometry_warnings
 from slmsam2_cli.io.itk import decode, from_image
-
-
-def is_dicom_file(path: Path) -> bool:
-    """Whether a regular file carries DICOM's mark; never blocks. False for anything that cannot be opened."""
-    try:
-        with open_regular(path) as file:
-            return file.read(132)[128:] == b"DICM"
-    except (InputError, OSError):
-        return False
-
-
-def dicom_files(folder: Path) -> list[Path]:
-    """The DICOM files directly inside a folder, sorted by name."""
-    try:
-        return [
-            path for path in sorted(folder.iterdir()) if not is_ignored_name(path.name) and path.name != "DICOMDIR" and is_dicom_file(path)
-        ]
-    except OSError:
-        return []
-
 
 sitk: Any = SimpleITK  # untyped
 SERIES = "DICOM series"

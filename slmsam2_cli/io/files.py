@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -70,3 +71,17 @@ def _unopened(path: Path, error: OSError) -> InputError:
 def is_ignored_name(name: str) -> bool:
     """Whether a folder entry is something an operating system or an unfinished write left behind."""
     return name.startswith(".") or name.lower() in IGNORED_NAMES
+
+
+def dicom_files(folder: Path) -> list[Path]:
+    """List the DICOM files directly inside a folder, sorted by name: those with "DICM" at byte 128. Empty where nothing can be read."""
+    try:
+        paths = [path for path in sorted(folder.iterdir()) if not is_ignored_name(path.name) and path.name != "DICOMDIR"]
+    except OSError:
+        return []
+    found = []
+    for path in paths:
+        with suppress(InputError, OSError), open_regular(path) as file:
+            if file.read(132)[128:] == b"DICM":
+                found.append(path)
+    return found

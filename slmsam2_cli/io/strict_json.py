@@ -11,10 +11,11 @@ import json
 import math
 import re
 from difflib import get_close_matches
-from typing import Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
+if TYPE_CHECKING:  # pydantic is slow to import, and processes that score cases do without
+    from pydantic import BaseModel, ValidationError
+    from pydantic.fields import FieldInfo
 
 MAX_BYTES = 20_000_000
 MAX_DEPTH = 100
@@ -151,7 +152,7 @@ def _field(model: type[BaseModel], loc: tuple[str | int, ...]) -> FieldInfo | No
 
 def _inside(annotation: Any) -> type[BaseModel] | None:
     """The model that a field holds: itself, or within a tuple or a choice."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and hasattr(annotation, "model_fields"):
         return annotation
     return next((found for each in get_args(annotation) if (found := _inside(each)) is not None), None)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from slmsam2_cli.errors import CaseError, OutputError
 from slmsam2_cli.io import atomic
-from slmsam2_cli.io.files import InputError, error_reason
+from slmsam2_cli.io.files import InputError, dicom_files, error_reason
 from slmsam2_cli.io.image import DecodedVolume, Grid, Source, value_warnings
 from slmsam2_cli.io.nifti import read_nifti, template_for, write_nifti
 
@@ -144,7 +144,6 @@ def read_labels(path: Path, *, case: str, root: Path, max_voxels: int = MAX_VOXE
 
 def volume_files(path: Path) -> tuple[Path, ...]:
     """Every file a volume is read from: the slices of a DICOM folder, header and data of a .mhd, else the file itself. InputError."""
-    from slmsam2_cli.io.dicom import dicom_files
     from slmsam2_cli.io.itk import meta_files
 
     if path.is_dir():
