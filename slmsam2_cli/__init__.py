@@ -1,4 +1,4 @@
-"""Annotate one slice, get the volume. The Python side, `api.py`, is loaded when something of it is first used: it needs torch."""
+"""Segment a volume from one annotated slice. The Python functions of `api.py` are imported when first used, because they need torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""SLM-SAM 2 from Python: build or load a model, encode slices, propagate masks through array_io, files and sets of images.
+"""Use SLM-SAM 2 from Python: build or load a model, encode slices, propagate masks through arrays, files and sets of images.
 
-Nothing is written unless asked for. What is wrong with an argument is a ValueError of one line that names it; what is wrong with a
-file is the error that the command line would show (errors.py). docs/how-to/python.md shows it all.
+No function writes a file. A wrong argument raises ValueError, one line that begins with its name; a wrong file raises the error that the
+command line would show (errors.py). docs/how-to/python.md shows all functions.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ Label = TypeVar("Label", bound=Hashable)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SlmSam2:
-    """A network ready to segment, and what it knows of the images it was made for; from `build` or `load`.
+    """A network ready to segment, made by `build` or `load`.
 
-    network: the torch module, in evaluation mode, on its device; plan: the decisions it was tuned by, None where there are none;
-    calibration: the table from its confidence to Dice, if there is one; warnings: what whatever is made with it has to say.
+    network: the torch module, in evaluation mode, on its device; plan: the plan that it was fine-tuned with, or None; calibration: the
+    table from its confidence to expected Dice, or None; warnings: for users of its masks, one line each.
     """
 
     network: slmsam2.SlmSam2
@@ -51,7 +51,7 @@ class SlmSam2:
     warnings: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        made_of, tuned = self.network.network, f", tuned on {self.plan.dataset_name}" if self.plan else ""
+        made_of, tuned = self.network.network, f", fine-tuned on {self.plan.dataset_name}" if self.plan else ""
         return f"SlmSam2({made_of.size}, {made_of.policy}, {self.input_size} px, {self.network.device}{tuned})"
 
     @property
@@ -61,14 +61,14 @@ class SlmSam2:
 
     @property
     def adjacent_slices(self) -> bool:
-        """Whether, of one channel, the network was taught to see the slices before and after as colours."""
+        """Whether the network sees the slices before and after one-channel slices as further input channels."""
         return self.plan is not None and self.plan.geometry.adjacent_slices
 
     def encode(self, slices: ArrayLike, *, window: Window | None = None) -> SliceFeatures:
-        """What the image encoder says of slices (T, H, W) or (T, C, H, W), all at once; sizes and window as in `propagate`.
+        """Encode slices (T, H, W) or (T, C, H, W), all at once; sizes and window as in `propagate`.
 
-        SliceFeatures on the network's device: top (T, C, px/16, px/16), fine (T, C/8, px/4, px/4) and (T, C/4, px/8, px/8).
-        ValueError.
+        Returns SliceFeatures on the network's device: top (T, C, px/16, px/16), fine (T, C/8, px/4, px/4) and (T, C/4, px/8, px/8).
+        Raises: ValueError for the arguments.
         """
         _, frames = array_io.frame(slices, self.input_size, window, adjacent_slices=self.adjacent_slices)
         with torch.no_grad():
@@ -76,10 +76,11 @@ class SlmSam2:
 
 
 def build(size: NetworkSize = "nano", *, input_size: int, seed: int = 0, device: DeviceName = "auto", **options: Any) -> SlmSam2:
-    """A network with random weights, to be trained: what it predicts is noise.
+    """Build a network with random weights, to be trained; its predictions are noise.
 
     size: nano, tiny, small, base_plus or large; input_size: edge of its input, a multiple of 32; options: further keys of
-    `network` in plan.json, such as policy="fifo". ValueError, DeviceError.
+    `network` in plan.json, such as policy="fifo".
+    Raises: ValueError for the arguments, DeviceError.
     """
     input_size, seed = _as_int(input_size, "input_size"), _as_int(seed, "seed")
     try:
@@ -101,11 +102,11 @@ def load(
     input_size: int | None = None,
     device: DeviceName = "auto",
 ) -> SlmSam2:
-    """The model in a file: tuned by `slmsam2 finetune` (or the folder it wrote), an adapter, or SAM 2.1 and its kin.
+    """Load the model of a file: one of `slmsam2 finetune` (or its folder), an adapter, or weights of SAM 2.1 and related models.
 
-    path may also be a name of `slmsam2 weights list`. base: the weights that an adapter belongs on, where they are not found by
-    themselves. plan: a plan or the path of a plan.json in place of the one inside. input_size: for weights that carry no plan and
-    get none: the edge of the input, a multiple of 32. ValueError, WeightsError, PlanError, DeviceError.
+    path may also be a name of `slmsam2 weights list`. base: the pretrained weights of an adapter, where they are not found
+    automatically. plan: a plan, or the path of a plan.json, instead of the one inside. input_size: for weights without a plan: the edge
+    of the input, a multiple of 32. Raises: ValueError for the arguments, WeightsError, PlanError, DeviceError.
     """
     checkpoint = _checkpoint(path, base)
     decided = checkpoint.plan if plan is None else _plan_for(checkpoint, plan)
@@ -128,7 +129,7 @@ def _checkpoint(path: FilePath, base: FilePath | None) -> Checkpoint:
 
 
 def _plan_for(checkpoint: Checkpoint, plan: FilePath | Plan) -> Plan:
-    """The plan that was given; where the weights carry none, with the network that they are of."""
+    """Read the given plan; for weights without a plan of their own, with the network of the weights."""
     given = plan if isinstance(plan, Plan) else read_plan(Path(plan))
     return given if checkpoint.plan is not None else given.model_copy(update={"network": checkpoint.network})
 
@@ -142,7 +143,7 @@ def _build_without_plan(checkpoint: Checkpoint, input_size: int | None) -> slmsa
 
 
 def _as_int(value: SupportsIndex, name: str) -> int:
-    """A whole number of whatever type. ValueError."""
+    """Convert a whole number of any type to int."""
     try:
         return index(value)
     except TypeError:
@@ -152,14 +153,13 @@ def _as_int(value: SupportsIndex, name: str) -> int:
 def propagate(
     model: SlmSam2, slices: ArrayLike, prompts: Mapping[Label, Mapping[int, ArrayLike]], *, window: Window | None = None
 ) -> dict[Label, Track]:
-    """Masks of every object on every slice, from a few annotated slices of each.
+    """Segment every object on every slice, from a few annotated slices of each. Returns a Track for each label.
 
-    slices: (T, H, W) or (T, C, H, W), any size: the longer edge of a slice fills the frame, pixels are taken for squares.
+    slices: (T, H, W) or (T, C, H, W), any size: the longer edge of a slice fills the input, pixels are taken for squares.
     prompts: label (any name or number) -> slice index -> mask (H, W), 0 where the object is not; an empty mask says that the
     object has ended there. window: the grey values that become 0 and 1, or "percentile" for the 0.5th and 99.5th of the
-    non-zero ones; None: the values are from 0 to 1 already. ValueError.
-
-    A Track for each label. Labels are found by themselves, so their masks may overlap; annotated slices come back exactly.
+    non-zero ones; None: the values are from 0 to 1 already. Labels are segmented independently, so their masks may overlap;
+    annotated slices are returned unchanged. Raises: ValueError for the arguments.
     """
     view, frames = array_io.frame(slices, model.input_size, window, adjacent_slices=model.adjacent_slices)
     if not isinstance(prompts, Mapping) or not prompts:
@@ -177,18 +177,18 @@ def segment(
     *,
     annotated_slices: Sequence[int] | None = None,
 ) -> SegmentedCase:
-    """A whole volume as `slmsam2 predict` segments it, by the plan of the model; the same prompts give the same mask.
+    """Segment a volume as `slmsam2 predict` does, with the plan of the model; the same prompts give the same mask.
 
-    image: a volume's file, a folder with one DICOM series, or one file a channel. prompts: a mask with the plan's label values,
-    or label (value or name) -> mask; each a file or an array (Z, Y, X) on the image's grid. A slice with anything painted on it
+    image: a volume's file, a folder with one DICOM series, or one file per channel. prompts: a mask with the plan's label values,
+    or label (value or name) -> mask; each a file or an array (Z, Y, X) on the image's grid. A slice with anything drawn on it
     is annotated, for all labels. annotated_slices: further slices, which are empty because nothing is there, as in
-    CASE.prompts.json. ValueError for the arguments, CaseError for files that cannot be used.
+    CASE.prompts.json. Raises: ValueError for the arguments, CaseError for files that cannot be used.
 
-    Segmented: labels (Z, Y, X) on the image's grid, confidence (label -> slice -> 0 to 1, the Dice to expect where the model has
+    SegmentedCase: labels (Z, Y, X) on the image's grid, confidence (label -> slice -> 0 to 1, the Dice to expect where the model has
     a calibration), warnings, and write(path).
     """
     if model.plan is None:
-        raise ValueError("model: carries no plan, so nothing is known of millimetres and grey values; load it with plan=")
+        raise ValueError("model: carries no plan, so spacing and grey values are unknown; load it with plan=")
     given = (image,) if isinstance(image, str | PathLike) else image
     if not isinstance(given, Sequence) or not given or not all(isinstance(path, str | PathLike) for path in given):
         raise ValueError("image: give the path of a file, or a list of paths, one a channel")
@@ -205,13 +205,11 @@ def segment(
 def segment_images(
     model: SlmSam2, images: ArrayLike | Sequence[ArrayLike], prompts: Mapping[int, ArrayLike], *, window: Window | None = None
 ) -> list[Match]:
-    """One object on every image of a set without order, from one annotated image or a few (MedSAM-2's workflow).
+    """Segment one object on every image of an unordered set, from one or a few annotated images (MedSAM-2). Returns a Match per image.
 
     images: (N, H, W), (N, C, H, W), or a list of arrays (H, W) or (C, H, W) that may differ in size; each fills the frame by
     itself. prompts: image index -> mask (H, W); an empty one says that the object is not on that image. window: as in
-    `propagate`, for each image. ValueError.
-
-    A Match for each image, in their order; the order has no part in what is found.
+    `propagate`, for each image. The order of the images does not change the masks. Raises: ValueError for the arguments.
     """
     views, frames = array_io.images_of(images, model.input_size, window)
     drawn = array_io.read_image_prompts(prompts, views)

@@ -240,7 +240,7 @@ def test_a_tuned_model_comes_with_its_plan_its_table_and_its_warnings(folder):
     tuned = load(folder / "model.safetensors", device="cpu")
     assert (tuned.plan, tuned.calibration, tuned.network.training) == (planned(folder), HALVED, False)
     assert tuned.input_size == tuned.plan.geometry.input_size and "random weights" in tuned.warnings[0]
-    assert repr(tuned) == f"SlmSam2(nano, shortlong, {tuned.input_size} px, cpu, tuned on Phantom_MR)"
+    assert repr(tuned) == f"SlmSam2(nano, shortlong, {tuned.input_size} px, cpu, fine-tuned on Phantom_MR)"
     loaded = tuned.network.state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in read_checkpoint(folder / "model.safetensors").state.items())
 
@@ -296,7 +296,7 @@ def test_an_adapter_is_put_on_the_base_that_is_named(folder, adapter):
 def test_a_model_that_has_not_learned_to_read_its_plan_s_channels_has_it_among_its_warnings(sam, folder, capsys):
     plan = planned(folder)
     four = plan.model_copy(update={"channels": ("T1", "T2", "FLAIR", "T1c"), "intensity": plan.intensity * 4})
-    assert "sam2.1.pt has not learned to read 4 channels" in load(sam, plan=four, device="cpu").warnings[0]
+    assert "sam2.1.pt was not trained on 4 channels" in load(sam, plan=four, device="cpu").warnings[0]
     assert capsys.readouterr() == ("", "")
 
 
@@ -393,14 +393,14 @@ SHAPE = (8, 40, 36)
     [
         (lambda t: t[1:], None, r"prompts: shape .* but the image's is .* \(z, y, x\)"),
         (lambda t: {1: t[0]}, None, r"prompts\[1\]: shape .* but the image's is .* \(z, y, x\)"),
-        (lambda t: t * 9, None, r"prompts: holds 9, 18, 27; the plan knows 1 \(organ\), 2 \(vessel\), 3 \(nodule\)"),
+        (lambda t: t * 9, None, r"prompts: holds 9, 18, 27; the plan has 1 \(organ\), 2 \(vessel\), 3 \(nodule\)"),
         (lambda t: t + 0.5, None, "prompts: holds 0.5, 1.5"),
-        (lambda t: {7: t == 1}, None, r"prompts: no label 7; the plan knows 1 \(organ\)"),
-        (lambda t: {"spleen": t == 1}, None, "prompts: no label 'spleen'; the plan knows"),
+        (lambda t: {7: t == 1}, None, r"prompts: no label 7; the plan has 1 \(organ\)"),
+        (lambda t: {"spleen": t == 1}, None, "prompts: no label 'spleen'; the plan has"),
         (lambda t: {1: t}, None, r"prompts\[1\]: more than one value besides 0"),
-        (lambda t: {1: t == 1, "vessel": t == 1}, None, r"prompts\['vessel'\]: \d+ of its voxels are painted as label 1 too"),
-        (lambda t: t * 0, None, "prompts: nothing is painted"),
-        (lambda t: {}, None, "prompts: nothing is painted"),
+        (lambda t: {1: t == 1, "vessel": t == 1}, None, r"prompts\['vessel'\]: \d+ of its voxels belong to label 1 too"),
+        (lambda t: t * 0, None, "prompts: the mask is empty"),
+        (lambda t: {}, None, "prompts: the mask is empty"),
         (lambda t: None, None, "prompts: a NoneType; give"),
         (sparse, 3, "annotated_slices: 3; give a list of slice numbers"),
         (sparse, [99], "annotated_slices: no slice 99; they are numbered from 0 to"),

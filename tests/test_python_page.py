@@ -33,7 +33,7 @@ def put_files_into(folder):
     truth = nibabel.load(data / "labelsTr" / "phantom_000.nii.gz")
     painted = np.zeros(truth.shape, np.uint8)
     painted[..., 4] = np.asarray(truth.dataobj)[..., 4]
-    nibabel.save(nibabel.Nifti1Image(painted, truth.affine, truth.header), folder / "painted.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(painted, truth.affine, truth.header), folder / "prompt.nii.gz")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_every_example_runs_and_gives_arrays_of_the_shapes_that_the_page_tells(a
 def test_the_given_slices_of_the_page_come_back_as_given(after):
     organ, labels = after["found"]["organ"].mask, after["labels"]
     assert np.array_equal(organ[8], labels[8] == 1) and np.array_equal(organ[14], labels[14] == 1) and not organ[20:].any()
-    painted, saved = (nibabel.load(after["folder"] / name) for name in ("painted.nii.gz", "mask.nii.gz"))
+    painted, saved = (nibabel.load(after["folder"] / name) for name in ("prompt.nii.gz", "mask.nii.gz"))
     assert np.array_equal(np.asarray(saved.dataobj)[..., 4], np.asarray(painted.dataobj)[..., 4])
     assert not after["result"].labels[0].any()
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from slmsam2_cli.dataset.dataset import compare_geometry, find_label
 from slmsam2_cli.dataset.masks import bounding_box
-from slmsam2_cli.dataset.slices import AXES, SliceAxis, View, orient
+from slmsam2_cli.dataset.slices import SliceAxis, View
 from slmsam2_cli.errors import CaseError, SlmSam2Error
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.volume import Volume, read_labels
@@ -133,18 +133,12 @@ def _annotated_along(paint: Array, view: View) -> SliceAxis | None:
     A structure that is thin in both directions (a vessel) is no annotated slice unless it is exactly one voxel thick in one of them, and an
     axis with few slices says nothing.
     """
-    along = {axis: _slices_along(paint, view, axis) for axis in AXES}
+    along = view.count_slices(paint)
     here = along.pop(view.axis)[0]
     (few, axis), (more, _) = sorted((count, axis) for axis, (count, _) in along.items())
     deep = along[axis][1] > MAX_ANNOTATED_SLICES
     flat = few <= MAX_ANNOTATED_SLICES and (more > MAX_ANNOTATED_SLICES or few == 1 < more)
     return axis if deep and flat and here > max(MAX_ANNOTATED_SLICES, 2 * few) else None
-
-
-def _slices_along(paint: Array, view: View, axis: SliceAxis) -> tuple[int, int]:
-    """Slices along an anatomical axis that hold paint (Z, Y, X), and all of them."""
-    stack = orient(view.grid.direction, axis).apply(paint)
-    return int((stack != 0).any(axis=(1, 2)).sum()), len(stack)
 
 
 def _listed(path: Path, case_id: str, view: View) -> tuple[int, ...]:

@@ -188,6 +188,14 @@ class View:
         """Native slice indices where the mask (Z, Y, X) is non-zero."""
         return [int(t) for t in np.flatnonzero((self.oriented(mask) != 0).any(axis=(1, 2)))]
 
+    def count_slices(self, mask: Array) -> dict[SliceAxis, tuple[int, int]]:
+        """Count along every anatomical axis the slices on which the mask (Z, Y, X) is non-zero, and all slices."""
+        counts: dict[SliceAxis, tuple[int, int]] = {}
+        for axis in AXES:
+            stack = orient(self.grid.direction, axis).apply(mask)
+            counts[axis] = int((stack != 0).any(axis=(1, 2)).sum()), len(stack)
+        return counts
+
     def to_stack(self, native_slice: int) -> int:
         """Native slice -> the stack slice that shows it; slices cut off by the crop map to the nearest end."""
         start, end = self.box[0]

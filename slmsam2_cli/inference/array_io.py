@@ -1,11 +1,8 @@
-"""Plain arrays of any size, to the network's frame and back; what is wrong with one is said in one line that names the argument.
+"""Read images, masks and prompts that are given in Python as arrays or single files, and return masks at the arrays' own size.
 
-An array carries no millimetres, so its pixels are taken for squares, and its longer edge fills the frame; the shorter one is
-padded with zeros at the bottom or at the right. Masks come back at the array's own size.
-
-Prompts for a volume that are given in Python, as arrays or single files, in place of a folder of masks.
-
-What they mean is what it means in `dataset/prompts.py`: a slice with anything painted on it is annotated, for every label.
+An array has no spacing, so its pixels are taken for squares and its longer edge fills the network's input; the shorter one is padded
+with zeros at the bottom or right. Prompts mean the same as in `dataset/prompts.py`: a slice with anything drawn on it is annotated for
+every label. All functions raise ValueError, one line that begins with the name of the argument.
 """
 
 from __future__ import annotations
@@ -40,10 +37,10 @@ _OBJECT = 1  # the one label of a mask
 
 @dataclass(frozen=True, eq=False)
 class Track:
-    """One object on every slice of a stack.
+    """The result of one object on every slice of a stack.
 
     mask (T, H, W) bool; confidence (T,) float32: object score probability times predicted IoU, 1 on annotated slices, 0 where no
-    pass came by; disagreement (T,) float32: 1 - Dice of the passes from both sides, NaN where there were not two.
+    pass came; disagreement (T,) float32: 1 - Dice of the two passes that meet, NaN where there is one.
     """
 
     mask: Array
@@ -53,7 +50,7 @@ class Track:
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """One object on one image.
+    """The result of one object on one image.
 
     mask (H, W) bool; confidence: object score probability times predicted IoU, 1 on annotated images; nearest: index of the annotated
     image whose object it resembles most; similarity: to that one, -1 to 1; warning: "" if all is well.
@@ -68,7 +65,7 @@ class Match:
 
 @dataclass(frozen=True)
 class _Scheme:
-    """How one channel becomes 0…1."""
+    """How the grey values of one channel are scaled to 0…1."""
 
     scheme: Literal["ct", "percentile"]
     lower: float
@@ -76,7 +73,7 @@ class _Scheme:
 
 
 def as_array(value: object, name: str) -> Array:
-    """A NumPy array or torch tensor of finite numbers or booleans as a NumPy array. ValueError."""
+    """Convert a NumPy array or torch tensor of finite numbers or booleans to a NumPy array."""
     if isinstance(value, Tensor):
         if value.layout != torch.strided:
             raise ValueError(f"{name}: a sparse tensor; give a dense one")
@@ -95,21 +92,21 @@ def as_array(value: object, name: str) -> Array:
 
 
 def as_mask(value: object, shape: tuple[int, ...], name: str) -> Array:
-    """A mask of that shape as bool; 0 and one other value may occur in it. ValueError."""
+    """Convert a mask of this shape, with 0 and one other value, to bool."""
     mask = as_array(value, name)
     if mask.shape != shape:
         raise ValueError(f"{name}: shape {mask.shape}, but the image's is {shape}")
-    painted: Array = mask != 0
-    if painted.any() and (mask[painted] != mask[painted][0]).any():
-        shown = ", ".join(f"{one:g}" for one in np.unique(mask[painted])[:3].tolist())
-        raise ValueError(f"{name}: more than one value besides 0 ({shown}, …); give one mask an object, 0 where it is not")
-    return painted
+    held: Array = mask != 0
+    if held.any() and (mask[held] != mask[held][0]).any():
+        shown = ", ".join(f"{one:g}" for one in np.unique(mask[held])[:3].tolist())
+        raise ValueError(f"{name}: more than one value besides 0 ({shown}, …); give one mask per object, 0 where it is not")
+    return held
 
 
 def frame(
     slices: object, input_size: int, window: Window | None, name: str = "slices", adjacent_slices: bool = False
 ) -> tuple[View, Tensor]:
-    """How a stack (T, H, W) or (T, C, H, W) fits the frame, and what the network sees of it: (T, C, px, px) in [0, 1], C at least 3.
+    """Turn a stack (T, H, W) or (T, C, H, W) into its view and network input (T, C, px, px) in [0, 1], C at least 3.
 
     window: the grey values that become 0 and 1; "percentile": the stack's own, as plans have it for all but CT; None: the values
     are from 0 to 1 already. adjacent_slices: of one channel, the slices before and after are colours, too. ValueError.
@@ -124,7 +121,7 @@ def frame(
 
 
 def _fit_to_input(shape: tuple[int, ...], input_size: int) -> View:
-    """The longer edge of (T, H, W) fills the frame."""
+    """Make the view of a stack (T, H, W) whose longer edge fills the input."""
     count, height, width = shape
     grid = Grid((count, height, width), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), np.eye(3))
     rows, columns = (max(1, round(edge * input_size / max(height, width))) for edge in (height, width))
@@ -132,7 +129,7 @@ def _fit_to_input(shape: tuple[int, ...], input_size: int) -> View:
 
 
 def _scaled(stack: Array, window: Window | None, name: str) -> Array:
-    """(C, T, H, W) -> float32 in [0, 1]."""
+    """Scale (C, T, H, W) to float32 in [0, 1]."""
     if window is None:
         low, high = float(stack.min()), float(stack.max())
         if low < 0 or high > 1:
@@ -159,7 +156,7 @@ def _scheme_of(window: Window) -> _Scheme:
 
 
 def mask_to_promptss(masks: object, view: View, name: str) -> Prompts:
-    """The annotated slices of one object: slice index -> mask (H, W); an empty one says that it is not there. ValueError."""
+    """Read the annotated slices of one object: slice index -> mask (H, W), empty where the object is not."""
     count, *size = view.grid.shape
     if not isinstance(masks, Mapping) or not masks:
         raise ValueError(f"{name}: give {{slice index: mask}}, one annotated slice at least")
@@ -174,25 +171,25 @@ def mask_to_promptss(masks: object, view: View, name: str) -> Prompts:
 
 
 def check_index(index: object, count: int, name: str, what: str) -> int:
-    """An index from 0 to count - 1. ValueError."""
+    """Check an index from 0 to count - 1."""
     if isinstance(index, bool) or not isinstance(index, int | np.integer) or not 0 <= index < count:
         raise ValueError(f"{name}: no {what} {index!r}; they are numbered from 0 to {count - 1}")
     return int(index)
 
 
 def annotated_slices_on(prompts: Prompts, view: View, input_size: int) -> list[AnnotatedSlice]:
-    """The same on the frame, for the engine."""
+    """Bring the annotated slices of the object to the network's input."""
     return annotated_slices_of(prompts, view, (_OBJECT,), input_size)[_OBJECT]
 
 
 def track_of(found: Propagation, prompts: Prompts, view: View, input_size: int) -> Track:
-    """What was found, at the stack's own size; annotated slices exactly as annotated."""
+    """Return the result at the stack's own size, with annotated slices unchanged."""
     mask = restore_annotated(restore_labels({_OBJECT: found}, view, input_size), prompts, view) == _OBJECT
     return Track(mask, found.confidence.numpy(), found.disagreement.numpy())
 
 
 def images_of(images: object, input_size: int, window: Window | None) -> tuple[list[View], Tensor]:
-    """How each image (H, W) or (C, H, W) fits the frame, and what the network sees of them: (N, C, px, px), C at least 3. ValueError."""
+    """Turn images (H, W) or (C, H, W) into their views and network input (N, C, px, px), C at least 3."""
     if isinstance(images, np.ndarray | Tensor):
         images = [*as_array(images, "images")] if images.ndim in (3, 4) else None
     if not isinstance(images, Sequence) or isinstance(images, str) or not images:
@@ -211,7 +208,7 @@ def _image(image: object, input_size: int, window: Window | None, name: str) -> 
 
 
 def read_image_prompts(masks: object, views: list[View]) -> dict[int, Array]:
-    """The annotated images: index -> mask (H, W) bool at the image's own size. ValueError."""
+    """Read the annotated images: index -> mask (H, W) bool at the image's own size."""
     if not isinstance(masks, Mapping):
         raise ValueError("prompts: give {image index: mask}")
     places = {check_index(index, len(views), "prompts", "image"): mask for index, mask in masks.items()}
@@ -222,13 +219,13 @@ def read_image_prompts(masks: object, views: list[View]) -> dict[int, Array]:
 
 
 def mask_at_input_size(mask: Array, view: View, input_size: int) -> Tensor:
-    """A mask (H, W) on the frame: (px, px) bool."""
+    """Bring a mask (H, W) to the network's input: (px, px) bool."""
     slices = annotated_slices_of(Prompts(mask[None].astype(np.uint8), {_OBJECT: (0,)}, ()), view, (_OBJECT,), input_size)
     return slices[_OBJECT][0].mask if slices else torch.zeros(input_size, input_size, dtype=torch.bool)
 
 
 def match_of(found: ImageResult, annotated: Array | None, view: View, input_size: int) -> Match:
-    """What was found on one image, at its own size; an annotated image exactly as annotated."""
+    """Return the result of one image at its own size; an annotated image keeps its mask."""
     alone = Propagation(found.logits[None], torch.tensor([found.confidence]), torch.tensor([torch.nan]))
     mask = annotated if annotated is not None else restore_labels({_OBJECT: alone}, view, input_size)[0] == _OBJECT
     return Match(mask, found.confidence, found.nearest, found.similarity, found.warning)
@@ -236,16 +233,18 @@ def match_of(found: ImageResult, annotated: Array | None, view: View, input_size
 
 @dataclass(frozen=True, eq=False)
 class ArrayPrompts:
-    """masks: one mask that holds label values, or one mask a label, by the label's value or name; each an array (Z, Y, X) on the
-    image's grid or the path of a file. annotated_slices: further slices on which nothing is painted because nothing is there,
-    numbered as the file stores them; None when nobody listed any.
+    """Prompts of one volume.
+
+    masks: one mask that holds label values, or one mask per label, by the label's value or name; each an array (Z, Y, X) on the
+    image's grid or the path of a file. annotated_slices: further slices that are empty because the labels are not there,
+    numbered as the file stores them; None when there are none.
     """
 
     masks: object
     annotated_slices: Sequence[int] | None = None
 
     def read(self, case: Case, image: Volume, view: View, plan: Plan) -> tuple[Prompts, tuple[str, ...]]:
-        """The prompts, and no warnings. ValueError for what was given in Python, CaseError for what is wrong with a file."""
+        """Read the prompts. Returns them and no warnings. Raises: ValueError for arguments, CaseError for files."""
         if isinstance(self.masks, Mapping):
             mask = self._joined(self.masks, case, image, view, plan)
         else:
@@ -261,19 +260,19 @@ class ArrayPrompts:
             list_in="annotated_slices",
         )
         if found is None:
-            raise ValueError("prompts: nothing is painted; give a mask with at least one annotated slice")
+            raise ValueError("prompts: the mask is empty; give one with at least one annotated slice")
         return found, ()
 
     def _joined(self, masks: Mapping[object, object], case: Case, image: Volume, view: View, plan: Plan) -> Array:
-        """One mask (Z, Y, X) of all labels."""
+        """Join masks per label into one mask (Z, Y, X) of label values."""
         joined = np.zeros(view.grid.shape, _dtype(plan))
         for key, mask in masks.items():
             name = f"prompts[{key!r}]"
             value = _value_of(key, plan)
-            painted = as_mask(_voxels(mask, name, case, image, view), view.grid.shape, name)
-            if (other := joined[painted]).any():
-                raise ValueError(f"{name}: {np.count_nonzero(other)} of its voxels are painted as label {other[other != 0][0]} too")
-            joined[painted] = value
+            held = as_mask(_voxels(mask, name, case, image, view), view.grid.shape, name)
+            if (other := joined[held]).any():
+                raise ValueError(f"{name}: {np.count_nonzero(other)} of its voxels belong to label {other[other != 0][0]} too")
+            joined[held] = value
         return joined
 
     def _listed(self, view: View) -> tuple[int, ...] | None:
@@ -286,7 +285,7 @@ class ArrayPrompts:
 
 
 def _voxels(mask: object, name: str, case: Case, image: Volume, view: View) -> Array:
-    """A mask (Z, Y, X) of the image's shape, from wherever it is."""
+    """Read a mask (Z, Y, X) of the image's shape from a file or an array."""
     if isinstance(mask, str | PathLike):
         path = Path(mask)
         return read_annotated_mask(path, view, image, case=case.id, root=path.parent)
@@ -297,19 +296,19 @@ def _voxels(mask: object, name: str, case: Case, image: Volume, view: View) -> A
 
 
 def _declared(mask: Array, plan: Plan) -> Array:
-    """A mask of label values in a type that holds them. ValueError for others than the plan's."""
+    """Convert a mask of the plan's label values to uint8 or uint16."""
     known = {0, *plan.labels, *([] if plan.ignore is None else [plan.ignore])}
     if unknown := [value for value in np.unique(mask).tolist() if value not in known]:
-        raise ValueError(f"prompts: holds {', '.join(f'{value:g}' for value in unknown[:3])}; the plan knows {_labels(plan)}")
+        raise ValueError(f"prompts: holds {', '.join(f'{value:g}' for value in unknown[:3])}; the plan has {_labels(plan)}")
     return mask.astype(_dtype(plan), copy=False)
 
 
 def _value_of(key: object, plan: Plan) -> int:
-    """The label that a value or a name means. ValueError."""
+    """Return the label value of a value or a name."""
     for value, name in plan.labels.items():
         if key in (value, name):
             return value
-    raise ValueError(f"prompts: no label {key!r}; the plan knows {_labels(plan)}")
+    raise ValueError(f"prompts: no label {key!r}; the plan has {_labels(plan)}")
 
 
 def _labels(plan: Plan) -> str:

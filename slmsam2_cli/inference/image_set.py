@@ -1,11 +1,11 @@
 """Many images in no order, one of them annotated: masks for all the others, without training (MedSAM-2, arXiv:2408.00874).
 
-The annotated images are anchors: always read, never evicted. The others are segmented from the most similar to the least;
-what is present, confident and similar enough enters the self-sorting bank. Then all of them are segmented once more with the
-bank as it stands at the end, each without its own memory, so that no image profits from having come late.
+The annotated images are conditioning slices: always read, never evicted. The others are segmented from the most similar to the least;
+images on which the object is present, confident and similar enough enter the self-sorting bank. Then all are segmented again with the
+final bank, each without its own memory, so that no image profits from having come late.
 
-Images are numbered by their content, not by their place in the list: the order in which they are given cannot matter, not
-even to the last bit. The same image given twice is one image. Intensities and crop should have been made alike before.
+Images are numbered by their content, not by their place in the list, so that their order does not change one bit. The same image given
+twice is one image. Intensities and crop should be alike.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BankPolicy = SelfSort | ShortLongSelfSort
 
 @dataclass(frozen=True)
 class ImageResult:
-    """One object on one image.
+    """The result of one object on one image.
 
     logits (n, n) float32, below 0 where absent; confidence: object score probability times predicted IoU, 1 on annotated images;
     nearest: the annotated image whose object it is most similar to; similarity: to that one, -1 to 1; warning: "" if all is well.
@@ -45,7 +45,7 @@ class ImageResult:
 
 
 def bank_policy(model: SlmSam2) -> BankPolicy:
-    """The self-sorting bank that goes with a network's weights, whatever its own policy is; thresholds are its plan's."""
+    """Build the self-sorting bank for a network, whatever its own policy is, with the thresholds of its plan."""
     bank = SelfSort.from_plan(model.network, model.num_maskmem, model.max_obj_ptrs_in_encoder)
     return ShortLongSelfSort(bank) if model.network.has_short_stream else bank
 
@@ -58,11 +58,11 @@ def segment_images(
     policy: BankPolicy | None = None,
     advance: Callable[[int], None] = lambda images: None,
 ) -> list[ImageResult]:
-    """One object on every image, in the order given.
+    """Segment one object on every image. Returns the results in the order given.
 
     images (N, C, px, px) in [0, 1]; prompts: index of an annotated image -> its mask (px, px) bool; an empty mask says that the
-    object is not there. policy: `bank_policy(model)` if none. `advance` is told of every segmentation, twice an image.
-    ValueError when no annotated image holds the object.
+    object is not there. policy: `bank_policy(model)` if none. `advance` is called after every segmentation, twice per image.
+    Raises: ValueError when no annotated image holds the object.
     """
     if not any(bool(mask.any()) for mask in prompts.values()):
         raise ValueError("no annotated image holds the object; annotate one that does")
@@ -77,22 +77,22 @@ def segment_images(
 
 
 def _name(image: Tensor, mask: Tensor | None) -> str:
-    """SHA-256 of an image, and of its mask if a person drew one."""
+    """Compute the SHA-256 of an image, and of its mask if it is annotated."""
     parts = [image.cpu().contiguous(), *([mask.cpu().contiguous()] if mask is not None else [])]
     return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
 
 
 class _ImageSet:
-    """One object through N different images that are numbered by content."""
+    """One object on N different images that are numbered by content."""
 
     def __init__(self, model: SlmSam2, images: Tensor, policy: BankPolicy, advance: Callable[[int], None]) -> None:
         self.model, self.policy, self.advance = model, policy, advance
-        self.features = FeatureCache(model, images, batch=1)  # an image's features must not depend on its neighbours in a batch
+        self.features = FeatureCache(model, images, batch=1)  # an image's features must not depend on others in its batch
         self.bank = MemoryBank()
 
     def segment(self, given: Mapping[int, Tensor]) -> dict[int, ImageResult]:
-        """Both rounds. given: number of an annotated image -> its mask (px, px)."""
-        found = {i: self._anchor(i, given[i]) for i in sorted(given)}
+        """Segment all images in two rounds. given: number of an annotated image -> its mask (px, px)."""
+        found = {i: self._store_prompt(i, given[i]) for i in sorted(given)}
         nearest = {i: self._nearest(i) for i in range(len(self.features.frames)) if i not in given}
         order = sorted(nearest, key=lambda i: (-nearest[i][1], i))
         for i in order:
@@ -106,7 +106,7 @@ class _ImageSet:
             self.advance(1)
         return found
 
-    def _anchor(self, i: int, mask: Tensor) -> ImageResult:
+    def _store_prompt(self, i: int, mask: Tensor) -> ImageResult:
         """The annotated word, stored if the object is there."""
         drawn = mask.float()[None, None].to(self.model.device)
         output = self.model.condition_on_mask(self.features[i], drawn)
@@ -115,7 +115,7 @@ class _ImageSet:
         return ImageResult(output.logits[0, 0].float().cpu(), 1.0, i, 1.0)
 
     def _nearest(self, i: int) -> tuple[int, float]:
-        """(annotated image, similarity) of the one whose object this image resembles most."""
+        """Find the annotated image whose object this image resembles most. Returns it and the similarity."""
         stats = [memory.stats for memory in self.bank.conditioning.values()]
         vectors, areas = torch.cat([t.vector for t in stats]), torch.cat([t.area for t in stats])
         alike = dict(zip(self.bank.conditioning, similarity(vectors, areas, self.features[i].top[0]).tolist()))

@@ -1,11 +1,9 @@
-"""Which model segments, by which plan, and the network that comes of them: base, adapter of the plan's modality, merged.
+"""Choose the model and the plan of a prediction, and build the network: weights with the adapter of the plan's modality merged.
 
-Weights decide what network it is, and of how many channels; a plan that says otherwise is not followed in this, or refused.
+The weights fix the network and its number of channels. Where a plan differs in this, the weights' setting is used, or the plan refused.
 
-A plan for images that nobody planned for: measured on these images, where they carry prompts.
-
-The first prediction of a folder of scans should need no data set. What a plan decides can be seen in the images and in what was
-painted on them, the slice axis too: it is the one along which the paint lies on few slices.
+The first prediction of a folder of scans needs no data set: a plan is made from the images and their prompts. Its slice axis is the one
+along which the annotation lies on the fewest slices.
 """
 
 from __future__ import annotations
@@ -44,12 +42,11 @@ def choose_model(
     data: Dataset | None,
     make_plan: Callable[[NetworkPlan], Plan] | None = None,
 ) -> tuple[Checkpoint, Plan]:
-    """--model, else --weights, else the workspace's tuned model, else the base; and the plan that goes with it.
+    """Choose --model, else --weights, else the workspace's fine-tuned model, else the bundled one. Returns it with its plan.
 
-    otherwise: makes a plan for weights of a known network where there is none.
-
-    --model may name an adapter; --weights then is the base it belongs on. A model follows its own plan, a base the workspace's.
-    UsageError, WeightsError, PlanError.
+    --model may name an adapter; --weights then names its pretrained weights. A fine-tuned model uses its own plan, pretrained weights the
+    workspace's. make_plan: makes a plan for weights of a known network where there is none.
+    Raises: UsageError, WeightsError, PlanError.
     """
     if model is not None:
         checkpoint = _named(model, weights)
@@ -58,7 +55,7 @@ def choose_model(
         checkpoint = read_checkpoint(workspace.model)
         plan = checkpoint.plan or _workspace_plan(workspace, checkpoint, data)
         if read_split(workspace).get("finished") is False:
-            console.warn("the workspace's model comes from an unfinished run. Resume with slmsam2 finetune --continue")
+            console.warn("the workspace's model is from an unfinished run. Resume it with: slmsam2 finetune --continue")
     else:
         checkpoint = _base(weights)
         plan = _workspace_plan(workspace, checkpoint, data) or checkpoint.plan
@@ -66,32 +63,32 @@ def choose_model(
         plan = make_plan(checkpoint.network)
     if plan is None:
         raise PlanError(
-            f"{checkpoint.name}: the plan is missing (weights made elsewhere carry none). "
-            "Run slmsam2 plan on a data set like these images and name its workspace with -w"
+            f"{checkpoint.name}: no plan (imported weights have none). "
+            "Run slmsam2 plan on a data set like these images and use its workspace with -w"
         )
     _check_channels(checkpoint, plan, data)
-    sees = f", squares {plan.geometry.roi_scale:g} times as wide as the prompt" if plan.geometry.roi_scale else ""
+    roi = f", ROI: {plan.geometry.roi_scale:g} times the prompt's bounding box" if plan.geometry.roi_scale else ""
     console.say(
-        f"model: {checkpoint.name}, weights {checkpoint.digest[:12]}, {plan.network.size} at {plan.geometry.input_size} px{sees}, "
-        f"slices along {plan.geometry.slice_axis}"
+        f"model: {plan.network.size} ({checkpoint.name}, weights {checkpoint.digest[:12]}), input {plan.geometry.input_size} px{roi}, "
+        f"slice axis {plan.geometry.slice_axis}"
     )
     for warning in warnings_of(checkpoint, plan):
         console.warn(warning)
-    if told := _confidence_message(checkpoint, plan):
-        console.say(told)
+    if message := _confidence_message(checkpoint, plan):
+        console.say(message)
     return checkpoint, plan
 
 
 def _named(model: Path, weights: str | None) -> Checkpoint:
-    """The model in a file or folder; an adapter comes with its base."""
+    """Read the model of a file or folder; an adapter is put on its pretrained weights."""
     checkpoint = read_checkpoint(model_in(model) if model.is_dir() else model)
     if checkpoint.required_base is None and weights is not None:
-        raise UsageError("--model and --weights both name a model. Give one of them")
+        raise UsageError("--model and --weights cannot be combined, unless --model is an adapter")
     return resolve_adapter(checkpoint, weights)
 
 
 def _check_channels(checkpoint: Checkpoint, plan: Plan, data: Dataset | None) -> None:
-    """PlanError for a data set of another number of channels; where their names differ, in a line, since their order counts."""
+    """Warn when the channels of the data set have other names than the plan's. Raises: PlanError when their number differs."""
     if data is None or data.channels == plan.channels:
         return
     theirs, ours = ", ".join(data.channels), ", ".join(plan.channels)
@@ -105,39 +102,39 @@ def _check_channels(checkpoint: Checkpoint, plan: Plan, data: Dataset | None) ->
 
 
 def warnings_of(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
-    """What is to be said of masks that these weights make by this plan, one line each."""
+    """List the warnings about masks that these weights make with this plan, one line each."""
     return (*checkpoint.warnings, *_modality_warning(checkpoint, plan), *_channels_warning(checkpoint, plan))
 
 
 def _channels_warning(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
-    """One line where more than three channels are to be read, and the weights have learned no projection of them."""
+    """Return a line when there are more than three channels and the weights have no projection for them."""
     count = len(plan.channels)
     if count <= RGB_CHANNELS or f"{adapters.PREFIX}{plan.modality}.{adapters.INPUT}" in checkpoint.state:
         return ()
-    return (f"{checkpoint.name} has not learned to read {count} channels: means of them are shown to it. Fine-tune it first",)
+    return (f"{checkpoint.name} was not trained on {count} channels: it gets their means. Fine-tune it first",)
 
 
 def _modality_warning(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
-    """One line where the model has adapters, but none for these images."""
+    """Return a line when the model has adapters, but none for the plan's modality."""
     known = checkpoint.modalities
     if not known or plan.modality in known:
         return ()
-    return (f"{checkpoint.name} has adapters for {', '.join(known)}, none for {plan.modality}: its base is used as it is",)
+    return (f"{checkpoint.name} has adapters for {', '.join(known)}, none for {plan.modality}: it is used without an adapter",)
 
 
 def _confidence_message(checkpoint: Checkpoint, plan: Plan) -> str:
-    """Whether confidence is calibrated, and whether memory goes by it; "" when it is and memory does not ask."""
-    asks = plan.network.has_bank or plan.network.object_score_gate
+    """Describe whether confidence is calibrated and whether the memory policy uses it; "" when it is and the policy does not."""
+    used = plan.network.has_bank or plan.network.object_score_gate
     if checkpoint.calibration_for(plan.modality) is None:
-        memory = ", and memory admits slices by raw values" if asks else ""
-        return f"confidence is uncalibrated: the model carries no table for images like these{memory}"
-    return "confidence is calibrated, and memory admits slices by it" if asks else ""
+        memory = "; the memory policy uses raw values too" if used else ""
+        return f"the model is not calibrated for this modality; confidence values are raw{memory}"
+    return "confidence is calibrated; the memory policy uses calibrated values" if used else ""
 
 
 def build_model(checkpoint: Checkpoint, plan: Plan) -> SlmSam2:
-    """The plan's network with these weights and what they know of images like the plan's: adapter, projection, calibration.
+    """Build the plan's network with these weights, and with their adapter, projection and calibration for the plan's modality.
 
-    The adapter for the plan's modality is in force, merged where it can be. WeightsError.
+    Raises: WeightsError when the weights do not fit.
     """
     model = SlmSam2(plan.network, plan.geometry.input_size)
     load_weights(model, checkpoint, plan.modality)
@@ -149,26 +146,23 @@ def build_model(checkpoint: Checkpoint, plan: Plan) -> SlmSam2:
 
 
 def matching_label_unet(checkpoint: Checkpoint, plan: Plan) -> LabelUNet | None:
-    """The weights' own label U-Net, where the plan is of the labels and channels that it was learned from."""
+    """Return the weights' label U-Net when it was trained on the labels and channels of the plan, else None."""
     found, theirs = label_unet_of(checkpoint), checkpoint.plan
     same = theirs is not None and (theirs.labels, theirs.channels) == (plan.labels, plan.channels)
     return found if same else None
 
 
 def _workspace_plan(workspace: Workspace | None, base: Checkpoint, data: Dataset | None) -> Plan | None:
-    """What was decided for these images, for a base that was made for others; the network stays the one the weights are of.
-
-    None when there is no plan, or only one for other channels than the data set has.
-    """
+    """Read the workspace's plan for pretrained weights, with the network of the weights; None without a plan for these channels."""
     if workspace is None or not workspace.plan.exists():
         return None
     plan = read_plan(workspace.plan)
     if data is not None and data.channels != plan.channels:
         console.warn(
-            f"plan.json knows the channels {plan.channels}, the data set has {data.channels}: not used. Run slmsam2 plan --overwrite"
+            f"plan.json has the channels {plan.channels}, the data set {data.channels}: plan.json is not used. Run slmsam2 plan --overwrite"
         )
         return None
-    console.detail(f"{base.name} follows the workspace's plan.json")
+    console.detail(f"{base.name} uses the workspace's plan.json")
     if base.network is None:
         return plan
     if base.network.size != plan.network.size:
@@ -180,21 +174,21 @@ def _workspace_plan(workspace: Workspace | None, base: Checkpoint, data: Dataset
 
 
 def match_fuser(plan: Plan, weights: Checkpoint) -> Plan:
-    """The plan with the fuser that the weights bring, which no other one fits; said where the plan names another."""
+    """Return the plan with the fuser of the weights; warn when the plan names another."""
     theirs = fuser_of(weights)
     if theirs is None or not plan.network.has_short_stream or theirs == plan.network.fuser:
         return plan
-    console.warn(f"plan.json says network.fuser {plan.network.fuser}, but {weights.name} has {theirs}: {theirs} is used")
+    console.warn(f"plan.json has network.fuser {plan.network.fuser}, but {weights.name} has {theirs}: using {theirs}")
     return plan.model_copy(update={"network": plan.network.model_copy(update={"fuser": theirs})})
 
 
 def fuser_of(weights: Checkpoint) -> FuserName | None:
-    """The fuser that the weights bring; None where they bring none."""
+    """Return the fuser of the weights; None when they have none."""
     return weights.network.fuser if weights.network is not None and weights.network.has_short_stream else None
 
 
 def read_split(workspace: Workspace) -> dict[str, Any]:
-    """What finetune says of its run; empty when there was none."""
+    """Read split.json of the workspace; empty when there is none."""
     split = atomic.read_json(workspace.split, "the split") if workspace.split.exists() else {}
     return split if isinstance(split, dict) else {}
 
@@ -203,28 +197,30 @@ def _base(weights: str | None) -> Checkpoint:
     try:
         base = load_base_weights(weights or "auto")
     except WeightsError as error:
-        raise WeightsError(f"no tuned model here, and {error}" if weights is None else str(error)) from None
+        raise WeightsError(f"no fine-tuned model here, and {error}" if weights is None else str(error)) from None
     if base is None:
-        raise UsageError("--weights random predicts noise. Fine-tune first: slmsam2 finetune --weights random")
+        raise UsageError("--weights random cannot predict. Fine-tune first: slmsam2 finetune --weights random")
     return base
 
 
-MAX_MEASURED = 20  # images; more would not change a decision
+MAX_MEASURED = 20  # images; more would not change the plan
 FILE = "plan.json"
 
 
 def plan_from_prompts(cases: Sequence[Case], prompts: PromptSource, network: NetworkPlan, masks: Path, again: bool = False) -> Plan:
-    """The plan by which an earlier run into the folder `masks` went, or, `again`, one measured on these cases, written there.
+    """Read the plan of an earlier run in the folder `masks`, or make one from these cases and write it there (always when `again`).
 
-    DatasetError when no case can be measured, PlanError for a plan that cannot be read, OutputError.
+    Raises: DatasetError when no case can be measured, PlanError for a plan that cannot be read, OutputError.
     """
     if (masks / FILE).exists() and not again:
-        console.say(f"plan: {masks / FILE}, as before (--overwrite plans again)")
+        console.say(f"plan: using {masks / FILE} (--overwrite makes a new one)")
         return read_plan(masks / FILE)
     prompted = [replace(case, label=file) for case in cases if (file := prompts.file(case)) is not None][:MAX_MEASURED]
     plan = _decided(prompted, prompts, network)
     write_plan(masks / FILE, plan)
-    console.say(f"planned on {len(prompted)} of these images: {plan.modality}, slices along {plan.geometry.slice_axis}: {masks / FILE}")
+    console.say(
+        f"plan: made from {len(prompted)} images with prompts ({plan.modality}, slice axis {plan.geometry.slice_axis}): {masks / FILE}"
+    )
     return plan
 
 
@@ -232,17 +228,17 @@ def _decided(cases: Sequence[Case], prompts: PromptSource, network: NetworkPlan)
     problems: list[CaseError] = []
     labels = _labels(cases, prompts.folder, problems)
     if not labels:
-        why = f"{prompts.folder}: no image has a painted mask of its own name, so nothing can be planned"
+        why = f"{prompts.folder}: no image has a prompt mask of the same name"
         raise DatasetError(f"{why}. Save each mask under its image's name", tuple(problems))
     channels = tuple(f"channel {i}" if i else "image" for i in range(len(cases[0].images)))
     data = Dataset(prompts.folder, prompts.folder.resolve().name, channels, labels, None, ".nii.gz", tuple(cases), (), (), ())
-    with console.progress("measuring", len(cases)) as advance:
+    with console.progress("Analysing dataset", len(cases)) as advance:
         fingerprint, found = measure(data, advance)
     if not fingerprint.cases:
-        raise DatasetError(f"{prompts.folder}: none of the {len(found)} prompted images can be measured", found)
-    painted = None if prompts.simulated else _annotated_axis(fingerprint, cases, prompts.folder)
-    plan = decide(fingerprint, network.size, axis=painted)
-    if not prompts.simulated:  # a slice or two tell nothing of how long structures are, and of gaps in them
+        raise DatasetError(f"{prompts.folder}: none of the {len(found)} images with prompts can be measured", found)
+    axis = None if prompts.simulated else _annotated_axis(fingerprint, cases, prompts.folder)
+    plan = decide(fingerprint, network.size, axis=axis)
+    if not prompts.simulated:  # a few annotated slices do not show how long structures are, nor their gaps
         plan = plan.model_copy(
             update={
                 "geometry": plan.geometry.model_copy(update={"through_plane_mm": None}),
@@ -258,7 +254,7 @@ def _decided(cases: Sequence[Case], prompts: PromptSource, network: NetworkPlan)
 
 
 def _labels(cases: Sequence[Case], root: Path, problems: list[CaseError]) -> dict[int, str]:
-    """The values that occur in any of the masks; masks that cannot be read are problems."""
+    """List the values in the masks as labels; masks that cannot be read are appended to `problems`."""
     values: set[int] = set()
     for case in cases:
         assert case.label is not None
@@ -270,24 +266,28 @@ def _labels(cases: Sequence[Case], root: Path, problems: list[CaseError]) -> dic
 
 
 def _annotated_axis(fingerprint: Fingerprint, cases: Sequence[Case], folder: Path) -> Decision[SliceAxis] | None:
-    """The axis that a list of slices names, else the one along which the paint lies on the fewest slices; None when that is a tie."""
+    """Return the axis that CASE.prompts.json names, else the one along which the annotation lies on the fewest slices; None for a tie."""
     listed = {axis for case in cases if (axis := _listed_axis(folder / f"{case.id}.prompts.json")) is not None}
     if len(listed) == 1:
         (axis,) = listed
-        return Decision(axis, "named by the lists of annotated slices")
+        return Decision(axis, "given in CASE.prompts.json")
     extents = [label.extents for case in fingerprint.cases for label in case.labels.values()]
     slices = np.array([[extent[axis].slices for axis in AXES] for extent in extents]).sum(axis=0)
     fewest = [axis for axis, count in zip(AXES, slices.tolist()) if count == slices.min()]
-    return Decision(fewest[0], f"the paint lies on {slices.min()} slices along it, on more along the others") if len(fewest) == 1 else None
+    return (
+        Decision(fewest[0], f"the annotation lies on {slices.min()} slices along it, fewer than along the others")
+        if len(fewest) == 1
+        else None
+    )
 
 
 def _listed_axis(path: Path) -> SliceAxis | None:
-    """What CASE.prompts.json says of the axis; None when it says nothing that can be used, which is an error where it is read."""
+    """Read the axis of CASE.prompts.json; None when it has none that can be used, which is an error when the prompts are read."""
     if not path.exists():
         return None
     try:
         value = atomic.read_json(path, "list of annotated slices")
     except SlmSam2Error:
         return None
-    said = value.get("axis") if isinstance(value, dict) else None
-    return next((axis for axis in AXES if axis == said), None)
+    listed = value.get("axis") if isinstance(value, dict) else None
+    return next((axis for axis in AXES if axis == listed), None)

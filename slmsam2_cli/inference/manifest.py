@@ -51,7 +51,7 @@ class Records:
 
     def begin(self, case_id: str) -> None:
         """Record that the mask of a case is about to be written."""
-        atomic.write_json(self._path(case_id), {"format_version": FORMAT_VERSION, "case": case_id, "unfinished": True})
+        self._write({"case": case_id, "unfinished": True})
 
     def save(self, case_id: str, key: str, labels: NDArray[Any], image: Volume, metadata: Record) -> None:
         """Write the mask (Z, Y, X) of a case in the format of its image, and its record.
@@ -61,22 +61,22 @@ class Records:
         self.begin(case_id)
         mask = self.masks / f"{case_id}{image.source.mask_ending}"
         write_mask(mask, labels, image)
-        record = {"format_version": FORMAT_VERSION, "case": case_id, "key": key, "sha256": atomic.sha256_of(mask)}
-        atomic.write_json(self._path(case_id), record | {"metadata": {"output": mask.name} | metadata})
+        digest = atomic.sha256_of(mask)
+        self._write({"case": case_id, "key": key, "sha256": digest, "metadata": {"output": mask.name} | metadata})
 
     def mark_stale(self, case_id: str) -> str | None:
         """Mark the earlier mask of a case that now fails as out of date. Returns its file name, None when there is no such mask."""
         record = self.read(case_id)
         if not self.intact(record):
             return None
-        atomic.write_json(self._path(case_id), record | {"stale": True})
+        self._write(record | {"stale": True})
         return str(record["metadata"]["output"])
 
     def unmark_stale(self, case_id: str) -> None:
         """Mark a mask as up to date again, since its inputs are as they were."""
         record = self.read(case_id)
         if record.pop("stale", False):
-            atomic.write_json(self._path(case_id), record)
+            self._write(record)
 
     def intact(self, record: Record) -> bool:
         """Return whether the mask of a record is still the file that was written."""
@@ -99,6 +99,9 @@ class Records:
             records = [_load(path) for path in sorted(folder.glob("*.json"))] if folder.is_dir() else []
             kept = {r["case"]: r["metadata"] for r in records if not r.get("stale") and self._mask(r)}
             atomic.write_json(self.masks / MANIFEST, header | {"cases": {case: kept[case] for case in sorted(kept)}})
+
+    def _write(self, record: Record) -> None:
+        atomic.write_json(self._path(record["case"]), {"format_version": FORMAT_VERSION} | record)
 
     def _path(self, case_id: str) -> Path:
         return self.masks / _FOLDER / f"{hashlib.sha256(case_id.encode()).hexdigest()[:32]}.json"

@@ -1,4 +1,4 @@
-"""Pieces of a mask that hang on nothing anybody drew: false, where the structure is known to be one piece."""
+"""Remove connected components of a mask that touch no annotation, for structures that are known to be connected."""
 
 from __future__ import annotations
 
@@ -6,61 +6,44 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from scipy.ndimage import binary_dilation, label
+from scipy.ndimage import binary_dilation
+from skimage.measure import label
+
+from slmsam2_cli.dataset.masks import bounding_box
 
 Array = np.ndarray[Any, Any]
-MIN_FRACTION = 0.99  # of a structure's voxels lie in one piece, where it is one
-GAP = 2  # slices without the structure that do not part two pieces
-_CORNERS = np.ones((3, 3, 3))
+MIN_FRACTION = 0.99  # of a structure's voxels in one component, for the structure to count as connected
+GAP = 2  # empty slices between two components that still count as connected
 
 
 def is_one_piece(mask: Array) -> bool:
-    """Whether nearly all of a mask (T, H, W) is connected, corners included; an empty one is."""
-    if not mask.any():
+    """Return whether nearly all of a mask (T, H, W) is connected, corners included; True for an empty mask."""
+    box = bounding_box(mask)
+    if box is None:
         return True
-    sizes = np.bincount(label(mask[_box(mask)], structure=_CORNERS)[0].ravel())[1:]
+    sizes = np.bincount(label(mask[tuple(slice(*span) for span in box)], connectivity=3).ravel())[1:]
     return bool(sizes.max() >= MIN_FRACTION * sizes.sum())
 
 
-def keep_connected(labels: Array, drawn: Array, values: Iterable[int], axis: int = 0) -> Array:
-    """Labels (Z, Y, X) without pieces that touch nothing drawn (Z, Y, X) of the same value; a copy.
+def keep_connected(labels: Array, annotated: Array, values: Iterable[int], axis: int = 0) -> Array:
+    """Copy labels (Z, Y, X) without components that touch no annotated voxel (Z, Y, X) of their value.
 
-    values: the labels that are one piece. Corners connect, and so do up to GAP empty slices along `axis`, on which a mask may have been
-    missed. Where no piece touches what was drawn, all stay.
+    values: the labels that are connected. Corners connect, and so do up to GAP empty slices along `axis`, where propagation may have
+    missed the structure. Where no component touches the annotation, all stay.
     """
     kept = labels.copy()
-    for value in values:
-        mask = labels == value
-        if not mask.any():
-            continue
-        box = _box(mask)
-        part, given = mask[box], drawn[box] == value
-        bridged = binary_dilation(np.pad(part, _along(axis, GAP)), _bridge(axis))
-        pieces = np.where(part, label(bridged, structure=_CORNERS)[0][_inner(axis, part.shape[axis])], 0)
-        touched = np.unique(pieces[given & part])
-        if len(touched):
-            kept[box][part & ~np.isin(pieces, touched)] = 0
-    return kept
-
-
-def _box(mask: Array) -> tuple[slice, ...]:
-    """The smallest box around a mask that is not empty."""
-    found = []
-    for axis in range(mask.ndim):
-        held = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
-        found.append(slice(int(held[0]), int(held[-1]) + 1))
-    return tuple(found)
-
-
-def _along(axis: int, count: int) -> list[tuple[int, int]]:
-    return [(count, count) if one == axis else (0, 0) for one in range(3)]
-
-
-def _inner(axis: int, count: int) -> tuple[slice, ...]:
-    return tuple(slice(GAP, GAP + count) if one == axis else slice(None) for one in range(3))
-
-
-def _bridge(axis: int) -> Array:
-    """A line along the axis that closes a gap of GAP slices when both sides grow by it."""
     reach = -(-GAP // 2)
-    return np.ones([2 * reach + 1 if one == axis else 1 for one in range(3)], bool)
+    line = np.ones([2 * reach + 1 if one == axis else 1 for one in range(3)], bool)  # closes a gap when both sides grow by it
+    margin = [(GAP, GAP) if one == axis else (0, 0) for one in range(3)]
+    for value in values:
+        extent = bounding_box(labels == value)
+        if extent is None:
+            continue
+        box = tuple(slice(*span) for span in extent)
+        part, given = labels[box] == value, annotated[box] == value
+        inner = tuple(slice(GAP, GAP + part.shape[axis]) if one == axis else slice(None) for one in range(3))
+        components = np.where(part, label(binary_dilation(np.pad(part, margin), line), connectivity=3)[inner], 0)
+        touched = np.unique(components[given & part])
+        if len(touched):
+            kept[box][part & ~np.isin(components, touched)] = 0
+    return kept

@@ -106,6 +106,14 @@ def read_exactly(stream: ByteStream, count: int, what: str) -> NDArray[np.uint8]
     return buffer
 
 
+def read_body(stream: ByteStream, offset: int, count: int, declared: int) -> NDArray[np.uint8]:
+    """Skip `offset` bytes and read the (count,) bytes of voxels that end the data; `declared` bytes in all. InputError."""
+    skip(stream, offset, "voxels")
+    voxels = read_exactly(stream, count, "voxels")
+    expect_end(stream, declared)
+    return voxels
+
+
 def skip(stream: ByteStream, count: int, what: str) -> None:
     """Pass over `count` bytes. InputError when they are not there."""
     while count > 0:

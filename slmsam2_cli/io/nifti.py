@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slmsam2_cli.io.files import InputError, open_regular
-from slmsam2_cli.io.gzip_stream import GZIP_MAGIC, ByteStream, DeflateStream, PlainStream, expect_end, read_exactly, skip
+from slmsam2_cli.io.gzip_stream import GZIP_MAGIC, ByteStream, DeflateStream, PlainStream, read_body
 from slmsam2_cli.io.image import DecodedVolume, Grid, Source, Uncertainty, check_affine, check_size, check_spacing, geometry_warnings
 
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}  # NIfTI unit codes metre and micron; everything else is taken as mm
@@ -157,9 +157,7 @@ def read_nifti(path: Path, ending: str, max_voxels: int) -> DecodedVolume:
         stream = _stream(file)
         header = _read_header(stream, max_voxels)
         count = header.size[0] * header.size[1] * header.size[2] * header.channels * header.dtype.itemsize
-        skip(stream, header.offset - header.fields.dtype.itemsize, "voxels")
-        raw = read_exactly(stream, count, "voxels")
-        expect_end(stream, header.offset + count)
+        raw = read_body(stream, header.offset - header.fields.dtype.itemsize, count, header.offset + count)
     grid, qform_grid, uncertain, warnings = geometry(_forms(header.fields), header.size)
     voxels = raw.view(header.dtype).reshape(header.channels, *header.size[::-1])
     source = Source(ending, ending, _geometry_only(header.fields), uncertain, qform_grid)

@@ -440,7 +440,7 @@ def test_a_model_of_an_unfinished_run_is_used_with_a_warning(images, tmp_path, d
     split = json.loads(space.split.read_text())
     space.split.write_text(json.dumps(split | {"finished": False}))
     assert predict(images, tmp_path / "masks", simulate_from=dataset / "labelsTr", workspace=space) == 0
-    assert "comes from an unfinished run" in capsys.readouterr().err
+    assert "is from an unfinished run" in capsys.readouterr().err
 
 
 def stumbling(error, at, times=99):
@@ -602,7 +602,7 @@ def test_an_adapter_predicts_like_the_whole_model_it_was_saved_with(images, tmp_
 def test_a_modality_without_an_adapter_is_predicted_by_the_base_with_a_warning(images, tmp_path, dataset, capsys):
     whole, _ = adapter_at(tmp_path / "models", dataset, modality="PET")
     assert run(images, tmp_path / "masks", dataset, model=whole) == 0
-    assert "adapters for PET, none for MR: its base is used as it is" in capsys.readouterr().err
+    assert "adapters for PET, none for MR: it is used without an adapter" in capsys.readouterr().err
     run(images, tmp_path / "base", dataset)
     found, plain = voxels(tmp_path / "masks"), voxels(tmp_path / "base")
     assert all(np.array_equal(found[name], plain[name]) for name in plain)
@@ -634,7 +634,7 @@ def test_confidence_goes_through_the_models_table_but_on_given_slices(images, tm
     )
     raw, table = tmp_path / "raw.safetensors", tmp_path / "table.safetensors"
     assert run(images, tmp_path / "raw", dataset, model=with_table(raw, dataset, None)) == 0
-    assert "confidence is uncalibrated" in capsys.readouterr().err
+    assert "the model is not calibrated" in capsys.readouterr().err
     assert run(images, tmp_path / "told", dataset, model=with_table(table, dataset, halved)) == 0
     assert "uncalibrated" not in capsys.readouterr().err
     head = json.loads((tmp_path / "told" / "manifest.json").read_text())

@@ -103,7 +103,7 @@ def test_whole_masks_give_the_plan_what_a_data_set_would(scans, dataset, weights
 
 def test_images_without_any_prompt_are_refused_and_nothing_is_written(scans, weights, tmp_path):
     (tmp_path / "prompts").mkdir()
-    with pytest.raises(DatasetError, match="no image has a painted mask of its own name"):
+    with pytest.raises(DatasetError, match="no image has a prompt mask of the same name"):
         predict(scans, tmp_path / "masks", prompts=tmp_path / "prompts", weights=weights, report=False)
     assert not (tmp_path / "masks").exists()
 

@@ -76,7 +76,7 @@ def test_a_published_slm_sam2_predicts_with_its_own_fuser_whatever_the_plan_says
     names = {"model": (path, None), "weights": (None, str(path))}[named]
     checkpoint, followed = choose_model(workspace, *names, None)
     assert followed.network.fuser == "sum"
-    assert "warning: plan.json says network.fuser gated, but slm.pt has sum: sum is used" in capsys.readouterr().err
+    assert "warning: plan.json has network.fuser gated, but slm.pt has sum: using sum" in capsys.readouterr().err
     assert not hasattr(build_model(checkpoint, followed).stream_fuser, "gate")
 
 
@@ -87,7 +87,7 @@ def test_weights_without_a_short_memory_bring_no_fuser_whatever_their_network_sa
 
 
 def test_weights_made_elsewhere_without_a_plan_anywhere_name_the_way_out(tmp_path):
-    with pytest.raises(PlanError, match=r"slm\.pt: the plan is missing .*Run slmsam2 plan"):
+    with pytest.raises(PlanError, match=r"slm\.pt: no plan .*Run slmsam2 plan"):
         choose_model(Workspace(tmp_path / "empty"), tuned_slm_sam2(tmp_path / "slm.pt"), None, None)
 
 
@@ -98,7 +98,7 @@ def test_weights_that_never_saw_four_channels_are_shown_means_of_them_with_a_war
     four = plan(channels=("T1", "T2", "FLAIR", "T1c"))
     workspace, base = workspace_with(tmp_path, four), model_file(tmp_path, network(), plan())
     model = build_model(*choose_model(workspace, None, str(base), None))
-    assert "model.safetensors has not learned to read 4 channels: means of them are shown to it" in capsys.readouterr().err
+    assert "model.safetensors was not trained on 4 channels: it gets their means" in capsys.readouterr().err
     frames = torch.rand(1, 4, PX, PX, generator=torch.Generator().manual_seed(0))
     shown = torch.stack([frames[:, :2].mean(dim=1), frames[:, 2], frames[:, 3]], dim=1)
     with torch.no_grad():
@@ -128,10 +128,10 @@ def test_how_weights_read_four_channels_of_a_modality_is_no_adapter_for_it(tmp_p
 @pytest.mark.parametrize(
     ("table", "options", "said"),
     [
-        (None, {}, "confidence is uncalibrated: the model carries no table for images like these"),
-        (None, {"policy": "shortlong+selfsort"}, "no table for images like these, and memory admits slices by raw values"),
-        (TABLE, {"policy": "shortlong+selfsort"}, "confidence is calibrated, and memory admits slices by it"),
-        (TABLE, {"object_score_gate": True}, "confidence is calibrated, and memory admits slices by it"),
+        (None, {}, "the model is not calibrated for this modality; confidence values are raw"),
+        (None, {"policy": "shortlong+selfsort"}, "no table for images like these; the memory policy uses raw values too"),
+        (TABLE, {"policy": "shortlong+selfsort"}, "confidence is calibrated; the memory policy uses calibrated values"),
+        (TABLE, {"object_score_gate": True}, "confidence is calibrated; the memory policy uses calibrated values"),
         (TABLE, {}, ""),
     ],
 )
@@ -146,7 +146,7 @@ def test_it_is_said_by_which_confidence_memory_admits(table, options, said, tmp_
 def test_a_table_for_another_modality_is_none(tmp_path, capsys):
     workspace, base = workspace_with(tmp_path, plan(modality="CT")), model_file(tmp_path, network(), plan(modality="MR"), TABLE)
     assert build_model(*choose_model(workspace, None, str(base), None)).calibration is None
-    assert "confidence is uncalibrated" in capsys.readouterr().err
+    assert "the model is not calibrated" in capsys.readouterr().err
 
 
 # What recognises the labels
