@@ -301,7 +301,7 @@ def test_a_model_that_has_not_learned_to_read_its_plan_s_channels_has_it_among_i
 
 
 def test_a_device_that_nobody_knows_is_refused(sam):
-    with pytest.raises(DeviceError, match="--device gpu: unknown. Use auto, cpu, cuda or mps"):
+    with pytest.raises(DeviceError, match="--device gpu: unknown device. Use auto, cpu, cuda or mps"):
         load(sam, input_size=PX, device="gpu")
 
 

@@ -109,23 +109,18 @@ def frame(
     """Turn a stack (T, H, W) or (T, C, H, W) into its view and network input (T, C, px, px) in [0, 1], C at least 3.
 
     window: the grey values that become 0 and 1; "percentile": the stack's own, as plans have it for all but CT; None: the values
-    are from 0 to 1 already. adjacent_slices: of one channel, the slices before and after are colours, too. ValueError.
+    are from 0 to 1 already. adjacent_slices: the slices before and after a one-channel slice are its further channels.
     """
     stack = as_array(slices, name)
     if stack.ndim not in (3, 4):
         raise ValueError(f"{name}: shape {stack.shape}; give (T, H, W) or (T, C, H, W)")
     stack = stack[None] if stack.ndim == 3 else stack.swapaxes(0, 1)
-    view = _fit_to_input(stack.shape[1:], input_size)
-    frames = view.frames(_scaled(stack, window, name))
-    return view, pad_to_square(to_input(torch.from_numpy(frames), adjacent_slices), input_size)
-
-
-def _fit_to_input(shape: tuple[int, ...], input_size: int) -> View:
-    """Make the view of a stack (T, H, W) whose longer edge fills the input."""
-    count, height, width = shape
+    _, count, height, width = stack.shape
     grid = Grid((count, height, width), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), np.eye(3))
     rows, columns = (max(1, round(edge * input_size / max(height, width))) for edge in (height, width))
-    return View(grid, "SI", ((0, count), (0, height), (0, width)), (count, rows, columns))
+    view = View(grid, "SI", ((0, count), (0, height), (0, width)), (count, rows, columns))
+    frames = view.frames(_scaled(stack, window, name))
+    return view, pad_to_square(to_input(torch.from_numpy(frames), adjacent_slices), input_size)
 
 
 def _scaled(stack: Array, window: Window | None, name: str) -> Array:
@@ -194,17 +189,17 @@ def images_of(images: object, input_size: int, window: Window | None) -> tuple[l
         images = [*as_array(images, "images")] if images.ndim in (3, 4) else None
     if not isinstance(images, Sequence) or isinstance(images, str) or not images:
         raise ValueError("images: give an array (N, H, W) or (N, C, H, W), or a list of arrays (H, W) or (C, H, W)")
-    views, frames = zip(*(_image(image, input_size, window, f"images[{i}]") for i, image in enumerate(images)))
+    views, frames = [], []
+    for i, image in enumerate(images):
+        pixels = as_array(image, f"images[{i}]")
+        if pixels.ndim not in (2, 3):
+            raise ValueError(f"images[{i}]: shape {pixels.shape}; give (H, W) or (C, H, W)")
+        view, slices = frame(pixels[None], input_size, window, f"images[{i}]")
+        views.append(view)
+        frames.append(slices)
     if len(seen := sorted({one.shape[1] for one in frames})) > 1:
         raise ValueError(f"images: some of {seen[0]} channels or fewer, some of {seen[-1]}; give as many channels of each")
-    return list(views), torch.cat(frames)
-
-
-def _image(image: object, input_size: int, window: Window | None, name: str) -> tuple[View, Tensor]:
-    pixels = as_array(image, name)
-    if pixels.ndim not in (2, 3):
-        raise ValueError(f"{name}: shape {pixels.shape}; give (H, W) or (C, H, W)")
-    return frame(pixels[None], input_size, window, name)
+    return views, torch.cat(frames)
 
 
 def read_image_prompts(masks: object, views: list[View]) -> dict[int, Array]:
@@ -248,7 +243,11 @@ class ArrayPrompts:
         if isinstance(self.masks, Mapping):
             mask = self._joined(self.masks, case, image, view, plan)
         else:
-            mask = _declared(_voxels(self.masks, "prompts", case, image, view), plan)
+            mask = _voxels(self.masks, "prompts", case, image, view)
+            known = {0, *plan.labels, *([] if plan.ignore is None else [plan.ignore])}
+            if unknown := [value for value in np.unique(mask).tolist() if value not in known]:
+                raise ValueError(f"prompts: holds {', '.join(f'{value:g}' for value in unknown[:3])}; the plan has {_labels(plan)}")
+            mask = mask.astype(_dtype(plan), copy=False)
         found = mask_to_prompts(
             mask,
             view,
@@ -268,7 +267,9 @@ class ArrayPrompts:
         joined = np.zeros(view.grid.shape, _dtype(plan))
         for key, mask in masks.items():
             name = f"prompts[{key!r}]"
-            value = _value_of(key, plan)
+            value = next((value for value, label in plan.labels.items() if key in (value, label)), None)
+            if value is None:
+                raise ValueError(f"prompts: no label {key!r}; the plan has {_labels(plan)}")
             held = as_mask(_voxels(mask, name, case, image, view), view.grid.shape, name)
             if (other := joined[held]).any():
                 raise ValueError(f"{name}: {np.count_nonzero(other)} of its voxels belong to label {other[other != 0][0]} too")
@@ -293,22 +294,6 @@ def _voxels(mask: object, name: str, case: Case, image: Volume, view: View) -> A
     if voxels.shape != view.grid.shape:
         raise ValueError(f"{name}: shape {voxels.shape}, but the image's is {view.grid.shape} (z, y, x)")
     return voxels
-
-
-def _declared(mask: Array, plan: Plan) -> Array:
-    """Convert a mask of the plan's label values to uint8 or uint16."""
-    known = {0, *plan.labels, *([] if plan.ignore is None else [plan.ignore])}
-    if unknown := [value for value in np.unique(mask).tolist() if value not in known]:
-        raise ValueError(f"prompts: holds {', '.join(f'{value:g}' for value in unknown[:3])}; the plan has {_labels(plan)}")
-    return mask.astype(_dtype(plan), copy=False)
-
-
-def _value_of(key: object, plan: Plan) -> int:
-    """Return the label value of a value or a name."""
-    for value, name in plan.labels.items():
-        if key in (value, name):
-            return value
-    raise ValueError(f"prompts: no label {key!r}; the plan has {_labels(plan)}")
 
 
 def _labels(plan: Plan) -> str:

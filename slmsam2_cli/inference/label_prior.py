@@ -54,7 +54,10 @@ class LabelPrior:
         if self.weight == 0:
             return output
         place = roi or RoiCrop(0, 0, self.storage_size)
-        margins, seen = self._at(t, place, output.chosen.shape[-1])
+        margins = self.margins[t].float().clamp(-MAX_LOGIT, MAX_LOGIT)
+        both = [self.roi.paste(values, self.storage_size, 0.0) for values in (margins, torch.ones_like(margins))]
+        cropped = place.crop(torch.stack(both)[:, None], output.chosen.shape[-1])
+        margins, seen = cropped[:1], (cropped[1:] > 0.99).float()  # seen: 1 where the label U-Net predicted
         if not seen.any():
             return output
         margins, weights = margins.to(output.chosen), self.weight * seen.to(output.chosen)
@@ -66,15 +69,6 @@ class LabelPrior:
         if not self.can_add:
             object_score = torch.minimum(object_score, propagated)
         return with_mask(output, chosen, object_score)
-
-    def _at(self, t: int, place: RoiCrop, edge: int) -> tuple[Tensor, Tensor]:
-        """Crop the margins of slice t to `place`: (1, 1, n, n), and the same of 1 where the label U-Net predicted, else 0."""
-        margins = self.margins[t].float().clamp(-MAX_LOGIT, MAX_LOGIT)
-        both = torch.stack(
-            [self.roi.paste(margins, self.storage_size, 0.0), self.roi.paste(torch.ones_like(margins), self.storage_size, 0.0)]
-        )
-        cut = place.crop(both[:, None], edge)
-        return cut[:1], (cut[1:] > 0.99).float()
 
 
 @torch.inference_mode()

@@ -103,23 +103,12 @@ def _check_channels(checkpoint: Checkpoint, plan: Plan, data: Dataset | None) ->
 
 def warnings_of(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
     """List the warnings about masks that these weights make with this plan, one line each."""
-    return (*checkpoint.warnings, *_modality_warning(checkpoint, plan), *_channels_warning(checkpoint, plan))
-
-
-def _channels_warning(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
-    """Return a line when there are more than three channels and the weights have no projection for them."""
-    count = len(plan.channels)
-    if count <= RGB_CHANNELS or f"{adapters.PREFIX}{plan.modality}.{adapters.INPUT}" in checkpoint.state:
-        return ()
-    return (f"{checkpoint.name} was not trained on {count} channels: it gets their means. Fine-tune it first",)
-
-
-def _modality_warning(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
-    """Return a line when the model has adapters, but none for the plan's modality."""
-    known = checkpoint.modalities
-    if not known or plan.modality in known:
-        return ()
-    return (f"{checkpoint.name} has adapters for {', '.join(known)}, none for {plan.modality}: it is used without an adapter",)
+    warnings, known, channels = list(checkpoint.warnings), checkpoint.modalities, len(plan.channels)
+    if known and plan.modality not in known:
+        warnings.append(f"{checkpoint.name} has adapters for {', '.join(known)}, none for {plan.modality}: it is used without an adapter")
+    if channels > RGB_CHANNELS and f"{adapters.PREFIX}{plan.modality}.{adapters.INPUT}" not in checkpoint.state:
+        warnings.append(f"{checkpoint.name} was not trained on {channels} channels: it gets their means. Fine-tune it first")
+    return tuple(warnings)
 
 
 def _confidence_message(checkpoint: Checkpoint, plan: Plan) -> str:

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 from scipy.ndimage import binary_dilation
-from skimage.measure import label
+from skimage import measure as untyped_measure
 
 from slmsam2_cli.dataset.masks import bounding_box
 
 Array = np.ndarray[Any, Any]
+measure: Any = untyped_measure
 MIN_FRACTION = 0.99  # of a structure's voxels in one component, for the structure to count as connected
 GAP = 2  # empty slices between two components that still count as connected
 
@@ -21,7 +22,7 @@ def is_one_piece(mask: Array) -> bool:
     box = bounding_box(mask)
     if box is None:
         return True
-    sizes = np.bincount(label(mask[tuple(slice(*span) for span in box)], connectivity=3).ravel())[1:]
+    sizes = np.bincount(measure.label(mask[tuple(slice(*span) for span in box)], connectivity=3).ravel())[1:]
     return bool(sizes.max() >= MIN_FRACTION * sizes.sum())
 
 
@@ -42,7 +43,7 @@ def keep_connected(labels: Array, annotated: Array, values: Iterable[int], axis:
         box = tuple(slice(*span) for span in extent)
         part, given = labels[box] == value, annotated[box] == value
         inner = tuple(slice(GAP, GAP + part.shape[axis]) if one == axis else slice(None) for one in range(3))
-        components = np.where(part, label(binary_dilation(np.pad(part, margin), line), connectivity=3)[inner], 0)
+        components = np.where(part, measure.label(binary_dilation(np.pad(part, margin), line), connectivity=3)[inner], 0)
         touched = np.unique(components[given & part])
         if len(touched):
             kept[box][part & ~np.isin(components, touched)] = 0

@@ -12,7 +12,7 @@ its crop is propagated again in a larger one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -135,7 +135,9 @@ class PropagationState:
     def blend(self, t: int, logits: Tensor, confidence: float, share: float) -> None:
         """Mix a pass's logits (n, n) and confidence on slice t with those of an earlier pass, by their shares."""
         if self.weight[t] > 0:  # the pass from the other side was here, so `self.logits` holds its logits alone
-            self.disagreement[t] = _disagreement(self.logits[t] > 0, logits > 0)
+            one, other = self.logits[t] > 0, logits > 0
+            pixels = int(one.sum()), int(other.sum())
+            self.disagreement[t] = 1 - float(dice(int((one & other).sum()), *pixels)) if any(pixels) else 0.0
         mix = share / (share + float(self.weight[t]))
         self.logits[t] = torch.lerp(self.logits[t], logits, mix)
         self.confidence[t] = self.confidence[t] + mix * (confidence - self.confidence[t])
@@ -248,18 +250,15 @@ def _propagate_object(one: _Object) -> Propagation:
     for t, annotated in one.annotated.items():
         if not bool(annotated.mask.any()):
             state.confidence[t] = 1.0
-    shared = MemoryBank(memories)
-    for start, step in _passes(memories, one.model.policy.shared_memory):
-        _run_pass(one, state, shared if one.model.policy.shared_memory else MemoryBank(memories), start, step)
+    if one.model.policy.shared_memory:  # as in SAM 2's predictor
+        bank = MemoryBank(memories)
+        for start, step in [*((t, 1) for t in sorted(memories)), *((t, -1) for t in sorted(memories, reverse=True))]:
+            _run_pass(one, state, bank, start, step)
+    else:
+        for start, step in ((t, step) for t in memories for step in (1, -1)):
+            _run_pass(one, state, MemoryBank(memories), start, step)
     prompt_dice = one.prior.prompt_dice if one.prior is not None else None
     return Propagation(state.logits, state.confidence, state.disagreement, prompt_dice=prompt_dice)
-
-
-def _passes(starts: Iterable[int], shared_memory: bool) -> list[tuple[int, int]]:
-    """List (annotated slice, step) of every pass in order; with shared memory first all forwards, ascending, then all backwards."""
-    if shared_memory:
-        return [(start, 1) for start in sorted(starts)] + [(start, -1) for start in sorted(starts, reverse=True)]
-    return [(start, step) for start in starts for step in (1, -1)]
 
 
 def _store_prompt(one: _Object, state: PropagationState, annotated: AnnotatedSlice) -> Memory:
@@ -303,12 +302,6 @@ def _run_pass(one: _Object, state: PropagationState, bank: MemoryBank, start: in
         if not between and empty == one.options.max_empty_slices:
             one.advance(abs(stop - t) - 1)
             break
-
-
-def _disagreement(one: Tensor, other: Tensor) -> float:
-    """Compute 1 - Dice of two masks (h, w) bool; 0 when both are empty."""
-    pixels = int(one.sum()), int(other.sum())
-    return 1 - float(dice(int((one & other).sum()), *pixels)) if any(pixels) else 0.0
 
 
 def full_resolution(logits: Tensor, input_size: int, height: int, width: int) -> Tensor:

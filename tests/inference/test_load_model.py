@@ -59,7 +59,7 @@ def test_a_plan_for_another_size_than_the_weights_is_followed_with_a_warning(tmp
     workspace, base = workspace_with(tmp_path, plan(size="tiny")), model_file(tmp_path, network(), plan())
     _, followed = choose_model(workspace, None, str(base), None)
     said = capsys.readouterr().err
-    assert "warning: plan.json is for network tiny: its 64 px may not suit model.safetensors, which is of network nano. Run slmsam2" in said
+    assert "warning: plan.json is for network tiny: its 64 px may not suit model.safetensors, of network nano. Run slmsam2" in said
     assert "slmsam2 plan --network nano --overwrite" in said
     assert followed.network.size == "nano" and followed.geometry == plan().geometry
 
@@ -129,7 +129,7 @@ def test_how_weights_read_four_channels_of_a_modality_is_no_adapter_for_it(tmp_p
     ("table", "options", "said"),
     [
         (None, {}, "the model is not calibrated for this modality; confidence values are raw"),
-        (None, {"policy": "shortlong+selfsort"}, "no table for images like these; the memory policy uses raw values too"),
+        (None, {"policy": "shortlong+selfsort"}, "confidence values are raw; the memory policy uses raw values too"),
         (TABLE, {"policy": "shortlong+selfsort"}, "confidence is calibrated; the memory policy uses calibrated values"),
         (TABLE, {"object_score_gate": True}, "confidence is calibrated; the memory policy uses calibrated values"),
         (TABLE, {}, ""),
