@@ -2,19 +2,22 @@
 
 Every file is written under a temporary name in the same folder, synced, verified and renamed. All files of the package are written
 through `write_atomically`; no other module opens a file for writing.
+
+Locks are those of filelock, which the kernel releases when the process ends, however it ends. They are exclusive, so parallel writers
+share a folder this way: each part holds its own lock file; it takes it while it briefly holds the folder's. A writer of the whole folder
+holds the folder's lock file throughout and finds all the others free.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,15 +30,17 @@ from slmsam2_cli.io.files import InputError, error_reason, is_ignored_name, open
 
 CHUNK = 1 << 20
 _PREFIX = ".slmsam2-tmp-"
+_PART_PREFIX = ".slmsam2-part-"  # of the lock files of parallel writers
+_HANDOVER_S = 1.0  # a part holds the lock of the whole folder for some milliseconds while it takes its own
 _ENDING = re.compile(r"(\.nii|\.tar)?\.[A-Za-z0-9]{1,16}\Z")
 
 
 class JsonError(SlmSam2Error):
-    """A JSON file that cannot be read or trusted; names file and line or key."""
+    """A JSON file that cannot be read or is not strict JSON; the message names file and line or key."""
 
 
 class ArrayError(SlmSam2Error):
-    """A .npy file that cannot be read or is not whole."""
+    """A .npy file that cannot be read or is damaged."""
 
 
 class _FaultInjection:
@@ -71,14 +76,24 @@ def _may_fail() -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None], verify: Callable[[Path], None] | None = None) -> None:
-    """Let `write` fill a temporary file, `verify` read it back, then give it its name.
+    """Let `write` fill a temporary file and `verify` read it back, then rename it to `path`; an earlier file stays until then.
 
-    The temporary carries the ending of `path`. `verify` raises any SlmSam2Error, ValueError or OSError when the
-    file is not what was written. OutputError names path and cause; the temporary is gone and an earlier file intact.
+    The temporary file has a short hidden name with the ending of `path`, by which libraries choose the format. `verify` raises any
+    SlmSam2Error, ValueError or OSError when the file is not what was written.
+
+    Raises: OutputError with path and reason when any step fails; the temporary file is removed.
     """
-    temporary = path.with_name(_temporary_name(path.name))
+    ending = _ENDING.search(path.name)
+    temporary = path.with_name(f"{_PREFIX}{os.getpid()}-{secrets.token_hex(6)}{ending[0] if ending else ''}")
     try:
-        _fill(temporary, write)
+        _may_fail()
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        _may_fail()
+        write(temporary)
+        if _faults.count_step():  # a write that returns normally although the disk was full
+            os.truncate(temporary, os.path.getsize(temporary) // 2)
+        _may_fail()
+        _sync(temporary)
         if verify is not None:
             _may_fail()
             verify(temporary)
@@ -87,30 +102,11 @@ def write_atomically(path: Path, write: Callable[[Path], None], verify: Callable
         _sync_folder(path.parent)
     except OSError as error:
         raise OutputError(f"{path}: could not be written: {error_reason(error)}") from error
-    except SlmSam2Error as error:
-        raise OutputError(f"{path}: could not be written whole: {error}") from error
-    except (ValueError, EOFError) as error:
-        raise OutputError(f"{path}: could not be written whole: {error}") from error
+    except (SlmSam2Error, ValueError, EOFError) as error:
+        raise OutputError(f"{path}: could not be written completely: {error}") from error
     finally:
         with suppress(OSError):
             os.unlink(temporary)
-
-
-def _temporary_name(name: str) -> str:
-    """Short whatever the length of `name`, hidden, with the same ending, so that libraries choose the same format."""
-    ending = _ENDING.search(name)
-    return f"{_PREFIX}{os.getpid()}-{secrets.token_hex(6)}{ending[0] if ending else ''}"
-
-
-def _fill(temporary: Path, write: Callable[[Path], None]) -> None:
-    _may_fail()
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    _may_fail()
-    write(temporary)
-    if _faults.count_step():  # a write that returns normally although the disk was full
-        os.truncate(temporary, os.path.getsize(temporary) // 2)
-    _may_fail()
-    _sync(temporary)
 
 
 def _sync(path: Path, flags: int = os.O_RDONLY) -> None:
@@ -128,7 +124,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """A file with exactly these bytes. OutputError."""
+    """Write a file of exactly these bytes.
+
+    Raises: OutputError when it cannot be written or differs when read back.
+    """
     expected = hashlib.sha256(data).hexdigest()
 
     def write(temporary: Path) -> None:
@@ -137,23 +136,32 @@ def write_bytes(path: Path, data: bytes) -> None:
 
     def verify(temporary: Path) -> None:
         if sha256_of(temporary) != expected:
-            raise ValueError(f"what was read back is not what was written ({os.path.getsize(temporary)} of {len(data)} bytes)")
+            raise ValueError(f"the file differs from what was written ({os.path.getsize(temporary)} of {len(data)} bytes)")
 
     write_atomically(path, write, verify)
 
 
 def create(path: Path) -> BinaryIO:
-    """A new file open for writing; for `write` functions given to `write_atomically`. OSError when it exists."""
+    """Open a new file for writing; for the `write` function of `write_atomically`.
+
+    Raises: OSError when the file exists.
+    """
     return open(path, "xb")
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8 text; a lone surrogate (a file name that is not UTF-8) is written escaped. OutputError."""
+    """Write UTF-8 text; a lone surrogate (from a file name that is not UTF-8) is written escaped.
+
+    Raises: OutputError when the file cannot be written.
+    """
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, value: object) -> None:
-    """Strict JSON, two spaces, UTF-8. OutputError, also for NaN and for types JSON has not."""
+    """Write a value as strict JSON: UTF-8, indented by two spaces.
+
+    Raises: OutputError when the file cannot be written, or the value holds NaN or a type that JSON does not have.
+    """
     try:
         data = strict_json.dump(value)
     except (ValueError, TypeError) as error:
@@ -162,7 +170,10 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """The value in a JSON file of at most 20 MB. JsonError names the file, `what` it is, and the line or key."""
+    """Read the value in a JSON file of at most 20 MB. what: what kind of file it is, for messages.
+
+    Raises: JsonError with file and line or key when it cannot be read or is not strict JSON.
+    """
     name = path.name if what == path.name else f"{path.name} ({what})"
     try:
         with open_regular(path) as file:
@@ -176,7 +187,10 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def write_npy(path: Path, array: NDArray[Any]) -> None:
-    """A .npy file (no pickles), compared with the array after writing. OutputError."""
+    """Write an array as .npy file without pickles, and compare the file with the array, bit for bit and in bounded memory.
+
+    Raises: OutputError when it cannot be written or differs when read back.
+    """
 
     def write(temporary: Path) -> None:
         with create(temporary) as file:
@@ -184,22 +198,23 @@ def write_npy(path: Path, array: NDArray[Any]) -> None:
 
     def verify(temporary: Path) -> None:
         found = open_npy(temporary)
-        if found.dtype != array.dtype or found.shape != array.shape or not _same(found, array):
-            raise ValueError("what was read back is not what was written")
+        same = found.dtype == array.dtype and found.shape == array.shape
+        if same and array.ndim and array.size:
+            rows = max(1, 16 * CHUNK // max(1, array[0].nbytes))
+            same = all(found[i : i + rows].tobytes() == array[i : i + rows].tobytes() for i in range(0, len(array), rows))
+        elif same:
+            same = found.tobytes() == array.tobytes()
+        if not same:
+            raise ValueError("the file differs from what was written")
 
     write_atomically(path, write, verify)
 
 
-def _same(left: NDArray[Any], right: NDArray[Any]) -> bool:
-    """Bit equality, slab by slab so that no copy of a large array is made."""
-    if left.ndim == 0 or left.size == 0:
-        return left.tobytes() == right.tobytes()
-    rows = max(1, 16 * CHUNK // max(1, left[0].nbytes))
-    return all(left[i : i + rows].tobytes() == right[i : i + rows].tobytes() for i in range(0, len(left), rows))
-
-
 def open_npy(path: Path) -> NDArray[Any]:
-    """A .npy file as a read-only memory map; no pickles, size checked against its header. ArrayError."""
+    """Open a .npy file as a read-only memory map; no pickles.
+
+    Raises: ArrayError when it cannot be read or its size does not match its header.
+    """
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -207,15 +222,18 @@ def open_npy(path: Path) -> NDArray[Any]:
     except InputError as error:
         raise ArrayError(f"{path.name}: {error.what}") from None
     except (ValueError, OSError, EOFError) as error:
-        raise ArrayError(f"{path.name}: not a whole .npy file: {error}") from None
+        raise ArrayError(f"{path.name}: damaged .npy file: {error}") from None
     offset = getattr(array, "offset", None)
     if offset is not None and offset + array.nbytes != size:
-        raise ArrayError(f"{path.name}: not a whole .npy file: {size} bytes do not match its header")
+        raise ArrayError(f"{path.name}: damaged .npy file: its size of {size} bytes does not match its header")
     return array
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal digest of a regular file's bytes; of a folder, that of its files' names and digests. InputError, OSError."""
+    """Compute the hexadecimal SHA-256 of a regular file, or of the names and digests of all files in a folder.
+
+    Raises: InputError or OSError when a file cannot be read.
+    """
     digest = hashlib.sha256()
     if path.is_dir():
         for file_path in sorted(p for p in path.iterdir() if not is_ignored_name(p.name) and not p.is_dir()):
@@ -229,77 +247,82 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def lock_folder(folder: Path, part: str = "") -> Iterator[None]:
-    """Hold `folder` for writing; the kernel frees it when the process ends, however it ends.
+    """Hold `folder` for writing; create it when it is absent.
 
-    part: names one of several agreed parallel writers ("0-of-4"): parts exclude their like and a writer of the whole.
-    What killed writers left unfinished is removed when the whole is held.
-    LockError names the owner's process and start; OutputError when the folder cannot be written to.
+    part: names one of several parallel writers ("0-of-4"); a part excludes writers of the same part and of the whole folder. A writer
+    of the whole folder excludes all others and first removes temporary files that killed writers left behind.
+
+    Raises: LockError with the process that holds the lock and its start; OutputError when the folder cannot be written to.
     """
-    _make_folder(folder)
-    with _locked(folder / ".slmsam2.lock", shared=bool(part)):
-        if part:
-            with _locked(folder / f".slmsam2-{part}.lock", shared=False):
-                yield
-        else:
-            _remove_leftovers(folder)
-            yield
-
-
-def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise OutputError(f"{folder}: is a file, not a directory") from None
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {error_reason(error)}") from None
+    whole = folder / ".slmsam2.lock"
+    with ExitStack() as held:
+        if part:
+            with _hold(whole, _HANDOVER_S):
+                held.enter_context(_hold(folder / f"{_PART_PREFIX}{part}.lock", 0))
+        else:
+            held.enter_context(_hold(whole, _HANDOVER_S))
+            for other in folder.glob(f"{_PART_PREFIX}*.lock"):
+                with _hold(other, 0):
+                    pass
+            for leftover in folder.rglob(_PREFIX + "*"):
+                with suppress(OSError):
+                    leftover.unlink()
+        yield
 
 
 @contextmanager
 def wait_for_lock(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`, after waiting for whoever holds it; the kernel frees it. OutputError when it cannot be made."""
-    with _opened(path) as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError as error:
-            raise OutputError(f"{path.parent}: cannot be locked: {error_reason(error)}") from None
+    """Hold the lock file `path`, after waiting for the process that holds it.
+
+    Raises: OutputError when the lock file cannot be created.
+    """
+    with _hold(path, -1):
         yield
 
 
 @contextmanager
-def _locked(path: Path, shared: bool) -> Iterator[None]:
-    with _opened(path) as handle:
-        _lock(handle, path.parent, shared)
+def _hold(path: Path, timeout_s: float) -> Iterator[None]:
+    """Hold the lock file `path`; wait for it at most `timeout_s` seconds, without limit when negative. The file stays.
+
+    Process and start time of the holder are in a file next to it, because filelock truncates the lock file.
+
+    Raises: LockError with these when the time is over; OutputError when the lock file cannot be created.
+    """
+    import filelock  # 0.1 s, and not needed to read files
+
+    owner, lock = path.with_name(f"{path.name}.owner"), filelock.FileLock(path, timeout=timeout_s)
+    try:
+        if not os.path.lexists(path):
+            path.touch()  # with the permissions that the user's umask gives, so that a group can share the folder
+        lock.acquire()
+        owner.unlink(missing_ok=True)  # it may belong to another user, or be a link
+        with open(owner, "x", encoding="ascii") as file:
+            file.write(f"process {os.getpid()}, started {_start()}")
+    except filelock.Timeout:
+        text = ""
+        with suppress(OSError):
+            text = owner.read_text(encoding="ascii", errors="replace")[:200]
+        raise LockError(
+            f"{path.parent}: {text or 'another process'}, is writing to this folder. Wait for it to finish, or choose another folder"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        lock.release()
+        reason = error_reason(error) if isinstance(error, OSError) else "the file system does not support locks"
+        raise OutputError(f"{path.parent}: cannot be locked: {reason}") from None
+    try:
         yield
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    """A lock file, open for reading and writing; made when it is absent. OutputError."""
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise OutputError(f"{path.parent}: cannot be written: {error_reason(error)}") from None
-    try:
-        yield handle
     finally:
-        os.close(handle)
-
-
-def _lock(handle: int, folder: Path, shared: bool) -> None:
-    """Take the lock and leave owner and start time in the file, or raise LockError with those of the holder."""
-    try:
-        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()}, started {_start()}".encode(), 0)
-    except BlockingIOError:
-        owner = os.pread(handle, 200, 0).decode("ascii", "replace") or "another process"
-        raise LockError(f"{folder}: {owner}, writes here already; wait for it or choose another folder") from None
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be locked: {error_reason(error)}") from None
+        lock.release()
 
 
 def _start() -> str:
-    """When this process began, local time to the second; now where the system does not tell."""
+    """Return the start of this process in local time, to the second; the current time where the system does not provide it."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         began = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
@@ -308,15 +331,11 @@ def _start() -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(began))
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Temporaries of writers that were killed; nobody else writes here while the folder is held."""
-    for leftover in folder.rglob(_PREFIX + "*"):
-        with suppress(OSError):
-            leftover.unlink()
-
-
 def open_partial(partial: Path) -> BinaryIO:
-    """A partial file, made when it is absent, open for adding to its end; `commit_partial` gives it its final name. OSError."""
+    """Open a partial file for appending, creating it when it is absent; `commit_partial` gives it its final name.
+
+    Raises: OSError when it cannot be opened.
+    """
     _may_fail()
     partial.parent.mkdir(parents=True, exist_ok=True)
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -324,7 +343,10 @@ def open_partial(partial: Path) -> BinaryIO:
 
 
 def commit_partial(partial: Path, path: Path, verify: Callable[[Path], None]) -> None:
-    """Give a partial file its final name once it is on the disk and `verify` has read it back. OutputError; errors of `verify`."""
+    """Rename a partial file to `path` after it was synced and `verify` has read it back.
+
+    Raises: OutputError when it cannot be synced or renamed; whatever `verify` raises.
+    """
     try:
         _may_fail()
         _sync(partial)

@@ -268,7 +268,7 @@ def write_mask(path: Path, labels: NDArray[Any], like: Volume | LabelVolume) -> 
         found = read_labels(temporary, case="", root=path.parent)
         difference = None if ending in _WITHOUT_GEOMETRY else like.grid.difference(found.grid)
         if difference or found.voxels.dtype != values.dtype or not np.array_equal(found.voxels, values):
-            raise ValueError(f"what was read back is not what was written ({difference or 'voxels'})")
+            raise ValueError(f"the file differs from what was written ({difference or 'voxels'})")
 
     atomic.write_atomically(path, write, verify)
 
