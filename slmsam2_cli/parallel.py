@@ -33,19 +33,30 @@ from slmsam2_cli.errors import CaseError
 Job = TypeVar("Job")
 Answer = TypeVar("Answer")
 
-START_METHOD = "forkserver"  # a copy of this process, which may have threads, may hang; a new one each loads everything again
-# no folder for a socket, no more processes, no such start method
+START_METHOD = "forkserver"  # a fork of this process, which may have threads, may hang; spawn imports everything again
+# no folder for a socket, no more processes, start method not available
 UNAVAILABLE_ERRORS = (OSError, EOFError, ImportError, NotImplementedError, ValueError)
 _SAFE_PATH = "PYTHONSAFEPATH"  # has an effect from Python 3.11 on
-_EXCLUSIVE = float("inf")  # bytes: what leaves no room for others
+_EXCLUSIVE = float("inf")  # bytes of a job that must run alone
 _WORKER_DIED = object()
 
 ForkingPickler.register(CaseError, lambda error: (CaseError, (error.case, error.file, error.what, error.remedy)))
 
 
 def available_cpus() -> int:
-    """How many processes can run at one time."""
+    """Count the CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """Jobs run together as long as the sum of their bytes_of(job) is at most `max_bytes`; a larger job runs alone."""
+
+    bytes_of: Callable[[Any], int] = lambda job: 0
+    max_bytes: int = sys.maxsize
+
+
+NO_LIMIT = MemoryLimit()
 
 
 def parallel_map(
@@ -53,29 +64,28 @@ def parallel_map(
     jobs: Mapping[str, Job],
     workers: int,
     *,
-    bytes_of: Callable[[Job], int] = lambda job: 0,
-    max_bytes: int = sys.maxsize,
+    limit: MemoryLimit = NO_LIMIT,
     advance: Callable[..., None] = lambda steps=1, note="": None,
     preload: Sequence[str] = (),
 ) -> list[Answer | CaseError]:
     """Return work(job) of every case, or the CaseError it raises, in the order of `jobs` (case id -> job).
 
-    workers: number of worker processes; with 0, or where no process can be started, the jobs run in this process. Jobs run together as
-    long as the sum of their bytes_of is at most `max_bytes`; a larger job runs alone. advance(1, case id) is called after each case.
-    preload: modules imported once for all workers. `work`, jobs and results must be picklable.
+    workers: number of worker processes; with 0, or where no process can be started, the jobs run in this process.
+    advance(1, case id) is called after each case. preload: modules imported once for all workers. `work`, jobs and results must be
+    picklable.
 
     Raises: RuntimeError when `work` raises anything but a CaseError in a worker.
     """
     results: dict[str, Answer | CaseError] = {}
 
-    def note(case: str, answer: Answer | CaseError) -> None:
+    def store(case: str, answer: Answer | CaseError) -> None:
         results[case] = answer
         advance(1, case)
 
-    if workers and not multiprocessing.current_process().daemon:  # which may have no processes of its own
-        _share(jobs, _WorkerPool(work, workers, preload), bytes_of, max_bytes, note)
+    if workers and not multiprocessing.current_process().daemon:  # a daemon may not start processes
+        _run_in_pool(jobs, _WorkerPool(work, workers, preload), limit, store)
     for case in [case for case in jobs if case not in results]:
-        note(case, _attempt(work, jobs[case]))
+        store(case, _attempt(work, jobs[case]))
     return [results[case] for case in jobs]
 
 
@@ -86,22 +96,19 @@ def _attempt(work: Callable[[Job], Answer], job: Job) -> Answer | CaseError:
         return problem
 
 
-def _share(
-    jobs: Mapping[str, Job],
-    pool: _WorkerPool,
-    bytes_of: Callable[[Job], int],
-    max_bytes: int,
-    note: Callable[[str, Answer | CaseError], None],
+def _run_in_pool(
+    jobs: Mapping[str, Job], pool: _WorkerPool, limit: MemoryLimit, store: Callable[[str, Answer | CaseError], None]
 ) -> None:
-    """Let the team do the jobs. What is not noted in the end, no process could be had for."""
+    """Run the jobs in the pool's workers and store their results; jobs for which no process could be started are left out."""
     waiting = deque(jobs)
     needs: dict[str, float] = {}  # bytes
     try:
         while waiting or pool.running():
             pool.fill_up(len(waiting))
-            for worker in pool.idle()[: len(waiting)]:
-                needs.setdefault(waiting[0], bytes_of(jobs[waiting[0]]))
-                if pool.running() and sum(needs[case] for case in (waiting[0], *pool.running())) > max_bytes:
+            idle = [worker for worker in pool.workers if worker.begun and worker.case_id is None]
+            for worker in idle[: len(waiting)]:
+                needs.setdefault(waiting[0], limit.bytes_of(jobs[waiting[0]]))
+                if pool.running() and sum(needs[case] for case in (waiting[0], *pool.running())) > limit.max_bytes:
                     break
                 if worker.assign(waiting[0], jobs[waiting[0]]):
                     waiting.popleft()
@@ -109,13 +116,13 @@ def _share(
                 return
             for case, answer in pool.receive():
                 if answer is not _WORKER_DIED:
-                    note(case, answer)
+                    store(case, answer)
                 elif pool.running() and needs[case] < _EXCLUSIVE:
                     needs[case] = _EXCLUSIVE
                     waiting.append(case)
                 else:
                     what = "the worker process was killed, probably out of memory"
-                    note(case, CaseError(case, "", what, "Close other programs, or use a machine with more memory"))
+                    store(case, CaseError(case, "", what, "Close other programs, or use a machine with more memory"))
     finally:
         pool.end()
 
@@ -130,7 +137,7 @@ class _Worker:
     case_id: str | None = None
 
     def assign(self, case: str, job: object) -> bool:
-        """Whether it has taken the case; False when it is gone, as will be heard."""
+        """Send a case to the process. Returns False when the process has died; `receive` reports it then."""
         try:
             self.connection.send(job)
         except OSError:
@@ -140,31 +147,37 @@ class _Worker:
 
 
 class _WorkerPool:
-    """Up to `size` processes that do one work."""
+    """Up to `size` worker processes that all run `work`."""
 
     def __init__(self, work: Callable[[Any], Any], size: int, preload: Sequence[str]) -> None:
         self.work, self.size, self.preload = work, size, [*preload]
         self.workers: list[_Worker] = []
 
     def running(self) -> list[str]:
-        """The cases at work."""
+        """List the cases that are being worked on."""
         return [worker.case_id for worker in self.workers if worker.case_id is not None]
 
-    def idle(self) -> list[_Worker]:
-        """Those that wait for a case."""
-        return [worker for worker in self.workers if worker.begun and worker.case_id is None]
-
     def fill_up(self, waiting: int) -> None:
-        """Start processes for the cases that wait; none any more where the system does not let them be made."""
+        """Start processes for the waiting cases, up to `size`; after a failed start, no more are started."""
         missing = min(self.size, waiting + len(self.running())) - len(self.workers)
         try:
             for _ in range(missing):
-                self.workers.append(_started(self.work, self.preload))
+                context: Any = multiprocessing.get_context(START_METHOD)
+                context.set_forkserver_preload(self.preload)
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(self.work, theirs), daemon=True)
+                with without_interrupts(), _without_main_module():
+                    process.start()
+                theirs.close()
+                self.workers.append(_Worker(process, ours))
         except UNAVAILABLE_ERRORS:
             self.size = 0
 
     def receive(self) -> Iterator[tuple[str, Any]]:
-        """Wait for news: a case and what came of it, _WORKER_DIED when its process has died. RuntimeError."""
+        """Wait for workers and yield (case, result); the result is _WORKER_DIED when the process has died.
+
+        Raises: RuntimeError when the work raised anything but a CaseError.
+        """
         news = wait([worker.connection for worker in self.workers])
         for worker in [worker for worker in self.workers if worker.connection in news]:
             try:
@@ -172,7 +185,7 @@ class _WorkerPool:
             except (OSError, EOFError):
                 message = _WORKER_DIED
                 self.workers.remove(worker)
-                self.size = self.size if worker.begun else 0  # the next would fare no better
+                self.size = self.size if worker.begun else 0  # a process that dies at its start would do so again
             if isinstance(message, _Failure):
                 raise RuntimeError(message.line) from RuntimeError(message.trace)
             case, worker.begun, worker.case_id = worker.case_id, True, None
@@ -180,7 +193,7 @@ class _WorkerPool:
                 yield case, message
 
     def end(self) -> None:
-        """Kill those that are left: nothing they do outlives them."""
+        """Kill the remaining processes and wait until they have ended."""
         for worker in self.workers:
             worker.process.kill()
         for worker in self.workers:
@@ -188,20 +201,9 @@ class _WorkerPool:
             worker.connection.close()
 
 
-def _started(work: Callable[[Any], Any], preload: list[str]) -> _Worker:
-    context: Any = multiprocessing.get_context(START_METHOD)
-    context.set_forkserver_preload(preload)
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(work, theirs), daemon=True)
-    with without_interrupts(), _without_main_module():
-        process.start()
-    theirs.close()
-    return _Worker(process, ours)
-
-
 @contextmanager
 def without_interrupts() -> Iterator[None]:
-    """A Python started meanwhile leaves Ctrl-C to this one from the beginning, and imports nothing from the working directory."""
+    """Let a Python process started inside the block ignore Ctrl-C from its start and import nothing from the working directory."""
     before = os.environ.get(_SAFE_PATH)
     os.environ[_SAFE_PATH] = "1"
     try:
@@ -220,7 +222,7 @@ def without_interrupts() -> Iterator[None]:
 
 @contextmanager
 def _without_main_module() -> Iterator[None]:
-    """A Python started meanwhile does not run again what runs here: a script may not expect it, and no work is defined in one."""
+    """Let a Python process started inside the block not run the main script again, which may not be written for that."""
     script = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -231,14 +233,14 @@ def _without_main_module() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Failure:
-    """An unexpected exception as text: not every exception goes through a pipe."""
+    """An unexpected exception as text, because not every exception can be pickled."""
 
     line: str
     trace: str
 
 
 def _serve(work: Callable[[Any], Any], connection: Connection) -> None:
-    """A process's life: answer until nobody asks any more."""
+    """Run in a worker process: receive jobs and send results until the connection is closed."""
     exit_with_parent()
     connection.send("begun")
     while True:
@@ -248,20 +250,21 @@ def _serve(work: Callable[[Any], Any], connection: Connection) -> None:
             return
         try:
             answer = _attempt(work, job)
-        except Exception as error:  # noqa: BLE001  raised again by the process that asked
+        except Exception as error:  # noqa: BLE001  raised again in the parent process
             answer = _Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
         connection.send(answer)
 
 
 def exit_with_parent() -> None:
-    """Leave Ctrl-C to it, and end when it has ended, however that came."""
+    """Ignore Ctrl-C in this process, and end it as soon as its parent process has ended for any reason."""
+    parent: Any = multiprocessing.parent_process()
+
+    def exit_after_parent() -> None:
+        parent.join()
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_after, args=(multiprocessing.parent_process(),), daemon=True).start()
-
-
-def _exit_after(parent: BaseProcess) -> None:
-    parent.join()
-    os._exit(1)
+    threading.Thread(target=exit_after_parent, daemon=True).start()
 
 
 MAX_WORKERS = 8  # processes
@@ -269,14 +272,14 @@ _SCORING_MODULES = ("slmsam2_cli.cli.app", "slmsam2_cli.evaluation.scoring", "ni
 
 
 def count(requested: int | None) -> int:
-    """How many processes to use: those wanted, else one per core, at most 8."""
+    """Return the number of processes to use: those requested, else one per core; 1 to 8."""
     return max(1, min(available_cpus() if requested is None else requested, MAX_WORKERS))
 
 
 def prepare(also: Sequence[str] = ()) -> None:
-    """Begin to load what scoring needs, and these modules, in the process that others will be copied from; returns at once.
+    """Start to import what scoring needs, and the modules `also`, in the process that workers are forked from; returns at once.
 
-    Where that cannot be, `pool` will find out.
+    Errors are ignored here; `pool` then returns None.
     """
     multiprocessing.get_context(START_METHOD).set_forkserver_preload([*_SCORING_MODULES, *also])
     with suppress(*UNAVAILABLE_ERRORS), without_interrupts():
@@ -284,7 +287,7 @@ def prepare(also: Sequence[str] = ()) -> None:
 
 
 def pool(processes: int) -> ProcessPoolExecutor | None:
-    """Processes that leave Ctrl-C to this one and end with it; None where the system does not let them be made."""
+    """Create a pool of worker processes that ignore Ctrl-C and end with this process; None where none can be started."""
     made = None
     try:
         made = ProcessPoolExecutor(processes, multiprocessing.get_context(START_METHOD), initializer=exit_with_parent)

@@ -12,7 +12,7 @@ import pytest
 
 from slmsam2_cli import parallel
 from slmsam2_cli.errors import CaseError
-from slmsam2_cli.parallel import parallel_map
+from slmsam2_cli.parallel import MemoryLimit, parallel_map
 
 SLEEPING = (
     "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored where the tests run in the background
@@ -55,18 +55,18 @@ def test_a_case_whose_process_died_beside_others_is_tried_once_more_alone(tmp_pa
 
 def test_cases_too_large_to_run_together_run_one_after_the_other(tmp_path):
     one = "mkdir busy || exit 1; sleep 0.1; rmdir busy"
-    assert parallel_map(subprocess.call, shell(tmp_path, one, one, one), 3, bytes_of=lambda job: 6, max_bytes=10) == [0, 0, 0]
+    assert parallel_map(subprocess.call, shell(tmp_path, one, one, one), 3, limit=MemoryLimit(lambda job: 6, 10)) == [0, 0, 0]
 
 
 def test_cases_that_fit_together_run_together(tmp_path):
     meet = "touch {}; for i in $(seq 500); do test -e {} && exit 0; sleep 0.02; done; exit 1"
     jobs = shell(tmp_path, meet.format("one", "two"), meet.format("two", "one"))
-    assert parallel_map(subprocess.call, jobs, 2, bytes_of=lambda job: 5, max_bytes=10) == [0, 0]
+    assert parallel_map(subprocess.call, jobs, 2, limit=MemoryLimit(lambda job: 5, 10)) == [0, 0]
 
 
 def test_a_case_larger_than_all_memory_is_tried_alone(tmp_path):
     one = "mkdir busy || exit 1; sleep 0.1; rmdir busy"
-    assert parallel_map(subprocess.call, shell(tmp_path, one, one), 2, bytes_of=lambda job: 11, max_bytes=10) == [0, 0]
+    assert parallel_map(subprocess.call, shell(tmp_path, one, one), 2, limit=MemoryLimit(lambda job: 11, 10)) == [0, 0]
 
 
 def test_where_no_process_can_be_had_this_one_does_it_all(monkeypatch):

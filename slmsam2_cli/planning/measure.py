@@ -20,7 +20,7 @@ from slmsam2_cli.dataset.resources import bytes_on_disk, bytes_to_read, free_byt
 from slmsam2_cli.dataset.slices import orient, oriented_size
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.io.image import Grid
-from slmsam2_cli.parallel import available_cpus, parallel_map
+from slmsam2_cli.parallel import MemoryLimit, available_cpus, parallel_map
 from slmsam2_cli.planning.fingerprint import CaseFingerprint, ChannelFingerprint, Fingerprint
 from slmsam2_cli.planning.intensity_stats import CHUNK_VALUES, Array, IntensityValues, round_significant, sample_evenly, statistics
 from slmsam2_cli.planning.label_stats import bounding_box_of_planes, measure_labels
@@ -44,8 +44,7 @@ def measure(
         partial(measure_case, dataset=replace(dataset, training=(), test=(), problems=())),
         {case.id: case for case in dataset.training},
         worker_count(dataset.training) if workers is None else workers,
-        bytes_of=lambda case: PROCESS_BYTES + bytes_to_read(case),
-        max_bytes=int(MEMORY_FRACTION * free_bytes()),
+        limit=MemoryLimit(lambda case: PROCESS_BYTES + bytes_to_read(case), int(MEMORY_FRACTION * free_bytes())),
         advance=advance,
         preload=PRELOADED,
     )
