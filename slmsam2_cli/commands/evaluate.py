@@ -8,7 +8,7 @@ Writes  OUT/summary.json, OUT/cases.csv, OUT/slices.csv, OUT/summary.md, OUT/rep
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from slmsam2_cli.evaluation.summary import TOOL, About, Json, Threshold, failed_
 from slmsam2_cli.inference.manifest import Manifest
 from slmsam2_cli.io import atomic
 from slmsam2_cli.report import render
-from slmsam2_cli.report.case_files import Sources
-from slmsam2_cli.report.case_images import MOST_CASES, Beside, Drawing
+from slmsam2_cli.report.case_files import CaseFiles
+from slmsam2_cli.report.case_images import MAX_CASES, DrawAfterScoring, PageOutput
 from slmsam2_cli.report.evaluation_page import evaluation_report
 from slmsam2_cli.report.schema import Report, Table
 from slmsam2_cli.version import VERSION
@@ -164,7 +164,7 @@ def _scores(predicted: Predicted, truth: Truth, options: Options) -> tuple[list[
     """All cases, those that cannot be used included, and the structures that were scored."""
     declared = truth.references.labels
     pairs = predicted.pairing.pairs
-    draws = options.report and len(pairs) <= MOST_CASES
+    draws = options.report and len(pairs) <= MAX_CASES
     jobs = [_job(predicted, truth, options.resample, draws, *found) for found in pairs]
     with console.progress("evaluate", len(jobs)) as advance:
         scored = score_all(jobs, options.workers, advance, options.max_kept_bytes)
@@ -191,7 +191,7 @@ def _job(predicted: Predicted, truth: Truth, resample: bool, draws: bool, case: 
         prompted=given,
         tolerance_mm=truth.tolerance_mm,
         resample=resample,
-        post_scoring=Drawing(_sources(predicted, truth, False, case, reference, prediction)) if draws else None,
+        post_scoring=DrawAfterScoring(_sources(predicted, truth, False, case, reference, prediction)) if draws else None,
     )
 
 
@@ -258,34 +258,31 @@ def _write(one: EvaluationResult, truth: Truth, comparison: Json | None, options
             console.warn(f"{one.out / render.NAME} is of an earlier run and does not tell of these results")
         if options.report:
             with console.progress("report", len(one.scores)) as advance:
-                render.write_report(one.out, lambda beside: _report(one, truth, comparison, beside, advance))
+                render.write_report(one.out, lambda write: _report(one, truth, comparison, PageOutput(write, advance)))
 
 
-def _report(one: EvaluationResult, truth: Truth, comparison: Json | None, beside: Beside, advance: Callable[..., None]) -> Report:
-    """The page; volumes that are too large for it go through `beside`."""
+def _report(one: EvaluationResult, truth: Truth, comparison: Json | None, output: PageOutput) -> Report:
+    """The page."""
     resampled = {score.case for score in one.scores if score.resampled}
     sources = {
         case: _sources(one.predicted, truth, case in resampled, case, reference, prediction)
         for case, reference, prediction in one.predicted.pairing.pairs
     }
-    hints = {score.case: score.hints for score in one.scores}
     return evaluation_report(
         one.summary,
         one.scores,
         sources,
+        output,
         manifest=one.predicted.manifest,
-        flags=hints,
         tables=[] if comparison is None else [_comparison_table(comparison)],
-        beside=beside,
-        advance=advance,
     )
 
 
-def _sources(predicted: Predicted, truth: Truth, resampled: bool, case: str, reference: Path, prediction: Path | None) -> Sources:
+def _sources(predicted: Predicted, truth: Truth, resampled: bool, case: str, reference: Path, prediction: Path | None) -> CaseFiles:
     entry = predicted.manifest.cases.get(case) if predicted.manifest is not None else None
     axis = entry.array_axis if entry is not None and not resampled else None  # else it is one of another grid
     images = truth.images.get(case) or (truth.images.get(case_name(prediction), ()) if prediction is not None else ())
-    return Sources(prediction, images, reference, truth.references.root, axis, truth.references.ignore, resample=resampled)
+    return CaseFiles(prediction, images, reference, truth.references.root, axis, truth.references.ignore, resample=resampled)
 
 
 def _comparison_table(comparison: Json) -> Table:

@@ -229,7 +229,7 @@ def _run(job: PredictionJob, cases: Sequence[Case], problems: Sequence[CaseError
     finally:  # also when interrupted: the manifest lists the masks that are there
         job.records.write_manifest(job.manifest_header())
     if job.report_images is not None:
-        write_prediction_report(job.masks, job.report_images, job.plan.intensity[0], again=bool(todo))
+        write_prediction_report(job.masks, job.report_images, job.plan.intensity[0], force=bool(todo))
     console.say(
         f"{len(todo) + len(problems) - len(failed)} masks written, {len(done)} already there, {len(failed)} cases failed: {job.masks}"
     )

@@ -1,54 +1,30 @@
-"""The cohort's charts as shapes for the template: how a measure is distributed, how Dice falls with distance from the prompt.
+"""Lay out the charts of a report as shapes for the template: distributions, Dice by distance from the prompt, and slice strips.
 
-x is in per cent of the plot's width, so that a chart is as wide as the page allows while its text keeps its size; y is in pixels, or,
-in the paths of a curve, in per cent of the plot's height from the top. Nothing here knows colours.
-
-One structure of one case, slice by slice, as shapes for the template.
-
-x of paths runs in slices (slice k covers k - first to k - first + 1) and is stretched to the page's width; y runs from 0 (top) to 100.
-x of marks is in per cent of the strip's width. Nothing here knows colours: shapes have classes or names.
-
-Scored slices as marks of a strip.
-
-Where a value lies on an axis, in per cent of its length; round ticks; numbers short enough to write ten thousand times.
+x is in per cent of the plot's width, so that a chart is as wide as the page while its text keeps its size. y is in pixels or, in paths,
+in per cent of the plot's height from the top. In the paths of a strip and of a curve, x is in slices: slice k of a strip covers k - first
+to k - first + 1. Colours are in the style sheet.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 
-from slmsam2_cli.evaluation.metrics import LabelScore, Row
-from slmsam2_cli.report.schema import CaseReport, CurvePoint, Report, SliceMark, Structure
+from slmsam2_cli.report.schema import CurvePoint, Report, SliceMark, Structure
 
-
-def marks(
-    label: LabelScore, confidence: Mapping[int, float] | None = None, disagreement: Mapping[int, float] | None = None
-) -> tuple[SliceMark, ...]:
-    """The slices of one scored structure. confidence, disagreement: by slice, where they are known."""
-    return tuple(_mark(row, confidence or {}, disagreement or {}) for row in label.slices)
-
-
-def _mark(row: Row, confidence: Mapping[int, float], disagreement: Mapping[int, float]) -> SliceMark:
-    k, away = int(row["slice"] or 0), row["prompt_distance_slices"]
-    return SliceMark(
-        slice=k,
-        prediction_px=int(row["prediction_px"] or 0),
-        reference_px=int(row["reference_px"] or 0),
-        dice=row["Dice"],
-        prompted=away == 0,
-        distance=None if away is None else int(away),
-        confidence=confidence.get(k),
-        disagreement=disagreement.get(k),
-    )
+DISTRIBUTED = (("Dice", "Dice", 3, "high"), ("HD95", "HD95, mm", 1, "low"))
+JITTER_PX = 8.0
+GOLDEN = 0.6180339887
+DICE_BINS = (0.5, 0.7, 0.8, 0.9)
+"""Lower edges of Dice classes 1 to 4; class 0 is below the first."""
 
 
 def format_coordinate(value: float, digits: int = 2) -> str:
-    """A coordinate without needless characters: 12.50 -> "12.5", 3.00 -> "3", -0.0 -> "0"."""
+    """Format a coordinate without trailing zeros: 12.50 -> "12.5", 3.00 -> "3", -0.0 -> "0"."""
     text = f"{value:.{digits}f}"
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return "0" if text == "-0" else text
@@ -62,12 +38,12 @@ class Scale:
     high: float
 
     def percent(self, value: float) -> str:
-        """Where a value lies, "0" to "100"; what lies outside sticks to the end."""
+        """Return the position of a value on the axis, "0" to "100"; values outside are moved to the nearer end."""
         share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
         return format_coordinate(100 * share)
 
     def ticks(self, count: int = 5) -> tuple[float, ...]:
-        """About `count` round values from low to high."""
+        """Return about `count` round values from low to high."""
         step = _round_step((self.high - self.low) / max(count, 1))
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
@@ -75,32 +51,27 @@ class Scale:
 
 
 def unit_scale(values: Iterable[float]) -> Scale:
-    """For values from 0 to 1: down to a round number below the least, so that good results still differ visibly."""
+    """Return an axis for values from 0 to 1 that begins at a round number below the least, so that good results differ visibly."""
     least = min(values, default=0.0)
     return Scale(max(0.0, min(0.9, math.floor(least * 10 + 1e-9) / 10)), 1.0)
 
 
 def length_scale(values: Iterable[float]) -> Scale:
-    """For values from 0 up: to a round number at or above the greatest."""
+    """Return an axis for values from 0 upwards that ends at a round number at or above the greatest."""
     greatest = max((abs(value) for value in values), default=0.0) or 1.0
     step = _round_step(greatest / 4)
     return Scale(0.0, math.ceil(greatest / step - 1e-9) * step)
 
 
 def _round_step(rough: float) -> float:
-    """The least of 1, 2, 5 times a power of ten that is not below `rough`."""
+    """Return the least of 1, 2 and 5 times a power of ten that is not below `rough`."""
     power = 10.0 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
 
 
-DISTRIBUTED = (("Dice", "Dice", 2, "high"), ("HD95", "HD95, mm", 1, "low"))
-JITTER_PX = 8.0
-GOLDEN = 0.6180339887
-
-
 @dataclass(frozen=True)
 class Point:
-    """One case of one structure. x: per cent; y: px from the lane's middle; case: its place in Report.cases."""
+    """One case of one structure. x: per cent; y: pixels from the middle of the lane; case: its index in Report.cases."""
 
     x: str
     y: str
@@ -111,7 +82,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Box:
-    """Least, quartiles, greatest of one lane, per cent."""
+    """Minimum, quartiles and maximum of one lane; all in per cent."""
 
     least: str
     q1: str
@@ -123,17 +94,17 @@ class Box:
 
 @dataclass(frozen=True)
 class Lane:
-    """One structure of one measure. box: of held-out cases, or of all when none is held-out; None without a value."""
+    """One structure of one measure. box: of held-out cases, or of all cases when none is held out."""
 
     name: str
     text: str
     points: tuple[Point, ...]
-    box: Box | None
+    box: Box
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """One measure over all structures. better: "high", "low" or ""."""
+    """One measure of all structures. better: "high", "low" or ""."""
 
     heading: str
     better: str
@@ -143,10 +114,10 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Curve:
-    """Dice against distance for one structure.
+    """Dice by distance from the prompt for one structure.
 
-    band, median: paths with x in slices from 0 to `distance`; dots: (x, y) per cent; counts: (x per cent, n) for ticks of the x axis;
-    bars: a path in the same x, y per cent of the row of counts, as high as n.
+    band, median: paths with x in slices from 0 to `distance`; dots: (x, y) in per cent; counts: (x in per cent, n) at ticks of the x axis;
+    bars: a path with the same x, and y in per cent of the row of counts, as high as n.
     """
 
     name: str
@@ -162,7 +133,10 @@ class Curve:
 
 
 def distributions(report: Report) -> tuple[Distribution, ...]:
-    """Dice and HD95; where no case has either (there is no truth), the measures of the table that have a better end."""
+    """Lay out the distributions of Dice and HD95.
+
+    Without either (a prediction without reference): of at most four columns of the table for which high or low values are better.
+    """
     found = [chart for column in DISTRIBUTED if (chart := _distribution(report, *column)) is not None]
     if not found:
         found = [chart for column in report.columns if column[3] and (chart := _distribution(report, *column)) is not None]
@@ -170,23 +144,22 @@ def distributions(report: Report) -> tuple[Distribution, ...]:
 
 
 def _distribution(report: Report, key: str, heading: str, digits: int, better: str) -> Distribution | None:
-    values = {name: _values(report.cases, name, key) for name in report.structures}
+    """Lay out one measure; None when no case has a value. A lane's values are (index of the case, value, whether a training case)."""
+    values = {
+        name: [
+            (index, float(value), case.group == "training")
+            for index, case in enumerate(report.cases)
+            for part in case.structures
+            if part.key == name and (value := part.measures.get(key)) is not None and math.isfinite(value)
+        ]
+        for name in report.structures
+    }
     everything = [value for found in values.values() for _, value, _ in found]
     if not everything:
         return None
     scale = unit_scale(everything) if better == "high" and min(everything) >= 0 and max(everything) <= 1 else length_scale(everything)
     lanes = tuple(_lane(report, name, values[name], scale, digits) for name in report.structures if values[name])
     return Distribution(heading, better, tuple((scale.percent(tick), f"{tick:g}") for tick in scale.ticks()), lanes)
-
-
-def _values(cases: Sequence[CaseReport], structure: str, key: str) -> list[tuple[int, float, bool]]:
-    """(place of the case, value, whether it was learned from) of every case that has a value."""
-    return [
-        (place, float(value), case.group == "training")
-        for place, case in enumerate(cases)
-        for part in case.structures
-        if part.key == structure and (value := part.measures.get(key)) is not None and math.isfinite(value)
-    ]
 
 
 def _lane(report: Report, key: str, values: Sequence[tuple[int, float, bool]], scale: Scale, digits: int) -> Lane:
@@ -198,31 +171,26 @@ def _lane(report: Report, key: str, values: Sequence[tuple[int, float, bool]], s
     text += f" of {of}" if of > len(described) else ""
     text += "" if held_out else ", training cases"
     points = tuple(
-        Point(scale.percent(value), format_coordinate((i * GOLDEN % 1 - 0.5) * 2 * JITTER_PX, 1), place, training, f"{value:.{digits}f}")
-        for i, (place, value, training) in enumerate(values)
+        Point(scale.percent(value), format_coordinate((i * GOLDEN % 1 - 0.5) * 2 * JITTER_PX, 1), index, training, f"{value:.{digits}f}")
+        for i, (index, value, training) in enumerate(values)
     )
-    x1, x3 = float(scale.percent(q1)), float(scale.percent(q3))
-    box = Box(
-        scale.percent(q0), format_coordinate(x1), scale.percent(q2), format_coordinate(x3), scale.percent(q4), format_coordinate(x3 - x1)
-    )
-    return Lane(report.structures[key], text, points, box)
+    least, low, median, high, greatest = (scale.percent(value) for value in (q0, q1, q2, q3, q4))
+    return Lane(report.structures[key], text, points, Box(least, low, median, high, greatest, format_coordinate(float(high) - float(low))))
 
 
 def curves(report: Report) -> tuple[Curve, ...]:
-    """One curve a structure, all on the same axes."""
-    named = {key: sorted(points, key=lambda p: p.distance) for key, points in report.curve.items() if points}
-    if not named:
+    """Lay out one curve per structure, all on the same axes."""
+    known = {key: sorted(points, key=lambda p: p.distance) for key, points in report.curve.items() if points}
+    if not known:
         return ()
-    scale = unit_scale(point.p10 for points in named.values() for point in points)
-    far = max(points[-1].distance for points in named.values())
-    return tuple(_curve(_name(report.structures, key), points, scale, max(far, 1)) for key, points in named.items())
-
-
-def _name(names: Mapping[str, str], key: str) -> str:
-    return names.get(key, key)
+    scale = unit_scale(point.p10 for points in known.values() for point in points)
+    far = max(1, *(points[-1].distance for points in known.values()))
+    return tuple(_curve(report.structures.get(key, key), points, scale, far) for key, points in known.items())
 
 
 def _curve(name: str, points: Sequence[CurvePoint], scale: Scale, far: int) -> Curve:
+    """Lay out one curve. far: the end of the x axis in slices."""
+
     def down(value: float) -> str:
         return format_coordinate(100 - float(scale.percent(value)), 1)
 
@@ -232,6 +200,7 @@ def _curve(name: str, points: Sequence[CurvePoint], scale: Scale, far: int) -> C
     across = Scale(0, far)
     x_ticks = tuple(sorted({round(tick) for tick in across.ticks(6)}))
     n_at = {point.distance: point.n for point in points}
+    first, last = points[0], points[-1]
     return Curve(
         name=name,
         distance=far,
@@ -242,25 +211,14 @@ def _curve(name: str, points: Sequence[CurvePoint], scale: Scale, far: int) -> C
         y_ticks=tuple((down(tick), f"{tick:g}") for tick in scale.ticks(4)),
         counts=tuple((across.percent(tick), n_at[tick]) for tick in x_ticks if tick in n_at),
         bars="".join(f"M{format_coordinate(p.distance - 0.4)} 100v-{max(2, round(100 * p.n / most))}h.8V100z" for p in points),
-        summary=_summary(name, points),
+        summary=f"{name}: median Dice {first.p50:.3f} at {first.distance} slices from the prompt ({first.n} slices), "
+        f"{last.p50:.3f} at {last.distance} slices ({last.n} slices)",
     )
-
-
-def _summary(name: str, points: Sequence[CurvePoint]) -> str:
-    first, last = points[0], points[-1]
-    return (
-        f"{name}: median Dice {first.p50:.2f} at {first.distance} slices from the prompt ({first.n} slices), "
-        f"{last.p50:.2f} at {last.distance} slices ({last.n} slices)"
-    )
-
-
-DICE_BINS = (0.5, 0.7, 0.8, 0.9)
-"""Lower edges of Dice classes 1 to 4; below the first is class 0."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring slices with the same fault. x, width, centre: per cent."""
+    """Adjacent slices with the same fault. x, width, centre: per cent."""
 
     x: str
     width: str
@@ -271,7 +229,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Strip:
-    """One strip. bars: (Dice class, path); the paths are "" where there is nothing to draw."""
+    """One structure of one case, slice by slice. bars: (Dice class, path); paths are "" where there is nothing to draw."""
 
     first: int
     count: int
@@ -289,125 +247,117 @@ class Strip:
 
 
 def dice_class(dice: float) -> int:
-    """0 (worst) to 4 (best)."""
+    """Return the Dice class, 0 (worst) to 4 (best)."""
     return sum(dice >= edge for edge in DICE_BINS)
 
 
 def slice_range(structures: Iterable[Structure]) -> tuple[int, int]:
-    """First slice and number of slices that the strips of one case share; (0, 0) when there is nothing to show."""
+    """Return the first slice and the number of slices that the strips of a case share; (0, 0) without slices."""
     shown = [mark.slice for structure in structures for mark in structure.slices]
     return (min(shown), max(shown) - min(shown) + 1) if shown else (0, 0)
 
 
 def strips_of(structures: Sequence[Structure]) -> tuple[Strip | None, ...]:
-    """The strips of one case, all over the same slices."""
+    """Lay out the strips of a case, all over the same slices; None for a structure without slices."""
     first, count = slice_range(structures)
-    return tuple(strip(structure, first, count) for structure in structures)
-
-
-def strip(structure: Structure, first: int, count: int) -> Strip | None:
-    """The strip of one structure over slices first to first + count - 1; None without slices."""
-    marks = structure.slices
-    if not marks or count < 1:
-        return None
-    largest = max(max(mark.prediction_px, mark.reference_px or 0) for mark in marks)
-    has_reference = any(mark.reference_px is not None for mark in marks)
-    return Strip(
-        first=first,
-        count=count,
-        ticks=_ticks(first, count),
-        bars=_bars(marks, first),
-        confidence=_line(marks, first, lambda mark: mark.confidence),
-        disagreement=_line(marks, first, lambda mark: mark.disagreement),
-        reference_area=_area(marks, first, largest, lambda mark: mark.reference_px or 0) if has_reference else "",
-        prediction_area=_area(marks, first, largest, lambda mark: mark.prediction_px),
-        largest_px=largest,
-        false=_runs(marks, first, count, lambda mark: mark.false),
-        missed=_runs(marks, first, count, lambda mark: mark.missed),
-        prompts=tuple(format_coordinate(100 * (mark.slice - first + 0.5) / count) for mark in marks if mark.prompted),
-        summary=_strip_summary(structure),
-    )
-
-
-def _ticks(first: int, count: int) -> tuple[tuple[str, int], ...]:
-    """Whole slices only, at their centres."""
-    if count == 1:
-        return (("50", first),)
-    wanted = sorted({round(value) for value in Scale(first, first + count - 1).ticks(6)})
-    return tuple((format_coordinate(100 * (index - first + 0.5) / count), index) for index in wanted)
+    ticks = sorted({round(value) for value in Scale(first, first + count - 1).ticks(6)}) if count > 1 else [first]
+    strips: list[Strip | None] = []
+    for structure in structures:
+        marks = structure.slices
+        if not marks:
+            strips.append(None)
+            continue
+        largest = max(mark.area_px for mark in marks)
+        strip = Strip(
+            first=first,
+            count=count,
+            ticks=tuple((format_coordinate(100 * (index - first + 0.5) / count), index) for index in ticks),
+            bars=_bars(marks, first),
+            confidence=_line((mark.slice - first, mark.confidence) for mark in marks),
+            disagreement=_line((mark.slice - first, mark.disagreement) for mark in marks),
+            reference_area=_area(((mark.slice - first, mark.reference_px or 0) for mark in marks), largest),
+            prediction_area=_area(((mark.slice - first, mark.prediction_px) for mark in marks), largest),
+            largest_px=largest,
+            false=_runs([mark.slice for mark in marks if mark.false], first, count),
+            missed=_runs([mark.slice for mark in marks if mark.missed], first, count),
+            prompts=tuple(format_coordinate(100 * (mark.slice - first + 0.5) / count) for mark in marks if mark.prompted),
+            summary=_strip_summary(structure),
+        )
+        strips.append(strip)
+    return tuple(strips)
 
 
 def _bars(marks: Sequence[SliceMark], first: int) -> tuple[tuple[int, str], ...]:
-    """Bars as high as Dice, one path a class. False and missed slices have none: they are marked as such."""
-    paths: dict[int, list[str]] = {}
+    """Draw bars as high as Dice, one path per Dice class. False-positive and missed slices have no bar; they are marked as such."""
+    paths: dict[int, str] = {}
     for mark in marks:
         if mark.dice is not None and not mark.false and not mark.missed:
-            height = max(2, round(100 * mark.dice))
-            paths.setdefault(dice_class(mark.dice), []).append(f"M{mark.slice - first}.1 100v-{height}h.8v{height}z")
-    return tuple((index, "".join(parts)) for index, parts in sorted(paths.items()))
+            height, index = max(2, round(100 * mark.dice)), dice_class(mark.dice)
+            paths[index] = paths.get(index, "") + f"M{mark.slice - first}.1 100v-{height}h.8v{height}z"
+    return tuple(sorted(paths.items()))
 
 
-def _line(marks: Sequence[SliceMark], first: int, value: Callable[[SliceMark], float | None]) -> str:
-    """A line through the centres of slices; broken where a value or a slice is missing. A lone value is a short dash."""
+def _line(values: Iterable[tuple[int, float | None]]) -> str:
+    """Draw a line through (slice, value) at the centres of slices; it breaks where a value or a slice is missing.
+
+    A single value is a short dash.
+    """
     parts: list[str] = []
     previous: int | None = None
-    for mark in marks:
-        found = value(mark)
-        if found is None:
+    for k, value in values:
+        if value is None:
             previous = None
             continue
-        x, y = f"{mark.slice - first}.5", 100 - round(100 * min(max(found, 0.0), 1.0))
-        parts.append(f"L{x} {y}" if previous == mark.slice - 1 else f"M{x} {y}h.01")
-        previous = mark.slice
+        x, y = f"{k}.5", 100 - round(100 * min(max(value, 0.0), 1.0))
+        parts.append(f"L{x} {y}" if previous == k - 1 else f"M{x} {y}h.01")
+        previous = k
     return "".join(parts)
 
 
-def _area(marks: Sequence[SliceMark], first: int, largest: int, value: Callable[[SliceMark], int]) -> str:
-    """Steps from the ground up: the area slice by slice, in per cent of the largest."""
-    if largest == 0:
-        return ""
-    parts: list[str] = []
-    for _, group in groupby(enumerate(m for m in marks if value(m) > 0), lambda pair: pair[1].slice - pair[0]):
-        run = [mark for _, mark in group]
-        heights = [max(1, round(100 * value(mark) / largest)) for mark in run]
-        parts.append(f"M{run[0].slice - first} 100" + "".join(f"V{100 - height}h1" for height in heights) + "V100")
+def _area(pixels: Iterable[tuple[int, int]], largest: int) -> str:
+    """Draw the area (slice, pixels) as steps, in per cent of the largest; slices without pixels leave a gap."""
+    held = {k: count for k, count in pixels if count > 0}
+    parts = []
+    for run in _consecutive(held):
+        heights = [max(1, round(100 * held[k] / largest)) for k in run]
+        parts.append(f"M{run[0]} 100" + "".join(f"V{100 - height}h1" for height in heights) + "V100")
     return "".join(parts)
 
 
-def _runs(marks: Sequence[SliceMark], first: int, count: int, chosen: Callable[[SliceMark], bool]) -> tuple[Run, ...]:
-    found = [mark.slice for mark in marks if chosen(mark)]
+def _consecutive(indices: Iterable[int]) -> list[list[int]]:
+    """Split ascending indices into runs without gaps: 3, 4, 9 -> [3, 4], [9]."""
+    return [[index for _, index in group] for _, group in groupby(enumerate(indices), lambda pair: pair[1] - pair[0])]
+
+
+def _runs(slices: Sequence[int], first: int, count: int) -> tuple[Run, ...]:
     runs = []
-    for _, group in groupby(enumerate(found), lambda pair: pair[1] - pair[0]):
-        indices = [index for _, index in group]
-        start, width = indices[0] - first, len(indices)
-        percents = (100 * start / count, 100 * width / count, 100 * (start + width / 2) / count)
-        x, wide, centre = (format_coordinate(value) for value in percents)
-        runs.append(Run(x, wide, centre, indices[0], indices[-1]))
+    for run in _consecutive(slices):
+        start, width = run[0] - first, len(run)
+        x, wide, centre = (format_coordinate(100 * place / count) for place in (start, width, start + width / 2))
+        runs.append(Run(x, wide, centre, run[0], run[-1]))
     return tuple(runs)
 
 
+def list_slices(indices: Iterable[int]) -> str:
+    """Name ascending slices: 3 -> "slice 3"; 3, 4, 5, 9 -> "slices 3-5, 9"."""
+    runs = _consecutive(indices)
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"slice{'s' * (sum(map(len, runs)) != 1)} {text}"
+
+
 def _strip_summary(structure: Structure) -> str:
-    """What the strip shows, for those who do not see it."""
+    """Describe a strip in words, for screen readers."""
     marks = structure.slices
     parts = [f"{structure.name}, slices {marks[0].slice} to {marks[-1].slice}"]
     scored = [(mark.dice, mark.slice) for mark in marks if mark.dice is not None]
     if scored:
         worst, where = min(scored)
-        parts.append(f"lowest Dice {worst:.2f} on slice {where}")
+        parts.append(f"lowest Dice {worst:.3f} on slice {where}")
     for word, indices in (
-        ("false on", [mark.slice for mark in marks if mark.false]),
+        ("false positive on", [mark.slice for mark in marks if mark.false]),
         ("missed on", [mark.slice for mark in marks if mark.missed]),
-        ("given on", [mark.slice for mark in marks if mark.prompted]),
+        ("annotated:", [mark.slice for mark in marks if mark.prompted]),
     ):
         if indices:
-            parts.append(f"{word} {_listed(indices)}")
+            parts.append(f"{word} {list_slices(indices)}")
     return "; ".join(parts)
-
-
-def _listed(indices: Sequence[int]) -> str:
-    """3, 4, 5, 9 -> "3-5, 9"."""
-    runs = []
-    for _, group in groupby(enumerate(indices), lambda pair: pair[1] - pair[0]):
-        run = [index for _, index in group]
-        runs.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
-    return ", ".join(runs)

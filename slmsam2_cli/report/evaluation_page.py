@@ -1,202 +1,174 @@
-"""An evaluation as a report: summary.json and the scores behind it, with pictures from the files where they can be had.
+"""Make the report of an evaluation from summary.json and the scores behind it, with pictures from the files where they can be read.
 
-Numbers are those of summary.json; nothing is measured again.
+All numbers are those of summary.json; nothing is measured again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from slmsam2_cli.evaluation.metrics import Row
 from slmsam2_cli.evaluation.scoring import CaseScore
 from slmsam2_cli.evaluation.surface import nsd_key
 from slmsam2_cli.evaluation.tables import groups, label_columns, label_rows
 from slmsam2_cli.inference.manifest import Manifest, ManifestCase
-from slmsam2_cli.report.case_files import Sources
-from slmsam2_cli.report.case_images import Beside, Budget, Drawn, Looks, add_thumbnails
-from slmsam2_cli.report.charts import marks
-from slmsam2_cli.report.flags import evaluation_flags, named
-from slmsam2_cli.report.schema import CaseReport, CurvePoint, Report, SliceMark, Structure, Table
+from slmsam2_cli.report.case_files import CaseFiles
+from slmsam2_cli.report.case_images import CaseDrawing, PageOutput, Thumbnails, add_thumbnails, slice_marks
+from slmsam2_cli.report.flags import NO_PREDICTION, evaluation_flags, prefix_names
+from slmsam2_cli.report.schema import CaseReport, CurvePoint, Report, Structure, Table
 
 Json = Mapping[str, Any]
-_ORDER = {"failed": 0, "pred_missing": 1}
 
 
 def evaluation_report(
     summary: Json,
     scores: Sequence[CaseScore],
-    sources: Mapping[str, Sources],
-    *,
+    files: Mapping[str, CaseFiles],
+    output: PageOutput | None = None,
     manifest: Manifest | None = None,
-    flags: Mapping[str, Sequence[str]] | None = None,
     tables: Sequence[Table] = (),
-    beside: Beside | None = None,
-    budget: Budget | None = None,
-    advance: Callable[..., None] = lambda: None,
 ) -> Report:
-    """The page of an evaluation.
+    """Make the page of an evaluation.
 
-    sources: case -> its files, for pictures; cases that are not in it get none. flags, tables: what was found out elsewhere, shown first.
-    What scoring drew of a case (CaseScore.made) is not drawn again. beside: writes the volumes that do not fit into the page, see
-    looks.py. advance: called once a case.
+    scores: their hints are shown as the first flags, and drawings made while scoring (CaseScore.made) are used; files: by case, for
+    pictures, a case that is not in it gets none; manifest: of the predictions; tables: shown before the means of the labels.
     """
     entries = manifest.cases if manifest is not None else {}
     by_case = {score.case: score for score in scores}
     cases = [_case(row, by_case.get(row["case"]), entries.get(row["case"]), summary["labels"]) for row in summary["metric_per_case"]]
-    ordered = sorted(cases, key=lambda case: (_ORDER.get(case.status, 2), _merit(case), case.id))
-    more = flags or {}
+    hints = {score.case: score.hints for score in scores}
+    ready = {score.case: score.made for score in scores if isinstance(score.made, CaseDrawing)}
+    thumbnails = add_thumbnails(
+        sorted(cases, key=_order),
+        files,
+        lambda case, drawing: _complete_case(case, drawing, hints.get(case.id, ())),
+        output or PageOutput(),
+        ready=ready,
+    )
+    return _report(summary, thumbnails, tables)
 
-    def finish(case: CaseReport, drawn: Drawn | None) -> CaseReport:
-        return _finished(case, drawn, more.get(case.id, ()))
 
-    ready = {score.case: score.made for score in scores if isinstance(score.made, Drawn)}
-    looks = add_thumbnails(ordered, sources, finish, beside, advance, budget, ready=ready)
-    return _report(summary, looks, tables)
-
-
-def _report(summary: Json, looks: Looks, tables: Sequence[Table]) -> Report:
-    census = summary["cases"]
-    total = census["held_out"] + census["training"]
+def _report(summary: Json, thumbnails: Thumbnails, tables: Sequence[Table]) -> Report:
+    total = summary["cases"]["held_out"] + summary["cases"]["training"]
+    columns = tuple(label_columns(summary))
+    means = [
+        Table(f"{name.capitalize()}: {n}", columns, tuple(map(tuple, label_rows(summary, block)))) for name, block, n in groups(summary)
+    ]
+    curve = {
+        key: tuple(CurvePoint(point["distance_slices"], point["n"], point["p10"], point["p50"], point["p90"]) for point in points)
+        for key, points in summary["slice_curve"].items()
+        if points
+    }
     return Report(
         kind="evaluation",
         title=f"Evaluation of {total} case{'s' * (total != 1)}",
         headline=_headline(summary),
-        cases=looks.cases,
+        cases=thumbnails.cases,
         structures={key: name or f"label {key}" for key, name in summary["labels"].items()},
-        columns=_columns(summary),
-        tables=(*tables, *_label_tables(summary)),
-        worst=looks.worst,
-        curve={key: tuple(map(_point, points)) for key, points in summary["slice_curve"].items() if points},
-        facts=_facts(summary, looks),
+        columns=_columns(summary["definitions"]["nsd_tolerance_mm"]),
+        tables=(*tables, *means),
+        worst=thumbnails.worst,
+        curve=curve,
+        facts=_facts(summary, thumbnails),
         definitions=tuple((key, str(value)) for key, value in summary["definitions"].items() if isinstance(value, str)),
         warnings=tuple(summary["warnings"]),
     )
 
 
 def _case(row: Json, score: CaseScore | None, entry: ManifestCase | None, labels: Json) -> CaseReport:
-    """One case without what only its files know."""
-    structures = tuple(
-        Structure(
-            key,
-            name or f"label {key}",
-            row["metrics"][key]["status"] or row["status"],
-            _numbers(row["metrics"][key]),
-            _numbers(row["unprompted"][key]),
-            _marks(score, key, entry),
-        )
-        for key, name in labels.items()
+    """Collect what is known of a case without its files. row: of summary.json; entry: of the manifest."""
+    scored = {str(value): label for value, label in score.labels.items()} if score is not None else {}
+    predicted = entry if entry is not None and score is not None and not score.resampled else ManifestCase()  # else slices of another grid
+    structures = []
+    for key, name in labels.items():
+        value = int(key) if key.isdecimal() else -1
+        confidence, disagreement = predicted.confidence.get(value, {}), predicted.disagreement.get(value, {})
+        measures, unprompted = ({k: v for k, v in row[part][key].items() if k != "status"} for part in ("metrics", "unprompted"))
+        marks = slice_marks(scored[key], confidence, disagreement) if key in scored else ()
+        status = row["metrics"][key]["status"] or row["status"]
+        structures.append(Structure(key, name or f"label {key}", status, measures, unprompted, marks))
+    slice_mm = next(  # from any slice whose distance from the prompt is known in slices and in mm
+        (
+            float(mm) / float(slices)
+            for label in scored.values()
+            for found in label.slices
+            if (slices := found["prompt_distance_slices"]) and (mm := found["prompt_distance_mm"]) is not None
+        ),
+        None,
     )
     problem = score.problem if score is not None else None
-    rows = [found for label in (score.labels.values() if score is not None else ()) for found in label.slices]
-    return CaseReport(row["case"], row["group"], row["status"], structures, problem, slice_mm=_slice_mm(rows))
+    return CaseReport(row["case"], row["group"], row["status"], tuple(structures), problem, slice_mm=slice_mm)
 
 
-def _finished(case: CaseReport, drawn: Drawn | None, more: Sequence[str]) -> CaseReport:
-    """With the geometry that the files know, and the flags, those from elsewhere first."""
-    slice_mm = drawn.slice_mm if drawn is not None else case.slice_mm
-    count = drawn.slice_count if drawn is not None else 0
+def _complete_case(case: CaseReport, drawing: CaseDrawing | None, hints: Sequence[str]) -> CaseReport:
+    """Add the geometry that only the files have, and the flags, the hints of scoring first."""
+    slice_mm, count, ends = (case.slice_mm, 0, None) if drawing is None else (drawing.slice_mm, drawing.slice_count, drawing.ends)
     structures = tuple(replace(s, slice_count=count) for s in case.structures)
-    ends = drawn.ends if drawn is not None else None
-    own = [] if case.status == "failed" else named(structures, [evaluation_flags(s, ends, slice_mm) for s in structures])
+    flags = [] if case.status == "failed" else prefix_names(structures, [evaluation_flags(s, ends, slice_mm) for s in structures])
     if case.status == "pred_missing":
-        own = ["no prediction"]
-    if drawn is not None and drawn.image_missing:
-        own.append("its image is not shown: it cannot be read, or lies on another grid")
-    return replace(case, structures=structures, slice_mm=slice_mm, flags=(*more, *own))
+        flags = [NO_PREDICTION]
+    if drawing is not None and drawing.image_missing:
+        flags.append("image not shown: it cannot be read, or its grid differs from the reference; check the image file")
+    return replace(case, structures=structures, slice_mm=slice_mm, flags=(*hints, *flags))
 
 
-def _numbers(record: Json) -> dict[str, float | int | None]:
-    return {key: value for key, value in record.items() if key != "status"}
-
-
-def _marks(score: CaseScore | None, key: str, entry: ManifestCase | None) -> tuple[SliceMark, ...]:
-    label = next((found for value, found in score.labels.items() if str(value) == key), None) if score is not None else None
-    if label is None:
-        return ()
-    known = entry is not None and score is not None and not score.resampled  # else its slices are those of another grid
-    told, value = entry if entry is not None and known else ManifestCase(), int(key) if key.isdecimal() else -1
-    return marks(label, told.confidence.get(value, {}), told.disagreement.get(value, {}))
-
-
-def _slice_mm(rows: Sequence[Row]) -> float | None:
-    """From any slice whose distance to a prompt is known both ways."""
-    for row in rows:
-        slices, mm = row["prompt_distance_slices"], row["prompt_distance_mm"]
-        if slices and mm is not None:
-            return float(mm) / float(slices)
-    return None
-
-
-def _merit(case: CaseReport) -> float:
-    """The mean Dice of its structures; a case without any comes last."""
+def _order(case: CaseReport) -> tuple[int, float, str]:
+    """Sort failed cases first, then missing predictions, then by mean Dice of the structures, cases without any last."""
     known = [float(dice) for s in case.structures if (dice := s.measures.get("Dice")) is not None]
-    return sum(known) / len(known) if known else 2.0
+    return {"failed": 0, "pred_missing": 1}.get(case.status, 2), sum(known) / len(known) if known else 2.0, case.id
 
 
 def _headline(summary: Json) -> tuple[tuple[str, str, str], ...]:
-    """The few numbers of held-out cases; without any, that there is none."""
-    census, tolerance = summary["cases"], summary["definitions"]["nsd_tolerance_mm"]
-    if not census["held_out"]:
-        return (("Mean Dice", "-", "no held-out case: the model has learned from every case"),)
+    """Return (name, value, remark) of each card for the held-out cases."""
+    held_out, tolerance = summary["cases"]["held_out"], summary["definitions"]["nsd_tolerance_mm"]
+    if not held_out:
+        return (("Mean Dice", "-", "no held-out case: all cases were used for training"),)
     mean, rest = summary["foreground_statistics"], summary["unprompted"]["foreground_statistics"]
     counted, found = (sum(record["Dice"]["n"] for record in part["statistics"].values()) for part in (summary, summary["unprompted"]))
-    n = f"{counted} structures in {census['held_out']} held-out case{'s' * (census['held_out'] != 1)}"
-    interval = mean["Dice"]["ci95"]
-    alone = "Dice of the slices that the model had to find itself" + (f", of {found} structures" if 0 < found != counted else "")
-    doubt = f"95 % interval {interval[0]:.3f} to {interval[1]:.3f}; " if interval else ""
+    distances = sum(record["HD95"]["n"] for record in summary["statistics"].values())
+    ci95 = mean["Dice"]["ci95"]
+    cases = f"{held_out} held-out case{'s' * (held_out != 1)}"
+    interval = f"95 % interval {ci95[0]:.3f} to {ci95[1]:.3f}; " if ci95 else ""
+    unprompted = "Dice on unprompted slices only" + (f", {found} structures" if 0 < found != counted else "")
+    penalised = f"{_format(mean['HD95']['mean_penalised'], 2, ' mm')} when missed structures count as the volume's diagonal"
     return (
-        ("Mean Dice", _text(mean["Dice"]["mean"], 3), f"{doubt}{n}"),
-        ("Without given slices", _text(rest["Dice"]["mean"], 3), alone),
-        ("Mean HD95", _text(mean["HD95"]["mean"], 2, " mm"), _distance_remark(summary)),
-        (f"NSD at {tolerance:g} mm", _text(mean[nsd_key(tolerance)]["mean"], 3), f"share of the surface within {tolerance:g} mm"),
+        ("Mean Dice", _format(mean["Dice"]["mean"], 3), f"{interval}{counted} structures in {cases}"),
+        ("Without annotated slices", _format(rest["Dice"]["mean"], 3), unprompted),
+        ("Mean HD95", _format(mean["HD95"]["mean"], 2, " mm"), f"of {distances} structures present in both masks; {penalised}"),
+        (f"NSD at {tolerance:g} mm", _format(mean[nsd_key(tolerance)]["mean"], 3), f"fraction of both borders within {tolerance:g} mm"),
     )
 
 
-def _distance_remark(summary: Json) -> str:
-    n = sum(record["HD95"]["n"] for record in summary["statistics"].values())
-    harsh = summary["foreground_statistics"]["HD95"]["mean_penalised"]
-    return f"of {n} structures in both masks; {_text(harsh, 2, ' mm')} when missed ones count as the volume's diagonal"
-
-
-def _text(value: float | None, digits: int, unit: str = "") -> str:
+def _format(value: float | None, digits: int, unit: str = "") -> str:
     return "-" if value is None else f"{value:.{digits}f}{unit}"
 
 
-def _columns(summary: Json) -> tuple[tuple[str, str, int, str], ...]:
-    tolerance = summary["definitions"]["nsd_tolerance_mm"]
+def _columns(tolerance_mm: float) -> tuple[tuple[str, str, int, str], ...]:
+    """Return (measure, heading, digits, better) of the columns of the case table."""
     return (
         ("Dice", "Dice", 3, "high"),
         ("HD95", "HD95 mm", 2, "low"),
-        (nsd_key(tolerance), f"NSD {tolerance:g} mm", 3, "high"),
+        (nsd_key(tolerance_mm), f"NSD {tolerance_mm:g} mm", 3, "high"),
         ("assd_mm", "ASSD mm", 2, "low"),
-        ("volume_difference_percent", "Volume %", 1, ""),
-        ("over_extent_mm", "Over mm", 1, "low"),
-        ("over_slices", "Over slices", 0, "low"),
-        ("under_slices", "Under slices", 0, "low"),
+        ("volume_difference_percent", "Volume difference %", 1, ""),
+        ("over_extent_mm", "Over-extent mm", 1, "low"),
+        ("over_slices", "False-positive slices", 0, "low"),
+        ("under_slices", "Missed slices", 0, "low"),
     )
 
 
-def _label_tables(summary: Json) -> list[Table]:
-    columns = tuple(label_columns(summary))
-    return [
-        Table(f"{title.capitalize()}: {n}", columns, tuple(map(tuple, label_rows(summary, block)))) for title, block, n in groups(summary)
-    ]
-
-
-def _point(told: Json) -> CurvePoint:
-    return CurvePoint(told["distance_slices"], told["n"], told["p10"], told["p50"], told["p90"])
-
-
-def _facts(summary: Json, looks: Looks) -> tuple[tuple[str, str], ...]:
-    census, model = summary["cases"], summary["model"]
-    told = [("model", str(model.get("name") or "")), *((key, str(model.get(key) or "")) for key in ("weights_digest", "plan_digest"))]
-    counts = f"{census['held_out']} held-out, {census['training']} training, {len(census['failed'])} failed"
-    counts += f", {len(census['pred_missing'])} without a prediction, {len(census['without_reference'])} predictions without a label"
-    shown = [("shown", f"pictures of {looks.opened} cases, the worst first")] if looks.opened else []
+def _facts(summary: Json, thumbnails: Thumbnails) -> tuple[tuple[str, str], ...]:
+    """Return the provenance: versions, model and numbers of cases."""
+    cases, model = summary["cases"], summary["model"]
+    counts = f"{cases['held_out']} held-out, {cases['training']} training, {len(cases['failed'])} failed"
+    counts += f", {len(cases['pred_missing'])} without prediction, {len(cases['without_reference'])} predictions without reference"
     facts = [
         ("evaluated with", f"slmsam2 {summary['tool_version']}"),
         ("predicted with", summary["predicted_with"] and f"slmsam2 {summary['predicted_with']}"),
+        ("model", model.get("name")),
+        *((key, model.get(key)) for key in ("weights_digest", "plan_digest")),
+        ("cases", counts),
+        ("pictures", thumbnails.drawn and f"of {thumbnails.drawn} cases, the worst first"),
     ]
-    return tuple((what, value) for what, value in [*facts, *told, ("cases", counts), *shown] if value)
+    return tuple((name, str(value)) for name, value in facts if value)

@@ -24,7 +24,7 @@ from slmsam2_cli.io import atomic
 from slmsam2_cli.planning.fingerprint import Fingerprint
 from slmsam2_cli.planning.plan import ChannelIntensity, GeometryPlan, Plan
 from slmsam2_cli.report.charts import GOLDEN, JITTER_PX, Box, Scale, format_coordinate, length_scale
-from slmsam2_cli.report.contact_sheet import MOST_CASES, MOST_CHANNELS, Look, colour, montage
+from slmsam2_cli.report.contact_sheet import MAX_CHANNELS, MAX_THUMBNAILS, Thumbnail, colour, montage
 from slmsam2_cli.report.render import check_own_file, script_hash
 from slmsam2_cli.report.schema import Table
 from slmsam2_cli.version import VERSION
@@ -164,19 +164,19 @@ def _dots(values: Sequence[float], titles: Sequence[str], scale: Scale) -> tuple
     )
 
 
-def histograms(thumbnails: Sequence[Look], plan: Plan) -> tuple[Histogram, ...]:
+def histograms(thumbnails: Sequence[Thumbnail], plan: Plan) -> tuple[Histogram, ...]:
     """Lay out one histogram per channel that has values."""
     found = (_histogram(thumbnails, index, channel) for index, channel in enumerate(plan.intensity))
     return tuple(histogram for histogram in found if histogram is not None)
 
 
-def _histogram(thumbnails: Sequence[Look], index: int, channel: ChannelIntensity) -> Histogram | None:
+def _histogram(thumbnails: Sequence[Thumbnail], index: int, channel: ChannelIntensity) -> Histogram | None:
     """Lay out the histogram of one channel: CT in HU, others relative to each case's window (0 to 1). Constant images are left out."""
     ct = channel.scheme == "ct"
     low, high = (channel.lower, channel.upper) if ct else (0.0, 1.0)
     everything, labelled, medians = [np.empty(0)], [np.empty(0)], {}
     for thumbnail in thumbnails:
-        sample = thumbnail.greys[index]
+        sample = thumbnail.samples[index]
         first, last = sample.window
         if last > first:
             whole, inside = (values if ct else (values - first) / (last - first) for values in (sample.everything, sample.labelled))
@@ -222,7 +222,7 @@ def _histogram_path(values: Array, scale: Scale, low: float, high: float) -> str
 
 def shown_cases(data: Dataset) -> int:
     """Return the number of cases on the page, which is how often write_plan_page advances."""
-    return min(len(data.training), MOST_CASES)
+    return min(len(data.training), MAX_THUMBNAILS)
 
 
 def write_plan_page(
@@ -248,8 +248,8 @@ def write_plan_page(
         headline=_headline(fingerprint, plan),
         view=VIEWS[plan.geometry.slice_axis],
         colours=[(name, f"#{colour(place):06x}") for place, name in enumerate(data.labels.values())],
-        channels=plan.channels[:MOST_CHANNELS],
-        histograms=histograms([one for one in shown if isinstance(one, Look)], plan),
+        channels=plan.channels[:MAX_CHANNELS],
+        histograms=histograms([one for one in shown if isinstance(one, Thumbnail)], plan),
         spacings=spacings(fingerprint, plan.geometry),
         extents=extents(fingerprint, plan.geometry),
         bins=BINS,

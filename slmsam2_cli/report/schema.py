@@ -1,7 +1,7 @@
-"""What a report page shows, as plain values: no files, no HTML, no colours.
+"""The contents of a report page as plain values, without files, HTML or colours.
 
-Slices are counted from 0 along the propagation axis, as the file stores them; distances are mm; text is raw and is escaped by the page.
-The same page serves an evaluation (there is a truth) and a prediction (there is none, so nothing that needs one is shown).
+Slices are counted from 0 along the slice axis, as the file stores them. Distances are in mm. Text is raw; the page escapes it.
+One page serves an evaluation (with reference masks) and a prediction (without them, so that it shows no scores).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Number = float | int | None
 class SliceMark:
     """One slice of one structure.
 
-    dice: None where neither mask holds the structure, or there is no truth; reference_px: None without a truth;
-    distance: signed number of slices to the nearest prompt, None when no prompt is known; confidence, 0 to 1, and
-    disagreement (1 - Dice of the forward and the backward pass): None where not known.
+    prediction_px, reference_px: area in pixels, None without a reference; dice: None where both masks are empty or without a reference;
+    prompted: whether the slice is annotated; distance: signed number of slices from the nearest annotated slice; confidence: 0 to 1;
+    disagreement: 1 - Dice of the forward and the backward pass. Unknown values are None.
     """
 
     slice: int
@@ -33,21 +33,27 @@ class SliceMark:
     disagreement: float | None = None
 
     @property
+    def area_px(self) -> int:
+        """Return the larger area of both masks."""
+        return max(self.prediction_px, self.reference_px or 0)
+
+    @property
     def false(self) -> bool:
-        """Predicted where the truth has nothing."""
+        """Whether the structure is predicted on a slice where the reference has none."""
         return self.reference_px == 0 and self.prediction_px > 0
 
     @property
     def missed(self) -> bool:
-        """Not predicted where the truth has something."""
+        """Whether the structure is in the reference but not predicted on this slice."""
         return bool(self.reference_px) and self.prediction_px == 0
 
 
 @dataclass(frozen=True)
 class Structure:
-    """One label or region of one case. key: as in summary.json; status: as in docs/reference/metrics.md; measures: by the names there.
+    """One label or region of one case.
 
-    slices: marks in ascending order, only slices worth showing; slice_count: slices in the volume, 0 when unknown.
+    key: as in summary.json; status and the names of measures: as in docs/reference/metrics.md; unprompted: the same measures without the
+    annotated slices; slices: the slices with the structure, ascending; slice_count: slices of the volume, 0 when unknown.
     """
 
     key: str
@@ -61,7 +67,7 @@ class Structure:
 
 @dataclass(frozen=True)
 class Picture:
-    """One slice with outlines drawn in. uri: a data: URI; width, height: shown size in CSS pixels (pixels are square in mm)."""
+    """One slice with outlines. uri: a data: URI; width, height: size on the page in CSS pixels, which are square in mm."""
 
     case: str
     slice: int
@@ -73,15 +79,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class ViewerVolumes:
-    """Image and masks of one case for the 3-D viewer: gzipped NIfTI files in base64, cut or thinned where large (`note` says how).
+    """Image and masks of one case for the 3-D viewer.
 
-    image, truth, prediction: base64 text, None where there is none. Masks hold label values.
-    first, step: slice k of the case is slice (k - first) / step along `axis` (0, 1, 2 = x, y, z of the NIfTI) of these volumes.
+    image, reference, prediction: gzipped NIfTI files in base64, None where missing; masks hold label values. axis: slice axis of the NIfTI
+    (0, 1, 2 = x, y, z); first, step: slice k of the case is slice (k - first) / step of these volumes; note: how they were cropped or
+    subsampled.
     """
 
     prediction: str
     image: str | None = None
-    truth: str | None = None
+    reference: str | None = None
     axis: int = 2
     first: int = 0
     step: int = 1
@@ -89,16 +96,17 @@ class ViewerVolumes:
 
     @property
     def size(self) -> int:
-        """Characters of base64."""
-        return sum(len(part or "") for part in (self.prediction, self.image, self.truth))
+        """Return the number of base64 characters."""
+        return sum(len(part or "") for part in (self.prediction, self.image, self.reference))
 
 
 @dataclass(frozen=True)
 class CaseReport:
-    """One case. group: held-out or training; status: ok, pred_missing, failed (problem says why); flags: why to look at it, in words.
+    """One case.
 
-    slice_mm: distance of slices; pictures: its contact sheet, worst first; volumes: None when the viewer has nothing of it;
-    volumes_file: the file beside the page that holds them instead, relative, forward slashes.
+    group: held_out or training; status: ok, pred_missing or failed (with `problem`); flags: short statements of what is wrong;
+    slice_mm: distance between slices; pictures: its slices with outlines, worst first; volumes: for the viewer, or volumes_file: the file
+    with them next to the page, relative, with forward slashes; both None when the viewer cannot show the case.
     """
 
     id: str
@@ -115,7 +123,7 @@ class CaseReport:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Dice at one distance from the prompt over all held-out cases of a structure."""
+    """Dice of one structure at one distance (in slices) from the annotated slice: percentiles over n slices of held-out cases."""
 
     distance: int
     n: int
@@ -126,7 +134,7 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Table:
-    """A small table of text. note: a line below it."""
+    """A small table of text. note: a line below the table."""
 
     title: str
     columns: tuple[str, ...]
@@ -138,10 +146,10 @@ class Table:
 class Report:
     """A whole page.
 
-    headline: (what, value, remark), the few numbers at the top; tables: label means, comparisons; cases: all, worst first;
-    structures: key -> name, in order; columns: the measures of the cohort table, in order, as (key of Structure.measures, heading,
-    digits, better) with better "high", "low" or "" ; worst: the cohort's contact sheet; curve: by structure key; facts: (what, value)
-    of provenance; definitions: (term, meaning); warnings: said at the top, after failed cases.
+    headline: (name, value, remark) of each card at the top; cases: worst first; structures: key -> name, in the order shown;
+    columns: (key of Structure.measures, heading, digits, better) of the case table, with better "high", "low" or "";
+    tables: label means and comparisons; worst: the worst slices of all cases; curve: by structure key; facts: (name, value) of the
+    provenance; definitions: (term, meaning); warnings: shown at the top, below failed cases.
     """
 
     kind: Kind

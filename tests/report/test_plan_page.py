@@ -89,7 +89,7 @@ def test_a_page_without_readable_cases_is_still_written(tmp_path, data):
 
 
 def test_many_cases_are_not_all_shown_and_the_page_says_so(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(contact_sheet, "MOST_CASES", 1)
+    monkeypatch.setattr(contact_sheet, "MAX_THUMBNAILS", 1)
     html = page(tmp_path, data)
     assert "1 of 2 training cases, evenly spaced" in html and html.count("<img") == 1
 

@@ -7,7 +7,7 @@ import pytest
 from report.planning import case_of, dataset, plan_of
 
 from slmsam2_cli.planning.plan import ChannelIntensity
-from slmsam2_cli.report.contact_sheet import Greys, Look
+from slmsam2_cli.report.contact_sheet import IntensitySample, Thumbnail
 from slmsam2_cli.report.plan_page import BINS, extents, histograms, spacings
 
 
@@ -19,7 +19,7 @@ def two(tmp_path):
 
 
 def thumbnail_of(case, everything, labelled, window):
-    return Look(case, "SI", 0, 1, (1, 1, 1), (1.0, 1.0, 1.0), 1, 1, (), (Greys(window, np.array(everything), np.array(labelled)),))
+    return Thumbnail(case, "SI", 0, 1, (1, 1, 1), (1.0, 1.0, 1.0), 1, 1, (), (IntensitySample(window, np.array(everything), np.array(labelled)),))
 
 
 def one_channel(fingerprint, scheme, lower, upper):

@@ -1,4 +1,4 @@
-/* One case at a time, named in the page's address; next and previous in the table's order. */
+/* Show one case at a time, named in the page's address; next and previous follow the order of the table. */
 const articles = all('.case');
 let current = -1;
 

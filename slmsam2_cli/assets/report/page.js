@@ -1,5 +1,5 @@
-/* The report's behaviour. These files run as one function, in the order page.js, table.js, cases.js, slices.js, viewer.js, start.js.
-   Nothing is fetched; data becomes text nodes and attributes, never markup. */
+/* The scripts of a report. The files run as one function, in the order page.js, table.js, cases.js, slices.js, viewer.js, start.js.
+   Nothing is fetched. Data becomes text nodes and attributes, never markup. */
 const byId = (id) => document.getElementById(id);
 const all = (selector, within = document) => [...within.querySelectorAll(selector)];
 const data = JSON.parse(byId('data').textContent);

@@ -1,4 +1,4 @@
-/* The strips: which slice is under the pointer or chosen, said in words; pictures lead to their slice. */
+/* The strips: describe the slice under the pointer or the selected slice, and open the slice of a picture that is clicked. */
 const SVG = 'http://www.w3.org/2000/svg';
 const FIELDS = ['slice', 'prediction', 'reference', 'dice', 'prompted', 'distance', 'confidence', 'disagreement'];
 
@@ -9,16 +9,16 @@ const markOf = (structure, slice) => {
 
 function describe(structure, slice) {
   const mark = markOf(structure, slice);
-  if (!mark) return 'nothing';
+  if (!mark) return 'empty';
   const parts = [];
-  if (mark.reference === 0 && mark.prediction > 0) parts.push('false: not in the truth');
+  if (mark.reference === 0 && mark.prediction > 0) parts.push('false positive: not in the reference');
   else if (mark.reference > 0 && mark.prediction === 0) parts.push('missed');
   else if (mark.dice !== null) parts.push(`Dice ${mark.dice.toFixed(3)}`);
-  parts.push(mark.reference === null ? `${mark.prediction} px` : `${mark.prediction} px, truth ${mark.reference} px`);
-  if (mark.prompted) parts.push('given');
-  else if (mark.distance !== null) parts.push(`${Math.abs(mark.distance)} from the prompt`);
-  if (mark.confidence !== null) parts.push(`confidence ${mark.confidence.toFixed(2)}`);
-  if (mark.disagreement !== null) parts.push(`disagreement ${mark.disagreement.toFixed(2)}`);
+  parts.push(mark.reference === null ? `${mark.prediction} px` : `${mark.prediction} px, reference ${mark.reference} px`);
+  if (mark.prompted) parts.push('annotated');
+  else if (mark.distance !== null) parts.push(`${Math.abs(mark.distance)} slice${Math.abs(mark.distance) === 1 ? '' : 's'} from the prompt`);
+  if (mark.confidence !== null) parts.push(`confidence ${mark.confidence.toFixed(3)}`);
+  if (mark.disagreement !== null) parts.push(`disagreement ${mark.disagreement.toFixed(3)}`);
   return parts.join(', ');
 }
 

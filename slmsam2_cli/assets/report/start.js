@@ -1,4 +1,4 @@
-/* Everything is defined: set up the page. */
+/* Set up the page, once everything is defined. */
 setUpTable();
 setUpPictures();
 byId('previous').addEventListener('click', () => step(-1));

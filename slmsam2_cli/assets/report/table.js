@@ -1,4 +1,4 @@
-/* The cohort table: sorting with what is missing last, choosing rows, all slices or those not given. */
+/* The case table: sort (missing values last), filter rows, and switch between all slices and unprompted slices. */
 const table = byId('table');
 const body = table.tBodies[0];
 const fixed = table.tHead.rows[0].cells.length - data.columns.length;
@@ -63,7 +63,7 @@ function showPart() {
       const cell = row.element.cells[fixed + index];
       const value = row.structure[part()][index];
       cell.dataset.why ??= cell.title;
-      cell.title = value !== null ? '' : part() === 'all' ? cell.dataset.why : 'not known';
+      cell.title = value !== null ? '' : part() === 'all' ? cell.dataset.why : 'unknown';
       cell.textContent = value === null ? missing : value.toFixed(column.digits).replace('-', '−');
       if (cell.classList.contains('dice')) cell.className = value === null ? 'v dice' : `v dice d${diceClass(value)}`;
     });

@@ -1,5 +1,5 @@
-/* The viewer: NiiVue is unpacked and run when the first case is opened in it; one canvas moves from case to case. */
-const TRUTH = [[86, 180, 233], [0, 114, 178], [160, 216, 245], [30, 144, 200]];
+/* The viewer: NiiVue is unpacked and started when the first case is opened; all cases share one canvas. */
+const REFERENCE = [[86, 180, 233], [0, 114, 178], [160, 216, 245], [30, 144, 200]];
 const PREDICTION = [[230, 159, 0], [213, 94, 0], [245, 200, 90], [190, 120, 20]];
 
 function bytesOf(base64) {
@@ -19,7 +19,7 @@ function addScript(fill) {
   return new Promise((resolve, reject) => {
     const element = document.createElement('script');
     element.onload = resolve;
-    element.onerror = () => reject(new Error(`The file ${element.getAttribute('src')} is not beside this page.`));
+    element.onerror = () => reject(new Error(`The file ${element.getAttribute('src')} is missing. Keep it in its folder next to this page.`));
     fill(element);
     document.head.append(element);
     if (!element.src) resolve();
@@ -45,7 +45,7 @@ async function volumesOf(item) {
   return known();
 }
 
-// Size, where the voxels start, and the voxels of an unpacked NIfTI of labels; null when they are not of 8 or 16 bits.
+// Returns size, data offset and voxels of an unpacked label NIfTI; null when the voxels are not 8 or 16 bits.
 function labelsIn(buffer) {
   const view = new DataView(buffer);
   const size = [42, 44, 46].map((at) => view.getInt16(at, true));
@@ -54,7 +54,7 @@ function labelsIn(buffer) {
   return Kind ? { size, start, stride: [1, size[0], size[0] * size[1]], voxels: new Kind(buffer.slice(start)) } : null;
 }
 
-// The middle of all labels, 0 to 1 along each stored axis.
+// Returns the middle of the bounding box of all labels, 0 to 1 along each stored axis.
 function middleOf(buffer) {
   const mask = labelsIn(buffer);
   if (!mask) return [0.5, 0.5, 0.5];
@@ -70,7 +70,7 @@ function middleOf(buffer) {
   return mask.size.map((length, i) => (most[i] < 0 ? 0.5 : (Math.floor((least[i] + most[i]) / 2) + 0.5) / length));
 }
 
-// A mask reduced to the borders of its labels within each slice along `axis`.
+// Returns a mask reduced to the outlines of its labels within each slice along `axis`.
 function outlined(buffer, axis) {
   const mask = labelsIn(buffer);
   if (!mask) return buffer;
@@ -104,14 +104,14 @@ function labelColours(palette, chosen) {
 }
 
 const viewer = {
-  running: false, place: -1, panel: null, canvas: null, nv: null, given: null, buffers: {}, masks: {}, turn: 0,
+  running: false, place: -1, panel: null, canvas: null, nv: null, stack: null, buffers: {}, masks: {}, turn: 0,
 
-  say(text) { this.panel.querySelector('.message').textContent = text; },
+  message(text) { this.panel.querySelector('.message').textContent = text; },
 
   build() {
     this.panel = byId('viewer-template').content.firstElementChild.cloneNode(true);
     this.canvas = this.panel.querySelector('canvas');
-    for (const [mask, opacity, outline] of [['truth', 1, true], ['prediction', 0.5, false]]) {
+    for (const [mask, opacity, outline] of [['reference', 1, true], ['prediction', 0.5, false]]) {
       const field = this.panel.querySelector(`[data-mask=${mask}]`);
       field.querySelector('[type=range]').value = opacity;
       field.querySelector('[data-does=outline]').checked = outline;
@@ -129,8 +129,8 @@ const viewer = {
 
   async start() {
     if (this.nv) return;
-    if (!document.createElement('canvas').getContext('webgl2')) throw new Error('This browser offers no WebGL 2, which the viewer needs. Everything else on this page works without it.');
-    if (!window.DecompressionStream) throw new Error('This browser is too old to unpack the volumes. Everything else on this page works without it.');
+    if (!document.createElement('canvas').getContext('webgl2')) throw new Error('The viewer needs WebGL 2, which this browser does not support. Everything else on this page works without it.');
+    if (!window.DecompressionStream) throw new Error('This browser is too old for the viewer (no DecompressionStream). Everything else on this page works without it.');
     const { Niivue } = await niivueLibrary();
     const nv = new Niivue({ logLevel: 'error', dragAndDropEnabled: false, isRadiologicalConvention: true, sagittalNoseLeft: true, crosshairWidth: 0.25, crosshairGap: 4, crosshairColor: [1, 1, 1, 0.7], multiplanarShowRender: 0, loadingText: '', isOrientationTextVisible: true, scrollRequiresFocus: true });
     await nv.attachToCanvas(this.canvas);
@@ -138,7 +138,7 @@ const viewer = {
     this.nv = nv;
   },
 
-  // Opens a case; a later call wins over one still loading.
+  // Opens a case; a later call cancels one that is still loading.
   async show(place, slice) {
     const slot = articles[place].querySelector('.slot');
     if (!slot) return;
@@ -152,49 +152,49 @@ const viewer = {
     this.place = place;
     slot.replaceChildren(this.panel);
     this.canvas.dataset.state = 'loading';
-    this.say('Loading…');
+    this.message('Loading…');
     try {
       await this.start();
-      const given = await volumesOf(data.cases[place]);
+      const stack = await volumesOf(data.cases[place]);
       const buffers = {};
-      for (const name of ['image', 'prediction', 'truth']) if (given[name]) buffers[name] = await unpack(given[name]);
+      for (const name of ['image', 'prediction', 'reference']) if (stack[name]) buffers[name] = await unpack(stack[name]);
       if (turn !== this.turn) return;
-      Object.assign(this, { given, buffers });
+      Object.assign(this, { stack, buffers });
       await this.load();
       this.prepare(slice ?? data.cases[place].chosen);
     } catch (error) {
       if (turn !== this.turn) return;
-      this.say(error.message);
+      this.message(error.message);
       this.canvas.dataset.state = 'failed';
     }
   },
 
   async load() {
-    const { nv, given, buffers } = this;
+    const { nv, stack, buffers } = this;
     const turn = this.turn;
     const NVImage = window.niivue.NVImage;
     const images = {};
     for (const name of Object.keys(buffers)) {
       const line = name !== 'image' && this.field(name).querySelector('[data-does=outline]').checked;
-      const buffer = line ? outlined(buffers[name], given.axis) : buffers[name];
+      const buffer = line ? outlined(buffers[name], stack.axis) : buffers[name];
       images[name] = await NVImage.loadFromUrl({ url: `${name}.nii`, name: `${name}.nii`, buffer, colorbarVisible: false });
     }
     if (turn !== this.turn) return;
     this.masks = images;
     nv.volumes = Object.values(images);
-    for (const mask of ['truth', 'prediction']) this.field(mask).hidden = !images[mask];
+    for (const mask of ['reference', 'prediction']) this.field(mask).hidden = !images[mask];
     this.colour();
   },
 
   colour() {
     const chosen = this.does('structure').value;
-    if (this.masks.truth) this.masks.truth.setColormapLabel(labelColours(TRUTH, chosen));
+    if (this.masks.reference) this.masks.reference.setColormapLabel(labelColours(REFERENCE, chosen));
     if (this.masks.prediction) this.masks.prediction.setColormapLabel(labelColours(PREDICTION, chosen));
     this.shade();
   },
 
   shade() {
-    for (const mask of ['truth', 'prediction']) {
+    for (const mask of ['reference', 'prediction']) {
       const field = this.field(mask);
       const opacity = field.querySelector('[type=checkbox]').checked ? Number(field.querySelector('[type=range]').value) : 0;
       if (this.masks[mask]) this.masks[mask].opacity = opacity;
@@ -202,46 +202,46 @@ const viewer = {
     this.nv.setVolume(this.nv.volumes[0], 0);
   },
 
-  // NiiVue turns every volume to right, anterior, superior: which of its axes is the stored one, whether it is turned round, its length.
-  axis(stored = this.given.axis) {
+  // NiiVue reorients every volume to RAS. Returns which of its axes is the stored one, whether that is reversed, and its length.
+  axis(stored = this.stack.axis) {
     const volume = this.nv.volumes[0];
     const at = volume.permRAS.findIndex((axis) => Math.abs(axis) === stored + 1);
-    return { at, turned: volume.permRAS[at] < 0, length: volume.dimsRAS[at + 1] };
+    return { at, reversed: volume.permRAS[at] < 0, length: volume.dimsRAS[at + 1] };
   },
 
   prepare(slice) {
-    const { first, step, note } = this.given;
+    const { first, step, note } = this.stack;
     const { length } = this.axis();
     const range = this.does('slice');
     [range.min, range.max, range.step] = [first, first + (length - 1) * step, step];
     this.panel.querySelector('[data-shows=note]').textContent = note;
-    this.say('');
+    this.message('');
     this.canvas.dataset.case = data.cases[this.place].id;
     this.canvas.dataset.state = 'ready';
     const position = [0.5, 0.5, 0.5];
-    middleOf(this.buffers.prediction).forEach((share, stored) => { const { at, turned } = this.axis(stored); position[at] = turned ? 1 - share : share; });
+    middleOf(this.buffers.prediction).forEach((share, stored) => { const { at, reversed } = this.axis(stored); position[at] = reversed ? 1 - share : share; });
     this.nv.scene.crosshairPos = position;
     this.nv.scene.pan2Dxyzmm = [0, 0, 0, 1];
     this.move(slice ?? first + Math.floor(length / 2) * step);
   },
 
   move(slice) {
-    const { at, turned, length } = this.axis();
-    const index = Math.min(Math.max(Math.round((slice - this.given.first) / this.given.step), 0), length - 1);
+    const { at, reversed, length } = this.axis();
+    const index = Math.min(Math.max(Math.round((slice - this.stack.first) / this.stack.step), 0), length - 1);
     const position = [...this.nv.scene.crosshairPos];
-    position[at] = ((turned ? length - 1 - index : index) + 0.5) / length;
+    position[at] = ((reversed ? length - 1 - index : index) + 0.5) / length;
     this.nv.scene.crosshairPos = position;
     this.nv.drawScene();
-    this.tell();
+    this.showSlice();
   },
 
   slice() {
-    const { at, turned, length } = this.axis();
+    const { at, reversed, length } = this.axis();
     const found = Math.min(Math.max(Math.floor(this.nv.scene.crosshairPos[at] * length), 0), length - 1);
-    return this.given.first + (turned ? length - 1 - found : found) * this.given.step;
+    return this.stack.first + (reversed ? length - 1 - found : found) * this.stack.step;
   },
 
-  tell() {
+  showSlice() {
     const slice = this.slice();
     this.canvas.dataset.slice = String(slice);
     this.does('slice').value = slice;
@@ -253,7 +253,7 @@ const viewer = {
     if (this.canvas.dataset.state !== 'ready') return;
     const item = data.cases[this.place];
     const before = item.chosen;
-    const slice = this.tell();
+    const slice = this.showSlice();
     if (slice === before) return;
     item.chosen = slice;
     if (slice >= item.first && slice < item.first + item.count) pointAt(this.place, slice, 'chosen');
