@@ -314,7 +314,7 @@ def test_a_report_that_cannot_be_made_is_a_warning(images, tmp_path, dataset, ca
     masks = tmp_path / "masks"
     (masks / "report.html").mkdir(parents=True)
     assert run(images, masks, dataset) == 0
-    assert "warning: report.html could not be made" in capsys.readouterr().err
+    assert "warning: could not write report.html" in capsys.readouterr().err
     assert [*metadata(masks)] == [name.removesuffix(".nii.gz") for name in written(images)]
 
 
@@ -431,7 +431,7 @@ def test_a_plan_for_other_channels_than_the_data_set_s_is_not_followed(tmp_path,
     stale = read_plan(space.plan)
     write_plan(elsewhere.plan, stale.model_copy(update={"channels": ("other",)}))
     assert predict(None, tmp_path / "masks", dataset=dataset, workspace=elsewhere, weights=str(space.model)) == 0
-    assert "plan.json knows the channels ('other',)" in capsys.readouterr().err
+    assert "plan.json has the channels ('other',)" in capsys.readouterr().err
 
 
 def test_a_model_of_an_unfinished_run_is_used_with_a_warning(images, tmp_path, dataset, capsys):
@@ -615,7 +615,7 @@ def test_an_adapter_on_another_base_predicts_nothing(images, tmp_path, dataset):
     save_checkpoint(other, SlmSam2(tuned.network, tuned.plan.geometry.input_size), tuned.plan, tuned.provenance)
     with pytest.raises(WeightsError, match="for the base model.safetensors .*other.safetensors has the weights"):
         run(images, tmp_path / "masks", dataset, model=small, weights=str(other))
-    with pytest.raises(UsageError, match="Give one of them"):
+    with pytest.raises(UsageError, match="cannot be combined"):
         run(images, tmp_path / "masks", dataset, model=whole, weights=str(other))
 
 

@@ -12,6 +12,7 @@ from made_models import sure
 from slmsam2_cli.commands.predict import predict
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.errors import DatasetError, PlanError
+from slmsam2_cli.io import volume
 from slmsam2_cli.model.checkpoint import Header, Provenance, save_weights
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan, read_plan
@@ -114,3 +115,17 @@ def test_a_damaged_plan_is_refused(scans, dataset, weights, tmp_path):
     (tmp_path / "masks" / "plan.json").write_text("{")
     with pytest.raises(PlanError, match="plan.json"):
         predict(scans, tmp_path / "masks", prompts=prompts, weights=weights, report=False)
+
+
+def test_images_and_prompts_are_decoded_once_for_the_plan_and_the_masks(scans, dataset, weights, tmp_path, monkeypatch):
+    decoded, decode = [], volume._decode
+
+    def noting(path, max_voxels):
+        decoded.append(path)
+        return decode(path, max_voxels)
+
+    monkeypatch.setattr(volume, "_decode", noting)
+    prompts = painted(tmp_path / "prompts", dataset)
+    assert predict(scans, tmp_path / "masks", prompts=prompts, weights=weights, report=False) == 0
+    inputs = [path for path in decoded if path.parent in (scans, prompts)]
+    assert sorted(inputs) == sorted([*scans.iterdir(), *prompts.iterdir()])

@@ -17,7 +17,18 @@ from PIL import Image
 from slmsam2_cli.errors import CaseError, OutputError
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.image import Source
-from slmsam2_cli.io.volume import Grid, LabelVolume, Volume, image_ending, mask_ending, read_image, read_labels, volume_files, write_mask
+from slmsam2_cli.io.volume import (
+    Grid,
+    LabelVolume,
+    Volume,
+    image_ending,
+    keep_decoded,
+    mask_ending,
+    read_image,
+    read_labels,
+    volume_files,
+    write_mask,
+)
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 needs_shared = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the shared volumes are not beside the repository")
@@ -428,3 +439,32 @@ def test_a_real_dicom_series_is_read() -> None:
     found = read_image([SHARED / "data" / "bad_fixtures" / "dicom_series_HCrop_unlabelled"], case="c", root=SHARED)
     assert found.grid.shape == (32, 51, 35)
     assert found.grid.spacing_mm == (1, 1, 1)
+
+
+# ---- decoded volumes kept for one run
+
+
+def test_a_kept_volume_is_handed_out_again_and_once_more_when_full(tmp_path: Path) -> None:
+    path = itk_file(tmp_path / "a.nii")
+    with keep_decoded(VOXELS.nbytes) as decoded:
+        first = read(path).voxels
+        decoded.full = True
+        assert read(path).voxels is first and not first.flags.writeable
+        assert read(path).voxels is not first
+    assert np.array_equal(first, read(path).voxels)
+
+
+def test_a_file_that_changed_is_decoded_again(tmp_path: Path) -> None:
+    path = itk_file(tmp_path / "a.nii")
+    with keep_decoded(1 << 20):
+        read(path)
+        itk_file(path, VOXELS + np.int16(1))
+        os.utime(path, ns=(0, 1))
+        assert np.array_equal(read(path).voxels[0], VOXELS + 1)
+
+
+def test_no_more_bytes_are_kept_than_allowed(tmp_path: Path) -> None:
+    one, two = itk_file(tmp_path / "a.nii"), itk_file(tmp_path / "b.nii")
+    with keep_decoded(VOXELS.nbytes + 1) as decoded:
+        read(one), read(two)
+        assert len(decoded.kept) == 1 and decoded.free_bytes == 1
