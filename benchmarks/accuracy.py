@@ -31,7 +31,7 @@ from pairing import bounds_of, cases_of, gained, patient_of, values
 
 from slmsam2_cli.commands.finetune import finetune
 from slmsam2_cli.commands.predict import predict
-from slmsam2_cli.dataset.cache import prepare_all
+from slmsam2_cli.dataset.cache import PreprocessSettings, prepare_all
 from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.evaluation.metrics import Pair, measure
@@ -217,7 +217,7 @@ def run(root: Path, arm: Arm, count: int, seed: int) -> Row:
             held_out = [case.id for case in data.training]
             predict(None, folder / "masks", dataset=root, workspace=space, weights=weights, report=False)
         elif arm.published:
-            cases = prepare_all(data, plan.geometry, plan.intensity, space.prepared).cases
+            cases = prepare_all(data, PreprocessSettings(plan.geometry, plan.intensity), space.prepared).cases
             picked = picked_of(
                 [case.id for case in cases if case.labels is not None and len(case.labels) > 1 and case.labels.any()], count, seed
             )

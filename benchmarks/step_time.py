@@ -20,7 +20,7 @@ import torch
 
 from slmsam2_cli import console
 from slmsam2_cli.commands.plan import plan
-from slmsam2_cli.dataset.cache import prepare_all
+from slmsam2_cli.dataset.cache import PreprocessSettings, prepare_all
 from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.model.checkpoint import load_base_weights
@@ -54,7 +54,7 @@ def main() -> None:
             write_phantom_dataset(root, cases=3, test_cases=0, seed=0)
         plan(root, space, report=False)
         decided = read_plan(space.plan)
-        cases = prepare_all(read_dataset(root), decided.geometry, decided.intensity, space.prepared).cases[:5]
+        cases = prepare_all(read_dataset(root), PreprocessSettings(decided.geometry, decided.intensity), space.prepared).cases[:5]
         training = decided.training.model_copy(update={"steps": STEPS * options.blocks})
         decided = decided.model_copy(update={"training": training})
         base = load_base_weights("auto")

@@ -17,7 +17,7 @@ import numpy as np
 from slmsam2_cli.commands.finetune import finetune
 from slmsam2_cli.commands.plan import plan
 from slmsam2_cli.commands.predict import predict
-from slmsam2_cli.dataset.cache import prepare_all
+from slmsam2_cli.dataset.cache import PreprocessSettings, prepare_all
 from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.evaluation.metrics import dice
@@ -49,7 +49,7 @@ def mean_dice(dataset: Path, masks: Path, held_out: list[str]) -> float:
 def calibration_errors(dataset: Path, model: Path, held_out: list[str], prepared: Path) -> tuple[float, float | None]:
     """On slices of held-out cases: of the raw confidence, and of the calibrated one."""
     checkpoint = read_checkpoint(model)
-    outcome = prepare_all(read_dataset(dataset), checkpoint.plan.geometry, checkpoint.plan.intensity, prepared)
+    outcome = prepare_all(read_dataset(dataset), PreprocessSettings(checkpoint.plan.geometry, checkpoint.plan.intensity), prepared)
     cases = [case for case in outcome.cases if case.id in held_out]
     said, true = np.array(confidence_and_dice(build_model(checkpoint, checkpoint.plan), cases, checkpoint.plan)).T
     table = checkpoint.calibration

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from slmsam2_cli import console
-from slmsam2_cli.dataset.cache import PreparedCase, PreprocessResult, prepare_all
+from slmsam2_cli.dataset.cache import PreparedCase, PreprocessResult, PreprocessSettings, prepare_all
 from slmsam2_cli.dataset.dataset import Dataset, read_dataset
 from slmsam2_cli.device import DeviceName, choose_device, describe, is_out_of_memory
 from slmsam2_cli.errors import DONE, DatasetError, DeviceError, OutputError, PlanError, TrainingError, UsageError
@@ -167,7 +167,7 @@ def _warn_channel_order(plan: Plan, base: Checkpoint | None) -> None:
 
 def _prepare(data: Dataset, plan: Plan, workspace: Workspace, skip_invalid: bool) -> PreprocessResult:
     with console.progress("preparing", len(data.training)) as advance:
-        outcome = prepare_all(data, plan.geometry, plan.intensity, workspace.prepared, log=console.say, advance=advance)
+        outcome = prepare_all(data, PreprocessSettings(plan.geometry, plan.intensity), workspace.prepared, log=console.say, advance=advance)
     if outcome.problems and not (skip_invalid and outcome.cases):
         raise DatasetError(
             f"{data.name}: {len(outcome.problems)} training cases are unusable, so nothing was trained. Fix them, or use --skip-invalid",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from slmsam2_cli import console
-from slmsam2_cli.dataset.cache import prepare_all
+from slmsam2_cli.dataset.cache import PreprocessSettings, prepare_all
 from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.errors import DONE, SOME_FAILED, DatasetError, OutputError, PlanError
 from slmsam2_cli.io.atomic import lock_folder
@@ -29,7 +29,12 @@ def preprocess(dataset: Path, workspace: Workspace, *, overwrite: bool = False) 
     try:
         with lock_folder(workspace.root), console.progress("Preprocessing", len(data.training)) as advance:
             outcome = prepare_all(
-                data, plan.geometry, plan.intensity, workspace.prepared, overwrite=overwrite, log=console.say, advance=advance
+                data,
+                PreprocessSettings(plan.geometry, plan.intensity),
+                workspace.prepared,
+                overwrite=overwrite,
+                log=console.say,
+                advance=advance,
             )
     except OutputError as error:
         raise OutputError(f"{error}. Choose a workspace you can write to with -w") from None

@@ -1,8 +1,8 @@
-"""Prepared cases: each volume as a stack of normalised slices, ready to be read by memory map.
+"""Preprocessed cases: each volume as a stack of normalised slices, read by memory map.
 
 FOLDER/CASE/frames.npy   (C, T, H, W) float16, 0…1
 FOLDER/CASE/labels.npy   (T, H, W) uint8 or uint16, when the case has a mask
-FOLDER/CASE/record.json  what they were made from; written last, so a case without a matching record was never finished
+FOLDER/CASE/record.json  digests of inputs, settings and arrays; written last, so a case without a matching record is incomplete
 """
 
 from __future__ import annotations
@@ -32,20 +32,37 @@ Array = np.ndarray[Any, Any]
 Record = dict[str, Any]
 
 
+@dataclass(frozen=True, eq=False)
+class PreprocessSettings:
+    """The settings of a plan that determine a preprocessed case: geometry, and intensity of each channel."""
+
+    geometry: GeometryPlanLike
+    intensity: Sequence[ChannelIntensityLike]
+
+    def digest(self) -> str:
+        """Compute the SHA-256 of these settings; other settings of the plan do not change it."""
+        values = {
+            "format_version": FORMAT_VERSION,
+            "slice_axis": self.geometry.slice_axis,
+            "in_plane_mm": self.geometry.in_plane_mm,
+            "through_plane_mm": self.geometry.through_plane_mm,
+            "input_size": self.geometry.stack_size,
+            "crop_to_nonzero": self.geometry.crop_to_nonzero,
+            "intensity": [[channel.scheme, channel.lower, channel.upper] for channel in self.intensity],
+        }
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class _MappedFile:
-    """A file of one array."""
+    """The path of a memory-mapped array, sent to other processes in place of the array."""
 
     path: Path
 
 
-def _is_whole_map(value: object) -> bool:
-    return isinstance(value, np.memmap) and isinstance(value.base, mmap.mmap)
-
-
 @dataclass(frozen=True, eq=False)
 class PreparedCase:
-    """One case, opened. frames: (C, T, H, W) float16; labels: (T, H, W) or None; both are read-only memory maps."""
+    """An opened preprocessed case. frames: (C, T, H, W) float16; labels: (T, H, W) or None; both are read-only memory maps."""
 
     id: str
     frames: Array
@@ -54,25 +71,35 @@ class PreparedCase:
     record: Record
 
     def __getstate__(self) -> dict[str, Any]:
-        """Another process opens the files itself; what is only a part of one is sent."""
-        return {name: _MappedFile(Path(value.filename)) if _is_whole_map(value) else value for name, value in vars(self).items()}
+        """Replace whole memory maps by their paths, so that another process opens the files itself; views are sent as arrays."""
+        state = vars(self).copy()
+        for name, value in state.items():
+            if isinstance(value, np.memmap) and isinstance(value.base, mmap.mmap):
+                state[name] = _MappedFile(Path(str(value.filename)))
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({name: atomic.open_npy(value.path) if isinstance(value, _MappedFile) else value for name, value in state.items()})
 
 
 def check_not_truncated(case: PreparedCase) -> None:
-    """ArrayError where a file is shorter than when it was mapped: reading what is gone would end the process by a signal."""
+    """Check that no file became shorter since it was mapped, because reading beyond its end would kill the process (SIGBUS).
+
+    Raises: ArrayError when one did.
+    """
     for name in ("frames", "labels"):
         mapped: Any = getattr(case, name)
         while isinstance(mapped, np.ndarray):
             mapped = mapped.base
         if isinstance(mapped, mmap.mmap) and mapped.size() < len(mapped):
-            raise atomic.ArrayError(f"case {case.id}: {name}.npy was cut short while it was in use")
+            raise atomic.ArrayError(f"case {case.id}: {name}.npy was truncated while in use")
 
 
 def read_pair(case: Case, dataset: Dataset) -> tuple[Volume, LabelVolume | None, tuple[str, ...]]:
-    """A case's image and mask, found to belong together and to hold declared labels only, and warnings, one line each. CaseError."""
+    """Read image, mask (or None) and warnings of a case.
+
+    Raises: CaseError when a file cannot be read, the grids differ, or the mask holds undeclared labels.
+    """
     volume = read_image(case.images, case=case.id, root=dataset.root, channels=len(dataset.channels))
     if case.label is None:
         return volume, None, volume.warnings
@@ -81,22 +108,8 @@ def read_pair(case: Case, dataset: Dataset) -> tuple[Volume, LabelVolume | None,
     return volume, mask, (*volume.warnings, *mask.warnings, *warnings)
 
 
-def settings_digest(geometry: GeometryPlanLike, intensity: Sequence[ChannelIntensityLike]) -> str:
-    """SHA-256 of the decisions that shape a prepared case, and of nothing else in the plan."""
-    decisions = {
-        "format_version": FORMAT_VERSION,
-        "slice_axis": geometry.slice_axis,
-        "in_plane_mm": geometry.in_plane_mm,
-        "through_plane_mm": geometry.through_plane_mm,
-        "input_size": geometry.stack_size,
-        "crop_to_nonzero": geometry.crop_to_nonzero,
-        "intensity": [[channel.scheme, channel.lower, channel.upper] for channel in intensity],
-    }
-    return hashlib.sha256(json.dumps(decisions, sort_keys=True).encode()).hexdigest()
-
-
 def _inputs(case: Case, root: Path) -> dict[str, str]:
-    """Content of every input file: path relative to the data set -> SHA-256."""
+    """Compute the digests of all input files: path relative to the dataset -> SHA-256."""
     digests: dict[str, str] = {}
     for path in [*case.images, *([case.label] if case.label else [])]:
         with case_errors(case.id, path, root):
@@ -107,39 +120,54 @@ def _inputs(case: Case, root: Path) -> dict[str, str]:
     return digests
 
 
-def prepare(
-    case: Case, dataset: Dataset, geometry: GeometryPlanLike, intensity: Sequence[ChannelIntensityLike], folder: Path
-) -> PreparedCase:
-    """Make one case ready, whatever is there already. CaseError when the case is unusable, OutputError when it cannot be written."""
+def prepare(case: Case, dataset: Dataset, settings: PreprocessSettings, folder: Path) -> PreparedCase:
+    """Preprocess one case and replace what is in FOLDER/CASE.
+
+    Raises: CaseError when the case is invalid; OutputError when it cannot be written.
+    """
     inputs = _inputs(case, dataset.root)
     volume, mask, _ = read_pair(case, dataset)
-    view, frames = make_frames(volume, geometry, intensity)
-    labels = None if mask is None else view.labels(mask.voxels)
-    _write(folder / case.id, frames.astype(np.float16), labels, view, inputs, settings_digest(geometry, intensity))
+    view, frames = make_frames(volume, settings.geometry, settings.intensity)
+    arrays = {"frames.npy": frames.astype(np.float16)} | ({} if mask is None else {"labels.npy": view.labels(mask.voxels)})
+    place = folder / case.id
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        for name in ["record.json", *(ARRAYS - set(arrays))]:
+            (place / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{place}: cannot be written: {error_reason(error)}") from None
+    for name, array in arrays.items():
+        atomic.write_npy(place / name, array)
+    record = {
+        "format_version": FORMAT_VERSION,
+        "tool_version": VERSION,
+        "case": case.id,
+        "inputs": inputs,
+        "settings": settings.digest(),
+        "outputs": {name: atomic.sha256_of(place / name) for name in arrays},
+        "shapes": {name: list(array.shape) for name, array in arrays.items()},
+        "view": view.to_json(),
+    }
+    atomic.write_json(place / "record.json", record)
     return open_prepared(folder, case.id)
 
 
-def stale_reason(
-    case: Case,
-    root: Path,
-    geometry: GeometryPlanLike,
-    intensity: Sequence[ChannelIntensityLike],
-    folder: Path,
-    *,
-    overwrite: bool = False,
-) -> str | None:
-    """None when the case stands as it should; "" when it was never made; otherwise what changed. CaseError when an input cannot be read."""
+def stale_reason(case: Case, root: Path, settings: PreprocessSettings, folder: Path, *, overwrite: bool = False) -> str | None:
+    """Return why a case must be preprocessed: None when it is up to date, "" when it is new, otherwise what changed.
+
+    Raises: CaseError when an input file cannot be read.
+    """
     place, inputs = folder / case.id, _inputs(case, root)
     if not (place / "record.json").exists():
-        return "the last attempt was not finished" if place.exists() else ""
+        return "the previous run was interrupted" if place.exists() else ""
     if overwrite:
         return "--overwrite"
     try:
         record = _read_record(place)
     except SlmSam2Error:
-        return "its record is damaged or was written by another version"
-    if record["settings"] != settings_digest(geometry, intensity):
-        return "the plan's geometry or intensities changed"
+        return "record.json is damaged or from another version"
+    if record["settings"] != settings.digest():
+        return "geometry or intensity changed in the plan"
     changed = sorted(name for name in {*inputs, *record["inputs"]} if inputs.get(name) != record["inputs"].get(name))
     if changed:
         return f"{changed[0]} changed"
@@ -149,42 +177,21 @@ def stale_reason(
     return f"{damaged[0]} is damaged" if damaged else None
 
 
-def _write(place: Path, frames: Array, mask: Array | None, view: View, inputs: dict[str, str], settings: str) -> None:
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "record.json").unlink(missing_ok=True)
-        if mask is None:
-            (place / "labels.npy").unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{place}: cannot be written: {error_reason(error)}") from None
-    arrays = {"frames.npy": frames} | ({"labels.npy": mask} if mask is not None else {})
-    for name, array in arrays.items():
-        atomic.write_npy(place / name, array)
-    record = {
-        "format_version": FORMAT_VERSION,
-        "tool_version": VERSION,
-        "case": place.name,
-        "inputs": inputs,
-        "settings": settings,
-        "outputs": {name: atomic.sha256_of(place / name) for name in arrays},
-        "shapes": {name: list(array.shape) for name, array in arrays.items()},
-        "view": view.to_json(),
-    }
-    atomic.write_json(place / "record.json", record)
-
-
 def _read_record(place: Path) -> Record:
-    record = atomic.read_json(place / "record.json", "record of a prepared case")
+    record = atomic.read_json(place / "record.json", "record of a preprocessed case")
     groups = ("inputs", "outputs", "shapes", "view")
     if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION or "settings" not in record:
-        raise OutputError(f"{place.name}: record.json is not a record of this version")
+        raise OutputError(f"{place.name}: record.json has another format version. Run slmsam2 preprocess")
     if any(not isinstance(record.get(group), dict) for group in groups) or not {"frames.npy"} <= set(record["outputs"]) <= ARRAYS:
-        raise OutputError(f"{place.name}: record.json is not whole")
+        raise OutputError(f"{place.name}: record.json is incomplete. Run slmsam2 preprocess")
     return record
 
 
 def open_prepared(folder: Path, case_id: str) -> PreparedCase:
-    """One prepared case by memory map. CaseError when it is absent, unfinished or not what its record says."""
+    """Open one preprocessed case by memory map.
+
+    Raises: CaseError when it is absent, incomplete, or differs from its record.
+    """
     place = folder / case_id
     try:
         record = _read_record(place)
@@ -194,12 +201,12 @@ def open_prepared(folder: Path, case_id: str) -> PreparedCase:
         view = View.from_json(record["view"])
         return PreparedCase(case_id, arrays["frames.npy"], arrays.get("labels.npy"), view, record)
     except (SlmSam2Error, ValueError, KeyError, TypeError):
-        raise CaseError(case_id, "", "is not preprocessed, or only in part", "Run slmsam2 preprocess") from None
+        raise CaseError(case_id, "", "not preprocessed, or incomplete", "Run slmsam2 preprocess") from None
 
 
 @dataclass(frozen=True, eq=False)
 class PreprocessResult:
-    """What prepare_all did. prepared_now: how many of the cases were made now rather than found ready."""
+    """The preprocessed cases, the problems of the others, and how many cases were preprocessed in this run (the rest was up to date)."""
 
     cases: tuple[PreparedCase, ...]
     problems: tuple[CaseError, ...]
@@ -208,28 +215,30 @@ class PreprocessResult:
 
 def prepare_all(
     dataset: Dataset,
-    geometry: GeometryPlanLike,
-    intensity: Sequence[ChannelIntensityLike],
+    settings: PreprocessSettings,
     folder: Path,
     *,
     overwrite: bool = False,
     log: Callable[[str], None] = lambda line: None,
     advance: Callable[..., None] = lambda steps=1, note="": None,
 ) -> PreprocessResult:
-    """Every training case, one in memory at a time; a bad case does not stop the others.
+    """Preprocess every training case that is not up to date, one in memory at a time; an invalid case does not stop the others.
 
-    log() hears why a case is made again; advance() is called after each. problems include those found when the data set was read.
+    log(line) reports why a case is preprocessed again; advance(1, case id) is called after each case. The problems include those found
+    when the dataset was read.
+
+    Raises: OutputError when a case cannot be written.
     """
     ready: list[PreparedCase] = []
     problems = list(dataset.problems)
     prepared_now = 0
     for case in dataset.training:
         try:
-            reason = stale_reason(case, dataset.root, geometry, intensity, folder, overwrite=overwrite)
+            reason = stale_reason(case, dataset.root, settings, folder, overwrite=overwrite)
             if reason:
-                log(f"case {case.id}: prepared again: {reason}")
+                log(f"case {case.id}: preprocessing again: {reason}")
             prepared_now += reason is not None
-            ready.append(prepare(case, dataset, geometry, intensity, folder) if reason is not None else open_prepared(folder, case.id))
+            ready.append(open_prepared(folder, case.id) if reason is None else prepare(case, dataset, settings, folder))
         except CaseError as problem:
             problems.append(problem)
         advance(1, case.id)

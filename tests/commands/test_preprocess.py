@@ -68,7 +68,7 @@ def test_cases_are_preprocessed_again_after_an_edit_of_the_plan(data, workspace,
     workspace.plan.write_text(json.dumps(value))
     assert preprocess(data, workspace) == 0
     printed = capsys.readouterr().err
-    assert printed.count("prepared again: the plan's geometry or intensities changed") == 3
+    assert printed.count("preprocessing again: geometry or intensity changed in the plan") == 3
     assert printed.count("to fit 32 pixels") == 3
     assert open_prepared(workspace.prepared, "phantom_000").frames.shape[-1] <= 32
 

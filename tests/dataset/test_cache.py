@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from slmsam2_cli.dataset.cache import check_not_truncated, open_prepared, prepare, prepare_all, settings_digest
+from slmsam2_cli.dataset.cache import PreprocessSettings, check_not_truncated, open_prepared, prepare, prepare_all
 from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.dataset.slices import View
@@ -22,6 +22,7 @@ from slmsam2_cli.io import atomic
 
 GEOMETRY = SimpleNamespace(slice_axis="SI", in_plane_mm=1.0, through_plane_mm=None, stack_size=64, crop_to_nonzero=True)
 INTENSITY = (SimpleNamespace(scheme="percentile", lower=0.5, upper=99.5),)
+SETTINGS = PreprocessSettings(GEOMETRY, INTENSITY)
 
 
 @pytest.fixture
@@ -32,12 +33,12 @@ def data(tmp_path):
 
 def again(data, folder, geometry=GEOMETRY, intensity=INTENSITY, **options):
     told = []
-    outcome = prepare_all(data, geometry, intensity, folder, log=told.append, **options)
+    outcome = prepare_all(data, PreprocessSettings(geometry, intensity), folder, log=told.append, **options)
     return outcome, told
 
 
 def test_a_prepared_case_holds_slices_between_0_and_1_and_its_view(data, tmp_path):
-    case = prepare(data.training[0], data, GEOMETRY, INTENSITY, tmp_path / "out")
+    case = prepare(data.training[0], data, SETTINGS, tmp_path / "out")
     assert case.frames.dtype == np.float16
     assert case.frames.shape == (1, *case.view.stack_shape)
     assert case.labels.shape == case.view.stack_shape
@@ -46,12 +47,12 @@ def test_a_prepared_case_holds_slices_between_0_and_1_and_its_view(data, tmp_pat
 
 
 def test_the_files_written_are_these(data, tmp_path):
-    prepare(data.training[0], data, GEOMETRY, INTENSITY, tmp_path / "out")
+    prepare(data.training[0], data, SETTINGS, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out" / "phantom_000").iterdir()) == ["frames.npy", "labels.npy", "record.json"]
 
 
 def test_another_process_is_told_where_the_arrays_lie_and_gets_parts_of_them_whole(data, tmp_path):
-    case = prepare(data.training[0], data, GEOMETRY, INTENSITY, tmp_path / "out")
+    case = prepare(data.training[0], data, SETTINGS, tmp_path / "out")
     sent, upper = pickle.dumps(case), replace(case, frames=case.frames[:, 2:])
     assert len(sent) < case.frames.nbytes
     there, there_upper = pickle.loads(sent), pickle.loads(pickle.dumps(upper))
@@ -60,13 +61,13 @@ def test_another_process_is_told_where_the_arrays_lie_and_gets_parts_of_them_who
 
 
 def test_a_case_without_a_label_has_none(data, tmp_path):
-    case = prepare(replace(data.training[0], label=None), data, GEOMETRY, INTENSITY, tmp_path / "out")
+    case = prepare(replace(data.training[0], label=None), data, SETTINGS, tmp_path / "out")
     assert case.labels is None
     assert not (tmp_path / "out" / "phantom_000" / "labels.npy").exists()
 
 
 def test_the_record_holds_no_absolute_path(data, tmp_path):
-    case = prepare(data.training[0], data, GEOMETRY, INTENSITY, tmp_path / "out")
+    case = prepare(data.training[0], data, SETTINGS, tmp_path / "out")
     assert set(case.record["inputs"]) == {"imagesTr/phantom_000.nii.gz", "labelsTr/phantom_000.nii.gz"}
     assert str(tmp_path) not in json.dumps(case.record)
 
@@ -79,13 +80,13 @@ def test_the_second_run_does_nothing(data, tmp_path):
     assert (tmp_path / "out" / "phantom_000" / "frames.npy").stat().st_mtime_ns == before
 
 
-def test_a_changed_image_is_prepared_again_and_named(data, tmp_path):
+def test_a_changed_image_is_preprocessed_again_with_a_reason(data, tmp_path):
     again(data, tmp_path / "out")
     shutil.copy(data.training[1].images[0], data.training[0].images[0])
     shutil.copy(data.training[1].label, data.training[0].label)
     outcome, told = again(data, tmp_path / "out")
     assert outcome.prepared_now == 1
-    assert told == ["case phantom_000: prepared again: imagesTr/phantom_000.nii.gz changed"]
+    assert told == ["case phantom_000: preprocessing again: imagesTr/phantom_000.nii.gz changed"]
     assert np.array_equal(outcome.cases[0].frames, outcome.cases[1].frames)
 
 
@@ -97,7 +98,7 @@ def test_new_voxels_behind_an_unchanged_header_are_noticed(data, tmp_path):
     assert again(apart, tmp_path / "out")[0].prepared_now == 1
     raw = header.with_suffix(".raw")
     raw.write_bytes(raw.read_bytes()[::-1])
-    assert again(apart, tmp_path / "out")[1] == ["case phantom_000: prepared again: imagesTr/phantom_000.raw changed"]
+    assert again(apart, tmp_path / "out")[1] == ["case phantom_000: preprocessing again: imagesTr/phantom_000.raw changed"]
     raw.unlink()
     assert [problem.case for problem in again(apart, tmp_path / "out")[0].problems] == ["phantom_000"]
 
@@ -105,21 +106,21 @@ def test_new_voxels_behind_an_unchanged_header_are_noticed(data, tmp_path):
 @pytest.mark.parametrize(
     "change", [{"stack_size": 32}, {"slice_axis": "AP"}, {"in_plane_mm": 2.0}, {"through_plane_mm": 1.0}, {"crop_to_nonzero": False}]
 )
-def test_a_changed_plan_prepares_everything_again(data, tmp_path, change):
+def test_a_changed_plan_preprocesses_everything_again(data, tmp_path, change):
     again(data, tmp_path / "out")
     outcome, told = again(data, tmp_path / "out", SimpleNamespace(**{**vars(GEOMETRY), **change}))
     assert outcome.prepared_now == 2
-    assert all("the plan's geometry or intensities changed" in line for line in told)
+    assert all("geometry or intensity changed in the plan" in line for line in told)
 
 
 def test_intensities_count_as_the_plan(tmp_path):
     other = (SimpleNamespace(scheme="percentile", lower=1.0, upper=99.5),)
-    assert settings_digest(GEOMETRY, INTENSITY) != settings_digest(GEOMETRY, other)
+    assert SETTINGS.digest() != PreprocessSettings(GEOMETRY, other).digest()
 
 
-def test_overwrite_prepares_again_and_says_so(data, tmp_path):
+def test_overwrite_preprocesses_again_and_reports_it(data, tmp_path):
     again(data, tmp_path / "out")
-    assert again(data, tmp_path / "out", overwrite=True)[1][0].endswith("prepared again: --overwrite")
+    assert again(data, tmp_path / "out", overwrite=True)[1][0].endswith("preprocessing again: --overwrite")
 
 
 @pytest.mark.parametrize("spoil", ["frames.npy", "labels.npy", "record.json"])
@@ -135,21 +136,21 @@ def test_a_damaged_file_is_made_again(data, tmp_path, spoil):
 def test_an_unfinished_case_is_not_opened(data, tmp_path):
     again(data, tmp_path / "out")
     (tmp_path / "out" / "phantom_000" / "record.json").unlink()
-    with pytest.raises(CaseError, match=r"case phantom_000: is not preprocessed, or only in part. Run slmsam2 preprocess"):
+    with pytest.raises(CaseError, match=r"case phantom_000: not preprocessed, or incomplete. Run slmsam2 preprocess"):
         open_prepared(tmp_path / "out", "phantom_000")
-    assert "was not finished" in again(data, tmp_path / "out")[1][0]
+    assert "was interrupted" in again(data, tmp_path / "out")[1][0]
 
 
 def test_a_truncated_array_is_not_opened(data, tmp_path):
     again(data, tmp_path / "out")
     path = tmp_path / "out" / "phantom_000" / "frames.npy"
     path.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(CaseError, match="not preprocessed, or only in part"):
+    with pytest.raises(CaseError, match="not preprocessed, or incomplete"):
         open_prepared(tmp_path / "out", "phantom_000")
 
 
 @pytest.mark.parametrize("name", ["frames", "labels"])
-def test_a_file_that_is_cut_short_while_it_is_open_is_said_before_it_is_read(data, tmp_path, name):
+def test_a_file_that_is_truncated_while_mapped_is_reported_before_it_is_read(data, tmp_path, name):
     case = again(data, tmp_path / "out")[0].cases[0]
     part = replace(case, frames=case.frames[:, 2:], labels=case.labels[2:])
     for one in (case, part):
@@ -157,7 +158,7 @@ def test_a_file_that_is_cut_short_while_it_is_open_is_said_before_it_is_read(dat
     path = tmp_path / "out" / case.id / f"{name}.npy"
     os.truncate(path, path.stat().st_size - 1)
     for one in (case, part):
-        with pytest.raises(atomic.ArrayError, match=rf"case {case.id}: {name}.npy was cut short"):
+        with pytest.raises(atomic.ArrayError, match=rf"case {case.id}: {name}.npy was truncated"):
             check_not_truncated(one)
 
 
@@ -193,12 +194,12 @@ def test_a_vanished_image_is_that_case_s_problem(data, tmp_path):
 
 
 def test_a_fault_at_any_step_leaves_a_whole_case_or_none(data, tmp_path):
-    want = prepare(data.training[0], data, GEOMETRY, INTENSITY, tmp_path / "good").frames
+    want = prepare(data.training[0], data, SETTINGS, tmp_path / "good").frames
     for step in range(1, 40):
         folder = tmp_path / f"out{step}"
         try:
             with atomic.fail_at(step):
-                prepare(data.training[0], data, GEOMETRY, INTENSITY, folder)
+                prepare(data.training[0], data, SETTINGS, folder)
             break
         except OutputError:
             pass
@@ -209,7 +210,7 @@ def test_a_fault_at_any_step_leaves_a_whole_case_or_none(data, tmp_path):
 
 
 def test_a_prepared_case_leads_back_to_the_native_grid(data, tmp_path):
-    case = prepare(data.training[0], data, GEOMETRY, INTENSITY, tmp_path / "out")
+    case = prepare(data.training[0], data, SETTINGS, tmp_path / "out")
     assert isinstance(case.view, View)
     stack = np.asarray(case.labels)
     back = case.view.restore(lambda t: np.where(stack[t] == 1, 1.0, -1.0)[None].astype(np.float32), [1])

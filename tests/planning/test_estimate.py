@@ -6,7 +6,7 @@ import pytest
 from golden.data_sets import NAMES, golden_fingerprint, golden_plan
 from measured_cases import case, known
 
-from slmsam2_cli.dataset.cache import open_prepared, prepare_all
+from slmsam2_cli.dataset.cache import PreprocessSettings, open_prepared, prepare_all
 from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.planning.estimate import (
@@ -111,7 +111,7 @@ def test_the_estimated_input_of_the_label_unet_is_the_one_it_is_trained_with(tmp
     data = read_dataset(tmp_path)
     fingerprint, _ = measure(data)
     plan = decide(fingerprint)
-    prepare_all(data, plan.geometry, plan.intensity, tmp_path / "prepared")
+    prepare_all(data, PreprocessSettings(plan.geometry, plan.intensity), tmp_path / "prepared")
     cases = [open_prepared(tmp_path / "prepared", case.id) for case in data.training]
     trained = SliceSampler(cases, tuple(plan.labels), plan.geometry.stack_size).px
     estimated, _ = label_unet_size(plan, fingerprint.cases)
