@@ -1,7 +1,7 @@
 """Scale intensities to 0…1.
 
-CT has a meaning in itself (Hounsfield units), so one fixed window serves every volume. Other modalities have none (maxima from 112 to
-1.7e6 occur in one data set), so each volume is scaled by its own percentiles. Both clip.
+CT values have a unit (Hounsfield), so one fixed window is used for all volumes. Other modalities have none (maxima from 112 to 1.7e6
+occur in one dataset), so each volume is scaled by its own percentiles. Values outside the window are clipped.
 """
 
 from __future__ import annotations
@@ -18,21 +18,18 @@ Array = np.ndarray[Any, Any]
 
 
 class ChannelIntensityLike(Protocol):
-    """The part of the plan that this module follows."""
+    """The settings of one channel of a plan: lower and upper in HU ("ct") or as percentiles."""
 
-    @property
-    def scheme(self) -> Literal["ct", "percentile"]: ...
-    @property
-    def lower(self) -> float: ...
-    @property
-    def upper(self) -> float: ...
+    scheme: Literal["ct", "percentile"]
+    lower: float
+    upper: float
 
 
 def window_of(voxels: Array, channel: ChannelIntensityLike) -> tuple[float, float]:
-    """The grey values that become 0 and 1.
+    """Return the voxel values that are mapped to 0 and 1.
 
     "ct": the plan's window in HU. "percentile": the plan's percentiles of this volume's non-zero voxels; where they coincide (a nearly
-    constant volume), its extremes.
+    constant volume), its minimum and maximum.
     """
     if channel.scheme == "ct":
         return channel.lower, channel.upper
@@ -44,7 +41,10 @@ def window_of(voxels: Array, channel: ChannelIntensityLike) -> tuple[float, floa
 
 
 def normalise(voxels: Array, channels: Sequence[ChannelIntensityLike]) -> Array:
-    """(C, Z, Y, X) -> float32 of the same shape, window scaled to [0, 1] and clipped. A constant volume becomes zeros."""
+    """Scale the window of every channel (C, Z, Y, X) to [0, 1] and clip, as float32; a constant channel becomes zeros.
+
+    Raises: ValueError when the plan has another number of channels.
+    """
     if len(channels) != len(voxels):
         raise ValueError(f"{len(voxels)} channels of voxels but {len(channels)} in the plan")
     scaled: Array = np.zeros(voxels.shape, dtype=np.float32)
@@ -57,6 +57,6 @@ def normalise(voxels: Array, channels: Sequence[ChannelIntensityLike]) -> Array:
 
 
 def make_frames(volume: Volume, geometry: GeometryPlanLike, channels: Sequence[ChannelIntensityLike]) -> tuple[View, Array]:
-    """Turn a volume into a stack: its view, and the slices (C, T, H, W) float32 in [0, 1]."""
+    """Convert a volume to its view and the normalised slices (C, T, H, W) float32 in [0, 1]."""
     view = View.fit(volume, geometry)
     return view, view.frames(normalise(volume.voxels, channels))

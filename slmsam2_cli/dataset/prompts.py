@@ -1,14 +1,14 @@
 """Read, simulate and restore prompts: the annotated slices of a volume.
 
-A prompt is a sparse mask of the image's name and grid, as 3D Slicer and ITK-SNAP save it. A slice counts as annotated when anything is
-painted on it, or when `CASE.prompts.json` beside the mask lists it, so that an empty slice can say "the structure has ended here":
+A prompt is a sparse mask with the image's name and grid, as 3D Slicer and ITK-SNAP save it. A slice counts as annotated when it holds
+foreground, or when `CASE.prompts.json` next to the mask lists it, so that an empty slice can mark where the structure ends:
 
     {"axis": "SI", "annotated_slices": [12, 40]}
 
 axis: the anatomical slice axis (SI, AP or LR), which must be the one the volume is propagated along. annotated_slices: voxel indices,
 counted from 0, along that axis of the array as the mask file stores it (the k in i, j, k for an axial NIfTI), in any order. Where an
-ignore label occurs in the mask, everything that is not ignored is annotated instead. Slices painted along another axis are refused
-rather than taken for a sliver of annotation on every slice; the list says that they are meant as they are.
+ignore label occurs in the mask, everything that is not ignored is annotated instead. Slices annotated along another axis are rejected,
+because they would count as a thin annotation on every slice; listing the annotated slices overrides this check.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Prompts:
 
     labels: (Z, Y, X) sparse mask on the native grid. annotated: label value -> ascending native slice indices on which that label's mask
     is complete (empty allowed: the label is not there). exact_slices: slices that come back bit-exact as a whole.
-    ignore: the value in `labels` that means "not looked at", or None.
+    ignore: the value in `labels` that means "not annotated", or None.
     """
 
     labels: Array
@@ -47,31 +47,45 @@ class Prompts:
     ignore: int | None = None
 
 
+@dataclass(frozen=True)
+class PromptFile:
+    """What error messages call a prompt: case id, file name, and the file or argument in which annotated slices can be listed."""
+
+    case: str
+    name: str
+    listing: str
+
+
 def read_prompts(
     folder: Path, case_id: str, view: View, values: Sequence[int], ignore: int | None = None, image: Volume | None = None
 ) -> Prompts | None:
-    """Annotated prompts for one case; None when the folder holds none, or nothing is annotated. CaseError when they cannot be used.
+    """Read the prompts of one case; None when the folder holds none, or nothing is annotated.
 
-    image: where given, what its file does not know about its own geometry is not held against the prompt (see check.compare_geometry).
+    image: where given, parts of the geometry that its file does not state reliably are not compared (see checks.compare_geometry).
+
+    Raises: CaseError when the prompt cannot be read, is on another grid, or holds unknown labels.
     """
     path = find_label(folder, case_id)
     listing = folder / f"{case_id}.prompts.json"
     if path is None:
         if listing.exists():
-            raise CaseError(case_id, listing.name, "there is no mask of the same name beside it", "Save the annotated mask next to it")
+            raise CaseError(case_id, listing.name, "no mask of the same name in this folder", "Save the annotated mask next to it")
         return None
     mask = read_annotated_mask(path, view, image, case=case_id, root=folder)
     listed = _listed(listing, case_id, view) if listing.exists() else None
-    return mask_to_prompts(mask, view, values, ignore, listed, case=case_id, file=path.name, list_in=listing.name)
+    return mask_to_prompts(mask, view, values, PromptFile(case_id, path.name, listing.name), ignore, listed)
 
 
 def read_annotated_mask(path: Path, view: View, image: Volume | None = None, *, case: str, root: Path) -> Array:
-    """A mask (Z, Y, X) that somebody painted on the grid of the view; image as in read_prompts. CaseError."""
+    """Read an annotated mask (Z, Y, X) and compare its grid with the view's; image as in read_prompts.
+
+    Raises: CaseError when it cannot be read or is on another grid.
+    """
     volume = read_labels(path, case=case, root=root)
     difference = view.grid.difference(volume.grid) if image is None else compare_geometry(image, volume)[0]
     if difference:
         raise CaseError(
-            case, path.name, f"the prompt's grid differs from the image's: {difference}", "Paint on the image's own grid and save again"
+            case, path.name, f"the prompt's grid differs from the image's: {difference}", "Annotate on the image's grid and save again"
         )
     return volume.voxels
 
@@ -80,60 +94,46 @@ def mask_to_prompts(
     mask: Array,
     view: View,
     values: Sequence[int],
+    file: PromptFile,
     ignore: int | None = None,
     listed: tuple[int, ...] | None = None,
-    *,
-    case: str,
-    file: str,
-    list_in: str,
 ) -> Prompts | None:
-    """What a sparse mask (Z, Y, X) says, whole numbers; None when nothing is annotated. CaseError when it cannot be used.
+    """Find the annotated slices of a sparse mask (Z, Y, X) of whole numbers; None when nothing is annotated.
 
-    listed: native slices that are annotated whatever is painted there; None: nobody said, so paint that seems to lie on slices along
-    another axis is refused. case, file and list_in (where such slices can be listed) are for messages.
+    listed: native slices that are annotated even where they are empty; None: no list, so a mask that appears to be annotated along
+    another axis is rejected.
+
+    Raises: CaseError when the mask holds unknown labels or is annotated along another axis.
     """
-    ignored = ignore if ignore is not None and (mask == ignore).any() else None
-    _refuse_unknown(mask, values, ignore, case, file)
-    painted = _annotated_slices(mask, view, ignored)
-    if listed is None and (other := _annotated_along(mask if ignored is None else mask != ignored, view)):
+    found, counts = np.unique(mask, return_counts=True)
+    known = {0, *values, *([] if ignore is None else [ignore])}
+    unknown = [f"{value} ({count} voxels)" for value, count in zip(found.tolist(), counts.tolist(), strict=True) if value not in known]
+    if unknown:
+        what = f"undeclared label values {', '.join(unknown)}; the plan has {', '.join(map(str, values))}"
+        raise CaseError(file.case, file.name, what, "Relabel them, or declare them in dataset.json")
+    ignored = ignore if ignore in found.tolist() else None
+    held = mask != (0 if ignored is None else ignored)
+    painted = view.slices_with(held)
+    if listed is None and (other := _annotated_along(held, view)):
         raise CaseError(
-            case,
-            file,
+            file.case,
+            file.name,
             f"prompt mask appears to be annotated along {other}, but the slice axis is {view.axis} "
             f"(mask covers {len(painted)} {view.axis} slices)",
-            f"Paint slices along {view.axis}, or edit slice_axis in plan.json; if it is meant as it is, list the annotated slices "
-            f"in {list_in}",
+            f"Annotate slices along {view.axis}, or edit slice_axis in plan.json; if the mask is correct, list the annotated slices "
+            f"in {file.listing}",
         )
     slices = tuple(sorted({*painted, *(listed or ())}))
     return Prompts(mask, dict.fromkeys(values, slices), slices, ignored) if slices else None
 
 
-def _refuse_unknown(mask: Array, values: Sequence[int], ignore: int | None, case_id: str, name: str) -> None:
-    found, counts = np.unique(mask, return_counts=True)
-    known = {0, *values} | ({ignore} if ignore is not None else set())
-    unknown = [f"{value} ({count} voxels)" for value, count in zip(found.tolist(), counts.tolist(), strict=True) if value not in known]
-    if unknown:
-        wanted = ", ".join(map(str, values))
-        raise CaseError(
-            case_id,
-            name,
-            f"undeclared label values {', '.join(unknown)}; the plan knows {wanted}",
-            "Relabel them, or declare them in dataset.json",
-        )
+def _annotated_along(held: Array, view: View) -> SliceAxis | None:
+    """Return the other axis along which a mask (Z, Y, X) bool appears to be annotated: few of its slices, and many of the view's, hold it.
 
-
-def _annotated_slices(mask: Array, view: View, ignore: int | None) -> list[int]:
-    """Native slices with paint on them; with an ignore label, those with anything that is not ignored."""
-    return view.slices_with(mask != 0 if ignore is None else mask != ignore)
-
-
-def _annotated_along(paint: Array, view: View) -> SliceAxis | None:
-    """The other axis along which somebody annotated slices, if it looks so: few slices along it hold all paint, many along the view's do.
-
-    A structure that is thin in both directions (a vessel) is no annotated slice unless it is exactly one voxel thick in one of them, and an
-    axis with few slices says nothing.
+    A structure that is thin in both directions (a vessel) is no annotated slice unless it is exactly one voxel thick in one of them. An
+    axis with few slices is not considered.
     """
-    along = view.count_slices(paint)
+    along = view.count_slices(held)
     here = along.pop(view.axis)[0]
     (few, axis), (more, _) = sorted((count, axis) for axis, (count, _) in along.items())
     deep = along[axis][1] > MAX_ANNOTATED_SLICES
@@ -142,7 +142,10 @@ def _annotated_along(paint: Array, view: View) -> SliceAxis | None:
 
 
 def _listed(path: Path, case_id: str, view: View) -> tuple[int, ...]:
-    """Native slice indices from CASE.prompts.json."""
+    """Read native slice indices from CASE.prompts.json.
+
+    Raises: CaseError when the file is invalid or lists slices that do not exist.
+    """
 
     def error(what: str, remedy: str = 'Write {"axis": "SI", "annotated_slices": [0, 7]}') -> CaseError:
         return CaseError(case_id, path.name, what, remedy)
@@ -152,10 +155,10 @@ def _listed(path: Path, case_id: str, view: View) -> tuple[int, ...]:
     except SlmSam2Error as problem:
         raise error(str(problem)) from None
     if not isinstance(value, dict) or set(value) != {"axis", "annotated_slices"}:
-        raise error("expected the keys axis and annotated_slices, and no others")
+        raise error("must have the keys axis and annotated_slices, and no others")
     if value["axis"] != view.axis:
         raise error(
-            f"axis is {value['axis']!r}, but this volume is propagated along {view.axis}",
+            f"axis is {value['axis']!r}, but the slice axis is {view.axis}",
             f"Annotate slices along {view.axis}, or edit slice_axis in plan.json",
         )
     listed = value["annotated_slices"]
@@ -170,9 +173,9 @@ def _listed(path: Path, case_id: str, view: View) -> tuple[int, ...]:
 
 
 def simulate_prompts(labels: Array, view: View, values: Sequence[int], where: PromptSlice, mark_ends: bool = False) -> Prompts:
-    """One slice for each label, cut out of a full mask (Z, Y, X). A label that does not occur is annotated nowhere.
+    """Take one slice of each label from a full mask (Z, Y, X); a label that does not occur has no annotated slice.
 
-    mark_ends: the slices just before its first and just behind its last one, where there are such, say that it is not there.
+    where: see choose_slice. mark_ends: also annotate the empty slices just before a label's first and just after its last slice.
     """
     stack = view.oriented(labels)
     sparse = np.zeros_like(labels)
@@ -180,37 +183,38 @@ def simulate_prompts(labels: Array, view: View, values: Sequence[int], where: Pr
     annotated: dict[int, tuple[int, ...]] = {}
     for value in values:
         area = (stack == value).sum(axis=(1, 2))
-        given = (choose_slice(area, where),) if area.any() else ()
-        for t in given:
-            kept[t][stack[t] == value] = value
-        annotated[value] = tuple(sorted({*given, *(_end_slices(area) if mark_ends else ())}))
+        extent = bounding_box(area != 0)
+        if extent is None:
+            annotated[value] = ()
+            continue
+        t, ends = choose_slice(area, where), (extent[0][0] - 1, extent[0][1])
+        kept[t][stack[t] == value] = value
+        annotated[value] = tuple(sorted({t, *(end for end in ends if mark_ends and 0 <= end < len(area))}))
     return Prompts(sparse, annotated, ())
 
 
-def _end_slices(area: Array) -> list[int]:
-    """The slices just beyond either end of a label, given its area (T,) on each slice."""
-    extent = bounding_box(area != 0)
-    return [] if extent is None else [t for t in (extent[0][0] - 1, extent[0][1]) if 0 <= t < len(area)]
-
-
 def choose_slice(area: Array, where: PromptSlice) -> int:
-    """The slice to annotate, given the label's area (T,) on each slice.
+    """Choose the slice to annotate from the label's area (T,) on each slice.
 
-    middle / quarter: the slice holding the label nearest to half / a quarter of the way from its first to its last slice; largest: the
-    one with the largest area. Ties go to the lower index.
+    middle, quarter: the slice with the label nearest to half or a quarter of the way from its first to its last slice; largest: the
+    slice with the largest area. Ties go to the lower index.
+
+    Raises: ValueError when the label is on no slice.
     """
-    holding = np.flatnonzero(area)
+    extent = bounding_box(area != 0)
+    if extent is None:
+        raise ValueError("the label is on no slice")
     if where == "largest":
         return int(area.argmax())
-    first, last = int(holding[0]), int(holding[-1])
+    first, last = extent[0][0], extent[0][1] - 1
     target = first + (last - first) * (0.5 if where == "middle" else 0.25)
-    return int(holding[np.abs(holding - target).argmin()])
+    return min((t for t in range(first, last + 1) if area[t]), key=lambda t: abs(t - target))
 
 
 def restore_annotated(result: Array, prompts: Prompts, view: View) -> Array:
-    """A copy of the result (Z, Y, X) with every annotated slice exactly as annotated."""
-    imposed = result.copy()
-    stack, given = view.oriented(imposed), view.oriented(prompts.labels)
+    """Copy the annotated slices into a copy of the result (Z, Y, X), so that they are returned exactly as annotated."""
+    restored = result.copy()
+    stack, given = view.oriented(restored), view.oriented(prompts.labels)
     for t in prompts.exact_slices:
         known = np.ones(given[t].shape, bool) if prompts.ignore is None else given[t] != prompts.ignore
         stack[t][known] = given[t][known]
@@ -220,4 +224,4 @@ def restore_annotated(result: Array, prompts: Prompts, view: View) -> Array:
     for value, slices in prompts.annotated.items():
         for t in set(slices) - set(prompts.exact_slices):
             stack[t][given[t] == value] = value
-    return imposed
+    return restored

@@ -1,4 +1,4 @@
-"""How large a case is, on disk and in memory while it is read, and how much memory is free. Estimates: nothing but headers is looked at."""
+"""Estimate the size of a case on disk and in memory while it is read, and the free memory. Only headers are read."""
 
 from __future__ import annotations
 
@@ -12,24 +12,33 @@ from slmsam2_cli.dataset.dataset_json import Case
 from slmsam2_cli.io.files import InputError, open_regular
 from slmsam2_cli.io.gzip_stream import GZIP_MAGIC, DeflateStream, PlainStream, read_exactly
 
-ASSUMED_COMPRESSION = 4  # how many times its size on disk a file is taken to be, once unpacked, where the header is not understood
-DEFAULT_FREE_BYTES = 1 << 32  # bytes
+ASSUMED_COMPRESSION = 4  # size in memory divided by size on disk, for files whose header is not understood
+DEFAULT_FREE_BYTES = 1 << 32  # where the system does not report its memory
 _NIFTI_1, _NIFTI_2 = 348, 540  # bytes of a header
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def bytes_on_disk(case: Case) -> int:
-    """Image and mask together. What is not there counts nothing: reading it will tell."""
-    return sum(map(_size, _paths(case)))
+    """Return the size of image and mask on disk in bytes; a missing file counts as 0 and is reported when it is read."""
+    return sum(map(_size, (*case.images, *([case.label] if case.label else []))))
 
 
 def bytes_to_read(case: Case) -> int:
-    """The most that image and mask take while they are read: as stored, and once more scaled, put together or turned about."""
-    return sum(_unpacked(path) for path in _paths(case))
+    """Estimate the peak memory in bytes while image and mask are read: as stored, plus one scaled, stacked or transposed copy."""
+    total = 0
+    for path in (*case.images, *([case.label] if case.label else [])):
+        declared = None
+        with suppress(InputError, OSError), open_regular(path) as file:
+            magic = file.read(len(GZIP_MAGIC))
+            file.seek(0)
+            stream = DeflateStream(file) if magic == GZIP_MAGIC else PlainStream(file)
+            declared = _declared(read_exactly(stream, _NIFTI_1, "header").tobytes())
+        total += 2 * ASSUMED_COMPRESSION * _size(path) if declared is None else declared
+    return total
 
 
 def free_bytes() -> int:
-    """Memory that new processes may take, as far as the system tells."""
+    """Return the memory in bytes that new processes may use: free memory of the machine and of the container, whichever is less."""
     free = [DEFAULT_FREE_BYTES]
     with suppress(OSError, ValueError, AttributeError):
         free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
@@ -38,37 +47,21 @@ def free_bytes() -> int:
         free = [next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))]
     with suppress(OSError, ValueError, KeyError):  # a container may have less than the machine
         limit, used = (int((_CONTROL_GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        told = dict(line.split() for line in (_CONTROL_GROUP / "memory.stat").read_text().splitlines())
-        free += [limit - used + int(told["inactive_file"])]  # files read before, which give way
+        stat = dict(line.split() for line in (_CONTROL_GROUP / "memory.stat").read_text().splitlines())
+        free += [limit - used + int(stat["inactive_file"])]  # file cache that can be freed
     return max(0, min(free))
 
 
-def _paths(case: Case) -> tuple[Path, ...]:
-    return (*case.images, *([case.label] if case.label else []))
-
-
 def _size(path: Path) -> int:
-    """Of a file, or of all files in a folder of slices."""
+    """Return the size in bytes of a file, or of all files in a DICOM folder; 0 when it cannot be read."""
     try:
         return sum(entry.stat().st_size for entry in os.scandir(path)) if path.is_dir() else path.stat().st_size
     except (OSError, ValueError):
         return 0
 
 
-def _unpacked(path: Path) -> int:
-    try:
-        with open_regular(path) as file:
-            magic = file.read(len(GZIP_MAGIC))
-            file.seek(0)
-            stream = DeflateStream(file) if magic == GZIP_MAGIC else PlainStream(file)
-            declared = _declared(read_exactly(stream, _NIFTI_1, "header").tobytes())
-    except (InputError, OSError):
-        declared = None
-    return 2 * ASSUMED_COMPRESSION * _size(path) if declared is None else declared
-
-
 def _declared(header: bytes) -> int | None:
-    """By the first 348 bytes of a NIfTI file: of its voxels as stored, and as read. None when it is none."""
+    """Compute the bytes of the voxels as stored plus as scaled, from the first 348 bytes of a NIfTI file; None for another format."""
     for order in "<>":
         (length,) = struct.unpack_from(f"{order}i", header)
         if length not in (_NIFTI_1, _NIFTI_2):

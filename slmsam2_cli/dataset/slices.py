@@ -1,6 +1,6 @@
-"""How a volume becomes a stack of slices, and the exact way back.
+"""Convert a volume to a stack of slices, and masks of the stack back to the volume's grid.
 
-Order of work: orient (closest LPS), put the slice axis in front, crop, resample. Knows nothing of intensities, files or models.
+Steps: orient (closest LPS), move the slice axis to the front, crop, resample. Intensities, files and models are not handled here.
 Pixel sizes follow the rule that the edges of the field of view coincide before and after resampling (align_corners=False).
 """
 
@@ -28,23 +28,20 @@ Array = np.ndarray[Any, Any]
 
 
 class GeometryPlanLike(Protocol):
-    """The part of the plan that this module follows."""
+    """The settings of a plan that this module uses; spacings in mm, stack_size in pixels."""
+
+    slice_axis: SliceAxis
+    in_plane_mm: float
+    through_plane_mm: float | None
+    crop_to_nonzero: bool
 
     @property
-    def slice_axis(self) -> SliceAxis: ...
-    @property
-    def in_plane_mm(self) -> float: ...
-    @property
-    def through_plane_mm(self) -> float | None: ...
-    @property
     def stack_size(self) -> int: ...
-    @property
-    def crop_to_nonzero(self) -> bool: ...
 
 
 @dataclass(frozen=True)
 class Orientation:
-    """Which stored axis serves each oriented axis, and which of them run backwards. Oriented axes are (slice, row, column)."""
+    """The stored axis of each oriented axis (slice, row, column), and whether it is flipped."""
 
     order: tuple[int, int, int]
     flipped: tuple[bool, bool, bool]
@@ -58,7 +55,7 @@ class Orientation:
 
 
 def orient(direction: Array, slice_axis: SliceAxis | None = None) -> Orientation:
-    """The permutation and flips that bring an array closest to S, P, L increasing; then the slice axis goes in front.
+    """Find the permutation and flips that bring an array closest to S, P, L increasing, then move the slice axis to the front.
 
     direction: (3, 3), columns are the LPS unit vectors of the x, y, z array axes. Each anatomical axis gets the array axis so that the
     sum of the absolute cosines is largest. Ties (45 degrees) are decided by the vectors themselves, never by the order in which the array
@@ -80,19 +77,19 @@ def orient(direction: Array, slice_axis: SliceAxis | None = None) -> Orientation
 
 
 def _sign(vector: Array) -> float:
-    """+1 or -1: the sign of the first clearly non-zero component."""
+    """Return the sign (+1 or -1) of the first component above 1e-6 in size; +1 when there is none."""
     clear = vector[np.abs(vector) > 1e-6]
     return 1.0 if clear.size == 0 or clear[0] > 0 else -1.0
 
 
 def oriented_size(grid: Grid) -> tuple[Shape, tuple[float, float, float]]:
-    """Shape in voxels and spacing in mm along (S, P, L)."""
+    """Return the shape in voxels and the spacing in mm along (S, P, L)."""
     order = orient(grid.direction).order
     return tuple(grid.shape[a] for a in order), tuple(float(grid.spacing_mm[a]) for a in order)  # type: ignore[return-value]
 
 
 def slice_axis_of(grid: Grid, planned: SliceAxis) -> SliceAxis:
-    """The planned axis; but a volume of one slice is always cut along its singleton axis."""
+    """Return the slice axis of a volume: the planned one, but the singleton axis where the volume is a single slice."""
     shape, _ = oriented_size(grid)
     if 1 not in shape or shape[AXES.index(planned)] == 1:
         return planned
@@ -106,7 +103,10 @@ def nonzero_box(stack: Array) -> Box:
 
 
 def interpolation_matrix(size_in: int, size_out: int, antialias: bool = True) -> csr_matrix:
-    """Linear interpolation as a sparse matrix (size_out, size_in), rows sum to 1; a wider triangle when shrinking."""
+    """Build the sparse matrix (size_out, size_in) of linear interpolation; its rows sum to 1.
+
+    antialias: when shrinking, widen the triangle filter by the factor of the reduction.
+    """
     from scipy.sparse import csr_matrix  # slow to import, and a plan can be read without
 
     scale = size_in / size_out
@@ -122,22 +122,22 @@ def interpolation_matrix(size_in: int, size_out: int, antialias: bool = True) ->
 
 
 def resample_plane(plane: Array, rows: csr_matrix, columns: csr_matrix) -> Array:
-    """(R, C) -> (H, W) float32 by two passes of linear interpolation."""
+    """Resample a plane (R, C) to (H, W) float32: rows, then columns."""
     return np.ascontiguousarray((columns @ (rows @ plane.astype(np.float32)).T).T)
 
 
 def nearest_indices(size_in: int, size_out: int) -> Array:
-    """(size_out,) indices of the input pixels nearest to the output pixels' centres."""
+    """Return the indices (size_out,) of the input pixels nearest to the centres of the output pixels."""
     picks: Array = ((np.arange(size_out) + 0.5) * size_in / size_out).astype(int)
     return picks.clip(max=size_in - 1)
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """How one volume becomes a stack of slices, and the exact way back.
+    """The mapping between one volume and its stack of slices.
 
     box: ((t0, t1), (r0, r1), (c0, c1)), the crop in the oriented array. stack_shape: (T, H, W) after resampling.
-    scale: 1, or the common factor below 1 by which the slices were made smaller than planned to fit the frame.
+    scale: 1, or the factor below 1 by which the slices were reduced below the planned size to fit into stack_size pixels.
     """
 
     grid: Grid
@@ -148,7 +148,7 @@ class View:
 
     @classmethod
     def fit(cls, volume: Volume, geometry: GeometryPlanLike) -> View:
-        """Crop to the non-zero voxels where the plan says so, and choose the stack's size."""
+        """Choose the crop (the non-zero voxels if the plan sets crop_to_nonzero) and the size of the stack."""
         axis = slice_axis_of(volume.grid, geometry.slice_axis)
         orientation = orient(volume.grid.direction, axis)
         oriented = orientation.apply(volume.voxels)
@@ -167,26 +167,21 @@ class View:
     def orientation(self) -> Orientation:
         return orient(self.grid.direction, self.axis)
 
-    @property
-    def slice_mm(self) -> float:
-        """Distance between two native slices."""
-        return float(self.grid.spacing_mm[self.orientation.order[0]])
-
     def oriented(self, array: Array) -> Array:
-        """(Z, Y, X) -> (T0, R0, C0): oriented, neither cropped nor resampled; a view, so writing to it writes to the array."""
+        """Orient an array (Z, Y, X) to (T0, R0, C0) without crop or resampling; a view, so writing to it writes to the array."""
         return self.orientation.apply(array)
 
     def native_slices(self) -> int:
-        """Number of slices of the oriented, uncropped array."""
+        """Count the slices of the oriented, uncropped array."""
         return self.grid.shape[self.orientation.order[0]]
 
     def file_index(self, native_slice: int) -> int:
-        """Native slice index <-> voxel index along the same axis as the file stores it (its own inverse)."""
+        """Convert a native slice index to the voxel index along the stored axis, or back (the mapping is its own inverse)."""
         return self.native_slices() - 1 - native_slice if self.orientation.flipped[0] else native_slice
 
     def slices_with(self, mask: Array) -> list[int]:
-        """Native slice indices where the mask (Z, Y, X) is non-zero."""
-        return [int(t) for t in np.flatnonzero((self.oriented(mask) != 0).any(axis=(1, 2)))]
+        """List the native slices on which the mask (Z, Y, X) is non-zero."""
+        return [t for t, held in enumerate((self.oriented(mask) != 0).any(axis=(1, 2))) if held]
 
     def count_slices(self, mask: Array) -> dict[SliceAxis, tuple[int, int]]:
         """Count along every anatomical axis the slices on which the mask (Z, Y, X) is non-zero, and all slices."""
@@ -197,7 +192,7 @@ class View:
         return counts
 
     def to_stack(self, native_slice: int) -> int:
-        """Native slice -> the stack slice that shows it; slices cut off by the crop map to the nearest end."""
+        """Return the stack slice of a native slice; slices outside the crop map to its nearest end."""
         start, end = self.box[0]
         inside = min(max(native_slice, start), end - 1) - start
         return min(int((inside + 0.5) * self.stack_shape[0] / (end - start)), self.stack_shape[0] - 1)
@@ -221,12 +216,12 @@ class View:
         return {self.file_index(t): float(values[self.to_stack(t)]) for t in range(*self.box[0])}
 
     def cropped(self, array: Array) -> Array:
-        """(..., Z, Y, X) -> (..., T', R', C'): oriented and cropped, a view."""
+        """Orient and crop an array (..., Z, Y, X) to (..., T', R', C'); a view."""
         ranges: tuple[Any, ...] = tuple(slice(start, end) for start, end in self.box)
         return self.orientation.apply(array)[(Ellipsis, *ranges)]
 
     def frames(self, voxels: Array) -> Array:
-        """(C, Z, Y, X) -> (C, T, H, W) float32: linear, averaging when shrinking."""
+        """Resample images (C, Z, Y, X) to (C, T, H, W) float32 by linear interpolation with antialiasing."""
         cut = self.cropped(voxels)
         count, height, width = self.stack_shape
         rows, columns, through = (
@@ -235,22 +230,21 @@ class View:
             interpolation_matrix(cut.shape[1], count),
         )
         planes = np.empty((cut.shape[0], cut.shape[1], height, width), dtype=np.float32)
-        for channel in range(cut.shape[0]):
-            for t in range(cut.shape[1]):
-                planes[channel, t] = resample_plane(cut[channel, t], rows, columns)
+        for channel, t in np.ndindex(*cut.shape[:2]):
+            planes[channel, t] = resample_plane(cut[channel, t], rows, columns)
         if count == cut.shape[1]:
             return planes
         mixed = [(through @ plane.reshape(cut.shape[1], -1)).reshape(self.stack_shape) for plane in planes]
         return np.stack(mixed)
 
     def labels(self, labels: Array) -> Array:
-        """(Z, Y, X) -> (T, H, W), same dtype: the nearest voxel."""
+        """Resample a mask (Z, Y, X) to (T, H, W) of the same dtype by nearest neighbour."""
         cut = self.cropped(labels)
         picks = [nearest_indices(before, after) for before, after in zip(cut.shape, self.stack_shape, strict=True)]
         return np.ascontiguousarray(cut[np.ix_(*picks)])
 
     def restore(self, logits: Callable[[int], Array], values: Sequence[int]) -> Array:
-        """Labels (Z, Y, X) on the volume's own grid, uint8 or uint16.
+        """Convert logits of the stack to labels (Z, Y, X), uint8 or uint16, on the volume's grid.
 
         logits(t): (K, H, W) float32 of stack slice t; values: the K labels. Each native slice is interpolated between its neighbours in the
         stack and resized bilinearly; a voxel gets the label with the largest logit above 0, the first on a tie; 0 elsewhere and outside
@@ -272,7 +266,7 @@ class View:
         return result
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as plain JSON values."""
+        """Return all fields as plain JSON values."""
         grid = self.grid
         return {
             "grid": {
@@ -289,7 +283,10 @@ class View:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> View:
-        """The inverse of to_json; KeyError, TypeError or ValueError when the value is not one."""
+        """Restore a view from the result of to_json.
+
+        Raises: KeyError, TypeError or ValueError when the value is no such result.
+        """
         stored = value["grid"]
         grid = Grid(
             shape=tuple(stored["shape"]),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from slmsam2_cli.dataset.dataset_json import Case
 from slmsam2_cli.dataset.intensity import normalise
-from slmsam2_cli.dataset.prompts import Prompts, mask_to_prompts, read_annotated_mask, restore_annotated
+from slmsam2_cli.dataset.prompts import PromptFile, Prompts, mask_to_prompts, read_annotated_mask, restore_annotated
 from slmsam2_cli.dataset.slices import View
 from slmsam2_cli.inference.image_set import ImageResult
 from slmsam2_cli.inference.propagation import AnnotatedSlice, Propagation
@@ -252,11 +252,9 @@ class ArrayPrompts:
             mask,
             view,
             tuple(plan.labels),
+            PromptFile(case.id, Path(self.masks).name if isinstance(self.masks, str | PathLike) else "prompts", "annotated_slices"),
             plan.ignore,
             self._listed(view),
-            case=case.id,
-            file=Path(self.masks).name if isinstance(self.masks, str | PathLike) else "prompts",
-            list_in="annotated_slices",
         )
         if found is None:
             raise ValueError("prompts: the mask is empty; give one with at least one annotated slice")

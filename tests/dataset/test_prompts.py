@@ -167,7 +167,7 @@ SAGITTAL, CORONAL = np.s_[2:10, 3:12, 4], np.s_[2:10, 4, 3:12]
 def test_slices_painted_along_another_axis_are_refused_and_both_are_named(tmp_path, paint, axis, named):
     view = view_of((12, 14, 16), axis=axis)
     save(tmp_path, mask_with((12, 14, 16), (paint, 1)), view)
-    with pytest.raises(CaseError, match=f"{named}.*Paint slices along {axis}, or edit slice_axis in plan.json.*case.prompts.json"):
+    with pytest.raises(CaseError, match=f"{named}.*Annotate slices along {axis}, or edit slice_axis in plan.json.*case.prompts.json"):
         read_prompts(tmp_path, "case", view, [1])
 
 
@@ -239,7 +239,7 @@ def test_a_prompt_on_another_grid_is_refused(tmp_path):
 def test_an_undeclared_label_is_refused_with_its_count(tmp_path):
     view = view_of((3, 4, 5))
     save(tmp_path, mask_with((3, 4, 5), (np.s_[0, 0, :3], 7)), view)
-    with pytest.raises(CaseError, match=r"undeclared label values 7 \(3 voxels\); the plan knows 1, 2"):
+    with pytest.raises(CaseError, match=r"undeclared label values 7 \(3 voxels\); the plan has 1, 2"):
         read_prompts(tmp_path, "case", view, [1, 2])
 
 
@@ -247,10 +247,10 @@ def test_an_undeclared_label_is_refused_with_its_count(tmp_path):
     ("value", "said"),
     [
         ("{", "not valid JSON"),
-        ([1], "expected the keys"),
-        ({"annotated_slices": [1]}, "expected the keys"),
-        ({"axis": "SI", "annotated_slices": [1], "extra": 1}, "expected the keys"),
-        ({"axis": "AP", "annotated_slices": [1]}, "propagated along SI"),
+        ([1], "must have the keys"),
+        ({"annotated_slices": [1]}, "must have the keys"),
+        ({"axis": "SI", "annotated_slices": [1], "extra": 1}, "must have the keys"),
+        ({"axis": "AP", "annotated_slices": [1]}, "the slice axis is SI"),
         ({"axis": "SI", "annotated_slices": 1}, "list of whole numbers"),
         ({"axis": "SI", "annotated_slices": [True]}, "list of whole numbers"),
         ({"axis": "SI", "annotated_slices": [1.0]}, "list of whole numbers"),
