@@ -1,4 +1,4 @@
-"""Cases with a ball in them, on disk and in memory."""
+"""Write cases with a block in them to disk, or build them in memory."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def block(shape=(8, 20, 24), z=(2, 6), y=(5, 15), x=(8, 20), value=1):
     return mask
 
 
-def opened(prediction=None, truth=None, image=None, axis=0, **where):
-    shape = next(a.shape for a in (prediction, truth) if a is not None)
-    return LoadedCase(grid(shape, **where), axis, prediction, truth, image)
+def loaded_case(prediction=None, reference=None, image=None, axis=0, **geometry):
+    shape = next(a.shape for a in (prediction, reference) if a is not None)
+    return LoadedCase(grid(shape, **geometry), axis, prediction, reference, image)
 
 
 def saved(path, voxels, like=None):

@@ -35,11 +35,11 @@ def report(cases: int = 7, slices: int = 24, kind: Kind = "evaluation", name: st
     distances = [CurvePoint(d, max(1, 40 - 3 * d), 0.93 - 0.03 * d, 0.97 - 0.015 * d, 0.99 - 0.005 * d) for d in range(13)]
     return Report(
         kind=kind,
-        title="Prostate MR, one slice given" if kind == "evaluation" else "Prediction: prostate MR",
+        title="Prostate MR, one annotated slice" if kind == "evaluation" else "Prediction: prostate MR",
         headline=(
             ("Dice, held-out cases", "0.912", "95 % interval 0.894 to 0.927; n 7"),
             ("HD95", "3.1 mm", "n 6 of 7"),
-            ("Without those given", "0.905", "Dice"),
+            ("Without annotated slices", "0.905", "Dice"),
             ("Cases", "9", "1 failed, 1 missing"),
         ),
         cases=tuple(made),
@@ -61,7 +61,7 @@ def report(cases: int = 7, slices: int = 24, kind: Kind = "evaluation", name: st
             ("nsd@2", "share of both borders within 2 mm"),
             ("Dice", "2TP / (2TP + FP + FN)"),
         ),
-        warnings=("prostate_03: truth and prediction differ in the header's units",) if kind == "evaluation" else (),
+        warnings=("prostate_03: reference and prediction differ in the header's units",) if kind == "evaluation" else (),
     )
 
 
@@ -76,7 +76,7 @@ def case(rng: np.random.Generator, case_id: str, slices: int, kind: Kind, rich: 
         group=group,
         status="ok",
         structures=structures,
-        flags=("goes on 3 slices past the lower end",) if rich else (),
+        flags=("predicted too far on slices 20-22; add an end mark",) if rich else (),
         slice_mm=3.0,
         pictures=tuple(picture(rng, case_id, k) for k in (17, 5, 11)) if rich else (),
         volumes=volumes(kind) if rich else None,
@@ -126,7 +126,7 @@ def picture(rng: np.random.Generator, case_id: str, k: int) -> Picture:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     uri = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
-    return Picture(case_id, k, uri, 216, 180, f"slice {k}, Peripheral zone: Dice 0.71")
+    return Picture(case_id, k, uri, 216, 180, f"slice {k}, Peripheral zone: Dice 0.710")
 
 
 def volumes(kind: Kind = "evaluation", axis: int = 2, first: int = 0, step: int = 1) -> ViewerVolumes:
@@ -134,10 +134,10 @@ def volumes(kind: Kind = "evaluation", axis: int = 2, first: int = 0, step: int 
     x, y, z = np.meshgrid(*(np.arange(n) for n in SHAPE), indexing="ij")
     truth = ball(x, y, z, 22)
     image = np.random.default_rng(1).normal(200, 30, SHAPE) + 300 * (truth > 0)
-    given = ViewerVolumes(
+    stack = ViewerVolumes(
         prediction=packed(ball(x, y, z, 24).astype(np.uint8)), image=packed(image.astype(np.int16)), axis=axis, first=first, step=step
     )
-    return ViewerVolumes(**{**vars(given), "truth": packed(truth.astype(np.uint8)) if kind == "evaluation" else None})
+    return ViewerVolumes(**{**vars(stack), "reference": packed(truth.astype(np.uint8)) if kind == "evaluation" else None})
 
 
 def ball(x: np.ndarray, y: np.ndarray, z: np.ndarray, middle: int) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""The page in a browser, opened from a file: what a click, a key, a narrow screen and a printer do with it.
+"""The page in a browser, opened from a file: clicks, keys, narrow screens and printing.
 
-Needs Chromium; every test fails on a message in the console, on an error of the page and on a request to anywhere but the page's folder.
+Needs Chromium. Every test fails on a console message, an error of the page, or a request outside the page's folder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chro
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 TIMEOUT_MS = 60_000
 SOFTWARE_GL = ("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader")
-TRUTH = (86, 180, 233)
+REFERENCE = (86, 180, 233)
 NO_WEBGL = "HTMLCanvasElement.prototype.getContext = () => null"
 Page = Any
 
@@ -43,14 +43,14 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One page a kind; in beside.html the volumes of the first case lie beside the page, those of the second are lost."""
+    """Write one page of each kind; beside separate.html lie the volumes of its first case, those of the second are missing."""
     place = tmp_path_factory.mktemp("report")
     whole = example.report()
     write(place / "report.html", whole)
     write(place / "prediction.html", example.report(kind="prediction"))
     names = {"prostate_00": "volumes/first case #1.js", "prostate_01": "volumes/lost.js"}
     cases = tuple(replace(case, volumes=None, volumes_file=names.get(case.id)) for case in whole.cases)
-    write(place / "beside.html", replace(whole, cases=cases))
+    write(place / "separate.html", replace(whole, cases=cases))
     (place / "volumes").mkdir()
     (place / "volumes" / "first case #1.js").write_text(volumes_script("prostate_00", example.volumes()), encoding="utf-8")
     return place
@@ -60,31 +60,31 @@ def write(path: Path, report: Report) -> None:
     path.write_text(render(report), encoding="utf-8")
 
 
-class LoadedCase:
-    """A page with everything it said and asked for."""
+class WatchedPage:
+    """A page with all its console messages and requests."""
 
     def __init__(self, page: Page, folder: Path) -> None:
         self.page, self.folder = page, folder
-        self.said: list[str] = []
-        self.asked: list[str] = []
+        self.messages: list[str] = []
+        self.requests: list[str] = []
         page.set_default_timeout(TIMEOUT_MS)
-        page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: self.said.append(f"error: {error}"))
-        page.on("request", lambda request: self.asked.append(request.url))
+        page.on("console", lambda message: self.messages.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: self.messages.append(f"error: {error}"))
+        page.on("request", lambda request: self.requests.append(request.url))
 
     def go(self, name: str) -> Page:
         self.page.goto(f"{self.folder.as_uri()}/{name}")
         return self.page
 
     def check(self) -> None:
-        outside = [url for url in self.asked if not url.startswith((f"{self.folder.as_uri()}/", "data:", "blob:"))]
-        assert (self.said, outside) == ([], [])
+        outside = [url for url in self.requests if not url.startswith((f"{self.folder.as_uri()}/", "data:", "blob:"))]
+        assert (self.messages, outside) == ([], [])
 
 
 @pytest.fixture
-def opened(browser: Any, folder: Path) -> Iterator[LoadedCase]:
+def watched(browser: Any, folder: Path) -> Iterator[WatchedPage]:
     page = browser.new_page(viewport={"width": 1040, "height": 520})
-    watched = LoadedCase(page, folder)
+    watched = WatchedPage(page, folder)
     yield watched
     page.close()
 
@@ -93,7 +93,7 @@ ROWS = "[...document.querySelectorAll('#table tbody tr:not([hidden])')].map((row
 
 
 def column(page: Page, index: int) -> list[str]:
-    """The text of one column of the cohort table, rows that are shown only."""
+    """Return the text of one column of the case table, visible rows only."""
     return [row[index] for row in page.evaluate(ROWS)]
 
 
@@ -116,12 +116,12 @@ def pixels(page: Page) -> np.ndarray:
 
 
 def near(shown: np.ndarray, colour: tuple[int, int, int], within: int = 40) -> int:
-    """Number of pixels of about a colour."""
+    """Count the pixels of about a colour."""
     return int((np.abs(shown - np.array(colour)).max(axis=-1) < within).sum())
 
 
 def until(holds: Callable[[], bool]) -> None:
-    """Waits for what no selector can say."""
+    """Wait for a condition that no selector can express."""
     deadline = time.monotonic() + TIMEOUT_MS / 1000
     while not holds():
         assert time.monotonic() < deadline
@@ -129,19 +129,19 @@ def until(holds: Callable[[], bool]) -> None:
 
 
 def keep(page: Page, name: str) -> None:
-    """A picture for whoever wants to look: set SLMSAM2_SCREENSHOTS to a folder."""
+    """Save a screenshot where SLMSAM2_SCREENSHOTS names a folder."""
     if place := os.environ.get("SLMSAM2_SCREENSHOTS"):
         page.screenshot(path=str(Path(place) / f"{name}.png"), full_page=True)
 
 
 def click_slice(page: Page, share: float) -> None:
-    """Clicks the first strip of the open case at a share of its width."""
+    """Click the first strip of the open case at a fraction of its width."""
     box = page.locator(".case.open .strip .plot > svg").first.bounding_box()
     page.locator(".case.open .strip .plot > svg").first.click(position={"x": box["width"] * share, "y": 40})
 
 
-def test_sorting_puts_numbers_in_order_and_what_is_missing_last(opened: LoadedCase) -> None:
-    page = opened.go("report.html")
+def test_sorting_orders_numbers_and_puts_missing_values_last(watched: WatchedPage) -> None:
+    page = watched.go("report.html")
     page.click("#table th:nth-child(6) button")
     assert page.get_attribute("#table th:nth-child(6)", "aria-sort") == "descending"  # HD95: lower is better, so the worst is first
     shown = column(page, 5)
@@ -152,11 +152,11 @@ def test_sorting_puts_numbers_in_order_and_what_is_missing_last(opened: LoadedCa
     assert [float(text) for text in shown[:14]] == sorted(known) and shown[14:] == ["\N{EN DASH}"] * 3
     page.click("#worst-first")
     assert column(page, 0)[:3] == ["prostate_odd", "prostate_lost", "prostate_lost"]
-    opened.check()
+    watched.check()
 
 
-def test_rows_are_chosen_by_text_structure_and_group(opened: LoadedCase) -> None:
-    page = opened.go("report.html")
+def test_rows_are_filtered_by_text_structure_and_group(watched: WatchedPage) -> None:
+    page = watched.go("report.html")
     page.fill("#find", "PROSTATE_03")
     assert column(page, 0) == ["prostate_03"] * 2 and page.inner_text("#shown") == "2 of 17 rows"
     page.select_option("#by-structure", "2")
@@ -164,22 +164,22 @@ def test_rows_are_chosen_by_text_structure_and_group(opened: LoadedCase) -> None
     page.fill("#find", "")
     page.select_option("#by-group", "training")
     assert column(page, 0) == ["prostate_04"]
-    opened.check()
+    watched.check()
 
 
-def test_measures_without_the_given_slices(opened: LoadedCase) -> None:
-    page = opened.go("report.html")
+def test_measures_of_unprompted_slices_only(watched: WatchedPage) -> None:
+    page = watched.go("report.html")
     before = column(page, 4)
     page.select_option("#part", "unprompted")
     after = column(page, 4)
     assert after[0] == "\N{EN DASH}" and float(after[3]) == pytest.approx(float(before[3]) - 0.01, abs=0.0011)
     page.select_option("#part", "all")
     assert column(page, 4) == before
-    opened.check()
+    watched.check()
 
 
-def test_a_case_opens_by_click_key_and_address(opened: LoadedCase) -> None:
-    page = opened.go("report.html")
+def test_a_case_opens_by_click_key_and_address(watched: WatchedPage) -> None:
+    page = watched.go("report.html")
     assert page.locator(".case:visible").count() == 0
     page.click("#table tbody tr:nth-child(4) td:nth-child(2)")
     wait_for_case(page, "prostate_00")
@@ -193,13 +193,13 @@ def test_a_case_opens_by_click_key_and_address(opened: LoadedCase) -> None:
     page.reload()
     assert page.locator(".case:visible h3").all_inner_texts() == ["prostate_02"]
     page.fill("#find", "")
-    page.locator("#find").press("j")  # a letter here, not a command
+    page.locator("#find").press("j")  # a letter of the search text, not a command
     assert page.input_value("#find") == "j" and page.url.endswith("prostate_02")
-    opened.check()
+    watched.check()
 
 
-def test_a_slice_is_chosen_by_click_and_by_key(opened: LoadedCase) -> None:
-    page = opened.go("report.html#case=prostate_05")
+def test_a_slice_is_selected_by_click_and_by_key(watched: WatchedPage) -> None:
+    page = watched.go("report.html#case=prostate_05")
     click_slice(page, 0.5)
     strip = page.locator(".case.open .strip [role=slider]").first
     assert strip.get_attribute("aria-valuenow") == "12"
@@ -207,23 +207,23 @@ def test_a_slice_is_chosen_by_click_and_by_key(opened: LoadedCase) -> None:
     strip.press("ArrowRight")
     assert strip.get_attribute("aria-valuenow") == "13" and "Dice" in (strip.get_attribute("aria-valuetext") or "")
     strip.press("End")
-    assert "false" in page.locator(".case.open .strip .readout").first.inner_text()
-    assert page.url.endswith("prostate_05")  # the arrows chose slices, not cases
-    opened.check()
+    assert "false positive" in page.locator(".case.open .strip .readout").first.inner_text()
+    assert page.url.endswith("prostate_05")  # the arrows selected slices, not cases
+    watched.check()
 
 
-def test_the_viewer_draws_and_follows_the_strip_and_the_strip_follows_it(opened: LoadedCase) -> None:
-    page = opened.go("report.html#case=prostate_00")
+def test_viewer_and_strip_follow_each_other(watched: WatchedPage) -> None:
+    page = watched.go("report.html#case=prostate_00")
     page.click(".case.open .start")
     wait_for_viewer(page, "prostate_00")
     middle = pixels(page)
-    assert slice_of(page) == 12 and middle.std() > 20 and near(middle, TRUTH) > 50
+    assert slice_of(page) == 12 and middle.std() > 20 and near(middle, REFERENCE) > 50
     click_slice(page, 0.2)  # a fifth of slices 2 to 21
     assert slice_of(page) == 6
     until(lambda: np.abs(pixels(page) - middle).mean() > 1)
     keep(page, "viewer")
-    page.uncheck("[data-mask=truth] label:first-of-type input")
-    until(lambda: near(pixels(page), TRUTH) < 50)
+    page.uncheck("[data-mask=reference] label:first-of-type input")
+    until(lambda: near(pixels(page), REFERENCE) < 50)
     page.locator(".controls .wide input").press("ArrowRight")
     assert slice_of(page) == 7
     box = page.locator("canvas").bounding_box()
@@ -234,109 +234,109 @@ def test_the_viewer_draws_and_follows_the_strip_and_the_strip_follows_it(opened:
     page.locator("#next").click()
     wait_for_viewer(page, "prostate_01")
     assert page.locator("canvas").count() == 1
-    opened.check()
+    watched.check()
 
 
-def test_a_picture_leads_to_its_slice(opened: LoadedCase) -> None:
-    page = opened.go("report.html")
+def test_clicking_a_picture_opens_its_slice(watched: WatchedPage) -> None:
+    page = watched.go("report.html")
     page.locator("#worst a[data-slice='5']").nth(1).click()
     wait_for_viewer(page, "prostate_01")
     assert page.url.endswith("#case=prostate_01") and slice_of(page) == 5
-    opened.check()
+    watched.check()
 
 
-def test_volumes_beside_the_page_are_found_and_a_lost_file_is_named(opened: LoadedCase) -> None:
-    page = opened.go("beside.html#case=prostate_00")
+def test_volumes_in_files_are_loaded_and_a_missing_file_is_named(watched: WatchedPage) -> None:
+    page = watched.go("separate.html#case=prostate_00")
     page.click(".case.open .start")
     wait_for_viewer(page, "prostate_00")
-    opened.check()
+    watched.check()
     page.keyboard.press("j")
-    page.wait_for_selector(".message:has-text('volumes/lost.js')")
+    page.wait_for_selector(".message:has-text('volumes/lost.js is missing')")
     assert page.get_attribute("canvas", "data-state") == "failed"
 
 
-def test_the_numbers_of_slices_survive_cutting_thinning_and_turning(browser: Any, tmp_path: Path) -> None:
+def test_slice_numbers_are_kept_by_cropping_subsampling_and_reorienting(browser: Any, tmp_path: Path) -> None:
     """Volumes along x, stored right to left, that begin at slice 10 and hold every second one."""
     whole = example.report()
     case = replace(whole.cases[0], volumes=example.volumes(axis=0, first=10, step=2))
     write(tmp_path / "cut.html", replace(whole, cases=(case,), worst=()))
     page = browser.new_page()
-    opened = LoadedCase(page, tmp_path)
-    opened.go("cut.html#case=prostate_00")
+    watched = WatchedPage(page, tmp_path)
+    watched.go("cut.html#case=prostate_00")
     click_slice(page, 0.5)  # slice 12 is slice 1 of the volume
     wait_for_viewer(page, "prostate_00")
     assert slice_of(page) == 12
     assert page.evaluate("[document.querySelector('.wide input').min, document.querySelector('.wide input').max]") == ["10", "96"]
     click_slice(page, 0.01)  # slice 2 is not in it: the nearest is shown
     assert slice_of(page) == 10
-    opened.check()
+    watched.check()
     page.close()
 
 
-def test_the_viewer_turns_a_sagittal_slice_as_the_pictures_do(browser: Any, tmp_path: Path) -> None:
-    """The front on the left: of two masks, the truth lies before the prediction."""
-    held = cases.opened(cases.block((8, 24, 24), y=(16, 22)), cases.block((8, 24, 24), y=(2, 8)), axis=2)
+def test_a_sagittal_slice_has_the_front_on_the_left_as_in_the_pictures(browser: Any, tmp_path: Path) -> None:
+    """Of two masks, the reference lies in front of the prediction."""
+    held = cases.loaded_case(cases.block((8, 24, 24), y=(16, 22)), cases.block((8, 24, 24), y=(2, 8)), axis=2)
     whole = example.report()
-    case = replace(whole.cases[0], volumes=viewer.volumes(held))
+    case = replace(whole.cases[0], volumes=viewer.make_volumes(held))
     write(tmp_path / "sagittal.html", replace(whole, cases=(case,), worst=()))
     page = browser.new_page()
-    opened = LoadedCase(page, tmp_path)
-    opened.go("sagittal.html#case=prostate_00")
+    watched = WatchedPage(page, tmp_path)
+    watched.go("sagittal.html#case=prostate_00")
     page.click(".case.open .start")
     wait_for_viewer(page, "prostate_00")
     page.select_option("[data-does=view]", "2")
-    until(lambda: near(pixels(page), TRUTH) > 50)
+    until(lambda: near(pixels(page), REFERENCE) > 50)
     drawn = pixels(page)
-    front = np.argwhere(np.abs(drawn - np.array(TRUTH)).max(axis=-1) < 40)[:, 1]
+    front = np.argwhere(np.abs(drawn - np.array(REFERENCE)).max(axis=-1) < 40)[:, 1]
     assert front.mean() < drawn.shape[1] / 2
-    opened.check()
+    watched.check()
     page.close()
 
 
-def test_without_webgl_a_sentence_stands_where_the_picture_would(opened: LoadedCase) -> None:
-    opened.page.add_init_script(NO_WEBGL)
-    page = opened.go("report.html#case=prostate_00")
+def test_without_webgl_a_message_replaces_the_viewer(watched: WatchedPage) -> None:
+    watched.page.add_init_script(NO_WEBGL)
+    page = watched.go("report.html#case=prostate_00")
     page.click(".case.open .start")
     page.wait_for_selector(".message:has-text('WebGL 2')")
     click_slice(page, 0.5)
     assert page.locator(".case.open .strip .readout").first.inner_text().startswith("Slice 12")
-    opened.check()
+    watched.check()
 
 
-def test_without_scripts_everything_is_there_to_read(browser: Any, folder: Path) -> None:
+def test_without_scripts_all_cases_and_rows_are_visible(browser: Any, folder: Path) -> None:
     page = browser.new_page(java_script_enabled=False)
-    opened = LoadedCase(page, folder)
-    opened.go("report.html")
+    watched = WatchedPage(page, folder)
+    watched.go("report.html")
     assert page.locator(".case:visible").count() == 9 and page.locator("#table tbody tr:visible").count() == 17
     assert page.locator(".scripted:visible").count() == 0
-    opened.check()
+    watched.check()
     page.close()
 
 
 @pytest.mark.parametrize("name", ["report.html", "prediction.html"])
-def test_a_phone_scrolls_down_only(browser: Any, folder: Path, name: str) -> None:
+def test_a_phone_needs_no_horizontal_scrolling(browser: Any, folder: Path, name: str) -> None:
     page = browser.new_page(viewport={"width": 375, "height": 812}, is_mobile=True, has_touch=True)
-    opened = LoadedCase(page, folder)
-    opened.go(f"{name}#case=prostate_00")
+    watched = WatchedPage(page, folder)
+    watched.go(f"{name}#case=prostate_00")
     keep(page, f"phone-{name}")
     assert page.evaluate("[document.documentElement.scrollWidth, document.body.scrollWidth]") == [375, 375]
-    opened.check()
+    watched.check()
     page.close()
 
 
-def test_dark_is_dark(browser: Any, folder: Path) -> None:
+def test_dark_mode_has_a_dark_background(browser: Any, folder: Path) -> None:
     page = browser.new_page(color_scheme="dark")
-    opened = LoadedCase(page, folder)
-    opened.go("report.html#case=prostate_00")
+    watched = WatchedPage(page, folder)
+    watched.go("report.html#case=prostate_00")
     keep(page, "dark")
     ground, ink = page.evaluate("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]")
     assert (ground, ink) == ("rgb(19, 22, 26)", "rgb(229, 232, 235)")
-    opened.check()
+    watched.check()
     page.close()
 
 
-def test_on_paper_every_case_is_there_and_what_is_folded_is_open(opened: LoadedCase, tmp_path: Path) -> None:
-    page = opened.go("report.html")
+def test_printing_shows_every_case_and_opens_folded_sections(watched: WatchedPage, tmp_path: Path) -> None:
+    page = watched.go("report.html")
     page.emulate_media(media="print")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.locator(".case:visible").count() == 9
@@ -345,11 +345,11 @@ def test_on_paper_every_case_is_there_and_what_is_folded_is_open(opened: LoadedC
     assert page.evaluate("document.querySelector('.tall').scrollHeight <= document.querySelector('.tall').clientHeight + 1")
     page.pdf(path=str(tmp_path / "report.pdf"), format="A4")
     assert (tmp_path / "report.pdf").stat().st_size > 10_000
-    opened.check()
+    watched.check()
 
 
-def test_keys_alone_reach_the_table_and_focus_is_seen(opened: LoadedCase) -> None:
-    page = opened.go("report.html")
+def test_the_table_is_reached_by_keyboard_and_focus_is_visible(watched: WatchedPage) -> None:
+    page = watched.go("report.html")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
     page.keyboard.press("Enter")
@@ -357,4 +357,4 @@ def test_keys_alone_reach_the_table_and_focus_is_seen(opened: LoadedCase) -> Non
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "find"
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    opened.check()
+    watched.check()

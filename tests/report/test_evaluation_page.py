@@ -1,4 +1,4 @@
-"""From a summary and its scores to a report: the numbers of the summary, in words, worst first, with pictures where there are files."""
+"""The report of an evaluation: numbers of summary.json, flags, the worst cases first, and pictures where there are files."""
 
 from __future__ import annotations
 
@@ -12,48 +12,47 @@ from slmsam2_cli.evaluation.metrics import empty_record
 from slmsam2_cli.evaluation.scoring import CaseScore, Job, failed, fill_missing_labels, score_case
 from slmsam2_cli.evaluation.summary import About, summarise
 from slmsam2_cli.inference.manifest import Manifest, ManifestCase
-from slmsam2_cli.report.case_files import Sources
-from slmsam2_cli.report.case_images import Budget, file_name
+from slmsam2_cli.report.case_files import CaseFiles
+from slmsam2_cli.report.case_images import PageOutput, file_name
 from slmsam2_cli.report.evaluation_page import evaluation_report
-from slmsam2_cli.report.flags import evaluation_flags, named
-from slmsam2_cli.report.schema import Structure, Table
+from slmsam2_cli.report.flags import evaluation_flags, prefix_names
+from slmsam2_cli.report.schema import SliceMark, Structure, Table
 
-TRUTH = block((12, 20, 24), z=(3, 7))
+REFERENCE = block((12, 20, 24), z=(3, 7))
 PREDICTIONS = {
-    "exact": TRUTH,
+    "exact": REFERENCE,
     "long": block((12, 20, 24), z=(3, 11)),
-    "empty": np.zeros_like(TRUTH),
+    "empty": np.zeros_like(REFERENCE),
     "shifted": block((12, 20, 24), z=(3, 7), x=(12, 24)),
 }
 
 
 @pytest.fixture
 def files(tmp_path):
-    """Case -> its sources; `absent` was never predicted."""
-    image = saved(tmp_path / "image.nii.gz", TRUTH * 50)
-    reference = saved(tmp_path / "truth" / "t.nii.gz", TRUTH)
+    """Case -> its files; `absent` has no prediction."""
+    image = saved(tmp_path / "image.nii.gz", REFERENCE * 50)
+    reference = saved(tmp_path / "labels" / "t.nii.gz", REFERENCE)
     found = {case: saved(tmp_path / "masks" / f"{case}.nii.gz", mask) for case, mask in PREDICTIONS.items()}
-    return {case: Sources(found.get(case), (image,), reference, tmp_path, 0) for case in (*PREDICTIONS, "absent")}
+    return {case: CaseFiles(found.get(case), (image,), reference, tmp_path, 0) for case in (*PREDICTIONS, "absent")}
 
 
-def job(case, sources, group="held_out", prompted=None):
-    given = {1: (4,)} if prompted is None else prompted
-    return Job(case, group, sources.reference, sources.prediction, sources.root, sources.root, (1,), slice_axis=0, prompted=given)
+def job(case, files, group="held_out"):
+    return Job(case, group, files.reference, files.prediction, files.root, files.root, (1,), slice_axis=0, prompted={1: (4,)})
 
 
-def report(sources, scores=None, labels=None, **options):
-    found = scores if scores is not None else [score_case(job(case, files)) for case, files in sources.items()]
-    names = labels or {1: "liver"}
+def report(files, scores=None, **options):
+    found = scores if scores is not None else [score_case(job(case, found)) for case, found in files.items()]
+    names = {1: "liver"}
     scored = fill_missing_labels(found, list(names))
     summary = summarise(scored, About("1.2", names, model={"name": "tuned", "weights_digest": "ab"}, predicted_with="1.1"))
-    return evaluation_report(summary, scored, sources, **options), summary
+    return evaluation_report(summary, scored, files, **options), summary
 
 
 def by_id(made):
     return {case.id: case for case in made.cases}
 
 
-def test_failed_and_missing_cases_come_first_then_the_worst(files):
+def test_cases_are_sorted_failed_missing_then_by_dice(files):
     scores = [score_case(job(case, found)) for case, found in files.items()]
     scores.append(failed(job("broken", files["exact"]), "case broken: no volume. Export it again"))
     made, _ = report(files, scores)
@@ -80,36 +79,38 @@ def test_the_numbers_are_those_of_the_summary(files):
     assert [(p.distance, p.n) for p in made.curve["1"]][:2] == [(0, 4), (1, 8)]
 
 
-def test_flags_say_in_words_what_is_wrong(files):
+def test_flags_name_fault_slices_and_remedy(files):
     cases = by_id(report(files)[0])
     assert cases["exact"].flags == ()
     assert cases["long"].flags == (
-        "Dice 0.67",
-        "HD95 12.0 mm",
+        "Dice 0.667 (below 0.7)",
+        "HD95 12.0 mm (above 10 mm)",
         "volume 100 % too large",
-        "goes on 4 slices (12 mm) too far towards the head",
+        "predicted too far on slices 7-10 (12 mm) at the head end; add an end mark",
     )
-    assert cases["empty"].flags == ("nothing found, 1.44 ml are there",)
-    assert cases["absent"].flags == ("no prediction",)
+    assert cases["empty"].flags == ("empty prediction, reference volume 1.44 ml; check that the prompt contains the structure",)
+    assert cases["absent"].flags == ("no prediction; run slmsam2 predict on this case",)
 
 
-def test_flags_from_elsewhere_stand_first(files):
-    made, _ = report(files, flags={"exact": ["labels A and B look exchanged"]}, tables=[Table("tuned against base", ("a",), (("1",),))])
-    assert by_id(made)["exact"].flags == ("labels A and B look exchanged",)
-    assert made.tables[0].title == "tuned against base"
+def test_hints_of_scoring_are_the_first_flags_and_comparisons_the_first_tables(files):
+    scores = [replace(score_case(job(case, found)), hints=("labels 1 and 2 appear swapped",)) for case, found in files.items()]
+    made, _ = report(files, scores, tables=[Table("fine-tuned and pretrained", ("a",), (("1",),))])
+    assert by_id(made)["exact"].flags == ("labels 1 and 2 appear swapped",)
+    assert by_id(made)["long"].flags[:2] == ("labels 1 and 2 appear swapped", "Dice 0.667 (below 0.7)")
+    assert made.tables[0].title == "fine-tuned and pretrained"
 
 
-def test_slices_carry_the_confidence_that_predict_wrote(files):
-    told = ManifestCase(confidence={"1": {"slices": {"3": 0.5}}}, disagreement={"1": {"3": 0.25}})
-    marks = by_id(report(files, manifest=Manifest(cases={"exact": told}))[0])["exact"].structures[0].slices
+def test_slices_have_the_confidence_from_the_manifest(files):
+    entry = ManifestCase(confidence={"1": {"slices": {"3": 0.5}}}, disagreement={"1": {"3": 0.25}})
+    marks = by_id(report(files, manifest=Manifest(cases={"exact": entry}))[0])["exact"].structures[0].slices
     assert [(m.slice, m.prompted, m.distance) for m in marks] == [(3, False, -1), (4, True, 0), (5, False, 1), (6, False, 2)]
     assert [(m.confidence, m.disagreement) for m in marks] == [(0.5, 0.25), (None, None), (None, None), (None, None)]
 
 
-def test_the_confidence_of_slices_on_another_grid_is_left_out(files):
+def test_confidence_is_left_out_for_a_resampled_prediction(files):
     score = replace(score_case(job("exact", files["exact"])), resampled=True)
-    told = Manifest(cases={"exact": ManifestCase(confidence={"1": {"3": 0.5}})})
-    made, _ = report({"exact": files["exact"]}, [score], manifest=told)
+    manifest = Manifest(cases={"exact": ManifestCase(confidence={"1": {"3": 0.5}})})
+    made, _ = report({"exact": files["exact"]}, [score], manifest=manifest)
     assert {mark.confidence for mark in made.cases[0].structures[0].slices} == {None}
 
 
@@ -123,15 +124,15 @@ def test_every_case_with_files_has_pictures_and_volumes(files):
     assert [p.case for p in made.worst][:4] == ["absent", "absent", "empty", "empty"]
 
 
-def test_without_files_the_report_is_told_in_numbers(files):
+def test_without_files_the_report_has_numbers_and_no_pictures(files):
     scores = [score_case(job(case, found)) for case, found in files.items()]
     made, _ = report({}, scores)
     long = by_id(made)["long"]
     assert (long.pictures, long.volumes, made.worst, long.slice_mm) == ((), None, (), 3.0)
-    assert long.flags[-1] == "goes on 4 slices (12 mm) too far at the last slices"
+    assert long.flags[-1] == "predicted too far on slices 7-10 (12 mm) at the last slices; add an end mark"
 
 
-def test_a_file_that_cannot_be_read_any_more_costs_its_own_pictures_alone(files):
+def test_an_unreadable_file_removes_only_the_pictures_of_its_case(files):
     scores = [score_case(job(case, found)) for case, found in files.items()]
     files["long"].prediction.write_bytes(b"")
     gone = replace(files["shifted"], prediction=files["long"].prediction, reference=files["long"].prediction)
@@ -140,43 +141,43 @@ def test_a_file_that_cannot_be_read_any_more_costs_its_own_pictures_alone(files)
     assert cases["long"].volumes is None and cases["exact"].pictures
 
 
-def test_an_image_that_cannot_be_shown_is_named(files, tmp_path):
+def test_an_unreadable_image_is_flagged(files, tmp_path):
     (tmp_path / "image.nii.gz").write_bytes(b"no image")
     case = by_id(report(files)[0])["long"]
-    assert case.flags[-1] == "its image is not shown: it cannot be read, or lies on another grid"
+    assert case.flags[-1] == "image not shown: it cannot be read, or its grid differs from the reference; check the image file"
     assert case.pictures and case.volumes.image is None
 
 
-def test_what_the_page_cannot_carry_goes_beside_it_and_what_that_cannot_goes_nowhere(files):
+def test_volumes_beyond_the_limit_of_the_page_are_written_to_files_up_to_their_limit(files):
     written = {}
 
-    def beside(name, case, volumes):
+    def write_volumes(name, case, volumes):
         written[case] = (name, volumes.size)
 
     size = by_id(report(files)[0])["exact"].volumes.size
-    made, _ = report(files, beside=beside, budget=Budget(embedded=0, beside=2 * size + size // 2))
+    made, _ = report(files, output=PageOutput(write_volumes, embedded_bytes=0, separate_bytes=2 * size + size // 2))
     assert 2 <= len(written) < 4 and all(name == file_name(case) for case, (name, _) in written.items())
     assert {case.id: case.volumes_file for case in made.cases if case.volumes_file} == {case: name for case, (name, _) in written.items()}
     assert not [case for case in made.cases if case.volumes]
-    assert set(written) >= {"empty", "shifted"}  # the worst that has a prediction, and the middle one
+    assert set(written) >= {"empty", "shifted"}  # the worst with a prediction, and the median
 
 
-def test_names_beside_the_page_are_safe_and_never_shared():
+def test_names_of_volume_files_are_safe_and_unique():
     names = [file_name(case) for case in ("a", "A", "../a", "a/b", "", "ü" * 300, "\udcff")]
     assert len({name.lower() for name in names}) == len(names)
     assert all(name.startswith("report_files/") and name.count("/") == 1 and name.isascii() and len(name) < 100 for name in names)
 
 
-def test_progress_is_told_once_a_case(files):
-    told = []
-    report(files, advance=lambda: told.append(1))
-    assert len(told) == 5
+def test_progress_advances_once_per_case(files):
+    advanced = []
+    report(files, output=PageOutput(advance=lambda: advanced.append(1)))
+    assert len(advanced) == 5
 
 
-def test_when_every_case_was_learned_from_the_headline_says_so(files):
+def test_without_held_out_cases_the_headline_says_so(files):
     made, _ = report(files, [score_case(job("exact", files["exact"], group="training"))])
-    assert made.headline == (("Mean Dice", "-", "no held-out case: the model has learned from every case"),)
-    assert made.tables[0].title == "Training cases (the model has seen them): 1"
+    assert made.headline == (("Mean Dice", "-", "no held-out case: all cases were used for training"),)
+    assert made.tables[0].title.startswith("Training cases") and made.tables[0].title.endswith(": 1")
 
 
 def test_a_case_that_failed_has_no_numbers(files):
@@ -188,13 +189,33 @@ def flagged(status="ok", **measures):
     return evaluation_flags(Structure("1", "liver", status, measures), None, None)
 
 
-def test_what_was_found_where_there_is_nothing_is_told_in_ml():
-    assert flagged("ref_empty", pred_ml=3.21) == ["3.21 ml found where there is nothing"]
+def test_a_false_positive_structure_is_flagged_with_its_volume():
+    assert flagged("ref_empty", pred_ml=3.21) == ["false positive of 3.21 ml: the reference is empty; check its label"]
     assert flagged("both_empty") == [] and flagged(Dice=0.9, HD95=2.0, volume_difference_percent=-19.0) == []
     assert flagged(volume_difference_percent=-38.2) == ["volume 38 % too small"]
 
 
-def test_a_structure_is_named_where_there_are_several():
+@pytest.mark.parametrize(
+    ("reference", "predicted", "flags"),
+    [
+        ((3, 9), (0, 9), ["predicted too far on slices 0-2 (9 mm) at the feet end; add an end mark"]),
+        ((3, 9), (5, 9), ["missed on slices 3-4 (6 mm) at the feet end; annotate one of them"]),
+        ((3, 9), (3, 7), ["missed on slices 7-8 (6 mm) at the head end; annotate one of them"]),
+        ((3, 9), (3, 8), []),
+    ],
+)
+def test_wrong_ends_are_flagged_with_their_slices(reference, predicted, flags):
+    marks = tuple(SliceMark(k, 9 * (predicted[0] <= k < predicted[1]), 9 * (reference[0] <= k < reference[1])) for k in range(10))
+    assert evaluation_flags(Structure("1", "liver", "ok", {}, slices=marks), ("feet", "head"), 3.0) == flags
+
+
+def test_gaps_between_predicted_slices_are_flagged():
+    marks = tuple(SliceMark(k, 0 if k in (4, 5, 7) else 9, 9) for k in range(10))
+    (flag,) = evaluation_flags(Structure("1", "liver", "ok", {}, slices=marks), None, None)
+    assert flag == "missed between predicted slices on slices 4-5, 7; annotate one of them"
+
+
+def test_flags_begin_with_the_structure_where_there_are_several():
     one, other = (Structure(key, name, "ok", {}) for key, name in (("1", "left"), ("2", "right")))
-    assert named([one, other], [["a"], ["b", "c"]]) == ["left: a", "right: b", "right: c"]
-    assert named([one], [["a"]]) == ["a"]
+    assert prefix_names([one, other], [["a"], ["b", "c"]]) == ["left: a", "right: b", "right: c"]
+    assert prefix_names([one], [["a"]]) == ["a"]

@@ -19,7 +19,9 @@ def two(tmp_path):
 
 
 def thumbnail_of(case, everything, labelled, window):
-    return Thumbnail(case, "SI", 0, 1, (1, 1, 1), (1.0, 1.0, 1.0), 1, 1, (), (IntensitySample(window, np.array(everything), np.array(labelled)),))
+    return Thumbnail(
+        case, "SI", 0, 1, (1, 1, 1), (1.0, 1.0, 1.0), 1, 1, (), (IntensitySample(window, np.array(everything), np.array(labelled)),)
+    )
 
 
 def one_channel(fingerprint, scheme, lower, upper):

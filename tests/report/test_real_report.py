@@ -1,4 +1,4 @@
-"""The page of thirty-five real cases, made by the command and walked through in a browser by the benchmark's own walk."""
+"""The report of thirty-five real cases, written by the command and used in a browser by benchmarks/report.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = [
 
 
 def benchmark() -> ModuleType:
-    """benchmarks/report.py, which is a script and no package."""
+    """Import benchmarks/report.py, a script outside any package."""
     spec = importlib.util.spec_from_file_location("benchmark_report", ROOT / "benchmarks" / "report.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -36,7 +36,7 @@ def benchmark() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Predictions that are the labels moved by a voxel or three, one slice short."""
+    """Evaluate predictions made from the labels: shifted by one to three voxels, without their first slice."""
     masks, labels, out = (tmp_path_factory.mktemp(name) for name in ("masks", "labels", "out"))
     for number, path in enumerate(sorted((SOURCE / "labelsTr").glob("hippocampus_*.nii.gz"))[:CASES]):
         label = sitk.ReadImage(str(path))
@@ -50,7 +50,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_page_of_real_cases_is_one_file_that_a_person_can_walk_through(evaluated: Path, tmp_path: Path) -> None:
+def test_the_report_of_real_cases_is_one_file_and_works_in_a_browser(evaluated: Path, tmp_path: Path) -> None:
     seen = benchmark().look(evaluated / "report.html", tmp_path, "report")
     scored = [case for case in json.loads((evaluated / "summary.json").read_text())["metric_per_case"] if case["status"] == "ok"]
     assert len(scored) == CASES

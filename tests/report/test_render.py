@@ -1,4 +1,4 @@
-"""The page as text: well-formed, escaped, closed to the outside, small, and whole without its script."""
+"""The page as text: well-formed, escaped, without external resources, small, and complete without its scripts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EVIL = "</script><script>alert(1)</script>\"'<img src=x onerror=alert(2)>&amp;\u
 
 
 class Reader(HTMLParser):
-    """Collects tags, inline scripts and styles, text and links; refuses tags that do not match."""
+    """Collect tags, inline scripts and styles, text and links; fail on tags that do not match."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -117,7 +117,7 @@ def test_the_script_has_the_very_numbers_that_the_page_shows():
     assert [data["cases"][0]["structures"][0][part][0] for part in ("all", "unprompted")] == [1234.5678] * 2
 
 
-def test_a_page_begins_as_the_writer_of_pages_knows_it(rich: str) -> None:
+def test_a_page_begins_with_the_bytes_that_identify_it(rich: str) -> None:
     assert rich.encode().startswith(PAGE_BEGINS)
 
 
@@ -128,7 +128,7 @@ def test_tags_are_balanced_and_ids_are_unique(rich: str) -> None:
     assert [tag for tag, _ in reader.tags].count("main") == 1
 
 
-def test_names_are_text_wherever_they_stand() -> None:
+def test_names_are_escaped_everywhere() -> None:
     reader = read(render(evil_report()))
     assert not [attrs for tag, attrs in reader.tags if tag == "img" and not (attrs["src"] or "").startswith("data:image/")]
     assert not [attrs for _, attrs in reader.tags if any(name.startswith("on") for name in attrs)]
@@ -138,7 +138,7 @@ def test_names_are_text_wherever_they_stand() -> None:
     assert EVIL.split("\u2028")[0] in "".join(reader.text)
 
 
-def test_ids_of_cases_with_odd_characters_can_be_linked_to() -> None:
+def test_cases_with_special_characters_can_be_linked() -> None:
     reader = read(render(evil_report()))
     ids = {attrs["id"] for tag, attrs in reader.tags if tag == "article"}
     links = {(attrs["href"] or "")[1:] for tag, attrs in reader.tags if tag == "a" and (attrs.get("href") or "").startswith("#case=")}
@@ -146,13 +146,13 @@ def test_ids_of_cases_with_odd_characters_can_be_linked_to() -> None:
     assert all(re.fullmatch(r"case=[\w.~%-]+", one or "", re.ASCII) for one in ids)
 
 
-def test_json_cannot_leave_its_script() -> None:
+def test_json_cannot_close_its_script_element() -> None:
     text = script_json(EVIL)
     assert not set("<>&\u2028\u2029") & set(text) and text.isascii()
     assert json.loads(text) == EVIL
 
 
-def test_only_what_the_policy_names_runs(rich: str) -> None:
+def test_the_policy_allows_exactly_the_scripts_and_styles_of_the_page(rich: str) -> None:
     reader = read(rich)
     policy = build_policy(reader)
     run = [text for attrs, text in reader.inside["script"] if "type" not in attrs]
@@ -165,7 +165,7 @@ def test_only_what_the_policy_names_runs(rich: str) -> None:
     assert not [attrs for _, attrs in reader.tags if "style" in attrs]
 
 
-def test_nothing_is_loaded_from_elsewhere(rich: str) -> None:
+def test_no_external_resource_is_loaded(rich: str) -> None:
     reader = read(rich)
     for tag, attrs in reader.tags:
         for name in ("src", "href", "action", "data", "poster", "srcset"):
@@ -181,7 +181,7 @@ def test_without_volumes_there_is_no_viewer() -> None:
     assert len(build_policy(read(html))["script-src"]) == 2
 
 
-def test_volumes_beside_the_page_are_allowed_and_only_then() -> None:
+def test_the_policy_allows_files_only_with_volumes_next_to_the_page() -> None:
     plain = example.report()
     beside = tuple(replace(case, volumes=None, volumes_file="volumes/a b.js" if case.volumes else None) for case in plain.cases)
     html = render(replace(plain, cases=beside))
@@ -190,10 +190,10 @@ def test_volumes_beside_the_page_are_allowed_and_only_then() -> None:
     assert "'self'" not in build_policy(read(render(plain)))["script-src"]
 
 
-def test_a_volumes_file_gives_back_what_it_was_given() -> None:
+def test_a_volumes_file_contains_its_case_unchanged() -> None:
     text = volumes_script(EVIL, example.volumes())
     case_id, value = json.loads("[" + text[text.index(".set(") + 5 : text.rindex(")")] + "]")
-    assert case_id == EVIL and value["axis"] == 2 and gzip.decompress(base64.b64decode(value["truth"]))[344:347] == b"n+1"
+    assert case_id == EVIL and value["axis"] == 2 and gzip.decompress(base64.b64decode(value["reference"]))[344:347] == b"n+1"
     assert text.isascii() and "<" not in text
 
 
@@ -202,9 +202,9 @@ def test_failed_and_missing_cases_come_first(rich: str) -> None:
     assert rows[:4] == ["prostate_odd", "prostate_lost", "prostate_lost", "prostate_00"]
 
 
-def test_what_is_not_known_is_a_dash_that_says_why(rich: str) -> None:
+def test_a_missing_value_is_a_dash_with_the_reason(rich: str) -> None:
     row = re.search(r'<tr data-at="1\.0">.*?</tr>', rich, re.DOTALL)
-    assert row and '<td class="v" title="prediction missing">\N{EN DASH}</td>' in row.group()
+    assert row and '<td class="v" title="no prediction">\N{EN DASH}</td>' in row.group()
 
 
 def test_nan_never_reaches_the_page() -> None:
@@ -213,27 +213,27 @@ def test_nan_never_reaches_the_page() -> None:
     assert "NaN" not in html.split('id="data"')[1].split("</script>")[0] and ">nan<" not in html
 
 
-def test_names_that_are_no_text_still_make_a_page() -> None:
+def test_names_that_are_not_valid_text_are_rendered() -> None:
     html = render(Report("evaluation", "t", (), (CaseReport("broken\udcff", "held_out", "failed"),), {"1": "Liver"}, example.COLUMNS))
     assert html.encode("utf-8")
 
 
-def test_a_prediction_shows_nothing_that_needs_a_truth() -> None:
+def test_a_prediction_shows_nothing_that_needs_a_reference() -> None:
     html = render(example.report(kind="prediction"))
     read(html)
-    assert 'class="outline truth"' not in html and 'id="distance"' not in html and 'id="part"' not in html
+    assert 'class="outline reference"' not in html and 'id="distance"' not in html and 'id="part"' not in html
     assert 'class="confidence"' in html and 'class="disagreement"' in html
 
 
-def test_an_empty_report_is_a_page() -> None:
+def test_an_empty_report_is_rendered() -> None:
     read(render(Report("evaluation", "nothing", (), (), {}, ())))
 
 
-def test_thirty_five_cases_are_small() -> None:
+def test_thirty_five_cases_take_less_than_a_megabyte() -> None:
     assert len(render(example.report(35, 40, rich=False))) < 1_000_000
 
 
-def test_five_hundred_cases_are_quick() -> None:
+def test_five_hundred_cases_are_rendered_within_seconds() -> None:
     report = example.report(500, 40, rich=False)
     start = time.perf_counter()
     html = render(report)
@@ -241,7 +241,7 @@ def test_five_hundred_cases_are_quick() -> None:
     assert len(html) < 8_000_000
 
 
-def test_the_viewer_is_the_one_its_readme_names() -> None:
+def test_the_viewer_library_matches_the_digest_in_its_readme() -> None:
     folder = resources.files("slmsam2_cli").joinpath("assets", "niivue")
     text = gzip.decompress(folder.joinpath(NIIVUE).read_bytes())
     assert hashlib.sha256(text).hexdigest() in folder.joinpath("README.md").read_text(encoding="utf-8")
