@@ -48,7 +48,7 @@ def test_the_run_ends_in_one_line_and_goes_on_to_the_same_weights(data, tmp_path
             cut(disturbed)
 
     monkeypatch.setattr(trainer, "save_state", save_and_cut)
-    with pytest.raises(TrainingError, match=rf"step {STEPS // 2}: case \w+: frames.npy was cut short.*slmsam2 finetune --continue"):
+    with pytest.raises(TrainingError, match=rf"step {STEPS // 2}: case \w+: frames.npy was truncated.*slmsam2 finetune --continue"):
         finetune(data, disturbed, **options)
     assert saved[-1] == STEPS // 2
     assert finetune(data, disturbed, resume=True) == 0
@@ -72,14 +72,14 @@ def test_nothing_that_looks_at_a_volume_reads_what_is_gone(data, tmp_path, name)
         lambda: trainer.training_data_of(cases, plan),
         lambda: cross_validation.draw_overlays(tmp_path / "x.png", cases[0], cases[0].labels, "title"),
     ):
-        with pytest.raises(atomic.ArrayError, match=rf"case phantom_00[01]: {name}.npy was cut short"):
+        with pytest.raises(atomic.ArrayError, match=rf"case phantom_00[01]: {name}.npy was truncated"):
             look()
 
 
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (atomic.ArrayError("case a: frames.npy was cut short"), r"short. Resume with slmsam2 finetune --continue, which makes it again$"),
+        (atomic.ArrayError("case a: frames.npy was truncated"), r"truncated. Resume with slmsam2 finetune --continue, which makes it again$"),
         (OutputError("model: the disk is full"), r"full. Fix that, and resume with slmsam2 finetune --continue$"),
     ],
 )

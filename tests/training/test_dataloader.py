@@ -147,7 +147,7 @@ def test_a_volume_that_is_cut_short_while_it_is_learned_from_is_named(workers, t
         time.sleep(0.02)
         idle = idle + 1 if (one.in_progress[:, 1] == -1).all() else 0
     os.truncate(tmp_path / "frames.npy", 200)
-    with pytest.raises(TrainingError, match=r"step [1-4]: case left: frames.npy was cut short.*prepared/"):
+    with pytest.raises(TrainingError, match=r"step [1-4]: case left: frames.npy was truncated.*prepared/"):
         until_it_fails(one)
 
 
