@@ -1,10 +1,10 @@
-"""What a data set holds: cases, channels and labels, from dataset.json and the folders beside it.
+"""Find the cases, channels and labels of a dataset from dataset.json and the folders next to it.
 
     imagesTr/  labelsTr/   training images and masks      imagesTs/ (labelsTs/)   test images (and masks, if any)
 
-One unusable case is a problem in `Dataset.problems`; an unusable dataset.json is a DatasetError. No voxel is read here.
-Where dataset.json lists its cases (the Decathlon, or nnU-Net's `dataset`), what lies beside them unlisted is a warning;
-where it does not, every image in imagesTr needs a mask and every mask an image.
+An invalid case becomes a problem in `Dataset.problems`; an invalid dataset.json is a DatasetError. No voxels are read here.
+Where dataset.json lists the cases (the Decathlon, or nnU-Net's `dataset`), unlisted files give a warning; otherwise every image in
+imagesTr needs a mask and every mask an image.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ __all__ = ["Case", "Dataset", "check_pair", "compare_geometry", "find_label", "r
 
 
 def read_dataset(root: Path) -> Dataset:
-    """The data set at `root`. DatasetError when dataset.json is unusable, or there is not one training case to speak of."""
+    """Read the dataset in the folder `root`.
+
+    Raises: DatasetError when dataset.json is invalid or there is no training case, valid or not.
+    """
     description = read_description(root)
     problems: list[CaseError] = []
     warnings: list[str] = []
@@ -58,7 +61,7 @@ def read_dataset(root: Path) -> Dataset:
 
 
 def _discover_training(root: Path, problems: list[CaseError]) -> list[Case]:
-    """Cases of imagesTr and labelsTr, paired by id."""
+    """Pair the files of imagesTr and labelsTr by case id; append files without partner to `problems`."""
     images = _images(root / "imagesTr", root)
     labels = list_labels(root / "labelsTr", root) if (root / "labelsTr").is_dir() else DiscoveredCases()
     named = {normalise_name(problem.case) for problem in images.problems}
@@ -72,7 +75,7 @@ def _discover_training(root: Path, problems: list[CaseError]) -> list[Case]:
             cases.append(Case(case, paths, label))
         elif normalise_name(case) not in refused:
             problems.append(
-                CaseError(case, relative(paths[0], root), "no label: its mask in labelsTr is missing", "Add the mask, or move the image")
+                CaseError(case, relative(paths[0], root), "no label: its mask in labelsTr is missing", "Add the mask, or remove the image")
             )
     for case, label in by_name.items():
         if case not in refused:
@@ -87,7 +90,7 @@ def _images(folder: Path, root: Path) -> DiscoveredCases:
 
 
 def _listed(entries: Sequence[Entry], root: Path, problems: list[CaseError]) -> list[Case]:
-    """The cases dataset.json lists, without those named twice or whose files are missing."""
+    """Build the cases that dataset.json lists; append those listed twice or with missing files to `problems`."""
     times = Counter(normalise_name(entry.id) for entry in entries)
     cases: list[Case] = []
     for entry in sorted(entries, key=lambda entry: entry.id):
@@ -111,7 +114,7 @@ def _problem(entry: Entry, path: Path, root: Path, what: str, remedy: str) -> Ca
 
 
 def _on_disk(entry: Entry) -> tuple[Path, ...]:
-    """The listed images; where a listed x.nii.gz lies on disk as x_0000.nii.gz (nnU-Net v1 wrote such lists), those channels."""
+    """Return the listed images; where a listed x.nii.gz exists only as x_0000.nii.gz, ... (lists of nnU-Net v1), those channels."""
     if len(entry.images) > 1 or os.path.lexists(entry.images[0]):
         return entry.images
     image = entry.images[0]
@@ -123,7 +126,7 @@ def _on_disk(entry: Entry) -> tuple[Path, ...]:
 
 
 def _unlisted(entries: Iterable[Entry], root: Path) -> list[str]:
-    """Warnings about files in imagesTr and labelsTr that dataset.json does not list."""
+    """Return warnings about files in imagesTr and labelsTr that dataset.json does not list."""
     listed = {path for entry in entries for path in (*_on_disk(entry), entry.label)}
     warnings: list[str] = []
     for name in ("imagesTr", "labelsTr"):
@@ -131,12 +134,12 @@ def _unlisted(entries: Iterable[Entry], root: Path) -> list[str]:
         files = sorted(folder.iterdir()) if folder.is_dir() else []
         extra = [path.name for path in files if image_ending(path) and not is_ignored_name(path.name) and path not in listed]
         if extra:
-            warnings.append(f"{name}: {len(extra)} files are not listed in {NAME} and are left out, the first is {extra[0]}")
+            warnings.append(f"{name}: {len(extra)} files are not listed in {NAME} and are ignored, first: {extra[0]}")
     return warnings
 
 
 def _with_all_channels(cases: list[Case], channels: int, problems: list[CaseError]) -> list[Case]:
-    """Cases with one file, or one file a channel; the others become problems."""
+    """Keep the cases with a single file or one file per channel; append the others to `problems`."""
     for case in cases:
         if len(case.images) not in (1, channels):
             what = f"{len(case.images)} image files, but {NAME} declares {channels} channel{'s' * (channels > 1)}"
@@ -145,7 +148,7 @@ def _with_all_channels(cases: list[Case], channels: int, problems: list[CaseErro
 
 
 def _test_cases(entries: Sequence[Entry] | None, root: Path, warnings: list[str]) -> list[Case]:
-    """Test cases that are there; masks in labelsTs are found where there are any."""
+    """Return the test cases whose images exist, with their masks in labelsTs if any; missing images are warnings."""
     if entries is None:
         found = _images(root / "imagesTs", root)
         warnings += [str(problem) for problem in found.problems]
@@ -154,15 +157,17 @@ def _test_cases(entries: Sequence[Entry] | None, root: Path, warnings: list[str]
         pairs = [(entry.id, _on_disk(entry)) for entry in sorted(entries, key=lambda entry: entry.id)]
         absent = [case for case, images in pairs if not all(os.path.lexists(path) for path in images)]
         if absent:
-            warnings.append(f"{NAME}: {len(absent)} of {len(pairs)} test images are missing, the first is {absent[0]}")
+            warnings.append(f"{NAME}: {len(absent)} of {len(pairs)} test images are missing, first: {absent[0]}")
         pairs = [(case, images) for case, images in pairs if case not in set(absent)]
     return [Case(case, images, find_label(root / "labelsTs", case)) for case, images in pairs]
 
 
 def read_image_folder(folder: Path) -> tuple[tuple[Case, ...], tuple[CaseError, ...]]:
-    """Every volume in a folder as a case without label, channels put together; a DICOM series is one case.
+    """Return the volumes in a folder as cases without label, and the problems of file names that cannot be used.
 
-    `folder` may also be one volume. Problems are names that cannot be used. DatasetError when it is neither.
+    Channels are grouped; a DICOM series is one case. `folder` may also be a single volume.
+
+    Raises: DatasetError when `folder` is neither a readable folder nor a volume.
     """
     if folder.is_file() and image_ending(folder):
         return (Case(stem(folder).removesuffix("_0000"), (folder,), None),), ()
@@ -171,13 +176,13 @@ def read_image_folder(folder: Path) -> tuple[tuple[Case, ...], tuple[CaseError, 
     if slices and not found.cases and not found.problems:
         return (Case(folder.resolve().name, (folder,), None),), ()
     if slices:
-        what = f"{len(slices)} DICOM slices lie beside other volumes"
+        what = f"{len(slices)} DICOM slices in one folder with other volumes"
         found.problems.append(CaseError(stem(slices[0]), slices[0].name, what, "Move the series into a folder of its own"))
     return tuple(Case(case, paths, None) for case, paths in found.cases.items()), tuple(found.problems)
 
 
 def find_label(folder: Path, case_id: str) -> Path | None:
-    """The mask named like the case, of any ending we read; None when there is none."""
+    """Return the mask with the case's name and any supported ending; None when there is none."""
     for ending in ENDINGS:
         if os.path.lexists(path := folder / f"{case_id}{ending}"):
             return path

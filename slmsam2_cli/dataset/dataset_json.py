@@ -1,9 +1,8 @@
-"""dataset.json in both its shapes: the Medical Segmentation Decathlon's and nnU-Net v2's. Files on disk are not checked here.
+"""Read dataset.json of the Medical Segmentation Decathlon and of nnU-Net v2, and define `Case` and `Dataset`.
 
-A region (nnU-Net's label that is a list of values) is what is reported, its values are what is segmented. Unknown keys, and `relase` for
-`release`, are left alone.
-Paths must be relative and lead nowhere outside the data set, also through links.
-Defines `Case` and `Dataset`, the description of a data set that all other modules use.
+A region is a label that nnU-Net defines as a list of values: the values are segmented, the region is reported. Unknown keys, and `relase`
+for `release`, are ignored. Paths must be relative and stay inside the dataset, also through links. Whether listed files exist is not
+checked here.
 """
 
 from __future__ import annotations
@@ -33,9 +32,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Dataset:
-    """labels: foreground value -> name, sorted by value, without background and ignore; cases sorted by id, usable by path.
+    """A dataset: its labels, channels and cases (sorted by id, files present), and the problems of the other cases.
 
-    regions: what is reported where dataset.json declares regions: those, and the labels with a name of their own; else empty.
+    labels: foreground value -> name, sorted by value, without background and ignore. regions: empty unless dataset.json declares regions;
+    then the reported structures, which are the regions and the labels with a name.
     """
 
     root: Path
@@ -52,7 +52,7 @@ class Dataset:
 
     @property
     def structures(self) -> Mapping[Structure, str]:
-        """What is reported -> its name: the labels, unless regions are declared."""
+        """Return the reported structures and their names: the labels, unless regions are declared."""
         return self.regions or dict[Structure, str](self.labels.items())
 
 
@@ -62,7 +62,7 @@ _LONGEST_ID = 240  # bytes; leaves room for the longest ending
 
 @dataclass(frozen=True)
 class Entry:
-    """One case as dataset.json lists it; paths as written, inside the root, not known to exist. label may be None."""
+    """One case as listed in dataset.json; paths inside the root that may not exist, label None when none is listed."""
 
     id: str
     images: tuple[Path, ...]
@@ -71,10 +71,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Description:
-    """What dataset.json says.
+    """The content of dataset.json.
 
-    labels: foreground value -> name; structures: what is declared, labels and regions, empty when these are just the labels;
-    training, test: None where it does not list them; count: numTraining as written, or None.
+    labels: foreground value -> name; structures: declared labels and regions, empty when there are no regions;
+    training, test: None where the file does not list them; count: numTraining as written, or None.
     """
 
     name: str
@@ -89,7 +89,10 @@ class Description:
 
 
 def read_description(root: Path) -> Description:
-    """The dataset.json of a data set. DatasetError whose message names dataset.json."""
+    """Read and check the dataset.json in a folder.
+
+    Raises: DatasetError when the file is missing or invalid.
+    """
     if not root.is_dir():
         raise_dataset_error(f"not found: {root.name} is not a directory")
     try:
@@ -102,26 +105,33 @@ def read_description(root: Path) -> Description:
     labels, ignore = _labels(plain, {value for region in regions for value in region})
     structures: dict[Structure, str] = {value: name for value, name in labels.items() if name in plain} if regions else {}
     structures.update(regions.items())
+    channels, ending = _channels(content), content.get("file_ending", ".nii.gz")
+    if ending not in ENDINGS:
+        raise_dataset_error(f"'file_ending' is {str(ending)[:40]!r}, but must be one of {', '.join(ENDINGS)}")
+    training = _list(content, "training", root) if content.get("training") else None
+    if content.get("dataset"):
+        training = _mapping(content["dataset"], root)
     name = content.get("name")
     return Description(
         name=name if isinstance(name, str) and name else root.resolve().name,
-        channels=_channels(content),
+        channels=channels,
         labels=labels,
         structures=structures,
         ignore=ignore,
-        file_ending=_file_ending(content),
-        training=_training(content, root),
+        file_ending=str(ending),
+        training=training,
         test=_list(content, "test", root) if content.get("test") else None,
         count=content.get("numTraining"),
     )
 
 
 def raise_dataset_error(what: str) -> NoReturn:
-    """A DatasetError that names dataset.json."""
+    """Raise a DatasetError about dataset.json."""
     raise DatasetError(f"{NAME}: {what}")
 
 
 def _channels(content: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the channel names in order, from nnU-Net's or the Decathlon's key."""
     key = next((key for key in ("channel_names", "modality") if key in content), None)
     if key is None:
         raise_dataset_error("has neither 'channel_names' nor 'modality'")
@@ -134,7 +144,7 @@ def _channels(content: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _regions(content: Mapping[str, Any]) -> tuple[dict[Region, str], dict[str, Any]]:
-    """(values -> name of every label that is a list of values, the labels that are not)."""
+    """Split the declared labels into regions (values -> name) and labels with a single value (as written)."""
     given = content.get("labels")
     if not isinstance(given, dict) or not given:
         raise_dataset_error("'labels' must be an object that names the label values")
@@ -151,7 +161,7 @@ def _regions(content: Mapping[str, Any]) -> tuple[dict[Region, str], dict[str, A
 
 
 def _labels(given: Mapping[str, Any], in_regions: Collection[int]) -> tuple[dict[int, str], int | None]:
-    """(foreground value -> name sorted by value, ignore value); a value that only regions name is "label VALUE"."""
+    """Return the foreground labels (value -> name, sorted by value) and the ignore value; values found only in regions get a name."""
     by_value = bool(given) and all(isinstance(value, str) for value in given.values())
     pairs = [(_decathlon_value(key), name) if by_value else (_value(key, name), key) for key, name in given.items()]
     names: dict[int, str] = {}
@@ -185,21 +195,8 @@ def _value(name: str, value: object) -> int:
     return value
 
 
-def _file_ending(content: Mapping[str, Any]) -> str:
-    ending = content.get("file_ending", ".nii.gz")
-    if ending not in ENDINGS:
-        raise_dataset_error(f"'file_ending' is {str(ending)[:40]!r}, but must be one of {', '.join(ENDINGS)}")
-    return str(ending)
-
-
-def _training(content: Mapping[str, Any], root: Path) -> tuple[Entry, ...] | None:
-    if content.get("dataset"):
-        return _mapping(content["dataset"], root)
-    return _list(content, "training", root) if content.get("training") else None
-
-
 def _mapping(cases: object, root: Path) -> tuple[Entry, ...]:
-    """nnU-Net's `dataset`: {case: {"images": [...], "label": ...}}."""
+    """Read nnU-Net's `dataset`: {case: {"images": [...], "label": ...}}."""
     if not isinstance(cases, dict):
         raise_dataset_error("'dataset' must be an object of cases")
     entries = []
@@ -214,7 +211,7 @@ def _mapping(cases: object, root: Path) -> tuple[Entry, ...]:
 
 
 def _list(content: Mapping[str, Any], key: str, root: Path) -> tuple[Entry, ...]:
-    """The Decathlon's lists: strings, or objects with `image` (one path, or a list of channels) and `label`."""
+    """Read a list of the Decathlon: strings, or objects with `image` (one path, or a list of channels) and `label`."""
     if not isinstance(content[key], list):
         raise_dataset_error(f"'{key}' must be a list of cases")
     entries = []
@@ -222,37 +219,31 @@ def _list(content: Mapping[str, Any], key: str, root: Path) -> tuple[Entry, ...]
         case = f"{key}[{number}]"
         image, label = (item.get("image"), item.get("label")) if isinstance(item, dict) else (item, None)
         images = tuple(_path(one, case, root) for one in (image if isinstance(image, list) and image else [image]))
-        case = case_of(images[0], many=len(images) > 1)
+        case = stem(images[0]).removesuffix("_0000")
         _check_id(case)
         entries.append(Entry(case, images, _path(label, case, root) if label else None))
     return tuple(entries)
 
 
-def case_of(image: Path, many: bool) -> str:
-    """The case id of a listed image: its name without ending, and without _0000 where channels are listed."""
-    name = stem(image)
-    return name.removesuffix("_0000") if many or name.endswith("_0000") else name
-
-
 def _check_id(case: str) -> None:
-    """Ids become file names: one path component, not hidden."""
+    """Reject case ids that cannot be file names: they must be one path component, not hidden."""
     bad = case.startswith(".") or any(c in case for c in "/\\\0") or not case
     if bad or len(case.encode("utf-8", "surrogatepass")) > _LONGEST_ID or any("\ud800" <= c <= "\udfff" for c in case):
         raise_dataset_error(f"the case id {case[:60]!r} cannot be a file name: it must be one path component")
 
 
 def _path(text: object, case: str, root: Path) -> Path:
-    """A path inside the root, as written; refused without being opened when it leads elsewhere."""
+    """Resolve a listed path; paths outside the root are rejected without opening them."""
     if not isinstance(text, str) or not text or "\0" in text:
         raise_dataset_error(f"case {case}: {str(text)[:60]!r} is not a path")
     pure = PurePosixPath(text.replace("\\", "/"))
     if pure.is_absolute() or pure.parts[:1] and pure.parts[0].endswith(":"):
-        raise_dataset_error(f"case {case}: the path {text[:80]!r} must be relative to the data set")
+        raise_dataset_error(f"case {case}: the path {text[:80]!r} must be relative to the dataset")
     path = root.joinpath(*pure.parts)
     try:
         inside = path.resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError, UnicodeEncodeError):
-        raise_dataset_error(f"case {case}: the path {text[:80]!r} is a link that leads back to itself, or no path")
+        raise_dataset_error(f"case {case}: the path {text[:80]!r} is a circular link, or not a path")
     if not inside:
-        raise_dataset_error(f"case {case}: the path {text[:80]!r} leads outside the data set")
+        raise_dataset_error(f"case {case}: the path {text[:80]!r} leads outside the dataset")
     return path

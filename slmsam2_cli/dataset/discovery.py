@@ -1,7 +1,7 @@
-"""Which cases a folder of images holds, by names alone: nothing is opened but what may be a DICOM series.
+"""Find the cases in a folder of images by file name. Only files that may be DICOM are opened.
 
-nnU-Net's names: `case_0000.nii.gz`, `case_0001.nii.gz` are the channels of `case`. Names without such a number stand for
-themselves. Names that differ only in how Unicode spells them (NFC, NFD) are the same name to some file systems: duplicates.
+With nnU-Net's names, `case_0000.nii.gz` and `case_0001.nii.gz` are the channels of `case`; names without such a number are case ids.
+Names that differ only in Unicode normalisation (NFC, NFD) are the same name on some file systems and count as duplicates.
 """
 
 from __future__ import annotations
@@ -21,25 +21,28 @@ _RENAME = "Rename the file"
 
 @dataclass
 class DiscoveredCases:
-    """Case id -> its files in channel order; problems: what was refused by name."""
+    """Files of each case id in channel order, and the problems of names that cannot be used."""
 
     cases: dict[str, tuple[Path, ...]] = field(default_factory=dict)
     problems: list[CaseError] = field(default_factory=list)
 
 
 def normalise_name(text: str) -> str:
-    """What two spellings of one name have in common."""
+    """Return a name in Unicode normal form NFC, for comparisons."""
     return unicodedata.normalize("NFC", text)
 
 
 def stem(path: Path) -> str:
-    """The name without its volume ending (a DICOM folder: its whole name)."""
+    """Return the file name without its volume ending; for a DICOM folder, its full name."""
     ending = image_ending(path)
     return path.name[: -len(ending)] if ending else path.name
 
 
 def list_images(folder: Path, root: Path) -> DiscoveredCases:
-    """Every image in a folder: files, channels of a case put together, and DICOM series in sub-folders. DatasetError."""
+    """List the images in a folder: files grouped by case, one per channel, and DICOM series in subfolders.
+
+    Raises: DatasetError when the folder cannot be read.
+    """
     found = DiscoveredCases()
     groups: dict[str, dict[int, list[Path]]] = {}
     for path in _entries(folder, root, found.problems):
@@ -47,30 +50,39 @@ def list_images(folder: Path, root: Path) -> DiscoveredCases:
         case, channel = (match["case"], int(match["channel"])) if match else (stem(path), -1)
         groups.setdefault(case, {}).setdefault(channel, []).append(path)
     for case, channels in groups.items():
-        _add(found, case, channels, root)
+        numbered = sorted(channel for channel in channels if channel >= 0)
+        if numbered == list(range(len(numbered))):  # the channels of one case, without a gap; otherwise each file is a case
+            paths = [path for channel in sorted(channels) for path in channels[channel]]
+            _add(found, case, paths, root, expected=0 if -1 in channels and numbered else len(channels))
+            continue
+        for channel, paths in channels.items():
+            _add(found, case if channel < 0 else f"{case}_{channel:04d}", paths, root, expected=1)
     _reject_duplicates(found, root)
     found.cases = dict(sorted(found.cases.items()))
     return found
 
 
 def list_labels(folder: Path, root: Path) -> DiscoveredCases:
-    """Every mask in a folder, by the whole of its name. DatasetError."""
+    """List the masks in a folder; the case id is the file name without its ending.
+
+    Raises: DatasetError when the folder cannot be read.
+    """
     found = DiscoveredCases()
     groups: dict[str, list[Path]] = {}
     for path in _entries(folder, root, found.problems):
         if image_ending(path):
             groups.setdefault(stem(path), []).append(path)
     for case, paths in groups.items():
-        if len(paths) > 1:
-            found.problems.append(_duplicate(case, paths, root))
-        else:
-            found.cases[case] = (paths[0],)
+        _add(found, case, paths, root, expected=1)
     _reject_duplicates(found, root)
     return found
 
 
 def _entries(folder: Path, root: Path, problems: list[CaseError]) -> list[Path]:
-    """Entries that may be volumes, sorted; names that are not UTF-8 become problems."""
+    """List the entries that may be volumes, sorted; names that are not UTF-8 become problems.
+
+    Raises: DatasetError when the folder cannot be read.
+    """
     try:
         entries = sorted(path for path in folder.iterdir() if not is_ignored_name(path.name))
     except NotADirectoryError:
@@ -81,42 +93,24 @@ def _entries(folder: Path, root: Path, problems: list[CaseError]) -> list[Path]:
     for path in entries:
         if image_ending(path) is None and not (path.is_dir() and dicom_files(path)):
             continue
-        if _is_utf8(path.name):
+        if not any("\ud800" <= character <= "\udfff" for character in path.name):  # bytes that are not UTF-8 become surrogates
             usable.append(path)
         else:
             case = stem(path).removesuffix("_0000")
-            problems.append(CaseError(case, _shown(path, root), "the name holds bad bytes: it is not UTF-8", _RENAME))
+            problems.append(CaseError(case, _shown(path, root), "the file name holds bad bytes (not UTF-8)", _RENAME))
     return usable
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _shown(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) and path != root else path.name
 
 
-def _add(found: DiscoveredCases, case: str, channels: dict[int, list[Path]], root: Path) -> None:
-    """One group of files: the channels of one case when numbered from 0 without a gap, else a case each."""
-    numbered = sorted(channel for channel in channels if channel >= 0)
-    if numbered == list(range(len(numbered))):
-        paths = [path for channel in sorted(channels) for path in channels[channel]]
-        if len(paths) != len(channels) or (-1 in channels and numbered):
-            found.problems.append(_duplicate(case, paths, root))
-        else:
-            found.cases[case] = tuple(paths)
-        return
-    for channel, paths in channels.items():
-        name = case if channel < 0 else f"{case}_{channel:04d}"
-        if len(paths) > 1:
-            found.problems.append(_duplicate(name, paths, root))
-        else:
-            found.cases[name] = (paths[0],)
+def _add(found: DiscoveredCases, case: str, paths: list[Path], root: Path, expected: int) -> None:
+    """Add a case with its files, or the problem that there are more or fewer files than expected."""
+    if len(paths) == expected:
+        found.cases[case] = tuple(paths)
+    else:
+        found.problems.append(_duplicate(case, paths, root))
 
 
 def _duplicate(case: str, paths: list[Path], root: Path) -> CaseError:
@@ -125,7 +119,7 @@ def _duplicate(case: str, paths: list[Path], root: Path) -> CaseError:
 
 
 def _reject_duplicates(found: DiscoveredCases, root: Path) -> None:
-    """Case ids that differ only in the spelling of Unicode are refused together."""
+    """Turn case ids that differ only in Unicode normalisation into a problem."""
     spellings: dict[str, list[str]] = {}
     for case in found.cases:
         spellings.setdefault(normalise_name(case), []).append(case)

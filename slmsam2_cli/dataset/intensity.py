@@ -20,9 +20,12 @@ Array = np.ndarray[Any, Any]
 class ChannelIntensityLike(Protocol):
     """The settings of one channel of a plan: lower and upper in HU ("ct") or as percentiles."""
 
-    scheme: Literal["ct", "percentile"]
-    lower: float
-    upper: float
+    @property
+    def scheme(self) -> Literal["ct", "percentile"]: ...
+    @property
+    def lower(self) -> float: ...
+    @property
+    def upper(self) -> float: ...
 
 
 def window_of(voxels: Array, channel: ChannelIntensityLike) -> tuple[float, float]:

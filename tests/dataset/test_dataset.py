@@ -105,7 +105,7 @@ def test_the_dataset_object_of_nnunet_is_followed(tmp_path: Path) -> None:
 def test_names_listed_without_the_channel_number_are_found_with_it(tmp_path: Path) -> None:
     found = read_dataset(make(tmp_path, DECATHLON, "imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz", "labelsTr/a.nii.gz"))
     assert [path.name for path in found.training[0].images] == ["a_0000.nii.gz", "a_0001.nii.gz"]
-    assert found.warnings == ("dataset.json: 1 of 1 test images are missing, the first is t",)
+    assert found.warnings == ("dataset.json: 1 of 1 test images are missing, first: t",)
 
 
 def test_the_ignore_label_is_set_apart(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_links_are_followed_inside_the_data_set_and_refused_outside(tmp_path: Pa
     assert ids(read_dataset(root).training) == ["a"]
     (root / "imagesTr/a.nii.gz").unlink()
     (root / "imagesTr/a.nii.gz").symlink_to(outside)
-    with pytest.raises(DatasetError, match="leads outside the data set"):
+    with pytest.raises(DatasetError, match="leads outside the dataset"):
         read_dataset(root)
 
 
@@ -254,7 +254,7 @@ def test_a_name_that_is_not_utf8_is_a_problem(tmp_path: Path) -> None:
         os.close(os.open(os.path.join(os.fsencode(root), name), os.O_CREAT))
     found = read_dataset(root)
     assert ids(found.training) == ["ok"]
-    assert [problem.what for problem in found.problems] == ["the name holds bad bytes: it is not UTF-8"]
+    assert [problem.what for problem in found.problems] == ["the file name holds bad bytes (not UTF-8)"]
     assert "\\udcff" in printable(str(found.problems[0]))
 
 
@@ -292,7 +292,7 @@ def test_a_dicom_series_is_a_case_as_a_folder_and_inside_one(tmp_path: Path) -> 
     (folder / "a.nii.gz").touch()
     cases, problems = read_image_folder(folder)
     assert ids(cases) == ["a"]
-    assert "1 DICOM slices lie beside other volumes" in str(problems[0])
+    assert "1 DICOM slices in one folder with other volumes" in str(problems[0])
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -363,7 +363,7 @@ def test_what_a_file_does_not_know_is_not_held_against_its_partner() -> None:
     with pytest.raises(CaseError, match="shape"):
         pair(grid(), grid(shape=(2, 3, 5)), [1], uncertain=frozenset({"orientation", "spacing"}))
     mirrored = grid(direction=np.diag([-1.0, 1.0, 1.0]))
-    assert "matches only one of them" in pair(grid(), mirrored, [1], qform_grid=mirrored)[0]
+    assert "only one of them matches" in pair(grid(), mirrored, [1], qform_grid=mirrored)[0]
 
 
 def test_comparing_is_symmetric() -> None:

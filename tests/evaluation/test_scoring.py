@@ -105,9 +105,9 @@ MOVED = np.diag([1.0, 1.0, 3.0, 1.0]) + np.array([[0, 0, 0, 50.0]] + [[0] * 4] *
 @pytest.mark.parametrize(
     ("doubtful", "said"),
     [
-        ({"code": 0}, "the orientation of one of the files is doubtful"),
+        ({"code": 0}, "the orientation of one of the files is uncertain"),
         ({"qform": MOVED}, "sform and qform"),
-        ({"units": "micron"}, "the spacing of one of the files is doubtful"),
+        ({"units": "micron"}, "the spacing of one of the files is uncertain"),
     ],
 )
 def test_what_a_label_does_not_know_about_itself_is_not_held_against_the_prediction(job, tmp_path, doubtful, said):
