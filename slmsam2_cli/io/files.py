@@ -18,18 +18,18 @@ IGNORED_NAMES = frozenset({".ds_store", "thumbs.db", "desktop.ini", "__macosx"})
 _CAUSES = {
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
-    errno.ELOOP: "a link that leads back to itself",
+    errno.ELOOP: "circular link",
     errno.ENAMETOOLONG: "the name is too long for this file system",
     errno.ENOSPC: "no space left on the device",
     errno.EROFS: "the file system is read-only",
-    errno.EFBIG: "the file would exceed the size allowed",
-    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would exceed the maximum size",
+    errno.EDQUOT: "disk quota exceeded",
     errno.EMFILE: "too many open files",
 }
 
 
 class InputError(SlmSam2Error):
-    """A file that cannot be used; `what` was found, `remedy` is what to do next. Callers add the case."""
+    """A file that cannot be used: `what` is wrong, and the `remedy`. Callers add the case."""
 
     def __init__(self, what: str, remedy: str) -> None:
         self.what, self.remedy = what, remedy
@@ -37,18 +37,27 @@ class InputError(SlmSam2Error):
 
 
 def error_reason(error: OSError) -> str:
-    """The reason of an operating system error, without the path it carries."""
+    """Return the reason of an operating system error, without its path."""
     return _CAUSES.get(error.errno or 0) or (error.strerror or type(error).__name__).lower()
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A regular file, open for reading; never blocks. InputError for everything else."""
+    """Open a regular file for reading, without blocking.
+
+    Raises: InputError when it cannot be opened or is not a regular file.
+    """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except ValueError:
         raise InputError("the name holds a NUL character", "Rename the file") from None
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise InputError("broken link: target not found", "Restore the file the link points to, or remove the link") from None
+        raise InputError("not found", "Restore the file, or remove the case") from None
     except OSError as error:
-        raise _unopened(path, error) from None
+        if error.errno in (errno.ENXIO, errno.ENODEV):
+            raise InputError("not a regular file", "Replace the pipe, socket or device by a file") from None
+        raise InputError(f"cannot be opened: {error_reason(error)}", "Check the file's permissions") from None
     mode = os.fstat(handle).st_mode
     if stat.S_ISREG(mode):
         return os.fdopen(handle, "rb")
@@ -58,18 +67,8 @@ def open_regular(path: Path) -> BinaryIO:
     raise InputError("not a regular file", "Replace the pipe, socket or device by a file")
 
 
-def _unopened(path: Path, error: OSError) -> InputError:
-    if isinstance(error, FileNotFoundError):
-        if os.path.islink(path):
-            return InputError("a link to a file that is not found", "Restore the file the link points to, or remove the link")
-        return InputError("not found", "Restore the file, or remove the case")
-    if error.errno in (errno.ENXIO, errno.ENODEV):
-        return InputError("not a regular file", "Replace the pipe, socket or device by a file")
-    return InputError(f"cannot be opened: {error_reason(error)}", "Make it a file you may read")
-
-
 def is_ignored_name(name: str) -> bool:
-    """Whether a folder entry is something an operating system or an unfinished write left behind."""
+    """Return whether a folder entry is hidden or created by an operating system."""
     return name.startswith(".") or name.lower() in IGNORED_NAMES
 
 

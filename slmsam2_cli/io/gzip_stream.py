@@ -22,18 +22,21 @@ GZIP, ZLIB_OR_GZIP = 31, 47  # zlib's window bits
 
 
 class ByteStream(Protocol):
-    """Bytes in order; `capacity` is an upper bound of how many there can be, known without reading them."""
+    """A sequential source of bytes; `capacity` is an upper bound of their number, known without reading them."""
 
     capacity: int
     warnings: list[str]
 
     def read(self, most: int) -> bytes:
-        """Up to `most` bytes; b"" only at the end. InputError when the data are damaged."""
+        """Read up to `most` bytes; b"" only at the end.
+
+        Raises: InputError when the data are damaged.
+        """
         ...
 
 
 class PlainStream:
-    """The bytes of the file themselves, from where it stands."""
+    """The bytes of an uncompressed file from its current position."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.warnings = file, list[str]()
@@ -44,7 +47,7 @@ class PlainStream:
 
 
 class DeflateStream:
-    """gzip members (or one zlib stream), decompressed piece by piece and checked."""
+    """The decompressed bytes of gzip members (or one zlib stream), with their checksums verified."""
 
     def __init__(self, file: BinaryIO, window_bits: int = GZIP) -> None:
         self.file, self.warnings, self.pending, self.ended = file, list[str](), b"", False
@@ -68,7 +71,7 @@ class DeflateStream:
         return b""
 
     def _next_member(self) -> bool:
-        """After the end of a member: True when another follows; anything else but zeros is worth a warning."""
+        """Start the next gzip member and return True; at the end return False, with a warning about trailing bytes other than zeros."""
         rest = self.inflate.unused_data
         while not rest.lstrip(b"\0"):
             rest = self.file.read(CHUNK)
@@ -88,7 +91,10 @@ _FETCH_AGAIN = "Copy or download the file again"
 
 
 def read_exactly(stream: ByteStream, count: int, what: str) -> NDArray[np.uint8]:
-    """(count,) bytes; memory is touched only as data arrive. InputError when they cannot be there or are not."""
+    """Read exactly `count` bytes as an array (count,); memory is used only as data arrive.
+
+    Raises: InputError when there are fewer bytes, or memory is too small.
+    """
     if count > stream.capacity:
         found = f"too large for the {stream.capacity} bytes the file can hold"
         raise InputError(f"truncated or damaged: the header declares {count} bytes of {what}, {found}", _FETCH_AGAIN)
@@ -107,7 +113,10 @@ def read_exactly(stream: ByteStream, count: int, what: str) -> NDArray[np.uint8]
 
 
 def read_body(stream: ByteStream, offset: int, count: int, declared: int) -> NDArray[np.uint8]:
-    """Skip `offset` bytes and read the (count,) bytes of voxels that end the data; `declared` bytes in all. InputError."""
+    """Skip `offset` bytes and read the voxels (count,) bytes at the end of the data of `declared` bytes.
+
+    Raises: InputError when there are fewer or more bytes.
+    """
     skip(stream, offset, "voxels")
     voxels = read_exactly(stream, count, "voxels")
     expect_end(stream, declared)
@@ -115,7 +124,10 @@ def read_body(stream: ByteStream, offset: int, count: int, declared: int) -> NDA
 
 
 def skip(stream: ByteStream, count: int, what: str) -> None:
-    """Pass over `count` bytes. InputError when they are not there."""
+    """Skip `count` bytes.
+
+    Raises: InputError when the data end before.
+    """
     while count > 0:
         block = stream.read(min(count, CHUNK))
         if not block:
@@ -124,7 +136,10 @@ def skip(stream: ByteStream, count: int, what: str) -> None:
 
 
 def expect_end(stream: ByteStream, declared: int) -> None:
-    """InputError when more data follow than the header declares."""
+    """Check that the data end here.
+
+    Raises: InputError when more data follow than the header declares.
+    """
     if stream.read(1):
         what = f"the data are larger than the {declared} bytes the header declares (trailing data, or a corrupt header)"
         raise InputError(what, "Export the file again from its source")

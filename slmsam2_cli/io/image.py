@@ -6,7 +6,7 @@ Tolerances when two grids are compared: shape exact; spacing 1e-3 relative; dire
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ class Grid:
     direction: NDArray[np.float64]
 
     def affine(self) -> NDArray[np.float64]:
-        """(4, 4): voxel index (x, y, z, 1) -> LPS mm (x, y, z, 1)."""
+        """Return the matrix (4, 4) from voxel index (x, y, z, 1) to LPS mm (x, y, z, 1)."""
         matrix = np.eye(4)
         matrix[:3, :3] = self.direction * np.array(self.spacing_mm[::-1])
         matrix[:3, 3] = self.origin_mm
@@ -42,53 +42,51 @@ class Grid:
 
     @classmethod
     def from_affine(cls, shape: tuple[int, int, int], affine: NDArray[np.float64]) -> Grid:
-        """The grid of an LPS affine (4, 4), its axes made exactly orthonormal; the affine must be finite and regular."""
+        """Build the grid of a finite, regular LPS affine (4, 4); its axes are made exactly orthonormal."""
         columns = affine[:3, :3]
         x, y, z = (float(length) for length in np.linalg.norm(columns, axis=0))
         origin = (float(affine[0, 3]), float(affine[1, 3]), float(affine[2, 3]))
         return cls(shape, (z, y, x), origin, nearest_orthonormal(columns / np.array([x, y, z])))
 
     def difference(self, other: Grid) -> str | None:
-        """None when both are the same grid, else the first thing that differs, this grid's value first."""
+        """Return None when both grids are the same, else the first difference, with this grid's value first."""
         if self.shape != other.shape:
-            return f"shape {_numbers(self.shape)} but {_numbers(other.shape)} voxels (z, y, x)"
+            return f"shape {_format(self.shape)} but {_format(other.shape)} voxels (z, y, x)"
         return self.spacing_difference(other) or self.direction_difference(other) or self.origin_difference(other)
 
     def spacing_difference(self, other: Grid) -> str | None:
-        """None, or both spacings when they differ by more than one part in a thousand."""
+        """Return None, or both spacings when they differ by more than SPACING_TOLERANCE."""
         mine, theirs = np.array(self.spacing_mm), np.array(other.spacing_mm)
         if np.all(np.abs(mine - theirs) <= SPACING_TOLERANCE * np.maximum(mine, theirs)):
             return None
-        return f"spacing {_numbers(self.spacing_mm)} but {_numbers(other.spacing_mm)} mm (z, y, x)"
+        return f"spacing {_format(self.spacing_mm)} but {_format(other.spacing_mm)} mm (z, y, x)"
 
     def direction_difference(self, other: Grid) -> str | None:
-        """None, or both directions when any cosine differs by more than 1e-3."""
+        """Return None, or both directions when any cosine differs by more than DIRECTION_TOLERANCE."""
         if np.max(np.abs(self.direction - other.direction)) <= DIRECTION_TOLERANCE:
             return None
-        return f"direction {_axes(self.direction)} but {_axes(other.direction)} (LPS cosines of the x, y, z axes)"
+        mine, theirs = (" ".join(_format(column + 0.0, 3) for column in grid.direction.T) for grid in (self, other))
+        return f"direction {mine} but {theirs} (LPS cosines of the x, y, z axes)"
 
     def origin_difference(self, other: Grid) -> str | None:
-        """None, or both origins when they are further apart than one hundredth of a voxel."""
+        """Return None, or both origins when they differ by more than ORIGIN_TOLERANCE."""
         gap = self.direction.T @ (np.array(other.origin_mm) - np.array(self.origin_mm))
         if np.all(np.abs(gap) <= ORIGIN_TOLERANCE * np.array(self.spacing_mm[::-1])):
             return None
-        return f"origin {_numbers(self.origin_mm)} but {_numbers(other.origin_mm)} mm (LPS)"
+        return f"origin {_format(self.origin_mm)} but {_format(other.origin_mm)} mm (LPS)"
 
 
 def nearest_orthonormal(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The orthonormal (3, 3) closest to `matrix`, of the same handedness (polar decomposition)."""
+    """Return the orthonormal matrix (3, 3) closest to `matrix`, of the same handedness (polar decomposition)."""
     if np.max(np.abs(matrix.T @ matrix - np.eye(3))) < 1e-14:
         return np.array(matrix, dtype=np.float64)
     left, _, right = np.linalg.svd(matrix)
     return np.asarray(left @ right, dtype=np.float64)
 
 
-def _numbers(values: tuple[float, ...]) -> str:
-    return "(" + ", ".join(f"{value:.6g}" for value in values) + ")"
-
-
-def _axes(direction: NDArray[np.float64]) -> str:
-    return " ".join("(" + ", ".join(f"{cosine + 0.0:.3g}" for cosine in column) + ")" for column in direction.T)
+def _format(values: Iterable[float], digits: int = 6) -> str:
+    """Format numbers as a tuple with this many significant digits."""
+    return "(" + ", ".join(f"{value:.{digits}g}" for value in values) + ")"
 
 
 SHEAR_TOLERANCE = 1e-3
@@ -99,7 +97,7 @@ Uncertainty = Literal["orientation", "spacing"]
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Facts about the source file, used only by the readers, the mask writer and the comparison of geometries.
+    """Properties of the source file that the readers, the mask writer and the comparison of geometries use.
 
     ending, mask_ending: of the file read, and of masks that belong to it;
     template: a NIfTI header holding the geometry fields alone (no texts), or None;
@@ -116,7 +114,7 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class DecodedVolume:
-    """One file: voxels (C, Z, Y, X), native byte order, finite; warnings, one line each."""
+    """The content of one file: voxels (C, Z, Y, X), native byte order, finite; warnings, one line each."""
 
     voxels: NDArray[Any]
     grid: Grid
@@ -125,7 +123,10 @@ class DecodedVolume:
 
 
 def check_size(size: Sequence[int], channels: int, max_voxels: int) -> None:
-    """size (x, y, z). InputError when an axis is not positive or there are more voxels than allowed."""
+    """Check the size (x, y, z) and the number of channels that a header declares.
+
+    Raises: InputError when an axis is not positive or there are more than max_voxels voxels.
+    """
     if any(length < 1 for length in (*size, channels)):
         raise InputError(f"a dimension is zero or negative: {tuple(size)}", "Export the image again from its source")
     total = channels
@@ -136,15 +137,21 @@ def check_size(size: Sequence[int], channels: int, max_voxels: int) -> None:
 
 
 def check_spacing(spacing: Sequence[float]) -> None:
-    """spacing (x, y, z) mm. InputError unless finite and positive."""
+    """Check a spacing (x, y, z) in mm.
+
+    Raises: InputError unless it is finite and positive.
+    """
     if not all(np.isfinite(spacing)):
-        raise InputError(f"the spacing {_tuple(spacing)} mm is not finite", "Set the voxel size in mm in the header")
+        raise InputError(f"the spacing {_format(spacing)} mm is not finite", "Set the voxel size in mm in the header")
     if any(length <= 0 for length in spacing):
-        raise InputError(f"the spacing {_tuple(spacing)} mm is not above 0", "Set the voxel size in mm in the header")
+        raise InputError(f"the spacing {_format(spacing)} mm is not above 0", "Set the voxel size in mm in the header")
 
 
 def check_affine(affine: NDArray[np.float64]) -> None:
-    """LPS or RAS (4, 4). InputError unless finite, regular and orthonormal to 1e-3 (with the angle and the repaired affine)."""
+    """Check an affine (4, 4), LPS or RAS.
+
+    Raises: InputError unless it is finite, regular and orthonormal to SHEAR_TOLERANCE; names the angle and a repaired affine.
+    """
     if not np.all(np.isfinite(affine)):
         raise InputError("the affine (direction and origin) is not finite", "Export the image again from its source")
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
@@ -161,35 +168,31 @@ def check_affine(affine: NDArray[np.float64]) -> None:
 
 
 def geometry_warnings(grid: Grid) -> tuple[list[str], frozenset[Uncertainty]]:
-    """Warnings about an implausible spacing or a very small volume, and the parts of the geometry that are therefore uncertain."""
+    """Return warnings about an implausible spacing or a very small volume, and the parts of the geometry that are therefore uncertain."""
     warnings: list[str] = []
     low, high = _SPACING_PLAUSIBLE_MM
-    odd = min(grid.spacing_mm) < low or max(grid.spacing_mm) > high
-    if odd:
-        warnings.append(f"the spacing {_tuple(grid.spacing_mm)} mm (z, y, x) is implausible; another unit than mm?")
+    implausible = min(grid.spacing_mm) < low or max(grid.spacing_mm) > high
+    if implausible:
+        warnings.append(f"the spacing {_format(grid.spacing_mm)} mm (z, y, x) is implausible; another unit than mm?")
     if sorted(grid.shape)[1] < 8:
         warnings.append(f"a very small volume: {grid.shape} voxels (z, y, x)")
-    return warnings, frozenset({"spacing"}) if odd else frozenset()
+    return warnings, frozenset({"spacing"}) if implausible else frozenset()
 
 
 def value_warnings(voxels: NDArray[Any]) -> list[str]:
-    """Warnings about a constant image or an extreme range. InputError when a value is not finite."""
+    """Return warnings about a constant image or an extreme range of values.
+
+    Raises: InputError when a value of voxels (C, Z, Y, X) is not finite.
+    """
     low, high = float(voxels.min()), float(voxels.max())
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise InputError(_not_finite(voxels), "Replace these values, for instance by the background's, and try again")
+        nan = sum(int(np.isnan(slab).sum()) for channel in voxels for slab in channel)
+        infinite = sum(int(np.isinf(slab).sum()) for channel in voxels for slab in channel)
+        counts = [f"{nan} NaN"] * (nan > 0) + [f"{infinite} infinite (Inf)"] * (infinite > 0)
+        what = f"{' and '.join(counts)} of {voxels.size} voxels, all must be finite"
+        raise InputError(what, "Replace these values, for example by that of the background")
     if low == high:
         return [f"a constant image: every voxel is {low:g}"]
     if max(abs(low), abs(high)) > 1e12:
         return [f"an extreme range of values: {low:g} to {high:g}"]
     return []
-
-
-def _not_finite(voxels: NDArray[Any]) -> str:
-    nan = sum(int(np.isnan(slab).sum()) for channel in voxels for slab in channel)
-    infinite = sum(int(np.isinf(slab).sum()) for channel in voxels for slab in channel)
-    counts = [f"{nan} NaN"] * (nan > 0) + [f"{infinite} infinite (Inf)"] * (infinite > 0)
-    return f"{' and '.join(counts)} of {voxels.size} voxels, all must be finite"
-
-
-def _tuple(values: Sequence[float]) -> str:
-    return "(" + ", ".join(f"{value:g}" for value in values) + ")"

@@ -1,7 +1,7 @@
-"""PNG, JPEG and TIFF as volumes of one slice (a TIFF of several pages is a stack); one channel a colour.
+"""Read PNG, JPEG and TIFF as volumes of one slice (a TIFF of several pages as a stack), with one channel per colour.
 
-They hold no patient geometry: a pixel is taken as 1 mm, from the origin. An alpha channel is dropped.
-Masks of JPEG images are written as PNG, because JPEG does not keep values.
+These formats have no patient geometry: pixels count as 1 mm, from the origin. An alpha channel is dropped.
+Masks of JPEG images are written as PNG, because JPEG compression changes values.
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ _EXPORT = "Export the image again from its source"
 
 
 def read_raster(path: Path, ending: str, max_voxels: int) -> DecodedVolume:
-    """One picture, or the pages of a TIFF. InputError."""
-    Image.MAX_IMAGE_PIXELS = None  # the limit is ours, checked before anything is decoded
+    """Read one picture, or the pages of a TIFF.
+
+    Raises: InputError when it is damaged, too large, or has pages of different shapes.
+    """
+    Image.MAX_IMAGE_PIXELS = None  # max_voxels is the limit, checked before anything is decoded
     with open_regular(path) as file:
         pages = _pages(file, _FORMATS[ending], max_voxels)
     voxels = np.stack(pages, axis=1)
     grid = Grid((voxels.shape[1], voxels.shape[2], voxels.shape[3]), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), np.eye(3))
     source = Source(ending, _MASK_ENDING.get(ending, ending), uncertain=frozenset({"orientation", "spacing"}))
-    return DecodedVolume(voxels, grid, source, ("the format knows no spacing and no orientation: a pixel is taken as 1 mm",))
+    return DecodedVolume(voxels, grid, source, ("the format has no spacing and no orientation: pixels count as 1 mm",))
 
 
 def _pages(file: BinaryIO, form: str, max_voxels: int) -> list[NDArray[Any]]:
-    """Each page as (C, Y, X), all of one shape and type."""
+    """Read the pages (C, Y, X), all of one shape and type."""
     if not file.read(1):
         raise InputError("an empty file", _EXPORT)
     file.seek(0)
@@ -69,7 +72,7 @@ def _decoded(picture: Image.Image, max_voxels: int) -> list[NDArray[Any]]:
 
 
 def _channels(page: Image.Image) -> NDArray[Any]:
-    """(C, Y, X) of the page's values; a palette picture gives its indices, which is how masks are stored."""
+    """Return the values of a page (C, Y, X); for a palette picture its indices, because masks are stored that way."""
     array = np.array(page)
     if array.dtype == bool:
         array = array.astype(np.uint8)
@@ -80,7 +83,10 @@ def _channels(page: Image.Image) -> NDArray[Any]:
 
 
 def write_raster(path: Path, labels: NDArray[Any]) -> None:
-    """labels (Z, Y, X) uint8 or uint16 as PNG (one slice) or TIFF. ValueError."""
+    """Write labels (Z, Y, X) uint8 or uint16 as PNG (one slice) or TIFF.
+
+    Raises: ValueError when the format cannot hold them.
+    """
     pages = [Image.fromarray(np.ascontiguousarray(page)) for page in labels]
     if path.suffix == ".png" and len(pages) == 1:
         pages[0].save(path, "PNG")
