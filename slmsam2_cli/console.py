@@ -1,6 +1,6 @@
-"""The only place that prints. Rich on a terminal; plain lines without control characters elsewhere.
+"""Print results, messages, tables and progress; no other module prints. Rich is used on a terminal, plain text elsewhere.
 
-Results go to stdout, everything about the run (progress, warnings, errors) to stderr.
+Results go to stdout; progress, warnings and errors go to stderr.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Settings:
-    """How talkative the console is; set once by the command line."""
+    """What is printed; set once by the command line."""
 
     quiet: bool = False
     verbose: bool = False
@@ -27,7 +27,7 @@ settings = Settings()
 
 
 def printable(text: str) -> str:
-    """The text with control characters escaped, so that a file name cannot forge a line or steer a terminal."""
+    """Escape control characters, so that a file name cannot fake a line or control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
@@ -38,41 +38,41 @@ def _stream(text: str, to_stderr: bool) -> None:
 
 
 def result(text: str) -> None:
-    """What was asked for, on stdout."""
+    """Print a result to stdout."""
     _stream(text, to_stderr=False)
 
 
 def say(line: str) -> None:
-    """One line about the run."""
+    """Print one line about the run, unless --quiet is set."""
     if not settings.quiet:
         _stream(printable(line), to_stderr=True)
 
 
 def detail(line: str) -> None:
-    """One line that only --verbose shows."""
+    """Print one line if --verbose is set."""
     if settings.verbose:
         _stream(printable(line), to_stderr=True)
 
 
 def warn(line: str) -> None:
-    """One warning line; shown even when quiet."""
+    """Print one warning, also with --quiet."""
     _stream(printable(f"warning: {line}"), to_stderr=True)
 
 
 def error(line: str) -> None:
-    """One error line; shown even when quiet."""
+    """Print one error, also with --quiet."""
     _stream(printable(f"error: {line}"), to_stderr=True)
 
 
 def trace(problem: BaseException) -> None:
-    """Where an error that the run survives came from; only --debug shows it."""
+    """Print the traceback of a handled error if --debug is set."""
     if settings.debug:
         for line in "".join(traceback.format_exception(problem)).splitlines():
             _stream(printable(line), to_stderr=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout: rich on a terminal, aligned plain text elsewhere."""
+    """Print a table to stdout: with rich on a terminal, as aligned text elsewhere."""
     if settings.quiet:
         return
     names = [printable(column) for column in columns]
@@ -99,7 +99,7 @@ Advance = Callable[..., None]
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Advance]:
-    """A progress bar with time left on a terminal; elsewhere a plain line about every ten seconds.
+    """Show a progress bar with remaining time on a terminal; elsewhere print a line about every ten seconds.
 
     Yields advance(steps=1, note=""), to be called as work is done.
     """

@@ -1,15 +1,15 @@
-"""Everything that may go wrong and is expected, as one tree; exit codes are decided here alone.
+"""Expected errors and their exit codes.
 
-SlmSam2Error            the run cannot go on                                   exit 2
-├── UsageError          the command line asks for something impossible
-├── DatasetError        the data set as a whole is unusable (carries all problems found)
-├── PlanError           a plan or fingerprint is malformed, edited wrongly or too new
-├── WeightsError        a checkpoint cannot be trusted or does not fit
-├── DeviceError         the device asked for is absent or out of memory
-├── TrainingError       the network does not learn from what it is given
-├── OutputError         a result could not be written whole
-├── LockError           somebody else writes to this folder
-└── CaseError           one case is unusable; the others go on                 exit 1
+SlmSam2Error            the run cannot continue                                exit 2
+├── UsageError          options are invalid or cannot be combined
+├── DatasetError        the dataset is invalid (carries all problems found)
+├── PlanError           a plan or fingerprint is invalid or from a newer version
+├── WeightsError        a checkpoint is damaged, untrusted or does not match the plan
+├── DeviceError         the requested device is missing or out of memory
+├── TrainingError       training diverged or cannot continue
+├── OutputError         a result could not be written completely
+├── LockError           another process is writing to this folder
+└── CaseError           one case is invalid; the others continue               exit 1
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ class SlmSam2Error(Exception):
 
 
 class UsageError(SlmSam2Error):
-    """Options that contradict each other or name something absent."""
+    """Options that cannot be combined, or name something that does not exist."""
 
 
 class PlanError(SlmSam2Error):
-    """A plan or fingerprint that cannot be read, trusted or followed."""
+    """A plan or fingerprint that cannot be read or used."""
 
 
 class WeightsError(SlmSam2Error):
-    """A checkpoint that cannot be read, trusted or fitted to the plan."""
+    """A checkpoint that cannot be read, is not trusted, or does not match the plan."""
 
 
 class DeviceError(SlmSam2Error):
-    """A device that is absent or too small."""
+    """A device that is missing or out of memory."""
 
 
 class TrainingError(SlmSam2Error):
-    """Training that diverged."""
+    """Training that diverged or cannot continue."""
 
 
 class OutputError(SlmSam2Error):
-    """A result that could not be written whole; names path and cause."""
+    """A result that could not be written completely; names path and reason."""
 
 
 class LockError(SlmSam2Error):
-    """Another process holds the folder; names owner and start."""
+    """Another process is writing to the folder; names the process and its start."""
 
 
 class CaseError(SlmSam2Error):
-    """One case is unusable.
+    """One case is invalid.
 
-    case: the case id; file: path relative to the data set (or ""), what: what was found and wanted;
+    case: the case id; file: path relative to the dataset, or ""; what: what was found and expected;
     remedy: what to do next, without a final full stop.
     """
 
@@ -69,7 +69,7 @@ class CaseError(SlmSam2Error):
 
 
 class DatasetError(SlmSam2Error):
-    """The data set is unusable; `problems` holds every case's problem, found in one pass."""
+    """The dataset is invalid; `problems` holds the problems of all cases."""
 
     def __init__(self, message: str, problems: Sequence[CaseError] = ()) -> None:
         self.problems = tuple(problems)

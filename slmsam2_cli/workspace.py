@@ -1,4 +1,4 @@
-"""The one folder through which the commands find each other. Names only: nothing is read or written here."""
+"""Define the paths in the workspace, the folder that all commands of a dataset share. Nothing is read or written here."""
 
 from __future__ import annotations
 
@@ -50,5 +50,5 @@ class Workspace:
 
     @classmethod
     def of(cls, dataset: Path, workspace: Path | None) -> Workspace:
-        """The workspace asked for, or the one inside the data set."""
+        """Return the given workspace, else the default inside the dataset."""
         return cls(workspace if workspace is not None else dataset / "slmsam2")

@@ -37,7 +37,7 @@ class _Slice:
     origin: NDArray[np.float64]
 
     def same_plane(self, other: _Slice) -> bool:
-        """Whether both lie on one grid but for their position."""
+        """Return whether both slices share size, spacing and direction."""
         return (
             (self.size, self.channels) == (other.size, other.channels)
             and np.allclose(self.spacing[:2], other.spacing[:2], rtol=1e-3)
@@ -46,7 +46,10 @@ class _Slice:
 
 
 def read_dicom(folder: Path, max_voxels: int) -> DecodedVolume:
-    """The one series in a folder. InputError."""
+    """Read the series in a folder.
+
+    Raises: InputError when the folder does not hold exactly one complete series on one grid.
+    """
     files = dicom_files(folder)
     if not files:
         raise InputError("a directory without DICOM slices, not a file", "Put the image file itself here")
@@ -93,7 +96,7 @@ def _tag(reader: Any, key: str) -> str:
 
 
 def _check_length(reader: Any, path: Path, values: int) -> None:
-    """Refuse a slice cut short, which GDCM may fill up."""
+    """Reject a truncated slice, which GDCM may fill with zeros."""
     bits = _tag(reader, _BITS)
     if _tag(reader, _SYNTAX) in ("", *_UNCOMPRESSED) and bits.isdigit() and path.stat().st_size < values * int(bits) // 8:
         raise InputError(f"{path.name} is truncated: its header declares {values * int(bits) // 8} bytes of pixels", _EXPORT)
@@ -114,7 +117,7 @@ def _check_series(slices: list[_Slice]) -> None:
 
 
 def _in_order(slices: list[_Slice]) -> tuple[list[_Slice], list[str]]:
-    """Slices sorted along their normal; refused when one is missing or doubled, warned when unevenly spaced."""
+    """Sort slices along their normal; reject missing and duplicate ones, and return a warning when the spacing is uneven."""
     normal = slices[0].direction[:, 2]
     ordered = sorted(slices, key=lambda one: (float(one.origin @ normal), one.path.name))
     gaps = np.diff([float(one.origin @ normal) for one in ordered])
@@ -131,7 +134,7 @@ def _in_order(slices: list[_Slice]) -> tuple[list[_Slice], list[str]]:
 
 
 def _check_tilt(ordered: list[_Slice], normal: NDArray[np.float64]) -> None:
-    """Refuse slices stacked at a slant, whose shear the reader would silently drop."""
+    """Reject slices with gantry tilt, whose shear SimpleITK would ignore silently."""
     way = ordered[-1].origin - ordered[0].origin
     height = float(way @ normal)
     slant = float(np.linalg.norm(way - height * normal)) / height

@@ -54,7 +54,10 @@ class _Layout:
 
 
 def read_itk(path: Path, ending: str, max_voxels: int) -> DecodedVolume:
-    """A .nrrd, .mha or .mhd file. InputError."""
+    """Read a .nrrd, .mha or .mhd file.
+
+    Raises: InputError when header or data are damaged, too large or unsupported.
+    """
     with open_regular(path) as file:
         layout = _nrrd_layout(file, path) if ending == ".nrrd" else _meta_layout(file, path)
         total = int(np.prod(layout.sizes, dtype=object))
@@ -72,7 +75,10 @@ def read_itk(path: Path, ending: str, max_voxels: int) -> DecodedVolume:
 
 
 def decode(path: Path) -> Any:
-    """What SimpleITK makes of a file already checked. InputError without the path SimpleITK would print."""
+    """Read a checked file with SimpleITK.
+
+    Raises: InputError, without the path that SimpleITK's message holds, when it cannot be decoded.
+    """
     sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK would print paths and header texts
     try:
         return sitk.ReadImage(str(path))
@@ -82,10 +88,13 @@ def decode(path: Path) -> Any:
 
 
 def from_image(image: Any) -> tuple[NDArray[Any], Grid]:
-    """((C, Z, Y, X), grid) of a 3-D image, or a 4-D one whose last axis holds channels. InputError."""
+    """Return the voxels (C, Z, Y, X) and grid of a 3-D image, or of a 4-D image whose last axis holds channels.
+
+    Raises: InputError for other dimensions, complex numbers and invalid geometry.
+    """
     dimension = image.GetDimension()
     if dimension not in (3, 4):
-        raise InputError(f"{dimension}-D, but 3-D is wanted", "Save it as a volume of one slice, or as PNG")
+        raise InputError(f"{dimension}-D, but must be 3-D", "Save it as a volume of one slice, or as PNG")
     if "complex" in image.GetPixelIDTypeAsString():
         raise InputError("unsupported data type: complex numbers", "Convert the voxels to an integer or float type")
     array = sitk.GetArrayFromImage(image)
@@ -103,7 +112,10 @@ def from_image(image: Any) -> tuple[NDArray[Any], Grid]:
 
 
 def _check_data(file: BinaryIO, layout: _Layout, count: int) -> list[str]:
-    """Read the packed voxels to their end and check their number. InputError."""
+    """Read the voxel data to their end, check their number and return warnings.
+
+    Raises: InputError when there are fewer or more bytes than declared.
+    """
     stream = PlainStream(file) if layout.packing == "raw" else DeflateStream(file, GZIP if layout.packing == "gzip" else ZLIB_OR_GZIP)
     if stream.capacity < count:
         what = f"truncated: the header declares {count} bytes of voxels, too large for the {stream.capacity} the file can hold"
@@ -117,7 +129,7 @@ def _check_data(file: BinaryIO, layout: _Layout, count: int) -> list[str]:
 
 
 def _lines(file: BinaryIO) -> list[str]:
-    """Header lines up to an empty line or the data file's name; the file then stands at the data."""
+    """Read header lines up to an empty line or the name of the data file; the file position is then at the data."""
     lines: list[str] = []
     while file.tell() < _MAX_HEADER:
         line = file.readline(1 << 16)
@@ -137,7 +149,10 @@ def _field(fields: dict[str, str], name: str) -> str:
 
 
 def _integers(text: str) -> tuple[int, ...]:
-    """Numbers of a header field. InputError when they are not whole or there are very many."""
+    """Parse the 1 to 16 whole numbers of a header field.
+
+    Raises: InputError when it holds anything else.
+    """
     words = text.split()
     if not 1 <= len(words) <= 16 or not all(re.fullmatch(r"-?\d{1,18}", word) for word in words):
         raise InputError(f"the header's dimensions are not whole numbers: {text[:60]}", _EXPORT)
@@ -145,7 +160,7 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 def _check_numbers(fields: dict[str, str], spacing: tuple[str, ...], others: tuple[str, ...]) -> None:
-    """Refuse what SimpleITK would repair: spacings that are not above 0, and NaN or infinity anywhere."""
+    """Reject what SimpleITK would repair silently: spacings of 0 or below, and values that are not finite."""
     for name in (*spacing, *others):
         words = re.findall(r"[^\s(),]+", fields.get(name, ""))
         values = [_number(word) for word in words if word.lower() != "none"]
@@ -198,23 +213,29 @@ def _meta_layout(file: BinaryIO, path: Path) -> _Layout:
 
 
 def _data_file(path: Path, name: str) -> Path:
-    """The file that holds the voxels: this one, or one beside it."""
+    """Return the file that holds the voxels: the header file itself, or one in the same folder."""
     if name == "LOCAL":
         return path
     if name.startswith("LIST") or "%" in name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise InputError("the voxels must be in one file beside the header, outside paths and lists are refused", "Save it as .mha")
+        raise InputError("the voxels must be in one file next to the header; other folders and lists are not supported", "Save it as .mha")
     return path.with_name(name)
 
 
 def meta_files(path: Path) -> tuple[Path, ...]:
-    """The files of a MetaImage: its header, and its data where they are apart. InputError."""
+    """Return the files of a MetaImage: the header, and the data file if it is separate.
+
+    Raises: InputError when the header is invalid.
+    """
     with open_regular(path) as file:
         data = _meta_layout(file, path).data
     return (path,) if data == path else (path, data)
 
 
 def write_itk(path: Path, labels: NDArray[Any], grid: Grid) -> None:
-    """labels (Z, Y, X) as compressed .nrrd or .mha. ValueError when SimpleITK reports a failure."""
+    """Write labels (Z, Y, X) as compressed .nrrd or .mha.
+
+    Raises: ValueError when SimpleITK fails.
+    """
     image = sitk.GetImageFromArray(labels)
     image.SetSpacing(grid.spacing_mm[::-1])
     image.SetOrigin(grid.origin_mm)

@@ -11,7 +11,8 @@ the axes are then taken as LPS from the origin, as ITK does. NIfTI is RAS, the g
 from __future__ import annotations
 
 import gzip
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -46,26 +47,33 @@ Geometry = tuple[Grid, Grid | None, frozenset[Uncertainty], list[str]]
 
 
 def geometry(forms: NiftiForms, size: tuple[int, int, int]) -> Geometry:
-    """(grid, the qform's grid where it contradicts, uncertain, warnings) for size (x, y, z). InputError."""
+    """Return (grid, grid of a contradicting qform or None, uncertain parts, warnings) for a size (x, y, z).
+
+    Raises: InputError when spacing or affine are invalid.
+    """
     shape = size[::-1]
-    grid = Grid.from_affine(shape, _chosen(forms))
-    warnings, odd = geometry_warnings(grid)
-    uncertain: set[Uncertainty] = set(odd)
+    grid = Grid.from_affine(shape, _lps_affine(forms))
+    warnings, implausible = geometry_warnings(grid)
+    uncertain: set[Uncertainty] = set(implausible)
     if forms.units in _MM_PER_UNIT:
         warnings.append(f"the header's unit of length is {'metre' if forms.units == 1 else 'micron'}; converted to mm")
     if forms.sform_code <= 0 and forms.qform_code <= 0:
         warnings.append("the orientation is unknown (no form codes): the axes are taken to run to the left, back and head")
         uncertain.add("orientation")
-    qform_grid = _qform_grid(forms, shape) if forms.sform_code > 0 else None
-    gap = _largest_gap(grid, qform_grid) if qform_grid else 0.0
+    qform_grid, gap = None, 0.0
+    if forms.sform_code > 0 and forms.qform_code > 0:
+        with suppress(InputError):  # an invalid qform next to a valid sform is ignored
+            qform_grid = Grid.from_affine(shape, _lps_affine(replace(forms, sform_code=0)))
+            corners = np.array([(*corner, 1) for corner in product(*[(0, length - 1) for length in size])], np.float64)
+            gap = float(np.max(np.linalg.norm(corners @ (grid.affine() - qform_grid.affine()).T, axis=1)))
     if gap > CONFLICT_VOXELS * min(grid.spacing_mm):
         warnings.append(f"sform and qform disagree by up to {gap:.3g} mm; the sform is used")
         return grid, qform_grid, frozenset(uncertain), warnings
     return grid, None, frozenset(uncertain), warnings
 
 
-def _chosen(forms: NiftiForms) -> NDArray[np.float64]:
-    """The checked LPS affine in mm that holds."""
+def _lps_affine(forms: NiftiForms) -> NDArray[np.float64]:
+    """Return the checked LPS affine (4, 4) in mm: from the sform, else the qform, else the voxel size."""
     scale = np.diag([*[_MM_PER_UNIT.get(forms.units, 1.0)] * 3, 1.0])
     if forms.sform_code > 0:
         affine = scale @ np.vstack([forms.rows, [0, 0, 0, 1]])
@@ -80,7 +88,10 @@ def _chosen(forms: NiftiForms) -> NDArray[np.float64]:
 
 
 def qform_affine(forms: NiftiForms) -> NDArray[np.float64]:
-    """(4, 4) RAS affine of the quaternion, in the header's unit. InputError when it is no rotation."""
+    """Compute the RAS affine (4, 4) of the quaternion, in the header's unit of length.
+
+    Raises: InputError when the quaternion is no rotation or not finite.
+    """
     b, c, d = forms.quaternion
     rest = 1.0 - float(b * b + c * c + d * d)
     if not np.isfinite(rest) or not np.all(np.isfinite(forms.offset)):
@@ -102,22 +113,6 @@ def qform_affine(forms: NiftiForms) -> NDArray[np.float64]:
     return affine
 
 
-def _qform_grid(forms: NiftiForms, shape: tuple[int, int, int]) -> Grid | None:
-    """The qform's grid beside a valid sform; None when there is none or it is unusable."""
-    if forms.qform_code <= 0:
-        return None
-    try:
-        return Grid.from_affine(shape, _chosen(NiftiForms(**{**vars(forms), "sform_code": 0})))
-    except InputError:
-        return None
-
-
-def _largest_gap(one: Grid, other: Grid) -> float:
-    """The largest distance in mm between the two places of a corner voxel."""
-    corners = np.array([(*corner, 1) for corner in product(*[(0, length - 1) for length in one.shape[::-1]])], np.float64)
-    return float(np.max(np.linalg.norm(corners @ (one.affine() - other.affine()).T, axis=1)))
-
-
 _MAGIC = {348: b"n+1", 540: b"n+2"}
 _TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 _REFUSED_TYPES = {32: "complex numbers", 1792: "complex numbers", 2048: "complex numbers", 128: "RGB colours", 2304: "RGBA colours"}
@@ -127,16 +122,10 @@ _EXPORT = "Export the file again from its source"
 
 
 @cache
-def _nibabel() -> Any:
-    import nibabel  # slow to import, and not needed to list or name volumes
-
-    return nibabel
-
-
-@cache
 def _layout(length: int) -> Any:
-    """The NumPy dtype of a header of 348 (NIfTI-1) or 540 (NIfTI-2) bytes."""
-    nib = _nibabel()
+    """Return the NumPy dtype of a header of 348 (NIfTI-1) or 540 (NIfTI-2) bytes."""
+    import nibabel as nib  # slow to import, and not needed to list or name volumes
+
     return np.dtype(nib.nifti1.header_dtype if length == 348 else nib.nifti2.header_dtype)
 
 
@@ -152,9 +141,12 @@ class Header:
 
 
 def read_nifti(path: Path, ending: str, max_voxels: int) -> DecodedVolume:
-    """A .nii or .nii.gz file, scaled where scl_slope asks for it. InputError."""
+    """Read a .nii or .nii.gz file, scaled by scl_slope and scl_inter where the header sets them.
+
+    Raises: InputError when the file is damaged, too large or of an unsupported type.
+    """
     with open_regular(path) as file:
-        stream = _stream(file)
+        stream = _open_stream(file)
         header = _read_header(stream, max_voxels)
         count = header.size[0] * header.size[1] * header.size[2] * header.channels * header.dtype.itemsize
         raw = read_body(stream, header.offset - header.fields.dtype.itemsize, count, header.offset + count)
@@ -166,7 +158,8 @@ def read_nifti(path: Path, ending: str, max_voxels: int) -> DecodedVolume:
     return DecodedVolume(_scaled(voxels, header.fields), grid, source, (*stream.warnings, *warnings))
 
 
-def _stream(file: BinaryIO) -> ByteStream:
+def _open_stream(file: BinaryIO) -> ByteStream:
+    """Choose between plain and compressed data by the first bytes, and reject what is not NIfTI."""
     start = file.read(132)
     file.seek(0)
     if not start:
@@ -181,17 +174,19 @@ def _stream(file: BinaryIO) -> ByteStream:
 
 
 def _read_header(stream: ByteStream, max_voxels: int) -> Header:
+    """Read the header and check everything that the voxels depend on."""
     fields = _fields(stream)
     size, channels = _dimensions(fields)
     check_size(size, channels, max_voxels)
-    offset = float(fields["vox_offset"]) or float(_first_voxel(fields))
-    if not (_first_voxel(fields) <= offset < 2**53 and offset == int(offset)):
+    lowest = int(fields.dtype.itemsize) + 4
+    offset = float(fields["vox_offset"]) or float(lowest)
+    if not (lowest <= offset < 2**53 and offset == int(offset)):
         raise InputError(f"the NIfTI header is damaged: vox_offset is {offset:g}", _EXPORT)
     return Header(fields, size, channels, _dtype(fields), int(offset))
 
 
 def _fields(stream: ByteStream) -> Any:
-    """The header as a numpy record in its own byte order."""
+    """Read the header as a NumPy record in the byte order of the file."""
     block = _header_bytes(stream, 348, b"")
     length, order = next(
         ((n, o) for n in _MAGIC for o in "<>" if np.frombuffer(block, f"{o}i4", 1)[0] == n),
@@ -203,33 +198,26 @@ def _fields(stream: ByteStream) -> Any:
         raise InputError("not a NIfTI file (its header does not say 348 or 540)", _EXPORT)
     block = _header_bytes(stream, length, block)
     fields = np.frombuffer(block, _layout(length).newbyteorder(order), 1)[0]
-    _check_magic(fields, length)
-    return fields
-
-
-def _header_bytes(stream: ByteStream, length: int, block: bytes) -> bytes:
-    while len(block) < length:
-        more = stream.read(length - len(block))
-        if not more:
-            raise InputError(f"the header is cut short: {len(block)} of {length} bytes", _EXPORT)
-        block += more
-    return block
-
-
-def _check_magic(fields: Any, length: int) -> None:
     magic = bytes(fields["magic"])[:3]
     if magic in (b"ni1", b"ni2"):
         raise InputError("the header of a NIfTI pair (.hdr/.img)", "Convert the pair to a single .nii.gz file")
     if magic != _MAGIC[length]:
         raise InputError(f"not a NIfTI file of version 1 or 2: its magic is {magic!r}", "Convert it to .nii.gz")
+    return fields
 
 
-def _first_voxel(fields: Any) -> int:
-    return int(fields.dtype.itemsize) + 4
+def _header_bytes(stream: ByteStream, length: int, block: bytes) -> bytes:
+    """Extend the first bytes of a header to `length` bytes."""
+    while len(block) < length:
+        more = stream.read(length - len(block))
+        if not more:
+            raise InputError(f"the header is truncated: {len(block)} of {length} bytes", _EXPORT)
+        block += more
+    return block
 
 
 def _dimensions(fields: Any) -> tuple[tuple[int, int, int], int]:
-    """((x, y, z), channels): axes of length one at the end are dropped, a fourth (or fifth) axis holds channels."""
+    """Return ((x, y, z), channels): trailing axes of length one are dropped, a fourth (or fifth) axis holds channels."""
     dim = [int(length) for length in fields["dim"]]
     if not 1 <= dim[0] <= 7:
         raise InputError(f"the number of dimensions is {dim[0]}, not 3 or 4", _EXPORT)
@@ -239,24 +227,25 @@ def _dimensions(fields: Any) -> tuple[tuple[int, int, int], int]:
     while len(axes) > 3 and axes[-1] == 1:
         axes.pop()
     if len(axes) < 3:
-        raise InputError(f"{len(axes)}-D, but 3-D is wanted: {tuple(axes)}", "Save it as a volume of one slice (x, y, 1), or as PNG")
+        raise InputError(f"{len(axes)}-D, but must be 3-D: {tuple(axes)}", "Save it as a volume of one slice (x, y, 1), or as PNG")
     if len(axes) == 5 and axes[3] == 1:
         del axes[3]
     if len(axes) > 4:
-        raise InputError(f"{len(axes)}-D, but 3-D or 4-D (channels) is wanted: {tuple(axes)}", "Save one 3-D file per channel")
+        raise InputError(f"{len(axes)}-D, but must be 3-D or 4-D (channels): {tuple(axes)}", "Save one 3-D file per channel")
     return (axes[0], axes[1], axes[2]), axes[3] if len(axes) == 4 else 1
 
 
 def _dtype(fields: Any) -> np.dtype[Any]:
+    """Return the type of the voxels in the file's byte order."""
     code = int(fields["datatype"])
     if code not in _TYPES:
         kind = _REFUSED_TYPES.get(code, f"code {code}")
-        raise InputError(f"unsupported data type: {kind}", "Convert the voxels to an integer or float type, one value a voxel")
+        raise InputError(f"unsupported data type: {kind}", "Convert the voxels to an integer or float type, one value per voxel")
     return np.dtype(_TYPES[code]).newbyteorder(fields.dtype["datatype"].byteorder)
 
 
 def _scaled(voxels: NDArray[Any], fields: Any) -> NDArray[Any]:
-    """In native byte order; slope * voxels + inter where the header asks for it (slope 0 means no)."""
+    """Convert voxels to native byte order and apply slope * voxels + inter, unless the slope is 0 (NIfTI's "not set")."""
     slope, inter = float(fields["scl_slope"]), float(fields["scl_inter"])
     if not np.isfinite(slope) or (slope != 0 and not np.isfinite(inter)):
         raise InputError(f"scl_slope {slope:g} or scl_inter {inter:g} is not finite: the scale of the values is unknown", _EXPORT)
@@ -272,6 +261,7 @@ def _scaled(voxels: NDArray[Any], fields: Any) -> NDArray[Any]:
 
 
 def _forms(fields: Any) -> NiftiForms:
+    """Extract the geometry fields of a header."""
     return NiftiForms(
         pixdim=np.array(fields["pixdim"][:4], np.float64),
         qform_code=int(fields["qform_code"]),
@@ -284,7 +274,7 @@ def _forms(fields: Any) -> NiftiForms:
 
 
 def _geometry_only(fields: Any) -> bytes:
-    """A blank little-endian header with the geometry copied and nothing else: no text of the source survives."""
+    """Return a blank little-endian header with the geometry fields alone; no text of the source is copied."""
     length = fields.dtype.itemsize
     blank = np.zeros((), _layout(length).newbyteorder("<"))
     blank["pixdim"][:4] = fields["pixdim"][:4]
@@ -295,10 +285,10 @@ def _geometry_only(fields: Any) -> bytes:
 
 
 def template_for(grid: Grid) -> bytes:
-    """The geometry header of a grid that did not come from NIfTI: sform and qform the same, mm, code 1 (scanner)."""
-    length = 348 if max(grid.shape) < 2**15 else 540
-    nib = _nibabel()
-    header = (nib.Nifti1Header if length == 348 else nib.Nifti2Header)()
+    """Return the geometry header of a grid that was not read from NIfTI: equal sform and qform, mm, code 1 (scanner)."""
+    import nibabel
+
+    header: Any = (nibabel.Nifti1Header if max(grid.shape) < 2**15 else nibabel.Nifti2Header)()  # type: ignore[no-untyped-call]
     ras = np.diag([-1.0, -1.0, 1.0, 1.0]) @ grid.affine()
     header.set_data_shape(grid.shape[::-1])
     header.set_qform(ras, 1)
@@ -308,7 +298,7 @@ def template_for(grid: Grid) -> bytes:
 
 
 def write_nifti(file: BinaryIO, labels: NDArray[Any], template: bytes, compressed: bool) -> None:
-    """labels (Z, Y, X) uint8 or uint16 with the geometry of `template`; the bytes depend on nothing else."""
+    """Write labels (Z, Y, X) uint8 or uint16 with the geometry of `template`; the bytes depend on nothing else."""
     layout = _layout(len(template)).newbyteorder("<")
     fields = np.frombuffer(bytearray(template), layout, 1)[0]
     fields["sizeof_hdr"], fields["magic"] = len(template), _MAGIC[len(template)]

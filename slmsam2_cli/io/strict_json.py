@@ -28,10 +28,17 @@ class JsonRejected(ValueError):
 
 
 def parse(data: bytes) -> Any:
-    """The value of a JSON document. Refused."""
+    """Parse a JSON document.
+
+    Raises: JsonRejected when it is not strict JSON or exceeds the bounds; names line or key.
+    """
     if len(data) > MAX_BYTES:
         raise JsonRejected(f"larger than {MAX_BYTES // 1_000_000} MB of JSON")
-    text = _decoded(data)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise JsonRejected(f"line {line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file with UTF-8 encoding") from None
     if not text.strip():
         raise JsonRejected("empty, no JSON in it")
     _scan(text)
@@ -44,22 +51,21 @@ def parse(data: bytes) -> Any:
 
 
 def dump(value: object, indent: int | None = 2) -> bytes:
-    """Strict JSON: NaN and unknown types are a ValueError or TypeError. Ends with a line feed."""
+    """Serialise a value as strict JSON that ends with a line feed.
+
+    Raises: ValueError or TypeError when it holds NaN or a type that JSON does not have.
+    """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
     return (text + "\n").encode("utf-8", "backslashreplace")  # lone surrogates become \udcxx, which JSON reads back
 
 
-def _decoded(data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise JsonRejected(f"line {line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file with UTF-8 encoding") from None
-
-
 def _scan(text: str) -> None:
-    """Refuse depth, long numbers and NaN before anything is built, with the line."""
+    """Reject deep nesting, long numbers and NaN before anything is built; names the line."""
     depth = 0
+
+    def reject(position: int, what: str) -> NoReturn:
+        raise JsonRejected(f"line {text.count(chr(10), 0, position) + 1}: {what}")
+
     for token in _TOKEN.finditer(text):
         kind = token[0][0]
         if kind == '"':
@@ -67,18 +73,13 @@ def _scan(text: str) -> None:
         if kind in "[{":
             depth += 1
             if depth > MAX_DEPTH:
-                _refuse(text, token.start(), f"JSON nested more than {MAX_DEPTH} levels deep")
+                reject(token.start(), f"JSON nested more than {MAX_DEPTH} levels deep")
         elif kind in "]}":
             depth -= 1
         elif token[0][-1].isdigit():
-            _refuse(text, token.start(), f"a number of {len(token[0])} digits is not accepted in JSON")
+            reject(token.start(), f"a number of {len(token[0])} digits is not accepted in JSON")
         else:
-            _refuse(text, token.start(), f"{token[0]} is not a JSON number")
-
-
-def _refuse(text: str, position: int, what: str) -> NoReturn:
-    line = text.count("\n", 0, position) + 1
-    raise JsonRejected(f"line {line}: {what}")
+            reject(token.start(), f"{token[0]} is not a JSON number")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -102,25 +103,28 @@ _SHOWN = str | int | float | bool | None
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """All of pydantic's findings on a value for `model`."""
+    """Format all errors that pydantic found in a value for `model`, with the value found and the values allowed."""
     return "; ".join(_finding(item, model) for item in error.errors(include_url=False))
 
 
 def _finding(item: Any, model: type[BaseModel]) -> str:
+    """Format one error of pydantic."""
     loc = tuple(part for part in item["loc"] if part != "[key]")
     key = ".".join(map(str, loc)) or "the whole"
+    owner = _owner(model, loc)
     seen = f" (found {shortened(repr(item['input']))})" if isinstance(item["input"], _SHOWN) else ""
     if item["type"] == "extra_forbidden":
-        return f"{key}: unknown key{seen}{_suggestion(str(loc[-1]), _owner(model, loc))}"
+        close = get_close_matches(str(loc[-1]), owner.model_fields, n=1) if owner is not None else []
+        return f"{key}: unknown key{seen}{f'; did you mean {close[0]}?' if close else ''}"
     if item["type"] == "missing":
         return f"{key}: {item['msg']}"
-    field = _field(model, loc)
+    field = owner.model_fields.get(str(loc[-1])) if owner is not None and loc else None
     allowed = _allowed(field) if field is not None else ""
     return f"{key}: {item['msg'].removeprefix('Value error, ')}{seen}{f'; allowed: {allowed}' if allowed else ''}"
 
 
 def shortened(text: str) -> str:
-    """No more of it than helps."""
+    """Truncate a text for a message."""
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
@@ -128,13 +132,8 @@ def _number(value: float) -> str:
     return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else f"{value:g}"
 
 
-def _suggestion(name: str, owner: type[BaseModel] | None) -> str:
-    close = get_close_matches(name, owner.model_fields, n=1) if owner is not None else []
-    return f"; perhaps {close[0]} is meant" if close else ""
-
-
 def _owner(model: type[BaseModel], loc: tuple[str | int, ...]) -> type[BaseModel] | None:
-    """The model whose field the last part of a place names; None where the place leads elsewhere."""
+    """Return the model that has the field named by the last part of `loc`; None where there is none."""
     owner: type[BaseModel] | None = model
     for part in loc[:-1]:
         if isinstance(part, int):
@@ -145,20 +144,15 @@ def _owner(model: type[BaseModel], loc: tuple[str | int, ...]) -> type[BaseModel
     return owner
 
 
-def _field(model: type[BaseModel], loc: tuple[str | int, ...]) -> FieldInfo | None:
-    owner = _owner(model, loc) if loc else None
-    return owner.model_fields.get(str(loc[-1])) if owner is not None else None
-
-
 def _inside(annotation: Any) -> type[BaseModel] | None:
-    """The model that a field holds: itself, or within a tuple or a choice."""
+    """Return the model in a field's annotation, directly or inside a tuple or union."""
     if isinstance(annotation, type) and hasattr(annotation, "model_fields"):
         return annotation
     return next((found for each in get_args(annotation) if (found := _inside(each)) is not None), None)
 
 
 def _allowed(field: FieldInfo) -> str:
-    """ "32 to 2048, multiples of 32" or ""."""
+    """Format the bounds of a field, as in "32 to 2048, multiples of 32"; "" when it has none."""
     bounds: dict[str, Any] = {}
     for rule in field.metadata:
         bounds |= {name: value for name in ("ge", "gt", "le", "lt", "multiple_of") if (value := getattr(rule, name, None)) is not None}

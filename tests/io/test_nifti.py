@@ -168,7 +168,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         (bytes(flipped), "corrupt"),
         (gzip.compress(raw + b"more"), "larger than"),
         (gzip.compress(raw[:352]), "truncated|no voxels"),
-        (gzip.compress(b""), "header is cut short"),
+        (gzip.compress(b""), "header is truncated"),
         (b"hello", "not a gzip or NIfTI"),
     ]:
         (tmp_path / "a.nii.gz").write_bytes(data)

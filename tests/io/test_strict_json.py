@@ -44,7 +44,7 @@ def line(value):
         ('"count": 0', "inner.count: Input should be greater than or equal to 1 (found 0); allowed: 1 or more"),
         ('"most": 10', "inner.most: Input should be less than or equal to 9 (found 10); allowed: at most 9"),
         ('"axis": "LR"', "inner.axis: Input should be 'SI' or 'AP' (found 'LR')"),
-        ('"input_siz": 96', "inner.input_siz: unknown key (found 96); perhaps input_size is meant"),
+        ('"input_siz": 96', "inner.input_siz: unknown key (found 96); did you mean input_size?"),
         ('"zebra": 96', "inner.zebra: unknown key (found 96)"),
         ('"input_size": [1]', "inner.input_size: Input should be a valid integer; allowed: 32 to 2048, multiples of 32"),
     ],
