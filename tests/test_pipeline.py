@@ -1,4 +1,4 @@
-"""All stages in order on small synthetic phantoms, through the files they leave for each other. One step of training: no score to show."""
+"""All commands in order on small synthetic phantoms, through the files that they write. One training step, so scores mean nothing."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from slmsam2_cli.io.atomic import sha256_of
 from slmsam2_cli.io.volume import read_labels, write_mask
 from slmsam2_cli.workspace import Workspace
 
-BLINK = 0.001  # minutes of training: one step
+MINUTES = 0.001  # of training: one step
 HELD_OUT = 1
 
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """The workspace that a demo of six small patients leaves."""
+    """The workspace of a demo with six small phantoms."""
     folder = tmp_path_factory.mktemp("demo")
     write_phantom_dataset(folder / "dataset", cases=TRAINING_CASES + HELD_OUT, test_cases=1, shape=(8, 40, 40))
-    assert demo(folder, minutes=BLINK, device="cpu") == 0
+    assert demo(folder, minutes=MINUTES, device="cpu") == 0
     return Workspace.of(folder / "dataset", None)
 
 
@@ -40,7 +40,7 @@ def held_out(space: Workspace) -> str:
     return str(case)
 
 
-def test_every_stage_leaves_what_the_next_one_needs(space: Workspace) -> None:
+def test_every_command_writes_the_files_that_the_next_one_reads(space: Workspace) -> None:
     split = read(space.split)
     assert len(split["training"]) == TRAINING_CASES
     assert {path.name for path in space.prepared.iterdir() if path.is_dir()} == {*split["training"], *split["held_out"]}
@@ -55,7 +55,7 @@ def test_the_score_is_that_of_the_held_out_case_alone(space: Workspace) -> None:
     assert 0 <= summary["foreground_mean"]["Dice"] <= 1
 
 
-def test_every_artifact_can_be_traced_to_the_plan_and_the_model(space: Workspace) -> None:
+def test_the_manifest_names_training_cases_plan_and_weights(space: Workspace) -> None:
     model = read(space.predictions / "manifest.json")["model"]
     assert model["provenance"]["training"] == read(space.split)["training"]
     assert len(model["weights_digest"]) == len(model["plan_digest"]) == 64
@@ -65,20 +65,20 @@ def test_a_second_run_changes_nothing(space: Workspace) -> None:
     kept = [space.plan, space.model, space.split, *space.predictions.glob("*.nii.gz"), space.evaluation / "summary.json"]
     before = [(sha256_of(path), path.stat().st_mtime_ns) for path in kept[1:-1]]
     digests = [sha256_of(path) for path in kept]
-    assert demo(space.root.parents[1], minutes=BLINK, device="cpu") == 0
+    assert demo(space.root.parents[1], minutes=MINUTES, device="cpu") == 0
     assert [sha256_of(path) for path in kept] == digests
     assert [(sha256_of(path), path.stat().st_mtime_ns) for path in kept[1:-1]] == before
 
 
-def test_an_annotated_slice_comes_back_as_painted_and_the_mask_fits_the_image(space: Workspace, tmp_path: Path) -> None:
+def test_the_annotated_slice_is_copied_to_the_mask_and_the_grid_is_that_of_the_image(space: Workspace, tmp_path: Path) -> None:
     dataset, case = space.root.parent, held_out(space)
     truth = read_labels(dataset / "labelsTr" / f"{case}.nii.gz", case=case, root=dataset)
     middle = int(np.flatnonzero((truth.voxels == 1).any(axis=(1, 2))).mean())
-    painted = np.zeros_like(truth.voxels)
-    painted[middle] = truth.voxels[middle]
+    annotated = np.zeros_like(truth.voxels)
+    annotated[middle] = truth.voxels[middle]
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / f"{case}_0000.nii.gz").write_bytes((dataset / "imagesTr" / f"{case}.nii.gz").read_bytes())
-    write_mask(tmp_path / "prompts" / f"{case}.nii.gz", painted, truth)
+    write_mask(tmp_path / "prompts" / f"{case}.nii.gz", annotated, truth)
 
     assert predict(tmp_path / "images", tmp_path / "masks", prompts=tmp_path / "prompts", model=space.finetuned, device="cpu") == 0
     found = read_labels(tmp_path / "masks" / f"{case}.nii.gz", case=case, root=tmp_path)
@@ -89,7 +89,7 @@ def test_an_annotated_slice_comes_back_as_painted_and_the_mask_fits_the_image(sp
     assert {path.name for path in (tmp_path / "scores").iterdir()} >= {"summary.json", "cases.csv"}
 
 
-def test_masks_never_go_where_the_images_are(space: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_writing_masks_to_the_folder_of_the_images_is_rejected(space: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     images = space.root.parent / "imagesTr"
     before = {path.name: sha256_of(path) for path in images.iterdir()}
     assert (

@@ -1,4 +1,4 @@
-"""The command `slmsam2 pretrain`: options -> stage. Decides nothing."""
+"""The command `slmsam2 pretrain`: parse its options and call slmsam2_cli.commands.pretrain. Holds no decisions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from slmsam2_cli.device import DeviceName
+from slmsam2_cli.cli.options import DeviceOption
 
 EXAMPLES = (
     "slmsam2 pretrain -o run",
@@ -18,35 +18,37 @@ EXAMPLES = (
 
 
 def pretrain(
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="RUN", help="Folder of this run.", show_default=False)],
-    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="How to train.  [default: the recipe of the packaged base]")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="RUN", help="Folder of the run.", show_default=False)],
+    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="Training recipe.  [default: recipe of the bundled model]")] = None,
     weights: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="Weights to start from.  [default: random ones]", show_default=False)
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="Initial weights: a name or a file.  [default: random]", show_default=False),
     ] = None,
-    smoke: Annotated[bool, typer.Option("--smoke", help="A recipe of two minutes, to see that it learns.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Two-minute smoke test.")] = False,
     minutes: Annotated[
-        float | None, typer.Option(min=0.01, metavar="M", help="Stop after so many minutes.  [default: what the recipe says]")
+        float | None, typer.Option(min=0.01, metavar="M", help="Maximum training time in minutes.  [default: from the recipe]")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Stop after so many optimiser steps.  [default: what the recipe says]")
+        int | None, typer.Option(min=1, metavar="N", help="Maximum number of optimiser steps.  [default: from the recipe]")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Of weights and draws.  [default: what the recipe says]")
+        int | None,
+        typer.Option(min=0, max=2**32 - 1, metavar="N", help="Random seed for weights and training.  [default: from the recipe]"),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="Cores of the CPU to use.  [default: all]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of CPU threads.  [default: all]")] = None,
     commit: Annotated[str, typer.Option(metavar="TEXT", help="Version of the code, noted in the weights.", show_default=False)] = "",
-    resume: Annotated[bool, typer.Option("--continue", help="Go on where an interrupted run stopped.")] = False,
-    device: Annotated[DeviceName, typer.Option("--device", help="Where the network runs; auto takes the fastest there is.")] = "auto",
+    resume: Annotated[bool, typer.Option("--continue", help="Resume an interrupted run.")] = False,
+    device: DeviceOption = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again in a folder that holds a run.")] = False,
 ) -> int:
-    """Train the packaged base from nothing.
+    """Train the bundled model from scratch.
 
-    Learns from procedural volumes that are made while it trains, so it needs no data and no network. Writes nano.safetensors, which
-    finetune and predict take with --weights, the recipe, and what was measured on the way. Takes hours; goes on after an interruption.
+    Training volumes are generated while training runs, so no data and no internet connection are needed. Writes nano.safetensors, which
+    finetune and predict accept as --weights, the recipe and logs. Takes hours; an interrupted run can be resumed with --continue.
     """
-    from slmsam2_cli.commands import pretrain as stage
+    from slmsam2_cli.commands import pretrain as command
 
-    return stage.pretrain(
+    return command.pretrain(
         output,
         recipe=recipe,
         weights=weights,

@@ -1,6 +1,6 @@
-"""The whole pipeline, in order, on synthetic phantoms.   Writes DIR/dataset and, inside it, the workspace.
+"""Run the whole pipeline on synthetic phantoms.   Writes DIR/dataset and, inside it, the workspace.
 
-Every stage skips what it finds done, so a second run trains nothing and ends with the same table.
+Every command skips what is up to date, so a second run trains nothing and ends with the same table.
 """
 
 from __future__ import annotations
@@ -22,40 +22,38 @@ from slmsam2_cli.model.checkpoint import BUNDLED_WEIGHTS
 from slmsam2_cli.workspace import Workspace
 
 LABELLED_CASES, TRAINING_CASES = 8, 5
-SHAPE = (24, 44, 44)  # slices, rows, columns: small enough to learn in minutes on two cores
+SHAPE = (24, 44, 44)  # slices, rows, columns: small enough to train in minutes on two cores
 MINUTES = 5.0  # of training; the rest takes seconds
 
 
 def demo(folder: Path, *, minutes: float = MINUTES, device: DeviceName = "auto", overwrite: bool = False) -> int:
-    """Made-up data set -> plan -> prepared -> tuned -> masks -> Dice and HD95. The exit code is that of the worst stage."""
+    """Generate a phantom data set, then plan, preprocess, fine-tune, predict and evaluate. Return the worst exit code of the commands."""
     dataset = folder / "dataset"
     space = Workspace.of(dataset, None)
-    _make_dataset(dataset)
-    stages: dict[str, Callable[[], int]] = {
+    if (dataset / "dataset.json").is_file():
+        console.say(f"using existing phantom data set: {dataset}")
+    else:
+        write_phantom_dataset(dataset, cases=LABELLED_CASES, shape=SHAPE)
+        console.say(f"wrote {LABELLED_CASES} labelled synthetic phantoms: {dataset}")
+    commands: dict[str, Callable[[], int]] = {
         "plan": lambda: plan(dataset, space, overwrite=overwrite),
         "preprocess": lambda: preprocess(dataset, space, overwrite=overwrite),
         "finetune": lambda: _finetune(dataset, space, minutes, device, overwrite),
-        "predict": lambda: _predict(dataset, space, device, overwrite),
+        "predict": lambda: predict(None, None, dataset=dataset, workspace=space, prompt_slice="middle", device=device, overwrite=overwrite),
         "evaluate": lambda: evaluate((), None, space, None, dataset=dataset),
     }
     worst = DONE
-    for number, (name, run) in enumerate(stages.items(), start=1):
-        console.say(f"[{number}/{len(stages)}] {name}")
+    for number, (name, run) in enumerate(commands.items(), start=1):
+        console.say(f"[{number}/{len(commands)}] {name}")
         worst = max(worst, run())
-    _show(dataset, space)
+    results = {"plan": space.plan, "model": space.model, "masks": space.predictions, "scores": space.evaluation}
+    for name, path in {"data set": dataset, **results}.items():
+        console.say(f"{name}: {path}")
     return worst
 
 
-def _make_dataset(dataset: Path) -> None:
-    if (dataset / "dataset.json").is_file():
-        console.say(f"synthetic phantoms are there: {dataset}")
-        return
-    write_phantom_dataset(dataset, cases=LABELLED_CASES, shape=SHAPE)
-    console.say(f"{LABELLED_CASES} synthetic phantoms: {dataset}")
-
-
 def _finetune(dataset: Path, space: Workspace, minutes: float, device: DeviceName, overwrite: bool) -> int:
-    """From the packaged base if there is one; goes on with an interrupted run, leaves a finished one alone."""
+    """Fine-tune the bundled weights, or random ones where there are none; resume an interrupted run, keep a finished one."""
     interrupted = read_split(space).get("finished") is False
     no_model_yet = not interrupted and not space.model.exists()
     return finetune(
@@ -68,20 +66,3 @@ def _finetune(dataset: Path, space: Workspace, minutes: float, device: DeviceNam
         device=device,
         overwrite=overwrite or no_model_yet,
     )
-
-
-def _predict(dataset: Path, space: Workspace, device: DeviceName, overwrite: bool) -> int:
-    """The cases that were not learned from, each from the middle slice of each label."""
-    return predict(None, None, dataset=dataset, workspace=space, prompt_slice="middle", device=device, overwrite=overwrite)
-
-
-def _show(dataset: Path, space: Workspace) -> None:
-    """Where everything is."""
-    for what, path in {
-        "data set": dataset,
-        "decisions": space.plan,
-        "model": space.model,
-        "masks": space.predictions,
-        "scores": space.evaluation,
-    }.items():
-        console.say(f"{what}: {path}")

@@ -1,6 +1,6 @@
-"""Random numbers for many windows at once, and smooth random fields made of them.
+"""Random numbers for many windows at once, and smooth random fields made from them.
 
-One generator, one device: the same seed gives the same numbers on the same kind of device.
+All numbers come from one generator on one device, so the same seed gives the same numbers on the same kind of device.
 """
 
 from __future__ import annotations
@@ -14,41 +14,41 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 
-def _ordered(between: tuple[float, float]) -> tuple[float, float]:
-    if between[0] > between[1]:
-        raise ValueError(f"{between[0]:g} to {between[1]:g} is no range")
-    return between
+def _check_range(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] > limits[1]:
+        raise ValueError(f"{limits[0]:g} is greater than {limits[1]:g}: give the lower limit first")
+    return limits
 
 
-def _positive(between: tuple[float, float]) -> tuple[float, float]:
-    if between[0] <= 0:
-        raise ValueError(f"{between[0]:g}: doublings begin above 0")
-    return _ordered(between)
+def _check_log_range(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] <= 0:
+        raise ValueError(f"the lower limit {limits[0]:g} must be greater than 0")
+    return _check_range(limits)
 
 
-def _possible(shares: tuple[float, ...]) -> tuple[float, ...]:
+def _check_shares(shares: tuple[float, ...]) -> tuple[float, ...]:
     if min(shares) < 0 or sum(shares) <= 0:
-        raise ValueError("shares are 0 or more, and not all 0")
+        raise ValueError("shares must be 0 or greater, and at least one of them greater than 0")
     return shares
 
 
-Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
-LogRange = Annotated[tuple[float, float], AfterValidator(_positive)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Three = Annotated[tuple[float, float, float], AfterValidator(_possible)]
-Four = Annotated[tuple[float, float, float, float], AfterValidator(_possible)]
-Five = Annotated[tuple[float, float, float, float, float], AfterValidator(_possible)]
+Range = Annotated[tuple[float, float], AfterValidator(_check_range)]  # uniform between the limits
+LogRange = Annotated[tuple[float, float], AfterValidator(_check_log_range)]  # log-uniform between the limits
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Shares3 = Annotated[tuple[float, float, float], AfterValidator(_check_shares)]
+Shares4 = Annotated[tuple[float, float, float, float], AfterValidator(_check_shares)]
+Shares5 = Annotated[tuple[float, float, float, float, float], AfterValidator(_check_shares)]
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Draws tensors of any shape from one generator, on its device."""
+    """Draws tensors of any shape from one generator, on the generator's device."""
 
     rng: torch.Generator
 
     @classmethod
     def on(cls, device: torch.device, rng: torch.Generator) -> Draw:
-        """From `rng` itself where it lives on the device, else from a generator there that `rng` seeds."""
+        """Draw from `rng` if it is on the device, else from a new generator on the device that `rng` seeds."""
         if rng.device.type == device.type:
             return cls(rng)
         seed = int(torch.randint(2**62, (1,), generator=rng, device=rng.device))
@@ -58,52 +58,47 @@ class Draw:
     def device(self) -> torch.device:
         return self.rng.device
 
-    def uniform(self, between: tuple[float, float], *shape: int) -> Tensor:
-        low, high = between
+    def uniform(self, limits: tuple[float, float], *shape: int) -> Tensor:
+        low, high = limits
         return torch.rand(shape, generator=self.rng, device=self.device).mul_(high - low).add_(low)
 
-    def spread(self, between: tuple[float, float], *shape: int) -> Tensor:
-        """Log-uniform: every doubling is equally likely."""
-        low, high = torch.tensor(between).log().tolist()
+    def log_uniform(self, limits: tuple[float, float], *shape: int) -> Tensor:
+        """Draw numbers whose logarithm is uniform, so that every doubling is equally likely."""
+        low, high = torch.tensor(limits).log().tolist()
         return self.uniform((low, high), *shape).exp_()
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.rng, device=self.device)
 
-    def chance(self, share: float, *shape: int) -> Tensor:
-        """Booleans, True with the given probability."""
-        return torch.rand(shape, generator=self.rng, device=self.device) < share
+    def bernoulli(self, probability: float, *shape: int) -> Tensor:
+        """Draw booleans that are True with the given probability."""
+        return torch.rand(shape, generator=self.rng, device=self.device) < probability
 
-    def pick(self, shares: Sequence[float], *shape: int) -> Tensor:
-        """Indices, each as likely as its share of the sum."""
+    def categorical(self, shares: Sequence[float], *shape: int) -> Tensor:
+        """Draw indices into `shares`; each is as likely as its share of the sum."""
         edges = torch.tensor(shares, device=self.device).cumsum(0)
         return torch.bucketize(self.uniform((0.0, float(edges[-1])), *shape), edges[:-1], right=True)
 
     def sign(self, *shape: int) -> Tensor:
-        """-1 or 1."""
-        return self.chance(0.5, *shape).float().mul_(2).sub_(1)
+        """Draw -1 or 1."""
+        return self.bernoulli(0.5, *shape).float().mul_(2).sub_(1)
 
 
-def smooth_field(draw: Draw, slices: int, pace: Tensor, channels: int, cells: int, px: int) -> Tensor:
-    """(T, W, C, px, px) of smooth noise, about unit variance: `cells` independent values across a slice.
+def smooth_field(draw: Draw, slices: int, rate: Tensor, channels: int, cells: int, px: int) -> Tensor:
+    """Draw smooth noise of about unit variance, (T, W, C, px, px), with `cells` independent values across a slice.
 
-    pace (W,): independent values per slice along the stack, at most 1; 0 makes all slices of a window the same.
+    The noise is interpolated between random knots: by cubic B-splines within a slice, linearly along the slices.
+    rate (W,): independent values per slice along the stack, at most 1; 0 makes all slices of a window the same.
     """
-    windows = len(pace)
+    windows = len(rate)
     knots = draw.normal(windows, slices + 2, channels, cells + 3, cells + 3)
-    place = draw.uniform((0.0, 1.0), windows, 1) + pace[:, None] * torch.arange(slices, device=draw.device)
-    below = place.floor().long()
-    share = (place - below)[..., None, None, None]
+    position = draw.uniform((0.0, 1.0), windows, 1) + rate[:, None] * torch.arange(slices, device=draw.device)
+    below = position.floor().long()
+    share = (position - below)[..., None, None, None]
     rows = torch.arange(windows, device=draw.device)[:, None]
     mixed = torch.lerp(knots[rows, below], knots[rows, below + 1], share) / (share**2 + (1 - share) ** 2).sqrt()
-    spline = _spline(cells, px, draw.device)
+    centre = (torch.arange(px, device=draw.device) + 0.5) * (cells / px) + 1
+    distance = (centre[:, None] - torch.arange(cells + 3, device=draw.device)).abs()
+    weight = torch.where(distance < 1, 2 / 3 - distance**2 + distance**3 / 2, (2 - distance).clamp(min=0) ** 3 / 6)
+    spline: Tensor = weight / weight.norm(dim=1, keepdim=True)  # (px, cells + 3); the squares sum to 1 per pixel
     return spline @ mixed.transpose(0, 1) @ spline.T
-
-
-def _spline(cells: int, px: int, device: torch.device) -> Tensor:
-    """(px, cells + 3): cubic B-spline weights of the knots at every pixel's centre, squares summing to 1."""
-    place = (torch.arange(px, device=device) + 0.5) * (cells / px) + 1
-    apart = (place[:, None] - torch.arange(cells + 3, device=device)).abs()
-    weight = torch.where(apart < 1, 2 / 3 - apart**2 + apart**3 / 2, (2 - apart).clamp(min=0) ** 3 / 6)
-    normalised: Tensor = weight / weight.norm(dim=1, keepdim=True)
-    return normalised

@@ -1,15 +1,12 @@
-"""What a part of a step is wrong by, and its gradient. A step is the mean of its parts, in whichever process each is computed.
+"""Compute the parts of a training step: draw clips, segment the prompted slice, track the others, add up the gradient.
 
-Every part draws its own clips, length, prompt and policy, all from the recipe's seed, the step and the part's number: so a
-resumed run needs no stored generator.
+A step is the mean of its parts, in whichever process each of them is computed. Every part draws its own clips, clip length, prompt and
+memory policy from the recipe's seed, the step and the part's number, so a resumed run needs no stored generator.
 
-The network of a recipe with its first, random weights; and its weights as they are written.
-
-How a training step reads memory: by one of the policies, with parts of it missing.
-
-The self-sorting bank chooses for each object by what it has learned, which makes a batch slow. What its reading asks of the
-weights are its codes (every slice in the row of anchors, every pointer a neighbour's) and slices in any order from
-anywhere; so in training it is a random choice of the bank, the same for all objects of a step.
+Memory is read by one of the policies, with some of it missing. The self-sorting bank selects slices for each object by learned
+features, which is slow in a batch. What it requires of the weights are its temporal codes (every slice in the row of conditioning
+slices, every pointer at the distance of an adjacent slice) and slices in any order. So in training a random choice stands in for it,
+the same for all objects of a step.
 """
 
 from __future__ import annotations
@@ -31,19 +28,29 @@ from slmsam2_cli.model.memory.selfsort import POINTER_DISTANCE
 from slmsam2_cli.model.memory.shortlong import short_read
 from slmsam2_cli.model.slmsam2 import Memory, MemoryBank, SliceFeatures, SliceOutput, SlmSam2, set_input_size
 from slmsam2_cli.planning.plan import POLICIES
-from slmsam2_cli.pretraining.prompts import box_of, nearly, points_of, refine_masks, segment_from_boxes, segment_from_points, without_memory
+from slmsam2_cli.pretraining.prompts import (
+    boxes_around,
+    perturb_masks,
+    refine_masks,
+    sample_points,
+    segment_from_boxes,
+    segment_from_points,
+    without_memory,
+)
 from slmsam2_cli.pretraining.recipe import Recipe
-from slmsam2_cli.pretraining.volumes import draw_clips
+from slmsam2_cli.pretraining.volumes import ClipShape, draw_clips
 from slmsam2_cli.training.clips import Clips
 from slmsam2_cli.training.learner import means, total_loss
 from slmsam2_cli.training.losses import SliceLoss, Weights, slice_loss
 from slmsam2_cli.training.trainer import followed
 
 OBJECT_SCORE_BIAS = "sam_mask_decoder.pred_obj_score_head.layers.2.bias"
+_CLIPS, _VOLUMES, _CHOICES, _PROMPTS = range(4)  # purposes, each with a seed of its own
+PromptKind = Literal["mask", "perturbed", "box", "points"]
 
 
-def build(recipe: Recipe, device: torch.device) -> SlmSam2:
-    """Weights are drawn from the recipe's seed."""
+def build_model(recipe: Recipe, device: torch.device) -> SlmSam2:
+    """Build the network of a recipe with random weights drawn from the recipe's seed."""
     torch.manual_seed(recipe.seed)
     model = SlmSam2(recipe.network, recipe.input_size)
     model.to(device)
@@ -51,166 +58,163 @@ def build(recipe: Recipe, device: torch.device) -> SlmSam2:
     return model
 
 
-def kept(model: SlmSam2, shift: float) -> dict[str, Tensor]:
-    """Name -> weights on the CPU, in half precision, as they are written; `shift` is added to every object score."""
+def export_state(model: SlmSam2, shift: float) -> dict[str, Tensor]:
+    """Return the weights as they are saved: on the CPU, in half precision, with `shift` added to every object score."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     state[OBJECT_SCORE_BIAS] = state[OBJECT_SCORE_BIAS] + shift
     return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
 @dataclass(frozen=True)
-class RandomBank:
-    """A self-sorting bank that holds what it is told. row: of the temporal table; nearest: slices read; short: for a short stack."""
-
-    row: int
-    nearest: int
-    short: bool
-    name: str = "anywhere"
-    needs_scores: bool = False
-    shared_memory: bool = False
-
-    def read(self, moment: ReadContext) -> tuple[MemoryRead, ...]:
-        """Anchors, and the last of what was tracked in the order told."""
-        read = [*moment.conditioning, *list(moment.tracked)[-self.nearest :]]
-        long = MemoryRead(tuple((s, self.row) for s in read), tuple((s, POINTER_DISTANCE) for s in read))
-        return (long, short_read(moment, 1)) if self.short else (long,)
-
-    def keep(self, moment: ReadContext) -> Collection[int]:
-        """Everything."""
-        return moment.tracked
-
-
-class Reader:
-    """Tracks one clip after another slice by slice, reading by a policy drawn once."""
-
-    def __init__(self, model: SlmSam2, recipe: Recipe, slices: int, chance: random.Random) -> None:
-        self.model, self.reading, self.slices, self.chance = model, recipe.reading, slices, chance
-        names, weights = list(recipe.reading.policies), list(recipe.reading.policies.values())
-        (self.name,) = chance.choices(names, weights)
-        self.policy = self._policy(recipe)
-
-    def _policy(self, recipe: Recipe) -> MemoryPolicy:
-        if not POLICIES[self.name].has_bank:
-            named = recipe.network.model_copy(update={"policy": self.name})
-            return build_policy(named, self.model.num_maskmem, self.model.max_obj_ptrs_in_encoder)
-        return RandomBank(self.model.num_maskmem - 1, recipe.network.bank_read, POLICIES[self.name].has_short_stream)
-
-    def track(self, here: SliceFeatures, bank: MemoryBank, t: int) -> SliceOutput:
-        """Segment all objects on slice `t` from what of the memory can be read."""
-        previous_mask_only = self.chance.random() < self.reading.drop_all
-        carries = previous_mask_only or self.chance.random() >= self.reading.drop_carried
-        passed = bank[t - 1] if carries and self.model.carry_gain is not None else None
-        if previous_mask_only and passed is not None:
-            return self.model.decode(without_memory(self.model, here), here.fine, passed.chosen)
-        moment = ReadContext(t, 1, bank.conditioning, self._readable(list(bank.tracked), t), self.slices)
-        return self.model.decode_after(self.model.condition(here, bank, moment, self.policy), here, bank, passed)
-
-    def _readable(self, tracked: Sequence[int], t: int) -> list[int]:
-        """The tracked slices without those that are missing; a short stack always has the one just passed."""
-        needed = POLICIES[self.name].has_short_stream
-        kept = [s for s in tracked if (needed and s == t - 1) or self.chance.random() >= self.reading.drop_tracked]
-        return self.chance.sample(kept, len(kept)) if isinstance(self.policy, RandomBank) else kept
-
-
-_CLIPS, _VOLUMES, _CHANCE, _PROMPTS = range(4)  # what is drawn from a seed of its own
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a part was: slices per clip, clips, and the means of its losses, none of which is there when they were not finite."""
+class PartResult:
+    """Slices per clip, number of clips, and the mean losses of a part; `losses` is empty when they were not finite."""
 
     length: int
     clips: int
     losses: dict[str, float]
 
 
-Kind = Literal["mask", "nearly", "box", "points"]
+@dataclass(frozen=True)
+class Generators:
+    """Random generators of a part: `choices` for choices made in Python, `prompts` for tensors, on the model's device."""
+
+    choices: random.Random
+    prompts: torch.Generator
 
 
-def seed_of(*numbers: int) -> int:
-    """One seed of 64 bits from several numbers, unlike that of any other numbers."""
+def derive_seed(*numbers: int) -> int:
+    """Derive one seed of 64 bits from several numbers; other numbers give other seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-def compute(model: SlmSam2, recipe: Recipe, step: int, part: int, done: float) -> Part:
-    """Add a part's share of the step's gradient to that of the parameters. done: share of the run at this step."""
-    clips = drawn(recipe, step, part, done, model.device)
-    chance = random.Random(seed_of(recipe.seed, step, part, _CHANCE))
-    rng = torch.Generator(model.device).manual_seed(seed_of(recipe.seed, step, part, _PROMPTS))
+def compute_part(model: SlmSam2, recipe: Recipe, step: int, part: int, done: float) -> PartResult:
+    """Add a part's share of the step's gradient to the gradients of the parameters. done: share of the run."""
+    clips = draw_part_clips(recipe, step, part, done, model.device)
+    choices = random.Random(derive_seed(recipe.seed, step, part, _CHOICES))
+    generators = Generators(choices, torch.Generator(model.device).manual_seed(derive_seed(recipe.seed, step, part, _PROMPTS)))
     with half_precision(model.device):
-        given = choose_prompt_kind(recipe, len(clips.masks), done, chance)
-        losses = clip_losses(model, clips, recipe, given, chance, rng)
+        prompt = choose_prompt_kind(recipe, len(clips.masks), done, choices)
+        losses = clip_losses(model, clips, recipe, prompt, generators)
     total = total_loss(losses)
     length, windows = clips.frames.shape[:2]
     if not torch.isfinite(total):
-        return Part(length, windows, {})
+        return PartResult(length, windows, {})
     (total / recipe.parts).backward()  # type: ignore[no-untyped-call]
-    return Part(length, windows, means(losses))
+    return PartResult(length, windows, means(losses))
 
 
-def drawn(recipe: Recipe, step: int, part: int, done: float, device: torch.device) -> Clips:
-    """The clips of a part."""
-    chance = random.Random(seed_of(recipe.seed, step, part, _CLIPS))
-    length, input_size = chance.choice(recipe.phase(done).lengths), _draw_input_size(recipe, chance)
-    slices = recipe.slices_per_step * recipe.input_size**2 // (input_size**2 * recipe.parts)  # as many pixels, whatever the frame
-    windows = max(1, min(recipe.most_windows // recipe.parts, slices // length))
-    rng = torch.Generator(device).manual_seed(seed_of(recipe.seed, step, part, _VOLUMES))
+def draw_part_clips(recipe: Recipe, step: int, part: int, done: float, device: torch.device) -> Clips:
+    """Draw the clips of a part. Larger slices are fewer, so that every part has about the same number of pixels."""
+    choices = random.Random(derive_seed(recipe.seed, step, part, _CLIPS))
+    length, others = choices.choice(recipe.phase(done).lengths), recipe.other_input_sizes
+    (input_size,) = choices.choices([recipe.input_size, *others], [1 - sum(others.values()), *others.values()])
+    slices = recipe.slices_per_step * recipe.input_size**2 // (input_size**2 * recipe.parts)
+    windows = max(1, min(recipe.max_windows // recipe.parts, slices // length))
+    rng = torch.Generator(device).manual_seed(derive_seed(recipe.seed, step, part, _VOLUMES))
     tracks = max(1, round(windows * recipe.tracks_per_window))
-    return draw_clips(recipe.volumes_at(done), rng, windows, length, tracks, input_size, device)
+    return draw_clips(recipe.volumes_at(done), rng, ClipShape(windows, length, tracks, input_size), device)
 
 
-def _draw_input_size(recipe: Recipe, chance: random.Random) -> int:
-    others = recipe.other_input_sizes
-    (input_size,) = chance.choices([recipe.input_size, *others], [1 - sum(others.values()), *others.values()])
-    return input_size
+def choose_prompt_kind(recipe: Recipe, length: int, done: float, choices: random.Random) -> PromptKind:
+    """Choose the kind of prompt for the first of `length` slices. done: share of the run."""
+    prompts, number = recipe.prompts, choices.random()
+    if length > 1 and recipe.phase(done).masks_only:
+        return "mask"
+    if number < prompts.box + prompts.points:
+        return "box" if number < prompts.box else "points"
+    return "mask" if length > 1 else "perturbed"  # the true mask of a single image would be its answer
 
 
-def clip_losses(
-    model: SlmSam2, clips: Clips, recipe: Recipe, given: Kind, chance: random.Random, rng: torch.Generator
-) -> Sequence[SliceLoss]:
-    """Give the first slice, track the others; one loss per slice that the model had to draw."""
-    length = len(clips.masks)
+def clip_losses(model: SlmSam2, clips: Clips, recipe: Recipe, prompt: PromptKind, generators: Generators) -> Sequence[SliceLoss]:
+    """Prompt the first slice and track the others. Return one loss per slice that the model has segmented."""
+    length, choices = len(clips.masks), generators.choices
     set_input_size(model, clips.frames.shape[-1])
     features = model.encode(clips.frames.flatten(0, 1))
     first, weights, losses = features.at(clips.feature_index(0)), Weights(balanced=True, **recipe.losses.model_dump()), []
-    if given == "mask":
-        bank = MemoryBank({0: _annotated(model, first, clips, 0)})
+    if prompt == "mask":
+        bank = MemoryBank({0: _remember_mask(model, first, clips, 0)})
     else:
-        output = _prompted(model, first, clips.masks[0], given, recipe, chance, rng)
-        if length == 1:  # always there, of which nothing is to be learned but that it always is
+        output = _segment_from_prompt(model, first, clips.masks[0], recipe, prompt, generators)
+        if length == 1:  # the object is always present here, so its score is not trained
             return [slice_loss(output, clips.masks[0], weights=replace(weights, object_score=0.0))]
         losses.append(slice_loss(output, clips.masks[0], weights=weights))
         bank = MemoryBank({0: model.remember(first, output)})
     until = length
-    if length >= 4 and chance.random() < recipe.reading.two_conditioning_slices:
+    if length >= 4 and choices.random() < recipe.memory.two_conditioning_slices:
         until = length - 1
-        bank.conditioning[until] = _annotated(model, features.at(clips.feature_index(until)), clips, until)
-    reader = Reader(model, recipe, clips.slices, chance)
+        bank.conditioning[until] = _remember_mask(model, features.at(clips.feature_index(until)), clips, until)
+    reader = MemoryReader(model, recipe, clips.slices, choices)
     return losses + followed(model, clips, features, bank, reader.track, until, weights)
 
 
-def choose_prompt_kind(recipe: Recipe, length: int, done: float, chance: random.Random) -> Kind:
-    """What the first of `length` slices is given as. done: share of the run."""
-    prompts, draw = recipe.prompts, chance.random()
-    if length > 1 and recipe.phase(done).masks_only:
-        return "mask"
-    if draw < prompts.box + prompts.points:
-        return "box" if draw < prompts.box else "points"
-    return "mask" if length > 1 else "nearly"  # of a single image, the mask would be the answer
-
-
-def _prompted(
-    model: SlmSam2, here: SliceFeatures, truth: Tensor, given: Kind, recipe: Recipe, chance: random.Random, rng: torch.Generator
+def _segment_from_prompt(
+    model: SlmSam2, here: SliceFeatures, masks: Tensor, recipe: Recipe, prompt: PromptKind, generators: Generators
 ) -> SliceOutput:
-    """What the model makes of a prompt drawn from the masks (M, 1, H, W)."""
-    prompts = recipe.prompts
-    if given == "nearly":
-        return refine_masks(model, here, nearly(truth, rng, prompts.shift, prompts.scale))
-    if given == "box":
-        return segment_from_boxes(model, here, box_of(truth, rng, prompts.jitter))
-    return segment_from_points(model, here, *points_of(truth, chance.randint(1, prompts.most_points), rng))
+    """Segment a slice from a prompt simulated from its masks (M, 1, H, W)."""
+    settings, rng = recipe.prompts, generators.prompts
+    if prompt == "perturbed":
+        return refine_masks(model, here, perturb_masks(masks, rng, settings.mask_shift, settings.mask_scale))
+    if prompt == "box":
+        return segment_from_boxes(model, here, boxes_around(masks, rng, settings.box_jitter))
+    return segment_from_points(model, here, *sample_points(masks, generators.choices.randint(1, settings.max_points), rng))
 
 
-def _annotated(model: SlmSam2, here: SliceFeatures, clips: Clips, t: int) -> Memory:
-    """A slice whose masks were given; an empty one says that the object has ended."""
+def _remember_mask(model: SlmSam2, here: SliceFeatures, clips: Clips, t: int) -> Memory:
+    """Encode slice t with its true masks for memory; an empty mask means that the object has ended."""
     return model.remember(here, model.condition_on_mask(here, clips.masks[t]), clips.masks[t])
+
+
+@dataclass(frozen=True)
+class RandomBank:
+    """A policy that stands in for the self-sorting bank: it reads the slices that it is given, in the given order.
+
+    temporal_row: of the table of temporal codes; nearest: number of slices read; short: whether there is a short stream.
+    """
+
+    temporal_row: int
+    nearest: int
+    short: bool
+    name: str = "random bank"
+    needs_scores: bool = False
+    shared_memory: bool = False
+
+    def read(self, context: ReadContext) -> tuple[MemoryRead, ...]:
+        """Read the conditioning slices and the last `nearest` tracked slices."""
+        slices = [*context.conditioning, *list(context.tracked)[-self.nearest :]]
+        long = MemoryRead(tuple((s, self.temporal_row) for s in slices), tuple((s, POINTER_DISTANCE) for s in slices))
+        return (long, short_read(context, 1)) if self.short else (long,)
+
+    def keep(self, context: ReadContext) -> Collection[int]:
+        """Keep all slices."""
+        return context.tracked
+
+
+class MemoryReader:
+    """Tracks objects slice by slice with a memory policy that is drawn once, and drops parts of memory at random."""
+
+    def __init__(self, model: SlmSam2, recipe: Recipe, slices: int, choices: random.Random) -> None:
+        self.model, self.settings, self.slices, self.choices = model, recipe.memory, slices, choices
+        policies = recipe.memory.policies
+        (name,) = choices.choices(list(policies), list(policies.values()))
+        self.short = POLICIES[name].has_short_stream
+        self.policy: MemoryPolicy
+        if POLICIES[name].has_bank:
+            self.policy = RandomBank(model.num_maskmem - 1, recipe.network.bank_read, self.short)
+        else:
+            network = recipe.network.model_copy(update={"policy": name})
+            self.policy = build_policy(network, model.num_maskmem, model.max_obj_ptrs_in_encoder)
+
+    def track(self, here: SliceFeatures, bank: MemoryBank, t: int) -> SliceOutput:
+        """Segment all objects on slice `t` from the part of memory that is not dropped."""
+        previous_mask_only = self.choices.random() < self.settings.previous_mask_only
+        carries = previous_mask_only or self.choices.random() >= self.settings.drop_previous_mask
+        previous = bank[t - 1] if carries and self.model.carry_gain is not None else None
+        if previous_mask_only and previous is not None:
+            return self.model.decode(without_memory(self.model, here), here.fine, previous.chosen)
+        context = ReadContext(t, 1, bank.conditioning, self.readable(list(bank.tracked), t), self.slices)
+        return self.model.decode_after(self.model.condition(here, bank, context, self.policy), here, bank, previous)
+
+    def readable(self, tracked: Sequence[int], t: int) -> list[int]:
+        """Return the tracked slices without the dropped ones; a short stream always keeps the previous slice. Shuffled for a bank."""
+        kept = [s for s in tracked if (self.short and s == t - 1) or self.choices.random() >= self.settings.drop_tracked]
+        return self.choices.sample(kept, len(kept)) if isinstance(self.policy, RandomBank) else kept

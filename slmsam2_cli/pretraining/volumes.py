@@ -1,13 +1,14 @@
-"""Draw clips of procedurally generated volumes: anatomy-like label maps with the grey values of many scanners.
+"""Draw clips of procedurally generated volumes: anatomy-like label maps with the intensities of many scanners.
 
-After the idea of SynthSeg (Billot et al. 2023, arXiv:2107.09559): a network that has seen every appearance needs to know none.
-Here the forms are drawn too, with what propagation stumbles over: ends, look-alikes, branches and invisible borders.
+The idea is that of SynthSeg (Billot et al. 2023, arXiv:2107.09559): a network trained on random appearances does not depend on any one.
+Here the shapes are random too, with what propagation fails on: ends, look-alikes, branches and invisible borders.
 
-Which structures of a window are followed, and which way: from its first slice or from its last, ends preferred.
+    view, anatomy, scanner -> label map -> tracks (which structures are propagated, in which direction) -> intensities -> scanner effects
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,232 +16,234 @@ from pydantic import Field
 from torch import Tensor
 
 from slmsam2_cli.planning.plan import FrozenModel
-from slmsam2_cli.pretraining.anatomy import PAINTED, STRUCTURES, Anatomy, AnatomyRecipe, draw_anatomy
+from slmsam2_cli.pretraining.anatomy import PAINT_ORDER, STRUCTURES, Anatomy, AnatomyRecipe, draw_anatomy
 from slmsam2_cli.pretraining.appearance import (
-    PIXELS,
+    RESOLUTIONS,
     AppearanceRecipe,
     ScannerRecipe,
     Scanners,
     draw_appearance,
     draw_scanners,
-    filled,
-    scanned,
+    render_labels,
+    scan,
 )
-from slmsam2_cli.pretraining.random_fields import Draw, LogRange, Range, Share, smooth_field
-from slmsam2_cli.pretraining.shapes import cut, joined, paint, paint_around, pixel_centres, poses
+from slmsam2_cli.pretraining.random_fields import Draw, Fraction, LogRange, Range, smooth_field
+from slmsam2_cli.pretraining.shapes import cross_sections, cut_tiles, join_tiles, paint, paint_around, pixel_centres
 from slmsam2_cli.training.clips import Clips
 
-SMALLEST_PX = 6
-_NEVER = 10**6
-
-
-class Tracks(NamedTuple):
-    """(M,) each: window, target and direction of every track."""
-
-    window: Tensor
-    target: Tensor
-    reverse: Tensor
-
-
-def areas(targets: Tensor, count: int) -> Tensor:
-    """Target maps (T, W, px, px), `count` being background -> pixels of each target, (T, W, count)."""
-    slices, windows = targets.shape[:2]
-    place = torch.arange(slices * windows, device=targets.device).view(slices, windows, 1, 1) * (count + 1)
-    counted = torch.bincount((targets + place).flatten(), minlength=slices * windows * (count + 1))
-    return counted.view(slices, windows, count + 1)[..., :-1]
-
-
-def choose(draw: Draw, area: Tensor, weight: Tensor, tracks: int) -> Tracks:
-    """At most `tracks` tracks, spread evenly over the windows.
-
-    area (T, W, targets): pixels; weight (W, targets): how likely a target is to be followed, compared with the others.
-    """
-    edges = torch.stack([area[0], area[-1]], -1)
-    eager = weight.log()[..., None] - draw.uniform((1e-6, 1.0), *edges.shape).log().neg().log()  # Gumbel: a draw without replacement
-    eager = torch.where(edges >= SMALLEST_PX, eager, -torch.inf).flatten(1)
-    order = eager.argsort(dim=1, descending=True)
-    turn = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    rank = torch.where(eager.isfinite(), torch.empty_like(order).scatter_(1, order, turn), _NEVER).flatten()
-    chosen = (rank + draw.uniform((0.0, 0.5), *rank.shape)).argsort()[:tracks]
-    chosen = chosen[rank[chosen] < _NEVER].sort().values
-    window, rest = chosen // order.shape[1], chosen % order.shape[1]
-    return Tracks(window, rest // 2, rest % 2 == 1)
-
-
-AIR, FAT, TISSUE, SEPTUM, FIRST = 0, 1, 2, 6, 7  # labels: four tissues from TISSUE on, two labels for every structure from FIRST on
+MIN_TRACK_PX = 6  # pixels of a structure on the first slice of a track
+AIR, FAT, TISSUE, SEPTUM, FIRST = 0, 1, 2, 6, 7  # labels: four tissues from TISSUE on, two labels per structure from FIRST on
 NO_TARGET = 2 * STRUCTURES
-ABOUT = 2  # structures that a window is about
+MAIN_STRUCTURES = 2  # the first pair of structures, which is tracked more often
+_NOT_A_START = 10**6
 
 
 class VolumesRecipe(FrozenModel):
-    """What the generator draws from: every range and every probability."""
+    """Every range and probability of the generator."""
 
-    anatomy: AnatomyRecipe = Field(default=AnatomyRecipe(), description="structures and what they are to each other")
-    appearance: AppearanceRecipe = Field(default=AppearanceRecipe(), description="grey values and textures")
-    scanner: ScannerRecipe = Field(default=ScannerRecipe(), description="kinds of scanners and their faults")
-    air: Share = Field(default=0.5, description="share of windows in which the body's outline may be seen")
-    septa: Share = Field(default=0.5, description="share of windows with thin layers between tissues")
-    warp: Range = Field(default=(0.04, 0.2), description="coarse deformation, in sizes of the first structure")
-    rough: Range = Field(default=(0.01, 0.06), description="fine deformation, in sizes of the first structure")
-    unsteady: Share = Field(default=0.1, description="share of windows whose slices are shifted against each other, as by breathing")
-    shift: LogRange = Field(default=(0.002, 0.01), description="standard deviation of these shifts, frame widths")
-    misplaced: Share = Field(default=0.05, description="share of windows whose masks lie beside what is seen, as if drawn on another image")
-    beside: Range = Field(default=(-0.025, 0.025), description="how far beside, along each axis, frame widths")
-    padded: Share = Field(default=0.5, description="share of windows with zeros below or to the right, as slices that are not square")
-    cropped: Share = Field(default=0.12, description="share of windows that reach beyond the volume at the left or the top")
-    blocky: Share = Field(default=0.6, description="share of masks drawn on the scanner's pixels, where these are coarser than the frame's")
-    colours: Share = Field(default=0.05, description="share of windows whose three channels differ")
-    eager: float = Field(default=6.0, description="how much likelier a structure that ends within the clip is to be followed")
-    slices: tuple[int, int] = Field(default=(8, 80), description="length of the procedurally generated volumes")
+    anatomy: AnatomyRecipe = Field(default=AnatomyRecipe(), description="structures and their relations")
+    appearance: AppearanceRecipe = Field(default=AppearanceRecipe(), description="intensities and textures")
+    scanner: ScannerRecipe = Field(default=ScannerRecipe(), description="modalities and scanner effects")
+    air: Fraction = Field(default=0.5, description="share of windows that may show the outline of the body")
+    septa: Fraction = Field(default=0.5, description="share of windows with thin layers between tissues")
+    coarse_deformation: Range = Field(default=(0.04, 0.2), description="coarse deformation, in sizes of the first structure")
+    fine_deformation: Range = Field(default=(0.01, 0.06), description="fine deformation, in sizes of the first structure")
+    shifted_slices: Fraction = Field(
+        default=0.1, description="share of windows whose slices are shifted against each other, as by breathing"
+    )
+    slice_shift: LogRange = Field(default=(0.002, 0.01), description="standard deviation of these shifts, image widths")
+    misplaced_masks: Fraction = Field(default=0.05, description="share of windows whose masks are shifted against the image")
+    mask_offset: Range = Field(default=(-0.025, 0.025), description="shift of misplaced masks along each axis, image widths")
+    padded: Fraction = Field(default=0.5, description="share of windows with zeros below or to the right, as slices that are not square")
+    cropped: Fraction = Field(default=0.12, description="share of windows that reach beyond the volume at the left or the top")
+    pixelated_masks: Fraction = Field(default=0.6, description="share of masks drawn on the scanner's pixels, if coarser than the image's")
+    differing_channels: Fraction = Field(default=0.05, description="share of windows whose three channels differ")
+    ending_weight: float = Field(default=6.0, description="how much likelier a structure that ends within the clip is to be tracked")
+    volume_slices: tuple[int, int] = Field(default=(8, 80), description="length of the procedurally generated volumes, slices")
 
 
-def draw_clips(
-    recipe: VolumesRecipe,
-    rng: torch.Generator,
-    windows: int,
-    length: int,
-    tracks: int,
-    input_size: int,
-    device: torch.device = torch.device("cpu"),  # noqa: B008  a value
-) -> Clips:
-    """W windows of `length` slices and at most `tracks` tracks through them; at least one.
+@dataclass(frozen=True)
+class ClipShape:
+    """Size of what `draw_clips` draws: windows, slices of each, tracks at most, edge of the slices in pixels (a multiple of 16)."""
 
-    All randomness comes from `rng`, of the device or of the CPU. input_size: a multiple of 16.
+    windows: int
+    length: int
+    tracks: int
+    input_size: int
+
+
+def draw_clips(recipe: VolumesRecipe, rng: torch.Generator, shape: ClipShape, device: torch.device | None = None) -> Clips:
+    """Draw windows of slices and at most `shape.tracks` tracks through them, at least one.
+
+    rng: the only source of randomness, on `device` (default: the CPU) or on the CPU.
     """
-    draw = Draw.on(device, rng)
+    draw = Draw.on(device or torch.device("cpu"), rng)
+    windows, length, px = shape.windows, shape.length, shape.input_size
     while True:
-        view = _view(recipe, draw, windows)
+        view = _draw_view(recipe, draw, windows)
         anatomy = draw_anatomy(recipe.anatomy, draw, length, view)
         scanners = draw_scanners(recipe.scanner, draw, windows)
-        labels = _blocky(draw, scanners, draw.chance(recipe.blocky, windows), _labels(recipe, draw, anatomy, length, input_size))
-        seen = _seen(view, input_size)
-        targets = _targets(labels, anatomy, seen)
-        area = areas(targets, NO_TARGET)
-        chosen = choose(draw, area, _weights(recipe, area, input_size), tracks)
-        if len(chosen.window):
+        pixelated = draw.bernoulli(recipe.pixelated_masks, windows)
+        labels = _pixelate(scanners, pixelated, _draw_labels(recipe, draw, anatomy, length, px))
+        visible = _visible(view, px)
+        targets = _targets(labels, anatomy, visible)
+        area = target_areas(targets, NO_TARGET)
+        weight = (area.amax(0) / px**2).clamp(1e-3, 0.1)  # tiny targets are tracked less often
+        weight[:, : 2 * MAIN_STRUCTURES] *= 3
+        weight = weight * torch.where((area == 0).any(0), recipe.ending_weight, 1.0)
+        tracks = choose_tracks(draw, area, weight, shape.tracks)
+        if len(tracks.window):
             break
-    frames = _frames(recipe, draw, _misplaced(recipe, draw, labels), anatomy, scanners, seen)
-    slices = max(length, int(draw.spread((float(recipe.slices[0]), float(recipe.slices[1])), 1)))
-    return Clips(frames, _masks(targets, chosen), chosen.window, chosen.reverse, slices)
+    frames = _render(recipe, draw, _misplace(recipe, draw, labels), anatomy, scanners, visible)
+    low, high = recipe.volume_slices
+    slices = max(length, int(draw.log_uniform((float(low), float(high)), 1)))
+    return Clips(frames, _track_masks(targets, tracks), tracks.window, tracks.reverse, slices)
 
 
-def _view(recipe: VolumesRecipe, draw: Draw, windows: int) -> Tensor:
-    """(W, 4): left, top, width and height of what is not padding, frame widths."""
+def _draw_view(recipe: VolumesRecipe, draw: Draw, windows: int) -> Tensor:
+    """Draw left, top, width and height of the part without padding, (W, 4), image widths."""
     view = torch.tensor([0.0, 0.0, 1.0, 1.0], device=draw.device).repeat(windows, 1)
-    side = draw.chance(0.5, windows).long()[:, None]
-    shorter = torch.where(draw.chance(recipe.padded, windows), draw.uniform((0.5, 1.0), windows), 1.0)
-    beyond = draw.uniform((0.0, 0.3), windows) * draw.chance(recipe.cropped, windows)
+    side = draw.bernoulli(0.5, windows).long()[:, None]
+    shorter = torch.where(draw.bernoulli(recipe.padded, windows), draw.uniform((0.5, 1.0), windows), 1.0)
+    beyond = draw.uniform((0.0, 0.3), windows) * draw.bernoulli(recipe.cropped, windows)
     view.scatter_(1, side + 2, (shorter - beyond)[:, None])
     return view.scatter_(1, side, beyond[:, None])
 
 
-def _seen(view: Tensor, input_size: int) -> Tensor:
-    """(W, px, px) of 0 in the padding and 1 elsewhere."""
+def _visible(view: Tensor, input_size: int) -> Tensor:
+    """Compute (W, px, px): 0 in the padding, 1 elsewhere."""
     x, y = pixel_centres(input_size, view.device)
     left, top, width, height = view[:, :, None, None].unbind(1)
     within: Tensor = (x >= left) & (x < left + width) & (y >= top) & (y < top + height)
     return within.float()
 
 
-def _labels(recipe: VolumesRecipe, draw: Draw, anatomy: Anatomy, length: int, input_size: int) -> Tensor:
-    """Label maps (T, W, px, px) uint8."""
+def _draw_labels(recipe: VolumesRecipe, draw: Draw, anatomy: Anatomy, length: int, input_size: int) -> Tensor:
+    """Draw label maps (T, W, px, px) uint8."""
     windows = len(anatomy.size)
-    where = pixel_centres(input_size, draw.device) + _displacement(recipe, draw, anatomy, length, input_size)
-    tiles = cut(where, _tissues(recipe, draw, anatomy, length, input_size))
-    pose = poses(anatomy.structures, length)
-    for k in PAINTED:
-        paint(anatomy.structures, pose, k, tiles, FIRST + 2 * k)
-    paint_around(anatomy.body, poses(anatomy.body, length), tiles, draw.chance(recipe.air, windows), AIR, FAT)
-    return joined(tiles.labels, length, windows)
+    coordinates = pixel_centres(input_size, draw.device) + _draw_deformation(recipe, draw, anatomy, length, input_size)
+    tiles = cut_tiles(coordinates, _draw_tissues(recipe, draw, anatomy, length, input_size))
+    sections = cross_sections(anatomy.structures, length)
+    for k in PAINT_ORDER:
+        paint(anatomy.structures, sections, k, tiles, FIRST + 2 * k)
+    paint_around(anatomy.body, cross_sections(anatomy.body, length), tiles, draw.bernoulli(recipe.air, windows), AIR, FAT)
+    return join_tiles(tiles.labels, length, windows)
 
 
-def _displacement(recipe: VolumesRecipe, draw: Draw, anatomy: Anatomy, length: int, input_size: int) -> Tensor:
-    """(T, W, 2, px, px): how far every pixel is moved, the same for everything in it, frame widths."""
+def _draw_deformation(recipe: VolumesRecipe, draw: Draw, anatomy: Anatomy, length: int, input_size: int) -> Tensor:
+    """Draw the displacement of every pixel, the same for all structures, (T, W, 2, px, px), image widths."""
     windows = len(anatomy.size)
-    warp, rough = (draw.uniform(between, windows) * anatomy.size for between in (recipe.warp, recipe.rough))
-    coarse, fine = (smooth_field(draw, length, anatomy.pace, 2, cells, input_size) for cells in (5, 16))
-    moved = coarse.mul_(warp[:, None, None, None]).addcmul_(fine, rough[:, None, None, None])
-    shift = draw.spread(recipe.shift, windows, 1) * draw.chance(recipe.unsteady, windows, 1)
-    return moved.add_((draw.normal(length, windows, 2) * shift)[..., None, None])
+    strengths = [draw.uniform(limits, windows) * anatomy.size for limits in (recipe.coarse_deformation, recipe.fine_deformation)]
+    coarse, fine = (smooth_field(draw, length, anatomy.rate, 2, cells, input_size) for cells in (5, 16))
+    field = coarse.mul_(strengths[0][:, None, None, None]).addcmul_(fine, strengths[1][:, None, None, None])
+    shift = draw.log_uniform(recipe.slice_shift, windows, 1) * draw.bernoulli(recipe.shifted_slices, windows, 1)
+    return field.add_((draw.normal(length, windows, 2) * shift)[..., None, None])
 
 
-def _tissues(recipe: VolumesRecipe, draw: Draw, anatomy: Anatomy, length: int, input_size: int) -> Tensor:
-    """(T, W, px, px) uint8: what lies between the structures: four tissues, and thin layers where one gives way to another."""
+def _draw_tissues(recipe: VolumesRecipe, draw: Draw, anatomy: Anatomy, length: int, input_size: int) -> Tensor:
+    """Draw what is between the structures, (T, W, px, px) uint8: four tissues, and thin layers where they meet."""
     windows = len(anatomy.size)
-    coarse, fine = (smooth_field(draw, length, anatomy.pace, 1, cells, input_size)[:, :, 0] for cells in (4, 11))
+    coarse, fine = (smooth_field(draw, length, anatomy.rate, 1, cells, input_size)[:, :, 0] for cells in (4, 11))
     coarse.sub_(draw.normal(windows, 1, 1))
     fine.sub_(draw.normal(windows, 1, 1))
     tissue = (coarse > 0).to(torch.uint8).add_(TISSUE).add_((fine > 0).to(torch.uint8), alpha=2)
-    thickness = draw.uniform((0.02, 0.12), windows, 1, 1) * draw.chance(recipe.septa, windows, 1, 1)
+    thickness = draw.uniform((0.02, 0.12), windows, 1, 1) * draw.bernoulli(recipe.septa, windows, 1, 1)
     return tissue.masked_fill_(coarse.abs_() < thickness, SEPTUM)
 
 
-def _blocky(draw: Draw, scanners: Scanners, chosen: Tensor, labels: Tensor) -> Tensor:
-    """Labels (T, W, px, px) drawn on the scanner's pixels in the windows chosen (W,), in place."""
+def _pixelate(scanners: Scanners, pixelated: Tensor, labels: Tensor) -> Tensor:
+    """Redraw labels (T, W, px, px) on the scanner's pixels where `pixelated` (W,) is True, in place."""
     px = labels.shape[-1]
-    for choice, share in enumerate(PIXELS):
-        some = (chosen & (scanners.pixels == choice)).nonzero()[:, 0]
-        if share < 1 and len(some):
-            count = round(px * share)
-            pixel = torch.arange(px, device=draw.device) * count // px
+    for index, resolution in enumerate(RESOLUTIONS):
+        chosen = (pixelated & (scanners.resolution == index)).nonzero()[:, 0]
+        if resolution < 1 and len(chosen):
+            count = round(px * resolution)
+            pixel = torch.arange(px, device=labels.device) * count // px
             centre = ((pixel + 0.5) * (px / count)).long()
-            labels[:, some] = labels[:, some][..., centre, :][..., centre]
+            labels[:, chosen] = labels[:, chosen][..., centre, :][..., centre]
     return labels
 
 
-def _misplaced(recipe: VolumesRecipe, draw: Draw, labels: Tensor) -> Tensor:
-    """Label maps (T, W, px, px) as the scanner sees them: in some windows not quite where the masks are."""
+def _misplace(recipe: VolumesRecipe, draw: Draw, labels: Tensor) -> Tensor:
+    """Return label maps (T, W, px, px) for the image, which in some windows are shifted against those of the masks."""
     px = labels.shape[-1]
-    some = draw.chance(recipe.misplaced, labels.shape[1]).nonzero()[:, 0]
-    beside = (draw.uniform(recipe.beside, 2, len(some), 1) * px).round().long()
-    rows, columns = (torch.arange(px, device=draw.device) + beside).clamp(0, px - 1)
-    if not len(some):
+    chosen = draw.bernoulli(recipe.misplaced_masks, labels.shape[1]).nonzero()[:, 0]
+    offset = (draw.uniform(recipe.mask_offset, 2, len(chosen), 1) * px).round().long()
+    rows, columns = (torch.arange(px, device=draw.device) + offset).clamp(0, px - 1)
+    if not len(chosen):
         return labels
     moved = labels.clone()
-    moved[:, some] = labels[:, some[:, None, None], rows[:, :, None], columns[:, None]]
+    moved[:, chosen] = labels[:, chosen[:, None, None], rows[:, :, None], columns[:, None]]
     return moved
 
 
-def _targets(labels: Tensor, anatomy: Anatomy, seen: Tensor) -> Tensor:
-    """(T, W, px, px) uint8: the target every pixel belongs to, or NO_TARGET."""
+def _targets(labels: Tensor, anatomy: Anatomy, visible: Tensor) -> Tensor:
+    """Look up the target to which every pixel belongs, (T, W, px, px) uint8; NO_TARGET for background and padding."""
     windows = labels.shape[1]
     table = torch.full((windows, FIRST + 2 * STRUCTURES), NO_TARGET, dtype=torch.uint8, device=labels.device)
     table[:, FIRST:] = anatomy.target.flatten(1)
     offset = torch.arange(windows, dtype=torch.int32, device=labels.device)[:, None, None] * table.shape[1]
-    found = table.flatten().index_select(0, (labels + offset).flatten())
-    return found.view(labels.shape).masked_fill_(seen == 0, NO_TARGET)
+    targets = table.flatten().index_select(0, (labels + offset).flatten())
+    return targets.view(labels.shape).masked_fill_(visible == 0, NO_TARGET)
 
 
-def _weights(recipe: VolumesRecipe, area: Tensor, input_size: int) -> Tensor:
-    """(W, targets): what the window is about comes first, small things last, and ends are wanted."""
-    weight = (area.amax(0) / input_size**2).clamp(1e-3, 0.1)
-    weight[:, : 2 * ABOUT] *= 3
-    return weight * torch.where((area == 0).any(0), recipe.eager, 1.0)
+def target_areas(targets: Tensor, count: int) -> Tensor:
+    """Count the pixels of each target, (T, W, count), in target maps (T, W, px, px), where the value `count` is background."""
+    slices, windows = targets.shape[:2]
+    offset = torch.arange(slices * windows, device=targets.device).view(slices, windows, 1, 1) * (count + 1)
+    counted = torch.bincount((targets + offset).flatten(), minlength=slices * windows * (count + 1))
+    return counted.view(slices, windows, count + 1)[..., :-1]
 
 
-def _masks(targets: Tensor, tracks: Tracks) -> Tensor:
-    """(T, M, 1, px, px) in {0, 1}, each in its track's own order."""
+class Tracks(NamedTuple):
+    """(M,) each. window and target of every track; reverse: from the last slice to the first."""
+
+    window: Tensor
+    target: Tensor
+    reverse: Tensor
+
+
+def choose_tracks(draw: Draw, area: Tensor, weight: Tensor, count: int) -> Tracks:
+    """Draw at most `count` tracks, evenly distributed over the windows, each from the first slice or from the last.
+
+    area (T, W, targets): pixels; weight (W, targets): relative probability that a target is tracked.
+    """
+    starts = torch.stack([area[0], area[-1]], -1)
+    score = weight.log()[..., None] - draw.uniform((1e-6, 1.0), *starts.shape).log().neg().log()  # Gumbel: draws without replacement
+    score = torch.where(starts >= MIN_TRACK_PX, score, -torch.inf).flatten(1)
+    order = score.argsort(dim=1, descending=True)
+    position = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    rank = torch.where(score.isfinite(), torch.empty_like(order).scatter_(1, order, position), _NOT_A_START).flatten()
+    chosen = (rank + draw.uniform((0.0, 0.5), *rank.shape)).argsort()[:count]
+    chosen = chosen[rank[chosen] < _NOT_A_START].sort().values
+    window, rest = chosen // order.shape[1], chosen % order.shape[1]
+    return Tracks(window, rest // 2, rest % 2 == 1)
+
+
+def _track_masks(targets: Tensor, tracks: Tracks) -> Tensor:
+    """Return masks (T, M, 1, px, px) in {0, 1}, each in its track's own order."""
     step = torch.arange(len(targets), device=targets.device)[:, None]
     slices = torch.where(tracks.reverse, len(targets) - 1 - step, step)
-    seen = targets.flatten(0, 1).index_select(0, (slices * targets.shape[1] + tracks.window).flatten())
-    masks = seen.view(len(targets), len(tracks.window), 1, *targets.shape[2:]) == tracks.target.to(torch.uint8)[:, None, None, None]
+    chosen = targets.flatten(0, 1).index_select(0, (slices * targets.shape[1] + tracks.window).flatten())
+    masks = chosen.view(len(targets), len(tracks.window), 1, *targets.shape[2:]) == tracks.target.to(torch.uint8)[:, None, None, None]
     return masks.float()
 
 
-def _frames(recipe: VolumesRecipe, draw: Draw, labels: Tensor, anatomy: Anatomy, scanners: Scanners, seen: Tensor) -> Tensor:
-    """(T, W, 3, px, px): one grey image three times, or for some windows three of them."""
+def _render(recipe: VolumesRecipe, draw: Draw, labels: Tensor, anatomy: Anatomy, scanners: Scanners, visible: Tensor) -> Tensor:
+    """Render label maps as frames (T, W, 3, px, px): one image three times, or three different ones in some windows."""
     windows = labels.shape[1]
     everyone = torch.arange(windows, device=labels.device)
     tissues = torch.arange(FIRST, device=labels.device).repeat(windows, 1)
-    alike = torch.cat([tissues, FIRST + anatomy.like.flatten(1)], 1)
-    coloured = draw.chance(recipe.colours, windows).nonzero()[:, 0]
-    source = torch.cat([everyone, coloured, coloured])
-    if len(coloured):
-        labels, alike, scanners = labels[:, source], alike[source], scanners.of(source)
-    looks = draw_appearance(recipe.appearance, draw, scanners.kind, alike, SEPTUM, FIRST)
-    grey = scanned(recipe.scanner, draw, scanners, filled(draw, looks, labels))
-    frames = grey[:, :windows].mul_(seen)[:, :, None].repeat(1, 1, 3, 1, 1)
-    for channel in (1, 2) if len(coloured) else ():
-        other = grey[:, windows + (channel - 1) * len(coloured) :][:, : len(coloured)]
-        frames[:, coloured, channel] = other * seen[coloured]
+    shared = torch.cat([tissues, FIRST + anatomy.appearance.flatten(1)], 1)
+    differing = draw.bernoulli(recipe.differing_channels, windows).nonzero()[:, 0]
+    source = torch.cat([everyone, differing, differing])
+    if len(differing):
+        labels, shared = labels[:, source], shared[source]
+        scanners = Scanners(scanners.modality[source], scanners.resolution[source])
+    appearance = draw_appearance(recipe.appearance, draw, scanners.modality, shared, SEPTUM, FIRST)
+    images = scan(recipe.scanner, draw, scanners, render_labels(draw, appearance, labels))
+    frames = images[:, :windows].mul_(visible)[:, :, None].repeat(1, 1, 3, 1, 1)
+    for channel in (1, 2) if len(differing) else ():
+        other = images[:, windows + (channel - 1) * len(differing) :][:, : len(differing)]
+        frames[:, differing, channel] = other * visible[differing]
     return frames

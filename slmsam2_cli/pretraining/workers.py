@@ -1,151 +1,132 @@
-"""Processes that compute parts of a step beside this one, on weights and gradients in shared memory.
+"""Worker processes that compute parts of a step in parallel, on weights and gradients in shared memory.
 
-On a CPU, processes of one thread each finish sooner than one process of several threads, and by far when other programs keep
-the cores busy (docs/explanation/pretraining.md). The gradients are added in the order of the parts, so that the result is,
-bit for bit, that of one process which computes them one after another.
+On a CPU, processes of one thread each are faster than one process of several threads, and much faster when other programs use the
+cores (docs/explanation/pretraining.md). Gradients are added in the order of the parts, so the result is, bit for bit, that of one
+process that computes the parts one after another.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 import torch
-import torch.multiprocessing  # lets tensors in shared memory go through pipes
+import torch.multiprocessing  # registers how tensors in shared memory are sent through pipes
 from torch import Tensor
 
 from slmsam2_cli.errors import TrainingError
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.pretraining.recipe import Recipe
-from slmsam2_cli.pretraining.step import Part, build, compute
+from slmsam2_cli.pretraining.step import PartResult, build_model, compute_part
 
 _TIMEOUT_S = 5.0
-_LINE = 16  # numbers: where torch lets a tensor begin, 64 bytes apart; a matrix product may be rounded otherwise elsewhere
+_ALIGNMENT = 16  # numbers: torch aligns tensors to 64 bytes; matrix products of otherwise aligned ones may be rounded differently
 
 
-class Helpers:
-    """One helper for every part but the first."""
+class GradientWorkers:
+    """One process for every part but the first, which the calling process computes itself.
 
-    def __init__(self, model: SlmSam2, own: Tensor, recipe: Recipe) -> None:
-        self.own = own
-        self.gradients: list[Tensor] = []
-        self.lines: list[Connection] = []
+    gradients: of the model in the calling process, as `flatten_gradients` has laid them out.
+    """
+
+    def __init__(self, model: SlmSam2, gradients: Tensor, recipe: Recipe) -> None:
+        self.gradients = gradients
+        self.worker_gradients: list[Tensor] = []
+        self.connections: list[Connection] = []
         self.processes: list[BaseProcess] = []
-        context = multiprocessing.get_context("spawn")  # a copy of a process that has threads may hang
-        weights = share(model)
+        context = multiprocessing.get_context("spawn")  # a forked process of a process with threads may hang
+        weights = share_weights(model)
         for part in range(1, recipe.parts):
-            gradients, (ours, theirs) = _shared(len(own)), context.Pipe()
-            process = context.Process(target=_help, args=(recipe, part, weights, gradients, theirs), daemon=True)
+            shared: Tensor = torch.zeros(len(gradients)).share_memory_()  # type: ignore[no-untyped-call]
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_worker_main, args=(recipe, part, weights, shared, theirs), daemon=True)
             process.start()
             theirs.close()
-            self.gradients, self.lines, self.processes = [*self.gradients, gradients], [*self.lines, ours], [*self.processes, process]
+            self.worker_gradients.append(shared)
+            self.connections.append(ours)
+            self.processes.append(process)
 
-    def ask(self, step: int, done: float) -> None:
-        """Let every helper begin its part."""
-        for line in self.lines:
-            line.send((step, done))
+    def start(self, step: int, done: float) -> None:
+        """Let every worker begin its part."""
+        for connection in self.connections:
+            connection.send((step, done))
 
-    def answers(self) -> list[Part]:
-        """What the parts were, once their gradients have been added to this process's. TrainingError when a helper has failed."""
+    def collect(self) -> list[PartResult]:
+        """Wait for all workers, add their gradients to those of this process, and return their results.
+
+        Raises: TrainingError when a worker has failed or ended.
+        """
         try:
-            parts = [line.recv() for line in self.lines]
+            results = [connection.recv() for connection in self.connections]
         except (EOFError, OSError):
-            raise TrainingError("a process that computed a part of the step has ended. Resume with --continue --threads 1") from None
-        if failed := [part for part in parts if isinstance(part, str)]:
-            raise TrainingError(f"a process that computed a part of the step failed: {failed[0]}. Resume with --continue --threads 1")
-        for gradients in self.gradients:
-            self.own += gradients
-        return parts
+            raise TrainingError("a worker process ended unexpectedly. Resume with --continue --threads 1") from None
+        if failed := [result for result in results if isinstance(result, str)]:
+            raise TrainingError(f"a worker process failed: {failed[0]}. Resume with --continue --threads 1")
+        for gradients in self.worker_gradients:
+            self.gradients += gradients
+        return results
 
-    def end(self) -> None:
-        """Let the helpers end."""
-        for line in self.lines:
-            line.close()
+    def close(self) -> None:
+        """End all workers."""
+        for connection in self.connections:
+            connection.close()
         for process in self.processes:
             process.join(_TIMEOUT_S)
             if process.is_alive():
                 process.kill()
 
 
-@contextmanager
-def helpers(model: SlmSam2, own: Tensor, recipe: Recipe) -> Iterator[Helpers]:
-    """Helpers for the time of a block. own: the model's gradients, as `gather_gradients` laid them out."""
-    found = Helpers(model, own, recipe)
-    try:
-        yield found
-    finally:
-        found.end()
-
-
-def _help(recipe: Recipe, part: int, weights: Tensor, gradients: Tensor, line: Connection) -> None:
-    """A helper's life: compute a part whenever it is asked to, until nobody asks any more."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the process that asks finishes its step
+def _worker_main(recipe: Recipe, part: int, weights: Tensor, gradients: Tensor, connection: Connection) -> None:
+    """Compute a part whenever the calling process asks for it, until that closes the connection."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the calling process finishes its step
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    model = build(recipe, torch.device("cpu"))
+    model = build_model(recipe, torch.device("cpu"))
     model.train()
-    place(_kept(model), weights)
-    _place_gradients(model, gradients)
+    share_weights(model, weights)
+    flatten_gradients(model, gradients)
     while True:
         try:
-            step, done = line.recv()
+            step, done = connection.recv()
         except (EOFError, OSError):
             return
         try:
             gradients.zero_()
-            answer: Part | str = compute(model, recipe, step, part, done)
-        except Exception as error:  # noqa: BLE001  said by the process that asked
-            answer = f"{type(error).__name__}: {error}".splitlines()[0]
-        line.send(answer)
+            result: PartResult | str = compute_part(model, recipe, step, part, done)
+        except Exception as error:  # noqa: BLE001  reported by the calling process
+            result = f"{type(error).__name__}: {error}".splitlines()[0]
+        connection.send(result)
 
 
-def _kept(model: SlmSam2) -> list[Tensor]:
-    """All tensors that two models of one recipe have to share, in the same order in both."""
-    return [*model.parameters(), *model.buffers()]
+def share_weights(model: SlmSam2, weights: Tensor | None = None) -> Tensor:
+    """Move a model's weights into one flat tensor in shared memory and return it; or use the values that `weights` already holds."""
+    tensors = [*model.parameters(), *model.buffers()]  # in the same order in all models of one recipe
+    if weights is None:
+        count = sum(-(-tensor.numel() // _ALIGNMENT) * _ALIGNMENT for tensor in tensors)
+        weights = torch.zeros(count).share_memory_()  # type: ignore[no-untyped-call]
+        for tensor, view in zip(tensors, _views(tensors, weights, _ALIGNMENT)):
+            view.copy_(tensor.detach())
+    for tensor, view in zip(tensors, _views(tensors, weights, _ALIGNMENT)):
+        tensor.data = view
+    return weights
 
 
-def _shared(count: int) -> Tensor:
-    flat: Tensor = torch.zeros(count).share_memory_()  # type: ignore[no-untyped-call]
-    return flat
+def flatten_gradients(model: SlmSam2, gradients: Tensor | None = None) -> Tensor:
+    """Give a model gradients that are views of one flat tensor, by default of zeros, and return it."""
+    parameters = list(model.parameters())
+    if gradients is None:
+        gradients = torch.zeros(sum(p.numel() for p in parameters), device=model.device)
+    for p, view in zip(parameters, _views(parameters, gradients)):
+        p.grad = view
+    return gradients
 
 
-def share(model: SlmSam2) -> Tensor:
-    """Move a model's weights into one piece of shared memory, and return it."""
-    kept = _kept(model)
-    flat = _shared(sum(_room(t) for t in kept))
-    values = [t.detach().clone() for t in kept]
-    place(kept, flat)
-    for tensor, value in zip(kept, values):
-        tensor.data.copy_(value)
-    return flat
-
-
-def gather_gradients(model: SlmSam2) -> Tensor:
-    """Give a model gradients of zero in one piece of memory, and return it."""
-    flat = torch.zeros(sum(p.numel() for p in model.parameters()), device=model.device)
-    _place_gradients(model, flat)
-    return flat
-
-
-def _place_gradients(model: SlmSam2, flat: Tensor) -> None:
-    start = 0
-    for p in model.parameters():
-        p.grad = torch.as_strided(flat, p.shape, p.stride(), start)
-        start += p.numel()
-
-
-def place(tensors: list[Tensor], flat: Tensor) -> None:
-    """Let tensors lie one behind the other in a flat one, with the strides that they have."""
+def _views(tensors: Iterable[Tensor], flat: Tensor, alignment: int = 1) -> Iterator[Tensor]:
+    """Yield views of a flat tensor, one after another, with the shapes and strides of `tensors`. alignment: in numbers."""
     start = 0
     for tensor in tensors:
-        tensor.data = torch.as_strided(flat, tensor.shape, tensor.stride(), start)
-        start += _room(tensor)
-
-
-def _room(tensor: Tensor) -> int:
-    """Numbers from the beginning of a tensor to that of the next."""
-    return -(-tensor.numel() // _LINE) * _LINE
+        yield torch.as_strided(flat, tensor.shape, tensor.stride(), start)
+        start += -(-tensor.numel() // alignment) * alignment

@@ -1,4 +1,4 @@
-"""Synthetic phantoms look alike enough to learn from and differ enough to be worth it."""
+"""Synthetic phantoms: their labels, intensities, spacing and files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def case(index, modality="MR"):
 
 
 @MODALITIES
-def test_every_label_is_there_and_stands_out_from_its_surroundings(modality):
+def test_every_label_is_present_and_differs_in_intensity_from_the_body(modality):
     for index in range(4):
         image, labels, _ = case(index, modality)
         body = image[(labels == 0) & (image > image.min())]
@@ -37,12 +37,12 @@ def test_structures_end_inside_the_volume():
     assert 3 not in first_slice
 
 
-def test_outside_the_body_an_mr_is_exactly_zero_and_a_ct_is_air():
+def test_outside_the_body_mr_is_exactly_zero_and_ct_is_air():
     assert case(0, "MR")[0][:, 0, 0].tolist() == [0] * 24
     assert case(0, "CT")[0][:, 0, 0] == pytest.approx(-1000, abs=120)
 
 
-def test_cases_differ_and_repeat_with_their_seed():
+def test_cases_differ_between_seeds_and_repeat_with_the_same_seed():
     assert not np.array_equal(case(0)[1], case(1)[1])
     assert np.array_equal(case(0)[0], case(0)[0])
 
@@ -59,7 +59,7 @@ def test_a_case_takes_well_under_a_second():
 
 
 @MODALITIES
-def test_the_data_set_is_read_like_any_other(tmp_path, modality):
+def test_the_data_set_is_read_without_problems_or_warnings(tmp_path, modality):
     write_phantom_dataset(tmp_path, cases=2, test_cases=1, modality=modality, shape=(6, 24, 24))
     data = read_dataset(tmp_path)
     assert data.labels == LABELS
@@ -73,14 +73,14 @@ def test_the_data_set_is_read_like_any_other(tmp_path, modality):
     assert image.warnings == labels.warnings == ()
 
 
-def test_more_cases_leave_the_first_ones_as_they_were(tmp_path):
+def test_more_cases_leave_the_first_ones_unchanged(tmp_path):
     write_phantom_dataset(tmp_path / "few", cases=1, test_cases=0, shape=(5, 16, 16))
     write_phantom_dataset(tmp_path / "many", cases=3, test_cases=1, shape=(5, 16, 16))
     few, many = (folder / "imagesTr" / "phantom_000.nii.gz" for folder in (tmp_path / "few", tmp_path / "many"))
     assert few.read_bytes() == many.read_bytes()
 
 
-def test_dataset_json_is_of_the_decathlon_s_shape(tmp_path):
+def test_dataset_json_has_the_layout_of_the_decathlon(tmp_path):
     write_phantom_dataset(tmp_path, cases=1, test_cases=1, shape=(4, 16, 16))
     value = json.loads((tmp_path / "dataset.json").read_text())
     assert value["modality"] == {"0": "MRI"}

@@ -1,4 +1,4 @@
-"""Training from nothing as a stage: what it writes, how it goes on, and that others can use what it wrote."""
+"""The command pretrain: the files it writes, resuming, and the use of its weights by other commands."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from slmsam2_cli.commands import pretrain as stage
+from slmsam2_cli.commands import pretrain as command
 from slmsam2_cli.commands.finetune import finetune
 from slmsam2_cli.commands.predict import predict
 from slmsam2_cli.commands.pretrain import pretrain
@@ -20,7 +20,7 @@ from slmsam2_cli.planning.plan import NetworkPlan
 from slmsam2_cli.pretraining.recipe import SMOKE
 from slmsam2_cli.workspace import Workspace
 
-TINY = {"input_size": 32, "slices_per_step": 4, "most_windows": 2, "steps": 4, "minutes": None, "checks": {"windows": 2, "length": 4}}
+TINY = {"input_size": 32, "slices_per_step": 4, "max_windows": 2, "steps": 4, "minutes": None, "validation": {"windows": 2, "length": 4}}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_it_writes_exactly_these_files(done):
     assert len((done / "checks.csv").read_text().splitlines()) == 1 + 1
 
 
-def test_the_weights_are_half_as_large_carry_their_recipe_and_load_as_full_precision(done):
+def test_weights_are_saved_in_half_precision_with_their_recipe_and_loaded_in_full_precision(done):
     read = read_checkpoint(done / "nano.safetensors")
     with safe_open(done / "nano.safetensors", framework="pt") as file:
         header = file.metadata()
@@ -64,7 +64,7 @@ def test_the_weights_are_half_as_large_carry_their_recipe_and_load_as_full_preci
     assert model.network == NetworkPlan(size="nano", policy="shortlong") and not read.warnings
 
 
-def test_finetune_starts_from_them_and_predict_uses_them_as_they_are(done, tmp_path):
+def test_finetune_and_predict_accept_the_weights(done, tmp_path):
     write_phantom_dataset(tmp_path / "data", cases=2, test_cases=0, seed=3, shape=(6, 32, 32))
     workspace, weights = Workspace(tmp_path / "workspace"), str(done / "nano.safetensors")
     assert finetune(tmp_path / "data", workspace, cases=1, weights=weights, steps=1) == 0
@@ -76,14 +76,14 @@ def test_finetune_starts_from_them_and_predict_uses_them_as_they_are(done, tmp_p
     assert {p.name for p in (tmp_path / "masks").glob("*.nii.gz")} == {p.name for p in labels.iterdir()}
 
 
-def test_the_packaged_base_is_read_from_such_a_file(done, monkeypatch):
+def test_the_bundled_weights_are_read_from_such_a_file(done, monkeypatch):
     monkeypatch.setattr("slmsam2_cli.model.checkpoint.BUNDLED_WEIGHTS", done / "nano.safetensors")
     assert load_base_weights("auto").digest == read_checkpoint(done / "nano.safetensors").digest
 
 
-def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(done, recipe, tmp_path, monkeypatch):
+def test_a_resumed_run_ends_with_the_same_bits_as_an_uninterrupted_one(done, recipe, tmp_path, monkeypatch):
     """SIGINT after the second of four steps."""
-    train = stage.train
+    train = command.train
 
     def interrupted(learner, *rest):
         for step in train(learner, *rest):
@@ -91,12 +91,12 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(done, rec
                 signal.raise_signal(signal.SIGINT)
             yield step
 
-    monkeypatch.setattr(stage, "train", interrupted)
+    monkeypatch.setattr(command, "train", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
         pretrain(tmp_path / "run", recipe=recipe, device="cpu")
     signal.signal(signal.SIGINT, before)
-    monkeypatch.setattr(stage, "train", train)
+    monkeypatch.setattr(command, "train", train)
     assert read_checkpoint(tmp_path / "run" / "nano.safetensors").provenance.steps == 2
     with pytest.raises(UsageError, match="--continue"):
         pretrain(tmp_path / "run", recipe=recipe, device="cpu")
@@ -108,7 +108,7 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(done, rec
 
 def test_the_loss_falls(recipe, tmp_path):
     path = tmp_path / "images.json"
-    changes = {"steps": 50, "slices_per_step": 6, "most_windows": 6, "phases": [{"until": 1.0, "lengths": [1]}]}
+    changes = {"steps": 50, "slices_per_step": 6, "max_windows": 6, "phases": [{"until": 1.0, "lengths": [1]}]}
     path.write_text(json.dumps(json.loads(recipe.read_text()) | changes))
     pretrain(tmp_path / "run", recipe=path, device="cpu")
     rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
@@ -116,7 +116,7 @@ def test_the_loss_falls(recipe, tmp_path):
     assert sum(totals[-10:]) < 0.75 * sum(totals[:10])
 
 
-def test_parts_computed_side_by_side_leave_the_weights_of_parts_computed_one_after_another(recipe, tmp_path):
+def test_parts_computed_in_parallel_give_the_same_weights_as_in_sequence(recipe, tmp_path):
     path = tmp_path / "two.json"
     path.write_text(json.dumps(json.loads(recipe.read_text()) | {"parts": 2, "steps": 3}))
     pretrain(tmp_path / "one", recipe=path, device="cpu", threads=1)
@@ -125,22 +125,22 @@ def test_parts_computed_side_by_side_leave_the_weights_of_parts_computed_one_aft
     assert one.digest == both.digest
 
 
-def test_it_goes_on_from_other_weights_and_says_from_which(done, recipe, tmp_path):
+def test_training_from_given_weights_records_their_name_and_digest(done, recipe, tmp_path):
     given = done / "nano.safetensors"
     assert pretrain(tmp_path / "run", recipe=recipe, weights=str(given), steps=1, device="cpu") == 0
     found, before = read_checkpoint(tmp_path / "run" / "nano.safetensors"), read_checkpoint(given)
     assert found.provenance.pretrained_digest == before.digest != found.digest
     assert json.loads((tmp_path / "run" / "started_from.json").read_text()) == {"name": before.name, "digest": before.digest}
     apart = max(float((found.state[name].float() - tensor.float()).abs().max()) for name, tensor in before.state.items())
-    assert 0 < apart < 0.01  # one step away; random weights would be farther
+    assert 0 < apart < 0.01  # one step; random weights would differ more
 
 
-def test_weights_to_start_from_are_no_choice_when_a_run_goes_on(done, tmp_path):
-    with pytest.raises(UsageError, match="--weights out"):
+def test_continue_rejects_weights(done, tmp_path):
+    with pytest.raises(UsageError, match="Omit .*--weights"):
         pretrain(tmp_path / "run", weights=str(done / "nano.safetensors"), resume=True)
 
 
-def test_a_finished_run_is_not_replaced_without_being_asked(done, recipe):
+def test_a_finished_run_is_replaced_only_with_overwrite(done, recipe):
     with pytest.raises(UsageError, match="--overwrite"):
         pretrain(done, recipe=recipe)
 
@@ -155,7 +155,7 @@ def test_continuing_a_finished_run_is_an_error(done):
         pretrain(done, resume=True, device="cpu")
 
 
-def test_a_key_that_no_recipe_has_is_refused_in_one_line(tmp_path):
+def test_an_unknown_recipe_key_is_rejected(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(json.loads(SMOKE.read_text()) | {"learning_speed": 1}))
     with pytest.raises(PlanError, match="mine.json.*learning_speed: unknown key"):

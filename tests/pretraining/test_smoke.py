@@ -1,4 +1,4 @@
-"""Two minutes of pre-training on a CPU: the loss falls, and one slice of a synthetic phantom becomes more than its copies."""
+"""Two minutes of pretraining on a CPU: the loss falls, and propagation from one slice of a phantom beats copying it."""
 
 import csv
 
@@ -31,7 +31,7 @@ def test_the_loss_falls_with_single_images_and_with_clips(run):
         assert count >= 4 and np.mean(totals[-count:]) < np.mean(totals[:count])
 
 
-def test_one_slice_of_a_synthetic_phantoms_becomes_more_than_copies_of_it(run, tmp_path):
+def test_propagation_on_phantoms_beats_copying_the_annotated_slice(run, tmp_path):
     write_phantom_dataset(tmp_path / "data", cases=4, test_cases=0, shape=(24, 48, 48))
     data, masks = read_dataset(tmp_path / "data"), tmp_path / "masks"
     weights = str(run / "nano.safetensors")
