@@ -25,11 +25,11 @@ from slmsam2_cli.dataset.cache import PreparedCase
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import Plan
 from slmsam2_cli.training.clips import Clips, ClipSampler, _Structure
-from slmsam2_cli.training.losses import Weights
+from slmsam2_cli.training.losses import LossWeights
 from slmsam2_cli.training.trainer import clip_losses
 
 SLICES, OBJECTS, STEPS = 8, 3, 100
-LOSSES = Weights(absent=0.0)
+LOSSES = LossWeights(absent=0.0)
 RATE, ENCODER_RATE, LEAST = 5e-6, 3e-6, 0.1
 DECAY, LAYER_DECAY, NORM = 0.1, 0.9, 0.1
 ENCODER = "image_encoder."
@@ -64,8 +64,8 @@ def changed(clips: Clips, rng: np.random.Generator) -> Clips:
         matrix, masks = torch.eye(2, 3)[None], clips.masks
     frames = moved(clips.frames, matrix, "bilinear") * rng.uniform(0.9, 1.1)
     frames = (frames - frames.mean()) * rng.uniform(0.97, 1.03) + frames.mean()
-    known = None if clips.known is None else 1 - moved(1 - clips.known, matrix, "nearest")
-    return replace(clips, frames=frames.clamp(0, 1), masks=masks, known=known)
+    valid = None if clips.valid is None else 1 - moved(1 - clips.valid, matrix, "nearest")
+    return replace(clips, frames=frames.clamp(0, 1), masks=masks, valid=valid)
 
 
 def moved(stack: Tensor, matrix: Tensor, mode: str) -> Tensor:

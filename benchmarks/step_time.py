@@ -26,19 +26,18 @@ from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.model.checkpoint import load_base_weights
 from slmsam2_cli.planning.plan import read_plan
 from slmsam2_cli.training import trainer
-from slmsam2_cli.training.background import Beside
 from slmsam2_cli.training.trainer import init_learner, training_data_of
 from slmsam2_cli.workspace import Workspace
 
 STEPS = 6  # in a block
 CPU = torch.device("cpu")
-BESIDE = trainer.beside
+BACKGROUND_THREAD = trainer.background_thread
 
 
 @contextmanager
-def nobody(device: torch.device, wanted: bool = True) -> Iterator[Beside]:
-    """Nothing is done beside the step."""
-    yield Beside(None)
+def no_thread(device: torch.device, useful: bool = True) -> Iterator[None]:
+    """Run without a second thread."""
+    yield None
 
 
 def main() -> None:
@@ -58,14 +57,14 @@ def main() -> None:
         training = decided.training.model_copy(update={"steps": STEPS * options.blocks})
         decided = decided.model_copy(update={"training": training})
         base = load_base_weights("auto")
-        ways = {"one thread": (1, nobody), f"{options.threads} threads": (options.threads, nobody)}
-        ways["two halves, side by side"] = (options.threads, BESIDE)
+        ways = {"one thread": (1, no_thread), f"{options.threads} threads": (options.threads, no_thread)}
+        ways["two halves, side by side"] = (options.threads, BACKGROUND_THREAD)
         learners = {way: init_learner(decided, base, training_data_of(cases, decided), CPU) for way in ways}
         training_data, times, dropout = training_data_of(cases, decided), {way: list[float]() for way in ways}, {}
         for _ in range(options.blocks):
-            for way, (threads, beside) in ways.items():
+            for way, (threads, background_thread) in ways.items():
                 torch.set_num_threads(threads)
-                trainer.beside = beside
+                trainer.background_thread = background_thread
                 torch.set_rng_state(dropout[way]) if way in dropout else torch.manual_seed(0)
                 started = time.perf_counter()
                 for _step in zip(range(STEPS), trainer.train(learners[way], training_data, training, lambda: False), strict=False):
@@ -79,7 +78,7 @@ def main() -> None:
 
 
 def digest(learner: trainer.Learner) -> str:
-    tensors = learner.average.state_dict()
+    tensors = learner.ema.state_dict()
     return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()[:12]
 
 

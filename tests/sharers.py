@@ -1,4 +1,4 @@
-"""Learners that share their steps. Processes that are spawned import this by its name, as they cannot the tests themselves."""
+"""Learners that share their steps; in a module of its own, as spawned processes cannot import the tests."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan, TrainingPlan
 from slmsam2_cli.training.clips import ClipSampler
 from slmsam2_cli.training.dataloader import TrainingData
-from slmsam2_cli.training.distributed import ALONE
+from slmsam2_cli.training.distributed import SINGLE_PROCESS
 from slmsam2_cli.training.label_unet import SliceSampler, new_label_unet
 from slmsam2_cli.training.trainer import new_learner, train
 
@@ -24,7 +24,7 @@ def plan(**changes):
 
 
 def training_data():
-    """A label on four slices of one volume and three of another, of which the last were not looked at."""
+    """A label on four slices of one volume and three of another, whose last slices are ignored."""
     two = [case(slices=8, held=range(2, 6), size=(PX, PX)), case(slices=8, held=range(3, 6), size=(PX, PX), name="b")]
     two[1].labels[6:] = 9
     return TrainingData(ClipSampler(two, [1], whole(PX), 9), SliceSampler(two, [1], PX, 9))
@@ -37,18 +37,18 @@ def learner(settings):
     return new_learner(model, settings, from_scratch=False)
 
 
-def steps(one, settings, ranks=ALONE, until=None):
-    return list(train(one, training_data(), settings, lambda: until is not None and one.step >= until, ranks))
+def steps(one, settings, group=SINGLE_PROCESS, until=None):
+    return list(train(one, training_data(), settings, lambda: until is not None and one.step >= until, group))
 
 
-def help_on(settings, one, ranks):
-    steps(one, settings, ranks)
+def help_on(settings, one, group):
+    steps(one, settings, group)
 
 
-def die_on(settings, one, ranks):
-    for _ in train(one, training_data(), settings, lambda: False, ranks):
+def die_on(settings, one, group):
+    for _ in train(one, training_data(), settings, lambda: False, group):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def fail_on(settings, one, ranks):
+def fail_on(settings, one, group):
     raise TrainingError("step 1, a: the volume is damaged")

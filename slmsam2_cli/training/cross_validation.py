@@ -1,19 +1,18 @@
-"""The folds of a run, one after the other; killed at any moment, they go on where they were.
+"""Cross-validation: short runs that hold cases out, to decide whether fine-tuning helps, for how many steps, and with a label U-Net or not.
 
-FOLDER/validation.json            the Dice of every fold at every look, and which folds are done
-FOLDER/fold.safetensors           the state of the fold that is under way
-FOLDER/left_out_CASE.png          masks of the volume that was left out, over its slices
+With two cases or more, FOLDS runs each hold one out; with one case, a single run is trained on the upper part of it and scored on the
+lower. Each run is scored at a few checkpoints as `predict` would segment: from the middle slice of each label, with Dice over all other
+slices, empty ones included. Where the pretrained model scores higher than every checkpoint, it is kept.
 
-Whether tuning helps where nothing was learned from, and for how long: short runs that leave something out, judged by propagation.
-
-With two volumes or more, FOLDS runs each leave one out; with one, a single run learns from the upper part of it and is judged on the
-lower. Each is looked at a few times on its way. What it is judged by is what predict would do: the middle slice of each label is
-given, and Dice is over all other slices, empty ones included. Where the base does better than each of these looks, the base is kept.
+FOLDER/validation.json     the Dice of every fold at every checkpoint, and which folds are done
+FOLDER/fold.safetensors    the state of the fold that is running; an interrupted cross-validation resumes there
+FOLDER/held_out_CASE.png   masks of the held-out case over its slices
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,57 +37,54 @@ from slmsam2_cli.planning.plan import Plan, TrainingPlan, digest_of
 from slmsam2_cli.planning.rules import CHECKPOINTS, FOLD_FRACTION, FOLDS, SINGLE_CASE_FRACTION
 from slmsam2_cli.training.learner import Progress, fraction_done
 from slmsam2_cli.training.monitoring import draw_overlays
-from slmsam2_cli.training.state import Run, backup_path, load_state, save_state, training_images_of
-from slmsam2_cli.training.trainer import Learner, follow, init_learner, training_data_of
+from slmsam2_cli.training.state import Run, delete_state, load_state, save_state, training_images_of
+from slmsam2_cli.training.trainer import Learner, RunControl, init_learner, run_training, training_data_of
 
-FOLD_TIME_FRACTION = 0.3  # where they are limited, all folds together
-MIN_STEPS = 20  # of a fold; fewer tell nothing
-TIE_MARGIN = 0.005  # Dice; of looks that score alike the latest counts
-STOP_MARGIN = 0.02  # Dice below the best look so far at which a fold is given up
+FILE, STATE, FORMAT_VERSION = "validation.json", "fold.safetensors", 2
+FOLD_TIME_FRACTION = 0.3  # of a limit in minutes, for all folds together
+MIN_STEPS = 20  # of a fold, below which its scores mean nothing
+TIE_MARGIN = 0.005  # Dice; of checkpoints that differ by less the latest is chosen
+STOP_MARGIN = 0.02  # Dice below the best checkpoint so far at which a fold is stopped
 
 Array = np.ndarray[Any, Any]
-Look = tuple[float, ...]  # Dice with the label U-Net, where there is one, and without
+CheckpointScore = tuple[float, ...]  # Dice with the label U-Net, where there is one, and without
 
 
 @dataclass(frozen=True)
 class Fold:
-    """cases: what is learned from; held: the volume that it is judged on; until: on slices below this one, None: on all of them."""
+    """A short run. cases: for training; held_out: the case that is scored; end_slice: only slices below it are scored, None: all."""
 
     name: str
     cases: tuple[PreparedCase, ...]
-    held: PreparedCase
-    until: int | None = None
+    held_out: PreparedCase
+    end_slice: int | None = None
 
 
-def make_folds(cases: Sequence[PreparedCase], plan: Plan, learned: Collection[str] = ()) -> tuple[Fold, ...]:
-    """The volumes in the middle of the order by labelled voxels are left out, of three the two smaller ones.
+def make_folds(cases: Sequence[PreparedCase], plan: Plan, known_images: Collection[str] = ()) -> tuple[Fold, ...]:
+    """Choose which cases to hold out: those in the middle of the order by labelled voxels, of three cases the two smaller ones.
 
-    learned: SHA-256 of the images that the base has learned from; on these it cannot be compared with.
-    No fold where what is left out cannot be judged, or what is left cannot be learned from: nothing on two slices that somebody looked at
-    as a whole.
+    known_images: SHA-256 of images on which the pretrained model was trained; such cases are not held out, as its score on them would be
+    too high. A fold needs, in its held-out case and in a training case, a label on two slices without ignored pixels.
     """
     for case in cases:
         check_not_truncated(case)
-    fresh = [case for case in cases if set(case.record.get("inputs", {}).values()).isdisjoint(learned)]
+    new = [case for case in cases if set(case.record.get("inputs", {}).values()).isdisjoint(known_images)]
     if len(cases) == 1:
-        return _split_case(cases[0], plan) if fresh else ()
-    held = sorted(fresh, key=lambda case: (_voxels(case, plan), case.id))
-    first = (len(held) - min(FOLDS, len(held))) // 2
-    folds = (Fold(one.id, tuple(case for case in cases if case is not one), one) for one in held[first : first + FOLDS])
-    return tuple(fold for fold in folds if _tells(fold.held, plan) and any(_tells(case, plan) for case in fold.cases))
+        return _split_case(cases[0], plan) if new else ()
+    voxels = {case.id: int(np.isin(case.labels, tuple(plan.labels)).sum()) for case in new if case.labels is not None}
+    ordered = sorted(new, key=lambda case: (voxels[case.id], case.id))
+    first = (len(ordered) - min(FOLDS, len(ordered))) // 2
+    folds = (Fold(one.id, tuple(case for case in cases if case is not one), one) for one in ordered[first : first + FOLDS])
+    return tuple(fold for fold in folds if _is_scorable(fold.held_out, plan) and any(_is_scorable(case, plan) for case in fold.cases))
 
 
-def _voxels(case: PreparedCase, plan: Plan) -> int:
-    assert case.labels is not None
-    return int(np.isin(case.labels, tuple(plan.labels)).sum())
-
-
-def _tells(case: PreparedCase, plan: Plan) -> bool:
-    """Whether some label lies on two slices that were looked at as a whole."""
+def _is_scorable(case: PreparedCase, plan: Plan) -> bool:
+    """Return whether some label lies on two slices without ignored pixels."""
     return any(np.count_nonzero(label_areas(case, value, plan.ignore)) >= 2 for value in plan.labels)
 
 
 def _split_case(case: PreparedCase, plan: Plan) -> tuple[Fold, ...]:
+    """Split a single case at the middle slice of its labels; no fold where a part has no label on two slices."""
     areas = [area for value in plan.labels if (area := label_areas(case, value, plan.ignore)).any()]
     if not areas:
         return ()
@@ -99,7 +95,7 @@ def _split_case(case: PreparedCase, plan: Plan) -> tuple[Fold, ...]:
 
 
 def label_areas(case: PreparedCase, value: int, ignore: int | None) -> Array:
-    """(T,): pixels of a label on every slice that was looked at as a whole."""
+    """Count the pixels of a label on every slice (T,); 0 on slices with ignored pixels."""
     if case.labels is None:
         return np.zeros(0, int)
     check_not_truncated(case)
@@ -109,9 +105,9 @@ def label_areas(case: PreparedCase, value: int, ignore: int | None) -> Array:
 
 
 def fold_settings(training: TrainingPlan, count: int) -> TrainingPlan | None:
-    """The settings of a fold of a run on `count` volumes; None where it would be too short to tell anything."""
-    share = SINGLE_CASE_FRACTION if count == 1 else FOLD_FRACTION
-    steps = round(training.steps * share)
+    """Compute the settings of a fold of a run on `count` cases; None where it would be too short."""
+    fraction = SINGLE_CASE_FRACTION if count == 1 else FOLD_FRACTION
+    steps = round(training.steps * fraction)
     if steps < MIN_STEPS:
         return None
     minutes = training.minutes * FOLD_TIME_FRACTION / (1 if count == 1 else FOLDS) if training.minutes is not None else None
@@ -119,278 +115,257 @@ def fold_settings(training: TrainingPlan, count: int) -> TrainingPlan | None:
 
 
 def settings_after_folds(training: TrainingPlan, folds: int, validation: HeldOutResult | None) -> TrainingPlan:
-    """The settings of the run on everything: the minutes that the folds left, and of steps and minutes the share they speak for."""
+    """Compute the settings of the run on all cases: the steps that cross-validation chose, and a share of the minutes that are left."""
     left = 1 - FOLD_TIME_FRACTION if folds else 1.0
-    share = validation.steps / training.steps if validation is not None and validation.steps else 1.0
-    minutes = training.minutes * left * share if training.minutes is not None else None
+    fraction = validation.steps / training.steps if validation is not None and validation.steps else 1.0
+    minutes = training.minutes * left * fraction if training.minutes is not None else None
     steps = validation.steps if validation is not None and validation.steps else training.steps
     return training.model_copy(update={"steps": steps, "minutes": minutes})
 
 
 @dataclass(frozen=True)
 class FoldScore:
-    """score: mean Dice over the labels; labels: (T, H, W) of the volume that was left out, as the model has them."""
+    """score: mean Dice over the labels; labels: the prediction for the held-out case, (T, H, W)."""
 
     score: float
     labels: Array
 
 
-def judged(model: SlmSam2, fold: Fold, plan: Plan, weighted: bool) -> FoldScore:
-    """What the model makes of what was left out, as predict would: each label from its middle slice, which itself does not count.
+def score_fold(model: SlmSam2, fold: Fold, plan: Plan, use_label_prior: bool) -> FoldScore:
+    """Segment the held-out case as `predict` would, each label from its middle slice, and compute Dice on all other slices.
 
-    weighted: whether the model's label U-Net is, where it has one. Where a label is rightly not found, that counts as 1.
+    use_label_prior: whether the model's label U-Net is used, where it has one. A label that is absent from the counted slices, and not
+    predicted there, scores 1. Ignored pixels are not counted.
     """
-    case = fold.held
+    case = fold.held_out
     check_not_truncated(case)
     assert case.labels is not None
-    truth = np.array(case.labels)  # read now, while it is known to be whole
-    given = {value: choose_slice(area, "middle") for value in plan.labels if (area := label_areas(case, value, plan.ignore)).any()}
-    found = tracked(model, np.asarray(case.frames), truth, given, plan, weighted)
-    labels = _labels(found, truth, given, plan.geometry.stack_size)
-    if weighted:
-        annotated = np.zeros_like(truth)
-        for value, t in given.items():
-            annotated[t][truth[t] == value] = value
-        labels = remove_loose_parts(labels, annotated, found, model)
-    return FoldScore(float(np.mean([_dice(truth, v, labels == v, t, fold.until, plan.ignore) for v, t in given.items()])), labels)
+    truth = np.array(case.labels)  # read now, while the file is known to be complete
+    annotated = {value: choose_slice(area, "middle") for value in plan.labels if (area := label_areas(case, value, plan.ignore)).any()}
+    found = propagate_labels(model, np.asarray(case.frames), truth, annotated, plan, use_label_prior)
+    labels = combine_labels(found, truth, annotated, plan.geometry.stack_size)
+    if use_label_prior:
+        prompts = np.zeros_like(truth)
+        for value, t in annotated.items():
+            prompts[t][truth[t] == value] = value
+        labels = remove_loose_parts(labels, prompts, found, model)
+    scores = []
+    for value, t in annotated.items():
+        counted = np.ones(truth.shape, bool) if plan.ignore is None else truth != plan.ignore
+        counted[t] = False
+        counted[len(truth) if fold.end_slice is None else fold.end_slice :] = False
+        score = dice((truth == value) & counted, (labels == value) & counted)
+        scores.append(1.0 if score is None else score)
+    return FoldScore(float(np.mean(scores)), labels)
 
 
-def tracked(
-    model: SlmSam2, frames: Array, truth: Array, given: Mapping[int, int], plan: Plan, weighted: bool = True
+def propagate_labels(
+    model: SlmSam2, frames: Array, truth: Array, annotated: Mapping[int, int], plan: Plan, use_label_prior: bool = True
 ) -> dict[int, Propagation]:
-    """Every label from one slice of the truth, as the plan says that predict tracks; weighted as in `judged`.
+    """Propagate every label from one slice of the ground truth, with the plan's settings.
 
-    frames: (C, T, H, W) in [0, 1]; truth: labels (T, H, W); given: label -> its slice.
+    frames: (C, T, H, W) in [0, 1]; truth: labels (T, H, W); annotated: label -> its slice.
     """
     size = plan.geometry.stack_size
-    objects = {value: [AnnotatedSlice(t, pad_to_square(torch.from_numpy(truth[t] == value), size))] for value, t in given.items()}
-    return propagate_stack(model, frames, objects, plan, use_label_prior=weighted)
+    objects = {value: [AnnotatedSlice(t, pad_to_square(torch.from_numpy(truth[t] == value), size))] for value, t in annotated.items()}
+    return propagate_stack(model, frames, objects, plan, use_label_prior=use_label_prior)
 
 
-def _labels(found: Mapping[int, Propagation], truth: Array, given: Mapping[int, int], px: int) -> Array:
-    """The label of the largest logit above 0 on every pixel, and what is given where it is."""
-    labels, names = np.zeros_like(truth), np.array(list(found), dtype=truth.dtype)
+def combine_labels(found: Mapping[int, Propagation], truth: Array, annotated: Mapping[int, int], storage_size: int) -> Array:
+    """Give every pixel the label with the largest logit above 0; annotated slices keep the annotation. Returns labels (T, H, W)."""
+    labels, values = np.zeros_like(truth), np.array(list(found), dtype=truth.dtype)
     for t in range(len(truth)):
-        planes = np.stack([one.plane(t, px, *truth.shape[1:]).numpy() for one in found.values()])
-        labels[t] = np.where(planes.max(axis=0) > 0, names[planes.argmax(axis=0)], 0)
-    for value, t in given.items():
+        logits = np.stack([one.plane(t, storage_size, *truth.shape[1:]).numpy() for one in found.values()])
+        labels[t] = np.where(logits.max(axis=0) > 0, values[logits.argmax(axis=0)], 0)
+    for value, t in annotated.items():
         labels[t][labels[t] == value] = 0
         labels[t][truth[t] == value] = value
     return labels
 
 
-def _dice(truth: Array, value: int, mask: Array, given: int, until: int | None, ignore: int | None) -> float:
-    """Of all slices below `until` but the given one; ignored pixels do not count. 1 where nothing is, nor was found."""
-    counted = np.ones(truth.shape, bool) if ignore is None else truth != ignore
-    counted[given] = False
-    counted[len(truth) if until is None else until :] = False
-    score = dice((truth == value) & counted, mask & counted)
-    return 1.0 if score is None else score
-
-
-def stopped_early(looks: Mapping[int, Look]) -> bool:
-    """Whether the last look at a fold was so much worse than the best before it that it is not gone on with."""
-    after = [max(looks[at]) for at in sorted(looks) if at]
+def stopped_early(checkpoints: Mapping[int, CheckpointScore]) -> bool:
+    """Return whether a fold's last checkpoint is so much worse than its best that the fold is not continued."""
+    after = [max(checkpoints[at]) for at in sorted(checkpoints) if at]
     return bool(after) and after[-1] < max(after) - STOP_MARGIN
 
 
-def conclude(looks: Mapping[str, Mapping[int, Look]], training: TrainingPlan, asked: bool) -> HeldOutResult | None:
-    """From the Dice of every fold at every look, numbered from 1; 0 is the base's. None where there is no fold.
+def conclude(folds: Mapping[str, Mapping[int, CheckpointScore]], training: TrainingPlan, steps_fixed: bool) -> HeldOutResult | None:
+    """Choose model, steps and use of the label U-Net from the Dice of every fold at every checkpoint; None without a fold.
 
-    Of looks and ways that score nearly as well as the best, and not worse than the base, the label U-Net's count first, then the latest.
-    asked: whether a person named the steps; then they are not fewer, and the last look alone counts.
+    Checkpoints are numbered from 1; 0 is the pretrained model. Of those that score nearly as well as the best, and not worse than the
+    pretrained model, the ones with the label U-Net come first, then the latest. steps_fixed: the user set the number of steps; then it is
+    not reduced, and only the last checkpoint is used.
     """
-    shared = sorted(set.intersection(*(set(found) for found in looks.values()))) if looks else []
+    shared = sorted(set.intersection(*(set(scores) for scores in folds.values()))) if folds else []
     if 0 not in shared or len(shared) < 2:
         return None
-    judged_at = shared[-1:] if asked else shared[1:]
-    means = {look: [float(np.mean(way)) for way in zip(*(found[look] for found in looks.values()), strict=True)] for look in shared}
-    base, after = means[0][0], [(mean, way, look) for look in judged_at for way, mean in enumerate(means[look])]
-    top, ways = max(after)[0], len(means[shared[-1]])
-    enough = [(way, -look) for mean, way, look in after if mean >= max(top - TIE_MARGIN, base)]
-    way, look = (min(enough)[0], -min(enough)[1]) if enough else (max(after)[1], max(after)[2])
-    steps = max(1, round(training.steps * (1.0 if asked else CHECKPOINTS[look - 1])))
+    usable = shared[-1:] if steps_fixed else shared[1:]
+    means = {at: [float(np.mean(way)) for way in zip(*(scores[at] for scores in folds.values()), strict=True)] for at in shared}
+    pretrained, after = means[0][0], [(mean, way, at) for at in usable for way, mean in enumerate(means[at])]
+    best, ways = max(after)[0], len(means[shared[-1]])
+    good = [(way, -at) for mean, way, at in after if mean >= max(best - TIE_MARGIN, pretrained)]
+    way, at = (min(good)[0], -min(good)[1]) if good else (max(after)[1], max(after)[2])
+    steps = max(1, round(training.steps * (1.0 if steps_fixed else CHECKPOINTS[at - 1])))
     return HeldOutResult(
-        held_out=tuple(looks),
-        pretrained=round(base, 4),
-        fine_tuned=round(means[look][way], 4),
-        steps=steps if enough else 0,
+        held_out=tuple(folds),
+        pretrained=round(pretrained, 4),
+        fine_tuned=round(means[at][way], 4),
+        steps=steps if good else 0,
         label_unet=way == 0 if ways > 1 else None,
-        kept="fine_tuned" if enough else "pretrained",
+        kept="fine_tuned" if good else "pretrained",
     )
 
 
 def print_validation(validation: HeldOutResult, count: int) -> None:
-    """What the volumes that were left out said, and what follows from it for the `count` that are learned from."""
-    where = (
-        f"on {', '.join(validation.held_out)}, left out: Dice {validation.pretrained:.3f} before tuning, {validation.fine_tuned:.3f} after"
-    )
+    """Print the result of cross-validation, and what it means for the run on `count` cases."""
+    scores = f"Dice {validation.pretrained:.3f} pretrained, {validation.fine_tuned:.3f} fine-tuned"
+    line = f"cross-validation on {', '.join(validation.held_out)}: {scores}"
     if validation.kept == "pretrained":
-        console.warn(f"{where}. The base is kept as it is. Set training.validation to none in plan.json to tune it all the same")
+        console.warn(f"{line}. Keeping the pretrained model; to fine-tune anyway set training.validation to none in plan.json")
     else:
-        alone = ", without the label U-Net, which did not help there" if validation.label_unet is False else ""
-        console.say(f"{where}. Tuning on {'all ' if count > 1 else ''}{count} for {validation.steps} steps{alone}")
-
-
-FILE, STATE = "validation.json", "fold.safetensors"
+        without = ", without the label U-Net, which did not improve Dice" if validation.label_unet is False else ""
+        console.say(f"{line}. Fine-tuning on {f'all {count} cases' if count > 1 else '1 case'} for {validation.steps} steps{without}")
 
 
 @dataclass
-class Record:
-    """validation.json: fold -> look -> Dice with and without the label U-Net, and the folds that are done."""
+class FoldRecord:
+    """The content of validation.json: fold -> checkpoint -> Dice with and without the label U-Net, and the folds that are done."""
 
     path: Path
     run: str
-    looks: dict[str, dict[int, Look]] = field(default_factory=dict)
+    checkpoints: dict[str, dict[int, CheckpointScore]] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
 
     def write(self) -> None:
-        atomic.write_json(self.path, {"format_version": 1, "run": self.run, "looks": self.looks, "done": self.done})
+        """Write validation.json. Raises OutputError when it cannot be written."""
+        value = {"format_version": FORMAT_VERSION, "run": self.run, "checkpoints": self.checkpoints, "done": self.done}
+        atomic.write_json(self.path, value)
 
 
-def read_record(path: Path, run: str) -> Record:
-    """What there is of this very run; an empty one otherwise."""
+def read_record(path: Path, run: str) -> FoldRecord:
+    """Read validation.json; an empty record where it is of another run, damaged or of another format_version."""
     try:
         value: Any = atomic.read_json(path, "the validation") if path.exists() else {}
-        if value.get("run") == run:
-            looks = {name: {int(at): tuple(map(float, look)) for at, look in found.items()} for name, found in value["looks"].items()}
-            return Record(path, run, looks, [name for name in value["done"] if name in looks])
+        if value.get("run") == run and value.get("format_version") == FORMAT_VERSION:
+            folds = {name: {int(at): tuple(map(float, s)) for at, s in scores.items()} for name, scores in value["checkpoints"].items()}
+            return FoldRecord(path, run, folds, [name for name in value["done"] if name in folds])
     except (atomic.JsonError, AttributeError, KeyError, TypeError, ValueError):
-        console.warn(f"{path.name} is damaged: the folds are run again")
-    return Record(path, run)
-
-
-def fold_state(folder: Path) -> Path:
-    """Where the state of a fold that is under way is kept."""
-    return folder / STATE
+        console.warn(f"{path.name} is damaged; cross-validation starts again")
+    return FoldRecord(path, run)
 
 
 def delete_folds(folder: Path) -> None:
-    """Nothing of the folds of an earlier run is gone on with."""
-    state = fold_state(folder)
-    for old in (folder / FILE, state, backup_path(state), *folder.glob("left_out_*.png")):
-        old.unlink(missing_ok=True)
+    """Delete the files of an earlier cross-validation, so that it is not resumed."""
+    (folder / FILE).unlink(missing_ok=True)
+    delete_state(folder / STATE)
+    for picture in folder.glob("held_out_*.png"):
+        picture.unlink(missing_ok=True)
 
 
 def plan_folds(run: Run, used: Sequence[PreparedCase]) -> tuple[tuple[Fold, ...], TrainingPlan | None]:
-    """The folds, and the settings of each; none from random weights, which nothing could be kept of, nor where the plan wants none."""
+    """Return the folds and their settings; none from random weights, in a short run, or where the plan has no cross-validation."""
     training = fold_settings(run.plan.training, len(used))
-    if run.base is None or run.plan.training.validation == "none" or training is None:
+    if run.pretrained is None or run.plan.training.validation == "none" or training is None:
         return (), None
-    return make_folds(used, run.plan, training_images_of(run.base)), training
+    return make_folds(used, run.plan, training_images_of(run.pretrained)), training
 
 
 def pretrained_label_unet(run: Run) -> LabelUNet | None:
-    """The base's own, where it knows the same labels."""
-    return matching_label_unet(run.base, run.plan) if run.base is not None else None
+    """Return the label U-Net of the pretrained model, where it has the same labels."""
+    return matching_label_unet(run.pretrained, run.plan) if run.pretrained is not None else None
 
 
-def validate(
-    run: Run, used: Sequence[PreparedCase], device: torch.device, folder: Path, every_s: float, stopped: Callable[[], bool], asked: bool
-) -> HeldOutResult | None:
-    """Run what is left of the folds; None where there are none, nothing could be judged, or it was stopped before the end.
+@dataclass(frozen=True)
+class CrossValidation:
+    """Where and how the folds of a run are run. steps_fixed: the user set the number of steps. stopped: whether the user stops the run."""
 
-    asked: whether a person named the steps.
-    """
+    run: Run
+    device: torch.device
+    folder: Path
+    save_every_s: float
+    steps_fixed: bool
+    stopped: Callable[[], bool]
+
+
+def validate(job: CrossValidation, used: Sequence[PreparedCase]) -> HeldOutResult | None:
+    """Run the folds that are not done yet; None where there are none, none could be scored, or the user stopped the run."""
+    run = job.run
     folds, training = plan_folds(run, used)
     if training is not None and not folds and make_folds(used, run.plan):
-        console.say("the base has learned from these very volumes, so whether tuning makes it better cannot be told from them")
-    record = read_record(folder / FILE, run.digest)
+        console.say("skipping cross-validation: the pretrained model was trained on these cases")
+    record = read_record(job.folder / FILE, run.digest)
     for number, fold in enumerate(folds, start=1):
         if fold.name not in record.done and training is not None:
-            with torch.random.fork_rng():  # so that the run itself goes as it would without
-                _fold(run, fold, training, device, record, every_s, stopped, f"validating {number}/{len(folds)}")
-        if stopped():
+            with torch.random.fork_rng():  # the run itself draws the same numbers as without cross-validation
+                _run_fold(job, fold, training, record, f"cross-validation {number}/{len(folds)}")
+        if job.stopped():
             return None
-    state = fold_state(folder)
-    for old in (state, backup_path(state)):
-        old.unlink(missing_ok=True)
-    return conclude({name: record.looks[name] for name in record.done if record.looks[name]}, run.plan.training, asked)
+    delete_state(job.folder / STATE)
+    scores = {name: record.checkpoints[name] for name in record.done if record.checkpoints[name]}
+    return conclude(scores, run.plan.training, job.steps_fixed)
 
 
-def _fold(
-    run: Run,
-    fold: Fold,
-    training: TrainingPlan,
-    device: torch.device,
-    record: Record,
-    every_s: float,
-    stopped: Callable[[], bool],
-    title: str,
-) -> None:
-    plan = run.plan.model_copy(update={"training": training})
-    training_data = training_data_of(fold.cases, plan)
-    learner = init_learner(plan, run.base, training_data, device)
-    state, settings = record.path.with_name(STATE), digest_of({"run": run.digest, "fold": fold.name})
-    looks, ways = record.looks.setdefault(fold.name, {}), (True, False) if training.label_unet else (False,)
-    if not (0 in looks and _try_resume(learner, state, settings)):
-        looks.clear()
-        looks[0] = (_pretrained_score(run, learner, fold, plan),) * len(ways)
+def _run_fold(job: CrossValidation, fold: Fold, training: TrainingPlan, record: FoldRecord, title: str) -> None:
+    """Train and score a fold, or resume it. It is marked as done unless the user stops the run."""
+    plan, run = job.run.plan.model_copy(update={"training": training}), job.run
+    training_data, state = training_data_of(fold.cases, plan), job.folder / STATE
+    learner, settings = init_learner(plan, run.pretrained, training_data, job.device), digest_of({"run": run.digest, "fold": fold.name})
+    scores, ways = record.checkpoints.setdefault(fold.name, {}), (True, False) if training.label_unet else (False,)
+    resumed = False
+    if 0 in scores:
+        with suppress(WeightsError):
+            load_state(state, learner, settings)
+            resumed = True
+    if not resumed:
+        scores.clear()
+        scores[0] = (_pretrained_score(run, learner, fold, plan),) * len(ways)
         record.write()
         save_state(state, learner, settings)
-    looked = [fraction_done(learner, training)]
+    scored_at = [fraction_done(learner, training)]
 
-    def look(progress: Progress) -> str:
-        for number, share in enumerate(CHECKPOINTS, start=1):
-            if looked[0] < share <= progress.done:
-                looks[number] = tuple(judged(learner.average, fold, plan, weighted=way).score for way in ways)
+    def on_step(progress: Progress) -> str:
+        for number, fraction in enumerate(CHECKPOINTS, start=1):
+            if scored_at[0] < fraction <= progress.done:
+                scores[number] = tuple(score_fold(learner.ema, fold, plan, use_label_prior=way).score for way in ways)
                 record.write()
-        looked[0] = progress.done
-        return f"without {fold.name}: Dice {looks[0][0]:.3f}" + "".join(f", {max(looks[at]):.3f}" for at in sorted(looks) if at)
+        scored_at[0] = progress.done
+        return f"held out {fold.name}: Dice {' → '.join(f'{max(scores[at]):.3f}' for at in sorted(scores))}"
 
-    if looked[0] < 1 and not stopped_early(looks) and not stopped():
-        follow(
-            learner,
-            training_data,
-            training,
-            lambda: stopped() or stopped_early(looks),
-            title=title,
-            state=state,
-            settings=settings,
-            every_s=every_s,
-            told=look,
-        )
-    if stopped():
+    if scored_at[0] < 1 and not stopped_early(scores) and not job.stopped():
+        control = RunControl(title, state, settings, job.save_every_s, on_step)
+        run_training(learner, training_data, training, lambda: job.stopped() or stopped_early(scores), control)
+    if job.stopped():
         save_state(state, learner, settings)
         return
-    if learner.step < MIN_STEPS and not stopped_early(looks):  # the minutes were over
-        console.say(f"without {fold.name}: {learner.step} steps, too few to tell anything")
-        looks.clear()
+    if learner.step < MIN_STEPS and not stopped_early(scores):  # the time limit was reached
+        console.say(f"held out {fold.name}: only {learner.step} steps, result ignored")
+        scores.clear()
     else:
-        _draw(learner, fold, plan, record)
+        _draw_overlay(learner, fold, plan, record)
     record.done.append(fold.name)
     record.write()
-    for old in (state, backup_path(state)):
-        old.unlink(missing_ok=True)
+    delete_state(state)
 
 
 def _pretrained_score(run: Run, learner: Learner, fold: Fold, plan: Plan) -> float:
-    """Of the base as predict would use it, before anything is learned."""
-    average, new = learner.average, learner.average.label_unet
-    known = pretrained_label_unet(run)
-    average.label_unet = known.to(average.device) if known is not None else None
-    score = judged(average, fold, plan, weighted=known is not None).score
-    average.label_unet = new
+    """Score the pretrained model, with its own label U-Net, before the first step."""
+    model, new = learner.ema, learner.ema.label_unet
+    own = pretrained_label_unet(run)
+    model.label_unet = own.to(model.device) if own is not None else None
+    score = score_fold(model, fold, plan, use_label_prior=own is not None).score
+    model.label_unet = new
     return score
 
 
-def _try_resume(learner: Learner, state: Path, settings: str) -> bool:
-    """Whether there is a state of this very fold to go on from."""
+def _draw_overlay(learner: Learner, fold: Fold, plan: Plan, record: FoldRecord) -> None:
+    """Draw the final masks of the held-out case. An error becomes a warning, unless a file of the case was cut short."""
     try:
-        load_state(state, learner, settings)
-    except WeightsError:
-        return False
-    return True
-
-
-def _draw(learner: Learner, fold: Fold, plan: Plan, record: Record) -> None:
-    """A picture of what was left out, for people who would rather look; nothing about it may make a run fail but a volume cut short."""
-    try:
-        looks = record.looks[fold.name]
-        weighted = len(looks[max(looks)]) > 1 and looks[max(looks)][0] >= looks[max(looks)][1]
-        last = judged(learner.average, fold, plan, weighted)
-        title = f"{fold.name}, left out: Dice {looks[0][0]:.3f} before, {last.score:.3f} after"
-        draw_overlays(record.path.with_name(f"left_out_{fold.held.id}.png"), fold.held, last.labels, title)
+        scores = record.checkpoints[fold.name]
+        last = scores[max(scores)]
+        with_prior = len(last) > 1 and last[0] >= last[1]
+        final = score_fold(learner.ema, fold, plan, with_prior)
+        title = f"{fold.name}, held out: Dice {scores[0][0]:.3f} pretrained, {final.score:.3f} fine-tuned"
+        draw_overlays(record.path.with_name(f"held_out_{fold.held_out.id}.png"), fold.held_out, final.labels, title)
     except atomic.ArrayError:
         raise
     except Exception as error:  # noqa: BLE001 - nothing about a picture may make a run fail

@@ -1,7 +1,4 @@
-"""A run that is asked to stop finishes its step and saves what it has.
-
-Whether there is memory enough for a run, asked before it begins.
-"""
+"""Interruptions of a run: stop after the current step and save, say how to resume, and warn before memory runs out."""
 
 from __future__ import annotations
 
@@ -24,25 +21,28 @@ from slmsam2_cli.planning.plan import Plan, read_plan
 
 
 class ResumableError(OutputError):
-    """A file could not be written, or was cut short while it was read, but the run can go on."""
+    """A file could not be written, or was cut short while it was read, but the run can be resumed."""
 
 
 @contextmanager
 def resumable(command: str) -> Iterator[None]:
-    """Say of what cannot be written or read inside how to go on."""
+    """Add to errors of writing and reading files how to resume the run.
+
+    Raises: ResumableError in place of OutputError and ArrayError.
+    """
     try:
         yield
     except OutputError as error:
-        raise ResumableError(f"{error}. Fix that, and resume with {command} --continue") from error
+        raise ResumableError(f"{error}. Fix this, then run: {command} --continue") from error
     except ArrayError as error:
-        raise ResumableError(f"{error}. Resume with {command} --continue, which makes it again") from error
+        raise ResumableError(f"{error}. Run: {command} --continue, which prepares the file again") from error
 
 
 @contextmanager
 def graceful_stop() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a question that answers True; raise it when the block is done.
+    """Delay the first SIGINT or SIGTERM until the end of the block; the function that is yielded tells whether there was one.
 
-    A signal that was ignored before (nohup, a job in the background) stays ignored.
+    A second signal acts at once. A signal that was ignored before (nohup, a job in the background) stays ignored.
     """
     caught: list[int] = []
 
@@ -52,8 +52,8 @@ def graceful_stop() -> Iterator[Callable[[], bool]]:
         caught.append(number)
         console.say("stopping after this step …")
 
-    weighted = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, note) for number in weighted}
+    signals = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in signals}
     try:
         yield lambda: bool(caught)
     finally:
@@ -64,40 +64,33 @@ def graceful_stop() -> Iterator[Callable[[], bool]]:
 
 
 def memory_warning(plan: Plan, fingerprint: Path, count: int, device: torch.device) -> str | None:
-    """Where fine-tuning on `count` volumes will probably not fit, a line with the setting that does.
+    """Compare the memory that fine-tuning on `count` cases needs with what is free. Returns a warning with the setting that fits.
 
-    None where it will, or where nobody can tell: there is no fingerprint, or it is damaged.
+    None where memory suffices, or where that is unknown: there is no fingerprint, it is damaged, or the device does not tell.
     """
-    room = available_bytes(device)
-    if room is None:
+    if device.type == "cuda":
+        available = int(torch.cuda.mem_get_info(device)[0])
+    elif device.type == "cpu":
+        available = free_bytes() + RUNTIME_BYTES  # the runtime is loaded already
+    else:
         return None
     try:
         measured = read_fingerprint(fingerprint)
     except PlanError:
         return None
-    cost = estimate_finetuning(plan, measured, count)
-    sharing = plan.training.workers if device.type == "cpu" else 1
-    needed = cost.memory_bytes * sharing if cost is not None else 0
-    if needed <= room:
+    estimate = estimate_finetuning(plan, measured, count)
+    processes = plan.training.workers if device.type == "cpu" else 1
+    needed = estimate.memory_bytes * processes if estimate is not None else 0
+    if needed <= available:
         return None
-    shorter = longest_clip(plan, measured, room // sharing)
-    way_out = (
-        f"Run slmsam2 plan --max-memory {math.floor(room / 1e8) / 10:g} for shorter clips"
-        if shorter
-        else "Close other programs, or use a machine with more"
-    )
-    return f"about {needed / 1e9:.1f} GB of memory are needed and {room / 1e9:.1f} GB are free. {way_out}"
+    advice = "Close other programs, or use a machine with more memory"
+    if longest_clip(plan, measured, available // processes):
+        advice = f"Run: slmsam2 plan --max-memory {math.floor(available / 1e8) / 10:g}"
+    return f"fine-tuning needs about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB available. {advice}"
 
 
-def available_bytes(device: torch.device) -> int | None:
-    """Memory for a run, what is loaded already included; None where nobody can tell."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return free_bytes() + RUNTIME_BYTES if device.type == "cpu" else None
-
-
-def remedy(plan_file: Path, device: torch.device) -> str:
-    """The setting that needs about half as much, and what else helps."""
+def memory_advice(plan_file: Path, device: torch.device) -> str:
+    """Name the setting that needs about half as much memory, and what else helps."""
     others = "close other programs" if device.type == "cpu" else "use --device cpu"
     try:
         training = read_plan(plan_file).training

@@ -1,6 +1,6 @@
-"""What learns, and one step of it: the same for fine-tuning and for training from nothing.
+"""What is trained, and one optimiser step of it, for fine-tuning and for pretraining.
 
-A step without a finite loss and gradient changes nothing. The moving average has a short memory at first.
+A step without a finite loss and gradient changes nothing. The moving average of the weights has a short memory at first.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -16,49 +17,45 @@ from torch import Tensor
 
 from slmsam2_cli.model.label_unet import PREFIX as LABEL_UNET_PREFIX
 from slmsam2_cli.model.slmsam2 import SlmSam2
-from slmsam2_cli.training.background import PendingResult
+from slmsam2_cli.training.distributed import SINGLE_PROCESS, ProcessGroup
 from slmsam2_cli.training.losses import SliceLoss
 
-MAX_SKIPPED_STEPS = 20  # steps in a row without a finite gradient after which a run has diverged
+MAX_SKIPPED_STEPS = 20  # steps in a row without a finite gradient after which training has diverged
 SKIPPED_KEY = "skipped"
 _CLIP_NORM = 1.0
 
 
 class Budget(Protocol):
-    """How long a run is."""
+    """How long a run is: its number of optimiser steps and, unless it is None, its limit in minutes."""
 
-    @property
-    def steps(self) -> int:
-        """At most so many optimiser steps."""
-        ...
-
-    @property
-    def minutes(self) -> float | None:
-        """At most so many minutes of training."""
-        ...
+    steps: int
+    minutes: float | None
 
 
 @dataclass(kw_only=True)
 class Learner:
-    """Everything a run needs to go on: model, its moving average, optimiser, step and seconds so far, and how many of these the
-    device waited for data.
+    """The state of a run: the model, the moving average of its weights, the optimiser and the progress.
 
-    A kind of training that draws from generators of its own says how they are stored (`draws`, `redraw`), and what to do
-    about a state that does not fit (`command`, `settings`).
+    step: optimiser steps so far. seconds: training time so far, of which `data_wait_s` were spent waiting for data. command, settings:
+    name the command and what must not change between its runs, for messages about a state that does not fit.
     """
 
     command: ClassVar[str] = "slmsam2 finetune"
-    settings: ClassVar[str] = "plan, split, seed or base"
+    settings: ClassVar[str] = "plan, split, seed or pretrained model"
 
     model: SlmSam2
-    average: SlmSam2
+    ema: SlmSam2
     optimiser: torch.optim.AdamW
     step: int = 0
     seconds: float = 0.0
     data_wait_s: float = 0.0
 
+    def networks(self) -> tuple[SlmSam2, ...]:
+        """Return everything that has weights."""
+        return self.model, self.ema
+
     def to(self, device: torch.device) -> None:
-        """Move it to a device; its optimiser goes on."""
+        """Move all networks and the optimiser's state to a device."""
         for network in self.networks():
             network.to(device)
         for slot in self.optimiser.state.values():
@@ -66,21 +63,10 @@ class Learner:
                 if isinstance(value, Tensor) and key != "step":  # which AdamW keeps on the CPU
                     slot[key] = value.to(device)
 
-    def networks(self) -> tuple[SlmSam2, ...]:
-        """All that have weights."""
-        return self.model, self.average
-
-    def draws(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The state of its own generators, as tensors and as text."""
-        return {}, {}
-
-    def set_generator_state(self, tensors: dict[str, Tensor], texts: dict[str, str]) -> None:
-        """Bring its own generators to where `draws` found them."""
-
 
 @dataclass
 class Progress:
-    """What one step reports: share of the run done, mean losses per tracked slice, learning rate."""
+    """Report of one step: the fraction of the run that is done, mean losses per tracked slice, the learning rate."""
 
     step: int
     done: float
@@ -89,93 +75,76 @@ class Progress:
 
 
 def copy_for_ema(model: SlmSam2) -> SlmSam2:
-    """The average before the first step."""
-    average = copy.deepcopy(model)
-    average.eval().requires_grad_(False)
-    return average
+    """Copy a model without gradients and in evaluation mode, as the moving average before the first step."""
+    ema = copy.deepcopy(model)
+    ema.eval().requires_grad_(False)
+    return ema
 
 
 def fraction_done(learner: Learner, budget: Budget) -> float:
-    """How much of the run is done, by steps or by minutes, whichever is further."""
+    """Compute how much of the run is done, from 0 to 1: by steps or by minutes, whichever is further."""
     by_time = learner.seconds / (budget.minutes * 60) if budget.minutes else 0.0
     return min(1.0, max(learner.step / budget.steps, by_time))
 
 
 def learning_rate(step: int, done: float, peak: float, warmup_steps: int) -> float:
-    """Linear warm-up, then a cosine down to a twentieth."""
+    """Compute the learning rate: linear warm-up, then a cosine down to a twentieth of the peak."""
     warm = min(1.0, (step + 1) / max(warmup_steps, 1))
     return peak * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-class Sharing(Protocol):
-    """The processes that share a step."""
-
-    @property
-    def count(self) -> int:
-        """How many there are."""
-        ...
-
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over all of them."""
-        ...
-
-    def average_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Give every one the mean of all gradients."""
-        ...
-
-
 def training_step(
-    learner: Learner, losses: Sequence[SliceLoss], rate: float, ema_decay: float, apart: PendingResult[Mapping[str, Tensor]], ranks: Sharing
+    learner: Learner,
+    losses: Sequence[SliceLoss],
+    rate: float,
+    ema_decay: float,
+    extra_losses: Future[Mapping[str, Tensor]],
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, float]:
-    """One optimiser step on the mean of the losses; returns each of their means, or that the step was skipped.
+    """Do one optimiser step on the mean of the losses; returns the mean of each, or {SKIPPED_KEY: 1} when the step was skipped.
 
-    The gradients have to be cleared before. apart: other losses, by name, of which the gradients are there when it has been waited for;
-    they are not part of the total that is returned, and the first process alone has them.
+    The gradients must have been cleared before. extra_losses: other losses by name, of process 0 alone, whose gradients are there once
+    the result is. They are not part of the total that is returned.
     """
     total = total_loss(losses)
-    finite = bool(torch.isfinite(ranks.mean(total)))
+    finite = bool(torch.isfinite(process_group.mean(total)))
     if finite:
         total.backward()  # type: ignore[no-untyped-call]
-    others = apart.result()
+    extra = extra_losses.result()
     if not finite:
         return {SKIPPED_KEY: 1.0}
-    ranks.average_gradients(list(learner.model.parameters()))
+    process_group.average_gradients(list(learner.model.parameters()))
     if not optimiser_step(learner, rate, ema_decay):
         return {SKIPPED_KEY: 1.0}
-    return means(losses, ranks.mean) | {name: float(loss) for name, loss in others.items()}
+    return means(losses, process_group.mean) | {name: float(loss) for name, loss in extra.items()}
 
 
 def total_loss(losses: Sequence[SliceLoss]) -> Tensor:
-    """What is minimised: the mean over slices of the weighted sum."""
+    """Compute what is minimised: the mean over slices of the weighted sum of the terms."""
     return torch.stack([loss.total for loss in losses]).mean()
 
 
 def means(losses: Sequence[SliceLoss], over: Callable[[Tensor], Tensor] = lambda values: values) -> dict[str, float]:
-    """Every part of the loss and their weighted sum, as means over slices, and over all processes."""
+    """Average every term of the loss and the weighted sum over slices, and by `over` over processes."""
     names = ("pixels", "dice", "iou", "object_score", "total")
-    found = torch.stack([torch.stack([getattr(loss, name).detach() for loss in losses]).mean() for name in names])
-    return dict(zip(names, over(found).tolist()))
+    averages = torch.stack([torch.stack([getattr(loss, name).detach() for loss in losses]).mean() for name in names])
+    return dict(zip(names, over(averages).tolist()))
 
 
 def optimiser_step(learner: Learner, rate: float, ema_decay: float) -> bool:
-    """Follow the gradient and let the average follow; False, and nothing is changed, when the gradient is not finite."""
+    """Update weights and moving average; returns False, and changes nothing, when the gradient is not finite."""
     for group in learner.optimiser.param_groups:
         group["lr"] = rate * group.get("scale", 1.0)
     named = list(learner.model.named_parameters())
-    for own in (True, False):  # apart: a loss that shares no weights shall not shorten the other's step
-        norm = torch.nn.utils.clip_grad_norm_([p for n, p in named if n.startswith(LABEL_UNET_PREFIX) == own], _CLIP_NORM)
+    for label_unet in (True, False):  # clipped apart: it shares no weights, so its gradient must not shorten the other's step
+        norm = torch.nn.utils.clip_grad_norm_([p for n, p in named if n.startswith(LABEL_UNET_PREFIX) == label_unet], _CLIP_NORM)
         if not torch.isfinite(norm):  # one such step would make every weight NaN
             return False
     learner.optimiser.step()
-    _average(learner, ema_decay)
+    decay = min(ema_decay, (1 + learner.step) / (10 + learner.step))
+    with torch.no_grad():
+        weight: Tensor
+        for average, weight in zip(learner.ema.parameters(), learner.model.parameters()):
+            if weight.requires_grad:
+                average.lerp_(weight, 1 - decay)
     return True
-
-
-@torch.no_grad()
-def _average(learner: Learner, most: float) -> None:
-    """Move the average towards the model, where it is trained."""
-    keep = min(most, (1 + learner.step) / (10 + learner.step))
-    new: Tensor
-    for old, new in zip(learner.average.parameters(), learner.model.parameters()):
-        if new.requires_grad:
-            old.lerp_(new, 1 - keep)

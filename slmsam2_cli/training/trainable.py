@@ -1,7 +1,7 @@
-"""Which part of the network learns: all of it, all but the trunk, what reads memory and draws masks, or an adapter.
+"""Choose which part of the network is trained: all, all but the trunk, decoder and memory, or an adapter.
 
-Few-shot studies favour tuning little, but none of them is on propagation (docs/explanation/adapters.md), so everything is
-the default and the rest is there to be measured.
+Few-shot studies favour training few parameters, but none of them is on propagation (docs/explanation/adapters.md), so the default is to
+train all, and the other strategies are there to be measured.
 """
 
 from __future__ import annotations
@@ -11,50 +11,49 @@ from slmsam2_cli.model.label_unet import PREFIX as LABEL_UNET_PREFIX
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import TrainingPlan
 
-LABEL_UNET_RATE = 1e-3  # peak; it starts from nothing
-MIN_NEW_RATE = 1e-4  # what starts at zero moves at least at this rate
-_FRESH = (adapters.PREFIX, "stream_fuser.")
+LABEL_UNET_RATE = 1e-3  # peak; it starts from random weights
+MIN_NEW_RATE = 1e-4  # at least, for parameters that start at zero
+_NEW = (adapters.PREFIX, "stream_fuser.")
 _TRUNK = "image_encoder.trunk."
 _NOT_DECODER_OR_MEMORY = ("image_encoder.", "sam_prompt_encoder.")
 
 
 def prepare(model: SlmSam2, plan: TrainingPlan, modality: str, channels: int = 1) -> tuple[str, ...]:
-    """Let learn what the plan's strategy says, and nothing else; the seed is the plan's. Returns what is worth saying.
+    """Make exactly those parameters trainable that the plan's strategy trains. Returns lines for the log.
 
-    Under `adapters` the modality's own adapter is added, or goes on learning where the base brings one. Under every other
-    strategy that one is merged first, and those of other modalities are left out. The projection of more than three channels
-    learns under every strategy. WeightsError when the adapter cannot be merged, or the projection is of other channels.
+    Strategy `adapters` adds an adapter for the modality, or continues the one that the pretrained model has. Every other strategy merges
+    the modality's adapter into the weights and drops those of other modalities. The projection of more than three channels is trained
+    under every strategy. New parameters are drawn from the plan's seed.
+
+    Raises: WeightsError when the adapter cannot be merged, or the projection is for other channels.
     """
-    notes = _adapt(model, plan, modality) if plan.strategy == "adapters" else _plain(model, modality)
-    if adapters.ensure_projection(model, modality, channels, "the base"):
-        notes = (*notes, f"a projection of {channels} channels of {modality} to 3 is new and learns")
-    learning = set(trainable_names(model, plan, modality))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in learning)
-    return notes
-
-
-def _adapt(model: SlmSam2, plan: TrainingPlan, modality: str) -> tuple[str, ...]:
-    fresh = modality not in adapters.adapted(model)
-    if fresh:
-        adapters.add(model, modality, plan.adapters, plan.seed)
-    adapters.use(model, modality)
-    grown = adapters.count(adapters.branch_parameters(model, modality))
-    tuned = adapters.count(adapters.tuned_parameters(model).values())
-    return (f"{'a new' if fresh else 'the'} adapter for {modality} learns: {grown} parameters, and {tuned} of decoder heads and fuser",)
-
-
-def _plain(model: SlmSam2, modality: str) -> tuple[str, ...]:
+    notes = []
     known, adapted = adapters.modalities(model), modality in adapters.adapted(model)
-    adapters.use(model, modality if modality in known else None)
-    adapters.merge(model)
-    merged = (f"the base's adapter for {modality} was merged",) if adapted else ()
-    others = [name for name in known if name != modality]
-    return (*merged, *([f"adapters for {', '.join(others)} are not carried on"] if others else []))
+    if plan.strategy == "adapters":
+        if not adapted:
+            adapters.add(model, modality, plan.adapters, plan.seed)
+        adapters.use(model, modality)
+        size = adapters.count(adapters.branch_parameters(model, modality))
+        others = adapters.count(adapters.tuned_parameters(model).values())
+        kind = "the" if adapted else "a new"
+        notes.append(f"training {kind} adapter for {modality}: {size} parameters, and {others} of decoder heads and fuser")
+    else:
+        adapters.use(model, modality if modality in known else None)
+        adapters.merge(model)
+        if adapted:
+            notes.append(f"the pretrained model's adapter for {modality} was merged")
+        if dropped := [name for name in known if name != modality]:
+            notes.append(f"adapters for {', '.join(dropped)} were dropped")
+    if adapters.ensure_projection(model, modality, channels, "the pretrained model"):
+        notes.append(f"training a new projection of {channels} channels of {modality} to 3")
+    trained = set(trainable_names(model, plan, modality))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return tuple(notes)
 
 
 def trainable_names(model: SlmSam2, plan: TrainingPlan, modality: str) -> list[str]:
-    """The parameters that the plan's strategy trains."""
+    """List the parameters that the plan's strategy trains."""
     names = [name for name, _ in model.named_parameters()]
     if plan.strategy == "full":
         return names
@@ -67,26 +66,23 @@ def trainable_names(model: SlmSam2, plan: TrainingPlan, modality: str) -> list[s
 
 
 def parameter_groups(model: SlmSam2, plan: TrainingPlan) -> list[dict[str, object]]:
-    """For the optimiser, what is trained: weight decay on matrices and kernels, none on biases, norms, gates, codes and
-    projections of channels, which it would darken.
+    """Group the trainable parameters for the optimiser by weight decay and learning rate; `scale` is a factor on the plan's rate.
 
-    `scale` times the plan's learning rate is the group's: unless everything is trained, adapters and fuser learn at least
-    at MIN_NEW_RATE; a label U-Net learns at LABEL_UNET_RATE.
+    Weight decay applies to matrices and kernels, but not to biases, norms, gates, codes and projections of channels, which it would
+    darken. Unless all parameters are trained, adapters and fuser are trained at MIN_NEW_RATE or more; a label U-Net at LABEL_UNET_RATE.
     """
-    found: dict[tuple[float, bool], list[object]] = {}
+    groups: dict[tuple[float, bool], list[object]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            plain = parameter.ndim <= 1 or name.endswith(f".{adapters.INPUT}")
-            found.setdefault((_scale(name, plan), plain), []).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        scale = 1.0
+        if name.startswith(LABEL_UNET_PREFIX):
+            scale = LABEL_UNET_RATE / plan.learning_rate
+        elif plan.strategy != "full" and name.startswith(_NEW):
+            scale = max(1.0, MIN_NEW_RATE / plan.learning_rate)
+        without_decay = parameter.ndim <= 1 or name.endswith(f".{adapters.INPUT}")
+        groups.setdefault((scale, without_decay), []).append(parameter)
     return [
-        {"params": found[scale, plain], "weight_decay": 0.0 if plain else plan.weight_decay, "scale": scale}
-        for scale, plain in sorted(found)
+        {"params": groups[scale, without_decay], "weight_decay": 0.0 if without_decay else plan.weight_decay, "scale": scale}
+        for scale, without_decay in sorted(groups)
     ]
-
-
-def _scale(name: str, plan: TrainingPlan) -> float:
-    """How many times the plan's learning rate a parameter moves at."""
-    if name.startswith(LABEL_UNET_PREFIX):
-        return LABEL_UNET_RATE / plan.learning_rate
-    fresh = plan.strategy != "full" and name.startswith(_FRESH)
-    return max(1.0, MIN_NEW_RATE / plan.learning_rate) if fresh else 1.0

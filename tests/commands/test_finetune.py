@@ -1,4 +1,4 @@
-"""Fine-tuning as a stage: what it writes, what it refuses, what it does on a second call."""
+"""The command finetune: what it writes, its errors, and what it does on a second call."""
 
 import json
 import re
@@ -24,7 +24,7 @@ from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import read_plan, with_digest, write_plan
 from slmsam2_cli.planning.rules import choose_training, override_training, training_for
 from slmsam2_cli.training import trainer
-from slmsam2_cli.training.state import keep
+from slmsam2_cli.training.state import save_model
 from slmsam2_cli.workspace import Workspace
 
 SHAPE = (10, 40, 40)
@@ -44,7 +44,7 @@ def tuned(dataset):
     return workspace
 
 
-def test_it_plans_prepares_and_trains_and_writes_exactly_these_files(tuned):
+def test_a_run_plans_preprocesses_and_trains_and_writes_exactly_these_files(tuned):
     assert tuned.plan.exists() and tuned.fingerprint.exists()
     written = {"split.json", "model.safetensors", "log.csv", "log.jsonl", "progress.png"}
     assert {p.name for p in tuned.finetuned.iterdir()} - {"tensorboard"} == written
@@ -57,7 +57,7 @@ def test_the_split_names_training_and_held_out_cases_and_they_do_not_overlap(tun
     assert split["finished"] is True
 
 
-def test_the_model_carries_plan_provenance_and_the_warning_of_random_weights(tuned):
+def test_the_model_contains_plan_and_provenance_and_is_marked_as_random(tuned):
     checkpoint = read_checkpoint(tuned.model)
     assert checkpoint.plan is not None and checkpoint.plan.training.steps == 1
     assert checkpoint.provenance.random and checkpoint.provenance.pretrained == "random"
@@ -71,14 +71,22 @@ def test_the_log_has_one_row_per_step(tuned):
     assert rows[0].startswith("step,seconds") and len(rows) == 2
 
 
-def test_the_same_run_is_not_done_twice(tuned, dataset, capsys):
+def test_a_finished_run_is_not_repeated(tuned, dataset, capsys):
     before = tuned.model.stat().st_mtime_ns
     assert finetune(dataset, tuned, cases=2, weights="random", steps=1) == 0
-    assert "finished already" in capsys.readouterr().err
+    assert "already finished" in capsys.readouterr().err
     assert tuned.model.stat().st_mtime_ns == before
 
 
-def test_another_runs_model_is_not_overwritten_without_being_asked(tuned, dataset):
+def test_a_split_of_an_earlier_format_is_an_error_that_names_overwrite(tuned, dataset):
+    saved = tuned.split.read_bytes()
+    tuned.split.write_text(json.dumps(json.loads(saved) | {"format_version": 1}))
+    with pytest.raises(UsageError, match=r"split.json: format_version 1 is not supported \(supported: 2\). Use --overwrite"):
+        finetune(dataset, tuned, cases=2, weights="random", steps=1)
+    tuned.split.write_bytes(saved)
+
+
+def test_another_runs_model_is_not_overwritten_without_overwrite(tuned, dataset):
     with pytest.raises(UsageError, match="--overwrite"):
         finetune(dataset, tuned, cases=1, weights="random", steps=1)
 
@@ -89,7 +97,7 @@ def test_the_same_seed_gives_the_same_weights(dataset, tmp_path, tuned):
     assert read_checkpoint(other.model).digest == read_checkpoint(tuned.model).digest
 
 
-def test_without_embedded_weights_it_names_the_way_out(dataset, tmp_path, monkeypatch):
+def test_without_bundled_weights_the_error_names_weights_random(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr("slmsam2_cli.model.checkpoint.BUNDLED_WEIGHTS", tmp_path / "absent")
     with pytest.raises(WeightsError, match="--weights random"):
         finetune(dataset, Workspace(tmp_path), cases=1)
@@ -100,31 +108,31 @@ def test_continuing_nothing_is_an_error(dataset, tmp_path):
         finetune(dataset, Workspace(tmp_path), cases=1, weights="random", steps=1, resume=True)
 
 
-def test_a_label_that_no_chosen_volume_holds_is_named(tmp_path, capsys):
+def test_a_label_that_is_absent_from_all_training_cases_is_named(tmp_path, capsys):
     write_phantom_dataset(tmp_path / "data", cases=1, test_cases=0, seed=3, shape=SHAPE)
     description = tmp_path / "data" / "dataset.json"
     value = json.loads(description.read_text())
     description.write_text(json.dumps(value | {"labels": value["labels"] | {"9": "ghost"}}))
     assert finetune(tmp_path / "data", Workspace(tmp_path / "w"), cases=1, weights="random", steps=1) == 0
-    assert "warning: ghost (9): in none of the volumes that are learned from" in capsys.readouterr().err
+    assert "warning: ghost (9): absent from all training cases" in capsys.readouterr().err
 
 
-def test_how_long_the_device_waited_for_data_is_said(dataset, tmp_path, capsys):
+def test_the_time_spent_waiting_for_data_is_printed(dataset, tmp_path, capsys):
     finetune(dataset, Workspace(tmp_path), cases=1, weights="random", steps=1)
     assert re.search(r"1 steps, \d+ s, \d+ % of it waiting for data|1 steps, \d+ s, \d+% of it waiting for data", capsys.readouterr().err)
 
 
-def test_zero_cases_make_no_sense(dataset, tmp_path):
+def test_zero_cases_are_an_error(dataset, tmp_path):
     with pytest.raises(UsageError, match="-n 0"):
         finetune(dataset, Workspace(tmp_path), cases=0, weights="random")
 
 
-def test_another_network_than_the_plans_is_refused(tuned, dataset):
+def test_another_network_than_the_plans_is_an_error(tuned, dataset):
     with pytest.raises(PlanError, match="--network tiny"):
         finetune(dataset, tuned, cases=2, weights="random", network="tiny")
 
 
-def test_a_plan_for_other_channels_is_refused_before_anything_is_prepared(tuned, tmp_path):
+def test_a_plan_for_other_channels_is_an_error_before_preprocessing(tuned, tmp_path):
     write_phantom_dataset(tmp_path / "other", cases=1, test_cases=0, seed=3, shape=SHAPE)
     description = tmp_path / "other" / "dataset.json"
     description.write_text(description.read_text().replace('"MRI"', '"T2"'))
@@ -136,7 +144,7 @@ def test_a_plan_for_other_channels_is_refused_before_anything_is_prepared(tuned,
     assert not workspace.prepared.exists()
 
 
-def test_memory_that_is_short_is_one_line_with_a_setting_that_needs_half_as_much(dataset, tuned, tmp_path, monkeypatch):
+def test_running_out_of_memory_is_one_line_with_a_setting_that_needs_half(dataset, tuned, tmp_path, monkeypatch):
     import torch
 
     def starved(*_):
@@ -149,21 +157,21 @@ def test_memory_that_is_short_is_one_line_with_a_setting_that_needs_half_as_much
         finetune(dataset, workspace, cases=1, weights="random", steps=1, device="cpu")
 
 
-def test_two_processes_share_the_steps_of_a_run(dataset, tuned, tmp_path, capsys):
+def test_two_workers_share_the_steps_of_a_run(dataset, tuned, tmp_path, capsys):
     workspace = Workspace(tmp_path)
     workspace.plan.write_bytes(tuned.plan.read_bytes())
     assert finetune(dataset, workspace, cases=2, weights="random", steps=2, workers=2) == 0
-    assert "shared by 2 processes" in capsys.readouterr().err
+    assert ", 2 processes" in capsys.readouterr().err
     assert read_checkpoint(workspace.model).plan.training.workers == 2
     assert json.loads(workspace.split.read_text())["options"]["workers"] == 2
 
 
-def test_more_processes_than_cores_are_refused_before_anything_is_trained(dataset, tmp_path):
-    with pytest.raises(DeviceError, match="64 processes: there is room for"):
+def test_more_workers_than_cores_are_an_error_before_training(dataset, tmp_path):
+    with pytest.raises(DeviceError, match="--workers 64 needs 64 CPU cores"):
         finetune(dataset, Workspace(tmp_path), cases=1, weights="random", steps=1, workers=64)
 
 
-def test_an_interrupted_run_goes_on_with_its_own_options_and_ends_like_an_uninterrupted_one(dataset, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_with_its_own_options_and_ends_like_an_uninterrupted_one(dataset, tmp_path, monkeypatch):
     """SIGINT after the second of four steps; --continue needs nothing but itself."""
     import signal
 
@@ -191,7 +199,7 @@ def test_an_interrupted_run_goes_on_with_its_own_options_and_ends_like_an_uninte
     assert [row.split(",")[0] for row in (broken.finetuned / "log.csv").read_text().splitlines()] == ["step", "1", "2", "3", "4"]
 
 
-def test_a_disk_that_fails_in_the_middle_is_one_line_that_says_how_to_go_on_from_what_was_saved(dataset, tmp_path, monkeypatch):
+def test_a_disk_that_fails_during_training_is_one_line_that_says_how_to_resume(dataset, tmp_path, monkeypatch):
     train, broken, disk, begun = trainer.train, Workspace(tmp_path), ExitStack(), []
 
     def until_the_disk_fails(learner, *rest):
@@ -203,7 +211,7 @@ def test_a_disk_that_fails_in_the_middle_is_one_line_that_says_how_to_go_on_from
 
     monkeypatch.setattr(trainer, "train", until_the_disk_fails)
     monkeypatch.setattr(stage, "SAVE_EVERY_S", 0.0)
-    with disk, pytest.raises(OutputError, match="could not be written: .*resume with slmsam2 finetune --continue$"):
+    with disk, pytest.raises(OutputError, match="could not be written: .*then run: slmsam2 finetune --continue$"):
         finetune(dataset, broken, cases=1, weights="random", steps=3, seed=1)
     assert not broken.model.exists()
     assert finetune(dataset, broken, resume=True) == 0
@@ -211,16 +219,16 @@ def test_a_disk_that_fails_in_the_middle_is_one_line_that_says_how_to_go_on_from
     assert read_checkpoint(broken.model).provenance.steps == 3
 
 
-def test_a_disk_that_fails_before_anything_is_learned_says_nothing_of_going_on_with_another_run(dataset, tmp_path):
+def test_a_disk_that_fails_before_training_is_a_line_without_continue(dataset, tmp_path):
     workspace = Workspace(tmp_path)
     finetune(dataset, workspace, cases=1, weights="random", steps=1, seed=1)
     shutil.rmtree(workspace.prepared)
-    with atomic.fail_at(1), pytest.raises(OutputError, match="Fix that and try again, or choose a workspace") as caught:
+    with atomic.fail_at(1), pytest.raises(OutputError, match="Fix this and try again, or choose a workspace") as caught:
         finetune(dataset, workspace, cases=1, weights="random", steps=1, seed=2, overwrite=True)
     assert "--continue" not in str(caught.value)
 
 
-def test_a_bad_training_case_stops_it_unless_it_may_be_left_out(tmp_path):
+def test_an_invalid_training_case_is_an_error_unless_it_may_be_skipped(tmp_path):
     write_phantom_dataset(tmp_path, cases=3, test_cases=0, seed=4, shape=SHAPE)
     broken = sorted((tmp_path / "imagesTr").iterdir())[0]
     broken.write_bytes(broken.read_bytes()[:200])
@@ -232,14 +240,14 @@ def test_a_bad_training_case_stops_it_unless_it_may_be_left_out(tmp_path):
     assert finetune(tmp_path, workspace, cases=2, weights="random", steps=1, skip_invalid=True) == 0
 
 
-def test_a_model_trained_on_its_own_weights_descends_from_random_too(tuned, dataset, tmp_path):
+def test_a_model_fine_tuned_from_random_weights_stays_marked_as_random(tuned, dataset, tmp_path):
     workspace = Workspace(tmp_path)
     finetune(dataset, workspace, cases=1, weights=str(tuned.model), steps=1)
     provenance = read_checkpoint(workspace.model).provenance
     assert provenance.random and provenance.pretrained_digest == read_checkpoint(tuned.model).digest
 
 
-def test_cases_that_the_base_has_learned_from_never_count_as_held_out(tuned, dataset, tmp_path):
+def test_training_cases_of_the_pretrained_model_never_count_as_held_out(tuned, dataset, tmp_path):
     before = json.loads(tuned.split.read_text())["training"]
     workspace = Workspace(tmp_path)
     finetune(dataset, workspace, cases=1, weights=str(tuned.model), steps=1, seed=1)
@@ -248,7 +256,7 @@ def test_cases_that_the_base_has_learned_from_never_count_as_held_out(tuned, dat
     assert set(before) <= set(read_checkpoint(workspace.model).provenance.training)
 
 
-def test_a_run_killed_before_its_first_model_is_not_started_again_silently(dataset, tmp_path):
+def test_an_unfinished_run_is_not_replaced_silently(dataset, tmp_path):
     workspace = Workspace(tmp_path)
     finetune(dataset, workspace, cases=1, weights="random", steps=1)
     workspace.model.rename(workspace.finetuned / "state.safetensors")
@@ -260,14 +268,14 @@ def by_rule(count, from_scratch=False, **changes):
     return choose_training("nano", count, from_scratch).value.model_copy(update=changes)
 
 
-def test_an_annotated_own_training_settings_are_kept_and_the_rules_own_are_fitted_to_the_run(tuned):
+def test_edited_training_settings_are_kept_and_default_ones_fitted_to_the_run(tuned):
     planned = read_plan(tuned.plan)
     assert training_for(planned, 2, from_scratch=True) == by_rule(2, from_scratch=True, can_add=True)
     own = planned.model_copy(update={"training": planned.training.model_copy(update={"learning_rate": 1e-5})})
     assert training_for(own, 2, from_scratch=True).learning_rate == 1e-5
 
 
-def test_an_edit_elsewhere_in_a_plan_for_many_volumes_leaves_the_rule_for_one_alone(tuned):
+def test_an_edit_outside_training_leaves_the_default_settings_of_the_number_of_cases(tuned):
     planned = read_plan(tuned.plan)
     many = with_digest(planned.model_copy(update={"training": choose_training("nano", 20).value}))
     edited = many.model_copy(update={"network": many.network.model_copy(update={"policy": "fifo"})})
@@ -276,12 +284,12 @@ def test_an_edit_elsewhere_in_a_plan_for_many_volumes_leaves_the_rule_for_one_al
     assert training_for(timid, 5) == by_rule(5, can_add=False, object_score_target="ground_truth")
 
 
-def test_continue_and_overwrite_together_are_refused(dataset, tmp_path):
+def test_continue_and_overwrite_together_are_an_error(dataset, tmp_path):
     with pytest.raises(UsageError, match="cannot be combined"):
         finetune(dataset, Workspace(tmp_path), cases=1, weights="random", resume=True, overwrite=True)
 
 
-def test_a_published_slm_sam2_is_tuned_further_with_its_own_fuser_whatever_the_plan_says(dataset, tuned, tmp_path, capsys):
+def test_a_published_slm_sam2_is_fine_tuned_with_its_own_fuser(dataset, tuned, tmp_path, capsys):
     workspace, base = Workspace(tmp_path / "space"), tuned_slm_sam2(tmp_path / "slm.pt")
     workspace.root.mkdir()
     workspace.plan.write_bytes(tuned.plan.read_bytes())
@@ -291,7 +299,7 @@ def test_a_published_slm_sam2_is_tuned_further_with_its_own_fuser_whatever_the_p
     assert model.network.fuser == model.plan.network.fuser == "sum" and "stream_fuser.gate" not in model.state
 
 
-def test_a_fresh_plan_names_the_fuser_of_the_weights_it_is_made_for(dataset, tmp_path, capsys):
+def test_a_new_plan_has_the_fuser_of_the_weights(dataset, tmp_path, capsys):
     from slmsam2_cli.commands.finetune import _plan
 
     workspace, base = Workspace(tmp_path / "space"), read_checkpoint(tuned_slm_sam2(tmp_path / "slm.pt"))
@@ -301,43 +309,43 @@ def test_a_fresh_plan_names_the_fuser_of_the_weights_it_is_made_for(dataset, tmp
     assert "network.fuser" not in capsys.readouterr().err
 
 
-# What the labels look like
+# Label U-Net
 
 
-def test_the_model_knows_the_labels_and_predict_says_how_far_it_agrees_with_what_was_drawn(tuned, dataset, tmp_path):
+def test_the_model_has_a_label_unet_and_predict_records_its_dice_on_annotated_slices(tuned, dataset, tmp_path):
     known = label_unet_of(read_checkpoint(tuned.model))
     assert known.values == list(read_plan(tuned.plan).labels)
     assert predict(None, tmp_path / "masks", dataset=dataset, workspace=tuned, report=False) == 0
     cases = json.loads((tmp_path / "masks" / "manifest.json").read_text(encoding="utf-8"))["cases"]
-    shares = [share for case in cases.values() for share in case["label_prior_dice"].values()]
-    assert shares and all(0 <= share <= 1 for share in shares)
+    scores = [score for case in cases.values() for score in case["label_prior_dice"].values()]
+    assert scores and all(0 <= score <= 1 for score in scores)
 
 
-def test_a_plan_may_leave_the_label_unet_out(tuned, dataset, tmp_path):
+def test_a_plan_may_exclude_the_label_unet(tuned, dataset, tmp_path):
     workspace, planned = Workspace(tmp_path), read_plan(tuned.plan)
     write_plan(workspace.plan, planned.model_copy(update={"training": planned.training.model_copy(update={"label_unet": False})}))
     finetune(dataset, workspace, cases=2, weights="random", steps=1)
     assert label_unet_of(read_checkpoint(workspace.model)) is None
 
 
-def test_a_plan_that_nobody_edited_is_trained_by_today_s_rule_also_where_an_earlier_one_made_it(tuned):
+def test_a_plan_without_edits_is_trained_with_the_current_default_settings(tuned):
     planned = read_plan(tuned.plan)
     earlier = with_digest(planned.model_copy(update={"training": planned.training.model_copy(update={"steps": 520, "clips_per_step": 2})}))
     assert training_for(earlier, 2, from_scratch=False) == by_rule(2, can_add=False)
 
 
-def test_whether_a_label_unet_may_find_travels_with_its_model_and_stays_with_a_base_that_is_kept(tuned, tmp_path):
+def test_a_saved_model_keeps_whether_its_label_unet_may_add_structures(tuned, tmp_path):
     planned, path = read_plan(tuned.plan), tmp_path / "one.safetensors"
     model = SlmSam2(planned.network, planned.geometry.input_size)
     model.label_unet = LabelUNet(1, list(planned.labels), 32, width=8)
     for may in (False, True):
         model.label_unet.can_add = may
-        keep(path, model, planned, Provenance(pretrained="base"), None, None)  # whatever the run's own plan says
+        save_model(path, model, planned, Provenance(pretrained="base"), None, None)  # whatever the run's plan says
         assert label_unet_of(read_checkpoint(path)).can_add is may
 
 
 @pytest.mark.parametrize(("object_score", "may"), [("teacher", False), ("ground_truth", True)])
-def test_a_model_from_before_finds_was_a_setting_goes_by_its_object_score(tuned, tmp_path, object_score, may):
+def test_without_can_add_in_the_plan_the_object_score_target_decides(tuned, tmp_path, object_score, may):
     planned, path = read_plan(tuned.plan), tmp_path / "one.safetensors"
     model = SlmSam2(planned.network, planned.geometry.input_size)
     model.label_unet = LabelUNet(1, list(planned.labels), 32, width=8)
@@ -351,7 +359,7 @@ def test_a_model_from_before_finds_was_a_setting_goes_by_its_object_score(tuned,
 
 @pytest.fixture(scope="module")
 def adapted(dataset, tuned, tmp_path_factory):
-    """A workspace whose plan asks for adapters, tuned for two steps from `tuned`."""
+    """A workspace whose plan has the strategy adapters, trained for two steps from `tuned`."""
     workspace = Workspace(tmp_path_factory.mktemp("adapted"))
     planned = read_plan(tuned.plan)
     write_plan(workspace.plan, planned.model_copy(update={"training": planned.training.model_copy(update={"strategy": "adapters"})}))
@@ -359,7 +367,7 @@ def adapted(dataset, tuned, tmp_path_factory):
     return workspace
 
 
-def test_adapters_leave_a_whole_model_and_a_small_file_that_names_its_base(adapted, tuned):
+def test_adapters_are_saved_in_the_model_and_in_a_file_that_names_its_base(adapted, tuned):
     whole, small = read_checkpoint(adapted.model), read_checkpoint(adapted.finetuned / "adapter.safetensors")
     assert {p.name for p in adapted.finetuned.iterdir()} - {"tensorboard"} == {
         "split.json",
@@ -375,7 +383,7 @@ def test_adapters_leave_a_whole_model_and_a_small_file_that_names_its_base(adapt
     assert combine_with_base(small, read_checkpoint(tuned.model)).digest == whole.digest
 
 
-def test_an_interrupted_run_of_adapters_ends_like_an_uninterrupted_one(adapted, dataset, tuned, tmp_path, monkeypatch):
+def test_an_interrupted_run_with_adapters_ends_like_an_uninterrupted_one(adapted, dataset, tuned, tmp_path, monkeypatch):
     import signal
 
     from slmsam2_cli.training import trainer as stage
@@ -399,7 +407,7 @@ def test_an_interrupted_run_of_adapters_ends_like_an_uninterrupted_one(adapted, 
     assert read_checkpoint(broken.model).digest == read_checkpoint(adapted.model).digest
 
 
-def test_random_weights_bring_nothing_that_could_stay_as_it_is(adapted, dataset, tmp_path):
+def test_adapters_need_pretrained_weights(adapted, dataset, tmp_path):
     workspace = Workspace(tmp_path)
     workspace.plan.write_bytes(adapted.plan.read_bytes())
     with pytest.raises(PlanError, match="training.strategy is adapters"):
@@ -407,20 +415,20 @@ def test_random_weights_bring_nothing_that_could_stay_as_it_is(adapted, dataset,
     assert not workspace.prepared.exists()
 
 
-def test_tuning_everything_from_a_model_with_an_adapter_starts_from_what_it_did(adapted, dataset, tmp_path):
+def test_full_training_from_a_model_with_an_adapter_merges_it(adapted, dataset, tmp_path):
     workspace = Workspace(tmp_path)
     finetune(dataset, workspace, cases=1, weights=str(adapted.model), steps=1)
     assert read_checkpoint(workspace.model).modalities == ()
     assert not (workspace.finetuned / "adapter.safetensors").exists()
 
 
-def test_the_header_says_what_the_confidence_is_worth_and_on_which_volumes(tuned, capsys):
+def test_the_model_contains_its_calibration_and_the_cases_it_was_fitted_on(tuned, capsys):
     found = read_checkpoint(tuned.model).calibration
     assert found is not None and found.slices >= 20 and "training cases" in found.note
     assert found.error_after < found.error_before
 
 
-def test_what_an_option_of_plan_settled_holds_for_any_number_of_cases(tuned):
+def test_settings_set_by_options_of_plan_hold_for_any_number_of_cases(tuned):
     asked = override_training(read_plan(tuned.plan), {"minutes": 7.0, "clip_slices": 4})
     settled = training_for(asked, 3, from_scratch=False)
     assert (settled.minutes, settled.clip_slices) == (7.0, 4)
@@ -428,18 +436,18 @@ def test_what_an_option_of_plan_settled_holds_for_any_number_of_cases(tuned):
 
 
 @pytest.mark.parametrize(
-    ("free", "told"),
-    [(10e9, None), (0.9e9, "Run slmsam2 plan --max-memory "), (0.01e9, "Close other programs, or use a machine with more")],
+    ("free", "advice"),
+    [(10e9, None), (0.9e9, "Run: slmsam2 plan --max-memory "), (0.01e9, "Close other programs, or use a machine with more")],
 )
-def test_where_memory_is_short_the_setting_that_fits_is_told(dataset, tmp_path, capsys, monkeypatch, free, told):
+def test_too_little_memory_is_a_warning_with_the_setting_that_fits(dataset, tmp_path, capsys, monkeypatch, free, advice):
     monkeypatch.setattr("slmsam2_cli.training.interrupts.free_bytes", lambda: int(free))
     assert finetune(dataset, Workspace(tmp_path), cases=1, weights="random", steps=1) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if "of memory are needed" in line]
-    assert (told in lines[0]) if told else not lines
+    lines = [line for line in capsys.readouterr().err.splitlines() if "GB of memory" in line]
+    assert (advice in lines[0]) if advice else not lines
 
 
 def test_a_corrected_label_makes_it_another_run(dataset, tmp_path):
-    """Nobody is told that a run is finished which learned from labels that are not there any more."""
+    """A run that was trained on the old labels does not count as finished."""
     import shutil
 
     root = tmp_path / "data"
@@ -456,7 +464,7 @@ def test_a_corrected_label_makes_it_another_run(dataset, tmp_path):
         finetune(root, workspace, cases=2, weights="random", steps=1)
 
 
-def test_a_run_that_is_stopped_while_confidence_is_calibrated_can_be_ended_later(dataset, tuned, tmp_path, monkeypatch, capsys):
+def test_a_run_that_is_stopped_during_calibration_can_be_resumed(dataset, tuned, tmp_path, monkeypatch, capsys):
     import signal
 
     from slmsam2_cli.commands import finetune as stage

@@ -1,4 +1,4 @@
-"""A prepared volume that is cut short while it is in use costs a line, and nothing of what was saved."""
+"""A prepared case that is cut short while it is in use: one line, and the saved state stays usable."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slmsam2_cli.io import atomic
 from slmsam2_cli.model.checkpoint import read_checkpoint
 from slmsam2_cli.planning.plan import read_plan
 from slmsam2_cli.training import calibrate, cross_validation, trainer
-from slmsam2_cli.training.cross_validation import Fold, judged, label_areas, make_folds
+from slmsam2_cli.training.cross_validation import Fold, label_areas, make_folds, score_fold
 from slmsam2_cli.training.interrupts import ResumableError, resumable
 from slmsam2_cli.workspace import Workspace
 
@@ -34,7 +34,7 @@ def cut(workspace, name="frames"):
         os.truncate(path, 200)
 
 
-def test_the_run_ends_in_one_line_and_goes_on_to_the_same_weights(data, tmp_path, monkeypatch):
+def test_the_run_ends_in_one_line_and_resumes_to_the_same_weights(data, tmp_path, monkeypatch):
     without_interrupts, disturbed = Workspace(tmp_path / "uninterrupted"), Workspace(tmp_path / "disturbed")
     options = {"cases": 2, "weights": "random", "steps": STEPS, "device": "cpu"}
     assert finetune(data, without_interrupts, **options) == 0
@@ -56,7 +56,7 @@ def test_the_run_ends_in_one_line_and_goes_on_to_the_same_weights(data, tmp_path
 
 
 @pytest.mark.parametrize("name", ["frames", "labels"])
-def test_nothing_that_looks_at_a_volume_reads_what_is_gone(data, tmp_path, name):
+def test_every_reader_of_a_case_notices_that_it_was_cut_short(data, tmp_path, name):
     space = Workspace(tmp_path / "work")
     assert finetune(data, space, cases=2, weights="random", steps=1, device="cpu") == 0
     plan = read_plan(space.plan)
@@ -64,8 +64,8 @@ def test_nothing_that_looks_at_a_volume_reads_what_is_gone(data, tmp_path, name)
     fold = Fold("one", (cases[1],), replace(cases[0], frames=cases[0].frames[:, :6], labels=cases[0].labels[:6]))
     model = trainer.new_model(plan, read_checkpoint(space.model))
     cut(space, name)
-    for look in (
-        lambda: judged(model, fold, plan, weighted=False),
+    for read in (
+        lambda: score_fold(model, fold, plan, use_label_prior=False),
         lambda: calibrate.confidence_and_dice(model, cases, plan),
         lambda: make_folds(cases, plan),
         lambda: label_areas(cases[0], 1, None),
@@ -73,18 +73,21 @@ def test_nothing_that_looks_at_a_volume_reads_what_is_gone(data, tmp_path, name)
         lambda: cross_validation.draw_overlays(tmp_path / "x.png", cases[0], cases[0].labels, "title"),
     ):
         with pytest.raises(atomic.ArrayError, match=rf"case phantom_00[01]: {name}.npy was truncated"):
-            look()
+            read()
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
-        (atomic.ArrayError("case a: frames.npy was truncated"), r"truncated. Resume with slmsam2 finetune --continue, which makes it again$"),
-        (OutputError("model: the disk is full"), r"full. Fix that, and resume with slmsam2 finetune --continue$"),
+        (
+            atomic.ArrayError("case a: frames.npy was truncated"),
+            r"truncated. Run: slmsam2 finetune --continue, which prepares the file again$",
+        ),
+        (OutputError("model: the disk is full"), r"full. Fix this, then run: slmsam2 finetune --continue$"),
     ],
 )
-def test_what_ends_a_run_that_has_begun_says_how_to_go_on(error, said):
-    with pytest.raises(ResumableError, match=said), resumable("slmsam2 finetune"):
+def test_errors_during_a_run_say_how_to_resume(error, message):
+    with pytest.raises(ResumableError, match=message), resumable("slmsam2 finetune"):
         raise error
-    with pytest.raises(SlmSam2Error, match="^as it is$"), resumable("slmsam2 finetune"):
-        raise TrainingError("as it is")
+    with pytest.raises(SlmSam2Error, match="^unchanged$"), resumable("slmsam2 finetune"):
+        raise TrainingError("unchanged")

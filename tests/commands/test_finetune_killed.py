@@ -1,4 +1,4 @@
-"""A run that is killed again and again, at moments nobody chose, ends with the weights of one that nobody disturbed."""
+"""A run that is killed ten times at random moments ends with the weights of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from slmsam2_cli.model.checkpoint import read_checkpoint
 from slmsam2_cli.workspace import Workspace
 
 KILLS, STEPS = 10, 16
-# As the console script, but for how often it saves: the run is to be over within a minute.
+# As the console script, but saving after every step.
 COMMAND = "import slmsam2_cli.commands.finetune as stage; stage.SAVE_EVERY_S = 0.0; from slmsam2_cli.cli.app import main; main()"
 
 
@@ -34,21 +34,21 @@ def wait_for_a_save(state, process):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
-def test_ten_kills_change_nothing(tmp_path):
+def test_a_run_killed_ten_times_ends_with_the_weights_of_an_uninterrupted_one(tmp_path):
     data = tmp_path / "data"
     write_phantom_dataset(data, cases=2, test_cases=0, seed=3, shape=(8, 32, 32))
     without_interrupts, killed = Workspace(tmp_path / "uninterrupted"), Workspace(tmp_path / "killed")
     assert finetune(data, without_interrupts, cases=2, weights="random", steps=STEPS, device="cpu") == 0
     moments, state = random.Random(0), killed.finetuned / "state.safetensors"
     for kill in range(KILLS):
-        begun = state.exists() or killed.split.exists()
-        process = subprocess.Popen(options(data, killed, *(["--continue"] if begun else [])), stderr=subprocess.PIPE, text=True)
+        started = state.exists() or killed.split.exists()
+        process = subprocess.Popen(options(data, killed, *(["--continue"] if started else [])), stderr=subprocess.PIPE, text=True)
         if kill % 2:  # at any moment of a run that trains
             wait_for_a_save(state, process)
         time.sleep(moments.uniform(0.0, 3.0))
         process.kill()
-        said = process.communicate()[1]
-        assert process.returncode in (-9, 0), said
+        errors = process.communicate()[1]
+        assert process.returncode in (-9, 0), errors
     log = (killed.finetuned / "log.csv").read_text().splitlines()
     assert 1 < len(log) < STEPS + 1, "killed too early to save anything, or too late"
     last = subprocess.run(options(data, killed, "--continue"), stderr=subprocess.PIPE, text=True, timeout=300, check=False)

@@ -1,4 +1,4 @@
-"""Fine-tuning that leaves volumes out first: what it records, when it keeps the base, how it goes on after an end nobody chose."""
+"""Fine-tuning with cross-validation: what it records, which model it keeps, and how it resumes."""
 
 import json
 
@@ -16,7 +16,7 @@ from slmsam2_cli.training import cross_validation
 from slmsam2_cli.training.cross_validation import FoldScore
 from slmsam2_cli.workspace import Workspace
 
-STEPS = 3  # folds of one
+STEPS = 3  # folds have one
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +28,10 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def short_folds():
-    """Folds of any length are run and judged once, and every step's state is on disk."""
+    """Folds of any length are run and scored once, and the state is saved after every step."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(cross_validation, "MIN_STEPS", 1)
-        for module in (cross_validation, cross_validation):
-            patched.setattr(module, "CHECKPOINTS", (1.0,))
+        patched.setattr(cross_validation, "CHECKPOINTS", (1.0,))
         patched.setattr("slmsam2_cli.commands.finetune.SAVE_EVERY_S", 0.0)
         yield
 
@@ -46,59 +45,63 @@ def without_interrupts(dataset, short_folds, tmp_path_factory):
 
 @pytest.fixture
 def scored(monkeypatch):
-    """Lets a test say what the folds are worth after tuning, with and without the label U-Net; before it, 0.5."""
+    """Sets the score of the folds after fine-tuning, with and without the label U-Net; before it, 0.5."""
 
-    def tell(with_it, alone):
-        judged_before = set()
+    def set_scores(with_it, without):
+        scored_before = set()
 
-        def judged(model, fold, plan, weighted):
-            first = fold.name not in judged_before
-            judged_before.add(fold.name)
-            return FoldScore(0.5 if first else with_it if weighted else alone, np.asarray(fold.held.labels))
+        def score_fold(model, fold, plan, use_label_prior):
+            first = fold.name not in scored_before
+            scored_before.add(fold.name)
+            return FoldScore(0.5 if first else with_it if use_label_prior else without, np.asarray(fold.held_out.labels))
 
-        monkeypatch.setattr(cross_validation, "judged", judged)
+        monkeypatch.setattr(cross_validation, "score_fold", score_fold)
 
-    return tell
+    return set_scores
 
 
 def provenance(workspace):
     return read_checkpoint(workspace.model).provenance
 
 
-def test_two_volumes_are_each_left_out_once_and_the_model_says_what_came_of_it(without_interrupts):
+def test_two_cases_are_each_held_out_once_and_the_model_contains_the_result(without_interrupts):
     workspace = without_interrupts
-    told, split = provenance(workspace).validation, json.loads(workspace.split.read_text())
-    assert sorted(told.held_out) == split["training"] and 0 <= told.pretrained <= 1 and 0 <= told.fine_tuned <= 1
-    assert told.kept == ("fine_tuned" if told.fine_tuned >= told.pretrained else "pretrained")
+    result, split = provenance(workspace).validation, json.loads(workspace.split.read_text())
+    assert sorted(result.held_out) == split["training"] and 0 <= result.pretrained <= 1 and 0 <= result.fine_tuned <= 1
+    assert result.kept == ("fine_tuned" if result.fine_tuned >= result.pretrained else "pretrained")
     record = json.loads((workspace.finetuned / "validation.json").read_text())
-    assert sorted(record["done"]) == split["training"] and all(set(looks) == {"0", "1"} for looks in record["looks"].values())
-    assert {path.name for path in workspace.finetuned.glob("left_out_*.png")} == {f"left_out_{name}.png" for name in split["training"]}
+    assert (
+        sorted(record["done"]) == split["training"]
+        and record["format_version"] == 2
+        and all(set(scores) == {"0", "1"} for scores in record["checkpoints"].values())
+    )
+    assert {path.name for path in workspace.finetuned.glob("held_out_*.png")} == {f"held_out_{name}.png" for name in split["training"]}
     assert not list(workspace.finetuned.glob("fold*")) and not list(workspace.finetuned.glob("state*"))
 
 
-def test_where_tuning_makes_it_worse_the_base_is_kept_and_said_to_be(dataset, tmp_path, scored, capsys):
+def test_where_fine_tuning_lowers_dice_the_pretrained_model_is_kept(dataset, tmp_path, scored, capsys):
     scored(0.4, 0.3)
     workspace = Workspace(tmp_path)
     assert finetune(dataset, workspace, cases=2, steps=STEPS) == 0
     kept, base = read_checkpoint(workspace.model), load_base_weights("auto").state
     assert set(kept.state) == set(base) and all(torch.equal(kept.state[name].float(), base[name].float()) for name in base)
     assert kept.provenance.steps == 0 and kept.provenance.validation.kept == "pretrained"
-    said = capsys.readouterr().err
-    assert "Dice 0.500 before tuning, 0.400 after. The base is kept as it is" in said
+    printed = capsys.readouterr().err
+    assert "Dice 0.500 pretrained, 0.400 fine-tuned. Keeping the pretrained model" in printed
     assert json.loads(workspace.split.read_text())["finished"] is True
-    assert finetune(dataset, workspace, cases=2, steps=STEPS) == 0  # not done twice
-    assert "finished already" in capsys.readouterr().err
+    assert finetune(dataset, workspace, cases=2, steps=STEPS) == 0  # not repeated
+    assert "already finished" in capsys.readouterr().err
 
 
-def test_a_label_unet_that_did_not_help_is_not_in_the_model(dataset, tmp_path, scored, capsys):
+def test_a_label_unet_that_did_not_improve_dice_is_not_in_the_model(dataset, tmp_path, scored, capsys):
     scored(0.4, 0.6)
     workspace = Workspace(tmp_path)
     finetune(dataset, workspace, cases=2, steps=STEPS)
     assert label_unet_of(read_checkpoint(workspace.model)) is None and provenance(workspace).steps == STEPS
-    assert "without the label U-Net, which did not help there" in capsys.readouterr().err
+    assert "without the label U-Net, which did not improve Dice" in capsys.readouterr().err
 
 
-def test_a_label_unet_that_helped_is(dataset, tmp_path, scored):
+def test_a_label_unet_that_improved_dice_is_in_the_model(dataset, tmp_path, scored):
     scored(0.6, 0.4)
     workspace = Workspace(tmp_path)
     finetune(dataset, workspace, cases=2, steps=STEPS)
@@ -106,69 +109,68 @@ def test_a_label_unet_that_helped_is(dataset, tmp_path, scored):
 
 
 @pytest.mark.parametrize("moment", [3, 6])
-def test_a_run_that_ends_in_a_fold_goes_on_there_and_ends_like_an_uninterrupted_one(
+def test_a_run_interrupted_in_a_fold_resumes_there_and_ends_like_an_uninterrupted_one(
     without_interrupts, dataset, tmp_path, monkeypatch, moment
 ):
-    """Whatever is judged for the so-manieth time takes the process with it: a look at the first fold, one at the second."""
+    """The process ends when a model is scored for the third time, in the first fold, or the sixth, in the second."""
     broken = Workspace(tmp_path)
-    really, calls = cross_validation.judged, []
+    really, calls = cross_validation.score_fold, []
 
-    def judged(*arguments, **options):
+    def score_fold(*arguments, **options):
         calls.append(1)
         if len(calls) == moment:
             raise KeyboardInterrupt
         return really(*arguments, **options)
 
-    monkeypatch.setattr(cross_validation, "judged", judged)
+    monkeypatch.setattr(cross_validation, "score_fold", score_fold)
     with pytest.raises(KeyboardInterrupt):
         finetune(dataset, broken, cases=2, steps=STEPS)
-    if moment > 1:  # by then there is something to lose
-        with pytest.raises(UsageError, match="an unfinished run is here. Resume with slmsam2 finetune --continue"):
+    if moment > 1:
+        with pytest.raises(UsageError, match="there is an unfinished run. Resume it with slmsam2 finetune --continue"):
             finetune(dataset, broken, cases=2, steps=STEPS)
     assert finetune(dataset, broken, resume=True) == 0
     assert read_checkpoint(broken.model).digest == read_checkpoint(without_interrupts.model).digest
-    told = [(workspace.finetuned / "validation.json").read_text() for workspace in (without_interrupts, broken)]
-    assert told[0] == told[1]
+    records = [(workspace.finetuned / "validation.json").read_text() for workspace in (without_interrupts, broken)]
+    assert records[0] == records[1]
     assert {path.name for path in broken.finetuned.iterdir()} == {path.name for path in without_interrupts.finetuned.iterdir()}
 
 
-def test_a_fold_that_worsens_is_given_up_also_when_it_is_gone_on_with(dataset, tmp_path, monkeypatch):
-    """The second look is far worse than the first; a run that ends at its picture does not train on when it goes on."""
+def test_a_fold_that_gets_worse_is_stopped(dataset, tmp_path, monkeypatch):
+    """The second checkpoint is far worse than the first, so there is no third."""
     monkeypatch.setattr(cross_validation, "draw_overlays", lambda *arguments: None)
     monkeypatch.setattr(cross_validation, "FOLD_FRACTION", 1.0)
-    monkeypatch.setattr(cross_validation, "MIN_STEPS", STEPS)  # so that it is given up before it has so many
-    for module in (cross_validation, cross_validation):
-        monkeypatch.setattr(module, "CHECKPOINTS", (1 / 3, 2 / 3, 1.0))
-    asked = []
+    monkeypatch.setattr(cross_validation, "MIN_STEPS", STEPS)  # more than the fold has when it is stopped
+    monkeypatch.setattr(cross_validation, "CHECKPOINTS", (1 / 3, 2 / 3, 1.0))
+    scored_folds = []
 
-    def judged(model, fold, plan, weighted):
-        asked.append(fold.name)
-        return FoldScore({0: 0.5, 1: 0.9, 2: 0.9}.get(asked.count(fold.name) - 1, 0.1), np.asarray(fold.held.labels))
+    def score_fold(model, fold, plan, use_label_prior):
+        scored_folds.append(fold.name)
+        return FoldScore({0: 0.5, 1: 0.9, 2: 0.9}.get(scored_folds.count(fold.name) - 1, 0.1), np.asarray(fold.held_out.labels))
 
-    monkeypatch.setattr(cross_validation, "judged", judged)
+    monkeypatch.setattr(cross_validation, "score_fold", score_fold)
     workspace = Workspace(tmp_path)
     finetune(dataset, workspace, cases=2, steps=STEPS)
-    looks = json.loads((workspace.finetuned / "validation.json").read_text())["looks"]
-    assert all(set(found) == {"0", "1", "2"} for found in looks.values())
+    folds = json.loads((workspace.finetuned / "validation.json").read_text())["checkpoints"]
+    assert all(set(found) == {"0", "1", "2"} for found in folds.values())
     assert provenance(workspace).validation.kept == "pretrained" and provenance(workspace).validation.fine_tuned == 0.1
 
 
-def test_a_model_that_knows_the_labels_is_judged_and_kept_with_its_label_unet(without_interrupts, dataset, tmp_path, scored):
+def test_a_pretrained_model_with_a_label_unet_is_scored_and_kept_with_it(without_interrupts, dataset, tmp_path, scored):
     scored(0.4, 0.3)
     workspace = Workspace(tmp_path)
-    finetune(dataset, workspace, cases=1, seed=5, steps=8, weights=str(without_interrupts.model))  # the one that it has not learned from
+    finetune(dataset, workspace, cases=1, seed=5, steps=8, weights=str(without_interrupts.model))  # the case on which it was not trained
     kept, base = read_checkpoint(workspace.model), read_checkpoint(without_interrupts.model)
     assert kept.provenance.validation.kept == "pretrained"
     assert (label_unet_of(kept) is None) == (label_unet_of(base) is None) and set(kept.state) == set(base.state)
 
 
-def test_nothing_is_left_out_of_volumes_that_the_base_has_learned_from(without_interrupts, dataset, tmp_path, capsys):
+def test_training_cases_of_the_pretrained_model_are_not_held_out(without_interrupts, dataset, tmp_path, capsys):
     finetune(dataset, Workspace(tmp_path), cases=2, steps=2, weights=str(without_interrupts.model))
-    assert "the base has learned from these very volumes" in capsys.readouterr().err
+    assert "skipping cross-validation: the pretrained model was trained on these cases" in capsys.readouterr().err
     assert provenance(Workspace(tmp_path)).validation is None and provenance(Workspace(tmp_path)).steps == 2
 
 
-def test_a_plan_can_do_without(dataset, tmp_path):
+def test_a_plan_may_exclude_cross_validation(dataset, tmp_path):
     workspace = Workspace(tmp_path)
     plan(dataset, workspace, report=False)
     planned = read_plan(workspace.plan)
@@ -177,13 +179,13 @@ def test_a_plan_can_do_without(dataset, tmp_path):
     assert provenance(workspace).validation is None and not (workspace.finetuned / "validation.json").exists()
 
 
-def test_a_damaged_record_is_said_and_made_again(dataset, tmp_path, monkeypatch, capsys):
+def test_with_a_damaged_record_cross_validation_starts_again(dataset, tmp_path, monkeypatch, capsys):
     workspace = Workspace(tmp_path)
-    really = cross_validation.judged
-    monkeypatch.setattr(cross_validation, "judged", lambda *a, **o: (_ for _ in ()).throw(KeyboardInterrupt))
+    really = cross_validation.score_fold
+    monkeypatch.setattr(cross_validation, "score_fold", lambda *a, **o: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         finetune(dataset, workspace, cases=2, steps=STEPS)
-    monkeypatch.setattr(cross_validation, "judged", really)
+    monkeypatch.setattr(cross_validation, "score_fold", really)
     (workspace.finetuned / "validation.json").write_text("[")
     assert finetune(dataset, workspace, resume=True) == 0
-    assert "validation.json is damaged: the folds are run again" in capsys.readouterr().err
+    assert "validation.json is damaged; cross-validation starts again" in capsys.readouterr().err

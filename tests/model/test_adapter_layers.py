@@ -144,7 +144,7 @@ def test_a_resumed_run_restores_the_projection(tmp_path):
     save_state(tmp_path / "state.safetensors", first, "settings")
     load_state(tmp_path / "state.safetensors", second, "settings")
     assert torch.equal(second.model.get_parameter(KEY), first.model.get_parameter(KEY))
-    assert torch.equal(second.average.get_parameter(KEY), first.average.get_parameter(KEY))
+    assert torch.equal(second.ema.get_parameter(KEY), first.ema.get_parameter(KEY))
 
 
 # One per modality

@@ -1,4 +1,4 @@
-"""What a second thread does beside the one that trains, and that nothing depends on there being one."""
+"""The second thread of training: what it does, and that the weights are the same without it."""
 
 import threading
 from types import SimpleNamespace
@@ -10,10 +10,10 @@ from stacks import case, whole
 from slmsam2_cli.errors import TrainingError
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan, TrainingPlan
-from slmsam2_cli.training.background import beside
+from slmsam2_cli.training.background import background_thread, submit
 from slmsam2_cli.training.clips import ClipSampler
 from slmsam2_cli.training.dataloader import BatchDataset, FailedBatch, TrainingData
-from slmsam2_cli.training.distributed import ALONE
+from slmsam2_cli.training.distributed import SINGLE_PROCESS
 from slmsam2_cli.training.label_unet import SliceSampler, new_label_unet
 from slmsam2_cli.training.trainer import _thread_is_useful, new_learner, train
 
@@ -28,7 +28,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-def test_work_is_done_in_its_order_by_another_thread_with_half_of_the_cores(threads):
+def test_work_runs_in_order_in_another_thread_with_half_of_the_cores(threads):
     threads(4)
     done = []
 
@@ -36,35 +36,35 @@ def test_work_is_done_in_its_order_by_another_thread_with_half_of_the_cores(thre
         done.append(number)
         return threading.current_thread() is threading.main_thread(), torch.get_num_threads()
 
-    with beside(CPU) as other:
-        assert other.present and torch.get_num_threads() == 2
-        later = [other.begin(lambda n=n: work(n)) for n in range(5)]
-        assert [one.result() for one in later] == [(False, 2)] * 5
+    with background_thread(CPU) as thread:
+        assert thread is not None and torch.get_num_threads() == 2
+        futures = [submit(thread, lambda n=n: work(n)) for n in range(5)]
+        assert [one.result() for one in futures] == [(False, 2)] * 5
     assert done == [0, 1, 2, 3, 4] and torch.get_num_threads() == 4
 
 
-@pytest.mark.parametrize(("device", "cores", "wanted"), [(CPU, 1, True), (torch.device("cuda"), 4, True), (CPU, 4, False)])
-def test_on_one_core_beside_a_gpu_and_where_it_does_not_pay_work_is_done_once_and_when_it_is_asked_for(threads, device, cores, wanted):
+@pytest.mark.parametrize(("device", "cores", "useful"), [(CPU, 1, True), (torch.device("cuda"), 4, True), (CPU, 4, False)])
+def test_without_a_thread_work_runs_once_and_when_its_result_is_asked_for(threads, device, cores, useful):
     threads(cores)
     done = []
-    with beside(device, wanted) as other:
-        assert not other.present and torch.get_num_threads() == cores
-        later = other.begin(lambda: done.append(threading.current_thread()))
+    with background_thread(device, useful) as thread:
+        assert thread is None and torch.get_num_threads() == cores
+        future = submit(thread, lambda: done.append(threading.current_thread()))
         assert not done
-        later.result()
-        later.result()
+        future.result()
+        future.result()
     assert done == [threading.main_thread()]
 
 
-def test_what_goes_wrong_there_is_raised_where_it_is_asked_for_and_the_threads_come_back(threads):
+def test_an_error_of_the_work_is_raised_by_its_result_and_all_cores_are_used_again(threads):
     threads(2)
-    with pytest.raises(ValueError, match="wrong"), beside(CPU) as other:
-        other.begin(lambda: int("wrong")).result()
+    with pytest.raises(ValueError, match="wrong"), background_thread(CPU) as thread:
+        submit(thread, lambda: int("wrong")).result()
     assert torch.get_num_threads() == 2
 
 
 def made(object_score, scratch=False):
-    """A learner with a label U-Net, and what it learns from."""
+    """A learner with a label U-Net, and its training data."""
     cases = [case(name=name, size=(PX, PX)) for name in ("left", "right")]
     training_data = TrainingData(ClipSampler(cases, [1], whole(PX)), SliceSampler(cases, [1], PX))
     torch.manual_seed(0)
@@ -87,16 +87,16 @@ def learned(object_score, scratch=False):
 
 
 @pytest.mark.parametrize(("object_score", "scratch"), [("teacher", False), ("ground_truth", False), ("ground_truth", True)])
-def test_two_threads_learn_what_one_does_bit_by_bit(threads, object_score, scratch):
+def test_training_on_two_threads_gives_the_same_weights_as_on_one(threads, object_score, scratch):
     threads(1)
-    alone = learned(object_score, scratch)
+    single = learned(object_score, scratch)
     threads(2)
-    helped, before = learned(object_score, scratch), made(object_score, scratch)[0].model.state_dict()
-    assert all(torch.equal(value, helped[name]) for name, value in alone.items())
-    assert not torch.equal(helped["label U-Net.logits.weight"], before["label U-Net.logits.weight"])
+    double, before = learned(object_score, scratch), made(object_score, scratch)[0].model.state_dict()
+    assert all(torch.equal(value, double[name]) for name, value in single.items())
+    assert not torch.equal(double["label_unet.logits.weight"], before["label_unet.logits.weight"])
 
 
-def test_with_two_threads_each_batch_is_drawn_once_and_none_beyond_the_last_step(threads, monkeypatch):
+def test_with_two_threads_each_batch_is_drawn_once_and_none_after_the_last_step(threads, monkeypatch):
     threads(2)
     drawn, one = [], made("teacher")
     monkeypatch.setattr(
@@ -107,7 +107,7 @@ def test_with_two_threads_each_batch_is_drawn_once_and_none_beyond_the_last_step
     assert drawn == [0, 1, 2]
 
 
-def test_a_batch_that_cannot_be_shown_ends_the_run_at_its_own_step(threads, monkeypatch):
+def test_a_batch_that_cannot_be_read_ends_the_run_at_its_own_step(threads, monkeypatch):
     threads(2)
 
     def failed(self, at, usual=BatchDataset.__getitem__):
@@ -120,18 +120,18 @@ def test_a_batch_that_cannot_be_shown_ends_the_run_at_its_own_step(threads, monk
     assert one.step == 2
 
 
-def test_cores_are_halved_only_for_nano_with_work_to_do_beside(threads):
+def test_a_second_thread_is_used_only_for_nano_with_a_teacher_or_label_unet(threads):
     one, _ = made("teacher")
-    assert _thread_is_useful(one, ALONE)
+    assert _thread_is_useful(one, SINGLE_PROCESS)
     one.teacher = None
-    assert _thread_is_useful(one, ALONE) and not _thread_is_useful(one, SimpleNamespace(rank=1))
+    assert _thread_is_useful(one, SINGLE_PROCESS) and not _thread_is_useful(one, SimpleNamespace(rank=1))
     one.model.label_unet = None
-    assert not _thread_is_useful(one, ALONE)
+    assert not _thread_is_useful(one, SINGLE_PROCESS)
     one.teacher, one.model.network = one.model, NetworkPlan(size="tiny")
-    assert not _thread_is_useful(one, ALONE)
+    assert not _thread_is_useful(one, SINGLE_PROCESS)
 
 
-def test_the_cores_come_back_when_a_run_is_given_up_between_two_steps(threads):
+def test_all_cores_are_used_again_when_a_run_is_closed_between_two_steps(threads):
     threads(2)
     steps = train(*made("teacher"), plan(object_score_target="teacher"), lambda: False)
     next(steps)

@@ -22,7 +22,7 @@ def plan(labels=None, ignore=None):
 
 @pytest.fixture
 def copying(monkeypatch):
-    """A model that copies the given slice to all others and is 0.7 sure; says which stacks it was shown."""
+    """A model that copies the annotated slice to all others with confidence 0.7; records (slices, annotated slice) of each stack."""
     shown = []
 
     def propagate(model, frames, objects, options):
@@ -40,36 +40,36 @@ def pairs(cases, settings):
     return calibrate.confidence_and_dice(None, cases, settings)
 
 
-def test_every_slice_but_the_given_one_counts_where_mask_or_truth_is(copying):
+def test_every_slice_with_mask_or_ground_truth_counts_but_the_annotated_one(copying):
     found = pairs([case(slices=12, held=range(4, 9), size=(PX, PX))], plan())
-    assert [said for said, _ in found] == [pytest.approx(0.7)] * 11
-    assert sorted(round(true) for _, true in found) == [0] * 7 + [1] * 4
+    assert [confidence for confidence, _ in found] == [pytest.approx(0.7)] * 11
+    assert sorted(round(score) for _, score in found) == [0] * 7 + [1] * 4
     assert copying == [(12, 6)]
 
 
-def test_long_volumes_are_cut_around_the_given_slice_and_many_structures_share_the_limit(copying):
+def test_long_volumes_are_cut_around_the_annotated_slice_and_many_structures_share_the_limit(copying):
     many = [case(slices=80, held=range(30, 60), size=(PX, PX), name=str(k)) for k in range(40)]
     pairs(many, plan())
     assert sum(slices for slices, _ in copying) <= calibrate.MAX_SLICES
     assert {slices for slices, _ in copying} == {calibrate.MIN_SLICES}
 
 
-def test_slices_that_nobody_looked_at_are_not_given_and_ignored_pixels_do_not_count(copying):
+def test_slices_with_ignored_pixels_are_not_annotated_and_ignored_pixels_do_not_count(copying):
     one = case(slices=12, held=range(4, 9), size=(PX, PX))
     one.labels[6, 20:, 20:] = 9
     one.labels[5, 4:12, 4:12] = 9
     found = pairs([one], plan(ignore=9))
     assert copying == [(12, 7)]
-    assert len(found) == 10  # of 12, neither the given one nor the one where all of the mask is ignored
+    assert len(found) == 10  # of 12, without the annotated one and the one on which all of the mask is ignored
 
 
-def test_without_labels_there_is_nothing_to_compare():
+def test_without_labels_there_is_no_calibration():
     bare = case(size=(PX, PX))
     bare.labels = None
     assert calibrate.calibrate_model(None, [bare], plan()) is None
 
 
-def test_who_does_not_want_to_wait_gets_no_table(copying):
+def test_a_run_that_is_stopped_is_not_calibrated(copying):
     many = [case(slices=20, held=range(6, 14), size=(PX, PX), name=str(k)) for k in range(4)]
     assert calibrate.calibrate_model(None, many, plan()) is not None
     assert calibrate.calibrate_model(None, many, plan(), stop=lambda: len(copying) >= 6) is None

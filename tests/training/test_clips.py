@@ -1,4 +1,4 @@
-"""Clips: what is annotated first, which way it runs, how often it ends."""
+"""Clips: their annotated slices, directions, strides, ends and crops."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def test_every_track_starts_on_an_annotated_slice():
         assert (clips.masks[0].flatten(1).sum(dim=1) > 0).all()
 
 
-def test_tracks_run_both_ways_over_slices_that_follow_each_other_or_leave_one_or_two_out():
+def test_tracks_run_both_ways_over_every_slice_or_every_second_or_third():
     steps = set()
     for clips in draws(ClipSampler([case(slices=40, held=range(10, 30))], [1], whole(PX))):
         for track in range(len(clips.window)):
@@ -35,25 +35,25 @@ def test_tracks_run_both_ways_over_slices_that_follow_each_other_or_leave_one_or
     assert steps == {1, 2, 3, -1, -2, -3}
 
 
-def test_of_a_volume_of_few_slices_none_is_left_out():
+def test_of_a_volume_of_few_slices_every_slice_is_used():
     for clips in draws(ClipSampler([case(slices=15)], [1], whole(PX))):
         assert {abs(step) for track in range(len(clips.window)) for step in np.diff(slice_numbers(clips, track)).tolist()} == {1}
 
 
-def test_a_volume_of_many_slices_is_not_shown_more_often_than_one_of_few():
+def test_a_volume_of_many_slices_is_not_drawn_more_often_than_one_of_few():
     many, few = case(slices=30, held=range(10, 20), name="many"), [case(slices=10, held=range(3, 8), name=f"few{i}") for i in range(4)]
     sampler, rng = ClipSampler([many, *few], [1], whole(PX)), np.random.default_rng(0)
-    shown = [sampler.cases_of(sampler.choose(rng, 1, 4)) for _ in range(500)]
+    shown = [sampler.cases_of(sampler.choose_windows(rng, 1, 4)) for _ in range(500)]
     assert 0.14 < np.mean([ids == ("many",) for ids in shown]) < 0.26
 
 
-def test_two_thirds_of_the_clips_leave_no_slice_out():
+def test_seven_tenths_of_the_clips_use_every_slice():
     sampler = ClipSampler([case(slices=60, held=range(15, 45))], [1], whole(PX))
     steps = [abs(np.diff(slice_numbers(clips, 0))[0]) for clips in draws(sampler, 300, windows=1)]
     assert 0.6 < np.mean(np.array(steps) == 1) < 0.8
 
 
-def test_at_most_so_many_tracks_run_through_each_window():
+def test_the_number_of_tracks_per_window_is_limited():
     made = case(held=range(20))
     for value, row in ((2, 0), (3, 13), (4, 16)):
         made.labels[:, row : row + 3, 16:24] = value
@@ -64,7 +64,7 @@ def test_at_most_so_many_tracks_run_through_each_window():
     assert all(torch.bincount(sampler.draw(rng, 3, 4, 2).window).tolist() == [2, 2, 2] for _ in range(20))
 
 
-def test_masks_belong_to_the_slices_a_track_sees():
+def test_masks_belong_to_the_slices_of_their_track():
     for clips in draws(ClipSampler([case()], [1], whole(PX)), count=20):
         for track in range(len(clips.window)):
             present = clips.masks[:, track].flatten(1).sum(dim=1) > 0
@@ -96,7 +96,7 @@ def test_the_same_seed_draws_the_same_clips():
     assert all(torch.equal(a.frames, b.frames) and torch.equal(a.masks, b.masks) for a, b in zip(one, other))
 
 
-def test_one_slice_volumes_cannot_teach_propagation():
+def test_volumes_of_one_slice_are_an_error():
     with pytest.raises(DatasetError, match="at least two slices"):
         ClipSampler([case(slices=1, held=[0])], [1], whole(PX))
 
@@ -105,34 +105,34 @@ IGNORED = 9
 
 
 def partly_annotated():
-    """Slices 6 to 13 hold the label; nobody looked at slices 10 to 19."""
+    """Slices 6 to 13 hold the label; slices 10 to 19 are ignored."""
     made = case()
     made.labels[10:] = IGNORED
     return made
 
 
-def test_ignored_slices_are_unknown_in_the_clips_and_never_annotated():
+def test_slices_with_ignored_pixels_are_invalid_and_never_the_annotated_slice():
     for clips in draws(ClipSampler([partly_annotated()], [1], whole(PX), IGNORED), count=30):
         for track in range(len(clips.window)):
             numbers = slice_numbers(clips, track)
-            looked_at = clips.known[:, track, 0, :24, :32].flatten(1).amin(dim=1)
-            assert looked_at.tolist() == [float(number < 10) for number in numbers]
+            valid = clips.valid[:, track, 0, :24, :32].flatten(1).amin(dim=1)
+            assert valid.tolist() == [float(number < 10) for number in numbers]
             assert numbers[0] < 10
 
 
-def test_without_an_ignore_label_everything_is_known():
+def test_without_an_ignore_label_there_is_no_validity_mask():
     (clips,) = draws(ClipSampler([case()], [1], whole(PX)), count=1)
-    assert clips.known is None
+    assert clips.valid is None
 
 
-def focused(slices=12, held=range(3, 9)):
-    """A structure of 8 x 8 px in slices of 64 px, seen at 32 px in squares of 16."""
+def cropping_sampler(slices=12, held=range(3, 9)):
+    """A structure of 8 x 8 px in slices of 64 px, seen at 32 px in crops of 16."""
     made = case(slices=slices, held=held, size=(64, 64))
     return ClipSampler([made], [1], whole(PX, roi_scale=2.0, storage_size=64))
 
 
-def test_with_a_focus_a_clip_shows_a_square_around_the_structure():
-    for clips in draws(focused(), count=20):
+def test_with_a_roi_scale_a_clip_is_a_crop_around_the_structure():
+    for clips in draws(cropping_sampler(), count=20):
         assert clips.frames.shape[-2:] == (PX, PX)
         for track in range(len(clips.window)):
             mask = clips.masks[0, track, 0]
@@ -140,7 +140,7 @@ def test_with_a_focus_a_clip_shows_a_square_around_the_structure():
             assert (rows[0], rows[-1], columns[0], columns[-1]) == (8, 23, 8, 23)  # 8 of 16 px, twice as large
 
 
-def test_with_a_focus_every_slice_of_a_window_is_cut_alike():
+def test_with_a_roi_scale_all_slices_of_a_window_have_the_same_crop():
     made = case(slices=12, held=range(12), size=(64, 64))
     made.labels[6:, 4:12, 4:12], made.labels[6:, 10:18, 4:12] = 0, 1  # the structure moves down by six pixels
     sampler = ClipSampler([made], [1], whole(PX, roi_scale=2.0, storage_size=64))
@@ -152,7 +152,7 @@ def test_with_a_focus_every_slice_of_a_window_is_cut_alike():
     assert tops == {0, 12, -12}  # by six of 16 px, which are 12 of 32, forwards and backwards
 
 
-def test_neighbours_of_a_window_s_outer_slices_are_seen_too():
+def test_the_outer_slices_of_a_window_have_their_adjacent_slices():
     one = case(slices=15)
     geometry = whole(PX).model_copy(update={"adjacent_slices": True})
     for clips in draws(ClipSampler([one], [1], geometry), count=30, length=4):

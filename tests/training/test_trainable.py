@@ -40,7 +40,7 @@ def run(one, settings, until=None):
 
 
 def state(one):
-    return {f"{which}/{n}": t for which in ("model", "average") for n, t in getattr(one, which).state_dict().items()}
+    return {f"{which}/{n}": t for which in ("model", "ema") for n, t in getattr(one, which).state_dict().items()}
 
 
 @pytest.mark.parametrize("settings", list(map(plan, STRATEGIES)))
@@ -54,7 +54,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(settings, tmp_
     run(second, settings)
     expected, found = state(whole), state(second)
     assert second.step == 4 and all(torch.equal(expected[name], found[name]) for name in expected)
-    kept, wanted = adapters.full_state(second.average), adapters.full_state(whole.average)
+    kept, wanted = adapters.full_state(second.ema), adapters.full_state(whole.ema)
     assert all(torch.equal(wanted[name], kept[name]) for name in wanted)
 
 
@@ -69,7 +69,7 @@ def test_only_what_learns_moves_and_the_optimiser_holds_nothing_else(strategy):
     assert moved and moved <= allowed
     held = {id(p) for group in one.optimiser.param_groups for p in group["params"]}
     assert held == {id(p) for name, p in one.model.named_parameters() if name in allowed}
-    averaged = {name for name, p in one.average.named_parameters() if not torch.equal(before[name], p)}
+    averaged = {name for name, p in one.ema.named_parameters() if not torch.equal(before[name], p)}
     assert averaged <= allowed
 
 
@@ -83,13 +83,13 @@ def test_under_adapters_both_the_pairs_and_the_heads_learn_and_the_base_stays():
     one = learner(settings)
     base = {name: tensor.clone() for name, tensor in adapters.split(adapters.full_state(one.model))[0].items()}
     run(one, settings)
-    kept, own = adapters.split(adapters.full_state(one.average))
+    kept, own = adapters.split(adapters.full_state(one.ema))
     assert all(torch.equal(base[name], kept[name]) for name in base)
     assert own["MR"]["image_encoder.trunk.blocks.0.attn.qkv.up"].abs().sum() > 0
     assert not torch.equal(own["MR"]["tuned.stream_fuser.gate"], base["stream_fuser.gate"])
 
 
-def test_what_starts_at_zero_learns_at_a_ten_thousandth_at_least_unless_everything_learns():
+def test_new_parameters_have_a_learning_rate_of_1e_4_at_least_unless_all_are_trained():
     groups = parameter_groups(prepared(plan("adapters", learning_rate=1e-5)), plan("adapters", learning_rate=1e-5))
     assert {round(group["scale"], 6) for group in groups} == {1.0, 10.0}
     fast = parameter_groups(prepared(plan("adapters", learning_rate=1e-3)), plan("adapters", learning_rate=1e-3))
@@ -98,7 +98,7 @@ def test_what_starts_at_zero_learns_at_a_ten_thousandth_at_least_unless_everythi
 
 
 @pytest.mark.parametrize("strategy", ["full", "frozen-encoder", "decoder+memory", "adapters"])
-def test_a_label_unet_learns_at_its_own_rate_under_every_strategy(strategy):
+def test_a_label_unet_has_its_own_learning_rate_under_every_strategy(strategy):
     model = prepared(plan(strategy, learning_rate=1e-4))
     model.label_unet = LabelUNet(1, [1], 32, width=8)
     (fast,) = (
@@ -109,7 +109,7 @@ def test_a_label_unet_learns_at_its_own_rate_under_every_strategy(strategy):
     assert fast * 1e-4 == pytest.approx(1e-3)
 
 
-def test_an_adapter_of_the_base_goes_on_learning_and_others_stay_with_it():
+def test_the_adapter_of_the_modality_is_trained_further_and_others_are_frozen():
     model = prepared(plan("adapters"))
     adapters.add(model, "CT", AdapterPlan())
     (note,) = prepare(model, plan("adapters"), "MR")
@@ -117,7 +117,7 @@ def test_an_adapter_of_the_base_goes_on_learning_and_others_stay_with_it():
     assert not any(p.requires_grad for p in adapters.branch_parameters(model, "CT"))
 
 
-def test_full_tuning_merges_the_bases_own_adapter_and_says_which_are_left_out():
+def test_full_training_merges_the_adapter_of_the_modality_and_names_those_that_are_dropped():
     model = prepared(plan("adapters"))
     adapters.add(model, "CT", AdapterPlan())
     notes = prepare(model, plan("full"), "MR")

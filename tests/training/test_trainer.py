@@ -1,4 +1,4 @@
-"""Training: it learns, it follows its schedule, and an interrupted run ends like an uninterrupted one."""
+"""Training: losses fall, schedules hold, and an interrupted run ends like an uninterrupted one."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ from slmsam2_cli.training.clips import ClipSampler
 from slmsam2_cli.training.dataloader import TrainingData
 from slmsam2_cli.training.label_unet import SliceSampler, new_label_unet
 from slmsam2_cli.training.learner import fraction_done
-from slmsam2_cli.training.losses import Weights
+from slmsam2_cli.training.losses import LossWeights
 from slmsam2_cli.training.state import backup_path, load_state, save_state
 from slmsam2_cli.training.trainer import clip_losses, clip_slices, new_learner, teacher_scores, train
 
@@ -52,13 +52,13 @@ def run(one, until=None, steps=4):
 
 
 def weights(one):
-    return {**{f"m/{n}": t for n, t in one.model.state_dict().items()}, **{f"a/{n}": t for n, t in one.average.state_dict().items()}}
+    return {**{f"m/{n}": t for n, t in one.model.state_dict().items()}, **{f"a/{n}": t for n, t in one.ema.state_dict().items()}}
 
 
 @pytest.mark.parametrize(("threads", "object_score"), [(1, "ground_truth"), (1, "teacher"), (2, "teacher")])
 def test_a_run_resumed_from_disk_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path, threads, object_score):
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)  # with two, what the next step shows is looked at before this one is over
+    torch.set_num_threads(threads)  # with two, the next step is prepared before this one is over
     try:
         whole = learner(object_score_target=object_score)
         run(whole)
@@ -76,7 +76,7 @@ def test_a_run_resumed_from_disk_ends_bit_for_bit_like_an_uninterrupted_one(tmp_
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_a_damaged_state_falls_back_to_the_one_before_and_says_so(tmp_path):
+def test_a_damaged_state_is_replaced_by_the_one_before_with_a_warning(tmp_path):
     path = tmp_path / "state.safetensors"
     one = learner()
     run(one, until=1)
@@ -89,7 +89,7 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_says_so(tmp_path):
     assert other.step == 1 and backup_path(path).exists()
 
 
-def test_after_falling_back_the_good_state_survives_an_interrupted_save(tmp_path, monkeypatch):
+def test_after_a_damaged_state_the_good_one_survives_an_interrupted_save(tmp_path, monkeypatch):
     path, one = tmp_path / "state.safetensors", learner()
     save_state(path, one, "settings")
     save_state(path, one, "settings")
@@ -105,7 +105,7 @@ def test_after_falling_back_the_good_state_survives_an_interrupted_save(tmp_path
     assert "state.previous.safetensors" in load_state(path, one, "settings")
 
 
-def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():
+def test_a_gradient_that_is_not_finite_changes_no_weight():
     one = learner()
     one.model.carry_gain.register_hook(lambda gradient: gradient * float("nan"))
     before = {name: tensor.clone() for name, tensor in weights(one).items()}
@@ -133,29 +133,29 @@ def test_a_flipped_byte_in_a_state_is_noticed(tmp_path):
     assert "damaged" in load_state(path, learner(), "settings")
 
 
-def test_training_that_diverges_says_so(monkeypatch):
-    monkeypatch.setattr("slmsam2_cli.training.trainer.descend", lambda *given: given[4].result() and {"skipped": 1.0})
+def test_training_that_diverges_is_an_error_that_names_the_learning_rate(monkeypatch):
+    monkeypatch.setattr("slmsam2_cli.training.trainer.training_step", lambda *given: given[4].result() and {"skipped": 1.0})
     with pytest.raises(TrainingError, match="learning_rate"):
         run(learner(100), steps=100)
 
 
-def test_nothing_to_resume_is_an_error_not_a_fresh_start(tmp_path):
+def test_a_missing_state_is_an_error(tmp_path):
     with pytest.raises(WeightsError, match="nothing to continue"):
         load_state(tmp_path / "state.safetensors", learner(), "settings")
 
 
-def test_a_state_of_another_run_is_refused(tmp_path):
+def test_a_state_of_another_run_is_an_error(tmp_path):
     save_state(tmp_path / "state.safetensors", learner(), "settings")
     with pytest.raises(WeightsError, match="another plan"):
         load_state(tmp_path / "state.safetensors", learner(), "other settings")
 
 
-def test_the_average_follows_the_model_by_nine_tenths_at_the_first_step_and_is_what_is_kept():
+def test_the_moving_average_takes_nine_tenths_of_the_first_step():
     one = learner()
     before = {name: p.clone() for name, p in one.model.named_parameters()}
     run(one, until=1)
     assert any(not torch.equal(before[name], p) for name, p in one.model.named_parameters())
-    for (name, p), kept in zip(one.model.named_parameters(), one.average.parameters()):
+    for (name, p), kept in zip(one.model.named_parameters(), one.ema.parameters()):
         assert torch.allclose(kept, 0.1 * before[name] + 0.9 * p, atol=1e-6)
 
 
@@ -183,7 +183,7 @@ def test_every_part_of_the_model_that_tracking_uses_receives_a_gradient():
     assert "short_memory_attention" not in still
 
 
-def test_from_random_weights_clips_grow_and_from_trained_ones_they_are_long_at_once():
+def test_clips_grow_from_random_weights_and_are_long_from_pretrained_ones():
     settings = plan(clip_slices=8)
     assert [clip_slices(done, settings, True) for done in (0.0, 0.19, 0.2, 0.34, 0.35, 1.0)] == [2, 2, 4, 4, 8, 8]
     assert clip_slices(0.0, settings, False) == 8
@@ -196,11 +196,11 @@ def test_a_run_is_done_by_steps_or_by_minutes_whichever_comes_first():
     assert fraction_done(one, plan(4, minutes=0.5)) == 1.0
 
 
-def test_where_object_score_is_kept_the_untouched_network_has_nothing_to_learn_of_it():
+def test_with_the_teachers_object_score_as_target_an_untrained_copy_has_no_gradient():
     torch.manual_seed(0)
     one = new_learner(SlmSam2(NetworkPlan(size="nano"), PX), plan(object_score_target="teacher"), from_scratch=False)
     clips = sampler().draw(np.random.default_rng(0), 1, 3, 4)
-    only = Weights(pixels=0.0, dice=0.0, iou=0.0, object_score=1.0)
+    only = LossWeights(pixels=0.0, dice=0.0, iou=0.0, object_score=1.0)
     for teacher, still in ((one.teacher, True), (None, False)):
         one.model.zero_grad()
         target_scores = partial(teacher_scores, teacher, clips) if teacher is not None else None
@@ -210,7 +210,7 @@ def test_where_object_score_is_kept_the_untouched_network_has_nothing_to_learn_o
         assert (largest < 1e-6) == still
 
 
-def test_object_score_is_kept_only_by_plan_and_never_from_random_weights():
+def test_there_is_a_teacher_only_if_the_plan_says_so_and_weights_are_pretrained():
     model = SlmSam2(NetworkPlan(size="nano"), PX)
     assert new_learner(model, plan(), from_scratch=False).teacher is None
     assert new_learner(model, plan(object_score_target="teacher"), from_scratch=True).teacher is None
@@ -218,7 +218,7 @@ def test_object_score_is_kept_only_by_plan_and_never_from_random_weights():
     assert teacher is not None and not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 
 
-def test_what_keeps_object_score_does_not_change_while_the_rest_learns():
+def test_the_teacher_is_not_trained():
     torch.manual_seed(0)
     one = new_learner(SlmSam2(NetworkPlan(size="nano"), PX), plan(2, object_score_target="teacher"), from_scratch=False)
     before = [p.clone() for p in one.teacher.parameters()]
@@ -227,10 +227,10 @@ def test_what_keeps_object_score_does_not_change_while_the_rest_learns():
     assert any(not torch.equal(p, q) for p, q in zip(before, one.model.parameters()))
 
 
-def test_a_learner_moves_with_all_its_networks_and_what_its_optimiser_remembers():
+def test_a_learner_moves_to_a_device_with_all_networks_and_moments():
     one = new_learner(SlmSam2(NetworkPlan(size="nano"), PX), plan(1, object_score_target="teacher"), from_scratch=False)
     list(train(one, TrainingData(sampler()), plan(1, object_score_target="teacher"), lambda: False))
     one.to(torch.device("meta"))
-    networks = (one.model, one.average, one.teacher)
+    networks = (one.model, one.ema, one.teacher)
     assert {p.device.type for network in networks for p in network.parameters()} == {"meta"}
     assert {slot["exp_avg"].device.type for slot in one.optimiser.state.values()} == {"meta"}
