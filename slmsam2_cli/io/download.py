@@ -38,20 +38,20 @@ _RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")
 
 
 class DownloadError(SlmSam2Error):
-    """A file that could not be fetched; what has arrived is kept for the next try."""
+    """A failed download; received data are kept so that it can be resumed."""
 
 
 class DigestError(SlmSam2Error):
-    """A file that arrived whole and is not the one that was wanted; it is gone."""
+    """A downloaded file with the wrong size or digest; it was removed."""
 
 
 class _ConnectionLost(Exception):
-    """The connection failed in a way that may pass."""
+    """A temporary connection error; the download is retried."""
 
 
 @dataclass(frozen=True)
 class DownloadTarget:
-    """A file: where from, where to, and what is known of it beforehand (None: nothing)."""
+    """A file to download: URL, path, and its published size in bytes and SHA-256 (None: unknown)."""
 
     url: str
     path: Path
@@ -71,10 +71,12 @@ Report = Callable[[int, "int | None"], None]
 
 
 def fetch(target: DownloadTarget, report: Report = lambda have, total: None, log: Callable[[str], None] = lambda line: None) -> str:
-    """Bring a file here and return its SHA-256. The final name appears only when length and digest are right.
+    """Download a file, verify it and return its SHA-256; `target.path` exists only once length and digest are right.
 
-    report(bytes here, bytes in all or None) is called as they arrive; log(line) says what goes wrong and is tried again.
-    DownloadError (kept for resuming), DigestError (nothing kept), OutputError (kept).
+    report(received bytes, total bytes or None) is called for every block; log(line) reports retries.
+
+    Raises: DownloadError or OutputError when it fails (received data are kept for resuming); DigestError when the file is not the
+    published one (nothing is kept).
     """
     _check_url(target.url)
     failures, have = 0, _bytes_of(target.partial)
@@ -88,7 +90,7 @@ def fetch(target: DownloadTarget, report: Report = lambda have, total: None, log
             if failures > len(PAUSES_S):
                 raise DownloadError(f"{cut}, {failures} times in a row") from None
             pause = PAUSES_S[max(failures - 1, 0)]
-            log(f"{cut}; trying again in {pause:g} s, {now / 1e6:.1f} MB are here")
+            log(f"{cut}; retrying in {pause:g} s, {now / 1e6:.1f} MB received")
             time.sleep(pause)
 
 
@@ -105,13 +107,16 @@ def _bytes_of(path: Path) -> int:
 
 
 def _receive(target: DownloadTarget, report: Report, log: Callable[[str], None]) -> None:
-    """Add to the partial file until it is whole. _ConnectionLost when that may be tried again."""
+    """Append to the partial file until it is complete.
+
+    Raises: _ConnectionLost when the download may be retried.
+    """
     have, headers = _request_headers(target)
     try:
         with _open(target.url, headers) as response:
             start = _start_of(response, have)
             if have and not start:
-                log("the server sends the file from its beginning")
+                log("the server cannot resume; starting from the beginning")
             total = _total_of(response, start)
             _check_length(target, total, start)
             _save_note(target, response.headers, total)
@@ -123,7 +128,7 @@ def _receive(target: DownloadTarget, report: Report, log: Callable[[str], None])
 
 
 def _request_headers(target: DownloadTarget) -> tuple[int, dict[str, str]]:
-    """The bytes here already, if they can be added to, and the headers that ask for the others."""
+    """Return the number of bytes that can be kept, and the request headers for the rest."""
     headers = {"User-Agent": f"slmsam2/{VERSION}", "Accept-Encoding": "identity"}
     have, note = _bytes_of(target.partial), _read_note(target)
     validator = note.get("validator") if note.get("url") == target.url else None
@@ -142,7 +147,7 @@ def _read_note(target: DownloadTarget) -> dict[str, Any]:
 
 
 def _save_note(target: DownloadTarget, headers: Message, total: int | None) -> None:
-    """What the partial file is part of: a strong ETag, else the date of the last change."""
+    """Save which version of the file the partial file belongs to: its strong ETag, else its date of modification."""
     etag = headers.get("ETag", "")
     validator = etag if etag.startswith('"') else headers.get("Last-Modified")
     note = {"url": target.url, "validator": validator, "bytes": total}
@@ -166,7 +171,7 @@ def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
 
 
 def _start_of(response: http.client.HTTPResponse, have: int) -> int:
-    """The place in the file that the first byte of the response has."""
+    """Return the offset in the file of the first byte of the response."""
     found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
     if response.status != 206:
         return 0
@@ -176,7 +181,7 @@ def _start_of(response: http.client.HTTPResponse, have: int) -> int:
 
 
 def _total_of(response: http.client.HTTPResponse, start: int) -> int | None:
-    """The length of the whole file, of which the response may hold less than the rest."""
+    """Return the length of the complete file in bytes, or None when the server does not send it."""
     found = _RANGE.fullmatch(response.headers.get("Content-Range", "")) if start else None
     if found is not None and found[2].isdecimal():
         return int(found[2])
@@ -185,7 +190,7 @@ def _total_of(response: http.client.HTTPResponse, start: int) -> int | None:
 
 
 def _check_length(target: DownloadTarget, total: int | None, start: int) -> None:
-    """Stop before anything is written when the file cannot be the target, or does not fit the disk."""
+    """Check, before anything is written, that the length is the published one and fits on the disk."""
     if total is not None and target.bytes is not None and total != target.bytes:
         _forget(target)
         raise DigestError(f"{target.url}: holds {total} bytes, not the {target.bytes} that were published: another file, refused")
@@ -234,7 +239,7 @@ def _write(file: IO[bytes], block: bytes, target: DownloadTarget) -> None:
 
 
 def _handle_http_error(target: DownloadTarget, error: urllib.error.HTTPError, have: int) -> None:
-    """Whether an HTTP error means that all is here already; if not, raise what it means."""
+    """Return when an HTTP error means that the file is complete already; raise the matching error otherwise."""
     host = urlsplit(target.url).hostname
     with error:
         if error.code == 416:
@@ -248,7 +253,7 @@ def _handle_http_error(target: DownloadTarget, error: urllib.error.HTTPError, ha
 
 
 def _translate_error(url: str, error: Exception) -> Exception:
-    """What a failed connection means: something that may pass, or something to be told at once."""
+    """Convert a connection error to _ConnectionLost if it may be temporary, else to DownloadError."""
     host = urlsplit(url).hostname
     reason = getattr(error, "reason", error)
     if isinstance(reason, ssl.SSLCertVerificationError):
@@ -263,7 +268,7 @@ def _translate_error(url: str, error: Exception) -> Exception:
 
 
 def _finish(target: DownloadTarget) -> str:
-    """Verify the whole file, then let it have its name."""
+    """Verify the complete file, rename it to its final name and return its SHA-256."""
     found = ""
 
     def verify(partial: Path) -> None:

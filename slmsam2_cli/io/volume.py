@@ -90,21 +90,22 @@ ENDINGS = tuple(_READERS)
 
 
 def image_ending(path: Path) -> str | None:
-    """ ".nii.gz", ".nrrd", ... (lower case), or None when the file is not a volume we read. By name only; DICOM folders have none."""
+    """Return the ending in lower case (".nii.gz", ".nrrd", ...) by name; None for unsupported files and DICOM folders."""
     name = path.name.lower()
     return next((ending for ending in ENDINGS if name.endswith(ending) and len(name) > len(ending)), None)
 
 
 def mask_ending(like: Volume | LabelVolume) -> str:
-    """The ending of masks for a volume: its own, but .nii.gz for DICOM, .png for JPEG, .mha for .mhd."""
+    """Return the ending of masks for a volume: its own, but .nii.gz for DICOM, .png for JPEG, .mha for .mhd."""
     return like.source.mask_ending
 
 
 def read_image(paths: Sequence[Path], *, case: str, root: Path, max_voxels: int = MAX_VOXELS, channels: int | None = None) -> Volume:
-    """The image of one case: one file per channel, or one file (or DICOM folder) that holds all of them.
+    """Read the image of one case: one file per channel, or one file (or DICOM folder) with all channels.
 
-    root: error messages name files relative to it; channels: how many the data set declares, None for any number.
-    CaseError when a file cannot be trusted, or the files do not share one grid.
+    root: error messages name files relative to it; channels: the number that the dataset declares, None for any number.
+
+    Raises: CaseError when a file is invalid, or the files do not share one grid.
     """
     parts = [_read(path, case, root, max_voxels, channels if len(paths) == 1 else 1) for path in paths]
     if not parts:
@@ -115,7 +116,10 @@ def read_image(paths: Sequence[Path], *, case: str, root: Path, max_voxels: int 
     for path, part in zip(paths[1:], parts[1:], strict=True):
         if difference := first.grid.difference(part.grid):
             raise CaseError(
-                case, relative(path, root), f"another grid than the first channel: {difference}", "Resample the channels to one grid"
+                case,
+                relative(path, root),
+                f"grid differs from the first channel: {difference}",
+                "Resample the channels to one grid",
             )
     voxels = first.voxels if len(parts) == 1 else np.concatenate([part.voxels for part in parts])
     warnings = tuple(dict.fromkeys(line for part in parts for line in part.warnings))
@@ -123,7 +127,7 @@ def read_image(paths: Sequence[Path], *, case: str, root: Path, max_voxels: int 
 
 
 def _read(path: Path, case: str, root: Path, max_voxels: int, channels: int | None) -> DecodedVolume:
-    """One file of an image, its values checked too."""
+    """Read one file of an image and check its values and number of channels."""
     with case_errors(case, path, root):
         decoded = decode(path, max_voxels)
         found = len(decoded.voxels)
@@ -134,7 +138,10 @@ def _read(path: Path, case: str, root: Path, max_voxels: int, channels: int | No
 
 
 def read_labels(path: Path, *, case: str, root: Path, max_voxels: int = MAX_VOXELS) -> LabelVolume:
-    """The mask of one case. CaseError, also for values that are not whole numbers from 0 to 65535."""
+    """Read the mask of one case.
+
+    Raises: CaseError when the file is invalid or its values are not whole numbers from 0 to 65535.
+    """
     with case_errors(case, path, root):
         decoded = decode(path, max_voxels)
         if len(decoded.voxels) != 1:
@@ -143,7 +150,10 @@ def read_labels(path: Path, *, case: str, root: Path, max_voxels: int = MAX_VOXE
 
 
 def volume_files(path: Path) -> tuple[Path, ...]:
-    """Every file a volume is read from: the slices of a DICOM folder, header and data of a .mhd, else the file itself. InputError."""
+    """List the files of a volume: the slices of a DICOM folder, header and data of a .mhd, else the file itself.
+
+    Raises: InputError when the header of a .mhd is invalid.
+    """
     from slmsam2_cli.io.itk import meta_files
 
     if path.is_dir():
@@ -187,7 +197,10 @@ def keep_decoded(max_bytes: int) -> Iterator[DecodedVolumes]:
 
 
 def decode(path: Path, max_voxels: int = MAX_VOXELS) -> DecodedVolume:
-    """One file or DICOM folder, whatever its format. InputError, OSError."""
+    """Read one file or DICOM folder of any supported format, or return it from keep_decoded.
+
+    Raises: InputError or OSError when it cannot be read.
+    """
     return _decode(path, max_voxels) if _decoded is None or not path.is_file() else _decoded.decode(path, max_voxels)
 
 
@@ -204,7 +217,7 @@ def _decode(path: Path, max_voxels: int) -> DecodedVolume:
 
 @contextmanager
 def case_errors(case: str, path: Path, root: Path) -> Iterator[None]:
-    """What goes wrong with a file inside the block, as a CaseError that names the case and the file."""
+    """Convert errors with a file inside the block to a CaseError that names case and file."""
     try:
         yield
     except InputError as error:
@@ -216,7 +229,7 @@ def case_errors(case: str, path: Path, root: Path) -> Iterator[None]:
 
 
 def relative(path: Path, root: Path) -> str:
-    """The path as messages show it: relative to the root, else the name alone."""
+    """Format a path for messages: relative to the root, else the name alone."""
     try:
         return path.relative_to(root).as_posix()
     except ValueError:
@@ -224,11 +237,19 @@ def relative(path: Path, root: Path) -> str:
 
 
 def _label_values(voxels: NDArray[Any]) -> NDArray[Any]:
-    """As uint8 or uint16, or an InputError that names the first bad value; the same array where it is uint8 already."""
+    """Convert voxels (Z, Y, X) to uint8 or uint16; an array that is uint8 already is returned as it is.
+
+    Raises: InputError when a value is no whole number from 0 to 65535; names the first such value.
+    """
     if voxels.dtype == np.uint8:
         return voxels
     if voxels.dtype.kind == "f":
-        _check_floats(voxels)
+        for z, plane in enumerate(voxels):
+            invalid = (plane != np.trunc(plane)) | ~np.isfinite(plane)
+            if np.any(invalid):
+                value = plane[invalid][0]
+                what = f"a non-integer label: {'NaN' if np.isnan(value) else f'{value:g}'} (first seen in slice {z})"
+                raise InputError(what, "Save the mask with whole numbers, without interpolation")
     low, high = voxels.min(), voxels.max()
     if low < 0:
         raise InputError(f"a negative label: {low:g}", "Use 0 for background and positive whole numbers for structures")
@@ -237,21 +258,12 @@ def _label_values(voxels: NDArray[Any]) -> NDArray[Any]:
     return voxels.astype(np.uint8 if high < 256 else np.uint16, copy=False)
 
 
-def _check_floats(voxels: NDArray[Any]) -> None:
-    for z, plane in enumerate(voxels):
-        odd = plane != np.trunc(plane)  # True for NaN as well
-        odd |= ~np.isfinite(plane)
-        if np.any(odd):
-            value = plane[odd][0]
-            what = f"a non-integer label: {'NaN' if np.isnan(value) else f'{value:g}'} (first seen in slice {z})"
-            raise InputError(what, "Save the mask with whole numbers, without interpolation")
-
-
 def write_mask(path: Path, labels: NDArray[Any], like: Volume | LabelVolume) -> None:
-    """labels (Z, Y, X), whole numbers, on the grid of `like`; uint8 below 256, else uint16; read back before it gets its name.
+    """Write labels (Z, Y, X), whole numbers, on the grid of `like` and verify the file; uint8 below 256, else uint16.
 
-    The ending of `path` decides the format. NIfTI keeps qform, sform, codes and units of a NIfTI source, and no text.
-    OutputError.
+    The ending of `path` sets the format. NIfTI keeps qform, sform, codes and units of a NIfTI source, and no text.
+
+    Raises: OutputError when the labels do not fit the grid or the file cannot be written and read back.
     """
     ending = image_ending(path)
     if ending is None or labels.shape != like.grid.shape:

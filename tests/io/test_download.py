@@ -79,7 +79,7 @@ def test_a_cut_connection_is_resumed_where_it_was_cut(site: Site, tmp_path: Path
     told: list[str] = []
     assert fetch(wanted(site, tmp_path), log=told.append) == DIGEST
     assert [asked for _, asked in site.requests] == [None, "bytes=10000-", "bytes=2000000-"]
-    assert len(told) == 2 and "the connection was cut; trying again" in told[0]
+    assert len(told) == 2 and "the connection was cut; retrying" in told[0]
 
 
 def test_ctrl_c_keeps_what_arrived_and_the_next_run_asks_for_the_rest(site: Site, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_server_without_ranges_sends_all_again(site: Site, tmp_path: Path) -> 
     site.ranges = False
     told: list[str] = []
     assert fetch(what, log=told.append) == DIGEST
-    assert told == ["the server sends the file from its beginning"]
+    assert told == ["the server cannot resume; starting from the beginning"]
 
 
 def test_a_file_that_changed_meanwhile_is_not_mixed_with_its_former_self(site: Site, tmp_path: Path) -> None:

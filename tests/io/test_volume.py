@@ -322,7 +322,7 @@ def test_one_file_a_channel_makes_one_volume(tmp_path: Path) -> None:
 
 def test_channels_on_different_grids_are_refused(tmp_path: Path) -> None:
     paths = [itk_file(tmp_path / "c_0000.nii.gz"), itk_file(tmp_path / "c_0001.nii.gz", where=grid(spacing_mm=(3.0, 1.5, 0.9)))]
-    with pytest.raises(CaseError, match=r"c_0001.nii.gz: another grid than the first channel: spacing"):
+    with pytest.raises(CaseError, match=r"c_0001.nii.gz: grid differs from the first channel: spacing"):
         read_image(paths, case="c", root=tmp_path)
 
 
