@@ -217,7 +217,9 @@ def _data_file(path: Path, name: str) -> Path:
     if name == "LOCAL":
         return path
     if name.startswith("LIST") or "%" in name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise InputError("the voxels must be in one file next to the header; lists and files outside its folder are rejected", "Save it as .mha")
+        raise InputError(
+            "the voxels must be in one file next to the header; lists and files outside its folder are rejected", "Save it as .mha"
+        )
     return path.with_name(name)
 
 
