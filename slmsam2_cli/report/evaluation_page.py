@@ -151,9 +151,9 @@ def _columns(tolerance_mm: float) -> tuple[tuple[str, str, int, str], ...]:
         ("HD95", "HD95 mm", 2, "low"),
         (nsd_key(tolerance_mm), f"NSD {tolerance_mm:g} mm", 3, "high"),
         ("assd_mm", "ASSD mm", 2, "low"),
-        ("volume_difference_percent", "Volume difference %", 1, ""),
-        ("over_extent_mm", "Over-extent mm", 1, "low"),
-        ("over_slices", "False-positive slices", 0, "low"),
+        ("volume_difference_percent", "Volume error %", 1, ""),
+        ("over_extent_mm", "Extra mm", 1, "low"),
+        ("over_slices", "Extra slices", 0, "low"),
         ("under_slices", "Missed slices", 0, "low"),
     )
 

@@ -56,10 +56,10 @@ def _extent_flags(marks: Sequence[SliceMark], ends: Ends | None, slice_mm: float
             if beyond > 0:
                 flags.append(f"predicted too far on {slices}{size} {where}; add an end mark")
             else:
-                flags.append(f"missed on {slices}{size} {where}; annotate one of them")
+                flags.append(f"missed on {slices}{size} {where}; annotate a missed slice")
     gaps = [m.slice for m in marks if m.missed and predicted[0] < m.slice < predicted[-1]]
     if gaps:
-        flags.append(f"missed between predicted slices on {list_slices(gaps)}; annotate one of them")
+        flags.append(f"missed on {list_slices(gaps)} between predicted slices; annotate a missed slice")
     return flags
 
 

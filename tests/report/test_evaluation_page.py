@@ -199,8 +199,8 @@ def test_a_false_positive_structure_is_flagged_with_its_volume():
     ("reference", "predicted", "flags"),
     [
         ((3, 9), (0, 9), ["predicted too far on slices 0-2 (9 mm) at the feet end; add an end mark"]),
-        ((3, 9), (5, 9), ["missed on slices 3-4 (6 mm) at the feet end; annotate one of them"]),
-        ((3, 9), (3, 7), ["missed on slices 7-8 (6 mm) at the head end; annotate one of them"]),
+        ((3, 9), (5, 9), ["missed on slices 3-4 (6 mm) at the feet end; annotate a missed slice"]),
+        ((3, 9), (3, 7), ["missed on slices 7-8 (6 mm) at the head end; annotate a missed slice"]),
         ((3, 9), (3, 8), []),
     ],
 )
@@ -212,7 +212,7 @@ def test_wrong_ends_are_flagged_with_their_slices(reference, predicted, flags):
 def test_gaps_between_predicted_slices_are_flagged():
     marks = tuple(SliceMark(k, 0 if k in (4, 5, 7) else 9, 9) for k in range(10))
     (flag,) = evaluation_flags(Structure("1", "liver", "ok", {}, slices=marks), None, None)
-    assert flag == "missed between predicted slices on slices 4-5, 7; annotate one of them"
+    assert flag == "missed on slices 4-5, 7 between predicted slices; annotate a missed slice"
 
 
 def test_flags_begin_with_the_structure_where_there_are_several():
