@@ -164,7 +164,7 @@ def propagate(
     view, frames = array_io.frame(slices, model.input_size, window, adjacent_slices=model.adjacent_slices)
     if not isinstance(prompts, Mapping) or not prompts:
         raise ValueError("prompts: give {label: {slice index: mask}}, one label at least")
-    drawn = [array_io.mask_to_promptss(masks, view, f"prompts[{label!r}]") for label, masks in prompts.items()]
+    drawn = [array_io.masks_to_prompts(masks, view, f"prompts[{label!r}]") for label, masks in prompts.items()]
     objects = {n: array_io.annotated_slices_on(one, view, model.input_size) for n, one in enumerate(drawn)}
     found = propagation.propagate(model.network, frames, objects)
     return {label: array_io.track_of(found[n], drawn[n], view, model.input_size) for n, label in enumerate(prompts)}

@@ -36,7 +36,7 @@ def choose_device(name: DeviceName = "auto") -> torch.device:
 def half_precision(device: torch.device) -> Iterator[None]:
     """Compute in bfloat16 on a GPU, for training; elsewhere precision stays as it is.
 
-    cuDNN's attention is switched off meanwhile: its gradients are not always finite, and a run on an H200 diverged (docs/decisions.md).
+    cuDNN's attention is switched off meanwhile: its gradients are not always finite, and a run on an H200 diverged (docs/experiments).
     """
     import torch
 

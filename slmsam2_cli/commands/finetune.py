@@ -392,7 +392,7 @@ def _calibrate(learner: Learner, cases: Sequence[PreparedCase], plan: Plan, stop
         console.say(f"confidence not calibrated: {reason}")
     else:
         errors = f"calibration error {calibration.error_before:.3f} -> {calibration.error_after:.3f}"
-        console.say(f"confidence calibrated on {calibration.slices} slices: {errors}, {calibration.note}")
+        console.say(f"confidence calibrated with {calibration.slices} slices: {errors}, {calibration.note}")
     return calibration
 
 

@@ -310,7 +310,7 @@ class _Runner:
         for warning in result.warnings:
             console.warn(f"case {case.id}: {warning}")
         metadata = {"training": job.in_training_set(case.id, image_digests)} | self.metadata | result.metadata
-        job.records.save(case.id, key, result.labels, result.image, metadata)
+        job.records.save_mask(case.id, key, result.labels, result.image, metadata)
 
     def _attempt(self, case: Case) -> SegmentedCase | None:
         """Segment a case; None when memory ran out and another attempt can use less. Memory of the failed attempt is freed by then."""

@@ -150,7 +150,7 @@ def _scheme_of(window: Window) -> _Scheme:
     return _Scheme("ct", lower, upper)
 
 
-def mask_to_promptss(masks: object, view: View, name: str) -> Prompts:
+def masks_to_prompts(masks: object, view: View, name: str) -> Prompts:
     """Read the annotated slices of one object: slice index -> mask (H, W), empty where the object is not."""
     count, *size = view.grid.shape
     if not isinstance(masks, Mapping) or not masks:

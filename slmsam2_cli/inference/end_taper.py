@@ -3,7 +3,7 @@
 Between the two, a structure is roughly an ellipsoid: at a fraction u of the way, its outline has moved inwards by 1 - sqrt(1 - u²) of
 the distance from the outline to the middle. The expected mask is centred on the network's mask and mixed into it before the slice enters
 memory: masks that vanish too early come back, masks that would stay shrink. SHARE, SLOPE and MIN_AREA_RATIO were chosen on the cases
-named in docs/decisions.md.
+named in docs/experiments/2026-11-26-end-taper.md.
 """
 
 from __future__ import annotations

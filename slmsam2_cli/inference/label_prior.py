@@ -2,7 +2,7 @@
 
 The annotated slices test the label U-Net on the volume itself: where it segments them well, it counts as much as propagation; where it
 segments something else, it counts little or nothing. The prior is mixed in slice by slice, before the slice enters memory, so that later
-slices read the corrected mask. Weights and bounds were chosen on the cases named in docs/decisions.md.
+slices read the corrected mask. Weights and bounds were chosen on the cases named in docs/experiments/2026-11-26-label-unet.md.
 """
 
 from __future__ import annotations

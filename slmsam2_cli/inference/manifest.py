@@ -53,7 +53,7 @@ class Records:
         """Record that the mask of a case is about to be written."""
         self._write({"case": case_id, "unfinished": True})
 
-    def save(self, case_id: str, key: str, labels: NDArray[Any], image: Volume, metadata: Record) -> None:
+    def save_mask(self, case_id: str, key: str, labels: NDArray[Any], image: Volume, metadata: Record) -> None:
         """Write the mask (Z, Y, X) of a case in the format of its image, and its record.
 
         Raises: OutputError when a file cannot be written; the record then says that the mask is unfinished.

@@ -1,7 +1,7 @@
 """Advise which slices to annotate on a new volume, and warn about cases of a dataset that differ from the others.
 
 The advice is one slice in the middle of each structure and an empty slice beyond each of its ends. It follows from the training labels:
-their position, their length, and whether they reach the end of the volume. What end marks gain is in docs/reference/benchmarks.md.
+their position, their length, and whether they reach the end of the volume. What end marks gain is in docs/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The planning rules: pure functions from the fingerprint to a setting and the reason for it. Nothing is read, written or printed.
 
-`decide` applies all of them and returns the plan. The numbers behind the rules are in docs/reference/benchmarks.md; those on slice
+`decide` applies all of them and returns the plan. The numbers behind the rules are in docs/benchmarks.md; those on slice
 spacing and empty slices come from benchmarks/plan_passes.py. Values that training and inference share with estimate.py are defined here.
 """
 
@@ -54,7 +54,7 @@ AS_STORED = "native slice spacing is kept, so each annotated slice maps to one n
 MAX_COUNTED_CASES = 20  # more training cases do not add steps
 MAX_CASES_WITHOUT_ADDING = 2  # a label U-Net trained on so few cases adds false structures
 ANISOTROPY_RATIO = 1.5  # an axis is coarse when its spacing is this many times that of the next
-OVERLAP_MARGIN = 0.03  # differences in adjacent-slice overlap below this are ignored, see docs/decisions.md
+OVERLAP_MARGIN = 0.03  # differences in adjacent-slice overlap below this are ignored, see docs/experiments/2026-11-22-slice-axis.md
 MASK_STRIDE = 4  # input pixels along the edge of a pixel of the predicted mask
 MAX_VOXELS_PER_MASK_PIXEL = 1.5
 MIN_INPUT_SIZE = 128

@@ -24,7 +24,7 @@ from slmsam2_cli.training.clips import Clips
 
 _ROTATION = math.radians(25)
 _SCALE = (0.75, 1.35)
-_SHIFT = 0.075  # of the frame, to either side; twice as much lost slices (docs/decisions.md)
+_SHIFT = 0.075  # of the frame, to either side; twice as much lost slices (docs/experiments/2026-11-27-augmentation-and-strides.md)
 _DEFORM_PROBABILITY, _BLUR_PROBABILITY, _LOW_RESOLUTION_PROBABILITY = 0.2, 0.2, 0.25
 _DEFORM, _DEFORM_SMOOTHNESS = 0.02, (0.1, 0.135)  # of the frame's area and edge: about 3 px in 96, smooth over a tenth of the frame
 Array = np.ndarray[Any, Any]

@@ -142,7 +142,7 @@ def slice_loss(
 
 
 def object_counts(target: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Count the objects of one slice: all, those present on it, and those whose presence is annotated; (3,)."""
+    """Count the objects of one slice: all, those that are on it, and those for which this is annotated; (3,)."""
     present = (target.flatten(1).amax(dim=1) > 0).float()
     return torch.stack([torch.ones_like(present).sum(), present.sum(), _valid_objects(present, valid).sum()])
 

@@ -41,7 +41,7 @@ from slmsam2_cli.training.state import save_state
 from slmsam2_cli.training.trainable import parameter_groups, prepare
 
 _EMA_DECAY = 0.99
-TEACHER_OBJECT_SCORE_WEIGHT = 3.0  # of the object score where the teacher's is the target; with 1 it drifted (docs/decisions.md)
+TEACHER_OBJECT_SCORE_WEIGHT = 3.0  # of the object score with the teacher as target; 1 let it drift (docs/experiments)
 _CURRICULUM = ((0.2, 2), (0.35, 4))  # fraction of the run up to which clips have at most so many slices
 _BAR_PARTS = 1000
 Track = Callable[[SliceFeatures, MemoryBank, int], SliceOutput]

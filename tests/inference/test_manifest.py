@@ -13,7 +13,7 @@ from slmsam2_cli.io.volume import Grid, Source, Volume
 
 def finished(records, case):
     grid = Grid((1, 2, 2), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), np.eye(3))
-    records.save(case, "key", np.ones((1, 2, 2), np.uint8), Volume(np.zeros((1, 1, 2, 2)), grid, Source(".nii", ".nii")), {})
+    records.save_mask(case, "key", np.ones((1, 2, 2), np.uint8), Volume(np.zeros((1, 1, 2, 2)), grid, Source(".nii", ".nii")), {})
 
 
 def cases(folder):
