@@ -89,7 +89,7 @@ class SizeOptions:
     """Options of a network size.
 
     native_size: input size that it was designed for. carry_mask: the mask of the previous slice is a dense prompt of the decoder and a
-    residual of its logits (needed to train from random weights in minutes, docs/experiments/2026-11-22-previous-mask.md). refine: whether there is a refiner.
+    residual of its logits (docs/experiments/2026-11-22-previous-mask.md). refine: whether there is a refiner.
     widths: for nano only.
     """
 
