@@ -168,7 +168,8 @@ def _run_training(run: _Run, stop: Callable[[], bool], use_processes: bool) -> N
             row |= {"length": step.length, "clips": step.clips, "learning_rate": step.learning_rate, "clips_per_s": rate}
             run.log.add(row | step.losses)
             position = int(step.done * _PROGRESS_UNITS)
-            advance(position - shown, f"step {step.step}, {step.length} slices, loss {run.log.recent():.3f}, {rate:.1f} clips/s")
+            loss = run.log.recent_loss()
+            advance(position - shown, f"step {step.step}, {step.length} slices, loss {loss:.3f}, {rate:.1f} clips/s")
             shown = position
             if learner.seconds - validated >= 60 * recipe.validation.every_minutes and step.done < 1:
                 _validate(run)
@@ -183,7 +184,7 @@ def _run_training(run: _Run, stop: Callable[[], bool], use_processes: bool) -> N
 def _validate(run: _Run) -> None:
     """Score the averaged weights on the validation clips, log the scores and print them."""
     learner = run.learner
-    scores = score_clips(learner.average, validation_clips(run.recipe, learner.average.device))
+    scores = score_clips(learner.ema, validation_clips(run.recipe, learner.ema.device))
     run.checks.add({"step": learner.step, "seconds": round(learner.seconds, 1)} | asdict(scores))
     run.checks.write()
     console.say(
@@ -208,6 +209,6 @@ def _save_weights(run: _Run) -> None:
         versions={name: version(name) for name in ("torch", "sam2", "numpy")},
     )
     notes = {"recipe": run.recipe.model_dump_json()} | ({"commit": run.commit} if run.commit else {})
-    state = export_state(learner.average, run.recipe.object_score_shift)
+    state = export_state(learner.ema, run.recipe.object_score_shift)
     digest = save_weights(path, state, Header(run.recipe.network, provenance, notes=notes))
     console.say(f"weights: {path} ({learner.step} steps, {learner.seconds:.0f} s, {path.stat().st_size / 1e6:.1f} MB, {digest[:12]})")

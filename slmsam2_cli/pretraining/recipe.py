@@ -89,7 +89,7 @@ class ValidationRecipe(FrozenModel):
     seed: int = Field(default=1_000_003, description="seed of the validation volumes", ge=0, lt=2**32)
 
 
-class LossWeights(FrozenModel):
+class LossRecipe(FrozenModel):
     """Weights of the terms of the loss."""
 
     pixels: float = Field(default=0.3, description="of the cross-entropy, to which inside and outside contribute one half each", ge=0)
@@ -126,7 +126,7 @@ class Recipe(FrozenModel):
     phases: tuple[Phase, ...] = Field(description="schedule, such as single images, short clips, long clips", min_length=1)
     prompts: PromptsRecipe = Field(default_factory=PromptsRecipe, description="prompts on the first slice")
     memory: MemoryReading = Field(description="how memory is read")
-    losses: LossWeights = Field(default=LossWeights(), description="weights of the terms of the loss")
+    losses: LossRecipe = Field(default=LossRecipe(), description="weights of the terms of the loss")
     validation: ValidationRecipe = Field(default_factory=ValidationRecipe, description="validation during the run")
     volumes: VolumesRecipe = Field(default=VolumesRecipe(), description="procedurally generated volumes")
 

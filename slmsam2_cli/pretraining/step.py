@@ -41,8 +41,8 @@ from slmsam2_cli.pretraining.recipe import Recipe
 from slmsam2_cli.pretraining.volumes import ClipShape, draw_clips
 from slmsam2_cli.training.clips import Clips
 from slmsam2_cli.training.learner import means, total_loss
-from slmsam2_cli.training.losses import SliceLoss, Weights, slice_loss
-from slmsam2_cli.training.trainer import followed
+from slmsam2_cli.training.losses import LossWeights, SliceLoss, slice_loss
+from slmsam2_cli.training.trainer import ClipState, track_losses
 
 OBJECT_SCORE_BIAS = "sam_mask_decoder.pred_obj_score_head.layers.2.bias"
 _CLIPS, _VOLUMES, _CHOICES, _PROMPTS = range(4)  # purposes, each with a seed of its own
@@ -130,7 +130,7 @@ def clip_losses(model: SlmSam2, clips: Clips, recipe: Recipe, prompt: PromptKind
     length, choices = len(clips.masks), generators.choices
     set_input_size(model, clips.frames.shape[-1])
     features = model.encode(clips.frames.flatten(0, 1))
-    first, weights, losses = features.at(clips.feature_index(0)), Weights(balanced=True, **recipe.losses.model_dump()), []
+    first, weights, losses = features.at(clips.feature_index(0)), LossWeights(balanced=True, **recipe.losses.model_dump()), []
     if prompt == "mask":
         bank = MemoryBank({0: _remember_mask(model, first, clips, 0)})
     else:
@@ -144,7 +144,7 @@ def clip_losses(model: SlmSam2, clips: Clips, recipe: Recipe, prompt: PromptKind
         until = length - 1
         bank.conditioning[until] = _remember_mask(model, features.at(clips.feature_index(until)), clips, until)
     reader = MemoryReader(model, recipe, clips.slices, choices)
-    return losses + followed(model, clips, features, bank, reader.track, until, weights)
+    return losses + track_losses(model, ClipState(clips, features, bank, reader.track, until), weights)
 
 
 def _segment_from_prompt(

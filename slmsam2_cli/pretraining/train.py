@@ -54,14 +54,14 @@ def new_learner(recipe: Recipe, device: torch.device, start: Checkpoint | None =
     model = build_model(recipe, device)
     if start is not None:
         load_weights(model, start)
-    average = copy_for_ema(model)
+    ema = copy_for_ema(model)
     if recipe.compile and device.type == "cuda":
         for name in _COMPILED:
             getattr(model, name).compile()
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]  # biases, norms, gates
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return Pretrainer(model=model, average=average, optimiser=torch.optim.AdamW(groups, lr=recipe.learning_rate))
+    return Pretrainer(model=model, ema=ema, optimiser=torch.optim.AdamW(groups, lr=recipe.learning_rate))
 
 
 def train(learner: Pretrainer, recipe: Recipe, stop: Callable[[], bool], use_processes: bool = False) -> Iterator[Step]:
