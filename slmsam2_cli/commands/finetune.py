@@ -23,7 +23,7 @@ from slmsam2_cli.dataset.cache import PreparedCase, PreprocessResult, Preprocess
 from slmsam2_cli.dataset.dataset import Dataset, read_dataset
 from slmsam2_cli.device import DeviceName, choose_device, describe, is_out_of_memory
 from slmsam2_cli.errors import DONE, DatasetError, DeviceError, OutputError, PlanError, TrainingError, UsageError
-from slmsam2_cli.inference.load_model import fuser_of, match_fuser, read_split
+from slmsam2_cli.inference.load_model import fuser_of, match_fuser, matching_label_unet, read_split
 from slmsam2_cli.io import atomic
 from slmsam2_cli.model import zoo
 from slmsam2_cli.model.calibration import Calibration
@@ -38,7 +38,6 @@ from slmsam2_cli.training.cross_validation import (
     CrossValidation,
     delete_folds,
     plan_folds,
-    pretrained_label_unet,
     print_validation,
     settings_after_folds,
     validate,
@@ -305,7 +304,7 @@ def _train_on_all(session: _Session, validation: HeldOutResult | None, resume: b
         print_validation(validation, len(used))
         if validation.label_unet is False:
             plan = plan.model_copy(update={"training": plan.training.model_copy(update={"label_unet": False})})
-    pretrained_kept = validation is not None and validation.kept == "pretrained"
+    kept = run.pretrained if validation is not None and validation.kept == "pretrained" else None
     training_data = training_data_of(used, plan)
     training = settings_after_folds(run.plan.training, len(plan_folds(run, used)[0]), validation)
     learner = init_learner(plan, run.pretrained, training_data, session.device)
@@ -314,13 +313,13 @@ def _train_on_all(session: _Session, validation: HeldOutResult | None, resume: b
     if not resume:
         save_state(state, learner, run.digest)
     log = Log(workspace.finetuned / "log.csv", from_step=learner.step)
-    if pretrained_kept:
-        learner.ema.label_unet = pretrained_label_unet(run)
+    if kept is not None:
+        learner.ema.label_unet = matching_label_unet(kept, run.plan)
     elif not stopped():
         _train(learner, training_data, training, session, log, stopped)
     _save(session, learner, validation)
     _write_log(log, run)
-    finished = pretrained_kept or fraction_done(learner, training) >= 1
+    finished = kept is not None or fraction_done(learner, training) >= 1
     if finished and (calibration := _calibrate(learner, used, run.plan, stopped)):
         _save(session, learner, validation, calibration)
     elif stopped() or not finished:

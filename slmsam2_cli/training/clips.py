@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slmsam2_cli.dataset.cache import PreparedCase, check_not_truncated
+from slmsam2_cli.dataset.cache import PreparedCase
 from slmsam2_cli.errors import DatasetError
 from slmsam2_cli.model.roi import mask_box, pad_to_square, roi_around, to_input
 from slmsam2_cli.planning.plan import GeometryPlan
@@ -111,11 +111,6 @@ class ClipSampler:
             self.stacks += strided
         if not self.structures[1]:
             raise DatasetError("no training case holds a labelled structure over at least two slices. Annotate one, or check the labels")
-
-    def check_not_truncated(self) -> None:
-        """Raise ArrayError where a file of a case was cut short since it was opened."""
-        for case in self.cases:
-            check_not_truncated(case)
 
     def choose_windows(self, rng: np.random.Generator, windows: int, length: int) -> WindowChoice:
         """Choose W windows of `length` slices; volumes too short for it shorten all of them."""

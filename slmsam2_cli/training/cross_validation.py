@@ -30,7 +30,6 @@ from slmsam2_cli.inference.propagation import AnnotatedSlice, Propagation, propa
 from slmsam2_cli.inference.segment import remove_loose_parts
 from slmsam2_cli.io import atomic
 from slmsam2_cli.model.checkpoint import HeldOutResult
-from slmsam2_cli.model.label_unet import LabelUNet
 from slmsam2_cli.model.roi import pad_to_square
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import Plan, TrainingPlan, digest_of
@@ -270,11 +269,6 @@ def plan_folds(run: Run, used: Sequence[PreparedCase]) -> tuple[tuple[Fold, ...]
     return make_folds(used, run.plan, training_images_of(run.pretrained)), training
 
 
-def pretrained_label_unet(run: Run) -> LabelUNet | None:
-    """Return the label U-Net of the pretrained model, where it has the same labels."""
-    return matching_label_unet(run.pretrained, run.plan) if run.pretrained is not None else None
-
-
 @dataclass(frozen=True)
 class CrossValidation:
     """Where and how the folds of a run are run. steps_fixed: the user set the number of steps. stopped: whether the user stops the run."""
@@ -350,7 +344,8 @@ def _run_fold(job: CrossValidation, fold: Fold, training: TrainingPlan, record: 
 def _pretrained_score(run: Run, learner: Learner, fold: Fold, plan: Plan) -> float:
     """Score the pretrained model, with its own label U-Net, before the first step."""
     model, new = learner.ema, learner.ema.label_unet
-    own = pretrained_label_unet(run)
+    assert run.pretrained is not None
+    own = matching_label_unet(run.pretrained, plan)
     model.label_unet = own.to(model.device) if own is not None else None
     score = score_fold(model, fold, plan, use_label_prior=own is not None).score
     model.label_unet = new

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from slmsam2_cli.dataset.cache import check_not_truncated
 from slmsam2_cli.errors import TrainingError
 from slmsam2_cli.io.atomic import ArrayError
 from slmsam2_cli.parallel import exit_with_parent
@@ -84,7 +85,8 @@ class BatchDataset(Dataset[Any]):
         windows, clips, slices = self.windows(step, length), [], None
         sampler = self.training_data.clips
         try:
-            sampler.check_not_truncated()
+            for case in sampler.cases:
+                check_not_truncated(case)
             for number in range(self.rank, len(windows.starts), self.count):
                 rng = np.random.default_rng([self.plan.seed, step, _READ, number])
                 clips.append(augment(sampler.read_window(windows, number, rng, TRACKS_PER_CLIP), rng))
