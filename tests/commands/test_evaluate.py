@@ -178,7 +178,7 @@ def test_a_prediction_without_label_is_mentioned(folders, capsys):
 def test_the_manifest_tells_axis_prompts_training_and_model(folders):
     entry = {"array_axis": 0, "annotated_slices": {"1": [2]}, "training": False}
     cases = {"a": entry | {"training": True}, "b": entry}
-    (folders / "masks" / "manifest.json").write_text(json.dumps({"format_version": 1, "model": {"digest": "ab"}, "cases": cases}))
+    (folders / "masks" / "manifest.json").write_text(json.dumps({"format_version": 2, "model": {"digest": "ab"}, "cases": cases}))
     run(folders)
     found = summary(folders / "out")
     assert by_case(found)["b"]["unprompted"]["1"]["Dice"] == pytest.approx(2 * 1 / (3 + 1))
@@ -364,7 +364,7 @@ def test_slices_given_on_another_grid_are_not_taken_for_slices_of_the_label_s(fo
     image.SetOrigin((0, 0, 21))
     sitk.WriteImage(image, str(folders / "masks" / "c.nii.gz"))
     entry = {"array_axis": 0, "annotated_slices": {"1": [6]}}
-    (folders / "masks" / "manifest.json").write_text(json.dumps({"format_version": 1, "cases": dict.fromkeys("abc", entry)}))
+    (folders / "masks" / "manifest.json").write_text(json.dumps({"format_version": 2, "cases": dict.fromkeys("abc", entry)}))
     assert run(folders, options=Options(resample=True)) == 0
     found = by_case(summary(folders / "out"))["c"]
     assert (found["metrics"]["1"]["Dice"], found["unprompted"]["1"]["Dice"]) == (1.0, None)
@@ -393,7 +393,7 @@ def test_slices_given_for_a_label_are_given_for_its_regions(data):
     (data / "dataset.json").write_text(json.dumps(content | {"labels": {"background": 0, "whole": [1, 2]}}))
     space = Workspace.of(data, None)
     cases = {case: {"array_axis": 0, "annotated_slices": {"1": [1], "2": [2]}} for case in "abc"}
-    (space.predictions / "manifest.json").write_text(json.dumps({"format_version": 1, "cases": cases}))
+    (space.predictions / "manifest.json").write_text(json.dumps({"format_version": 2, "cases": cases}))
     evaluate((), None, space, None, dataset=data)
     rest = by_case(summary(space.evaluation))["b"]["unprompted"]["(1, 2)"]
     assert (rest["n_ref"], rest["n_pred"]) == (2 * 16, 0)

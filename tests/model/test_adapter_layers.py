@@ -191,7 +191,7 @@ def test_a_base_trained_on_four_channels_of_a_modality_cannot_be_trained_on_anot
 def test_the_projection_of_the_base_is_trained_further():
     model = reading()
     learned = model.get_parameter(KEY).detach().clone()
-    assert prepare(model, training("adapters"), "MR", 4)[-1].startswith("a new adapter for MR")
+    assert prepare(model, training("adapters"), "MR", 4)[-1].startswith("training a new adapter for MR")
     assert torch.equal(model.get_parameter(KEY), learned) and model.get_parameter(KEY).requires_grad
 
 
@@ -201,7 +201,7 @@ def test_the_projection_of_another_modality_is_kept_with_adapters_and_dropped_by
     prepare(beside, training("adapters"), "PET", 5)
     assert torch.equal(beside.get_parameter(KEY), learned) and not beside.get_parameter(KEY).requires_grad
     assert seen(beside, 5).isfinite().all()
-    assert prepare(full, training("full"), "PET", 5)[0] == "adapters for MR are not carried on"
+    assert prepare(full, training("full"), "PET", 5)[0] == "adapters for MR were dropped"
     assert {name for name in full.state_dict() if name.startswith("adapters.")} == {"adapters.PET.input.weight"}
 
 
