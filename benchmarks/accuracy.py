@@ -1,15 +1,15 @@
-"""What fine-tuning brings: this package against SAM 2 and against SLM-SAM 2 as published, on the same base, volumes and prompts.
+"""Accuracy of fine-tuning: this package against SAM 2 and SLM-SAM 2 as published, with the same weights, volumes and prompts.
 
     python benchmarks/accuracy.py ../shared/data RESULTS.jsonl [--sets Task04_Hippocampus ...] [--arms ours ...] [-n 1 5] [--seeds 0 1]
     python benchmarks/accuracy.py --table RESULTS.jsonl
     python benchmarks/accuracy.py --list
 
-Every run (set, n, seed, arm) learns from the cases that `slmsam2 finetune -n N --seed S` would draw, and segments all others with one
-prompt for each case and label: its middle slice. One line a run is added to RESULTS.jsonl; runs that are there are not made again, so a
-command that was stopped goes on where it was. The base is the packaged nano, planned as `slmsam2 plan` plans (squares twice as
-wide as what is annotated) for every arm. SAM 2 is that network without short memory, reading across the prompt as its predictor
-does (untuned: untuned-fifo); SLM-SAM 2 as published starts from it, its short memory a copy of the long one, joined by a sum. Made-up
-sets (Phantom_MR, Phantom_CT) are drawn again, from a seed of their own.
+Every run (set, n, seed, arm) trains on the cases that `slmsam2 finetune -n N --seed S` selects, and segments all others from one prompt
+per case and label, its middle slice. One line per run is added to RESULTS.jsonl. Runs that it already holds are skipped, so a stopped
+command resumes where it was. All arms start from the bundled nano, with the plan of `slmsam2 plan` (ROI crops twice as wide as the
+annotation). SAM 2 is that network without short memory, whose memory holds both sides of the annotated slice, as its predictor does (not
+fine-tuned: untuned-fifo). SLM-SAM 2 as published starts from it; its short memory is a copy of the long one and is added to it. Phantom_MR
+and Phantom_CT are generated again from a fixed seed.
 """
 
 import argparse
@@ -67,7 +67,7 @@ COLUMNS = (
     "steps",
     "seconds",
     "Dice",
-    "without the given slice",
+    "without the annotated slice",
     "HD95 mm",
     "ASSD mm",
     "false slices",
@@ -78,10 +78,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to come by a model.
+    """One way to train a model.
 
-    network, training: changes of the plan's, as a user would edit it, but steps: times those of the rule; long: start from the base
-    without its short memory; published: by the published recipe; patches: what else is different.
+    network, training: changes of the plan, as a user would edit them, except steps, a factor on the plan's; long: start without the
+    short memory; published: use the published recipe; patches: further changes of the code.
     """
 
     title: str
@@ -92,35 +92,35 @@ class Arm:
     patches: tuple[Callable[[], Any], ...] = ()
 
 
-def remembers_the_truth() -> Any:
-    """Training memory is written with whether the object is really there, not with what the network thinks."""
+def true_object_score_in_memory() -> Any:
+    """Write memory in training with the true object score instead of the predicted one."""
     remember, truth = SlmSam2.remember, dict[str, torch.Tensor]()
 
-    def noted(output: Any, target: torch.Tensor, *rest: Any) -> Any:
+    def loss(output: Any, target: torch.Tensor, *rest: Any) -> Any:
         truth["object_score"] = 20 * (target.flatten(1).amax(dim=1, keepdim=True) > 0).float() - 10
         return slice_loss(output, target, *rest)
 
-    def told(self: SlmSam2, features: Any, output: Any, masks: Any = None) -> Any:
+    def remember_truth(self: SlmSam2, features: Any, output: Any, masks: Any = None) -> Any:
         if self.training and masks is None:
             output = replace(output, object_score=truth["object_score"].to(output.object_score))
         return remember(self, features, output, masks)
 
     patches = contextlib.ExitStack()
-    patches.enter_context(mock.patch.object(trainer, "slice_loss", noted))
-    patches.enter_context(mock.patch.object(SlmSam2, "remember", told))
+    patches.enter_context(mock.patch.object(trainer, "slice_loss", loss))
+    patches.enter_context(mock.patch.object(SlmSam2, "remember", remember_truth))
     return patches
 
 
-def carries_nothing() -> Any:
-    """Show the previous mask to neither decoder nor refiner, but to the teacher, whose object score is the target."""
-    whole, make = SlmSam2.decode_after, trainer._teacher
+def no_previous_mask() -> Any:
+    """Hide the previous mask from decoder and refiner, but not from the teacher, whose object score is the target."""
+    original, make = SlmSam2.decode_after, trainer._teacher
 
     def decode_after(self: SlmSam2, conditioned: Any, features: Any, bank: Any, passed: Any) -> Any:
         return self.decode(conditioned, features.fine, None)
 
     def teacher(model: SlmSam2) -> SlmSam2:
         made = make(model)
-        made.decode_after = MethodType(whole, made)  # type: ignore[method-assign]
+        made.decode_after = MethodType(original, made)  # type: ignore[method-assign]
         return made
 
     patches = contextlib.ExitStack()
@@ -129,17 +129,17 @@ def carries_nothing() -> Any:
     return patches
 
 
-PLAIN = {"label_unet": False, "validation": "none"}  # so that nothing but what is named differs
+PLAIN = {"label_unet": False, "validation": "none"}  # so that arms differ in one thing only
 ARMS = {
-    PLANNED: Arm("nano, untuned"),
-    LONG: Arm("SAM 2's memory, untuned", {"policy": "fifo", "shared_memory": True}, long=True, published=True),
+    PLANNED: Arm("nano, pretrained only"),
+    LONG: Arm("SAM 2's memory, pretrained only", {"policy": "fifo", "shared_memory": True}, long=True, published=True),
     SAM2: Arm("SAM 2, published recipe", {"policy": "fifo", "shared_memory": True}, long=True, published=True),
     SLM: Arm("SLM-SAM 2, as published", {"fuser": "sum", "shared_memory": True}, long=True, published=True),
     FIFO: Arm("SAM 2's memory, our recipe", {"policy": "fifo"}, long=True),
     OURS: Arm("ours"),
-    "plain": Arm("plain: ours without label U-Net and left-out volumes", training=PLAIN),
-    "label_unet": Arm("plain, with label U-Net", training={"validation": "none"}),
-    "object score-truth": Arm("plain, object score learns the truth", training=PLAIN | {"object_score_target": "ground_truth"}),
+    "plain": Arm("plain: ours without label U-Net and cross-validation", training=PLAIN),
+    "label-unet": Arm("plain, with label U-Net", training={"validation": "none"}),
+    "object-score-ground-truth": Arm("plain, object score learns ground truth", training=PLAIN | {"object_score_target": "ground_truth"}),
     "published-clips": Arm(
         "plain, published clips",
         training=PLAIN,
@@ -151,13 +151,13 @@ ARMS = {
         ),
     ),
     "no-strides": Arm(
-        "plain, no slice left out", training=PLAIN, patches=(lambda: mock.patch.object(clips.ClipSampler, "strides", {1: 1.0}),)
+        "plain, no slice skipped", training=PLAIN, patches=(lambda: mock.patch.object(clips.ClipSampler, "strides", {1: 1.0}),)
     ),
     "sum": Arm("plain, summed streams", {"fuser": "sum"}, PLAIN, long=True),
     "fifo": Arm("plain, SAM 2's memory", {"policy": "fifo"}, PLAIN, long=True),
     "selfsort": Arm("plain, self-sorting bank", {"policy": "selfsort"}, PLAIN, long=True),
-    "no-carry": Arm("plain, mask before not shown", training=PLAIN, patches=(carries_nothing,)),
-    "true-object score": Arm("plain, true object score remembered", training=PLAIN, patches=(remembers_the_truth,)),
+    "no-carry": Arm("plain, previous mask not carried", training=PLAIN, patches=(no_previous_mask,)),
+    "true-object-score": Arm("plain, true object score in memory", training=PLAIN, patches=(true_object_score_in_memory,)),
     "frozen-encoder": Arm("plain, encoder frozen", training=PLAIN | {"strategy": "frozen-encoder"}),
     "decoder+memory": Arm("plain, decoder and memory", training=PLAIN | {"strategy": "decoder+memory"}),
     "adapters": Arm("plain, adapters", training=PLAIN | {"strategy": "adapters"}),
@@ -171,7 +171,7 @@ def upwards(runs: Callable[..., list[tuple[int, bool]]]) -> Callable[..., list[t
 
 
 def base_of(arm: Arm, folder: Path) -> tuple[str, Checkpoint]:
-    """What is given as --weights, and the same as read."""
+    """Return the value of --weights, and the weights that it names."""
     base = load_base_weights("auto")
     assert base is not None and base.network is not None and base.provenance is not None
     if not arm.long:
@@ -180,7 +180,7 @@ def base_of(arm: Arm, folder: Path) -> tuple[str, Checkpoint]:
     file = folder / "long-memory.safetensors"
     network = base.network.model_copy(
         update={"policy": "fifo", "shared_memory": arm.network.get("shared_memory", False)}
-    )  # untuned: as it is
+    )  # as SAM 2's predictor, also without fine-tuning
     save_weights(file, state, Header(network, base.provenance))
     found = load_base_weights(str(file))
     assert found is not None
@@ -188,7 +188,7 @@ def base_of(arm: Arm, folder: Path) -> tuple[str, Checkpoint]:
 
 
 def plan_of(root: Path, arm: Arm, base: Checkpoint) -> Plan:
-    """As planned, but for what the arm changes."""
+    """Return the plan of a data set with the changes of an arm."""
     fingerprint, _ = measure_dataset(read_dataset(root))
     plan = decide(fingerprint, "nano")
     assert base.network is not None
@@ -198,13 +198,13 @@ def plan_of(root: Path, arm: Arm, base: Checkpoint) -> Plan:
             "training": plan.training.model_copy(update={k: v for k, v in arm.training.items() if k != "steps"}),
         }
     )
-    if arm.published:  # as its predictor does
+    if arm.published:  # as SAM 2's predictor
         plan = plan.model_copy(update={"inference": plan.inference.model_copy(update={"max_empty_slices": None})})
     return plan
 
 
 def run(root: Path, arm: Arm, count: int, seed: int) -> Row:
-    """One model and its scores."""
+    """Train one model, predict, and return steps, seconds and scores."""
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as patched:
         for patch in arm.patches:
             patched.enter_context(patch())
@@ -218,19 +218,19 @@ def run(root: Path, arm: Arm, count: int, seed: int) -> Row:
             predict(None, folder / "masks", dataset=root, workspace=space, weights=weights, report=False)
         elif arm.published:
             cases = prepare_all(data, PreprocessSettings(plan.geometry, plan.intensity), space.prepared).cases
-            picked = picked_of(
+            selected = selected_cases(
                 [case.id for case in cases if case.labels is not None and len(case.labels) > 1 and case.labels.any()], count, seed
             )
-            held_out = [case.id for case in cases if case.id not in picked]
+            held_out = [case.id for case in cases if case.id not in selected]
             model = SlmSam2(plan.network, plan.geometry.input_size)
             load_weights(model, base)
-            steps = published.train(model, [case for case in cases if case.id in picked], plan, seed)
-            keep(space, model, plan, picked, held_out)
+            steps = published.train(model, [case for case in cases if case.id in selected], plan, seed)
+            save(space, model, plan, selected, held_out)
         else:
-            asked = round(arm.training["steps"] * training_for(plan, count).steps) if "steps" in arm.training else None
-            finetune(root, space, cases=count, weights=weights, seed=seed, steps=asked)
-            learned = read_checkpoint(space.model).provenance
-            steps = learned.steps if learned is not None else 0
+            limit = round(arm.training["steps"] * training_for(plan, count).steps) if "steps" in arm.training else None
+            finetune(root, space, cases=count, weights=weights, seed=seed, steps=limit)
+            provenance = read_checkpoint(space.model).provenance
+            steps = provenance.steps if provenance is not None else 0
             split: Any = atomic.read_json(space.split, "split")
             held_out = split["held_out"]
         seconds = time.perf_counter() - started
@@ -239,25 +239,25 @@ def run(root: Path, arm: Arm, count: int, seed: int) -> Row:
         return {"steps": steps, "seconds": round(seconds, 1) if count else 0, "scores": list(scores(root, folder / "masks", held_out))}
 
 
-def picked_of(ids: Sequence[str], count: int, seed: int) -> set[str]:
-    """As `slmsam2 finetune` draws them."""
+def selected_cases(ids: Sequence[str], count: int, seed: int) -> set[str]:
+    """Return the cases that `slmsam2 finetune` would select."""
     usable = sorted(ids)
     order = np.random.default_rng(seed).permutation(len(usable))
     return {usable[i] for i in order[:count]}
 
 
-def keep(space: Workspace, model: SlmSam2, plan: Plan, picked: set[str], held_out: list[str]) -> None:
-    provenance = Provenance(pretrained="nano", training=tuple(sorted(picked)))
+def save(space: Workspace, model: SlmSam2, plan: Plan, selected: set[str], held_out: list[str]) -> None:
+    provenance = Provenance(pretrained="nano", training=tuple(sorted(selected)))
     save_checkpoint(space.model, model, plan, provenance)
-    atomic.write_json(space.split, {"training": sorted(picked), "held_out": held_out, "skipped": [], "finished": True})
+    atomic.write_json(space.split, {"training": sorted(selected), "held_out": held_out, "skipped": [], "finished": True})
 
 
 def scores(root: Path, masks: Path, held_out: Sequence[str]) -> Iterator[Row]:
-    """Of every held-out case and label that it holds; `rest`: without the given slice."""
+    """Score every held-out case and label that it holds. `rest`: Dice without the annotated slice."""
     data: Any = read_dataset(root)
-    accounts: Any = json.loads((masks / "manifest.json").read_text(encoding="utf-8"))["cases"]
+    manifest: Any = json.loads((masks / "manifest.json").read_text(encoding="utf-8"))["cases"]
     for case in (case for case in data.training if case.id in held_out):
-        metadata = accounts[case.id]
+        metadata = manifest[case.id]
         truth = read_labels(case.label, case=case.id, root=data.root)
         found = read_labels(masks / metadata["output"], case=case.id, root=masks).voxels
         for value in data.labels:
@@ -285,9 +285,9 @@ def read(results: Path) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One block for each set and n: means over labels of means over cases; differences are paired by case.
+    """Return one block per set and n: means over cases, then over labels; differences are paired by case.
 
-    First the arms that are compared, against SAM 2; then those that differ from the plain one in one thing each, against it.
+    First the main arms, against SAM 2; then the arms that differ from the plain one in one thing, against that.
     """
     lines = []
     for compared, against in ((COMPARED, SAM2), ([arm for arm in ARMS if arm not in (*UNTUNED, *COMPARED)], PLAIN_ARM)):
@@ -298,7 +298,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def block(title: str, found: dict[str, list[Row]], rows: Sequence[Row], against: str) -> list[str]:
-    """One table, over the seeds that all of its arms have."""
+    """Return one table over the seeds that all of its arms have."""
     if not found:
         return []
     seeds = set.intersection(*({row["seed"] for row in own} for own in found.values()))
@@ -325,11 +325,11 @@ def block(title: str, found: dict[str, list[Row]], rows: Sequence[Row], against:
 
 
 def overall(rows: Sequence[Row]) -> list[str]:
-    """Differences of the arms, mean over the sets that have both, over the seeds that both have.
+    """Return differences of the arms: means over the sets and seeds that both arms have.
 
-    Intervals: patients drawn again, with what every set holds of them; the same sarcomas were scanned in CT and in MR.
+    Intervals resample patients together with all of their scans, because the same sarcomas were scanned in CT and in MR.
     """
-    lines = ["| n | arm | against | sets | Dice (95 %) | false slices, times as many |", "|---|---|---|---|---|---|"]
+    lines = ["| n | arm | against | sets | Dice (95 %) | ratio of false slices |", "|---|---|---|---|---|---|"]
     for count in sorted({row["n"] for row in rows if row["n"]}):
         for arm, other in ((OURS, SAM2), (OURS, SLM), (OURS, FIFO), (SLM, SAM2), (FIFO, SAM2)):
             gains: list[dict[str, float]] = []
@@ -362,8 +362,8 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=[*UNTUNED, SAM2, SLM, FIFO, OURS], choices=list(ARMS))
     parser.add_argument("-n", "--cases", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--table", type=Path, help="only print the table of a file of results")
-    parser.add_argument("--list", action="store_true", help="only name the arms")
+    parser.add_argument("--table", type=Path, help="print the tables of a file of results and exit")
+    parser.add_argument("--list", action="store_true", help="list the arms and exit")
     options = parser.parse_args()
     if options.list:
         print("\n".join(f"{name}: {arm.title}" for name, arm in ARMS.items()))
@@ -372,7 +372,7 @@ def main() -> None:
         print(table(read(options.table)))
         return
     if options.data is None or options.results is None:
-        parser.error("name the folder of data sets and the file of results")
+        parser.error("DATA and RESULTS are required")
     wanted = [(s, n, seed, arm) for seed in options.seeds for s in options.sets for n in options.cases for arm in options.arms]
     with tempfile.TemporaryDirectory() as folder:
         roots = {name: dataset_of(options.data, name, Path(folder)) for name in options.sets}

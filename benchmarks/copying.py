@@ -1,10 +1,10 @@
-"""What propagation is worth: the tuned model against copying the prompted slice, on the same held-out cases.
+"""Accuracy of propagation: the fine-tuned model against copies of the annotated slice, on the same held-out cases.
 
     python benchmarks/copying.py DATASET [-w WORKSPACE]
 
-Run slmsam2 finetune and slmsam2 predict first (inside the data set, so that predictions lie in the workspace). The
-prompted slices are those of the predictions' manifest. Two copies: to every slice of the volume, and to the structure's
-true extent (an oracle, which knows where it ends). Dice over whole volumes, mean over cases, then over labels.
+Run slmsam2 finetune and slmsam2 predict first (inside the data set, so that predictions are in the workspace). The
+annotated slices are those of the predictions' manifest. The slice is copied to every slice of the volume, and to the true
+extent of the structure (an oracle that knows its ends). Dice of whole volumes, mean over cases, then over labels.
 """
 
 import argparse
@@ -14,18 +14,21 @@ from pathlib import Path
 import numpy as np
 
 from slmsam2_cli.dataset.dataset import read_dataset
+from slmsam2_cli.dataset.masks import bounding_box
 from slmsam2_cli.evaluation.metrics import dice, hd95
 from slmsam2_cli.io.volume import read_labels
 from slmsam2_cli.workspace import Workspace
 
 
 def copies(truth: np.ndarray, slices: list[int], axis: int) -> dict[str, np.ndarray]:
-    """The prompted slice copied to all slices, and to those between the first and the last that hold the label."""
+    """Copy the annotated slice to all slices, and to those between the first and the last slice with the label."""
     stack = np.moveaxis(truth, axis, 0)
-    held = np.flatnonzero(stack.any(axis=(1, 2)))
+    box = bounding_box(stack)
+    assert box is not None
+    (first, stop), *_ = box
     everywhere = np.broadcast_to(stack[slices[0]], stack.shape).copy()
     extent = np.zeros_like(everywhere)
-    extent[held[0] : held[-1] + 1] = stack[slices[0]]
+    extent[first:stop] = stack[slices[0]]
     return {"copy to all slices": np.moveaxis(everywhere, 0, axis), "copy to the true extent (oracle)": np.moveaxis(extent, 0, axis)}
 
 

@@ -1,10 +1,10 @@
-"""What slmsam2 plan foretells of a run's memory and time, against what the run takes.
+"""Memory and time of a run as slmsam2 plan estimates them, against measured values.
 
     python benchmarks/cost.py ../shared/data [--sets Task04_Hippocampus Sarcoma_CT SpinalCord_MRI] [-n 1] [--steps 60]
 
-For every set: slmsam2 plan, then slmsam2 predict on all its cases and slmsam2 finetune -n N, each in a process of its own; peak resident
-memory and seconds by the clock. --steps shortens the tuning; what is estimated is then for so many steps. The pace is tried out once,
-before the first run. Linux only.
+For every set: slmsam2 plan, then slmsam2 predict on all its cases and slmsam2 finetune -n N, each in its own process; peak resident
+memory and wall-clock seconds. --steps shortens fine-tuning; the estimate is then for that number of steps. The speed of this machine is
+measured once, before the first run. Linux only.
 """
 
 import argparse
@@ -29,7 +29,7 @@ SLMSAM2 = str(Path(sys.executable).with_name("slmsam2"))
 
 
 def measured(command: list[str]) -> tuple[float, float]:
-    """(seconds, peak bytes) of a run: a process in between, so that the peak is of this run alone."""
+    """Return seconds and peak bytes of a command; it runs below a process of its own, so that the peak is of this command alone."""
     reading, writing = os.pipe()
     started, child = time.perf_counter(), os.fork()
     if child == 0:
@@ -40,11 +40,11 @@ def measured(command: list[str]) -> tuple[float, float]:
     os.waitpid(child, 0)
     failed, peak = map(int, os.read(reading, 100).split())
     if failed:
-        raise SystemExit(f"{' '.join(command)} ended with {failed}")
+        raise SystemExit(f"{' '.join(command)} failed with exit code {failed}")
     return time.perf_counter() - started, float(peak)
 
 
-def line(name: str, run: str, estimated: Estimate | None, took: tuple[float, float]) -> str:
+def table_row(name: str, run: str, estimated: Estimate | None, took: tuple[float, float]) -> str:
     assert estimated is not None and estimated.seconds is not None
     memory, seconds = estimated.memory_bytes / took[1], estimated.seconds / took[0]
     shown = (
@@ -60,8 +60,8 @@ def main() -> None:
     parser.add_argument("-n", "--cases", type=int, default=1)
     parser.add_argument("--steps", type=int)
     options = parser.parse_args()
-    pace = seconds_per_slice(NetworkPlan(), 128, torch.device("cpu"))
-    print(f"pace: {1000 * pace:.1f} ms a slice\n", flush=True)
+    speed = seconds_per_slice(NetworkPlan(), 128, torch.device("cpu"))
+    print(f"measured speed: {1000 * speed:.1f} ms per slice\n", flush=True)
     print(
         "| set | run | MB estimated | MB taken | ratio | seconds estimated | seconds taken | ratio |\n|---|---|---|---|---|---|---|---|",
         flush=True,
@@ -71,17 +71,19 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             space = Workspace(Path(folder) / "workspace")
             plan(root, space, report=False)
-            settled, fingerprint = read_plan(space.plan), read_fingerprint(space.fingerprint)
+            final_plan, fingerprint = read_plan(space.plan), read_fingerprint(space.fingerprint)
             common = ["-d", str(root), "-w", str(space.root), "--quiet", "--disable-progress"]
             took = measured([SLMSAM2, "predict", "-o", str(Path(folder) / "masks"), "--weights", "nano", "--no-report", *common])
             count = len(fingerprint.cases)
-            print(line(name, f"predict {count} volumes", estimate_prediction(settled, fingerprint.cases, pace), took), flush=True)
+            print(table_row(name, f"predict {count} volumes", estimate_prediction(final_plan, fingerprint.cases, speed), took), flush=True)
             steps = ["--steps", str(options.steps)] if options.steps else []
             took = measured([SLMSAM2, "finetune", "-n", str(options.cases), "--weights", "nano", *steps, *common])
-            if options.steps:  # as an edit, which is estimated by its own steps
-                settled = settled.model_copy(update={"training": settled.training.model_copy(update={"steps": options.steps})})
-            tuning = estimate_finetuning(settled, fingerprint, options.cases, pace)
-            print(line(name, f"finetune -n {options.cases}{f', {options.steps} steps' * bool(options.steps)}", tuning, took), flush=True)
+            if options.steps:  # as a manual edit of the plan
+                final_plan = final_plan.model_copy(update={"training": final_plan.training.model_copy(update={"steps": options.steps})})
+            tuning = estimate_finetuning(final_plan, fingerprint, options.cases, speed)
+            print(
+                table_row(name, f"finetune -n {options.cases}{f', {options.steps} steps' * bool(options.steps)}", tuning, took), flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""How long `slmsam2 evaluate` takes on large cases, from the start of the process to its end, and how much memory it holds.
+"""Time and memory of `slmsam2 evaluate` on large cases, from the start of the process to its end.
 
     python benchmarks/evaluate.py [--cases 20] [--repeats 5] [--workers N]
 
-Makes livers of 1.5 litres in 512 x 512 x 120 voxels and predictions of them, as .nii.gz, in a temporary folder; then runs the
-command, before each run a plain gunzip of the same files for comparison (the bytes that must be read). Memory is the resident
-size added up over all processes every 10 ms (pages that processes share count several times), and processor seconds are those of all of
-them when last seen. Linux only.
+Generates livers of 1.5 litres in 512 × 512 × 120 voxels and predictions of them, as .nii.gz, in a temporary folder. Then runs the
+command, and before each run a gunzip of the same files for comparison (the bytes that must be read). Memory is the resident size added up
+over all processes every 10 ms, so shared pages count more than once. Processor seconds are the last values of all processes. Linux only.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ SLMSAM2 = str(Path(sys.executable).with_name("slmsam2"))
 
 
 def make(folder: Path, cases: int) -> None:
-    """labels/ and predictions/ with `cases` pairs, uint8, compressed as most tools do."""
+    """Write labels/ and predictions/ with `cases` pairs, uint8, with the usual compression."""
     affine = np.diag([*LIVER.spacing_mm[::-1], 1.0])
     for seed in range(cases):
         for name, mask in zip(("labels", "predictions"), pair(LIVER, seed)):
@@ -41,49 +40,49 @@ def make(folder: Path, cases: int) -> None:
 
 
 def gunzip(folder: Path) -> tuple[float, int, int]:
-    """Seconds, compressed and decompressed bytes of reading every file once, checksums included, in one process."""
-    started, packed, plain = time.perf_counter(), 0, 0
+    """Read every file once with its checksum, in one process. Return seconds, compressed bytes and decompressed bytes."""
+    started, compressed, decompressed = time.perf_counter(), 0, 0
     for path in sorted(folder.glob("*/*.nii.gz")):
         data = path.read_bytes()
-        packed, plain = packed + len(data), plain + len(zlib.decompress(data, 31))
-    return time.perf_counter() - started, packed, plain
+        compressed, decompressed = compressed + len(data), decompressed + len(zlib.decompress(data, 31))
+    return time.perf_counter() - started, compressed, decompressed
 
 
 def evaluate(folder: Path, out: Path, options: list[str]) -> tuple[float, float, float]:
-    """(seconds, seconds of all processors, MB at the peak) of one run."""
+    """Run the command. Return wall-clock seconds, processor seconds and peak memory in MB."""
     started = time.perf_counter()
     command = [SLMSAM2, "evaluate", "-p", str(folder / "predictions"), "-g", str(folder / "labels"), "-o", str(out), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    seen = Seen()
-    watcher = threading.Thread(target=_watch, args=(process, seen))
+    usage = Usage()
+    watcher = threading.Thread(target=_watch, args=(process, usage))
     watcher.start()
-    _, said = process.communicate()
+    _, stderr = process.communicate()
     seconds = time.perf_counter() - started
     watcher.join()
     if process.returncode:
-        raise SystemExit(said)
-    return seconds, sum(seen.ticks.values()) / os.sysconf("SC_CLK_TCK"), seen.peak / 1e6
+        raise SystemExit(stderr)
+    return seconds, sum(usage.ticks.values()) / os.sysconf("SC_CLK_TCK"), usage.peak / 1e6
 
 
 @dataclass
-class Seen:
-    """What a look every 10 ms finds of a process and everything it started. peak: bytes; ticks: of the processor, by process."""
+class Usage:
+    """Resources of a process and its children, sampled every 10 ms. peak: bytes; ticks: of the processor, by process."""
 
     peak: int = 0
     ticks: dict[int, int] = field(default_factory=dict)
 
 
-def _watch(process: subprocess.Popen[str], seen: Seen) -> None:
+def _watch(process: subprocess.Popen[str], usage: Usage) -> None:
     while process.poll() is None:
         family = _family(process.pid)
-        seen.peak = max(seen.peak, sum(map(_resident, family)))
+        usage.peak = max(usage.peak, sum(map(_resident, family)))
         for pid in family:
-            seen.ticks[pid] = max(seen.ticks.get(pid, 0), _ticks(pid))
+            usage.ticks[pid] = max(usage.ticks.get(pid, 0), _ticks(pid))
         time.sleep(0.01)
 
 
 def _ticks(pid: int) -> int:
-    """In user and in kernel mode so far; what it waited for is not in it."""
+    """Return the processor ticks of a process so far, in user and in kernel mode."""
     try:
         counts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -92,7 +91,7 @@ def _ticks(pid: int) -> int:
 
 
 def _family(pid: int) -> list[int]:
-    """A process and everything it started."""
+    """Return the ids of a process and of all its children."""
     found = [pid]
     for parent in found:
         try:
@@ -111,13 +110,13 @@ def _resident(pid: int) -> int:
 
 
 def help_text() -> tuple[float, bool]:
-    """(seconds, whether torch was imported) of `slmsam2 evaluate --help`."""
+    """Run `slmsam2 evaluate --help`. Return seconds and whether torch was imported."""
     started = time.perf_counter()
     subprocess.run([SLMSAM2, "evaluate", "--help"], capture_output=True, check=True)
     seconds = time.perf_counter() - started
     traced = [sys.executable, "-X", "importtime", SLMSAM2, "evaluate", "--help"]
-    said = subprocess.run(traced, capture_output=True, text=True, check=True).stderr
-    return seconds, any(line.rpartition("|")[2].strip() == "torch" for line in said.splitlines())
+    stderr = subprocess.run(traced, capture_output=True, text=True, check=True).stderr
+    return seconds, any(line.rpartition("|")[2].strip() == "torch" for line in stderr.splitlines())
 
 
 def main() -> None:
@@ -125,8 +124,8 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int)
-    parser.add_argument("--no-report", action="store_true", help="Numbers and tables only, no page with pictures.")
-    parser.add_argument("--data", type=Path, help="Keep the data in this folder, and use what is there already.")
+    parser.add_argument("--no-report", action="store_true", help="Write numbers and tables only, no page.")
+    parser.add_argument("--data", type=Path, help="Keep the data in this folder, and reuse data that it holds.")
     options = parser.parse_args()
     passed = [] if options.workers is None else ["--workers", str(options.workers)]
     passed += ["--no-report"] * options.no_report
@@ -142,7 +141,7 @@ def main() -> None:
     seconds, worked, megabytes = zip(*runs)
     floor = statistics.median(f[0] for f in floors)
     wall = statistics.median(seconds)
-    print(f"| {options.cases} cases of 512x512x120, {len(os.sched_getaffinity(0))} cores, {options.repeats} runs | median | worst |")
+    print(f"| {options.cases} cases of 512 × 512 × 120, {len(os.sched_getaffinity(0))} cores, {options.repeats} runs | median | worst |")
     print("|---|---|---|")
     print(f"| `slmsam2 evaluate{' --no-report' * options.no_report}`, wall s | {wall:.2f} | {max(seconds):.2f} |")
     print(f"| the same, processor s | {statistics.median(worked):.2f} | {max(worked):.2f} |")

@@ -1,20 +1,20 @@
-"""Measuring a data set, ours against nnU-Net's: megabytes of voxels a second, and memory.
+"""Speed and memory of measuring a data set, ours against nnU-Net's, in megabytes of voxels per second.
 
     python -m venv nnunet && PIP_CONSTRAINT=constraints.txt nnunet/bin/pip install nnunetv2 torch==2.13.0
     python benchmarks/fingerprint.py ../shared/data/Task04_Hippocampus ... --nnunet nnunet/bin [--repeats 5] [--processes 2]
     python benchmarks/fingerprint.py --memory 1000 [--nnunet nnunet/bin]
 
-Megabytes are those of the images' voxels as stored, uncompressed. Each tool runs in processes of its own, in turn, with the same
-number of workers; medians. Three times are taken:
+Megabytes are those of the images' voxels as stored, uncompressed. Each tool runs in its own processes, alternating, with the same
+number of workers. All values are medians. Three times are measured:
 
-whole command        from the start of the interpreter to its end: nnUNetv2_extract_fingerprint --clean, and what slmsam2 plan does up to
+whole command        from the start of the interpreter to its end: nnUNetv2_extract_fingerprint --clean, and slmsam2 plan up to
                      the file fingerprint.json
-inside               within it, DatasetFingerprintExtractor.run and measure(): without the interpreter's own start, with that of workers
-cases, one process   every case in turn, everything loaded beforehand: DatasetFingerprintExtractor.analyze_case and measure_case
+inside               DatasetFingerprintExtractor.run and measure(): without the start of the interpreter, with that of workers
+cases, one process   every case in turn, with everything loaded before: DatasetFingerprintExtractor.analyze_case and measure_case
 
-We measure more: labels along three axes, the whole image's grey values, exact percentiles. nnU-Net draws 100 million foreground voxels.
---memory N: the peak of a process that measures one case of 512 x 512 x N voxels with a mask, beyond what it held when all was loaded.
-Without --nnunet ours runs alone. nnU-Net gets the data set through links, as it wants it; a 4-D image cannot be given to it so.
+Ours measures more: labels along three axes, the intensities of the whole image, exact percentiles. nnU-Net samples 100 million foreground
+voxels. --memory N: peak memory of a process that measures one case of 512 × 512 × N voxels with a mask, beyond what it had loaded.
+Without --nnunet ours runs alone. nnU-Net gets the data set as links in its own layout, which is not possible for 4-D images.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ else:
     found["peak"] = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held)
 print(json.dumps(found))
 """
-Tool = Callable[[str], tuple[float, dict[str, float]]]  # "command" or "cases" -> (seconds of the process, what it says of itself)
+Tool = Callable[[str], tuple[float, dict[str, float]]]  # "command" or "cases" -> (seconds of the process, values that it reports)
 
 
 def child(command: list[str], **environment: str) -> tuple[float, dict[str, float]]:
-    """A process from its start to its end, with one thread for each of its own processes."""
+    """Run a command with one thread per process. Return its seconds and the JSON object of its last line."""
     started = time.perf_counter()
     done = subprocess.run(command, env=os.environ | environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     seconds = time.perf_counter() - started
@@ -107,7 +107,7 @@ def ours(root: Path, folder: Path, processes: int) -> Tool:
 
 
 def nnunet(python: Path, data: Dataset, folder: Path, processes: int) -> Tool:
-    """nnU-Net's Python, on the data set as links in its own layout."""
+    """Return nnU-Net as a tool, with the data set as links in its own layout."""
     raw = folder / "Dataset001_Linked"
     for name in ("imagesTr", "labelsTr"):
         (raw / name).mkdir(parents=True)
@@ -127,28 +127,28 @@ def nnunet(python: Path, data: Dataset, folder: Path, processes: int) -> Tool:
 
 
 def stored_bytes(data: Dataset) -> int:
-    """Of the images' voxels, uncompressed."""
+    """Return the bytes of the images' voxels, uncompressed."""
     headers = [nibabel.load(image).header for case in data.training for image in case.images]
     return sum(int(np.prod(header.get_data_shape())) * header.get_data_dtype().itemsize for header in headers)
 
 
 def seconds(tools: dict[str, Tool], repeats: int) -> dict[str, dict[str, float]]:
-    """Tool -> what was timed -> median. The tools take turns, and who begins changes; the first round only warms up."""
+    """Return tool -> time -> median. Tools alternate in changing order; the first round is a warm-up."""
     taken: dict[str, dict[str, list[float]]] = {name: {"whole command": [], "inside": [], "cases, one process": []} for name in tools}
     for repeat in range(repeats + 1):
         for what in ("command", "cases"):
             for name in list(tools)[:: 1 if repeat % 2 else -1]:
-                whole, said = tools[name](what)
+                whole, reported = tools[name](what)
                 if repeat and what == "command":
                     taken[name]["whole command"].append(whole)
-                    taken[name]["inside"].append(said["inside"])
+                    taken[name]["inside"].append(reported["inside"])
                 elif repeat:
-                    taken[name]["cases, one process"].append(said["inside"])
+                    taken[name]["cases, one process"].append(reported["inside"])
     return {name: {what: statistics.median(found) for what, found in times.items()} for name, times in taken.items()}
 
 
 def speed_rows(root: Path, options: argparse.Namespace) -> Iterator[str]:
-    """One data set's rows of the table."""
+    """Yield the rows of one data set."""
     data, megabytes = read_dataset(root), stored_bytes(read_dataset(root)) / 1e6
     with tempfile.TemporaryDirectory() as folder:
         tools = {"ours": ours(root, Path(folder, "ours"), options.processes)}
@@ -165,7 +165,7 @@ def speed_rows(root: Path, options: argparse.Namespace) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to store an image: NIfTI's code, slope and offset of the values."""
+    """How an image is stored: NIfTI's data type code, slope and offset of the values."""
 
     name: str
     dtype: str
@@ -178,7 +178,7 @@ KINDS = (Kind("int16", "<i2", 4, 1, 0), Kind("int16, scaled by 0.5", "<i2", 4, 0
 
 
 def write_case(root: Path, kind: Kind, slices: int) -> int:
-    """A data set of one case, a noisy body with two organs in air, uncompressed, written a slice at a time. Its bytes."""
+    """Write a data set of one case, a noisy body with two organs in air, uncompressed, slice by slice. Return its bytes."""
     y, x = np.mgrid[:512, :512]
     body, organ = (y - 256) ** 2 + (x - 256) ** 2 < 180**2, (y - 200) ** 2 + (x - 200) ** 2 < 60**2
     noise = np.random.default_rng(0).normal(0, 300, (512, 512))
@@ -216,7 +216,7 @@ def write_case(root: Path, kind: Kind, slices: int) -> int:
 
 
 def memory_rows(slices: int, python: Path | None) -> Iterator[str]:
-    """One kind of image's row of the table."""
+    """Yield one row per kind of image."""
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as folder:
             size = write_case(Path(folder, "data"), kind, slices)
@@ -229,7 +229,7 @@ def memory_rows(slices: int, python: Path | None) -> Iterator[str]:
 
 
 def python_of(path: Path) -> Path:
-    """The interpreter: the path itself, or the one in the folder."""
+    """Return the interpreter: the path itself, or `python` in that folder."""
     return path / "python" if path.is_dir() else path
 
 
@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("--memory", type=int, metavar="SLICES")
     options = parser.parse_args()
     if not options.nnunet:
-        print("nnU-Net is not given (--nnunet): ours alone")
+        print("no --nnunet: ours alone")
     if options.datasets:
         print(f"\n{options.processes} workers, medians of {options.repeats}\n")
         print("| data set | | ours, MB/s | ours as it chooses, MB/s | nnU-Net, MB/s | ours is faster by |\n|---|---|---|---|---|---|")
@@ -250,8 +250,8 @@ def main() -> None:
             for row in speed_rows(root, options):
                 print(row, flush=True)
     if options.memory:
-        print("\npeak of one case beyond what was loaded, and as a multiple of the case as stored\n")
-        print(f"| 512 x 512 x {options.memory} | ours | | nnU-Net | |\n|---|---|---|---|---|")
+        print("\npeak memory of one case beyond what was loaded, and as a multiple of the case as stored\n")
+        print(f"| 512 × 512 × {options.memory} | ours | | nnU-Net | |\n|---|---|---|---|---|")
         for row in memory_rows(options.memory, options.nnunet):
             print(row, flush=True)
 

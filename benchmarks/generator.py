@@ -1,11 +1,11 @@
-"""How fast procedurally generated volumes are drawn, what is in them, and what they look like.
+"""Speed of the generator of procedural volumes, statistics of its volumes, and a picture of them.
 
     python benchmarks/generator.py [--threads 1] [--repeats 5] [--device cpu] [--statistics] [--picture docs/images/procedural.png]
 
-Speed: windows per second at clips of 1, 3 and 8 slices, 128 and 256 px, as many windows per call as training asks for, two
-tracks each; lengths take turns, medians over the repeats. Also per second of processor time, which neighbours on the machine
-disturb less. Statistics: copying a mask to its neighbours, absent slices, ends and sizes, over many clips of 8 slices.
-Picture: six slices of each window, the followed structures outlined.
+Speed: windows per second for clips of 1, 3 and 8 slices at 128 and 256 px, with as many windows per call as in training, two tracks
+each. Lengths alternate; medians over the repeats. Also per second of processor time, which other programs disturb less.
+Statistics: Dice of copying a mask to other slices, slices without the structure, ends and sizes, over many clips of 8 slices.
+Picture: six slices of each window, with the tracked structures outlined.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
-from slmsam2_cli.pretraining.volumes import VolumesRecipe, draw_clips
+from slmsam2_cli.dataset.masks import dice
+from slmsam2_cli.pretraining.volumes import ClipShape, VolumesRecipe, draw_clips
 from slmsam2_cli.training.clips import Clips
 
 SETTINGS = [(length, windows, px) for px in (128, 256) for length, windows in ((1, 24), (3, 21), (8, 8))]
@@ -35,7 +36,7 @@ def speed(device: torch.device, repeats: int) -> None:
     for repeat in range(repeats + 1):
         for length, windows, px in SETTINGS:
             wall, cpu = time.perf_counter(), time.process_time()
-            draw_clips(recipe, rng, windows, length, TRACKS * windows, px, device)
+            draw_clips(recipe, rng, ClipShape(windows, length, TRACKS * windows, px), device)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if repeat:  # the first round warms up
@@ -47,14 +48,14 @@ def speed(device: torch.device, repeats: int) -> None:
 
 
 def copy_dice(masks: Tensor, distance: int) -> Tensor:
-    """Dice of every mask with the one `distance` slices on, where both are there. masks (T, M, px, px)."""
+    """Compute the Dice of every mask with the one `distance` slices further, where neither is empty. masks (T, M, px, px)."""
     first, second = masks[:-distance].flatten(2), masks[distance:].flatten(2)
     both = first.any(2) & second.any(2)
-    return (2 * (first * second).sum(2) / (first.sum(2) + second.sum(2)))[both]
+    return dice((first * second).sum(2), first.sum(2), second.sum(2))[both]
 
 
 def sides(masks: Tensor) -> Tensor:
-    """Longest side of the box around each of (M, px, px) masks, frame widths."""
+    """Compute the longest side of the box around each of (M, px, px) masks, in image widths."""
     spans = []
     for axis in (1, 2):
         held = masks.any(axis)
@@ -65,11 +66,11 @@ def sides(masks: Tensor) -> Tensor:
 
 
 def contrast(clips: Clips) -> Tensor:
-    """(M,): grey value of each track's first mask less that of the five pixels around it."""
+    """Compute the difference in intensity between each track's first mask and the five pixels around it, (M,)."""
     mask = clips.masks[0]
-    rim = max_pool2d(mask, 11, 1, 5) - mask
-    seen = clips.frames[torch.where(clips.reverse, len(clips.frames) - 1, 0), clips.window, :1]
-    inside, around = ((seen * part).sum((1, 2, 3)) / part.sum((1, 2, 3)) for part in (mask, rim))
+    surroundings = max_pool2d(mask, 11, 1, 5) - mask
+    frames = clips.frames[torch.where(clips.reverse, len(clips.frames) - 1, 0), clips.window, :1]
+    inside, around = ((frames * part).sum((1, 2, 3)) / part.sum((1, 2, 3)) for part in (mask, surroundings))
     return (inside - around).abs()
 
 
@@ -78,10 +79,10 @@ def quantiles(values: Tensor) -> str:
     return f"{values.mean():.2f} | {low:.2f} | {middle:.2f} | {high:.2f}"
 
 
-def census(calls: int, px: int) -> None:
-    """Print what `calls` draws of 8 windows hold."""
+def print_statistics(calls: int, px: int) -> None:
+    """Print statistics of `calls` draws of 8 windows."""
     rng, recipe = torch.Generator().manual_seed(1), VolumesRecipe()
-    drawn = [draw_clips(recipe, rng, 8, 8, 8 * TRACKS, px) for _ in range(calls)]
+    drawn = [draw_clips(recipe, rng, ClipShape(8, 8, 8 * TRACKS, px)) for _ in range(calls)]
     masks = [clips.masks[:, :, 0].bool() for clips in drawn]
     there = torch.cat([m.flatten(2).any(2) for m in masks], 1)
     print(f"{there.shape[1]} tracks in {8 * calls} windows of 8 slices at {px} px", end="\n\n")
@@ -91,7 +92,7 @@ def census(calls: int, px: int) -> None:
     size = torch.cat([sides(m[0]) for m in masks])
     for low, high in ((0.0, 0.1), (0.1, 0.3), (0.3, 1.0)):
         sized = torch.cat([copy_dice(m[:, (low < sides(m[0])) & (sides(m[0]) <= high)].float(), 1) for m in masks])
-        print(f"| the same at distance 1, {100 * low:.0f}-{100 * high:.0f} % of the frame | {quantiles(sized)} |")
+        print(f"| the same at distance 1, {100 * low:.0f}-{100 * high:.0f} % of the image | {quantiles(sized)} |")
     print(f"| contrast with the surroundings | {quantiles(torch.cat([contrast(clips) for clips in drawn]))} |")
     counts = torch.histogram(size, torch.tensor(SIZES)).hist / len(size)
     returns = (there[1:] & ~there[:-1]).any(0)
@@ -99,7 +100,7 @@ def census(calls: int, px: int) -> None:
         "slices without the tracked structure": ~there,
         "first slice after the last": there[:-1] & ~there[1:],
         "tracks whose structure ends within the clip": ~there[-1],
-        "tracks whose structure is on the first slice alone": ~there[1:].any(0),
+        "tracks whose structure is on the first slice only": ~there[1:].any(0),
         "tracks whose structure comes back": returns,
         "tracks from the last slice": torch.cat([clips.reverse for clips in drawn]),
     }
@@ -107,12 +108,12 @@ def census(calls: int, px: int) -> None:
     for name, happened in facts.items():
         print(f"| {name} | {100 * happened.float().mean():.0f} % |")
     spans = [f"{100 * low:.0f}-{min(100 * high, 100):.0f} %" for low, high in pairwise(SIZES)]
-    print("\n| longest side, of the frame | " + " | ".join(spans) + " |\n" + "|---" * len(SIZES) + "|")
+    print("\n| longest side, of the image | " + " | ".join(spans) + " |\n" + "|---" * len(SIZES) + "|")
     print("| share of tracks | " + " | ".join(f"{100 * count:.0f} %" for count in counts) + " |")
 
 
 def outlined(clips: Clips, window: int, px: int) -> Tensor:
-    """Six slices of one window, made smaller, with its tracks' outlines: (px, 6 * px, 3) uint8."""
+    """Return six slices of one window, resized, with its tracks outlined: (px, 6 * px, 3) uint8."""
     shown = [0, 1, 3, 4, 6, 7]
     strip = interpolate(clips.frames[shown, window], (px, px), mode="area").mul(255).to(torch.uint8).permute(0, 2, 3, 1).clone()
     for n, m in enumerate((clips.window == window).nonzero()[:, 0].tolist()):
@@ -122,8 +123,8 @@ def outlined(clips: Clips, window: int, px: int) -> Tensor:
 
 
 def picture(path: Path, windows: int, seed: int, px: int) -> None:
-    """A sheet of clips of 8 slices, two windows a row."""
-    clips = draw_clips(VolumesRecipe(), torch.Generator().manual_seed(seed), windows, 8, 3 * windows, 128)
+    """Save a contact sheet of clips of 8 slices, two windows per row."""
+    clips = draw_clips(VolumesRecipe(), torch.Generator().manual_seed(seed), ClipShape(windows, 8, 3 * windows, 128))
     strips = [outlined(clips, window, px) for window in range(windows)]
     gap = torch.full((px, 6, 3), 255, dtype=torch.uint8)
     rows = [torch.cat([left, gap, right], 1) for left, right in zip(strips[::2], strips[1::2])]
@@ -136,7 +137,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--statistics", type=int, metavar="CALLS", help="count what is in so many calls of 8 windows")
+    parser.add_argument("--statistics", type=int, metavar="CALLS", help="print statistics of this many calls of 8 windows")
     parser.add_argument("--picture", type=Path, metavar="FILE")
     parser.add_argument("--windows", type=int, default=16, help="windows in the picture, an even number")
     parser.add_argument("--seed", type=int, default=0, help="of the picture")
@@ -144,7 +145,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.statistics:
-        census(options.statistics, 128)
+        print_statistics(options.statistics, 128)
     if options.picture:
         picture(options.picture, options.windows, options.seed, options.px)
     if not options.statistics and not options.picture:

@@ -1,10 +1,10 @@
-"""Whether a fine-tuning run that is killed again and again ends with the same bits as one that is left alone.
+"""Check that a fine-tuning run that is killed repeatedly ends with the same bits as an uninterrupted one.
 
-    python benchmarks/kills.py [--kills 10] [--seed 0] [--threads 2] [--validation left-out]
+    python benchmarks/kills.py [--kills 10] [--seed 0] [--threads 2] [--validation cross-validation]
 
-Two synthetic phantom, 60 steps, states saved every three seconds; with --validation left-out, short runs that leave one out before that (on
-these volumes they keep the base, so that the 60 steps are not taken). The second run is sent SIGKILL at random moments and goes on with
---continue each time; then the weights of both are compared. Takes four to seven minutes.
+Two synthetic phantoms, 60 steps, a state saved every three seconds. With --validation cross-validation, short runs without one volume come
+first (on these volumes they keep the pretrained weights, so the 60 steps are not run). The second run gets SIGKILL at random times and is
+resumed with --continue each time. Then the weights of both runs are compared. Takes four to seven minutes.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from slmsam2_cli.model.checkpoint import read_checkpoint
 from slmsam2_cli.planning.plan import read_plan, write_plan
 from slmsam2_cli.workspace import Workspace
 
-RUN = "import slmsam2_cli.commands.finetune as stage; stage.SAVE_EVERY_S = 3.0; from slmsam2_cli.cli.app import main; main()"
+RUN = "import slmsam2_cli.commands.finetune as command; command.SAVE_EVERY_S = 3.0; from slmsam2_cli.cli.app import main; main()"
 
 
 def finetune(root: Path, space: Workspace, validation: str, threads: int, *more: str) -> "subprocess.Popen[bytes]":
@@ -47,16 +47,12 @@ def finetune(root: Path, space: Workspace, validation: str, threads: int, *more:
     return subprocess.Popen(line, env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
 
 
-def planned(root: Path, space: Workspace, validation: str) -> None:
+def write_plan_of(root: Path, space: Workspace, validation: str) -> None:
     plan(root, space, report=False)
     decided = read_plan(space.plan)
     training = decided.training.model_copy(update={"validation": validation})
     space.plan.unlink()
     write_plan(space.plan, decided.model_copy(update={"training": training}))
-
-
-def begun(space: Workspace) -> bool:
-    return space.split.exists()
 
 
 def main() -> None:
@@ -71,17 +67,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name) / "Phantoms"
         write_phantom_dataset(root, cases=4, test_cases=0, seed=3, shape=(16, 64, 64))
-        calm, killed = Workspace(Path(name) / "calm"), Workspace(Path(name) / "killed")
-        for space in (calm, killed):
-            planned(root, space, options.validation)
+        uninterrupted, killed = Workspace(Path(name) / "uninterrupted"), Workspace(Path(name) / "killed")
+        for space in (uninterrupted, killed):
+            write_plan_of(root, space, options.validation)
         started = time.monotonic()
-        if finetune(root, calm, options.validation, options.threads).wait():
-            sys.exit("the run that was left alone failed")
+        if finetune(root, uninterrupted, options.validation, options.threads).wait():
+            sys.exit("the uninterrupted run failed")
         took = time.monotonic() - started
-        print(f"left alone: {took:.0f} s", flush=True)
+        print(f"uninterrupted: {took:.0f} s", flush=True)
         kills = 0
         while True:
-            run = finetune(root, killed, options.validation, options.threads, *(["--continue"] if begun(killed) else []))
+            run = finetune(root, killed, options.validation, options.threads, *(["--continue"] if killed.split.exists() else []))
             try:
                 code = run.wait(draw.uniform(2, took / 6) if kills < options.kills else None)
             except subprocess.TimeoutExpired:
@@ -91,9 +87,9 @@ def main() -> None:
                 print(f"killed {kills} times", flush=True)
                 continue
             if code:
-                sys.exit(f"the run that was killed {kills} times ended with {code}")
+                sys.exit(f"the run that was killed {kills} times failed with exit code {code}")
             break
-        one, other = (read_checkpoint(space.model).digest for space in (calm, killed))
+        one, other = (read_checkpoint(space.model).digest for space in (uninterrupted, killed))
         print(f"{kills} kills; the same bits: {one == other} ({one[:12]}, {other[:12]})")
         sys.exit(one != other)
 

@@ -1,10 +1,10 @@
-"""What drawing masks on coarser pixels than the frame's costs, before any network has said anything.
+"""Loss of accuracy by masks on coarser pixels than the image's, without any network.
 
     python benchmarks/mask_stride.py [--windows 64] [--px 128]
 
-Procedural pairs of slices. A mask is averaged to a pixel in K by K and brought back bilinearly, as a decoder that draws at stride K
-has to draw it: Dice of the truth so drawn, and of the neighbouring slice's mask so drawn (copying), mean over tracks; large ones cover
-at least 3 % of the frame.
+Generated pairs of slices. A mask is averaged over K by K pixels and resampled back bilinearly, as a decoder of stride K would draw it.
+Dice of the true mask at that stride, and of the adjacent slice's mask at that stride (copying), mean over tracks. Large structures cover
+at least 3 % of the image.
 """
 
 import argparse
@@ -13,24 +13,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slmsam2_cli.dataset.masks import dice
 from slmsam2_cli.pretraining.recipe import NANO, read_recipe
-from slmsam2_cli.pretraining.volumes import draw_clips
+from slmsam2_cli.pretraining.volumes import ClipShape, draw_clips
 
 STRIDES = (1, 2, 4)
 LARGE = 0.03
 
 
-def drawn(masks: Tensor, stride: int) -> Tensor:
-    """Masks (M, 1, H, W) as a decoder at that stride would draw them."""
+def at_stride(masks: Tensor, stride: int) -> Tensor:
+    """Return masks (M, 1, H, W) as a decoder of that stride would draw them."""
     size = masks.shape[-1]
     coarse = F.interpolate(masks, size=(size // stride,) * 2, mode="bilinear", align_corners=False, antialias=True)
     return F.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=False) > 0.5
 
 
-def dice(one: Tensor, other: Tensor) -> Tensor:
-    """(M,)."""
-    shared = (one & other).sum(dim=(1, 2, 3))
-    return 2 * shared / (one.sum(dim=(1, 2, 3)) + other.sum(dim=(1, 2, 3)))
+def mask_dice(one: Tensor, other: Tensor) -> Tensor:
+    """Compute the Dice of every pair of masks, (M,)."""
+    shared, first, second = (mask.sum(dim=(1, 2, 3)) for mask in (one & other, one, other))
+    return dice(shared, first, second)
 
 
 def main() -> None:
@@ -39,16 +40,17 @@ def main() -> None:
     parser.add_argument("--px", type=int, default=128)
     options = parser.parse_args()
     recipe = read_recipe(NANO)
-    pairs = next(phase for phase in recipe.phases if phase.ends is not None)  # in which most structures go on
+    pairs = next(phase for phase in recipe.phases if phase.ends_in_clip is not None)  # most structures continue
     volumes = recipe.volumes_at(pairs.until - 1e-6)
-    clips = draw_clips(volumes, torch.Generator().manual_seed(0), options.windows, 2, 2 * options.windows, options.px)
+    clips = draw_clips(volumes, torch.Generator().manual_seed(0), ClipShape(options.windows, 2, 2 * options.windows, options.px))
     both = clips.masks.flatten(2).any(dim=2).all(dim=0)
     before, here = clips.masks[0, both], clips.masks[1, both]
     large = here.mean(dim=(1, 2, 3)) >= LARGE
-    print(f"| stride ({len(here)} tracks, {int(large.sum())} large) | truth | truth, large | neighbour copied | copied, large |")
+    columns = ("true mask", "true mask, large", "adjacent slice's mask", "adjacent slice's mask, large")
+    print(f"| stride ({len(here)} tracks, {int(large.sum())} large) | " + " | ".join(columns) + " |")
     print("|---" * 5 + "|")
     for stride in STRIDES:
-        found = dice(drawn(here, stride), here > 0.5), dice(drawn(before, stride), here > 0.5)
+        found = mask_dice(at_stride(here, stride), here > 0.5), mask_dice(at_stride(before, stride), here > 0.5)
         print(f"| {stride} | " + " | ".join(f"{float(d.mean()):.3f} | {float(d[large].mean()):.3f}" for d in found) + " |")
 
 

@@ -1,13 +1,13 @@
-"""Our metrics against other tools: the same two masks, one process, one after the other in turn; medians, and ratios of medians.
+"""Speed and memory of the metrics against other tools: the same two masks, one process, alternating; medians and their ratios.
 
     pip install -e '.[bench]'
     python benchmarks/metrics.py [--repeats 9] [--slow] [--threads 1]
 
-Every tool gets whole masks as it wants them (bool arrays, or tensors made beforehand) and has to find the organ itself. "All" is
-Dice, HD95, ASSD and NSD at 2 mm. Where a tool has our definition its HD95 must be ours, else the run stops. --slow adds the tools
-that take many seconds on a large volume. Tools that are not installed are named and left out.
-Floor: reading every byte of both masks once, which nobody who is given whole masks can avoid (a bitwise or over both).
-Memory: the most that is allocated at one time beyond the two masks, by tracemalloc, which sees every NumPy array.
+Every tool gets whole masks in its own format (bool arrays, or tensors made before) and has to find the organ itself. "All" means
+Dice, HD95, ASSD and NSD at 2 mm. If a tool defines HD95 as ours and returns another value, the run stops. --slow adds tools
+that take many seconds on a large volume. Tools that are not installed are listed and skipped.
+Floor: reading every byte of both masks once, which no tool can avoid (a bitwise or over both).
+Memory: peak allocation beyond the two masks, by tracemalloc, which includes every NumPy array.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ PEERS = {  # distribution -> module
     "panoptica": "panoptica",
 }
 Run = Callable[[], float]  # -> HD95
-Contest = dict[str, tuple[Run, bool]]  # tool -> (what it does, whether its HD95 is defined as ours)
+Contest = dict[str, tuple[Run, bool]]  # tool -> (its function, whether its HD95 is defined as ours)
 
 
 def contest(organ: Organ, reference: np.ndarray, prediction: np.ndarray, slow: bool) -> Contest:
-    """What each installed tool does with the two masks."""
+    """Return the function of each installed tool for the two masks."""
     masks = reference, prediction, organ.spacing_mm
     runs: Contest = {OURS: (partial(_ours, *masks), True)}
     if _installed("exacta"):
@@ -122,7 +122,7 @@ def _panoptica(reference: np.ndarray, prediction: np.ndarray, spacing: tuple[flo
 
 
 def seconds(runs: Contest, floor: Run, repeats: int) -> dict[str, float]:
-    """Medians, in turn, after one round that warms up; a tool that takes long is asked less often."""
+    """Return median seconds after a warm-up round; tools alternate, and slow ones run fewer times."""
     times: dict[str, list[float]] = {name: [] for name in ("floor", *runs)}
     first = 0.0
     for repeat in range(repeats + 1):
@@ -135,12 +135,12 @@ def seconds(runs: Contest, floor: Run, repeats: int) -> dict[str, float]:
                 times[name].append(time.perf_counter() - started)
             first = hd95 if name == OURS else first
             if same and abs(hd95 - first) > 1e-4:
-                raise SystemExit(f"{name} finds HD95 {hd95} mm, we {first} mm")
+                raise SystemExit(f"HD95 differs: {name} {hd95} mm, slmsam2 {first} mm")
     return {name: statistics.median(found) for name, found in times.items()}
 
 
 def peak(run: Run) -> int:
-    """Bytes allocated at the most, beyond what there was before."""
+    """Return the peak of allocated bytes, beyond those before the call."""
     run()
     tracemalloc.start()
     run()
@@ -150,7 +150,7 @@ def peak(run: Run) -> int:
 
 
 def rows(organ: Organ, options: argparse.Namespace) -> Iterator[str]:
-    """The organ in numbers, and the Markdown table of its contest."""
+    """Yield a description of the organ and the Markdown table of its comparison."""
     reference, prediction = pair(organ)
     runs = contest(organ, reference, prediction, options.slow)
     found = measure(Pair.of(reference, prediction, organ.spacing_mm))
@@ -189,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--slow", action="store_true")
-    parser.add_argument("--threads", type=int, default=1, help="For tools that use several; ours uses one.")
+    parser.add_argument("--threads", type=int, default=1, help="Threads of other tools; ours uses one.")
     options = parser.parse_args()
     if os.environ.get("OMP_NUM_THREADS") != str(options.threads):  # read by the tools when they are loaded
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_NUM_THREADS": str(options.threads)})

@@ -1,4 +1,4 @@
-"""Scores of runs of benchmarks/accuracy.py, paired by case: which cases two arms share, how much one gains, and how surely."""
+"""Compare arms of benchmarks/accuracy.py on the cases that they share: differences and their confidence intervals."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +11,13 @@ Row = dict[str, Any]
 
 
 def cases_of(arms: Sequence[Sequence[Row]]) -> list[tuple[str, int]]:
-    """(case, label) that every arm has scored with some seed."""
+    """Return every (case, label) that all arms have scored with some seed."""
     each = [{(score["case"], score["label"]) for row in found for score in row["scores"]} for found in arms]
     return sorted(set.intersection(*each))
 
 
 def values(found: Sequence[Row], shared: Sequence[tuple[str, int]], key: str) -> np.ndarray:
-    """(cases, labels), mean over seeds; NaN where a case lacks the label."""
+    """Return scores (cases, labels), means over seeds; NaN where a case lacks the label."""
     cases, labels = sorted({case for case, _ in shared}), sorted({label for _, label in shared})
     grid: dict[tuple[str, int], list[float]] = {}
     for row in found:
@@ -28,18 +28,19 @@ def values(found: Sequence[Row], shared: Sequence[tuple[str, int]], key: str) ->
 
 
 def gained(mine: np.ndarray, theirs: np.ndarray) -> str:
+    """Format the mean difference and its 95 % interval."""
     gain = mine - theirs
     bounds = interval(gain)
     return f"{np.nanmean(np.nanmean(gain, axis=0)):+.3f}" + (f" ({bounds[0]:+.3f} to {bounds[1]:+.3f})" if bounds else "")
 
 
 def patient_of(case: str) -> str:
-    """STS_012_MR_T1 and STS_012_CT are scans of one patient, as made-up ones of one number are of one form."""
+    """Return the patient of a case: STS_012_MR_T1 and STS_012_CT are scans of one, and phantoms of one number have one shape."""
     return "_".join(case.split("_")[:2])
 
 
 def bounds_of(gains: Sequence[dict[str, float]], draws: int = 10_000) -> tuple[float, float]:
-    """95 % of the mean over sets when patients are drawn again, among those that the same sets hold; a dictionary for each set."""
+    """Bootstrap the 95 % interval of the mean over sets: resample patients among those of the same sets. gains: one dict per set."""
     rng, holders = np.random.default_rng(0), dict[tuple[int, ...], list[str]]()
     for patient in sorted({patient for own in gains for patient in own}):
         holders.setdefault(tuple(i for i, own in enumerate(gains) if patient in own), []).append(patient)

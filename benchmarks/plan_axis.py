@@ -1,10 +1,10 @@
-"""Whether the planned slice axis is the best one: the packaged base, untuned, propagating along each of the three.
+"""Dice of the bundled model without fine-tuning along each of the three axes, to check the planned slice axis.
 
     python benchmarks/plan_axis.py ../shared/data [--sets Task04_Hippocampus] [--weights nano] [--cases 12]
 
-Along every axis: slmsam2 plan --axis, slmsam2 predict with the middle slice of each label given, and once more with the ends marked.
-Dice of whole volumes, mean over cases, then labels; the prompted slice is another one on every axis. Cases on which something was
-chosen (CHOSEN_ON in zero_shot.py) are left out.
+For every axis: slmsam2 plan --axis, slmsam2 predict from the middle slice of each label, and again with --mark-ends. Dice of whole
+volumes, mean over cases, then over labels. Each axis has another annotated slice. Development cases (CHOSEN_ON in zero_shot.py) are
+excluded.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--sets", nargs="+", default=["Task04_Hippocampus"])
     parser.add_argument("--weights", default="nano")
-    parser.add_argument("--cases", type=int, help="at most so many are scored")
+    parser.add_argument("--cases", type=int, help="maximum number of cases to score")
     options = parser.parse_args()
     rows = [row for name in options.sets for row in rows_of(options.data / name, options.weights, options.cases)]
     print("| set | slices along | Dice | Dice, ends marked | cases |\n|---|---|---|---|---|")

@@ -1,11 +1,11 @@
-"""How slices should be walked through: when a pass gives up, how far apart slices should be, how large they should be seen.
+"""Dice and time of passes by max_empty_slices, slice spacing and input size, without fine-tuning.
 
     python benchmarks/plan_passes.py ../shared/data [--weights nano]
 
-The packaged base, untuned, on the cases on which things are chosen (CHOSEN_ON in zero_shot.py); the middle slice of each label given.
-max_empty_slices: propagation stops after so many empty slices. Spacing: slices as stored, and resampled to so many times their distance
-along the slice axis; 0.5 puts an interpolated slice between any two. Dice of whole volumes, mean over cases, then labels; milliseconds
-for each stored slice and label, alternating, one thread. Pixels: edge of what the network sees, for every set alike.
+The bundled model on the development cases (CHOSEN_ON in zero_shot.py), from the middle slice of each label. max_empty_slices:
+propagation stops after this number of empty slices. Spacing: slices as stored, or resampled to a multiple of their distance along the
+slice axis; 0.5 adds an interpolated slice between any two. Pixels: input size of the network, the same for every set. Dice of whole
+volumes, mean over cases, then over labels; milliseconds per stored slice and label, alternating, one thread.
 """
 
 import argparse
@@ -49,7 +49,7 @@ ARMS: dict[str, Arm] = {
     "as planned": lambda plan, _: plan,
     "`max_empty_slices` 3": max_empty_slices(3),
     "`max_empty_slices` 10": max_empty_slices(10),
-    "no `max_empty_slices`": max_empty_slices(None),
+    "no limit of empty slices": max_empty_slices(None),
     "0.5 times the spacing": spacing(0.5),
     "2 times the spacing": spacing(2.0),
     "3 times the spacing": spacing(3.0),
@@ -66,7 +66,7 @@ def through_mm(fingerprint: Fingerprint, plan: Plan) -> float:
 
 
 def scores_of(root: Path, weights: str) -> dict[str, tuple[float, float]]:
-    """Arm -> mean Dice, milliseconds a slice and label."""
+    """Return arm -> mean Dice, milliseconds per slice and label."""
     data = read_dataset(root)
     fingerprint, _ = measure(data)
     checkpoint = load_base_weights(weights)

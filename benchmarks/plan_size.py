@@ -1,13 +1,13 @@
-"""What the planned size costs and what it is worth, against the stock pipeline and against other sizes.
+"""Time and accuracy of the planned size, against SAM 2's own pipeline and against other sizes.
 
     python benchmarks/plan_size.py ../shared/data [--sets Task04_Hippocampus Sarcoma_MR_T1] [--repeats 3]
-    python benchmarks/plan_size.py ../shared/data --accuracy [-n 5] [--steps 300] [--settings 128:2 160:whole 128:2:neighbours]
+    python benchmarks/plan_size.py ../shared/data --accuracy [-n 5] [--steps 300] [--settings 128:2 160:whole 128:2:adjacent_slices]
 
-Cost, seconds a volume on this CPU: the planned pipeline, the plan for tiny, and stock SAM 2, which blows every slice up to 1024 x 1024
-(tiny, random weights: time does not depend on them). One volume a set, its middle slice given, CLIP slices of it, times its slices; the
-three alternate; medians. Accuracy: the packaged base tuned on n volumes at several sizes, each PX:WIDTH, the square's edge in pixels and
-in widths of what is annotated, or whole slices; with neighbours, the slices before and after are two of its three colours. Dice on the
-cases not learned from, over labels. One seed.
+Time in seconds per volume on this CPU: the planned pipeline, the plan for tiny, and stock SAM 2, which enlarges every slice to
+1024 × 1024 (tiny, random weights: time does not depend on them). One volume per set from its middle slice; CLIP slices of it are timed,
+times its number of slices. The three alternate; medians. Accuracy: the bundled model fine-tuned on n volumes at several sizes. Each size
+is PX:WIDTH, the edge of the ROI crop in pixels and in widths of the annotation, or PX:whole for whole slices. With adjacent_slices, the
+slices before and after are two of the three input channels. Dice of held-out cases, mean over labels. One seed.
 """
 
 import argparse
@@ -41,14 +41,14 @@ STOCK_PX, CLIP = 1024, 6
 
 
 def stock(plan: Plan) -> Plan:
-    """The plan for a SAM 2 network, at the size that SAM 2 always takes."""
+    """Return the plan for a SAM 2 network at the input size of SAM 2."""
     geometry, px = plan.geometry, STOCK_PX
     larger = geometry.model_copy(update={"input_size": px, "in_plane_mm": geometry.in_plane_mm * geometry.input_size / px})
     return plan.model_copy(update={"geometry": larger})
 
 
 class Pipeline:
-    """One volume made ready under a plan, cut to CLIP slices around the slice that is given."""
+    """One volume preprocessed by a plan, reduced to CLIP slices around the annotated slice."""
 
     def __init__(self, root: Path, plan: Plan) -> None:
         data = read_dataset(root)
@@ -59,10 +59,10 @@ class Pipeline:
         objects = annotated_slices_of(
             simulate_prompts(labels.voxels, view, tuple(plan.labels), "middle"), view, tuple(plan.labels), plan.geometry.stack_size
         )
-        given = next(anchor.slice for anchors in objects.values() for anchor in anchors)
-        start = max(0, min(given - CLIP // 2, frames.shape[1] - CLIP))
+        annotated = next(prompt.slice for prompts in objects.values() for prompt in prompts)
+        start = max(0, min(annotated - CLIP // 2, frames.shape[1] - CLIP))
         self.plan, self.slices, self.objects = plan, frames.shape[1], len(objects)
-        self.anchors = {
+        self.prompts = {
             value: [AnnotatedSlice(a.slice - start, a.mask) for a in one if start <= a.slice < start + CLIP]
             for value, one in objects.items()
         }
@@ -70,12 +70,12 @@ class Pipeline:
         self.model = SlmSam2(plan.network, plan.geometry.input_size).eval()
 
     def seconds(self) -> float:
-        """A volume's worth."""
+        """Propagate once. Return seconds for the whole volume."""
         started = time.perf_counter()
         propagate(
             self.model,
             self.stack,
-            {v: a for v, a in self.anchors.items() if a},
+            {v: a for v, a in self.prompts.items() if a},
             options=PropagationOptions(roi_scale=self.plan.geometry.roi_scale),
         )
         return (time.perf_counter() - started) * self.slices / len(self.stack)
@@ -122,7 +122,7 @@ def accuracy(root: Path, settings: list[str], count: int, steps: int | None) -> 
 
 
 def at(fingerprint: Fingerprint, setting: str) -> Plan:
-    """The plan, but for the size of what nano sees."""
+    """Return the plan with the input size and ROI crop of a setting."""
     px, width, *more = setting.split(":")
     plan = decide(fingerprint)
     geometry = plan.geometry.model_copy(update={"adjacent_slices": "adjacent_slices" in more})
@@ -142,19 +142,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("-n", "--cases", type=int, default=5)
-    parser.add_argument("--steps", type=int, help="of fine-tuning; the rule's if left out")
+    parser.add_argument("--steps", type=int, help="steps of fine-tuning  [default: from the plan]")
     parser.add_argument("--settings", nargs="+", default=["128:2", "96:2", "160:2", "128:3", "160:whole"])
     options = parser.parse_args()
     if options.accuracy:
         rows = [
             accuracy(options.data / name, options.settings, options.cases, options.steps) for name in options.sets or ["Task04_Hippocampus"]
         ]
-        print("| set | px:widths | Dice, held-out | minutes of tuning | seconds a volume |\n|---|---|---|---|---|")
+        print("| set | px:widths | Dice, held-out | minutes of fine-tuning | seconds per volume |\n|---|---|---|---|---|")
     else:
         rows = [cost(options.data / name, options.repeats) for name in options.sets or ["Task04_Hippocampus", "Sarcoma_MR_T1"]]
-        print(
-            "| set | pipeline | network sees | slices x labels | seconds a volume | stock takes times as long |\n|---|---|---|---|---|---|"
-        )
+        print("| set | pipeline | network input | slices x labels | seconds per volume | ratio, stock to ours |\n|---|---|---|---|---|---|")
     print("\n".join(line for lines in rows for line in lines))
 
 

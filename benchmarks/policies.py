@@ -1,11 +1,10 @@
-"""What each memory policy costs: `tiny` at 512 px, random weights, one object through slices of one real volume.
+"""Time and memory of each memory policy: `tiny` at 512 px, random weights, one object through slices of one real volume.
 
     python benchmarks/policies.py IMAGE LABEL [--slices 12] [--repeats 3] [--threads 2] [--size tiny] [--px 512]
 
-All policies have the same weights and take turns at every slice, in one process; medians over the slices that have a full
-memory behind them (from the 7th on). Time does not depend on the weights' values, except that random ones must believe the
-object to be present and the bank must take what they say. "Stored" is what the bank holds at the end; the peak is that of a
-process of its own that does nothing else, encoding included.
+All policies have the same weights and alternate at every slice, in one process; medians over the slices with a full memory (from
+the 7th on). Time does not depend on the values of the weights, but the object score must be positive and the bank must accept all
+slices. "Stored" is the size of the bank at the end; the peak is that of a separate process for one policy, encoding included.
 """
 
 import argparse
@@ -24,13 +23,13 @@ from slmsam2_cli.model.memory.policy import ReadContext
 from slmsam2_cli.model.slmsam2 import MemoryBank, SliceFeatures, SlmSam2
 from slmsam2_cli.planning.plan import POLICIES, NetworkPlan
 
-FULL = 7  # slices after which every policy has all it reads
+FULL = 7  # slices after which every policy reads a full memory
 TARGET = 1.35  # of fifo, for shortlong
 GATED = "fifo, object score gate"
 
 
 def slices_of(image: Path, label: Path, count: int, px: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(T, 3, px, px) in [0, 1] from the slice where the object is largest upwards, and its mask there (1, 1, px, px)."""
+    """Read slices (T, 3, px, px) in [0, 1], from the slice with the largest mask upwards, and that mask (1, 1, px, px)."""
     voxels, mask = (np.asarray(nibabel.load(path).dataobj, dtype=np.float32) for path in (image, label))
     axis = int(np.argmin(voxels.shape))
     voxels, mask = np.moveaxis(voxels, axis, 0), np.moveaxis(mask, axis, 0) > 0
@@ -43,7 +42,7 @@ def slices_of(image: Path, label: Path, count: int, px: int) -> tuple[torch.Tens
 
 
 def build(name: str, size: str, px: int) -> SlmSam2:
-    """A network whose random weights are the same for every policy."""
+    """Build a network whose random weights are the same for every policy."""
     torch.manual_seed(0)
     options = {"bank_confidence": 0.0, "bank_similarity": -1.0, "object_score_gate": name == GATED}
     model = SlmSam2(NetworkPlan(size=size, policy=name.partition(",")[0], **options), px).eval()
@@ -52,18 +51,18 @@ def build(name: str, size: str, px: int) -> SlmSam2:
 
 
 class Run:
-    """One policy on its way up from the annotated slice."""
+    """Propagation by one policy, upwards from the annotated slice."""
 
     def __init__(self, model: SlmSam2, first: SliceFeatures, mask: torch.Tensor, slices: int) -> None:
         self.model, self.slices = model, slices
         self.bank = MemoryBank({0: to_bfloat16(model.remember(first, model.condition_on_mask(first, mask), mask))})
 
     def step(self, t: int, here: SliceFeatures) -> float:
-        """Track and remember slice t; seconds."""
+        """Track slice t and store it in memory. Return seconds."""
         started = time.perf_counter()
-        moment = ReadContext(t, 1, self.bank.conditioning, self.bank.tracked, self.slices)
-        self.bank.write(t, to_bfloat16(self.model.remember(here, self.model.track(here, self.bank, moment))))
-        self.model.prune(self.bank, moment)
+        context = ReadContext(t, 1, self.bank.conditioning, self.bank.tracked, self.slices)
+        self.bank.write(t, to_bfloat16(self.model.remember(here, self.model.track(here, self.bank, context))))
+        self.model.prune(self.bank, context)
         return time.perf_counter() - started
 
     def stored_mib(self) -> float:
@@ -75,14 +74,14 @@ class Run:
 def measure(
     models: dict[str, SlmSam2], frames: torch.Tensor, mask: torch.Tensor, repeats: int
 ) -> tuple[float, dict[str, tuple[float, float]]]:
-    """Median seconds of encoding a slice; of tracking and remembering it, and MiB stored, under each policy."""
+    """Return the median seconds of encoding a slice; and per policy, of tracking and storing it, and MiB stored."""
     encoder = models["fifo"]
     features = [encoder.encode(frame[None]) for frame in frames]
     encoding, tracking = [], {name: [] for name in models}
     for _ in range(repeats):
         runs = {name: Run(model, features[0], mask, len(features)) for name, model in models.items()}
         for t, here in enumerate(features[1:], start=1):
-            turn = list(runs)[t % len(runs) :] + list(runs)[: t % len(runs)]  # nobody always goes first
+            turn = list(runs)[t % len(runs) :] + list(runs)[: t % len(runs)]  # the first one changes
             taken = {name: runs[name].step(t, here) for name in turn}
             if t >= FULL:
                 started = time.perf_counter()
@@ -95,12 +94,12 @@ def measure(
 
 @torch.inference_mode()
 def alone(name: str, size: str, frames: torch.Tensor, mask: torch.Tensor, threads: int, answer: "multiprocessing.Queue[float]") -> None:
-    """Peak memory in MiB of a process that runs one policy, up to a full memory."""
+    """Send the peak memory in MiB of this process, which runs one policy up to a full memory."""
     torch.set_num_threads(threads)
     model = build(name, size, frames.shape[-1])
     features = model.encode(frames[:1])
     run = Run(model, features, mask, len(frames))
-    for t in range(1, FULL + 2):  # the same slice again and again needs as much memory as others
+    for t in range(1, FULL + 2):  # the same slice again needs as much memory as another one
         run.step(t, features)
     answer.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
@@ -124,7 +123,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--px", type=int, default=512)
-    parser.add_argument("--no-peak", action="store_true", help="leave out the processes that measure peak memory")
+    parser.add_argument("--no-peak", action="store_true", help="skip the processes that measure peak memory")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     frames, mask = slices_of(options.image, options.label, options.slices, options.px)
@@ -133,13 +132,13 @@ def main() -> None:
     encoding, found = measure(models, frames, mask, options.repeats)
     whole = {name: encoding + tracking for name, (tracking, _) in found.items()}
     print(f"{options.size} at {options.px} px, {options.slices} slices, {options.threads} threads; encoding {1000 * encoding:.0f} ms\n")
-    print("| policy | track + remember, ms a slice | with encoding, ms a slice | ratio to fifo | stored, MiB | peak, MiB |")
+    print("| policy | track + store, ms per slice | with encoding, ms per slice | ratio to fifo | stored, MiB | peak, MiB |")
     print("|---|---|---|---|---|---|")
     for name, (tracking, kept) in found.items():
         most = "" if options.no_peak else f"{peak(name, options.size, frames, mask, options.threads):.0f}"
         print(f"| {name} | {1000 * tracking:.0f} | {1000 * whole[name]:.0f} | {whole[name] / whole['fifo']:.2f} | {kept:.1f} | {most} |")
     ratio, tracked = whole["shortlong"] / whole["fifo"], found["shortlong"][0] / found["fifo"][0]
-    print(f"\nshortlong: {ratio:.2f} times fifo a slice (target: at most {TARGET}); without encoding {tracked:.2f} times")
+    print(f"\nshortlong: {ratio:.2f} times fifo per slice (target: at most {TARGET}); without encoding {tracked:.2f} times")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What a report weighs and takes, and that it works: opened in headless Chromium, clicked through, photographed.
+"""Size and time of a report, and a test of its page in headless Chromium with screenshots.
 
     python benchmarks/report.py DATASET [-w WORKSPACE] [-o docs/images] [--name report]
 
-Run slmsam2 finetune and slmsam2 predict first (inside the data set, so that predictions lie in the workspace). Prints the page's size and
-the seconds that `slmsam2 evaluate` takes with and without it (median of three, alternating). Ends with an error when the page says anything
-on the console, asks for anything outside its folder, or a click does not do what it should. Needs Chromium and playwright.
+Run slmsam2 finetune and slmsam2 predict first (inside the data set, so that predictions are in the workspace). Prints the size of the page
+and the seconds of `slmsam2 evaluate` with and without it (median of three, alternating). Fails if the page writes to the console, requests
+anything outside its folder, or does not respond to a click as expected. Needs Chromium and playwright.
 """
 
 import argparse
@@ -24,7 +24,7 @@ FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-
 
 
 def evaluate(dataset: Path, workspace: Path, out: Path, *more: str) -> float:
-    """Seconds that the whole command takes, start of Python included."""
+    """Run the whole command, including the start of Python. Return seconds."""
     command = [sys.executable, "-c", "from slmsam2_cli.cli.app import main; main()", "evaluate", "-d", str(dataset), "-w", str(workspace)]
     started = time.perf_counter()
     done = subprocess.run([*command, "-o", str(out), "--quiet", *more], capture_output=True, text=True, check=False)
@@ -33,16 +33,16 @@ def evaluate(dataset: Path, workspace: Path, out: Path, *more: str) -> float:
     return time.perf_counter() - started
 
 
-def photograph(page: Page, path: Path) -> None:
-    """What the window shows, with 256 colours: a third of the bytes."""
+def screenshot(page: Page, path: Path) -> None:
+    """Save a screenshot with 256 colours, at a third of the bytes."""
     page.screenshot(path=str(path))
     Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def walk(page: Page, pictures: Path, name: str) -> list[str]:
-    """Sort, open the worst case, choose a slice, look at the volume; -> what was seen."""
+    """Sort by Dice, open the worst case, choose a slice and check the viewer. Return what was done."""
     rows = page.locator("#table tbody tr:not([hidden])")
-    photograph(page, pictures / f"{name}.png")
+    screenshot(page, pictures / f"{name}.png")
     page.locator("#table th button", has_text="Dice").click()
     dice = [float(text) for text in rows.locator("td:nth-child(4)").all_inner_texts() if text[0].isdigit()]
     assert dice == sorted(dice), "the worst Dice is not first"
@@ -59,7 +59,7 @@ def walk(page: Page, pictures: Path, name: str) -> list[str]:
     assert canvas.get_attribute("data-slice") == chosen, "the viewer shows another slice than the strip"
     case.scroll_into_view_if_needed()
     path = pictures / f"{name}-case.png"
-    photograph(page, path)
+    screenshot(page, path)
     drawn = np.asarray(Image.open(path).convert("RGB"))
     seen = canvas.screenshot(path=str(pictures / f".{name}-canvas.png"))
     (pictures / f".{name}-canvas.png").unlink()
@@ -67,31 +67,31 @@ def walk(page: Page, pictures: Path, name: str) -> list[str]:
     return [f"{len(dice)} rows sorted by Dice", f"case {case.locator('h3').inner_text()} opened", f"slice {chosen} in the viewer"]
 
 
-def look(report: Path, pictures: Path, name: str) -> list[str]:
-    """Open the page from its file; -> what was seen. Fails on any message and any request to elsewhere."""
-    said: list[str] = []
-    asked: list[str] = []
+def check_page(report: Path, pictures: Path, name: str) -> list[str]:
+    """Open the page from its file and use it. Return what was done. Fails on console messages and outside requests."""
+    messages: list[str] = []
+    requests: list[str] = []
     with sync_playwright() as playwright:
         chromium = next((found for n in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(n))), None)
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         page = browser.new_page(viewport={"width": 1200, "height": 1000})
         page.set_default_timeout(120_000)
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
         page.goto(report.as_uri())
         seen = walk(page, pictures, name)
         browser.close()
-    outside = [url for url in asked if not url.startswith((report.parent.as_uri(), "data:", "blob:"))]
-    assert (said, outside) == ([], []), (said, outside)
-    return [*seen, "no console message, no request to elsewhere"]
+    outside = [url for url in requests if not url.startswith((report.parent.as_uri(), "data:", "blob:"))]
+    assert (messages, outside) == ([], []), (messages, outside)
+    return [*seen, "no console message, no outside request"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path)
     parser.add_argument("-w", "--workspace", type=Path)
-    parser.add_argument("-o", "--out", type=Path, help="folder for the pictures")
+    parser.add_argument("-o", "--output", type=Path, help="folder for screenshots")
     parser.add_argument("--name", default="report")
     options = parser.parse_args()
     space = options.workspace or options.dataset / "slmsam2"
@@ -101,14 +101,14 @@ def main() -> None:
         for _ in range(3):
             took["without"].append(evaluate(options.dataset, space, out, "--no-report"))
             took["with"].append(evaluate(options.dataset, space, out))
-        beside = sum(path.stat().st_size for path in (out / "report_files").glob("*"))
+        files = sum(path.stat().st_size for path in (out / "report_files").glob("*"))
         size = (out / "report.html").stat().st_size
         bare, whole = (statistics.median(seconds) for seconds in (took["without"], took["with"]))
-        print("| page | files beside it | evaluate without report | with |\n|---|---|---|---|")
-        print(f"| {size / 2**20:.2f} MiB | {beside / 2**20:.2f} MiB | {bare:.1f} s | {whole:.1f} s |\n")
-        pictures = options.out or Path(folder)
+        print("| page | files next to it | evaluate without report | with |\n|---|---|---|---|")
+        print(f"| {size / 2**20:.2f} MiB | {files / 2**20:.2f} MiB | {bare:.1f} s | {whole:.1f} s |\n")
+        pictures = options.output or Path(folder)
         pictures.mkdir(parents=True, exist_ok=True)
-        for line in look(out / "report.html", pictures, options.name):
+        for line in check_page(out / "report.html", pictures, options.name):
             print(line)
 
 

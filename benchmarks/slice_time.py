@@ -1,4 +1,4 @@
-"""How long one slice takes on this machine's CPU: encoding it, and tracking one object through it, at several sizes.
+"""Time per slice on this machine's CPU, for encoding and for tracking one object, at several sizes.
 
     python benchmarks/slice_time.py [--threads 2] [--repeats 5] [--only nano:128 tiny:1024]
 
@@ -18,7 +18,7 @@ from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan
 
 SETTINGS = [("nano", 128), ("nano", 160), ("nano", 256), ("tiny", 128), ("tiny", 256), ("tiny", 512), ("tiny", 1024)]
-CANDIDATES = {  # what nano might have been, at 160 px
+CANDIDATES = {  # other widths of nano, at 160 px
     "nano, trunk 32, neck 96, memory 32": Widths(32, 96, 32),
     "nano, trunk 48, neck 128, memory 32": Widths(48, 128, 32),
     "nano, trunk 48, neck 192, memory 64": Widths(48, 192, 64),
@@ -28,7 +28,7 @@ SLICES = 8
 
 @torch.inference_mode()
 def once(model: SlmSam2, frames: torch.Tensor) -> tuple[float, float]:
-    """Milliseconds per slice of encoding and of tracking one object with a full memory."""
+    """Return milliseconds per slice of encoding, and of tracking one object with a full memory."""
     started = time.perf_counter()
     features = model.encode(frames)
     encoded = time.perf_counter()
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", nargs="+", metavar="SIZE:PX", help="these settings alone")
+    parser.add_argument("--only", nargs="+", metavar="SIZE:PX", help="only these settings")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def main() -> None:
             taken = once(model, frames[setting[1]])
             if repeat:  # the first round warms up
                 times[setting].append(taken)
-    print("| network | px | parameters (M) | encode ms/slice | track ms/slice and object | ratio of the sum to nano 128 |")
+    print("| network | px | parameters (M) | encode, ms per slice | track, ms per slice and object | ratio of the sum to nano 128 |")
     print("|---|---|---|---|---|---|")
     sums = {s: statistics.median(a + b for a, b in taken) for s, taken in times.items()}
     for (size, px), taken in times.items():

@@ -1,10 +1,10 @@
-"""How long a step of fine-tuning takes on this machine's CPU: on one thread, on several, and on two halves of these side by side.
+"""Time per fine-tuning step on this machine's CPU: one thread, several threads, and a background thread with half of these.
 
     python benchmarks/step_time.py [DATASET] [--threads 2] [--blocks 6]
 
-DATASET: a folder that slmsam2 plan reads; without one, three synthetic phantom. The three ways alternate in blocks of six steps within one
-process, each with a learner of its own, and learn from the same. Printed: median seconds of a step, the median ratio to the same block on
-one thread, and a digest of what was learned: the first and the last way agree in every bit where there are two threads.
+DATASET: a data set folder; without one, three synthetic phantoms. The three settings alternate in blocks of six steps within one process,
+each with its own learner, and train on the same data. Printed: median seconds per step, the median ratio to the same block on one thread,
+and a digest of the weights. With two threads, the first and the last setting give the same bits.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path, nargs="?")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--blocks", type=int, default=6, help="two or more; the first warms up")
+    parser.add_argument("--blocks", type=int, default=6, help="two or more; the first is a warm-up")
     options = parser.parse_args()
     console.settings.quiet = True
     with tempfile.TemporaryDirectory() as folder:
@@ -57,24 +57,24 @@ def main() -> None:
         training = decided.training.model_copy(update={"steps": STEPS * options.blocks})
         decided = decided.model_copy(update={"training": training})
         base = load_base_weights("auto")
-        ways = {"one thread": (1, no_thread), f"{options.threads} threads": (options.threads, no_thread)}
-        ways["two halves, side by side"] = (options.threads, BACKGROUND_THREAD)
-        learners = {way: init_learner(decided, base, training_data_of(cases, decided), CPU) for way in ways}
-        training_data, times, dropout = training_data_of(cases, decided), {way: list[float]() for way in ways}, {}
+        settings = {"one thread": (1, no_thread), f"{options.threads} threads": (options.threads, no_thread)}
+        settings["background thread"] = (options.threads, BACKGROUND_THREAD)
+        learners = {setting: init_learner(decided, base, training_data_of(cases, decided), CPU) for setting in settings}
+        training_data, times, dropout = training_data_of(cases, decided), {setting: list[float]() for setting in settings}, {}
         for _ in range(options.blocks):
-            for way, (threads, background_thread) in ways.items():
+            for setting, (threads, background_thread) in settings.items():
                 torch.set_num_threads(threads)
                 trainer.background_thread = background_thread
-                torch.set_rng_state(dropout[way]) if way in dropout else torch.manual_seed(0)
+                torch.set_rng_state(dropout[setting]) if setting in dropout else torch.manual_seed(0)
                 started = time.perf_counter()
-                for _step in zip(range(STEPS), trainer.train(learners[way], training_data, training, lambda: False), strict=False):
+                for _step in zip(range(STEPS), trainer.train(learners[setting], training_data, training, lambda: False), strict=False):
                     pass
-                times[way].append((time.perf_counter() - started) / STEPS)
-                dropout[way] = torch.get_rng_state()
-    print("| | s a step | of one thread's | weights |\n|---|---|---|---|")
-    for way, taken in times.items():
+                times[setting].append((time.perf_counter() - started) / STEPS)
+                dropout[setting] = torch.get_rng_state()
+    print("| | seconds per step | ratio to one thread | weights |\n|---|---|---|---|")
+    for setting, taken in times.items():
         ratio = statistics.median(a / b for a, b in zip(taken[1:], times["one thread"][1:], strict=True))
-        print(f"| {way} | {statistics.median(taken[1:]):.2f} | {ratio:.2f} | {digest(learners[way])} |")
+        print(f"| {setting} | {statistics.median(taken[1:]):.2f} | {ratio:.2f} | {digest(learners[setting])} |")
 
 
 def digest(learner: trainer.Learner) -> str:

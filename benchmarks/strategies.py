@@ -1,11 +1,11 @@
-"""What each training strategy makes of one base on a modality it has not seen, and whether calibration holds on held-out cases.
+"""Dice of each training strategy on a modality that the initial weights were not trained on, and calibration on held-out cases.
 
     python benchmarks/strategies.py FOLDER [--minutes 4] [--steps 30] [--cases 2]
 
-Synthetic phantoms: a base learns MR from random weights for so many minutes on 5 cases, then every strategy adapts it to CT
-with the same steps on the same few cases. Dice over whole volumes of the other CT cases, each label prompted on its middle
-slice; the calibration error (10 groups) of slices of these cases, before and after the table that fine-tuning fitted on the
-cases it learned from. One run and one seed: differences of a few hundredths mean nothing.
+Synthetic phantoms: a model is trained on 5 MR cases from random weights for --minutes, then fine-tuned to CT by every strategy with
+the same steps on the same few cases. Dice of whole volumes of the held-out CT cases, from the middle slice of each label. Calibration
+error (10 groups) of slices of these cases, without and with the calibration that fine-tuning fitted on the training cases. One run and
+one seed, so differences of a few hundredths mean nothing.
 """
 
 import argparse
@@ -35,7 +35,7 @@ STRATEGIES = ("full", "frozen-encoder", "decoder+memory", "adapters")
 
 
 def mean_dice(dataset: Path, masks: Path, held_out: list[str]) -> float:
-    """Over labels and held-out cases."""
+    """Return the mean Dice over labels and held-out cases."""
     data = read_dataset(dataset)
     manifest = json.loads((masks / "manifest.json").read_text(encoding="utf-8"))["cases"]
     scores = []
@@ -47,21 +47,21 @@ def mean_dice(dataset: Path, masks: Path, held_out: list[str]) -> float:
 
 
 def calibration_errors(dataset: Path, model: Path, held_out: list[str], prepared: Path) -> tuple[float, float | None]:
-    """On slices of held-out cases: of the raw confidence, and of the calibrated one."""
+    """Return the calibration errors of raw and of calibrated confidence, on slices of held-out cases."""
     checkpoint = read_checkpoint(model)
     outcome = prepare_all(read_dataset(dataset), PreprocessSettings(checkpoint.plan.geometry, checkpoint.plan.intensity), prepared)
     cases = [case for case in outcome.cases if case.id in held_out]
-    said, true = np.array(confidence_and_dice(build_model(checkpoint, checkpoint.plan), cases, checkpoint.plan)).T
+    confidence, true_dice = np.array(confidence_and_dice(build_model(checkpoint, checkpoint.plan), cases, checkpoint.plan)).T
     table = checkpoint.calibration
-    return calibration_error(said, true), calibration_error(table(said), true) if table else None
+    return calibration_error(confidence, true_dice), calibration_error(table(confidence), true_dice) if table else None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--minutes", type=float, default=4.0, help="of training the base")
-    parser.add_argument("--steps", type=int, default=30, help="of every strategy")
-    parser.add_argument("--cases", type=int, default=2, help="CT cases to learn from")
+    parser.add_argument("--minutes", type=float, default=4.0, help="minutes of training on MR")
+    parser.add_argument("--steps", type=int, default=30, help="steps of every strategy")
+    parser.add_argument("--cases", type=int, default=2, help="CT cases to fine-tune on")
     options = parser.parse_args()
     mr, ct = options.folder / "MR", options.folder / "CT"
     for dataset, modality, seed in ((mr, "MR", 0), (ct, "CT", 1)):
@@ -83,7 +83,7 @@ def main() -> None:
             errors = calibration_errors(ct, space.model, held_out, space.prepared) if not name else (float("nan"), None)
             small = space.finetuned / "adapter.safetensors"
             size = (small if small.exists() else space.model).stat().st_size / 2**20
-            rows.append((name and "not adapted" or strategy, mean_dice(ct, masks, held_out), *errors, size))
+            rows.append((name and "not fine-tuned" or strategy, mean_dice(ct, masks, held_out), *errors, size))
     print(
         f"| strategy | Dice, {len(held_out)} held-out CT cases | calibration error, raw | calibrated | file (MB) |\n|---|---|---|---|---|"
     )

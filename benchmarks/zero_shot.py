@@ -1,12 +1,11 @@
-"""What the packaged base does with one annotated slice and no tuning, against copying that slice and against registration.
+"""Accuracy of the bundled model without fine-tuning, from one annotated slice, against copies of that slice and optical flow.
 
     python benchmarks/zero_shot.py ../shared/data [--weights nano] [--sets NAME ...] [-o TABLE.md] [--json ROWS.json]
 
-For every data set below the folder: slmsam2 plan, then slmsam2 predict with the base, one middle slice per case and label cut from its
-mask; and once more with the slices just beyond both ends marked as empty (--mark-ends). The same prompts go to three baselines: the
-slice copied to every slice, copied to the true extent (an oracle, which knows where the structure ends), and carried from slice to slice
-by optical flow (skimage.registration.optical_flow_tvl1). Means over cases, then over labels, of whole volumes, the prompted slice
-included. Cases on which something was chosen (CHOSEN_ON) are left out of the table; --all takes them in.
+For every data set below the folder: slmsam2 plan, then slmsam2 predict from the middle slice per case and label, and again with the first
+empty slice beyond each end marked (--mark-ends). Three baselines get the same slice: copied to every slice, copied to the true extent (an
+oracle that knows the ends of the structure), and carried from slice to slice by optical flow (skimage.registration.optical_flow_tvl1).
+Means over cases, then over labels, of whole volumes including the annotated slice. Development cases (CHOSEN_ON) are excluded unless --all.
 """
 
 import argparse
@@ -26,6 +25,7 @@ from slmsam2_cli.commands.plan import plan as make_plan
 from slmsam2_cli.commands.predict import predict
 from slmsam2_cli.dataset.dataset import Case, Dataset, read_dataset
 from slmsam2_cli.dataset.intensity import normalise
+from slmsam2_cli.dataset.masks import bounding_box
 from slmsam2_cli.dataset.slices import View
 from slmsam2_cli.evaluation.metrics import dice, hd95
 from slmsam2_cli.io.volume import read_image, read_labels
@@ -33,7 +33,7 @@ from slmsam2_cli.planning.plan import read_plan
 from slmsam2_cli.workspace import Workspace
 
 Array = np.ndarray[Any, Any]
-# Sizes, squares, losses and the generator were chosen while looking at these cases; no weight was learned from them.
+# Development cases: sizes, ROI crops, losses and the generator were chosen on them; no model was trained on them.
 CHOSEN_ON = {
     "Task04_Hippocampus": {"hippocampus_014", "hippocampus_015", "hippocampus_058", "hippocampus_075"},
     "Sarcoma_MR_T1": {"STS_001_MR_T1", "STS_002_MR_T1", "STS_004_MR_T1"},
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--weights", default="nano")
     parser.add_argument("--sets", nargs="+")
-    parser.add_argument("--all", action="store_true", help="also the cases on which something was chosen")
+    parser.add_argument("--all", action="store_true", help="include the development cases")
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--json", type=Path, help="every score of every case and label")
     options = parser.parse_args()
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def of_dataset(root: Path, weights: str, everything: bool) -> list[dict[str, Any]]:
-    """A row for every case, label and method."""
+    """Return a row for every case, label and method."""
     data, rows = read_dataset(root), []
     with tempfile.TemporaryDirectory() as folder:
         space = Workspace.of(root, Path(folder) / "workspace")
@@ -82,7 +82,7 @@ def of_dataset(root: Path, weights: str, everything: bool) -> list[dict[str, Any
 
 
 def of_case(case: Case, data: Dataset, space: Workspace, runs: dict[str, Path]) -> Iterator[dict[str, Any]]:
-    """The scores of one case."""
+    """Yield the scores of one case."""
     plan, manifest = read_plan(space.plan), json.loads((runs[MODEL] / "manifest.json").read_text(encoding="utf-8"))
     metadata = manifest["cases"][case.id]
     truth = read_labels(case.label, case=case.id, root=data.root)
@@ -91,25 +91,29 @@ def of_case(case: Case, data: Dataset, space: Workspace, runs: dict[str, Path]) 
     slices = view.oriented(normalise(image.voxels, plan.intensity)[0])
     found = {method: read_labels(masks / metadata["output"], case=case.id, root=masks).voxels for method, masks in runs.items()}
     flows = Flows(slices)
-    for value, prompted in metadata["annotated_slices"].items():
+    for value, annotated_slices in metadata["annotated_slices"].items():
         mask = view.oriented(truth.voxels == int(value))
-        if not prompted:
+        if not annotated_slices:
             continue
-        given = view.file_index(prompted[0])
+        annotated = view.file_index(annotated_slices[0])
         masks = (
-            {method: view.oriented(one == int(value)) for method, one in found.items()} | copies(mask, given) | {FLOW: flows(mask, given)}
+            {method: view.oriented(one == int(value)) for method, one in found.items()}
+            | copies(mask, annotated)
+            | {FLOW: flows(mask, annotated)}
         )
         spacing = [float(truth.grid.spacing_mm[axis]) for axis in view.orientation.order]
         for method in METHODS:
             yield {"set": data.root.name, "case": case.id, "label": int(value), "method": method} | score(mask, masks[method], spacing)
 
 
-def copies(mask: Array, given: int) -> dict[str, Array]:
-    """The given slice on all slices, and on those between the first and the last that hold the label."""
-    held = np.flatnonzero(mask.any(axis=(1, 2)))
-    everywhere = np.broadcast_to(mask[given], mask.shape)
+def copies(mask: Array, annotated: int) -> dict[str, Array]:
+    """Copy the annotated slice to all slices, and to those between the first and the last slice with the label."""
+    box = bounding_box(mask)
+    assert box is not None
+    (first, stop), *_ = box
+    everywhere = np.broadcast_to(mask[annotated], mask.shape)
     extent = np.zeros_like(mask)
-    extent[held[0] : held[-1] + 1] = mask[given]
+    extent[first:stop] = mask[annotated]
     return {COPY: everywhere, ORACLE: extent}
 
 
@@ -119,16 +123,16 @@ class Flows:
     def __init__(self, slices: Array) -> None:
         self.slices, self.known = slices, {}
 
-    def __call__(self, mask: Array, given: int) -> Array:
+    def __call__(self, mask: Array, annotated: int) -> Array:
         carried = np.zeros(mask.shape, np.float32)
-        carried[given] = mask[given]
+        carried[annotated] = mask[annotated]
         for step, stop in ((1, len(mask)), (-1, -1)):
-            for t in range(given + step, stop, step):
+            for t in range(annotated + step, stop, step):
                 carried[t] = warp(carried[t - step], self._flow(t, t - step), order=1, mode="edge")
         return carried > 0.5
 
     def _flow(self, here: int, before: int) -> Array:
-        """(2, R, C): where every pixel of `here` was on `before`."""
+        """Return the position of every pixel of slice `here` on slice `before`, (2, R, C)."""
         if (here, before) not in self.known:
             rows, columns = np.meshgrid(*(np.arange(n) for n in self.slices.shape[1:]), indexing="ij")
             down, across = optical_flow_tvl1(self.slices[here], self.slices[before])
@@ -137,7 +141,7 @@ class Flows:
 
 
 def score(truth: Array, found: Array, spacing_mm: list[float]) -> Score:
-    """Dice, HD95 (NaN for an empty mask), share of slices beyond the ends that hold a mask, share of the structure's that hold none."""
+    """Return Dice, HD95 (NaN for an empty mask), the share of empty slices with a mask, and of the structure's slices without one."""
     there, drawn = truth.any(axis=(1, 2)), found.any(axis=(1, 2))
     distance = hd95(truth, found, spacing_mm)
     return {
@@ -149,7 +153,7 @@ def score(truth: Array, found: Array, spacing_mm: list[float]) -> Score:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Mean over the cases of a label, then over labels, then, in the last rows, over sets."""
+    """Return the table of means over cases, then over labels; the last rows are means over sets."""
     sets = list(dict.fromkeys(row["set"] for row in rows))
     means = {
         (name, method): mean_of([r for r in rows if r["set"] == name and r["method"] == method]) for name in sets for method in METHODS
@@ -168,13 +172,13 @@ KEYS = ("dice", "hd95", "false", "missed")
 
 
 def mean_of(rows: list[dict[str, Any]]) -> Score:
-    """Mean over labels of the mean over cases."""
+    """Return the mean over labels of the mean over cases."""
     labels = sorted({row["label"] for row in rows})
     return {key: float(np.mean([np.nanmean([r[key] for r in rows if r["label"] == label]) for label in labels])) for key in KEYS}
 
 
 def line(name: str, method: str, mean: Score) -> str:
-    return f"| {name} | {method} | {mean['dice']:.3f} | {mean['hd95']:.1f} | {mean['false']:.0%} | {mean['missed']:.0%} |"
+    return f"| {name} | {method} | {mean['dice']:.3f} | {mean['hd95']:.1f} | {100 * mean['false']:.0f} % | {100 * mean['missed']:.0f} % |"
 
 
 if __name__ == "__main__":

@@ -96,9 +96,7 @@ def _attempt(work: Callable[[Job], Answer], job: Job) -> Answer | CaseError:
         return problem
 
 
-def _run_in_pool(
-    jobs: Mapping[str, Job], pool: _WorkerPool, limit: MemoryLimit, store: Callable[[str, Answer | CaseError], None]
-) -> None:
+def _run_in_pool(jobs: Mapping[str, Job], pool: _WorkerPool, limit: MemoryLimit, store: Callable[[str, Answer | CaseError], None]) -> None:
     """Run the jobs in the pool's workers and store their results; jobs for which no process could be started are left out."""
     waiting = deque(jobs)
     needs: dict[str, float] = {}  # bytes
