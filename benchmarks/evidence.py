@@ -33,7 +33,7 @@ def roi_crops(root: Path, cases: set[str]) -> Iterator[tuple[Tensor, Tensor, int
     """Yield slices (T, 1, px, px), masks (T, 1, px, px) and the annotated slice, of every label of the cases."""
     data = read_dataset(root)
     plan = decide(measure(data)[0], "nano")
-    geometry, px = plan.geometry, plan.geometry.stack_size
+    geometry, px = plan.geometry, plan.geometry.storage_size
     for case in (case for case in data.training if case.id in cases):
         view, frames = make_frames(read_image(case.images, case=case.id, root=root, channels=1), geometry, plan.intensity)
         labels = view.labels(read_labels(case.label, case=case.id, root=root).voxels)

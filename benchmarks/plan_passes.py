@@ -42,7 +42,7 @@ def spacing(times: float) -> Arm:
 
 
 def pixels(edge: int) -> Arm:
-    return lambda plan, _: plan.model_copy(update={"geometry": plan.geometry.model_copy(update={"input_size": edge})})
+    return lambda plan, _: plan.model_copy(update={"geometry": plan.geometry.model_copy(update={"input_size": edge, "storage_size": edge})})
 
 
 ARMS: dict[str, Arm] = {

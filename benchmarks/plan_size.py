@@ -43,7 +43,9 @@ STOCK_PX, CLIP = 1024, 6
 def stock(plan: Plan) -> Plan:
     """Return the plan for a SAM 2 network at the input size of SAM 2."""
     geometry, px = plan.geometry, STOCK_PX
-    larger = geometry.model_copy(update={"input_size": px, "in_plane_mm": geometry.in_plane_mm * geometry.input_size / px})
+    larger = geometry.model_copy(
+        update={"input_size": px, "storage_size": px, "in_plane_mm": geometry.in_plane_mm * geometry.input_size / px}
+    )
     return plan.model_copy(update={"geometry": larger})
 
 
@@ -57,7 +59,7 @@ class Pipeline:
         view, frames = make_frames(image, plan.geometry, plan.intensity)
         labels = read_labels(case.label, case=case.id, root=root)
         objects = annotated_slices_of(
-            simulate_prompts(labels.voxels, view, tuple(plan.labels), "middle"), view, tuple(plan.labels), plan.geometry.stack_size
+            simulate_prompts(labels.voxels, view, tuple(plan.labels), "middle"), view, tuple(plan.labels), plan.geometry.storage_size
         )
         annotated = next(prompt.slice for prompts in objects.values() for prompt in prompts)
         start = max(0, min(annotated - CLIP // 2, frames.shape[1] - CLIP))
@@ -66,7 +68,7 @@ class Pipeline:
             value: [AnnotatedSlice(a.slice - start, a.mask) for a in one if start <= a.slice < start + CLIP]
             for value, one in objects.items()
         }
-        self.stack = pad_to_square(to_input(torch.from_numpy(frames[:, start : start + CLIP])), plan.geometry.stack_size)
+        self.stack = pad_to_square(to_input(torch.from_numpy(frames[:, start : start + CLIP])), plan.geometry.storage_size)
         self.model = SlmSam2(plan.network, plan.geometry.input_size).eval()
 
     def seconds(self) -> float:
@@ -127,8 +129,8 @@ def at(fingerprint: Fingerprint, setting: str) -> Plan:
     plan = decide(fingerprint)
     geometry = plan.geometry.model_copy(update={"adjacent_slices": "adjacent_slices" in more})
     if width == "whole":
-        scale = geometry.stack_size / int(px)
-        changed: dict[str, object] = {"roi_scale": None, "storage_size": None, "in_plane_mm": geometry.in_plane_mm * scale}
+        scale = geometry.storage_size / int(px)
+        changed: dict[str, object] = {"roi_scale": None, "storage_size": int(px), "in_plane_mm": geometry.in_plane_mm * scale}
     else:
         changed = {"roi_scale": float(width)}
     training = plan.training.model_copy(update={"validation": "none"})

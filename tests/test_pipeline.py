@@ -14,7 +14,7 @@ from slmsam2_cli.commands.demo import TRAINING_CASES, demo
 from slmsam2_cli.commands.evaluate import evaluate
 from slmsam2_cli.commands.predict import predict
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
-from slmsam2_cli.io.atomic import sha256_of
+from slmsam2_cli.io.files import sha256_of
 from slmsam2_cli.io.volume import read_labels, write_mask
 from slmsam2_cli.workspace import Workspace
 

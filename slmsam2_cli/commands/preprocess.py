@@ -45,7 +45,7 @@ def preprocess(dataset: Path, workspace: Workspace, *, overwrite: bool = False) 
     for case in outcome.cases:
         if case.view.scale < 1:
             console.warn(
-                f"case {case.id}: slices were reduced to {case.view.scale:.0%} of their size to fit {plan.geometry.stack_size} pixels"
+                f"case {case.id}: slices were reduced to {case.view.scale:.0%} of their size to fit {plan.geometry.storage_size} pixels"
             )
     console.say(f"{len(outcome.cases)} cases ready, {outcome.prepared_now} preprocessed in this run")
     return SOME_FAILED if outcome.problems else DONE

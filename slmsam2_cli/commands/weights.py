@@ -20,7 +20,7 @@ from slmsam2_cli import console
 from slmsam2_cli.errors import DONE, SOME_FAILED, UsageError, WeightsError
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.download import DownloadError, DownloadTarget, fetch
-from slmsam2_cli.io.files import InputError, error_reason
+from slmsam2_cli.io.files import InputError, error_reason, sha256_of
 from slmsam2_cli.io.strict_json import JsonRejected, parse
 from slmsam2_cli.model import zoo
 from slmsam2_cli.model.zoo import Entry
@@ -133,7 +133,7 @@ def _already_downloaded(wanted: DownloadTarget, entry: Entry) -> bool:
     known = wanted.sha256 or zoo.recorded_digest(wanted.path)
     if not wanted.path.is_file() or known is None:
         return False
-    if atomic.sha256_of(wanted.path) == known:
+    if sha256_of(wanted.path) == known:
         return True
     console.warn(f"{wanted.path} is not {entry.name} as it was published; it is fetched again")
     return False
@@ -260,7 +260,7 @@ def _sha256(path: Path) -> str:
     if path.is_dir():
         raise WeightsError(f"{path}: a directory, not a file. Name a file of weights")
     try:
-        return atomic.sha256_of(path)
+        return sha256_of(path)
     except InputError as error:
         raise WeightsError(f"{path}: {error.what}. Name a file of weights") from None
     except OSError as error:

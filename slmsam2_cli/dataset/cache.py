@@ -22,7 +22,7 @@ from slmsam2_cli.dataset.intensity import ChannelIntensityLike, make_frames
 from slmsam2_cli.dataset.slices import GeometryPlanLike, View
 from slmsam2_cli.errors import CaseError, OutputError, SlmSam2Error
 from slmsam2_cli.io import atomic
-from slmsam2_cli.io.files import error_reason
+from slmsam2_cli.io.files import error_reason, sha256_of
 from slmsam2_cli.io.volume import LabelVolume, Volume, case_errors, read_image, read_labels, relative, volume_files
 from slmsam2_cli.version import VERSION
 
@@ -46,7 +46,7 @@ class PreprocessSettings:
             "slice_axis": self.geometry.slice_axis,
             "in_plane_mm": self.geometry.in_plane_mm,
             "through_plane_mm": self.geometry.through_plane_mm,
-            "input_size": self.geometry.stack_size,
+            "input_size": self.geometry.storage_size,
             "crop_to_nonzero": self.geometry.crop_to_nonzero,
             "intensity": [[channel.scheme, channel.lower, channel.upper] for channel in self.intensity],
         }
@@ -116,7 +116,7 @@ def _inputs(case: Case, root: Path) -> dict[str, str]:
             files = volume_files(path)
         for file in files:
             with case_errors(case.id, file, root):
-                digests[relative(file, root)] = atomic.sha256_of(file)
+                digests[relative(file, root)] = sha256_of(file)
     return digests
 
 
@@ -144,7 +144,7 @@ def prepare(case: Case, dataset: Dataset, settings: PreprocessSettings, folder: 
         "case": case.id,
         "inputs": inputs,
         "settings": settings.digest(),
-        "outputs": {name: atomic.sha256_of(place / name) for name in arrays},
+        "outputs": {name: sha256_of(place / name) for name in arrays},
         "shapes": {name: list(array.shape) for name, array in arrays.items()},
         "view": view.to_json(),
     }
@@ -171,9 +171,7 @@ def stale_reason(case: Case, root: Path, settings: PreprocessSettings, folder: P
     changed = sorted(name for name in {*inputs, *record["inputs"]} if inputs.get(name) != record["inputs"].get(name))
     if changed:
         return f"{changed[0]} changed"
-    damaged = [
-        name for name, digest in record["outputs"].items() if not (place / name).exists() or atomic.sha256_of(place / name) != digest
-    ]
+    damaged = [name for name, digest in record["outputs"].items() if not (place / name).exists() or sha256_of(place / name) != digest]
     return f"{damaged[0]} is damaged" if damaged else None
 
 

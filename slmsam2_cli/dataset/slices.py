@@ -28,15 +28,13 @@ Array = np.ndarray[Any, Any]
 
 
 class GeometryPlanLike(Protocol):
-    """The settings of a plan that this module uses; spacings in mm, stack_size in pixels."""
+    """The settings of a plan that this module uses; spacings in mm, storage_size in pixels."""
 
     slice_axis: SliceAxis
     in_plane_mm: float
     through_plane_mm: float | None
     crop_to_nonzero: bool
-
-    @property
-    def stack_size(self) -> int: ...
+    storage_size: int
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ class View:
     """The mapping between one volume and its stack of slices.
 
     box: ((t0, t1), (r0, r1), (c0, c1)), the crop in the oriented array. stack_shape: (T, H, W) after resampling.
-    scale: 1, or the factor below 1 by which the slices were reduced below the planned size to fit into stack_size pixels.
+    scale: 1, or the factor below 1 by which the slices were reduced below the planned size to fit into storage_size pixels.
     """
 
     grid: Grid
@@ -156,9 +154,9 @@ class View:
         box = nonzero_box(oriented) if geometry.crop_to_nonzero else full
         spacing = [float(volume.grid.spacing_mm[a]) for a in orientation.order]
         extent_mm = [(end - start) * mm for (start, end), mm in zip(box, spacing, strict=True)]
-        room = geometry.stack_size * geometry.in_plane_mm / max(extent_mm[1:])
+        room = geometry.storage_size * geometry.in_plane_mm / max(extent_mm[1:])
         scale = room if room < 1 - 1e-4 else 1.0  # less than that is rounding
-        height, width = (min(geometry.stack_size, max(1, round(mm / geometry.in_plane_mm * scale))) for mm in extent_mm[1:])
+        height, width = (min(geometry.storage_size, max(1, round(mm / geometry.in_plane_mm * scale))) for mm in extent_mm[1:])
         through = geometry.through_plane_mm
         slices = box[0][1] - box[0][0] if through is None else max(1, round(extent_mm[0] / through))
         return cls(volume.grid, axis, box, (slices, height, width), scale)

@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from slmsam2_cli.errors import SlmSam2Error, UsageError
 from slmsam2_cli.io import atomic
+from slmsam2_cli.io.files import sha256_of
 from slmsam2_cli.io.volume import Volume, image_ending, read_labels, volume_files, write_mask
 
 MANIFEST = "manifest.json"
@@ -61,7 +62,7 @@ class Records:
         self.begin(case_id)
         mask = self.masks / f"{case_id}{image.source.mask_ending}"
         write_mask(mask, labels, image)
-        digest = atomic.sha256_of(mask)
+        digest = sha256_of(mask)
         self._write({"case": case_id, "key": key, "sha256": digest, "metadata": {"output": mask.name} | metadata})
 
     def mark_stale(self, case_id: str) -> str | None:
@@ -81,7 +82,7 @@ class Records:
     def intact(self, record: Record) -> bool:
         """Return whether the mask of a record is still the file that was written."""
         path = self._mask(record)
-        return path is not None and atomic.sha256_of(path) == record.get("sha256")
+        return path is not None and sha256_of(path) == record.get("sha256")
 
     def files_named(self, case_id: str) -> list[Path]:
         """List the files that have the name of this case's mask, whatever their format."""
@@ -143,7 +144,7 @@ def digest_inputs(settings: str, images: Sequence[Path], prompts: Sequence[Path]
 def _digests(path: Path) -> tuple[str, ...]:
     """Compute the SHA-256 of every file of a volume; "absent" when one cannot be read."""
     try:
-        return tuple(atomic.sha256_of(file) for file in volume_files(path))
+        return tuple(sha256_of(file) for file in volume_files(path))
     except (SlmSam2Error, OSError):
         return ("absent",)
 

@@ -193,13 +193,13 @@ def propagate_stack(
 ) -> dict[int, Propagation]:
     """Segment every object on a stack of slices (C, T, H, W) in [0, 1] as a plan says; prediction and training go through here.
 
-    objects: label -> annotated slices, their masks (S, S) padded to the plan's `stack_size`. batch: slices encoded at a time, where it
+    objects: label -> annotated slices, their masks (S, S) padded to the plan's `storage_size`. batch: slices encoded at a time, where it
     is not the plan's number.
     """
     geometry, inference = plan.geometry, plan.inference
     stack = to_input(torch.from_numpy(frames.astype(np.float32, copy=False)), geometry.adjacent_slices)
     options = PropagationOptions(batch or inference.batch_slices, geometry.roi_scale, use_label_prior, inference.max_empty_slices)
-    return propagate(model, pad_to_square(stack, geometry.stack_size), objects, options)
+    return propagate(model, pad_to_square(stack, geometry.storage_size), objects, options)
 
 
 def _propagate_in_roi(one: _Object) -> Propagation:

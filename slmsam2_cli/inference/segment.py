@@ -130,7 +130,7 @@ def segment_case(case: Case, root: Path, prompt_reader: PromptReader, segmenter:
     Raises: CaseError when the image or the prompts cannot be used.
     """
     started = time.monotonic()
-    model, plan, size = segmenter.model, segmenter.plan, segmenter.plan.geometry.stack_size
+    model, plan, size = segmenter.model, segmenter.plan, segmenter.plan.geometry.storage_size
     image = read_image(case.images, case=case.id, root=root, channels=len(plan.channels))
     view, frames = make_frames(image, plan.geometry, plan.intensity)
     prompts, warnings = prompt_reader.read(case, image, view, plan)
@@ -147,12 +147,12 @@ def segment_case(case: Case, root: Path, prompt_reader: PromptReader, segmenter:
     return SegmentedCase(labels, image, (*image.warnings, *warnings), metadata)
 
 
-def annotated_slices_of(prompts: Prompts, view: View, values: Sequence[int], stack_size: int) -> dict[int, list[AnnotatedSlice]]:
+def annotated_slices_of(prompts: Prompts, view: View, values: Sequence[int], storage_size: int) -> dict[int, list[AnnotatedSlice]]:
     """Bring the annotated slices of every label to the stack: label value -> slices, ascending; labels annotated nowhere are left out.
 
     Slices outside the crop are left out, for the network does not see them. A slice without the label counts only where none of it is
     ignored, and is an end mark only where no other label is annotated on it. Where several native slices meet in one stack slice, one
-    that holds the label counts. Masks are padded to (stack_size, stack_size).
+    that holds the label counts. Masks are padded to (storage_size, storage_size).
     """
     found: dict[int, list[AnnotatedSlice]] = {}
     planes = view.oriented(prompts.labels)
@@ -163,7 +163,7 @@ def annotated_slices_of(prompts: Prompts, view: View, values: Sequence[int], sta
         for t in sorted(usable, key=lambda t: bool(masks[t][1].any())):  # slices with the label last, so that they count
             place, mask = masks[t]
             alone = not bool(((planes[t] != 0) & (planes[t] != (prompts.ignore or 0))).any())
-            by_slice[place] = AnnotatedSlice(place, pad_to_square(torch.from_numpy(mask), stack_size), alone)
+            by_slice[place] = AnnotatedSlice(place, pad_to_square(torch.from_numpy(mask), storage_size), alone)
         if any(bool(annotated.mask.any()) for annotated in by_slice.values()):
             found[value] = [annotated for _, annotated in sorted(by_slice.items())]
     return found

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from slmsam2_cli.errors import LockError, OutputError, SlmSam2Error
 from slmsam2_cli.io import strict_json
-from slmsam2_cli.io.files import InputError, error_reason, is_ignored_name, open_regular
+from slmsam2_cli.io.files import InputError, error_reason, open_regular, sha256_of
 
 CHUNK = 1 << 20
 _PREFIX = ".slmsam2-tmp-"
@@ -157,13 +158,22 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
+def to_json(value: object) -> bytes:
+    """Serialise a value as strict JSON: UTF-8, indented by two spaces, with a line feed at the end.
+
+    Raises: ValueError or TypeError when it holds NaN or a type that JSON does not have.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2)
+    return (text + "\n").encode("utf-8", "backslashreplace")  # lone surrogates become \udcxx, which JSON reads back
+
+
 def write_json(path: Path, value: object) -> None:
-    """Write a value as strict JSON: UTF-8, indented by two spaces.
+    """Write a value as strict JSON.
 
     Raises: OutputError when the file cannot be written, or the value holds NaN or a type that JSON does not have.
     """
     try:
-        data = strict_json.dump(value)
+        data = to_json(value)
     except (ValueError, TypeError) as error:
         raise OutputError(f"{path}: could not be written: {error}") from error
     write_bytes(path, data)
@@ -227,22 +237,6 @@ def open_npy(path: Path) -> NDArray[Any]:
     if offset is not None and offset + array.nbytes != size:
         raise ArrayError(f"{path.name}: damaged .npy file: its size of {size} bytes does not match its header")
     return array
-
-
-def sha256_of(path: Path) -> str:
-    """Compute the hexadecimal SHA-256 of a regular file, or of the names and digests of all files in a folder.
-
-    Raises: InputError or OSError when a file cannot be read.
-    """
-    digest = hashlib.sha256()
-    if path.is_dir():
-        for file_path in sorted(p for p in path.iterdir() if not is_ignored_name(p.name) and not p.is_dir()):
-            digest.update(f"{os.fsencode(file_path.name).hex()} {sha256_of(file_path)}\n".encode())
-        return digest.hexdigest()
-    with open_regular(path) as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextmanager

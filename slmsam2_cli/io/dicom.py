@@ -15,7 +15,7 @@ import SimpleITK
 from numpy.typing import NDArray
 
 from slmsam2_cli.io.files import InputError, dicom_files, is_ignored_name
-from slmsam2_cli.io.image import DIRECTION_TOLERANCE, SHEAR_TOLERANCE, DecodedVolume, Source, check_size, geometry_warnings
+from slmsam2_cli.io.image import DIRECTION_TOLERANCE, SHEAR_TOLERANCE, DecodedVolume, Source, check_size
 from slmsam2_cli.io.itk import decode, from_image
 
 sitk: Any = SimpleITK  # untyped
@@ -65,8 +65,7 @@ def read_dicom(folder: Path, max_voxels: int) -> DecodedVolume:
         slices, warnings = _in_order(slices)
         image = _read(slices)
     voxels, grid = from_image(image)
-    odd, uncertain = geometry_warnings(grid)
-    return DecodedVolume(voxels, grid, Source(SERIES, ".nii.gz", uncertain=uncertain), (*warnings, *odd))
+    return DecodedVolume(voxels, grid, Source(SERIES, ".nii.gz"), tuple(warnings))
 
 
 def _information(path: Path) -> _Slice:

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 from slmsam2_cli.errors import OutputError, SlmSam2Error
 from slmsam2_cli.io import atomic
-from slmsam2_cli.io.files import error_reason
+from slmsam2_cli.io.files import error_reason, sha256_of
 from slmsam2_cli.version import VERSION
 
 TIMEOUT_S = 30.0
@@ -273,7 +273,7 @@ def _finish(target: DownloadTarget) -> str:
 
     def verify(partial: Path) -> None:
         nonlocal found
-        found = atomic.sha256_of(partial)
+        found = sha256_of(partial)
         if target.sha256 is not None and found != target.sha256:
             raise DigestError(
                 f"{target.url}: refused: its SHA-256 is {found}, not {target.sha256}. What arrived was removed; "

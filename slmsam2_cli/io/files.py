@@ -1,4 +1,4 @@
-"""Open input files safely: regular files only, without blocking.
+"""Open and digest input files safely: regular files only, without blocking.
 
 A FIFO blocks the reader that opens it, a directory opens without error, a link may lead nowhere or in a circle.
 """
@@ -6,6 +6,7 @@ A FIFO blocks the reader that opens it, a directory opens without error, a link 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 from contextlib import suppress
@@ -14,6 +15,7 @@ from typing import BinaryIO
 
 from slmsam2_cli.errors import SlmSam2Error
 
+CHUNK = 1 << 20
 IGNORED_NAMES = frozenset({".ds_store", "thumbs.db", "desktop.ini", "__macosx"})
 _CAUSES = {
     errno.EACCES: "permission denied",
@@ -65,6 +67,22 @@ def open_regular(path: Path) -> BinaryIO:
     if stat.S_ISDIR(mode):
         raise InputError("a directory, not a file", "Put the image file itself here")
     raise InputError("not a regular file", "Replace the pipe, socket or device by a file")
+
+
+def sha256_of(path: Path) -> str:
+    """Compute the hexadecimal SHA-256 of a regular file, or of the names and digests of all files in a folder.
+
+    Raises: InputError or OSError when a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for file_path in sorted(p for p in path.iterdir() if not is_ignored_name(p.name) and not p.is_dir()):
+            digest.update(f"{os.fsencode(file_path.name).hex()} {sha256_of(file_path)}\n".encode())
+        return digest.hexdigest()
+    with open_regular(path) as file:
+        while block := file.read(CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def is_ignored_name(name: str) -> bool:

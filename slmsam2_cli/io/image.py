@@ -18,6 +18,8 @@ from slmsam2_cli.io.files import InputError
 SPACING_TOLERANCE = 1e-3  # relative
 DIRECTION_TOLERANCE = 1e-3  # largest difference of one cosine
 ORIGIN_TOLERANCE = 1e-2  # voxels
+SHEAR_TOLERANCE = 1e-3  # largest cosine between two axes
+_RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +43,27 @@ class Grid:
         return matrix
 
     @classmethod
-    def from_affine(cls, shape: tuple[int, int, int], affine: NDArray[np.float64]) -> Grid:
-        """Build the grid of a finite, regular LPS affine (4, 4); its axes are made exactly orthonormal."""
-        columns = affine[:3, :3]
+    def from_affine(cls, shape: tuple[int, int, int], affine: NDArray[np.float64], *, ras: bool = False) -> Grid:
+        """Build the grid of an affine (4, 4), LPS or, as in NIfTI, RAS; its axes are made exactly orthonormal.
+
+        Raises: InputError unless it is finite, regular and orthonormal to SHEAR_TOLERANCE; names the angle and a repaired affine.
+        """
+        if not np.all(np.isfinite(affine)):
+            raise InputError("the affine (direction and origin) is not finite", "Export the image again from its source")
+        lengths = np.linalg.norm(affine[:3, :3], axis=0)
+        if np.any(lengths == 0) or abs(np.linalg.det(affine[:3, :3] / np.where(lengths, lengths, 1))) < 1e-6:
+            raise InputError("the affine is singular: its directions are degenerate", "Export the image again from its source")
+        cosines = affine[:3, :3] / lengths
+        shear = float(np.max(np.abs(cosines.T @ cosines - np.eye(3))))
+        if shear > SHEAR_TOLERANCE:
+            repaired = nearest_orthonormal(cosines) * lengths
+            rows = "; ".join(" ".join(f"{v:.5g}" for v in (*row, shift)) for row, shift in zip(repaired, affine[:3, 3], strict=True))
+            what = f"the axes are not orthonormal: sheared by {np.degrees(np.arcsin(min(1.0, shear))):.2g} degrees"
+            raise InputError(what, f"Resample the image to a rectangular grid; if the shear is an error, use the affine [{rows}]")
+        lps = _RAS_TO_LPS @ affine if ras else affine
+        columns = lps[:3, :3]
         x, y, z = (float(length) for length in np.linalg.norm(columns, axis=0))
-        origin = (float(affine[0, 3]), float(affine[1, 3]), float(affine[2, 3]))
+        origin = (float(lps[0, 3]), float(lps[1, 3]), float(lps[2, 3]))
         return cls(shape, (z, y, x), origin, nearest_orthonormal(columns / np.array([x, y, z])))
 
     def difference(self, other: Grid) -> str | None:
@@ -88,9 +106,6 @@ def _format(values: Iterable[float], digits: int = 6) -> str:
     """Format numbers as a tuple with this many significant digits."""
     return "(" + ", ".join(f"{value:.{digits}g}" for value in values) + ")"
 
-
-SHEAR_TOLERANCE = 1e-3
-_SPACING_PLAUSIBLE_MM = (0.01, 100.0)
 
 Uncertainty = Literal["orientation", "spacing"]
 
@@ -145,54 +160,3 @@ def check_spacing(spacing: Sequence[float]) -> None:
         raise InputError(f"the spacing {_format(spacing)} mm is not finite", "Set the voxel size in mm in the header")
     if any(length <= 0 for length in spacing):
         raise InputError(f"the spacing {_format(spacing)} mm is not above 0", "Set the voxel size in mm in the header")
-
-
-def check_affine(affine: NDArray[np.float64]) -> None:
-    """Check an affine (4, 4), LPS or RAS.
-
-    Raises: InputError unless it is finite, regular and orthonormal to SHEAR_TOLERANCE; names the angle and a repaired affine.
-    """
-    if not np.all(np.isfinite(affine)):
-        raise InputError("the affine (direction and origin) is not finite", "Export the image again from its source")
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    if np.any(lengths == 0) or abs(np.linalg.det(affine[:3, :3] / np.where(lengths, lengths, 1))) < 1e-6:
-        raise InputError("the affine is singular: its directions are degenerate", "Export the image again from its source")
-    cosines = affine[:3, :3] / lengths
-    gram = np.abs(cosines.T @ cosines - np.eye(3))
-    if np.max(gram) > SHEAR_TOLERANCE:
-        angle = np.degrees(np.arcsin(min(1.0, float(np.max(gram)))))
-        repaired = nearest_orthonormal(cosines) * lengths
-        rows = "; ".join(" ".join(f"{v:.5g}" for v in (*row, shift)) for row, shift in zip(repaired, affine[:3, 3], strict=True))
-        what = f"the axes are not orthonormal: sheared by {angle:.2g} degrees"
-        raise InputError(what, f"Resample the image to a rectangular grid; if the shear is an error, use the affine [{rows}]")
-
-
-def geometry_warnings(grid: Grid) -> tuple[list[str], frozenset[Uncertainty]]:
-    """Return warnings about an implausible spacing or a very small volume, and the parts of the geometry that are therefore uncertain."""
-    warnings: list[str] = []
-    low, high = _SPACING_PLAUSIBLE_MM
-    implausible = min(grid.spacing_mm) < low or max(grid.spacing_mm) > high
-    if implausible:
-        warnings.append(f"the spacing {_format(grid.spacing_mm)} mm (z, y, x) is implausible; another unit than mm?")
-    if sorted(grid.shape)[1] < 8:
-        warnings.append(f"a very small volume: {grid.shape} voxels (z, y, x)")
-    return warnings, frozenset({"spacing"}) if implausible else frozenset()
-
-
-def value_warnings(voxels: NDArray[Any]) -> list[str]:
-    """Return warnings about a constant image or an extreme range of values.
-
-    Raises: InputError when a value of voxels (C, Z, Y, X) is not finite.
-    """
-    low, high = float(voxels.min()), float(voxels.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
-        nan = sum(int(np.isnan(slab).sum()) for channel in voxels for slab in channel)
-        infinite = sum(int(np.isinf(slab).sum()) for channel in voxels for slab in channel)
-        counts = [f"{nan} NaN"] * (nan > 0) + [f"{infinite} infinite (Inf)"] * (infinite > 0)
-        what = f"{' and '.join(counts)} of {voxels.size} voxels, all must be finite"
-        raise InputError(what, "Replace these values, for example by that of the background")
-    if low == high:
-        return [f"a constant image: every voxel is {low:g}"]
-    if max(abs(low), abs(high)) > 1e12:
-        return [f"an extreme range of values: {low:g} to {high:g}"]
-    return []

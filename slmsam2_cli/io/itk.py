@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from slmsam2_cli.io.files import InputError, open_regular
 from slmsam2_cli.io.gzip_stream import GZIP, ZLIB_OR_GZIP, DeflateStream, PlainStream, expect_end, skip
-from slmsam2_cli.io.image import DecodedVolume, Grid, Source, check_affine, check_size, check_spacing, geometry_warnings
+from slmsam2_cli.io.image import DecodedVolume, Grid, Source, check_size, check_spacing
 
 sitk: Any = SimpleITK  # untyped
 _MAX_HEADER = 1 << 20
@@ -69,9 +69,7 @@ def read_itk(path: Path, ending: str, max_voxels: int) -> DecodedVolume:
                 warnings = _check_data(data, layout, total * layout.bytes_per_value)
     image = decode(path)
     voxels, grid = from_image(image)
-    odd, uncertain = geometry_warnings(grid)
-    mask_ending = ".mha" if ending == ".mhd" else ending
-    return DecodedVolume(voxels, grid, Source(ending, mask_ending, uncertain=uncertain), (*warnings, *odd))
+    return DecodedVolume(voxels, grid, Source(ending, ".mha" if ending == ".mhd" else ending), tuple(warnings))
 
 
 def decode(path: Path) -> Any:
@@ -106,7 +104,6 @@ def from_image(image: Any) -> tuple[NDArray[Any], Grid]:
     check_spacing(spacing)
     affine[:3, :3] = np.array(image.GetDirection()).reshape(dimension, dimension)[:3, :3] * spacing
     affine[:3, 3] = image.GetOrigin()[:3]
-    check_affine(affine)
     shape = (int(voxels.shape[1]), int(voxels.shape[2]), int(voxels.shape[3]))
     return np.ascontiguousarray(voxels), Grid.from_affine(shape, affine)
 

@@ -23,10 +23,9 @@ from numpy.typing import NDArray
 
 from slmsam2_cli.io.files import InputError, open_regular
 from slmsam2_cli.io.gzip_stream import GZIP_MAGIC, ByteStream, DeflateStream, PlainStream, read_body
-from slmsam2_cli.io.image import DecodedVolume, Grid, Source, Uncertainty, check_affine, check_size, check_spacing, geometry_warnings
+from slmsam2_cli.io.image import DecodedVolume, Grid, Source, Uncertainty, check_size, check_spacing
 
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}  # NIfTI unit codes metre and micron; everything else is taken as mm
-_RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 CONFLICT_VOXELS = 0.1
 
 
@@ -52,9 +51,8 @@ def geometry(forms: NiftiForms, size: tuple[int, int, int]) -> Geometry:
     Raises: InputError when spacing or affine are invalid.
     """
     shape = size[::-1]
-    grid = Grid.from_affine(shape, _lps_affine(forms))
-    warnings, implausible = geometry_warnings(grid)
-    uncertain: set[Uncertainty] = set(implausible)
+    grid = Grid.from_affine(shape, _ras_affine(forms), ras=True)
+    warnings, uncertain = list[str](), set[Uncertainty]()
     if forms.units in _MM_PER_UNIT:
         warnings.append(f"the header's unit of length is {'metre' if forms.units == 1 else 'micron'}; converted to mm")
     if forms.sform_code <= 0 and forms.qform_code <= 0:
@@ -63,7 +61,7 @@ def geometry(forms: NiftiForms, size: tuple[int, int, int]) -> Geometry:
     qform_grid, gap = None, 0.0
     if forms.sform_code > 0 and forms.qform_code > 0:
         with suppress(InputError):  # an invalid qform next to a valid sform is ignored
-            qform_grid = Grid.from_affine(shape, _lps_affine(replace(forms, sform_code=0)))
+            qform_grid = Grid.from_affine(shape, _ras_affine(replace(forms, sform_code=0)), ras=True)
             corners = np.array([(*corner, 1) for corner in product(*[(0, length - 1) for length in size])], np.float64)
             gap = float(np.max(np.linalg.norm(corners @ (grid.affine() - qform_grid.affine()).T, axis=1)))
     if gap > CONFLICT_VOXELS * min(grid.spacing_mm):
@@ -72,19 +70,16 @@ def geometry(forms: NiftiForms, size: tuple[int, int, int]) -> Geometry:
     return grid, None, frozenset(uncertain), warnings
 
 
-def _lps_affine(forms: NiftiForms) -> NDArray[np.float64]:
-    """Return the checked LPS affine (4, 4) in mm: from the sform, else the qform, else the voxel size."""
+def _ras_affine(forms: NiftiForms) -> NDArray[np.float64]:
+    """Return the RAS affine (4, 4) in mm: from the sform, else the qform, else the voxel size with axes that run to L, P and S."""
     scale = np.diag([*[_MM_PER_UNIT.get(forms.units, 1.0)] * 3, 1.0])
     if forms.sform_code > 0:
-        affine = scale @ np.vstack([forms.rows, [0, 0, 0, 1]])
-        check_affine(affine)
-        return np.asarray(_RAS_TO_LPS @ affine, np.float64)
+        return np.asarray(scale @ np.vstack([forms.rows, [0, 0, 0, 1]]), np.float64)
     check_spacing(tuple(forms.pixdim[1:4]))
     if forms.qform_code > 0:
-        affine = scale @ qform_affine(forms)
-        check_affine(affine)
-        return np.asarray(_RAS_TO_LPS @ affine, np.float64)
-    return np.asarray(scale @ np.diag([*forms.pixdim[1:4], 1.0]), np.float64)
+        return np.asarray(scale @ qform_affine(forms), np.float64)
+    x, y, z = (float(mm) for mm in forms.pixdim[1:4])
+    return np.asarray(scale @ np.diag([-x, -y, z, 1.0]), np.float64)
 
 
 def qform_affine(forms: NiftiForms) -> NDArray[np.float64]:

@@ -50,15 +50,6 @@ def parse(data: bytes) -> Any:
         raise JsonRejected("JSON nested too deeply") from None
 
 
-def dump(value: object, indent: int | None = 2) -> bytes:
-    """Serialise a value as strict JSON that ends with a line feed.
-
-    Raises: ValueError or TypeError when it holds NaN or a type that JSON does not have.
-    """
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
-    return (text + "\n").encode("utf-8", "backslashreplace")  # lone surrogates become \udcxx, which JSON reads back
-
-
 def _scan(text: str) -> None:
     """Reject deep nesting, long numbers and NaN before anything is built; names the line."""
     depth = 0

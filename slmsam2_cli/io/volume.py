@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from slmsam2_cli.errors import CaseError, OutputError
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.files import InputError, dicom_files, error_reason
-from slmsam2_cli.io.image import DecodedVolume, Grid, Source, value_warnings
+from slmsam2_cli.io.image import DecodedVolume, Grid, Source
 from slmsam2_cli.io.nifti import read_nifti, template_for, write_nifti
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
 
 MAX_VOXELS = 2_000_000_000
 MAX_LABEL = 65535
+PLAUSIBLE_SPACING_MM = 0.01, 100.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +135,24 @@ def _read(path: Path, case: str, root: Path, max_voxels: int, channels: int | No
         if channels is not None and found != channels:
             what = f"{found} channels (4-D or colour), but {channels} {'is' if channels == 1 else 'are'} declared or wanted here"
             raise InputError(what, "Declare the channels in dataset.json, or save one 3-D volume; time series are not supported")
-        return replace(decoded, warnings=(*decoded.warnings, *value_warnings(decoded.voxels)))
+        return replace(decoded, warnings=(*decoded.warnings, *_value_warnings(decoded.voxels)))
+
+
+def _value_warnings(voxels: NDArray[Any]) -> list[str]:
+    """Return warnings about a constant image or an extreme range of values.
+
+    Raises: InputError when a value of voxels (C, Z, Y, X) is not finite.
+    """
+    low, high = float(voxels.min()), float(voxels.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        nan = sum(int(np.isnan(slab).sum()) for channel in voxels for slab in channel)
+        infinite = sum(int(np.isinf(slab).sum()) for channel in voxels for slab in channel)
+        counts = [f"{nan} NaN"] * (nan > 0) + [f"{infinite} infinite (Inf)"] * (infinite > 0)
+        what = f"{' and '.join(counts)} of {voxels.size} voxels, all must be finite"
+        raise InputError(what, "Replace these values, for example by that of the background")
+    if low == high:
+        return [f"a constant image: every voxel is {low:g}"]
+    return [f"an extreme range of values: {low:g} to {high:g}"] if max(abs(low), abs(high)) > 1e12 else []
 
 
 def read_labels(path: Path, *, case: str, root: Path, max_voxels: int = MAX_VOXELS) -> LabelVolume:
@@ -205,14 +223,27 @@ def decode(path: Path, max_voxels: int = MAX_VOXELS) -> DecodedVolume:
 
 
 def _decode(path: Path, max_voxels: int) -> DecodedVolume:
+    """Read a file or DICOM folder by its ending; add warnings about an implausible spacing and a very small volume."""
+    ending = image_ending(path)
     if path.is_dir():
         from slmsam2_cli.io.dicom import read_dicom
 
-        return read_dicom(path, max_voxels)
-    ending = image_ending(path)
-    if ending is None:
+        volume = read_dicom(path, max_voxels)
+    elif ending is None:
         raise InputError("unsupported file type", f"Supported: {', '.join(ENDINGS)}")
-    return _READERS[ending](path, ending, max_voxels)
+    else:
+        volume = _READERS[ending](path, ending, max_voxels)
+    grid, source, warnings = volume.grid, volume.source, list(volume.warnings)
+    if "spacing" in source.uncertain:  # a picture
+        return volume
+    low, high = PLAUSIBLE_SPACING_MM
+    if min(grid.spacing_mm) < low or max(grid.spacing_mm) > high:
+        spacing = ", ".join(f"{mm:.6g}" for mm in grid.spacing_mm)
+        warnings.append(f"the spacing ({spacing}) mm (z, y, x) is implausible; another unit than mm?")
+        source = replace(source, uncertain=source.uncertain | {"spacing"})
+    if sorted(grid.shape)[1] < 8:
+        warnings.append(f"a very small volume: {grid.shape} voxels (z, y, x)")
+    return replace(volume, source=source, warnings=tuple(warnings))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from slmsam2_cli.errors import WeightsError
-from slmsam2_cli.io import strict_json
+from slmsam2_cli.io import atomic, strict_json
 from slmsam2_cli.model.checkpoint import RANDOM_WARNING, Checkpoint
 from slmsam2_cli.version import VERSION
 
@@ -66,9 +66,9 @@ def pack(checkpoint: Checkpoint, content: bytes) -> bytes:
     provenance = checkpoint.provenance
     files = {
         name: content,
-        ABOUT: strict_json.dump({"format_version": FORMAT_VERSION, "tool_version": VERSION, "model": name, "weights": checkpoint.digest}),
-        PLAN: strict_json.dump(checkpoint.plan.model_dump(mode="json")),
-        PROVENANCE: strict_json.dump(provenance.model_dump(mode="json")),
+        ABOUT: atomic.to_json({"format_version": FORMAT_VERSION, "tool_version": VERSION, "model": name, "weights": checkpoint.digest}),
+        PLAN: atomic.to_json(checkpoint.plan.model_dump(mode="json")),
+        PROVENANCE: atomic.to_json(provenance.model_dump(mode="json")),
         LICENCE: _LICENCE.format(pretrained=provenance.pretrained, licence=provenance.licence or "licence not recorded").encode(),
         README: _readme(checkpoint, name).encode(),
     }

@@ -13,8 +13,7 @@ from pathlib import Path
 import platformdirs
 
 from slmsam2_cli.errors import WeightsError
-from slmsam2_cli.io import atomic
-from slmsam2_cli.io.files import InputError, error_reason
+from slmsam2_cli.io.files import InputError, error_reason, sha256_of
 from slmsam2_cli.planning.plan import NetworkSize
 
 BUNDLED_WEIGHTS = Path(__file__).parents[1] / "assets" / "nano.safetensors"
@@ -199,7 +198,7 @@ def verify_digest(path: Path, entry: Entry | None) -> str | None:
     if wanted is None or entry is None or path.suffix == ".safetensors":
         return None
     try:
-        found = atomic.sha256_of(path)
+        found = sha256_of(path)
     except (InputError, OSError) as error:
         raise WeightsError(f"{path.name}: cannot be read: {error_reason(error) if isinstance(error, OSError) else error.what}") from None
     if found != wanted:

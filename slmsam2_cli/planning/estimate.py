@@ -152,7 +152,7 @@ def label_unet_size(plan: Plan, cases: Sequence[CaseFingerprint]) -> tuple[int, 
                 span = max(extent.last for extent in extents) - min(extent.first for extent in extents) + 1
                 spans.append(span * case.spacing_mm[index] / plan.geometry.in_plane_mm)
         if spans:
-            edges.append(min(ROI_SCALE * max(spans), plan.geometry.stack_size))
+            edges.append(min(ROI_SCALE * max(spans), plan.geometry.storage_size))
     edge = 16 * math.ceil(median(edges) / 16) if edges else MIN_LABEL_UNET_SIZE
     size = min(MAX_LABEL_UNET_SIZE, max(MIN_LABEL_UNET_SIZE, edge))
     return size, LABEL_UNET_WIDTH if size <= NARROW_LABEL_UNET_SIZE else LABEL_UNET_WIDTH // 2

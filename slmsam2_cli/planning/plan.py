@@ -80,11 +80,14 @@ class SparseModel(FrozenModel):
 
     omitted_at_default: ClassVar[frozenset[str]] = frozenset()
 
+    def _omitted(self) -> set[str]:
+        fields = type(self).model_fields
+        return {name for name in self.omitted_at_default if getattr(self, name) == fields[name].get_default(call_default_factory=True)}
+
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields = type(self).model_fields
-        default = {name for name in self.omitted_at_default if getattr(self, name) == fields[name].get_default(call_default_factory=True)}
-        return {name: value for name, value in serialize(self).items() if name not in default}
+        omitted = self._omitted()
+        return {name: value for name, value in serialize(self).items() if name not in omitted}
 
 
 class NetworkPlan(SparseModel):
@@ -160,7 +163,7 @@ class ChannelIntensity(FrozenModel):
 class GeometryPlan(SparseModel):
     """How volumes become stacks of slices."""
 
-    omitted_at_default = frozenset({"roi_scale", "storage_size", "adjacent_slices"})
+    omitted_at_default = frozenset({"roi_scale", "adjacent_slices"})
 
     slice_axis: SliceAxis = Field(description="anatomical axis of propagation: SI, AP or LR")
     in_plane_mm: float = Field(description="in-plane spacing after resampling, in mm", gt=1e-3, le=1000)
@@ -175,22 +178,26 @@ class GeometryPlan(SparseModel):
     adjacent_slices: bool = Field(
         default=False, description="whether the slices before and after fill the other two input channels (images with one channel only)"
     )
-    storage_size: int | None = Field(
-        default=None,
-        description="edge of the preprocessed slices in pixels, from which ROI crops are taken, a multiple of 32; null: input_size",
+    storage_size: int = Field(
+        default=0,
+        description="edge of the preprocessed slices in pixels, from which ROI crops are taken, a multiple of 32; default: input_size",
         ge=32,
         le=2048,
         multiple_of=32,
     )
 
-    @property
-    def stack_size(self) -> int:
-        """Edge of the preprocessed slices in pixels."""
-        return self.storage_size or self.input_size
+    @model_validator(mode="before")
+    @classmethod
+    def _default_storage_size(cls, fields: Any) -> Any:
+        known = isinstance(fields, dict) and "input_size" in fields
+        return {"storage_size": fields["input_size"]} | fields if known else fields
+
+    def _omitted(self) -> set[str]:
+        return super()._omitted() | ({"storage_size"} if self.roi_scale is None else set())
 
     @model_validator(mode="after")
     def _consistent_sizes(self) -> GeometryPlan:
-        if self.roi_scale is None and self.storage_size not in (None, self.input_size):
+        if self.roi_scale is None and self.storage_size != self.input_size:
             raise ValueError(
                 f"storage_size is {self.storage_size}, but without roi_scale the network sees whole slices of input_size, {self.input_size}"
             )

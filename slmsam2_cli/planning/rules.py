@@ -151,7 +151,7 @@ def _choose_geometry(fingerprint: Fingerprint, size: NetworkSize, axis: SliceAxi
         input_size=edge.value,
         crop_to_nonzero=crop.value,
         roi_scale=roi_scale.value,
-        storage_size=storage.value if storage is not None else None,
+        storage_size=storage.value if storage is not None else edge.value,
     )
     return geometry, {
         "geometry.crop_to_nonzero": crop.reason,

@@ -274,7 +274,7 @@ def _headline(fingerprint: Fingerprint, plan: Plan) -> tuple[tuple[str, str, str
         ("Training cases", str(len(fingerprint.cases)), f"with {count} label{'s' * (count != 1)}"),
         ("Modality", plan.modality, f"channels: {', '.join(plan.channels)}"),
         ("Slice axis", geometry.slice_axis, "axis of propagation"),
-        ("In-plane spacing", f"{geometry.in_plane_mm:.3g} mm", f"in slices of at most {geometry.stack_size} pixels"),
+        ("In-plane spacing", f"{geometry.in_plane_mm:.3g} mm", f"in slices of at most {geometry.storage_size} pixels"),
         ("Network", network.size, f"{network.policy} memory, input of {geometry.input_size} pixels"),
     )
 

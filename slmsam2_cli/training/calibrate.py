@@ -70,7 +70,7 @@ def _pairs(model: SlmSam2, structure: _Structure, plan: Plan) -> Iterator[tuple[
     assert case.labels is not None
     labels = np.asarray(case.labels[structure.start : structure.stop])
     truth, counted = torch.from_numpy(labels == value), torch.from_numpy(labels != plan.ignore)
-    size, annotated = plan.geometry.stack_size, structure.annotated - structure.start
+    size, annotated = plan.geometry.storage_size, structure.annotated - structure.start
     frames = np.asarray(case.frames[:, structure.start : structure.stop])
     found = propagate_labels(model, frames, labels, {value: annotated}, plan)[value]
     for t in range(len(truth)):

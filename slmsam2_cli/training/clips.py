@@ -131,17 +131,17 @@ class ClipSampler:
         roi = None
         if geometry.roi_scale is not None:  # around the structure on the edge of the window that holds it
             edge = start if start in structure.slices else start + length - 1
-            annotated = pad_to_square(torch.from_numpy(np.asarray(stack.labels[edge]) == structure.label), geometry.stack_size)
-            roi = roi_around(mask_box([annotated]), geometry.roi_scale, geometry.stack_size)
+            annotated = pad_to_square(torch.from_numpy(np.asarray(stack.labels[edge]) == structure.label), geometry.storage_size)
+            roi = roi_around(mask_box([annotated]), geometry.roi_scale, geometry.storage_size)
 
         def masks(value: int, reverse: bool) -> Tensor:
             mask = torch.from_numpy(np.asarray(stack.labels[start : start + length]) == value).float()
-            slices = pad_to_square((mask.flip(0) if reverse else mask).unsqueeze(1), geometry.stack_size)
+            slices = pad_to_square((mask.flip(0) if reverse else mask).unsqueeze(1), geometry.storage_size)
             return roi.crop_masks(slices, geometry.input_size) if roi is not None else slices
 
         first = max(start - 1, 0)  # the slices just outside the window are neighbours of its outer slices
         read = torch.from_numpy(np.asarray(stack.frames[:, first : start + length + 1], dtype=np.float32))
-        frames = pad_to_square(to_input(read, geometry.adjacent_slices)[start - first : start - first + length], geometry.stack_size)
+        frames = pad_to_square(to_input(read, geometry.adjacent_slices)[start - first : start - first + length], geometry.storage_size)
         ignore, valid = self.ignore, None
         if ignore is not None:
             valid = 1 - torch.stack([masks(ignore, reverse) for _, reverse in runs], dim=1)

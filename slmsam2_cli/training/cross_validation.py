@@ -142,7 +142,7 @@ def score_fold(model: SlmSam2, fold: Fold, plan: Plan, use_label_prior: bool) ->
     truth = np.array(case.labels)  # read now, while the file is known to be complete
     annotated = {value: choose_slice(area, "middle") for value in plan.labels if (area := label_areas(case, value, plan.ignore)).any()}
     found = propagate_labels(model, np.asarray(case.frames), truth, annotated, plan, use_label_prior)
-    labels = combine_labels(found, truth, annotated, plan.geometry.stack_size)
+    labels = combine_labels(found, truth, annotated, plan.geometry.storage_size)
     if use_label_prior:
         prompts = np.zeros_like(truth)
         for value, t in annotated.items():
@@ -165,7 +165,7 @@ def propagate_labels(
 
     frames: (C, T, H, W) in [0, 1]; truth: labels (T, H, W); annotated: label -> its slice.
     """
-    size = plan.geometry.stack_size
+    size = plan.geometry.storage_size
     objects = {value: [AnnotatedSlice(t, pad_to_square(torch.from_numpy(truth[t] == value), size))] for value, t in annotated.items()}
     return propagate_stack(model, frames, objects, plan, use_label_prior=use_label_prior)
 

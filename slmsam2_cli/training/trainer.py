@@ -121,7 +121,7 @@ def training_data_of(cases: Sequence[PreparedCase], plan: Plan) -> TrainingData:
     """
     for case in cases:
         check_not_truncated(case)
-    values, size = tuple(plan.labels), plan.geometry.stack_size
+    values, size = tuple(plan.labels), plan.geometry.storage_size
     clips = ClipSampler(cases, values, plan.geometry, plan.ignore)
     return TrainingData(clips, SliceSampler(cases, values, size, plan.ignore) if plan.training.label_unet else None)
 

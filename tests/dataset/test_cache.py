@@ -20,7 +20,7 @@ from slmsam2_cli.dataset.slices import View
 from slmsam2_cli.errors import CaseError, OutputError
 from slmsam2_cli.io import atomic
 
-GEOMETRY = SimpleNamespace(slice_axis="SI", in_plane_mm=1.0, through_plane_mm=None, stack_size=64, crop_to_nonzero=True)
+GEOMETRY = SimpleNamespace(slice_axis="SI", in_plane_mm=1.0, through_plane_mm=None, storage_size=64, crop_to_nonzero=True)
 INTENSITY = (SimpleNamespace(scheme="percentile", lower=0.5, upper=99.5),)
 SETTINGS = PreprocessSettings(GEOMETRY, INTENSITY)
 
@@ -104,7 +104,7 @@ def test_new_voxels_behind_an_unchanged_header_are_noticed(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"stack_size": 32}, {"slice_axis": "AP"}, {"in_plane_mm": 2.0}, {"through_plane_mm": 1.0}, {"crop_to_nonzero": False}]
+    "change", [{"storage_size": 32}, {"slice_axis": "AP"}, {"in_plane_mm": 2.0}, {"through_plane_mm": 1.0}, {"crop_to_nonzero": False}]
 )
 def test_a_changed_plan_preprocesses_everything_again(data, tmp_path, change):
     again(data, tmp_path / "out")

@@ -18,9 +18,9 @@ STORAGE = list(product(permutations(range(3)), product((False, True), repeat=3))
 AXES = st.sampled_from(["SI", "AP", "LR"])
 
 
-def geometry(axis="SI", in_plane_mm=1.0, through_plane_mm=None, stack_size=256, crop=False):
+def geometry(axis="SI", in_plane_mm=1.0, through_plane_mm=None, storage_size=256, crop=False):
     return SimpleNamespace(
-        slice_axis=axis, in_plane_mm=in_plane_mm, through_plane_mm=through_plane_mm, stack_size=stack_size, crop_to_nonzero=crop
+        slice_axis=axis, in_plane_mm=in_plane_mm, through_plane_mm=through_plane_mm, storage_size=storage_size, crop_to_nonzero=crop
     )
 
 
@@ -148,7 +148,7 @@ def test_pixels_get_the_planned_size():
 
 
 def test_a_slice_larger_than_the_frame_is_shrunk_as_a_whole():
-    view = View.fit(volume(np.ones((3, 100, 50))), geometry(in_plane_mm=1.0, stack_size=64))
+    view = View.fit(volume(np.ones((3, 100, 50))), geometry(in_plane_mm=1.0, storage_size=64))
     assert view.stack_shape == (3, 64, 32)
     assert view.scale == pytest.approx(0.64)
 

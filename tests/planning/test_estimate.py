@@ -113,7 +113,7 @@ def test_the_estimated_input_of_the_label_unet_is_the_one_it_is_trained_with(tmp
     plan = decide(fingerprint)
     prepare_all(data, PreprocessSettings(plan.geometry, plan.intensity), tmp_path / "prepared")
     cases = [open_prepared(tmp_path / "prepared", case.id) for case in data.training]
-    trained = SliceSampler(cases, tuple(plan.labels), plan.geometry.stack_size).input_size
+    trained = SliceSampler(cases, tuple(plan.labels), plan.geometry.storage_size).input_size
     estimated, _ = label_unet_size(plan, fingerprint.cases)
     assert estimated - 16 <= trained <= estimated  # single slices may be smaller than all of them together
 

@@ -138,7 +138,7 @@ def test_every_field_has_a_description():
 
 
 def test_differences_name_key_and_both_values():
-    other = plan(geometry=plan().geometry.model_copy(update={"input_size": 256}), labels={1: "a"})
+    other = plan(geometry=plan().geometry.model_copy(update={"input_size": 256, "storage_size": 256}), labels={1: "a"})
     assert differences(plan(), other) == [("labels", {"1": "a", "2": "b"}, {"1": "a"}), ("geometry.input_size", 128, 256)]
 
 

@@ -214,7 +214,7 @@ def test_the_field_of_view_is_the_largest_after_the_crop():
 def test_nano_sees_roi_crops_and_the_other_networks_whole_slices():
     nano, tiny = (decide(fingerprint(case()), size).geometry for size in ("nano", "tiny"))
     assert (nano.roi_scale, nano.input_size, nano.storage_size, nano.in_plane_mm) == (ROI_SCALE, 128, 128, 1.0)  # 100 voxels of 1 mm
-    assert (tiny.roi_scale, tiny.storage_size) == (None, None)
+    assert (tiny.roi_scale, tiny.storage_size) == (None, tiny.input_size)
 
 
 def test_slices_are_stored_as_finely_as_the_finest_case():
