@@ -1,4 +1,4 @@
-"""One writing door: nothing else opens a file for writing, so that a final name never holds a partial file."""
+"""Only io/atomic.py opens files for writing, so that a final name never holds a partial file."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pytest
 import slmsam2_cli
 
 PACKAGE = Path(slmsam2_cli.__file__).parent
-DOOR = "io/atomic.py"
-# They fill the temporary file that the door hands to io/volume.py's writer, in formats only their libraries write.
-BEHIND_THE_DOOR = {"io/itk.py", "io/raster.py"}
+WRITER = "io/atomic.py"
+# They fill the temporary file of io/volume.py, in formats that only their libraries write.
+FORMAT_WRITERS = {"io/itk.py", "io/raster.py"}
 WRITERS = {"WriteImage", "to_filename", "tofile", "save", "savez", "savez_compressed", "savetxt", "save_file", "save_pretrained"}
 WRITERS |= {"write_text", "write_bytes", "NamedTemporaryFile", "mkstemp", "copy2", "copyfile", "copytree", "move"}
 OPENERS = {"open", "fdopen", "memmap", "open_memmap", "ZipFile", "TarFile", "GzipFile"}
 
 
 def writers_in(source: str) -> list[str]:
-    """The calls in a module that write files past the door."""
+    """The calls in a module that write files without io/atomic.py."""
     return [ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and writes(node)]
 
 
@@ -48,13 +48,13 @@ def is_writing_mode(argument: ast.expr) -> bool:
 
 
 @pytest.mark.parametrize(
-    "name", sorted({path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")} - {DOOR, *BEHIND_THE_DOOR})
+    "name", sorted({path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")} - {WRITER, *FORMAT_WRITERS})
 )
-def test_files_are_written_through_the_door_alone(name: str) -> None:
+def test_no_other_module_opens_a_file_for_writing(name: str) -> None:
     assert writers_in((PACKAGE / name).read_text(encoding="utf-8")) == []
 
 
-def test_what_writes_behind_the_door_is_called_by_the_door_alone() -> None:
+def test_writers_of_other_formats_are_called_by_the_volume_module_alone() -> None:
     def callers(function: str) -> set[str]:
         return {
             path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if f"{function}(" in path.read_text(encoding="utf-8")
@@ -62,7 +62,9 @@ def test_what_writes_behind_the_door_is_called_by_the_door_alone() -> None:
 
     assert callers("write_itk") == {"io/itk.py", "io/volume.py"}
     assert callers("write_raster") == {"io/raster.py", "io/volume.py"}
-    assert "atomic.write_atomically(path, write, verify)" in (PACKAGE / "io/volume.py").read_text(encoding="utf-8")
+    assert "with atomic.replacing(path, verify) as temporary:\n        _write(temporary, " in (PACKAGE / "io/volume.py").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize(

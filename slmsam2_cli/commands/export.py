@@ -88,16 +88,13 @@ def _write_model(path: Path, package: export.Package, source: str) -> Checkpoint
     """The model, read back and found to be what the zip says before it gets its name."""
     read: list[Checkpoint] = []
 
-    def write(temporary: Path) -> None:
-        with atomic.create(temporary) as file:
-            file.write(package.files[package.model])
-
     def verify(temporary: Path) -> None:
         read.append(read_checkpoint(temporary))
         export.check_contents(package, read[0], source)
 
     try:
-        atomic.write_atomically(path, write, verify)
+        with atomic.replacing(path, verify) as temporary, atomic.create(temporary) as file:
+            file.write(package.files[package.model])
     except OutputError as error:
         if isinstance(error.__cause__, WeightsError):
             raise WeightsError(f"{source}: what it holds is no model: {str(error.__cause__).partition(': ')[2]}") from None

@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from slmsam2_cli.errors import SlmSam2Error, UsageError
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.files import sha256_of
-from slmsam2_cli.io.volume import Volume, image_ending, read_labels, volume_files, write_mask
+from slmsam2_cli.io.volume import Volume, image_ending, read_labels, volume_digests, write_mask
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2  # of the manifest and of the records
@@ -61,8 +61,7 @@ class Records:
         """
         self.begin(case_id)
         mask = self.masks / f"{case_id}{image.source.mask_ending}"
-        write_mask(mask, labels, image)
-        digest = sha256_of(mask)
+        digest = write_mask(mask, labels, image)
         self._write({"case": case_id, "key": key, "sha256": digest, "metadata": {"output": mask.name} | metadata})
 
     def mark_stale(self, case_id: str) -> str | None:
@@ -135,18 +134,18 @@ def is_readable_mask(path: Path, case_id: str) -> bool:
 
 
 def digest_inputs(settings: str, images: Sequence[Path], prompts: Sequence[Path]) -> tuple[str, frozenset[str]]:
-    """Compute the key of a mask, a SHA-256 of settings and content of its inputs, and the SHA-256 of each image file."""
-    digests = [_digests(path) for path in (*images, *prompts)]
+    """Compute the key of a mask, a SHA-256 of settings and content of its inputs, and the SHA-256 of each image file.
+
+    A file that cannot be read counts as absent.
+    """
+    digests: list[tuple[str, ...]] = []
+    for path in (*images, *prompts):
+        try:
+            digests.append(volume_digests(path))
+        except (SlmSam2Error, OSError):
+            digests.append(("absent",))
     key = hashlib.sha256("\n".join([settings, *(" ".join(files) for files in digests)]).encode()).hexdigest()
     return key, frozenset(digest for files in digests[: len(images)] for digest in files)
-
-
-def _digests(path: Path) -> tuple[str, ...]:
-    """Compute the SHA-256 of every file of a volume; "absent" when one cannot be read."""
-    try:
-        return tuple(sha256_of(file) for file in volume_files(path))
-    except (SlmSam2Error, OSError):
-        return ("absent",)
 
 
 class ManifestCase(BaseModel):

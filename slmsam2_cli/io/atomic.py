@@ -1,7 +1,7 @@
 """Write files atomically, so that a final name never holds a partial file, and lock folders against a second writer.
 
 Every file is written under a temporary name in the same folder, synced, verified and renamed. All files of the package are written
-through `write_atomically`; no other module opens a file for writing.
+through `replacing`; no other module opens a file for writing.
 
 Locks are those of filelock, which the kernel releases when the process ends, however it ends. They are exclusive, so parallel writers
 share a folder this way: each part holds its own lock file; it takes it while it briefly holds the folder's. A writer of the whole folder
@@ -76,8 +76,9 @@ def _may_fail() -> None:
         raise OSError(errno.EIO, "injected fault")
 
 
-def write_atomically(path: Path, write: Callable[[Path], None], verify: Callable[[Path], None] | None = None) -> None:
-    """Let `write` fill a temporary file and `verify` read it back, then rename it to `path`; an earlier file stays until then.
+@contextmanager
+def replacing(path: Path, verify: Callable[[Path], None] | None = None) -> Iterator[Path]:
+    """Yield a temporary file to fill; afterwards let `verify` read it back and rename it to `path`, whose earlier file stays until then.
 
     The temporary file has a short hidden name with the ending of `path`, by which libraries choose the format. `verify` raises any
     SlmSam2Error, ValueError or OSError when the file is not what was written.
@@ -90,7 +91,7 @@ def write_atomically(path: Path, write: Callable[[Path], None], verify: Callable
         _may_fail()
         temporary.parent.mkdir(parents=True, exist_ok=True)
         _may_fail()
-        write(temporary)
+        yield temporary
         if _faults.count_step():  # a write that returns normally although the disk was full
             os.truncate(temporary, os.path.getsize(temporary) // 2)
         _may_fail()
@@ -131,19 +132,16 @@ def write_bytes(path: Path, data: bytes) -> None:
     """
     expected = hashlib.sha256(data).hexdigest()
 
-    def write(temporary: Path) -> None:
-        with create(temporary) as file:
-            file.write(data)
-
     def verify(temporary: Path) -> None:
         if sha256_of(temporary) != expected:
             raise ValueError(f"the file differs from what was written ({os.path.getsize(temporary)} of {len(data)} bytes)")
 
-    write_atomically(path, write, verify)
+    with replacing(path, verify) as temporary, create(temporary) as file:
+        file.write(data)
 
 
 def create(path: Path) -> BinaryIO:
-    """Open a new file for writing; for the `write` function of `write_atomically`.
+    """Open a new file for writing; for the temporary file of `replacing`.
 
     Raises: OSError when the file exists.
     """
@@ -202,10 +200,6 @@ def write_npy(path: Path, array: NDArray[Any]) -> None:
     Raises: OutputError when it cannot be written or differs when read back.
     """
 
-    def write(temporary: Path) -> None:
-        with create(temporary) as file:
-            np.save(file, array, allow_pickle=False)
-
     def verify(temporary: Path) -> None:
         found = open_npy(temporary)
         same = found.dtype == array.dtype and found.shape == array.shape
@@ -217,7 +211,8 @@ def write_npy(path: Path, array: NDArray[Any]) -> None:
         if not same:
             raise ValueError("the file differs from what was written")
 
-    write_atomically(path, write, verify)
+    with replacing(path, verify) as temporary, create(temporary) as file:
+        np.save(file, array, allow_pickle=False)
 
 
 def open_npy(path: Path) -> NDArray[Any]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from slmsam2_cli.errors import CaseError, OutputError
 from slmsam2_cli.io import atomic
-from slmsam2_cli.io.files import InputError, dicom_files, error_reason
+from slmsam2_cli.io.files import InputError, dicom_files, error_reason, sha256_of
 from slmsam2_cli.io.image import DecodedVolume, Grid, Source
 from slmsam2_cli.io.nifti import read_nifti, template_for, write_nifti
 
@@ -34,6 +34,7 @@ __all__ = [
     "read_image",
     "read_labels",
     "relative",
+    "volume_digests",
     "volume_files",
     "write_mask",
 ]
@@ -179,6 +180,14 @@ def volume_files(path: Path) -> tuple[Path, ...]:
     return meta_files(path) if image_ending(path) == ".mhd" else (path,)
 
 
+def volume_digests(path: Path) -> tuple[str, ...]:
+    """Compute the SHA-256 of every file of a volume, in the order of `volume_files`.
+
+    Raises: InputError or OSError when one cannot be read.
+    """
+    return tuple(sha256_of(file) for file in volume_files(path))
+
+
 class DecodedVolumes:
     """Decoded volumes of one run, by path, size and time of change of their file: at most `max_bytes`, each handed out once when full."""
 
@@ -289,10 +298,11 @@ def _label_values(voxels: NDArray[Any]) -> NDArray[Any]:
     return voxels.astype(np.uint8 if high < 256 else np.uint16, copy=False)
 
 
-def write_mask(path: Path, labels: NDArray[Any], like: Volume | LabelVolume) -> None:
+def write_mask(path: Path, labels: NDArray[Any], like: Volume | LabelVolume) -> str:
     """Write labels (Z, Y, X), whole numbers, on the grid of `like` and verify the file; uint8 below 256, else uint16.
 
-    The ending of `path` sets the format. NIfTI keeps qform, sform, codes and units of a NIfTI source, and no text.
+    The ending of `path` sets the format. NIfTI keeps qform, sform, codes and units of a NIfTI source, and no text. Returns the file's
+    SHA-256.
 
     Raises: OutputError when the labels do not fit the grid or the file cannot be written and read back.
     """
@@ -304,16 +314,16 @@ def write_mask(path: Path, labels: NDArray[Any], like: Volume | LabelVolume) -> 
     except InputError as error:
         raise OutputError(f"{path}: could not be written: {error.what}") from None
 
-    def write(temporary: Path) -> None:
-        _write(temporary, ending, values, like)
-
     def verify(temporary: Path) -> None:
         found = read_labels(temporary, case="", root=path.parent)
         difference = None if ending in _WITHOUT_GEOMETRY else like.grid.difference(found.grid)
         if difference or found.voxels.dtype != values.dtype or not np.array_equal(found.voxels, values):
             raise ValueError(f"the file differs from what was written ({difference or 'voxels'})")
 
-    atomic.write_atomically(path, write, verify)
+    with atomic.replacing(path, verify) as temporary:
+        _write(temporary, ending, values, like)
+    (digest,) = volume_digests(path)
+    return digest
 
 
 _WITHOUT_GEOMETRY = frozenset({".png", ".tif", ".tiff"})

@@ -1,4 +1,4 @@
-"""The writing door: whole files or none, strict JSON, one process."""
+"""Atomic writes: whole files or none, strict JSON, one writer per folder."""
 
 from __future__ import annotations
 
@@ -100,25 +100,20 @@ def test_a_name_of_255_bytes_is_written(tmp_path: Path) -> None:
 
 
 def test_the_temporary_is_hidden_and_keeps_the_ending(tmp_path: Path) -> None:
-    seen: list[str] = []
-
-    def write(temporary: Path) -> None:
-        seen.append(temporary.name)
+    with atomic.replacing(tmp_path / "case.nii.gz") as temporary:
         temporary.write_bytes(b"1")
-
-    atomic.write_atomically(tmp_path / "case.nii.gz", write)
-    assert seen[0].startswith(".")
-    assert seen[0].endswith(".nii.gz")
+    assert temporary.name.startswith(".")
+    assert temporary.name.endswith(".nii.gz")
     assert names(tmp_path) == ["case.nii.gz"]
 
 
 def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
-    def write(temporary: Path) -> None:
+    def interrupted(temporary: Path) -> None:
         temporary.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        atomic.write_atomically(tmp_path / "a.bin", write)
+    with pytest.raises(KeyboardInterrupt), atomic.replacing(tmp_path / "a.bin") as temporary:
+        interrupted(temporary)
     assert names(tmp_path) == []
 
 
