@@ -90,13 +90,12 @@ def policies() -> str:
     angles = {2: 0.0, 3: 15.0, 4: 50.0, 5: 54.0, 6: 25.0, 7: 75.0, 8: 40.0, 9: 30.0, 10: 50.0, 11: 52.0}
     confidence = {2: 1.0, 3: 0.9, 4: 0.8, 5: 0.9, 6: 0.9, 7: 0.8, 8: 0.3, 9: 0.9, 10: 0.0, 11: 0.8}
     context = ReadContext(current, 1, (annotated,), range(annotated + 1, current), slices, made_scores(angles, confidence, query=20.0))
-    bank = SelfSort(nearest=3)
     rows: list[tuple[str, str, MemoryPolicy]] = [
         ("fifo", "SAM 2", Fifo()),
         ("fifo, object score gate", "slice 10 is empty: not read", Fifo(object_score_gate=True)),
         ("shortlong", "SLM-SAM 2", ShortLong()),
-        ("selfsort", "MedSAM-2 (reads 3 of 6 here)", bank),
-        ("shortlong+selfsort", "both", ShortLongSelfSort(bank)),
+        ("selfsort", "MedSAM-2 (reads 3 of 6 here)", SelfSort(nearest=3)),
+        ("shortlong+selfsort", "both", ShortLongSelfSort(nearest=3)),
     ]
     picture = Picture(int(x_of(slices)) + 20, TOP + LINE * len(rows) + 46)
     picture.text(16, 24, "Forward pass, slice 12 is segmented next; slice 2 was annotated. Numbers are temporal rows.", bold=True)
@@ -139,7 +138,7 @@ def bank() -> str:
     context = ReadContext(current, 1, (0,), range(1, current), 16, scores)
     rule = SelfSort(capacity=4, nearest=2)
     members = rule.members(context)
-    read = [s for s, _ in rule.long_read(context).spatial]
+    read = [s for s, _ in rule.read(context)[0].spatial]
     picture = Picture(int(x_of(current + 1)) + 40, TOP + 5 * LINE + 30)
     picture.text(LEFT, 24, "A bank of 4, of which 2 are read (defaults: 16 and 6)", bold=True)
     for t in range(current + 1):

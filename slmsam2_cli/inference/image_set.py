@@ -26,7 +26,6 @@ from slmsam2_cli.model.slmsam2 import MemoryBank, SliceOutput, SlmSam2
 
 UNORDERED = 0  # the step of a pass through images: none lies behind another
 _NO_IMAGE = -1  # no image's number
-BankPolicy = SelfSort | ShortLongSelfSort
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,10 @@ class ImageResult:
     warning: str = ""
 
 
-def bank_policy(model: SlmSam2) -> BankPolicy:
+def bank_policy(model: SlmSam2) -> SelfSort:
     """Build the self-sorting bank for a network, whatever its own policy is, with the thresholds of its plan."""
-    bank = SelfSort.from_plan(model.network, model.num_maskmem, model.max_obj_ptrs_in_encoder)
-    return ShortLongSelfSort(bank) if model.network.has_short_stream else bank
+    policy = ShortLongSelfSort if model.network.has_short_stream else SelfSort
+    return policy.from_plan(model.network, model.num_maskmem, model.max_obj_ptrs_in_encoder)
 
 
 @torch.inference_mode()
@@ -55,7 +54,7 @@ def segment_images(
     model: SlmSam2,
     images: Tensor,
     prompts: Mapping[int, Tensor],
-    policy: BankPolicy | None = None,
+    policy: SelfSort | None = None,
     advance: Callable[[int], None] = lambda images: None,
 ) -> list[ImageResult]:
     """Segment one object on every image. Returns the results in the order given.
@@ -85,7 +84,7 @@ def _name(image: Tensor, mask: Tensor | None) -> str:
 class _ImageSet:
     """One object on N different images that are numbered by content."""
 
-    def __init__(self, model: SlmSam2, images: Tensor, policy: BankPolicy, advance: Callable[[int], None]) -> None:
+    def __init__(self, model: SlmSam2, images: Tensor, policy: SelfSort, advance: Callable[[int], None]) -> None:
         self.model, self.policy, self.advance = model, policy, advance
         self.features = FeatureCache(model, images, batch=1)  # an image's features must not depend on others in its batch
         self.bank = MemoryBank()

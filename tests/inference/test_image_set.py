@@ -67,15 +67,15 @@ def circle(monkeypatch):
 @pytest.fixture
 def tracked(monkeypatch):
     """(anchors, stored, read) of every image that is segmented, in order."""
-    calls, track, long = [], SlmSam2.track, SelfSort.long_read
+    calls, track, long = [], SlmSam2.track, SelfSort.read
     monkeypatch.setattr(SlmSam2, "track", lambda self, f, bank, at, policy: calls.append([at.slice]) or track(self, f, bank, at, policy))
 
     def noted(self, moment):
-        stream = long(self, moment)
+        (stream,) = long(self, moment)
         calls[-1] += [list(moment.conditioning), list(moment.tracked), [s for s, _ in stream.spatial]]
-        return stream
+        return (stream,)
 
-    monkeypatch.setattr(SelfSort, "long_read", noted)
+    monkeypatch.setattr(SelfSort, "read", noted)
     return calls
 
 

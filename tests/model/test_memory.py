@@ -93,7 +93,7 @@ def test_with_the_object_score_gate_empty_slices_are_not_read_and_the_others_kee
 
 def test_the_gate_never_drops_the_previous_slice_or_a_conditioning_slice():
     scores = scores_of({0: -10.0, 1: -5.0, 2: -5.0})
-    long, short = ShortLong(Fifo(object_score_gate=True)).read(context(3, tracked=(1, 2), scores=scores))
+    long, short = ShortLong(object_score_gate=True).read(context(3, tracked=(1, 2), scores=scores))
     assert long.spatial == ((0, 6), (2, 0))
     assert short.spatial == ((2, 0),)
 
@@ -106,7 +106,7 @@ def test_the_gate_drops_slices_of_certainty_0_01_and_less():
 
 def test_fifo_and_shortlong_need_scores_only_with_the_gate():
     assert not Fifo().needs_scores and not ShortLong().needs_scores
-    assert Fifo(object_score_gate=True).needs_scores and ShortLong(Fifo(object_score_gate=True)).needs_scores
+    assert Fifo(object_score_gate=True).needs_scores and ShortLong(object_score_gate=True).needs_scores
 
 
 def test_slices_out_of_reach_are_not_kept():

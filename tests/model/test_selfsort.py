@@ -138,7 +138,7 @@ def test_without_an_order_of_slices_the_short_memory_reads_the_most_similar_one(
 
 def test_with_a_short_memory_the_previous_slice_is_kept():
     assert ShortLongSelfSort().keep(context(2, (1, 5.0, 0.9, 20), (2, -9.0, 0.0, 90))) == [1, 2]
-    assert ShortLongSelfSort(SelfSort(min_confidence=1.0), short=2).keep(context(3, *[(s, 5.0, 0.5, 0) for s in (1, 2, 3)])) == [2, 3]
+    assert ShortLongSelfSort(min_confidence=1.0, short=2).keep(context(3, *[(s, 5.0, 0.5, 0) for s in (1, 2, 3)])) == [2, 3]
 
 
 def test_the_vector_of_an_object_is_the_mean_embedding_over_its_mask():
@@ -217,24 +217,24 @@ def test_the_policies_differ_on_the_same_weights(frames):
 def test_a_slice_reads_the_most_similar_slice_of_the_bank_at_any_distance(frames):
     """Slice 9 is a copy of slice 3, which therefore is read before 4 to 8."""
     model, read = build("selfsort", bank_read=1), {}
-    rule = SelfSort.long_read
+    rule = SelfSort.read
     frames = frames * torch.linspace(0.1, 1, 12)[:, None, None, None]
     frames[9] = frames[3]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SelfSort, "long_read", lambda self, at: read.setdefault(at.slice, rule(self, at)))
+        patch.setattr(SelfSort, "read", lambda self, at: read.setdefault(at.slice, rule(self, at)))
         propagate(model, frames, {1: [AnnotatedSlice(0, square())]})
-    assert [s for s, _ in read[9].spatial] == [0, 3]
+    assert [s for s, _ in read[9][0].spatial] == [0, 3]
 
 
 @pytest.mark.parametrize(("dice", "reads"), [(0.2, [0]), (0.8, [0, 2, 1])])
 def test_the_network_calibrates_confidence_before_the_policy_reads_it(frames, dice, reads):
     """With the same Dice for every slice, either the conditioning slice alone is read, or every tracked slice too."""
     model, read = build("selfsort", bank_confidence=0.5), {}
-    model.calibration, rule = table((0.0, dice)), SelfSort.long_read
+    model.calibration, rule = table((0.0, dice)), SelfSort.read
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SelfSort, "long_read", lambda self, at: read.setdefault(at.slice, rule(self, at)))
+        patch.setattr(SelfSort, "read", lambda self, at: read.setdefault(at.slice, rule(self, at)))
         propagate(model, frames[:4], {1: [AnnotatedSlice(0, square())]})
-    assert sorted(s for s, _ in read[3].spatial) == sorted(reads)
+    assert sorted(s for s, _ in read[3][0].spatial) == sorted(reads)
 
 
 @pytest.mark.parametrize("name", ["fifo", "shortlong"])
@@ -255,11 +255,9 @@ def test_objects_of_a_batch_have_the_losses_that_they_have_alone(name, gate):
     masks = torch.zeros(6, 2, 1, PX, PX)
     masks[:, 0, :, 10:30, 10:30], masks[:, 1, :, 30:60, 20:40] = 1, 1
     window, reverse = torch.tensor([0, 0]), torch.tensor([False, True])
-    together, sizes = [], []
-    condition = SlmSam2._attend_and_fuse
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SlmSam2, "_attend_and_fuse", lambda self, f, *rest: sizes.append(len(f.top)) or condition(self, f, *rest))
-        together = clip_losses(model, Clips(frames, masks, window, reverse, 20), torch.device("cpu"))
+    sizes = []
+    model.memory_attention.register_forward_pre_hook(lambda _, __, given: sizes.append(given["curr"][0].shape[1]), with_kwargs=True)
+    together = clip_losses(model, Clips(frames, masks, window, reverse, 20), torch.device("cpu"))
     assert (1 in sizes) == ("selfsort" in name), "only the bank's choice differs between these two"
     alone = [
         clip_losses(model, Clips(frames, masks[:, i : i + 1], window[i : i + 1], reverse[i : i + 1], 20), torch.device("cpu"))

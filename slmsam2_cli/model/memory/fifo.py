@@ -32,17 +32,23 @@ class Fifo:
 
     @classmethod
     def from_plan(cls, network: NetworkPlan, memories: int, pointers: int) -> Fifo:
-        """Build the policy with a plan's gate and sharing."""
+        """Build the policy with a plan's gate and sharing; see `PlannedPolicy`."""
         return cls(memories, pointers, network.object_score_gate, network.shared_memory)
 
     @property
     def needs_scores(self) -> bool:
-        """Only the gate needs them."""
+        """Return whether the gate is on; nothing else depends on scores."""
         return self.object_score_gate
 
     def read(self, context: ReadContext) -> tuple[MemoryRead, ...]:
-        """Choose one read, that of the long memory."""
-        return (self.long_read(context),)
+        """Choose one read: conditioning slices and the last `memories` - 1 tracked slices; missing slices are left out, not padded."""
+        context = context.drop_uncertain() if self.object_score_gate else context
+        conditioning = [(s, self.memories - 1) for s in context.conditioning]
+        tracked = [(s, distance - 1) for s, distance in context.previous_slices(self.memories - 1) if s in context.tracked]
+        before = [(s, (context.slice - s) * context.step) for s in context.conditioning]
+        previous = context.previous_slices(min(context.slices, self.pointers) - 1)
+        pointers = [(s, distance) for s, distance in reversed(previous) if s in context.tracked]
+        return (MemoryRead(tuple(conditioning + tracked), tuple([(s, d) for s, d in before if d >= 0] + pointers)),)
 
     def keep(self, context: ReadContext) -> list[int]:
         """List the tracked slices within reach; with shared memory also those near a conditioning slice, for the opposite pass."""
@@ -50,13 +56,3 @@ class Fifo:
         return [
             s for s in context.tracked if (context.slice - s) * context.step <= reach or any(abs(s - start) <= reach for start in starts)
         ]
-
-    def long_read(self, context: ReadContext) -> MemoryRead:
-        """Read conditioning slices and the last `memories` - 1 tracked slices; missing slices are left out, not padded."""
-        context = context.drop_uncertain() if self.object_score_gate else context
-        conditioning = [(s, self.memories - 1) for s in context.conditioning]
-        tracked = [(s, distance - 1) for s, distance in context.previous_slices(self.memories - 1) if s in context.tracked]
-        before = [(s, (context.slice - s) * context.step) for s in context.conditioning]
-        previous = context.previous_slices(min(context.slices, self.pointers) - 1)
-        pointers = [(s, distance) for s, distance in reversed(previous) if s in context.tracked]
-        return MemoryRead(tuple(conditioning + tracked), tuple([(s, d) for s, d in before if d >= 0] + pointers))

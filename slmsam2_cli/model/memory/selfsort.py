@@ -49,19 +49,18 @@ class SelfSort:
         return cls(*bank, memories - 1, network.object_score_gate, network.shared_memory)
 
     def read(self, context: ReadContext) -> tuple[MemoryRead, ...]:
-        """Choose one read, that of the long memory."""
-        return (self.long_read(context),)
+        """Choose one read: conditioning slices and the most similar slices of the bank.
+
+        Of equally similar slices the one of higher confidence is read first, then the one of the lower index.
+        """
+        similarity, confidence = context.scores.query_similarity, context.scores.confidence
+        ranked = sorted(self.members(context), key=lambda s: (-similarity[s], -confidence[s], s))
+        read = [*context.conditioning, *ranked[: self.nearest]]
+        return (MemoryRead(tuple((s, self.temporal_row) for s in read), tuple((s, POINTER_DISTANCE) for s in read)),)
 
     def keep(self, context: ReadContext) -> list[int]:
         """List the bank, and the slice just stored, whose mask the decoder may need for the next slice."""
         return [*{*self.members(context), *(s for s in context.tracked if s == context.slice)}]
-
-    def long_read(self, context: ReadContext) -> MemoryRead:
-        """Read conditioning slices and the most similar slices of the bank; ties: higher confidence first, then the lower index."""
-        similarity, confidence = context.scores.query_similarity, context.scores.confidence
-        ranked = sorted(self.members(context), key=lambda s: (-similarity[s], -confidence[s], s))
-        read = [*context.conditioning, *ranked[: self.nearest]]
-        return MemoryRead(tuple((s, self.temporal_row) for s in read), tuple((s, POINTER_DISTANCE) for s in read))
 
     def members(self, context: ReadContext) -> list[int]:
         """List the tracked slices in the bank, in the order of writing.
@@ -86,8 +85,5 @@ class SelfSort:
 
 def most_redundant(bank: Sequence[int], scores: MemoryScores) -> int:
     """Find the slice with the least summed 1 - similarity to the others; ties: the lower confidence, then the higher index."""
-
-    def distinctness(slice_: int) -> float:
-        return sum(1 - scores.pairwise_similarity[slice_, other] for other in bank if other != slice_)
-
-    return min(bank, key=lambda s: (distinctness(s), scores.confidence[s], -s))
+    distance = {one: sum(1 - scores.pairwise_similarity[one, other] for other in bank if other != one) for one in bank}
+    return min(bank, key=lambda s: (distance[s], scores.confidence[s], -s))
