@@ -3,7 +3,7 @@
 python benchmarks/code_shape.py          prints the table; exit code 1 when a bound is broken
 
 A hop is a function of one module that calls a function of another one, counted once for each such pair of functions, while one volume
-goes from NIfTI file to mask. What happens inside the network (slmsam2_cli/model) counts as one module, `model`.
+goes from NIfTI file to mask. The network (slmsam2_cli/model) is left out: what a stranger follows is how the volume gets there and back.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from slmsam2_cli.dataset.dataset_json import Case
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 
 PACKAGE = Path(slmsam2_cli.__file__).parent
+NETWORK = PACKAGE / "model"
 LAYERS = (
     ("errors",),
     ("parallel", "workspace", "device", "console", "version"),
@@ -179,7 +180,7 @@ class Trace:
         if frame.f_code.co_name == "read_nifti":
             self.reads.append(str(frame.f_locals["path"]))
         caller = frame.f_back
-        while caller is not None and (_module_of(caller) is None or caller.f_code.co_name.startswith("<")):
+        while caller is not None and NETWORK not in Path(caller.f_code.co_filename).parents and _is_no_function_of_ours(caller):
             caller = caller.f_back
         if name not in self.modules:
             self.modules.append(name)
@@ -188,12 +189,15 @@ class Trace:
             self.hops.add((origin, caller.f_code.co_name, name, frame.f_code.co_name))
 
 
+def _is_no_function_of_ours(frame: FrameType) -> bool:
+    return _module_of(frame) is None or frame.f_code.co_name.startswith("<")
+
+
 def _module_of(frame: FrameType) -> str | None:
     path = Path(frame.f_code.co_filename)
-    if not path.is_relative_to(PACKAGE):
+    if not path.is_relative_to(PACKAGE) or path.is_relative_to(NETWORK):
         return None
-    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-    return "model" if name.startswith("model.") else name
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
 def trace_one_volume() -> tuple[Trace, Trace]:

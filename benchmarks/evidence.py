@@ -17,9 +17,9 @@ from torch import Tensor
 from zero_shot import CHOSEN_ON
 
 from slmsam2_cli.dataset.dataset import read_dataset
-from slmsam2_cli.dataset.intensity import make_frames
 from slmsam2_cli.dataset.masks import dice
 from slmsam2_cli.dataset.prompts import choose_slice
+from slmsam2_cli.dataset.slices import make_frames
 from slmsam2_cli.io.volume import read_image, read_labels
 from slmsam2_cli.model.block_matching import warp_to_slice
 from slmsam2_cli.model.roi import mask_box, pad_to_square, roi_around, to_input

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import binary_erosion
 
 from slmsam2_cli.dataset.dataset import read_dataset
-from slmsam2_cli.dataset.intensity import make_frames
+from slmsam2_cli.dataset.slices import make_frames
 from slmsam2_cli.io.volume import read_image, read_labels
 from slmsam2_cli.planning.plan import read_plan
 from slmsam2_cli.workspace import Workspace

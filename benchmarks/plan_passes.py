@@ -82,7 +82,7 @@ def scores_of(root: Path, weights: str) -> dict[str, tuple[float, float]]:
         held = [value for value in data.labels if (truth == value).any()]
         for name, plan in plans.items():
             started = time.perf_counter()
-            result = segment_case(case, data.root, source, Segmenter(models[plan.geometry.input_size], plan))
+            result = segment_case(source.assign(case), data.root, source, Segmenter(models[plan.geometry.input_size], plan))
             seconds[name] += time.perf_counter() - started
             for value in held:
                 found[name].setdefault(value, []).append(dice(truth == value, result.labels == value))

@@ -23,8 +23,8 @@ from strategies import mean_dice
 from slmsam2_cli.commands.finetune import finetune
 from slmsam2_cli.commands.predict import predict
 from slmsam2_cli.dataset.dataset import read_dataset
-from slmsam2_cli.dataset.intensity import make_frames
 from slmsam2_cli.dataset.prompts import simulate_prompts
+from slmsam2_cli.dataset.slices import make_frames
 from slmsam2_cli.inference.propagation import AnnotatedSlice, PropagationOptions, propagate
 from slmsam2_cli.inference.segment import annotated_slices_of
 from slmsam2_cli.io.atomic import read_json

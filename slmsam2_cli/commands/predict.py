@@ -134,6 +134,7 @@ def predict(
     selected = _select_cases(images, data, workspace)
     masks = _masks_folder(output, workspace, images)
     source = _prompt_source(prompts, simulate_from, prompt_slice, mark_ends, data)
+    selected = replace(selected, cases=[source.assign(case) for case in selected.cases])
     files = [file for case in selected.cases for file in (*case.images, *([case.label] if case.label else []))]
     _check_output_folder(masks, [selected.root, source.folder, *(file.parent for file in files)])
     make_plan = partial(plan_from_prompts, selected.cases, source, masks=masks, again=overwrite) if data is None else None
@@ -267,7 +268,7 @@ def _split_done(job: PredictionJob, cases: Sequence[Case]) -> tuple[list[Case], 
     for case in cases:
         record, existing = job.records.read(case.id), job.records.files_named(case.id)
         if record and not job.overwrite and job.records.intact(record):
-            if record.get("key") == digest_inputs(settings, case.images, job.prompts.files(case))[0]:
+            if record.get("key") == digest_inputs(settings, case)[0]:
                 job.records.unmark_stale(case.id)
                 done.add(case.id)
                 continue
@@ -303,7 +304,7 @@ class _Runner:
         Raises: CaseError when it cannot be segmented, DeviceError when the requested device has too little memory for it.
         """
         job = self.job
-        key, image_digests = digest_inputs(self.settings, case.images, job.prompts.files(case))
+        key, image_digests = digest_inputs(self.settings, case)
         result = None
         while result is None:
             result = self._attempt(case)

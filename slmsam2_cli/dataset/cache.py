@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from slmsam2_cli.dataset.dataset import Case, Dataset, check_pair
-from slmsam2_cli.dataset.intensity import ChannelIntensityLike, make_frames
-from slmsam2_cli.dataset.slices import GeometryPlanLike, View
+from slmsam2_cli.dataset.intensity import ChannelIntensityLike
+from slmsam2_cli.dataset.slices import GeometryPlanLike, View, make_frames
 from slmsam2_cli.errors import CaseError, OutputError, SlmSam2Error
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.files import error_reason, sha256_of

@@ -22,12 +22,21 @@ Structure = int | Region  # what is reported: a label value, or a region, the va
 
 
 @dataclass(frozen=True)
+class PromptFiles:
+    """The files with the annotated slices of a case: its mask, and CASE.prompts.json; None where there is none."""
+
+    mask: Path | None = None
+    listing: Path | None = None
+
+
+@dataclass(frozen=True)
 class Case:
     """One patient: one image file per channel, or one file (or DICOM folder) holding all; label None when there is none."""
 
     id: str
     images: tuple[Path, ...]
     label: Path | None
+    prompts: PromptFiles = PromptFiles()
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,6 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from slmsam2_cli.dataset.slices import GeometryPlanLike, View
-from slmsam2_cli.io.volume import Volume
-
 Array = np.ndarray[Any, Any]
 
 
@@ -57,9 +54,3 @@ def normalise(voxels: Array, channels: Sequence[ChannelIntensityLike]) -> Array:
             for plane, target in zip(channel, out, strict=True):
                 target[...] = np.clip((plane.astype(np.float64) - low) / (high - low), 0.0, 1.0)
     return scaled
-
-
-def make_frames(volume: Volume, geometry: GeometryPlanLike, channels: Sequence[ChannelIntensityLike]) -> tuple[View, Array]:
-    """Convert a volume to its view and the normalised slices (C, T, H, W) float32 in [0, 1]."""
-    view = View.fit(volume, geometry)
-    return view, view.frames(normalise(volume.voxels, channels))

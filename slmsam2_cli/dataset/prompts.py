@@ -13,7 +13,7 @@ because they would count as a thin annotation on every slice; listing the annota
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +21,9 @@ from typing import Any, Literal
 import numpy as np
 
 from slmsam2_cli.dataset.dataset import compare_geometry, find_label
+from slmsam2_cli.dataset.dataset_json import PromptFiles
 from slmsam2_cli.dataset.masks import bounding_box
-from slmsam2_cli.dataset.slices import SliceAxis, View
+from slmsam2_cli.dataset.slices import AXES, SliceAxis, View
 from slmsam2_cli.errors import CaseError, SlmSam2Error
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.volume import Volume, read_labels
@@ -56,24 +57,29 @@ class PromptFile:
     listing: str
 
 
+def find_prompts(folder: Path, case_id: str) -> PromptFiles:
+    """Find the files with the annotated slices of a case in a folder: a mask of its name, and CASE.prompts.json."""
+    listing = folder / f"{case_id}.prompts.json"
+    return PromptFiles(find_label(folder, case_id), listing if listing.exists() else None)
+
+
 def read_prompts(
-    folder: Path, case_id: str, view: View, values: Sequence[int], ignore: int | None = None, image: Volume | None = None
+    files: PromptFiles, case_id: str, view: View, values: Sequence[int], ignore: int | None = None, image: Volume | None = None
 ) -> Prompts | None:
-    """Read the prompts of one case; None when the folder holds none, or nothing is annotated.
+    """Read the prompts of one case; None when there is no mask, or nothing is annotated.
 
     image: where given, parts of the geometry that its file does not state reliably are not compared (see checks.compare_geometry).
 
     Raises: CaseError when the prompt cannot be read, is on another grid, or holds unknown labels.
     """
-    path = find_label(folder, case_id)
-    listing = folder / f"{case_id}.prompts.json"
+    path, listing = files.mask, files.listing
     if path is None:
-        if listing.exists():
+        if listing is not None:
             raise CaseError(case_id, listing.name, "no mask of the same name in this folder", "Save the annotated mask next to it")
         return None
-    mask = read_annotated_mask(path, view, image, case=case_id, root=folder)
-    listed = _listed(listing, case_id, view) if listing.exists() else None
-    return mask_to_prompts(mask, view, values, PromptFile(case_id, path.name, listing.name), ignore, listed)
+    mask = read_annotated_mask(path, view, image, case=case_id, root=path.parent)
+    listed = _listed(listing, case_id, view) if listing is not None else None
+    return mask_to_prompts(mask, view, values, PromptFile(case_id, path.name, f"{case_id}.prompts.json"), ignore, listed)
 
 
 def read_annotated_mask(path: Path, view: View, image: Volume | None = None, *, case: str, root: Path) -> Array:
@@ -113,8 +119,9 @@ def mask_to_prompts(
         raise CaseError(file.case, file.name, what, "Relabel them, or declare them in dataset.json")
     ignored = ignore if ignore in found.tolist() else None
     held = mask != (0 if ignored is None else ignored)
-    painted = view.slices_with(held)
-    if listed is None and (other := _annotated_along(held, view)):
+    along = {axis: view.slices_with(held, axis) for axis in AXES}
+    painted = np.flatnonzero(along[view.axis]).tolist()
+    if listed is None and (other := _annotated_along(along, view.axis)):
         raise CaseError(
             file.case,
             file.name,
@@ -127,16 +134,15 @@ def mask_to_prompts(
     return Prompts(mask, dict.fromkeys(values, slices), slices, ignored) if slices else None
 
 
-def _annotated_along(held: Array, view: View) -> SliceAxis | None:
-    """Return the other axis along which a mask (Z, Y, X) bool appears to be annotated: few of its slices, and many of the view's, hold it.
+def _annotated_along(along: Mapping[SliceAxis, Array], planned: SliceAxis) -> SliceAxis | None:
+    """Return another axis than the planned one along which a mask appears to be annotated: few of its slices hold it, and many planned ones.
 
-    A structure that is thin in both directions (a vessel) is no annotated slice unless it is exactly one voxel thick in one of them. An
-    axis with few slices is not considered.
+    along: axis -> which of its slices hold the mask (T,) bool. A structure that is thin in both directions (a vessel) is no annotated
+    slice unless it is exactly one voxel thick in one of them. An axis with few slices is not considered.
     """
-    along = view.count_slices(held)
-    here = along.pop(view.axis)[0]
-    (few, axis), (more, _) = sorted((count, axis) for axis, (count, _) in along.items())
-    deep = along[axis][1] > MAX_ANNOTATED_SLICES
+    here = int(along[planned].sum())
+    (few, axis), (more, _) = sorted((int(held.sum()), axis) for axis, held in along.items() if axis != planned)
+    deep = len(along[axis]) > MAX_ANNOTATED_SLICES
     flat = few <= MAX_ANNOTATED_SLICES and (more > MAX_ANNOTATED_SLICES or few == 1 < more)
     return axis if deep and flat and here > max(MAX_ANNOTATED_SLICES, 2 * few) else None
 

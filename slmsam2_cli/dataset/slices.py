@@ -1,6 +1,6 @@
 """Convert a volume to a stack of slices, and masks of the stack back to the volume's grid.
 
-Steps: orient (closest LPS), move the slice axis to the front, crop, resample. Intensities, files and models are not handled here.
+Steps: orient (closest LPS), move the slice axis to the front, crop, scale intensities (intensity.py), resample.
 Pixel sizes follow the rule that the edges of the field of view coincide before and after resampling (align_corners=False).
 """
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from slmsam2_cli.dataset.intensity import ChannelIntensityLike, normalise
 from slmsam2_cli.dataset.masks import bounding_box
 from slmsam2_cli.io.volume import Grid, Volume
 
@@ -177,17 +178,10 @@ class View:
         """Convert a native slice index to the voxel index along the stored axis, or back (the mapping is its own inverse)."""
         return self.native_slices() - 1 - native_slice if self.orientation.flipped[0] else native_slice
 
-    def slices_with(self, mask: Array) -> list[int]:
-        """List the native slices on which the mask (Z, Y, X) is non-zero."""
-        return [t for t, held in enumerate((self.oriented(mask) != 0).any(axis=(1, 2))) if held]
-
-    def count_slices(self, mask: Array) -> dict[SliceAxis, tuple[int, int]]:
-        """Count along every anatomical axis the slices on which the mask (Z, Y, X) is non-zero, and all slices."""
-        counts: dict[SliceAxis, tuple[int, int]] = {}
-        for axis in AXES:
-            stack = orient(self.grid.direction, axis).apply(mask)
-            counts[axis] = int((stack != 0).any(axis=(1, 2)).sum()), len(stack)
-        return counts
+    def slices_with(self, mask: Array, axis: SliceAxis) -> Array:
+        """Return for every native slice along an anatomical axis whether the mask (Z, Y, X) is non-zero on it, (T0,) bool."""
+        held: Array = (orient(self.grid.direction, axis).apply(mask) != 0).any(axis=(1, 2))
+        return held
 
     def to_stack(self, native_slice: int) -> int:
         """Return the stack slice of a native slice; slices outside the crop map to its nearest end."""
@@ -195,18 +189,19 @@ class View:
         inside = min(max(native_slice, start), end - 1) - start
         return min(int((inside + 0.5) * self.stack_shape[0] / (end - start)), self.stack_shape[0] - 1)
 
-    def project_slices(self, labels: Array, value: int, native_slices: Sequence[int]) -> dict[int, tuple[int, Array]]:
-        """Bring native slices of one label of a mask (Z, Y, X) to the stack: native slice -> (stack slice, mask (H, W) bool).
+    def project_slices(self, labels: Array, value: int, native_slices: Sequence[int]) -> dict[int, tuple[int, Array, Array]]:
+        """Bring native slices of one label of a mask (Z, Y, X) to the stack.
 
-        Slices outside the crop are left out. A structure too thin for the stack's pixels keeps those that it covers best.
+        Returns native slice -> (stack slice, mask (H, W) bool, the whole native slice of the mask (R0, C0)). Slices outside the crop are left out. A structure too thin for the stack's pixels keeps those that it covers best.
         """
         (start, end), cut, (_, height, width) = self.box[0], self.cropped(labels), self.stack_shape
+        planes = self.oriented(labels)
         rows, columns = interpolation_matrix(cut.shape[1], height), interpolation_matrix(cut.shape[2], width)
         found = {}
         for native_slice in (t for t in native_slices if start <= t < end):
             cover = resample_plane((cut[native_slice - start] == value).astype(np.float32), rows, columns)
             mask = np.asarray(cover >= min(0.5, float(cover.max()))) & (cover > 0)
-            found[native_slice] = self.to_stack(native_slice), mask
+            found[native_slice] = self.to_stack(native_slice), mask, planes[native_slice]
         return found
 
     def by_file_slice(self, values: Array) -> dict[int, float]:
@@ -296,3 +291,9 @@ class View:
             raise ValueError(f"axis {value['axis']!r}")
         box = tuple((int(start), int(end)) for start, end in value["box"])
         return cls(grid, value["axis"], box, tuple(value["stack_shape"]), float(value["scale"]))  # type: ignore[arg-type]
+
+
+def make_frames(volume: Volume, geometry: GeometryPlanLike, channels: Sequence[ChannelIntensityLike]) -> tuple[View, Array]:
+    """Convert a volume to its view and the normalised slices (C, T, H, W) float32 in [0, 1]."""
+    view = View.fit(volume, geometry)
+    return view, view.frames(normalise(volume.voxels, channels))

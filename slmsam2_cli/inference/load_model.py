@@ -204,7 +204,7 @@ def plan_from_prompts(cases: Sequence[Case], prompts: PromptSource, network: Net
     if (masks / FILE).exists() and not again:
         console.say(f"plan: using {masks / FILE} (--overwrite makes a new one)")
         return read_plan(masks / FILE)
-    prompted = [replace(case, label=file) for case in cases if (file := prompts.file(case)) is not None][:MAX_MEASURED]
+    prompted = [replace(case, label=file) for case in cases if (file := case.prompts.mask) is not None][:MAX_MEASURED]
     plan = _decided(prompted, prompts, network)
     write_plan(masks / FILE, plan)
     console.say(
@@ -225,7 +225,7 @@ def _decided(cases: Sequence[Case], prompts: PromptSource, network: NetworkPlan)
         fingerprint, found = measure(data, advance)
     if not fingerprint.cases:
         raise DatasetError(f"{prompts.folder}: none of the {len(found)} images with prompts can be measured", found)
-    axis = None if prompts.simulated else _annotated_axis(fingerprint, cases, prompts.folder)
+    axis = None if prompts.simulated else _annotated_axis(fingerprint, cases)
     plan = decide(fingerprint, network.size, axis=axis)
     if not prompts.simulated:  # a few annotated slices do not show how long structures are, nor their gaps
         plan = plan.model_copy(
@@ -254,9 +254,9 @@ def _labels(cases: Sequence[Case], root: Path, problems: list[CaseError]) -> dic
     return {value: f"label {value}" for value in sorted(values)}
 
 
-def _annotated_axis(fingerprint: Fingerprint, cases: Sequence[Case], folder: Path) -> Decision[SliceAxis] | None:
+def _annotated_axis(fingerprint: Fingerprint, cases: Sequence[Case]) -> Decision[SliceAxis] | None:
     """Return the axis that CASE.prompts.json names, else the one along which the annotation lies on the fewest slices; None for a tie."""
-    listed = {axis for case in cases if (axis := _listed_axis(folder / f"{case.id}.prompts.json")) is not None}
+    listed = {axis for case in cases if (axis := _listed_axis(case.prompts.listing)) is not None}
     if len(listed) == 1:
         (axis,) = listed
         return Decision(axis, "given in CASE.prompts.json")
@@ -270,9 +270,9 @@ def _annotated_axis(fingerprint: Fingerprint, cases: Sequence[Case], folder: Pat
     )
 
 
-def _listed_axis(path: Path) -> SliceAxis | None:
+def _listed_axis(path: Path | None) -> SliceAxis | None:
     """Read the axis of CASE.prompts.json; None when it has none that can be used, which is an error when the prompts are read."""
-    if not path.exists():
+    if path is None:
         return None
     try:
         value = atomic.read_json(path, "list of annotated slices")

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +26,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator
 
+from slmsam2_cli.dataset.dataset_json import Case
 from slmsam2_cli.errors import SlmSam2Error, UsageError
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.files import sha256_of
@@ -133,19 +133,19 @@ def is_readable_mask(path: Path, case_id: str) -> bool:
     return True
 
 
-def digest_inputs(settings: str, images: Sequence[Path], prompts: Sequence[Path]) -> tuple[str, frozenset[str]]:
+def digest_inputs(settings: str, case: Case) -> tuple[str, frozenset[str]]:
     """Compute the key of a mask, a SHA-256 of settings and content of its inputs, and the SHA-256 of each image file.
 
     A file that cannot be read counts as absent.
     """
     digests: list[tuple[str, ...]] = []
-    for path in (*images, *prompts):
+    for path in (*case.images, *(file for file in (case.prompts.mask, case.prompts.listing) if file is not None)):
         try:
             digests.append(volume_digests(path))
         except (SlmSam2Error, OSError):
             digests.append(("absent",))
     key = hashlib.sha256("\n".join([settings, *(" ".join(files) for files in digests)]).encode()).hexdigest()
-    return key, frozenset(digest for files in digests[: len(images)] for digest in files)
+    return key, frozenset(digest for files in digests[: len(case.images)] for digest in files)
 
 
 class ManifestCase(BaseModel):

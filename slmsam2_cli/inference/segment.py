@@ -19,10 +19,9 @@ import torch
 from numpy.typing import NDArray
 
 from slmsam2_cli.dataset.checks import check_mask
-from slmsam2_cli.dataset.dataset import Case, find_label
-from slmsam2_cli.dataset.intensity import make_frames
-from slmsam2_cli.dataset.prompts import Prompts, PromptSlice, read_prompts, restore_annotated, simulate_prompts
-from slmsam2_cli.dataset.slices import View
+from slmsam2_cli.dataset.dataset_json import Case, PromptFiles
+from slmsam2_cli.dataset.prompts import Prompts, PromptSlice, find_prompts, read_prompts, restore_annotated, simulate_prompts
+from slmsam2_cli.dataset.slices import View, make_frames
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.inference.label_prior import FULL_WEIGHT_DICE
 from slmsam2_cli.inference.postprocess import keep_connected
@@ -58,14 +57,9 @@ class PromptSource:
     dataset_labels: bool = False
     mark_ends: bool = False
 
-    def file(self, case: Case) -> Path | None:
-        """Find the mask that holds the prompts of a case; None when there is none."""
-        return case.label if self.dataset_labels else find_label(self.folder, case.id)
-
-    def files(self, case: Case) -> list[Path]:
-        """List the files from which the prompts of a case are read."""
-        mask, listing = self.file(case), self.folder / f"{case.id}.prompts.json"
-        return [*([mask] if mask else []), *([listing] if listing.exists() else [])]
+    def assign(self, case: Case) -> Case:
+        """Return the case with the files from which its prompts are read."""
+        return replace(case, prompts=PromptFiles(case.label) if self.dataset_labels else find_prompts(self.folder, case.id))
 
     def describe(self) -> str:
         """Describe the prompts for the manifest."""
@@ -76,12 +70,12 @@ class PromptSource:
 
         Raises: CaseError when there are no prompts, or they do not fit the image.
         """
-        path = self.file(case)
+        path = case.prompts.mask
         if self.simulated is not None and path is not None:
             labels = read_labels(path, case=case.id, root=self.folder)
             warnings = check_mask(image, labels, plan.labels, plan.ignore, case=case.id, file=path.name)
             return simulate_prompts(labels.voxels, view, tuple(plan.labels), self.simulated, self.mark_ends), (*labels.warnings, *warnings)
-        prompts = read_prompts(self.folder, case.id, view, tuple(plan.labels), plan.ignore, image) if self.simulated is None else None
+        prompts = read_prompts(case.prompts, case.id, view, tuple(plan.labels), plan.ignore, image) if self.simulated is None else None
         if prompts is None or not any(prompts.annotated.values()):
             raise CaseError(case.id, "", "no annotated slice", f"Add a prompt mask named {case.id} with at least one annotated slice")
         return prompts, ()
@@ -155,14 +149,12 @@ def annotated_slices_of(prompts: Prompts, view: View, values: Sequence[int], sto
     that holds the label counts. Masks are padded to (storage_size, storage_size).
     """
     found: dict[int, list[AnnotatedSlice]] = {}
-    planes = view.oriented(prompts.labels)
     for value in values:
-        masks = view.project_slices(prompts.labels, value, prompts.annotated.get(value, ()))
-        usable = [t for t in masks if masks[t][1].any() or prompts.ignore is None or not bool((planes[t] == prompts.ignore).any())]
+        projected = view.project_slices(prompts.labels, value, prompts.annotated.get(value, ())).values()
+        usable = [one for one in projected if one[1].any() or prompts.ignore is None or not (one[2] == prompts.ignore).any()]
         by_slice: dict[int, AnnotatedSlice] = {}
-        for t in sorted(usable, key=lambda t: bool(masks[t][1].any())):  # slices with the label last, so that they count
-            place, mask = masks[t]
-            alone = not bool(((planes[t] != 0) & (planes[t] != (prompts.ignore or 0))).any())
+        for place, mask, plane in sorted(usable, key=lambda one: bool(one[1].any())):  # slices with the label last, so that they count
+            alone = not bool(((plane != 0) & (plane != (prompts.ignore or 0))).any())
             by_slice[place] = AnnotatedSlice(place, pad_to_square(torch.from_numpy(mask), storage_size), alone)
         if any(bool(annotated.mask.any()) for annotated in by_slice.values()):
             found[value] = [annotated for _, annotated in sorted(by_slice.items())]

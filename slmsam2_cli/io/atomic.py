@@ -11,7 +11,6 @@ holds the folder's lock file throughout and finds all the others free.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 
 from slmsam2_cli.errors import LockError, OutputError, SlmSam2Error
 from slmsam2_cli.io import strict_json
-from slmsam2_cli.io.files import InputError, error_reason, open_regular, sha256_of
+from slmsam2_cli.io.files import InputError, error_reason, open_regular
 
 CHUNK = 1 << 20
 _PREFIX = ".slmsam2-tmp-"
@@ -130,10 +129,11 @@ def write_bytes(path: Path, data: bytes) -> None:
 
     Raises: OutputError when it cannot be written or differs when read back.
     """
-    expected = hashlib.sha256(data).hexdigest()
 
     def verify(temporary: Path) -> None:
-        if sha256_of(temporary) != expected:
+        with open(temporary, "rb") as file:
+            same = all(file.read(CHUNK) == data[start : start + CHUNK] for start in range(0, len(data), CHUNK)) and not file.read(1)
+        if not same:
             raise ValueError(f"the file differs from what was written ({os.path.getsize(temporary)} of {len(data)} bytes)")
 
     with replacing(path, verify) as temporary, create(temporary) as file:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from slmsam2_cli.dataset.prompts import choose_slice, read_prompts, restore_annotated, simulate_prompts
+from slmsam2_cli.dataset.prompts import choose_slice, find_prompts, read_prompts, restore_annotated, simulate_prompts
 from slmsam2_cli.dataset.slices import View, orient
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.io.image import Grid
@@ -107,19 +107,19 @@ def test_one_label_is_not_wiped_out_by_another_prompted_on_the_same_slice():
 
 
 def test_no_prompts_are_no_error(tmp_path):
-    assert read_prompts(tmp_path, "case", view_of((3, 4, 5)), [1]) is None
+    assert read_prompts(find_prompts(tmp_path, "case"), "case", view_of((3, 4, 5)), [1]) is None
 
 
 def test_an_untouched_mask_is_no_prompt(tmp_path):
     save(tmp_path, np.zeros((3, 4, 5), np.uint8), view_of((3, 4, 5)))
-    assert read_prompts(tmp_path, "case", view_of((3, 4, 5)), [1]) is None
+    assert read_prompts(find_prompts(tmp_path, "case"), "case", view_of((3, 4, 5)), [1]) is None
 
 
 def test_a_annotated_slice_speaks_for_every_label_and_comes_back_bit_exact(tmp_path):
     view = view_of((3, 4, 5))
     mask = mask_with((3, 4, 5), (np.s_[1, 2, 2:4], 2))
     save(tmp_path, mask, view)
-    prompts = read_prompts(tmp_path, "case", view, [1, 2])
+    prompts = read_prompts(find_prompts(tmp_path, "case"), "case", view, [1, 2])
     assert prompts.annotated == {1: (1,), 2: (1,)}
     assert prompts.exact_slices == (1,)
     imposed = restore_annotated(np.ones((3, 4, 5), np.uint8), prompts, view)
@@ -131,7 +131,7 @@ def test_a_listed_slice_may_be_empty(tmp_path):
     view = view_of((5, 2, 2))
     save(tmp_path, mask_with((5, 2, 2), (np.s_[2], 1)), view)
     listing(tmp_path, {"axis": "SI", "annotated_slices": [4, 2]})
-    prompts = read_prompts(tmp_path, "case", view, [1])
+    prompts = read_prompts(find_prompts(tmp_path, "case"), "case", view, [1])
     assert prompts.annotated == {1: (2, 4)}
     assert not restore_annotated(np.ones((5, 2, 2), np.uint8), prompts, view)[4].any()
 
@@ -140,7 +140,7 @@ def test_listed_slices_count_as_the_file_counts_them(tmp_path):
     view = view_of((5, 2, 2), DOWNWARDS)
     save(tmp_path, mask_with((5, 2, 2), (np.s_[1], 1)), view)
     listing(tmp_path, {"axis": "SI", "annotated_slices": [0]})
-    prompts = read_prompts(tmp_path, "case", view, [1])
+    prompts = read_prompts(find_prompts(tmp_path, "case"), "case", view, [1])
     assert prompts.exact_slices == (3, 4)
     assert not restore_annotated(np.ones((5, 2, 2), np.uint8), prompts, view)[0].any()
 
@@ -148,7 +148,7 @@ def test_listed_slices_count_as_the_file_counts_them(tmp_path):
 def test_slices_are_counted_along_the_axis_of_propagation(tmp_path):
     view = view_of((3, 4, 5), axis="LR")
     save(tmp_path, mask_with((3, 4, 5), (np.s_[:, 1:3, 4], 1)), view)
-    assert read_prompts(tmp_path, "case", view, [1]).exact_slices == (4,)
+    assert read_prompts(find_prompts(tmp_path, "case"), "case", view, [1]).exact_slices == (4,)
 
 
 SAGITTAL, CORONAL = np.s_[2:10, 3:12, 4], np.s_[2:10, 4, 3:12]
@@ -168,7 +168,7 @@ def test_slices_painted_along_another_axis_are_refused_and_both_are_named(tmp_pa
     view = view_of((12, 14, 16), axis=axis)
     save(tmp_path, mask_with((12, 14, 16), (paint, 1)), view)
     with pytest.raises(CaseError, match=f"{named}.*Annotate slices along {axis}, or edit slice_axis in plan.json.*case.prompts.json"):
-        read_prompts(tmp_path, "case", view, [1])
+        read_prompts(find_prompts(tmp_path, "case"), "case", view, [1])
 
 
 def test_one_annotated_slice_among_ignored_ones_has_an_axis_too(tmp_path):
@@ -177,7 +177,7 @@ def test_one_annotated_slice_among_ignored_ones_has_an_axis_too(tmp_path):
     mask[SAGITTAL] = 1
     save(tmp_path, mask, view)
     with pytest.raises(CaseError, match="along LR, but"):
-        read_prompts(tmp_path, "case", view, [1], ignore=9)
+        read_prompts(find_prompts(tmp_path, "case"), "case", view, [1], ignore=9)
 
 
 @pytest.mark.parametrize(
@@ -196,20 +196,22 @@ def test_what_is_painted_along_the_right_axis_is_taken_as_it_is(tmp_path, paint)
     view = view_of((12, 14, 16))
     mask = mask_with((12, 14, 16), (paint, 1))
     save(tmp_path, mask, view)
-    assert read_prompts(tmp_path, "case", view, [1]).exact_slices == tuple(np.flatnonzero(mask.any(axis=(1, 2))).tolist())
+    assert read_prompts(find_prompts(tmp_path, "case"), "case", view, [1]).exact_slices == tuple(
+        np.flatnonzero(mask.any(axis=(1, 2))).tolist()
+    )
 
 
 def test_an_axis_of_few_slices_says_nothing_about_the_paint(tmp_path):
     view = view_of((12, 14, 3))
     save(tmp_path, mask_with((12, 14, 3), (np.s_[1:11, 3:12], 1)), view)
-    assert len(read_prompts(tmp_path, "case", view, [1]).exact_slices) == 10
+    assert len(read_prompts(find_prompts(tmp_path, "case"), "case", view, [1]).exact_slices) == 10
 
 
 def test_a_list_of_slices_says_that_thin_paint_is_meant_as_it_is(tmp_path):
     view = view_of((12, 14, 16))
     save(tmp_path, mask_with((12, 14, 16), (SAGITTAL, 1)), view)
     listing(tmp_path, {"axis": "SI", "annotated_slices": [0]})
-    assert read_prompts(tmp_path, "case", view, [1]).exact_slices == (0, *range(2, 10))
+    assert read_prompts(find_prompts(tmp_path, "case"), "case", view, [1]).exact_slices == (0, *range(2, 10))
 
 
 def test_with_an_ignore_label_everything_else_is_annotated(tmp_path):
@@ -218,7 +220,7 @@ def test_with_an_ignore_label_everything_else_is_annotated(tmp_path):
     mask[1, 0] = [9, 0, 1, 9]
     mask[2] = 0
     save(tmp_path, mask, view)
-    prompts = read_prompts(tmp_path, "case", view, [1], ignore=9)
+    prompts = read_prompts(find_prompts(tmp_path, "case"), "case", view, [1], ignore=9)
     assert prompts.annotated == {1: (1, 2)}
     imposed = restore_annotated(np.ones((3, 1, 4), np.uint8), prompts, view)
     assert imposed[:, 0].tolist() == [[1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 0, 0]]
@@ -227,20 +229,20 @@ def test_with_an_ignore_label_everything_else_is_annotated(tmp_path):
 def test_an_ignore_label_that_is_not_used_changes_nothing(tmp_path):
     view = view_of((3, 2, 2))
     save(tmp_path, mask_with((3, 2, 2), (np.s_[1], 1)), view)
-    assert read_prompts(tmp_path, "case", view, [1], ignore=9).exact_slices == (1,)
+    assert read_prompts(find_prompts(tmp_path, "case"), "case", view, [1], ignore=9).exact_slices == (1,)
 
 
 def test_a_prompt_on_another_grid_is_refused(tmp_path):
     save(tmp_path, mask_with((3, 4, 5), (1, 1)), view_of((3, 4, 5)))
     with pytest.raises(CaseError, match=r"case case: case.nii.gz: .*grid differs.*shape"):
-        read_prompts(tmp_path, "case", view_of((4, 4, 5)), [1])
+        read_prompts(find_prompts(tmp_path, "case"), "case", view_of((4, 4, 5)), [1])
 
 
 def test_an_undeclared_label_is_refused_with_its_count(tmp_path):
     view = view_of((3, 4, 5))
     save(tmp_path, mask_with((3, 4, 5), (np.s_[0, 0, :3], 7)), view)
     with pytest.raises(CaseError, match=r"undeclared label values 7 \(3 voxels\); the plan has 1, 2"):
-        read_prompts(tmp_path, "case", view, [1, 2])
+        read_prompts(find_prompts(tmp_path, "case"), "case", view, [1, 2])
 
 
 @pytest.mark.parametrize(
@@ -263,10 +265,10 @@ def test_a_list_of_slices_that_makes_no_sense_is_refused(tmp_path, value, said):
     save(tmp_path, mask_with((3, 4, 5), (1, 1)), view)
     listing(tmp_path, value)
     with pytest.raises(CaseError, match=said):
-        read_prompts(tmp_path, "case", view, [1])
+        read_prompts(find_prompts(tmp_path, "case"), "case", view, [1])
 
 
 def test_a_list_of_slices_without_a_mask_is_refused(tmp_path):
     listing(tmp_path, {"axis": "SI", "annotated_slices": [0]})
     with pytest.raises(CaseError, match="no mask of the same name"):
-        read_prompts(tmp_path, "case", view_of((3, 4, 5)), [1])
+        read_prompts(find_prompts(tmp_path, "case"), "case", view_of((3, 4, 5)), [1])

@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 
+from slmsam2_cli.dataset.dataset_json import Case, PromptFiles
 from slmsam2_cli.inference.manifest import MANIFEST, Records, digest_inputs
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.volume import Grid, Source, Volume
@@ -68,17 +69,19 @@ def test_a_mask_that_was_changed_is_nobody_s(tmp_path):
 
 def test_a_key_changes_with_the_settings_and_with_every_input(tmp_path):
     one, two = tmp_path / "one.nii", tmp_path / "two.nii"
+    both = Case("a", (one,), None, PromptFiles(two))
     one.write_text("1")
-    keys = [key for key, _ in (digest_inputs("s", [one], [two]), digest_inputs("t", [one], [two]), digest_inputs("s", [one], []))]
+    keys = [key for key, _ in (digest_inputs("s", both), digest_inputs("t", both), digest_inputs("s", Case("a", (one,), None)))]
     two.write_text("2")
-    assert len({*keys, digest_inputs("s", [one], [two])[0]}) == 4
+    assert len({*keys, digest_inputs("s", both)[0]}) == 4
 
 
 def test_the_digest_of_every_image_file_is_known_but_not_that_of_the_prompts(tmp_path):
     one, two = tmp_path / "one.nii", tmp_path / "two.nii"
+    both = Case("a", (one,), None, PromptFiles(two))
     one.write_text("1")
     two.write_text("2")
-    assert digest_inputs("s", [one], [two])[1] == {hashlib.sha256(b"1").hexdigest()}
+    assert digest_inputs("s", both)[1] == {hashlib.sha256(b"1").hexdigest()}
 
 
 def test_a_record_of_an_older_format_is_no_record(tmp_path):
