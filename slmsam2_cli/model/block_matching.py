@@ -20,18 +20,24 @@ _EPSILON = 1e-4
 
 @torch.no_grad()
 def warp_to_slice(current: Tensor, previous: Tensor, planes: Tensor) -> Tensor:
-    """Warp planes (B, C, H, W) of the previous slices to the current ones; current, previous (B, 1, H, W): intensities."""
+    """Warp planes (B, C, H, W) of the previous slices to the current ones; current, previous (B, 1, H, W): intensities.
+
+    The cost of a displacement is the squared difference at half resolution, averaged over a window at quarter resolution. A pixel moves
+    by the mean displacement under softmax(-cost), smoothed over the same window.
+    """
     one, other = F.avg_pool2d(current, 2), F.avg_pool2d(previous, 2)
     height, width = one.shape[-2:]
     padded = F.pad(other, (REACH,) * 4, mode="replicate")
     steps = [(down, across) for down in range(2 * REACH + 1) for across in range(2 * REACH + 1)]
     rows = (padded[..., y : y + height, :].unfold(3, width, 1)[:, 0].transpose(1, 2).contiguous() for y in range(2 * REACH + 1))
-    cost = _box_mean(torch.cat([F.avg_pool2d(row.sub_(one).square_(), 2) for row in rows], dim=1))  # in the order of the steps
+    difference = torch.cat([F.avg_pool2d(row.sub_(one).square_(), 2) for row in rows], dim=1)  # in the order of the steps
+    cost = F.avg_pool2d(difference, WINDOW, 1, WINDOW // 2, count_include_pad=False)
     scale = cost[:, len(steps) // 2].mean((1, 2))[:, None, None, None].clamp(min=_EPSILON)
     displacement = torch.tensor(steps, device=current.device, dtype=current.dtype).T - REACH
     stiffness = STIFFNESS * SHARPNESS * displacement.square().sum(0)
     weight = cost.mul_(-SHARPNESS / scale).sub_(stiffness[:, None, None]).softmax(dim=1)
-    flow = _box_mean(torch.einsum("bkhw,dk->bdhw", weight, displacement.flip(0)))  # across, down
+    flow = torch.einsum("bkhw,dk->bdhw", weight, displacement.flip(0))  # across, down
+    flow = F.avg_pool2d(flow, WINDOW, 1, WINDOW // 2, count_include_pad=False)
     flow = F.interpolate(flow, scale_factor=4.0, mode="bilinear", align_corners=False) * 2
     size = planes.shape[-2:]
     places = [(torch.arange(n, device=current.device, dtype=current.dtype) * 2 + 1) / n - 1 for n in size]
@@ -41,31 +47,19 @@ def warp_to_slice(current: Tensor, previous: Tensor, planes: Tensor) -> Tensor:
     return warped
 
 
-def _box_mean(planes: Tensor) -> Tensor:
-    """Average the window around every position of (B, C, h, w), without padding."""
-    return F.avg_pool2d(planes, WINDOW, 1, WINDOW // 2, count_include_pad=False)
-
-
 @torch.no_grad()
 def foreground_likelihood(current: Tensor, known: Tensor, masks: Tensor) -> Tensor:
     """Compute how much more likely the intensities (B, 1, H, W) are inside than outside the masks of known slices, 0 to 1.
 
-    known, masks (B, 1, H', W): intensities and masks; several known slices are stacked along the rows. 0.5: equally likely.
+    known, masks (B, 1, H', W'): intensities and masks; several known slices are stacked along the rows. 0.5: equally likely.
+    Intensities are averaged over 3 x 3 pixels against noise, and histograms smoothed with the weights 1/4, 1/2, 1/4.
     """
-    bins, counts = _bins(known).flatten(1), masks.flatten(1)
-    inside, outside = (torch.zeros(len(current), BINS, device=current.device).scatter_add_(1, bins, n) for n in (counts, 1 - counts))
-    inside, outside = (_smooth(n / n.sum(1, keepdim=True).clamp(min=1)) + _EPSILON for n in (inside, outside))
+    smooth = [F.avg_pool2d(grey, 3, 1, 1, count_include_pad=False).flatten(1) for grey in (known, current)]
+    known_bins, current_bins = ((grey * BINS).long().clamp(0, BINS - 1) for grey in smooth)
+    counts = masks.flatten(1)
+    histograms = [torch.zeros(len(current), BINS, device=current.device).scatter_add_(1, known_bins, n) for n in (counts, 1 - counts)]
+    share = torch.stack([n / n.sum(1, keepdim=True).clamp(min=1) for n in histograms], dim=1)  # (B, 2, BINS)
+    padded = F.pad(share, (1, 1), mode="replicate")
+    inside, outside = ((padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]) / 4 + _EPSILON).unbind(1)
     table = inside / (inside + outside)
-    return table.gather(1, _bins(current).flatten(1)).reshape(current.shape)
-
-
-def _bins(grey: Tensor) -> Tensor:
-    """Find the histogram bin of every pixel, after a 3 x 3 mean against noise."""
-    smooth = F.avg_pool2d(grey, 3, 1, 1, count_include_pad=False)
-    return (smooth * BINS).long().clamp(0, BINS - 1)
-
-
-def _smooth(histogram: Tensor) -> Tensor:
-    """Smooth histograms (B, BINS) with the weights 1/4, 1/2, 1/4."""
-    padded = F.pad(histogram[:, None], (1, 1), mode="replicate")[:, 0]
-    return (padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]) / 4
+    return table.gather(1, current_bins).reshape(current.shape)

@@ -287,7 +287,7 @@ def load_weights(model: SlmSam2, checkpoint: Checkpoint, modality: str | None = 
         raise WeightsError(f"{refused}: {wrong}. Set policy and fuser under network in plan.json to those of the weights{which}")
     model.load_state_dict(model.state_dict() | given)
     if fresh and hasattr(model, "short_memory_attention"):
-        model.copy_long_to_short()
+        model.short_memory_attention.load_state_dict(model.memory_attention.state_dict())
     for name, state in added.items():
         adapters.attach(model, name, state, checkpoint.name)
     if modality in added:

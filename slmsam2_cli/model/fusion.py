@@ -14,38 +14,22 @@ from torch import Tensor, nn
 from slmsam2_cli.planning.plan import FuserName
 
 
-def _blocks(width: int, layer_scale: float) -> nn.Sequential:
-    blocks = nn.Sequential(*[CXBlock(width, kernel_size=7, padding=3, layer_scale_init_value=1e-6) for _ in range(2)])
-    for block in blocks:
-        nn.init.constant_(block.gamma, layer_scale)  # type: ignore[arg-type]
-    return blocks
+class Fuser(nn.Module):
+    """Fuse long and short (B, C, h, w) -> (B, C, h, w). width: channels C.
 
+    `gated` has one gate per channel, which starts at 0 and then gives the long stack alone; `sum` has none.
+    """
 
-class GatedFuser(nn.Module):
-    """Fuse long and short (B, C, h, w) -> (B, C, h, w) with one gate per channel; gate 0 gives the long stack alone."""
-
-    def __init__(self, width: int, gate: float = 0.0) -> None:
+    def __init__(self, kind: FuserName, width: int) -> None:
         super().__init__()
-        self.gate = nn.Parameter(torch.full((width,), gate))
-        self.blocks = _blocks(width, layer_scale=0.0)
+        self.gate = nn.Parameter(torch.zeros(width)) if kind == "gated" else None
+        self.blocks = nn.Sequential(*[CXBlock(width, kernel_size=7, padding=3, layer_scale_init_value=1e-6) for _ in range(2)])
+        if kind == "gated":
+            for block in self.blocks:
+                nn.init.zeros_(block.gamma)  # type: ignore[arg-type]
 
     def forward(self, long: Tensor, short: Tensor) -> Tensor:
-        fused: Tensor = self.blocks(torch.lerp(long, short, self.gate[:, None, None].to(long.dtype)))
+        """Combine the outputs of the two stacks."""
+        mixed = long + short if self.gate is None else torch.lerp(long, short, self.gate[:, None, None].to(long.dtype))
+        fused: Tensor = self.blocks(mixed)
         return fused
-
-
-class SumFuser(nn.Module):
-    """Fuse long and short (B, C, h, w) -> (B, C, h, w) by their sum, as published."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.blocks = _blocks(width, layer_scale=1e-6)
-
-    def forward(self, long: Tensor, short: Tensor) -> Tensor:
-        fused: Tensor = self.blocks(long + short)
-        return fused
-
-
-def build_fuser(kind: FuserName, width: int) -> nn.Module:
-    """Build the fuser that a plan names. width: channels C."""
-    return GatedFuser(width) if kind == "gated" else SumFuser(width)

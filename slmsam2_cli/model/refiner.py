@@ -88,7 +88,7 @@ class Refiner(nn.Module):
             nn.init.zeros_(parameter)
 
     def extract_features(self, frames: Tensor, fine: Tensor, grey: Tensor) -> RefinerFeatures:
-        """Compute what depends on the slice alone.
+        """Compute what depends on the slice alone, of B slices.
 
         frames (B, 3, H, W): normalised as for the image encoder. fine (B, C, H/4, W/4). grey (B, 1, H, W): intensities in [0, 1].
         """
@@ -110,13 +110,17 @@ class Refiner(nn.Module):
 
         top (B, C, h, w). warped (B, 2, H, W): mask (probability) and intensities of the previous slice, warped to this one.
         """
-        near, known = self._match(current, [previous], 0), self._match(current, conditioning, 1)
+        near = transfer_masks(current, [previous], self.sharpness[0].exp(), self.nearness[0].exp())
+        known = transfer_masks(current, conditioning, self.sharpness[1].exp(), self.nearness[1].exp())
         inside, outside = _prototype_similarity(current, conditioning)
         before = 2 * previous.present - 1
         score = before[:, :, None, None].expand_as(near)
         mask, grey = warped[:, :1], warped[:, 1:]
-        likelihoods = [foreground_likelihood(current.grey, *_concat_slices(priors)) for priors in ([previous], conditioning)]
-        full = [F.pixel_unshuffle(2 * one - 1, REFINER_UPSCALE) for one in (mask, *likelihoods)]
+        full = [F.pixel_unshuffle(2 * mask - 1, REFINER_UPSCALE)]
+        for slices in ([previous], conditioning):  # stacked along the rows
+            grey_known, inside_known = torch.cat([s.features.grey for s in slices], dim=2), torch.cat([s.inside for s in slices], dim=2)
+            likelihood = foreground_likelihood(current.grey, grey_known, inside_known)
+            full.append(F.pixel_unshuffle(2 * likelihood - 1, REFINER_UPSCALE))
         decoded = F.avg_pool2d((logits / (2 * _LOGIT_SCALE)).tanh(), REFINER_UPSCALE)
         unwarped = F.avg_pool2d(previous.inside, REFINER_UPSCALE)
         change = 4 * F.avg_pool2d((current.grey - grey).abs(), REFINER_UPSCALE)
@@ -130,35 +134,29 @@ class Refiner(nn.Module):
         delta: Tensor = F.pixel_shuffle(self.logits(up), REFINER_UPSCALE)
         refined = (logits + delta).sigmoid()
         features = torch.cat([up, maps], dim=1)
-        pooled = [_mean_inside(features, F.avg_pool2d(one, REFINER_UPSCALE)) for one in (mask, refined)]
+        shares = [F.avg_pool2d(one, REFINER_UPSCALE) for one in (mask, refined)]
+        pooled = [(features * share).sum((2, 3)) / share.sum((2, 3)).clamp(min=1.0) for share in shares]
         summary = [low.mean((2, 3)), low.amax((2, 3)), *pooled, refined.mean((2, 3)), refined.amax((2, 3)), before]
         object_score, iou = self.scores(torch.cat(summary, dim=1)).split(1, dim=1)
         return delta, object_score, iou
 
-    def _match(self, current: RefinerFeatures, priors: Sequence[PriorSlice], kind: int) -> Tensor:
-        """Transfer the masks of known slices by attention between coarse codes, nearer positions first -> (B, 1, 4h, 4w)."""
-        codes = current.coarse_codes
-        batch, _, height, width = codes.shape
-        rows, columns = (torch.arange(n, device=codes.device, dtype=codes.dtype).add(0.5) / n for n in (height, width))
-        position = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)  # (2h * 2w, 2), in input edges
-        distance = (position[:, None] - position[None]).square().sum(-1) * -self.nearness[kind].exp()
-        query = codes.flatten(2).transpose(1, 2) * self.sharpness[kind].exp()
-        keys = torch.cat([prior.features.coarse_codes.flatten(2) for prior in priors], dim=2)
-        values = torch.cat([F.avg_pool2d(prior.inside, 2 * REFINER_UPSCALE).flatten(2) for prior in priors], dim=2)
-        weight = torch.softmax(query @ keys + distance.repeat(1, len(priors)), dim=2)
-        found = (weight @ values.transpose(1, 2)).transpose(1, 2).reshape(batch, 1, height, width)
-        return F.interpolate(found, scale_factor=2.0, mode="bilinear", align_corners=False)
 
+def transfer_masks(current: RefinerFeatures, priors: Sequence[PriorSlice], sharpness: Tensor, nearness: Tensor) -> Tensor:
+    """Transfer the masks of known slices by attention between coarse codes, nearer positions first -> (B, 1, 4h, 4w).
 
-def _mean_inside(features: Tensor, masks: Tensor) -> Tensor:
-    """Average features (B, C, 4h, 4w) inside masks (B, 1, 4h, 4w) -> (B, C)."""
-    means: Tensor = (features * masks).sum((2, 3)) / masks.sum((2, 3)).clamp(min=1.0)
-    return means
-
-
-def _concat_slices(priors: Sequence[PriorSlice]) -> tuple[Tensor, Tensor]:
-    """Stack intensities and masks of S slices along the rows: each (B, 1, S * H, W)."""
-    return torch.cat([prior.features.grey for prior in priors], dim=2), torch.cat([prior.inside for prior in priors], dim=2)
+    sharpness: weight of the similarity of two codes. nearness: cost of a squared distance of 1 input edge. Both are scalars.
+    """
+    codes = current.coarse_codes
+    batch, _, height, width = codes.shape
+    rows, columns = (torch.arange(n, device=codes.device, dtype=codes.dtype).add(0.5) / n for n in (height, width))
+    position = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)  # (2h * 2w, 2), in input edges
+    distance = (position[:, None] - position[None]).square().sum(-1) * -nearness
+    query = codes.flatten(2).transpose(1, 2) * sharpness
+    keys = torch.cat([prior.features.coarse_codes.flatten(2) for prior in priors], dim=2)
+    values = torch.cat([F.avg_pool2d(prior.inside, 2 * REFINER_UPSCALE).flatten(2) for prior in priors], dim=2)
+    weight = torch.softmax(query @ keys + distance.repeat(1, len(priors)), dim=2)
+    found = (weight @ values.transpose(1, 2)).transpose(1, 2).reshape(batch, 1, height, width)
+    return F.interpolate(found, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
 def _prototype_similarity(current: RefinerFeatures, conditioning: Sequence[PriorSlice]) -> tuple[Tensor, Tensor]:

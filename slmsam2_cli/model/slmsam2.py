@@ -15,7 +15,6 @@ et al., "SAM 2", arXiv:2408.00714.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from slmsam2_cli.model import adapters
 from slmsam2_cli.model.block_matching import warp_to_slice
 from slmsam2_cli.model.calibration import Calibration
-from slmsam2_cli.model.fusion import build_fuser
+from slmsam2_cli.model.fusion import Fuser
 from slmsam2_cli.model.label_unet import LabelUNet
 from slmsam2_cli.model.memory.features import ObjectStats, memory_scores, object_stats
 from slmsam2_cli.model.memory.policy import MemoryPolicy, MemoryRead, ReadContext
@@ -137,11 +136,6 @@ class MemoryBank:
         self.tracked.pop(slice_, None)
         self.tracked[slice_] = memory
 
-    def retain(self, slices: Collection[int]) -> None:
-        """Delete all other tracked slices."""
-        for other in [s for s in self.tracked if s not in slices]:
-            del self.tracked[other]
-
 
 @dataclass
 class RefinerInput:
@@ -156,8 +150,11 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
     """SAM 2.1 and, for policies with a short memory, a second memory-attention stack and a fuser.
 
     With `fifo` and `selfsort` the state dict has exactly SAM 2.1's keys (nano also `carry_gain` and `refiner.*`).
+    input_size, mask_size: edge of the input and of the masks in pixels; masks are a quarter of the input, or as large with a refiner.
     calibration: of these weights' confidence, for policies that need scores; None if not calibrated, and in training.
     label_unet: segments the labels of a dataset without a prompt; None without one. `track` does not use it, inference/label_prior.py does.
+
+    Raises: ValueError when the input size is no positive multiple of 32.
     """
 
     def __init__(self, network: NetworkPlan, input_size: int, size_options: SizeOptions | None = None) -> None:
@@ -165,33 +162,21 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         self.size_options = size_options if size_options is not None else SIZE_OPTIONS[network.size]
         self._decoder_size: DecoderSize = self.size_options.decoder
         super().__init__(**sam2_parts(network.size, input_size, self.size_options.widths))
-        self.network = network
+        self.network, self.input_size = network, input_size
         self.calibration: Calibration | None = None
         self.label_unet: LabelUNet | None = None
         self.policy = build_policy(network, self.num_maskmem, self.max_obj_ptrs_in_encoder)
         self.carry_gain = nn.Parameter(torch.tensor(0.25)) if self.size_options.carry_mask else None
         self.refiner = Refiner(self.hidden_dim // 8, self.hidden_dim) if self.size_options.refine else None
+        self.mask_size = input_size // 4 * (REFINER_UPSCALE if self.refiner is not None else 1)
         if network.has_short_stream:
             self.short_memory_attention = copy.deepcopy(self.memory_attention)
-            self.stream_fuser = build_fuser(network.fuser, self.hidden_dim)
+            self.stream_fuser = Fuser(network.fuser, self.hidden_dim)
         self.register_buffer("_mean", torch.tensor(_IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(_IMAGENET_STD).view(3, 1, 1), persistent=False)
 
     def _build_sam_heads(self) -> None:
         build_heads(self, self._decoder_size)
-
-    @property
-    def input_size(self) -> int:
-        return int(self.image_size)
-
-    @property
-    def mask_size(self) -> int:
-        """Edge n of the masks in pixels: a quarter of the input's, or the input's with a refiner."""
-        return self.input_size // 4 * (REFINER_UPSCALE if self.refiner is not None else 1)
-
-    def copy_long_to_short(self) -> None:
-        """Initialise the short memory-attention stack as an exact copy of the long one."""
-        self.short_memory_attention.load_state_dict(self.memory_attention.state_dict())
 
     def encode(self, frames: Tensor) -> SliceFeatures:
         """Encode B slices (B, 3, H, W) in [0, 1]; other numbers of channels go through the projection of the modality in use.
@@ -208,7 +193,10 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         return SliceFeatures(top, output["vision_pos_enc"][-1], (s0, s1), refiner_features)
 
     def condition_on_mask(self, features: SliceFeatures, masks: Tensor) -> SliceOutput:
-        """Turn annotated masks (B, 1, H, W) in {0, 1} into the output of their slice."""
+        """Turn annotated masks (B, 1, H, W) in {0, 1} into the output of their slice, as `SAM2Base._use_mask_as_output` does.
+
+        With a refiner, masks have the size of the input, and logits are proportional to the share of a pixel that the mask covers.
+        """
         low, _, iou, _, _, pointer, object_score = self._use_mask_as_output(features.top, list(features.fine), masks.float())
         if self.refiner is not None:
             size = (self.mask_size, self.mask_size)
@@ -235,7 +223,9 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
     def prune(self, bank: MemoryBank, context: ReadContext, policy: MemoryPolicy | None = None) -> None:
         """Delete what no later slice will read once `context.slice` is stored, so that memory does not grow with the volume."""
         policy = policy or self.policy
-        bank.retain({s for one in self._contexts(policy, bank, context) for s in policy.keep(one)})
+        kept = {s for one in self._contexts(policy, bank, context) for s in policy.keep(one)}
+        for dropped in bank.tracked.keys() - kept:
+            del bank.tracked[dropped]
 
     def condition(self, features: SliceFeatures, bank: MemoryBank, context: ReadContext, policy: MemoryPolicy | None = None) -> Tensor:
         """Attend to what the policy reads, and fuse long and short memory -> (B, C, h, w).
@@ -243,15 +233,22 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         A policy that needs scores may read other slices for each object; objects that read the same slices form one batch.
         """
         policy = policy or self.policy
-        reads = [policy.read(one) for one in self._contexts(policy, bank, context, features)]
-        if len(set(reads)) == 1:
-            return self._attend_and_fuse(features, bank, reads[0], context.slices)
-        groups = [[i for i, read in enumerate(reads) if read == distinct] for distinct in dict.fromkeys(reads)]
+        groups: dict[tuple[MemoryRead, ...], list[int]] = {}
+        for obj, one in enumerate(self._contexts(policy, bank, context, features)):
+            groups.setdefault(policy.read(one), []).append(obj)
         parts = []
-        for objects in groups:
-            index = torch.tensor(objects, device=features.top.device)
-            parts.append(self._attend_and_fuse(features.at(index), bank.at(index), reads[objects[0]], context.slices))
-        order = torch.tensor([i for objects in groups for i in objects], device=features.top.device).argsort()
+        for (long, *short), objects in groups.items():
+            here, stored = features, bank
+            if len(groups) > 1:
+                index = torch.tensor(objects, device=features.top.device)
+                here, stored = features.at(index), bank.at(index)
+            part = self._attend(self.memory_attention, here, stored, long, context.slices)
+            if short:
+                part = self.stream_fuser(part, self._attend(self.short_memory_attention, here, stored, short[0], context.slices))
+            parts.append(part)
+        if len(groups) == 1:
+            return parts[0]
+        order = torch.tensor([obj for objects in groups.values() for obj in objects], device=features.top.device).argsort()
         return torch.cat(parts)[order]
 
     def _contexts(
@@ -270,48 +267,33 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
             scores = [one.calibrated(bank.tracked, self.calibration.of) for one in scores]
         return [replace(context, scores=one) for one in scores]
 
-    def _attend_and_fuse(self, features: SliceFeatures, bank: MemoryBank, reads: Sequence[MemoryRead], slices: int) -> Tensor:
-        """Attend with one stack, or with two and the fuser -> (B, C, h, w)."""
-        long = self._attend(self.memory_attention, features, bank, reads[0], slices)
-        if len(reads) == 1:
-            return long
-        short = self._attend(self.short_memory_attention, features, bank, reads[1], slices)
-        fused: Tensor = self.stream_fuser(long, short)
-        return fused
-
     def _attend(self, attention: nn.Module, features: SliceFeatures, bank: MemoryBank, read: MemoryRead, slices: int) -> Tensor:
-        """Attend from the slice, (h*w, B, C), to the memory tokens of one read, (N, B, C_mem) -> (B, C, h, w)."""
+        """Attend from the slice, (h*w, B, C), to the memory tokens of one read, (N, B, C_mem) -> (B, C, h, w).
+
+        As in `SAM2Base._prepare_memory_conditioned_features`, a spatial memory is h*w tokens with the encoding of their temporal row, and
+        a pointer is C / C_mem tokens with the encoding of its distance divided by min(slices, 16) - 1 (by 1 for a volume of one slice).
+        """
         batch, width, h, w = features.top.shape
-        memories = [bank[s].spatial for s, _ in read.spatial]
-        spatial = torch.cat([memory.flatten(2).permute(2, 0, 1) for memory in memories])
-        position = self.memory_encoder.position_encoding(memories[0]).flatten(2).permute(2, 0, 1)
-        spatial_position = torch.cat([position + self.maskmem_tpos_enc[row] for _, row in read.spatial])
-        pointers, pointer_position = self._pointer_tokens(bank, read, batch, slices)
+        spatial = [bank[s].spatial.flatten(2).permute(2, 0, 1) for s, _ in read.spatial]
+        position = self.memory_encoder.position_encoding(bank[read.spatial[0][0]].spatial).flatten(2).permute(2, 0, 1)
+        memory, memory_position = [torch.cat(spatial)], [torch.cat([position + self.maskmem_tpos_enc[row] for _, row in read.spatial])]
+        split = self.hidden_dim // self.mem_dim
+        if read.pointers:
+            pointers = torch.stack([bank[s].pointer for s, _ in read.pointers])
+            memory.append(pointers.reshape(-1, batch, split, self.mem_dim).permute(0, 2, 1, 3).flatten(0, 1))
+            distances = torch.tensor([d for _, d in read.pointers], dtype=torch.float32, device=pointers.device)
+            code = get_1d_sine_pe(distances / max(1, min(slices, self.max_obj_ptrs_in_encoder) - 1), dim=self.hidden_dim)
+            pointer_position = self.obj_ptr_tpos_proj(code).unsqueeze(1).expand(-1, batch, self.mem_dim)
+            memory_position.append(pointer_position.repeat_interleave(split, dim=0))
         dtype = features.top.dtype
         attended: Tensor = attention(
             curr=[features.top.flatten(2).permute(2, 0, 1)],
             curr_pos=[features.top_position.flatten(2).permute(2, 0, 1)],
-            memory=torch.cat([spatial.to(dtype), pointers.to(dtype)]),
-            memory_pos=torch.cat([spatial_position.to(dtype), pointer_position.to(dtype)]),
-            num_obj_ptr_tokens=len(pointers),
+            memory=torch.cat([tokens.to(dtype) for tokens in memory]),
+            memory_pos=torch.cat([encoding.to(dtype) for encoding in memory_position]),
+            num_obj_ptr_tokens=split * len(read.pointers),
         )
         return attended.permute(1, 2, 0).reshape(batch, width, h, w)
-
-    def _pointer_tokens(self, bank: MemoryBank, read: MemoryRead, batch: int, slices: int) -> tuple[Tensor, Tensor]:
-        """Split P pointers (P, B, C) into C / C_mem tokens each, with position encodings of their distances: two of (N, B, C_mem).
-
-        Distances are divided by min(slices, 16) - 1, as in SAM 2 (by 1 for a volume of one slice).
-        """
-        if not read.pointers:
-            empty = self.maskmem_tpos_enc.new_zeros(0, batch, self.mem_dim)
-            return empty, empty
-        split = self.hidden_dim // self.mem_dim
-        pointers = torch.stack([bank[s].pointer for s, _ in read.pointers])
-        tokens = pointers.reshape(-1, batch, split, self.mem_dim).permute(0, 2, 1, 3).flatten(0, 1)
-        distances = torch.tensor([d for _, d in read.pointers], dtype=torch.float32, device=tokens.device)
-        code = get_1d_sine_pe(distances / max(1, min(slices, self.max_obj_ptrs_in_encoder) - 1), dim=self.hidden_dim)
-        positions = self.obj_ptr_tpos_proj(code).unsqueeze(1).expand(-1, batch, self.mem_dim)
-        return tokens, positions.repeat_interleave(split, dim=0)
 
     def decode(
         self, conditioned: Tensor, fine: tuple[Tensor, Tensor], previous_mask: Tensor | None, refine: RefinerInput | None = None
@@ -348,7 +330,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
             delta, present, quality = self.refiner(refine.current, conditioned, candidates, warped, *priors)
             candidates, object_score = candidates + delta.float(), object_score + present
             iou = (torch.logit(iou.float(), eps=1e-4) + quality.float()).sigmoid()
-        return self._choose(candidates, iou, tokens, object_score)
+        return self.choose_candidate(candidates, iou, tokens, object_score)
 
     def upsample_logits(self, logits: Tensor) -> Tensor:
         """Upsample the decoder's logits (B, M, 4h, 4w) to the size of the network's masks (B, M, n, n)."""
@@ -360,8 +342,11 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         """Average logits of the size of the network's masks (B, M, n, n) to the decoder's size (B, M, 4h, 4w)."""
         return F.avg_pool2d(logits, REFINER_UPSCALE) if self.refiner is not None else logits
 
-    def _choose(self, candidates: Tensor, iou: Tensor, tokens: Tensor, object_score: Tensor) -> SliceOutput:
-        """Choose the candidate of the highest predicted IoU; an absent object gets an empty mask and SAM 2's no-object pointer."""
+    def choose_candidate(self, candidates: Tensor, iou: Tensor, tokens: Tensor, object_score: Tensor) -> SliceOutput:
+        """Choose the candidate of the highest predicted IoU; an absent object gets an empty mask and SAM 2's no-object pointer.
+
+        candidates (B, M, n, n): mask logits. iou (B, M). tokens (B, M or 1, C): of the mask decoder. object_score (B, 1): logit.
+        """
         rows = torch.arange(len(candidates), device=candidates.device)
         best = iou.argmax(dim=-1)
         token = tokens[rows, best] if tokens.size(1) > 1 else tokens[:, 0]
@@ -400,7 +385,9 @@ def set_input_size(model: SlmSam2, input_size: int) -> None:
     """
     _check_input_size(input_size)
     edge = input_size // model.backbone_stride
-    model.image_size, model.sam_image_embedding_size = input_size, edge
+    model.mask_size = model.mask_size * input_size // model.input_size
+    model.input_size = model.image_size = input_size
+    model.sam_image_embedding_size = edge
     prompts = model.sam_prompt_encoder
     prompts.image_embedding_size, prompts.mask_input_size = (edge, edge), (4 * edge, 4 * edge)
     prompts.input_image_size = (input_size, input_size)

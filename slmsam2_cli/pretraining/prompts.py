@@ -42,7 +42,7 @@ def segment_from_points(
     candidates = model.upsample_logits(candidates.float())
     if carried is not None and model.carry_gain is not None:
         candidates = candidates + model.carry_gain * carried
-    return model._choose(candidates, iou, tokens, object_score)
+    return model.choose_candidate(candidates, iou, tokens, object_score)
 
 
 def segment_from_boxes(model: SlmSam2, features: SliceFeatures, boxes: Tensor) -> SliceOutput:

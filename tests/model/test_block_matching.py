@@ -54,17 +54,28 @@ def test_a_mask_stays_in_place_on_constant_intensities():
     assert overlap((warp_to_slice(flat, flat, block()) > 0.5).float(), block()) == 1.0
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_matching_all_displacements_at_once_gives_the_bits_of_one_by_one(batch, monkeypatch):
-    here, before = torch.rand(2, batch, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    seen = []
-    monkeypatch.setattr(
-        "slmsam2_cli.model.block_matching._box_mean", lambda planes: seen.append(planes.clone()) or F.avg_pool2d(planes, 3, 1, 1)
-    )
-    warp_to_slice(here, before, before)
+def one_displacement_at_a_time(here, before):
+    """Warp the slices `before` (B, 1, 32, 32) to `here` by the definition: one cost per displacement, then their softmax."""
     one, around = F.avg_pool2d(here, 2), F.pad(F.avg_pool2d(before, 2), (3, 3, 3, 3), mode="replicate")
-    apart = [F.avg_pool2d((around[..., y : y + 16, x : x + 16] - one) ** 2, 2) for y in range(7) for x in range(7)]
-    assert torch.equal(seen[0], torch.cat(apart, dim=1)) and seen[0].is_contiguous()
+    costs, steps = [], [(y, x) for y in range(-3, 4) for x in range(-3, 4)]
+    for y, x in steps:
+        shifted = around[..., 3 + y : 19 + y, 3 + x : 19 + x]
+        costs.append(F.avg_pool2d(F.avg_pool2d((shifted - one) ** 2, 2), 3, 1, 1, count_include_pad=False))
+    scale = costs[24].mean((1, 2, 3), keepdim=True)  # of the displacement by nothing
+    weight = torch.stack([-60 * cost / scale - 0.6 * (y * y + x * x) for cost, (y, x) in zip(costs, steps)]).softmax(0)
+    flow = [sum(weight[i] * steps[i][axis] for i in range(49)) for axis in (0, 1)]
+    flow = torch.cat([F.avg_pool2d(part, 3, 1, 1, count_include_pad=False) for part in flow], dim=1)
+    down, across = (2 * F.interpolate(flow, scale_factor=4.0, mode="bilinear", align_corners=False)).unbind(1)
+    place = (torch.arange(32) * 2 + 1) / 32 - 1
+    grid = torch.stack([place[None, None, :] + across / 16, place[None, :, None] + down / 16], dim=-1)
+    return F.grid_sample(before, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_matching_all_displacements_at_once_gives_the_result_of_one_at_a_time(batch):
+    here, before = torch.rand(2, batch, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(warp_to_slice(here, before, before), one_displacement_at_a_time(here, before), atol=1e-5)
+    assert not torch.allclose(warp_to_slice(here, before, before), before, atol=0.1)
 
 
 def test_every_slice_of_a_batch_is_warped_independently():

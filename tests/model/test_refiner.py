@@ -5,7 +5,7 @@ import torch
 
 from slmsam2_cli.model.block_matching import warp_to_slice
 from slmsam2_cli.model.memory.policy import ReadContext
-from slmsam2_cli.model.refiner import PriorSlice, Refiner, RefinerFeatures
+from slmsam2_cli.model.refiner import PriorSlice, RefinerFeatures, transfer_masks
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan
 
@@ -84,13 +84,12 @@ def test_objects_of_a_batch_do_not_affect_each_other():
 @torch.no_grad()
 def test_a_position_with_a_unique_code_matches_the_same_position_of_the_previous_slice():
     """With one-hot codes every position can match only itself."""
-    refiner, edge = Refiner(16, 128), 8
+    edge = 8
     codes = torch.eye(edge * edge).reshape(1, edge * edge, edge, edge)
     inside = torch.zeros(1, 1, 8 * edge, 8 * edge)
     inside[..., 16:40, 24:48] = 1
     features = RefinerFeatures(codes, codes, codes, codes, codes)
-    refiner.sharpness.fill_(6.0)
-    found = refiner._match(features, [PriorSlice(features, inside, torch.ones(1, 1))], 0)
+    found = transfer_masks(features, [PriorSlice(features, inside, torch.ones(1, 1))], torch.tensor(400.0), torch.tensor(50.0))
     assert torch.equal(found > 0.5, inside[..., ::4, ::4] > 0.5)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from slmsam2_cli.inference.propagation import AnnotatedSlice, propagate
 from slmsam2_cli.model.calibration import Calibration
+from slmsam2_cli.model.checkpoint import Checkpoint, load_weights
 from slmsam2_cli.model.memory.features import memory_scores, object_stats, similarity
 from slmsam2_cli.model.memory.policy import MemoryScores, ReadContext
 from slmsam2_cli.model.memory.selfsort import POINTER_DISTANCE, SelfSort
@@ -196,8 +197,7 @@ def test_the_bank_has_no_weights(bank, stock):
 
 def test_a_new_gated_short_stream_does_not_change_the_bank_policy(frames):
     alone, both = build("selfsort"), build("shortlong+selfsort")
-    both.load_state_dict(both.state_dict() | alone.state_dict())
-    both.copy_long_to_short()
+    load_weights(both, Checkpoint("selfsort", alone.state_dict(), digest=""))
     anchors = {1: [AnnotatedSlice(4, square())]}
     one, other = propagate(alone, frames, anchors)[1], propagate(both, frames, anchors)[1]
     assert (one.logits - other.logits).abs().max() <= 1e-5

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from slmsam2_cli.inference.propagation import AnnotatedSlice, propagate
-from slmsam2_cli.model.checkpoint import load_weights, read_checkpoint
+from slmsam2_cli.model.checkpoint import Checkpoint, load_weights, read_checkpoint
 from slmsam2_cli.model.memory.policy import ReadContext
 from slmsam2_cli.model.sam2_config import SIZE_OPTIONS, sam2_parts
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
@@ -47,8 +47,7 @@ def fifo():
 
 def test_a_new_gated_short_stream_does_not_change_the_output(fifo, frames, mask):
     shortlong = build(policy="shortlong")
-    shortlong.load_state_dict(shortlong.state_dict() | fifo.state_dict())
-    shortlong.copy_long_to_short()
+    load_weights(shortlong, Checkpoint("fifo", fifo.state_dict(), digest=""))
     annotated = {1: [AnnotatedSlice(START, mask)]}
     one, other = propagate(fifo, frames[:9], annotated)[1], propagate(shortlong, frames[:9], annotated)[1]
     assert (one.logits - other.logits).abs().max() <= 1e-5
@@ -58,8 +57,7 @@ def test_a_new_gated_short_stream_does_not_change_the_output(fifo, frames, mask)
 def test_the_published_sum_fuser_doubles_the_conditioned_features_before_training(fifo, frames, mask):
     """Documented weakness of the published fuser: it doubles what the decoder sees."""
     summed = build(policy="shortlong", fuser="sum")
-    summed.load_state_dict(summed.state_dict() | fifo.state_dict())
-    summed.copy_long_to_short()
+    load_weights(summed, Checkpoint("fifo", fifo.state_dict(), digest=""))
     bank = MemoryBank()
     features = fifo.encode(frames[:2])
     first, second = features.at(slice(0, 1)), features.at(slice(1, 2))
