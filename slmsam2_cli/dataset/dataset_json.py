@@ -172,7 +172,10 @@ def _regions(content: Mapping[str, Any]) -> tuple[dict[Region, str], dict[str, A
 def _labels(given: Mapping[str, Any], in_regions: Collection[int]) -> tuple[dict[int, str], int | None]:
     """Return the foreground labels (value -> name, sorted by value) and the ignore value; values found only in regions get a name."""
     by_value = bool(given) and all(isinstance(value, str) for value in given.values())
-    pairs = [(_decathlon_value(key), name) if by_value else (_value(key, name), key) for key, name in given.items()]
+    for key in given if by_value else ():
+        if not (key.isascii() and key.isdigit() and len(key) <= 5 and int(key) <= MAX_LABEL):
+            raise_dataset_error(f"the label {key!r} must be a whole number from 0 to {MAX_LABEL}, or have one as its value")
+    pairs = [(int(key), name) if by_value else (_value(key, name), key) for key, name in given.items()]
     names: dict[int, str] = {}
     for value, name in sorted(pairs):
         if value in names:
@@ -190,12 +193,6 @@ def _labels(given: Mapping[str, Any], in_regions: Collection[int]) -> tuple[dict
     if ignore is not None and ignore < max(foreground):
         raise_dataset_error(f"the label 'ignore' must have the highest value, not {ignore}")
     return foreground, ignore
-
-
-def _decathlon_value(key: str) -> int:
-    if not (key.isascii() and key.isdigit() and len(key) <= 5 and int(key) <= MAX_LABEL):
-        raise_dataset_error(f"the label {key!r} must be a whole number from 0 to {MAX_LABEL}, or have one as its value")
-    return int(key)
 
 
 def _value(name: str, value: object) -> int:

@@ -135,10 +135,11 @@ def mask_to_prompts(
 
 
 def _annotated_along(along: Mapping[SliceAxis, Array], planned: SliceAxis) -> SliceAxis | None:
-    """Return another axis than the planned one along which a mask appears to be annotated: few of its slices hold it, and many planned ones.
+    """Return another axis than the planned one along which a mask appears to be annotated; None when there is none.
 
-    along: axis -> which of its slices hold the mask (T,) bool. A structure that is thin in both directions (a vessel) is no annotated
-    slice unless it is exactly one voxel thick in one of them. An axis with few slices is not considered.
+    along: axis -> which of its slices hold the mask (T,) bool. A mask appears to be annotated along an axis when few of that axis's slices
+    hold it, but many planned ones. A structure that is thin in both other directions (a vessel) does not, unless it is exactly one voxel
+    thick in one of them. An axis with few slices is not considered.
     """
     here = int(along[planned].sum())
     (few, axis), (more, _) = sorted((int(held.sum()), axis) for axis, held in along.items() if axis != planned)

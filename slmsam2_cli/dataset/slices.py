@@ -192,7 +192,8 @@ class View:
     def project_slices(self, labels: Array, value: int, native_slices: Sequence[int]) -> dict[int, tuple[int, Array, Array]]:
         """Bring native slices of one label of a mask (Z, Y, X) to the stack.
 
-        Returns native slice -> (stack slice, mask (H, W) bool, the whole native slice of the mask (R0, C0)). Slices outside the crop are left out. A structure too thin for the stack's pixels keeps those that it covers best.
+        Returns native slice -> (stack slice, mask (H, W) bool, the whole native slice of the mask (R0, C0)). Slices outside the crop are
+        left out. A structure too thin for the stack's pixels keeps those that it covers best.
         """
         (start, end), cut, (_, height, width) = self.box[0], self.cropped(labels), self.stack_shape
         planes = self.oriented(labels)

@@ -131,14 +131,10 @@ def _scaled(stack: Array, window: Window | None, name: str) -> Array:
             wanted = 'window=(lower, upper), the grey values that become 0 and 1, or window="percentile"'
             raise ValueError(f"{name}: values from {low:g} to {high:g}, not from 0 to 1; give {wanted}")
         return stack.astype(np.float32)
-    return normalise(stack, [_scheme_of(window)] * len(stack))
-
-
-def _scheme_of(window: Window) -> _Scheme:
     if isinstance(window, str):
         if window != "percentile":
             raise ValueError(f'window: {window!r}; give (lower, upper) or "percentile"')
-        return _Scheme("percentile", *PERCENTILES)
+        return normalise(stack, [_Scheme("percentile", *PERCENTILES)] * len(stack))
     try:
         lower, upper = (float(edge) for edge in window)
     except (TypeError, ValueError):
@@ -147,7 +143,7 @@ def _scheme_of(window: Window) -> _Scheme:
         raise ValueError(f"window: {lower:g} to {upper:g}; give finite values")
     if not lower < upper:
         raise ValueError(f"window: {lower:g} to {upper:g}; the second value must be above the first")
-    return _Scheme("ct", lower, upper)
+    return normalise(stack, [_Scheme("ct", lower, upper)] * len(stack))
 
 
 def masks_to_prompts(masks: object, view: View, name: str) -> Prompts:
@@ -248,13 +244,19 @@ class ArrayPrompts:
             if unknown := [value for value in np.unique(mask).tolist() if value not in known]:
                 raise ValueError(f"prompts: holds {', '.join(f'{value:g}' for value in unknown[:3])}; the plan has {_labels(plan)}")
             mask = mask.astype(_dtype(plan), copy=False)
+        listed = None
+        if self.annotated_slices is not None:
+            if not isinstance(self.annotated_slices, Sequence | np.ndarray):
+                raise ValueError(f"annotated_slices: {self.annotated_slices!r}; give a list of slice numbers")
+            count = view.native_slices()
+            listed = tuple(view.file_index(check_index(index, count, "annotated_slices", "slice")) for index in self.annotated_slices)
         found = mask_to_prompts(
             mask,
             view,
             tuple(plan.labels),
             PromptFile(case.id, Path(self.masks).name if isinstance(self.masks, str | PathLike) else "prompts", "annotated_slices"),
             plan.ignore,
-            self._listed(view),
+            listed,
         )
         if found is None:
             raise ValueError("prompts: the mask is empty; give one with at least one annotated slice")
@@ -273,14 +275,6 @@ class ArrayPrompts:
                 raise ValueError(f"{name}: {np.count_nonzero(other)} of its voxels belong to label {other[other != 0][0]} too")
             joined[held] = value
         return joined
-
-    def _listed(self, view: View) -> tuple[int, ...] | None:
-        if self.annotated_slices is None:
-            return None
-        if not isinstance(self.annotated_slices, Sequence | np.ndarray):
-            raise ValueError(f"annotated_slices: {self.annotated_slices!r}; give a list of slice numbers")
-        count = view.native_slices()
-        return tuple(view.file_index(check_index(index, count, "annotated_slices", "slice")) for index in self.annotated_slices)
 
 
 def _voxels(mask: object, name: str, case: Case, image: Volume, view: View) -> Array:

@@ -44,7 +44,9 @@ class EndTaper:
         expected = depth[0, 0] > 0
         if seen is not None and expected.any() and int(seen.sum()) >= MIN_AREA_RATIO * int(expected.sum()):
             (row, column), (from_row, from_column) = _middle(seen), _middle(expected)
-            depth = _moved(depth, round(row - from_row), round(column - from_column))
+            place = torch.arange(depth.shape[-1])  # pixels from outside repeat the border
+            rows, columns = ((place - round(by)).clamp(0, len(place) - 1) for by in (row - from_row, column - from_column))
+            depth = depth[..., rows, :][..., columns]
         return (SLOPE * depth).clamp(-MAX_LOGIT, MAX_LOGIT)
 
     def weighted(self, output: SliceOutput, t: int) -> SliceOutput:
@@ -61,10 +63,3 @@ def _middle(mask: Tensor) -> tuple[float, float]:
     """Compute row and column of the centre of a mask (n, n) that is not empty."""
     row, column = mask.nonzero().float().mean(dim=0).tolist()
     return row, column
-
-
-def _moved(depth: Tensor, rows: int, columns: int) -> Tensor:
-    """Shift (1, 1, n, n) by whole pixels; pixels from outside repeat the border."""
-    edge = depth.shape[-1]
-    place = torch.arange(edge)
-    return depth[..., (place - rows).clamp(0, edge - 1), :][..., (place - columns).clamp(0, edge - 1)]

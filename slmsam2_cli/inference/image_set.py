@@ -101,12 +101,16 @@ class _ImageSet:
         self.model.prune(self.bank, self._context(_NO_IMAGE, self.bank), self.policy)  # now the bank's members alone are left
         for i in order:
             others = {s: memory for s, memory in self.bank.tracked.items() if s != i}
-            found[i] = self._found(self._track(i, MemoryBank(self.bank.conditioning, others)), *nearest[i])
+            output, (alike_to, alike) = self._track(i, MemoryBank(self.bank.conditioning, others)), nearest[i]
+            logits = output.logits[0, 0].float().clamp(min=ABSENT).cpu()
+            wanted = self.policy.min_similarity
+            warning = f"resembles no annotated image (similarity {alike:.2f}, wanted {wanted:.2f}). Check it, or annotate one like it"
+            found[i] = ImageResult(logits, confidence_of(output), alike_to, alike, warning if alike < wanted else "")
             self.advance(1)
         return found
 
     def _store_prompt(self, i: int, mask: Tensor) -> ImageResult:
-        """The annotated word, stored if the object is there."""
+        """Return the result of an annotated image, and write it to memory if it holds the object."""
         drawn = mask.float()[None, None].to(self.model.device)
         output = self.model.condition_on_mask(self.features[i], drawn)
         if bool(mask.any()):
@@ -126,9 +130,3 @@ class _ImageSet:
 
     def _track(self, i: int, bank: MemoryBank) -> SliceOutput:
         return self.model.track(self.features[i], bank, self._context(i, bank), self.policy)
-
-    def _found(self, output: SliceOutput, nearest: int, alike: float) -> ImageResult:
-        wanted = self.policy.min_similarity
-        warning = f"resembles no annotated image (similarity {alike:.2f}, wanted {wanted:.2f}). Check it, or annotate one like it"
-        logits = output.logits[0, 0].float().clamp(min=ABSENT).cpu()
-        return ImageResult(logits, confidence_of(output), nearest, alike, warning if alike < wanted else "")

@@ -102,9 +102,16 @@ def _margins(label_unet: LabelUNet, stack: Tensor, values: Sequence[int]) -> dic
     found: dict[int, list[Tensor]] = {value: [] for value in values}
     for start in range(0, len(stack), _BATCH):
         slices = torch.stack([with_adjacent_slices(stack, t) for t in range(start, min(start + _BATCH, len(stack)))])
-        predicted = [_scaled(_predict(label_unet, _scaled(slices, scale), values), 1 / scale) for scale in SCALES]
-        for row, value in enumerate(values):
-            found[value].append(torch.stack([margins[:, row] for margins in predicted]).mean(dim=0).half())
+        predicted = []
+        for scale in SCALES:
+            logits = label_unet(_scaled(slices, scale).to(label_unet.labels.device)).float()
+            margins = []
+            for row in (1 + label_unet.values.index(value) for value in values):
+                others = torch.cat([logits[:, :row], logits[:, row + 1 :]], dim=1)
+                margins.append(logits[:, row] - others.logsumexp(dim=1))
+            predicted.append(_scaled(torch.stack(margins, dim=1).clamp(-MAX_LOGIT, MAX_LOGIT).cpu(), 1 / scale))
+        for column, value in enumerate(values):
+            found[value].append(torch.stack([one[:, column] for one in predicted]).mean(dim=0).half())
     return {value: torch.cat(parts) for value, parts in found.items()}
 
 
@@ -115,13 +122,3 @@ def _scaled(slices: Tensor, scale: float) -> Tensor:
     matrix = torch.tensor([[1 / scale, 0.0, 0.0], [0.0, 1 / scale, 0.0]], device=slices.device).expand(len(slices), -1, -1)
     grid = F.affine_grid(matrix, list(slices.shape), align_corners=False)
     return F.grid_sample(slices, grid, padding_mode="border", align_corners=False)
-
-
-def _predict(label_unet: LabelUNet, slices: Tensor, values: Sequence[int]) -> Tensor:
-    """Compute the margins (B, labels, px, px) of slices with their adjacent ones, in the order of `values`, on the CPU."""
-    logits, known = label_unet(slices.to(label_unet.labels.device)).float(), label_unet.values
-    margins = []
-    for row in (1 + known.index(value) for value in values):
-        others = torch.cat([logits[:, :row], logits[:, row + 1 :]], dim=1)
-        margins.append(logits[:, row] - others.logsumexp(dim=1))
-    return torch.stack(margins, dim=1).clamp(-MAX_LOGIT, MAX_LOGIT).cpu()

@@ -9,6 +9,7 @@ along which the annotation lies on the fewest slices.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,12 @@ def choose_model(
     )
     for warning in warnings_of(checkpoint, plan):
         console.warn(warning)
-    if message := _confidence_message(checkpoint, plan):
-        console.say(message)
+    used = plan.network.has_bank or plan.network.object_score_gate
+    if checkpoint.calibration_for(plan.modality) is None:
+        memory = "; the memory policy uses raw values too" if used else ""
+        console.say(f"the model is not calibrated for this modality; confidence values are raw{memory}")
+    elif used:
+        console.say("confidence is calibrated; the memory policy uses calibrated values")
     return checkpoint, plan
 
 
@@ -109,15 +114,6 @@ def warnings_of(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
     if channels > RGB_CHANNELS and f"{adapters.PREFIX}{plan.modality}.{adapters.INPUT}" not in checkpoint.state:
         warnings.append(f"{checkpoint.name} was not trained on {channels} channels: it gets their means. Fine-tune it first")
     return tuple(warnings)
-
-
-def _confidence_message(checkpoint: Checkpoint, plan: Plan) -> str:
-    """Describe whether confidence is calibrated and whether the memory policy uses it; "" when it is and the policy does not."""
-    used = plan.network.has_bank or plan.network.object_score_gate
-    if checkpoint.calibration_for(plan.modality) is None:
-        memory = "; the memory policy uses raw values too" if used else ""
-        return f"the model is not calibrated for this modality; confidence values are raw{memory}"
-    return "confidence is calibrated; the memory policy uses calibrated values" if used else ""
 
 
 def build_model(checkpoint: Checkpoint, plan: Plan) -> SlmSam2:
@@ -255,8 +251,15 @@ def _labels(cases: Sequence[Case], root: Path, problems: list[CaseError]) -> dic
 
 
 def _annotated_axis(fingerprint: Fingerprint, cases: Sequence[Case]) -> Decision[SliceAxis] | None:
-    """Return the axis that CASE.prompts.json names, else the one along which the annotation lies on the fewest slices; None for a tie."""
-    listed = {axis for case in cases if (axis := _listed_axis(case.prompts.listing)) is not None}
+    """Return the axis that CASE.prompts.json names, else the one along which the annotation lies on the fewest slices; None for a tie.
+
+    A list that cannot be used names none; it is an error when the prompts are read.
+    """
+    listed = set[Any]()
+    for path in (case.prompts.listing for case in cases if case.prompts.listing is not None):
+        with suppress(SlmSam2Error):
+            value = atomic.read_json(path, "list of annotated slices")
+            listed |= {axis for axis in AXES if isinstance(value, dict) and value.get("axis") == axis}
     if len(listed) == 1:
         (axis,) = listed
         return Decision(axis, "given in CASE.prompts.json")
@@ -268,15 +271,3 @@ def _annotated_axis(fingerprint: Fingerprint, cases: Sequence[Case]) -> Decision
         if len(fewest) == 1
         else None
     )
-
-
-def _listed_axis(path: Path | None) -> SliceAxis | None:
-    """Read the axis of CASE.prompts.json; None when it has none that can be used, which is an error when the prompts are read."""
-    if path is None:
-        return None
-    try:
-        value = atomic.read_json(path, "list of annotated slices")
-    except SlmSam2Error:
-        return None
-    listed = value.get("axis") if isinstance(value, dict) else None
-    return next((axis for axis in AXES if axis == listed), None)

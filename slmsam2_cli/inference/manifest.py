@@ -162,9 +162,15 @@ class ManifestCase(BaseModel):
     @field_validator("confidence", "disagreement", mode="before")
     @classmethod
     def _by_slice(cls, value: object) -> dict[int, dict[int, float]]:
-        """Keep what is label -> slice -> number from 0 to 1."""
-        labels = value.items() if isinstance(value, dict) else ()
-        return {int(label): numbers for label, entry in labels if _is_index(label) and (numbers := _fractions(entry))}
+        """Keep what is label -> slice -> number from 0 to 1; a label has an object of slices, or one that holds them as `slices`."""
+        found: dict[int, dict[int, float]] = {}
+        for label, entry in value.items() if isinstance(value, dict) else ():
+            slices = entry.get("slices", entry) if isinstance(entry, dict) else None
+            known = slices.items() if isinstance(slices, dict) else ()
+            numbers = {int(t): float(v) for t, v in known if _is_index(t) and isinstance(v, int | float) and 0 <= v <= 1}
+            if numbers and _is_index(label):
+                found[int(label)] = numbers
+        return found
 
 
 class Manifest(BaseModel):
@@ -177,13 +183,6 @@ class Manifest(BaseModel):
     model: dict[str, Any] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     cases: dict[str, ManifestCase] = Field(default_factory=dict)
-
-
-def _fractions(entry: object) -> dict[int, float]:
-    """Read slice -> number from 0 to 1, from an object of slices or from one that holds them as `slices`."""
-    slices = entry.get("slices", entry) if isinstance(entry, dict) else None
-    known = slices.items() if isinstance(slices, dict) else ()
-    return {int(k): float(v) for k, v in known if _is_index(k) and isinstance(v, int | float) and 0 <= v <= 1}
 
 
 def _is_index(key: object) -> bool:

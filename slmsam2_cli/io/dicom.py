@@ -116,30 +116,28 @@ def _check_series(slices: list[_Slice]) -> None:
 
 
 def _in_order(slices: list[_Slice]) -> tuple[list[_Slice], list[str]]:
-    """Sort slices along their normal; reject missing and duplicate ones, and return a warning when the spacing is uneven."""
+    """Sort slices along their normal; reject missing and duplicate ones, and return a warning when the spacing is uneven.
+
+    Gantry tilt is rejected too, because SimpleITK would ignore the shear silently.
+    """
     normal = slices[0].direction[:, 2]
     ordered = sorted(slices, key=lambda one: (float(one.origin @ normal), one.path.name))
     gaps = np.diff([float(one.origin @ normal) for one in ordered])
     usual = float(np.median(gaps))
     if usual <= 0 or float(np.min(gaps)) <= 0:
         raise InputError("two DICOM slices at the same position", "Remove the slices that do not belong to the volume")
-    _check_tilt(ordered, normal)
-    worst = float(np.max(np.abs(gaps - usual)))
-    if worst > _UNEVEN_ERROR * usual:
-        what = f"the DICOM slices are not evenly spaced: {usual:.3g} mm apart, but once {usual + worst:.3g} or less; slices are missing"
-        raise InputError(what, _EXPORT)
-    uneven = f"the DICOM slices are unevenly spaced by up to {worst:.2g} mm"
-    return ordered, [uneven] if worst > _UNEVEN_WARNING * usual else []
-
-
-def _check_tilt(ordered: list[_Slice], normal: NDArray[np.float64]) -> None:
-    """Reject slices with gantry tilt, whose shear SimpleITK would ignore silently."""
     way = ordered[-1].origin - ordered[0].origin
     height = float(way @ normal)
     slant = float(np.linalg.norm(way - height * normal)) / height
     if slant > SHEAR_TOLERANCE:
         what = f"the DICOM slices are stacked at a slant (gantry tilt) of {np.degrees(np.arctan(slant)):.2g} degrees: sheared"
         raise InputError(what, "Resample the series to a rectangular grid")
+    worst = float(np.max(np.abs(gaps - usual)))
+    if worst > _UNEVEN_ERROR * usual:
+        what = f"the DICOM slices are not evenly spaced: {usual:.3g} mm apart, but once {usual + worst:.3g} or less; slices are missing"
+        raise InputError(what, _EXPORT)
+    uneven = f"the DICOM slices are unevenly spaced by up to {worst:.2g} mm"
+    return ordered, [uneven] if worst > _UNEVEN_WARNING * usual else []
 
 
 def _read(slices: list[_Slice]) -> Any:

@@ -78,7 +78,11 @@ def fetch(target: DownloadTarget, report: Report = lambda have, total: None, log
     Raises: DownloadError or OutputError when it fails (received data are kept for resuming); DigestError when the file is not the
     published one (nothing is kept).
     """
-    _check_url(target.url)
+    parts = urlsplit(target.url)
+    if parts.scheme not in ("https", "http") or not parts.hostname:
+        raise DownloadError(f"{target.url}: not an http or https address")
+    if "@" in parts.netloc:
+        raise DownloadError(f"{parts.hostname}: an address with a password in it is not used. Fetch the file by hand")
     failures, have = 0, _bytes_of(target.partial)
     while True:
         try:
@@ -94,14 +98,6 @@ def fetch(target: DownloadTarget, report: Report = lambda have, total: None, log
             time.sleep(pause)
 
 
-def _check_url(url: str) -> None:
-    parts = urlsplit(url)
-    if parts.scheme not in ("https", "http") or not parts.hostname:
-        raise DownloadError(f"{url}: not an http or https address")
-    if "@" in parts.netloc:
-        raise DownloadError(f"{parts.hostname}: an address with a password in it is not used. Fetch the file by hand")
-
-
 def _bytes_of(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
@@ -112,12 +108,12 @@ def _receive(target: DownloadTarget, report: Report, log: Callable[[str], None])
     Raises: _ConnectionLost when the download may be retried.
     """
     have, headers = _request_headers(target)
+    opener = urllib.request.build_opener(_StayOnHttps)
     try:
-        with _open(target.url, headers) as response:
-            start = _start_of(response, have)
+        with opener.open(urllib.request.Request(target.url, headers=headers), timeout=TIMEOUT_S) as response:
+            start, total = _offset_and_total(response, have)
             if have and not start:
                 log("the server cannot resume; starting from the beginning")
-            total = _total_of(response, start)
             _check_length(target, total, start)
             _save_note(target, response.headers, total)
             _copy(response, target, start, total, report)
@@ -164,29 +160,20 @@ class _StayOnHttps(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
-    opener = urllib.request.build_opener(_StayOnHttps)
-    response: http.client.HTTPResponse = opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
-    return response
+def _offset_and_total(response: http.client.HTTPResponse, have: int) -> tuple[int, int | None]:
+    """Return the offset in the file of the first byte of the response, and the file's length in bytes, None when the server sends none.
 
-
-def _start_of(response: http.client.HTTPResponse, have: int) -> int:
-    """Return the offset in the file of the first byte of the response."""
-    found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
-    if response.status != 206:
-        return 0
-    if found is None or found[1] is None or int(found[1]) != have:
-        raise DownloadError("the server sends another part of the file than it was asked for. Delete the partial file and try again")
-    return have
-
-
-def _total_of(response: http.client.HTTPResponse, start: int) -> int | None:
-    """Return the length of the complete file in bytes, or None when the server does not send it."""
-    found = _RANGE.fullmatch(response.headers.get("Content-Range", "")) if start else None
-    if found is not None and found[2].isdecimal():
-        return int(found[2])
+    Raises: DownloadError when the response begins elsewhere than after the `have` bytes that were received before.
+    """
+    start, found = 0, None
+    if response.status == 206:
+        start, found = have, _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if found is None or found[1] is None or int(found[1]) != have:
+            raise DownloadError("the server sends another part of the file than it was asked for. Delete the partial file and try again")
+    if start and found is not None and found[2].isdecimal():
+        return start, int(found[2])
     length = response.headers.get("Content-Length", "")
-    return start + int(length) if length.isdecimal() else None
+    return start, start + int(length) if length.isdecimal() else None
 
 
 def _check_length(target: DownloadTarget, total: int | None, start: int) -> None:
@@ -206,7 +193,12 @@ def _check_length(target: DownloadTarget, total: int | None, start: int) -> None
 def _copy(response: http.client.HTTPResponse, target: DownloadTarget, start: int, total: int | None, report: Report) -> None:
     whole = total if total is not None else target.bytes
     limit = MAX_BYTES if whole is None else whole
-    with _appending(target, start) as file:
+    try:
+        file = atomic.open_partial(target.partial)
+        file.truncate(start)
+    except OSError as error:
+        raise OutputError(f"{target.partial}: could not be written: {error_reason(error)}") from None
+    with file:
         have = start
         report(have, total)
         while block := response.read(_BLOCK):
@@ -214,28 +206,15 @@ def _copy(response: http.client.HTTPResponse, target: DownloadTarget, start: int
             if have > limit:
                 _forget(target)
                 raise DigestError(f"{target.url}: the server sends more than the {limit} bytes there should be, refused")
-            _write(file, block, target)
+            try:
+                file.write(block)
+                file.flush()
+            except OSError as error:
+                what = f"{target.partial}: could not be written: {error_reason(error)}"
+                raise OutputError(f"{what}. Received data is kept; free some space and run the same command again") from None
             report(have, total)
     if whole is not None and have < whole:
         raise _ConnectionLost(f"{urlsplit(target.url).hostname}: the connection was cut")
-
-
-def _appending(target: DownloadTarget, start: int) -> IO[bytes]:
-    try:
-        file = atomic.open_partial(target.partial)
-        file.truncate(start)
-        return file
-    except OSError as error:
-        raise OutputError(f"{target.partial}: could not be written: {error_reason(error)}") from None
-
-
-def _write(file: IO[bytes], block: bytes, target: DownloadTarget) -> None:
-    try:
-        file.write(block)
-        file.flush()
-    except OSError as error:
-        what = f"{target.partial}: could not be written: {error_reason(error)}"
-        raise OutputError(f"{what}. Received data is kept; free some space and run the same command again") from None
 
 
 def _handle_http_error(target: DownloadTarget, error: urllib.error.HTTPError, have: int) -> None:

@@ -70,7 +70,12 @@ class Grid:
         """Return None when both grids are the same, else the first difference, with this grid's value first."""
         if self.shape != other.shape:
             return f"shape {_format(self.shape)} but {_format(other.shape)} voxels (z, y, x)"
-        return self.spacing_difference(other) or self.direction_difference(other) or self.origin_difference(other)
+        if found := self.spacing_difference(other) or self.direction_difference(other):
+            return found
+        gap = self.direction.T @ (np.array(other.origin_mm) - np.array(self.origin_mm))
+        if np.all(np.abs(gap) <= ORIGIN_TOLERANCE * np.array(self.spacing_mm[::-1])):
+            return None
+        return f"origin {_format(self.origin_mm)} but {_format(other.origin_mm)} mm (LPS)"
 
     def spacing_difference(self, other: Grid) -> str | None:
         """Return None, or both spacings when they differ by more than SPACING_TOLERANCE."""
@@ -85,13 +90,6 @@ class Grid:
             return None
         mine, theirs = (" ".join(_format(column + 0.0, 3) for column in grid.direction.T) for grid in (self, other))
         return f"direction {mine} but {theirs} (LPS cosines of the x, y, z axes)"
-
-    def origin_difference(self, other: Grid) -> str | None:
-        """Return None, or both origins when they differ by more than ORIGIN_TOLERANCE."""
-        gap = self.direction.T @ (np.array(other.origin_mm) - np.array(self.origin_mm))
-        if np.all(np.abs(gap) <= ORIGIN_TOLERANCE * np.array(self.spacing_mm[::-1])):
-            return None
-        return f"origin {_format(self.origin_mm)} but {_format(other.origin_mm)} mm (LPS)"
 
 
 def nearest_orthonormal(matrix: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -194,6 +194,7 @@ def _nrrd_layout(file: BinaryIO, path: Path) -> _Layout:
 
 
 def _meta_layout(file: BinaryIO, path: Path) -> _Layout:
+    """Read a MetaImage header; the voxels are in the header file itself, or in one file of the same folder."""
     pairs = [line.split("=", 1) for line in _lines(file) if "=" in line]
     fields = {name.strip(): value.strip() for name, value in pairs}
     if not fields or "ObjectType" not in fields and "NDims" not in fields:
@@ -206,18 +207,12 @@ def _meta_layout(file: BinaryIO, path: Path) -> _Layout:
     if width is None or fields.get("BinaryData", "True").lower() != "true" or fields.get("HeaderSize", "0") != "0":
         raise InputError(f"unsupported: {fields['ElementType']}, or text data, or a second header", _EXPORT)
     packing = "zlib" if fields.get("CompressedData", "False").lower() == "true" else "raw"
-    return _Layout(sizes, width, packing, _data_file(path, _field(fields, "ElementDataFile")))
-
-
-def _data_file(path: Path, name: str) -> Path:
-    """Return the file that holds the voxels: the header file itself, or one in the same folder."""
-    if name == "LOCAL":
-        return path
+    name = _field(fields, "ElementDataFile")
     if name.startswith("LIST") or "%" in name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise InputError(
             "the voxels must be in one file next to the header; lists and files outside its folder are rejected", "Save it as .mha"
         )
-    return path.with_name(name)
+    return _Layout(sizes, width, packing, path if name == "LOCAL" else path.with_name(name))
 
 
 def meta_files(path: Path) -> tuple[Path, ...]:

@@ -77,7 +77,7 @@ def test_a_published_slm_sam2_predicts_with_its_own_fuser_whatever_the_plan_says
     checkpoint, followed = choose_model(workspace, *names, None)
     assert followed.network.fuser == "sum"
     assert "warning: plan.json has network.fuser gated, but slm.pt has sum: using sum" in capsys.readouterr().err
-    assert not hasattr(build_model(checkpoint, followed).stream_fuser, "gate")
+    assert build_model(checkpoint, followed).stream_fuser.gate is None
 
 
 def test_weights_without_a_short_memory_bring_no_fuser_whatever_their_network_says(tmp_path):
