@@ -1,4 +1,4 @@
-"""Atomic writes: whole files or none, strict JSON, one writer per folder."""
+"""Atomic writes: whole files or none, strict JSON, locked folders."""
 
 from __future__ import annotations
 
