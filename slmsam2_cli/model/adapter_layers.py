@@ -32,14 +32,11 @@ class LowRank(nn.Module):
         return torch.bmm(self.up, self.down).flatten(0, 1)
 
 
-def low_rank(linear: nn.Linear, parts: int, rank: int, rng: torch.Generator) -> LowRank:
-    """Create a pair for a linear map: down uniform in +-1 / sqrt(in), drawn on the CPU; up zero."""
-    down = (2 * torch.rand(parts, rank, linear.in_features, generator=rng) - 1) / linear.in_features**0.5
-    return LowRank(down.to(linear.weight), linear.weight.new_zeros(parts, linear.out_features // parts, rank))
-
-
 class Projection(nn.Module):
-    """weight (3, C, 1, 1): the share of each of C channels in each of the encoder's three. ValueError for another shape or size of C."""
+    """weight (3, C, 1, 1): the share of each of C channels in each of the encoder's three.
+
+    Raises: ValueError when the weight has another shape, or C is not 4 to 16.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()

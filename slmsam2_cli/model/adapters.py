@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from slmsam2_cli.errors import WeightsError
-from slmsam2_cli.model.adapter_layers import LowRank, Projection, channel_means, low_rank
-from slmsam2_cli.planning.plan import RGB_CHANNELS, AdapterPlan, Plan
+from slmsam2_cli.model.adapter_layers import LowRank, Projection, channel_means
+from slmsam2_cli.planning.plan import RGB_CHANNELS, AdapterPlan
 
 PREFIX = "adapters."
 INPUT = "input.weight"
 _TUNED = "tuned."
-_STACKS = ("memory_attention", "short_memory_attention")
+_SITE = re.compile(r"image_encoder\.trunk\.blocks\.\d+\.attn\.(qkv|proj)\Z|(short_)?memory_attention\.")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}\Z")
 State = dict[str, Tensor]
 
@@ -56,11 +57,12 @@ class Adapters(nn.Module):
         folder.add_module(path.rpartition(".")[2], module)
 
 
+@dataclass(eq=False)
 class _Hook:
-    """Forward hook of a linear map; it is copied along with the model."""
+    """Forward hook of the linear map `site`; it is copied along with the model."""
 
-    def __init__(self, adapters: Adapters, site: str) -> None:
-        self.adapters, self.site = adapters, site
+    adapters: Adapters
+    site: str
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         active = self.adapters.active
@@ -68,26 +70,14 @@ class _Hook:
         return output if branch is None else branch(inputs[0], output)
 
 
-def adapter_sites(model: nn.Module) -> dict[str, int]:
+def adapter_sites(model: nn.Module) -> dict[str, tuple[nn.Linear, int]]:
     """List the linear maps that take a pair, with the number of parts of each.
 
     In Hiera: q, k and v (three parts) and the output projection. In the memory-attention stacks: all of self-attention, cross-attention
     and feed-forward.
     """
-    found: dict[str, int] = {}
-    for index in range(len(list(model.get_submodule("image_encoder.trunk.blocks").children()))):
-        block = f"image_encoder.trunk.blocks.{index}"
-        found |= {f"{block}.attn.qkv": 3, f"{block}.attn.proj": 1}
-    for stack in (name for name, _ in model.named_children() if name in _STACKS):
-        maps = [name for name, inner in model.get_submodule(stack).named_modules() if isinstance(inner, nn.Linear)]
-        found |= {f"{stack}.{name}": 1 for name in maps}
-    return found
-
-
-def _linear(model: nn.Module, site: str) -> nn.Linear:
-    found = model.get_submodule(site)
-    assert isinstance(found, nn.Linear)
-    return found
+    found = ((name, module) for name, module in model.named_modules() if _SITE.match(name))
+    return {name: (module, 3 if name.endswith(".qkv") else 1) for name, module in found if isinstance(module, nn.Linear)}
 
 
 def adapters_of(model: nn.Module) -> Adapters | None:
@@ -137,7 +127,7 @@ def to_rgb(model: nn.Module, frames: Tensor) -> Tensor:
 def ensure_projection(model: nn.Module, modality: str, channels: int, source: str) -> bool:
     """Let the model read this number of channels; return whether that took a new projection. Up to three channels take none.
 
-    Raises: WeightsError, with `source`, when the modality's projection reads another number of channels.
+    Raises: WeightsError when the modality's projection reads another number of channels.
     """
     found = adapters_of(model)
     existing = found.projections.get(modality) if found is not None else None
@@ -171,17 +161,25 @@ def _get_or_create(model: nn.Module) -> Adapters:
 def add(model: nn.Module, modality: str, plan: AdapterPlan, seed: int = 0) -> None:
     """Add a new adapter that changes nothing yet; it is not in use.
 
-    Raises: ValueError when the modality has an adapter.
+    The first matrix of a pair is uniform in +-1 / sqrt(width of the input), drawn on the CPU; the second is zero.
+
+    Raises: ValueError when the modality has an adapter; WeightsError when its name cannot be part of a tensor's name.
     """
     rng = torch.Generator().manual_seed(seed)
-    sites = adapter_sites(model)
-    _install(model, modality, {site: low_rank(_linear(model, site), parts, plan.rank, rng) for site, parts in sites.items()}, {})
+    branches = {}
+    for site, (linear, parts) in adapter_sites(model).items():
+        down = (2 * torch.rand(parts, plan.rank, linear.in_features, generator=rng) - 1) / linear.in_features**0.5
+        up = linear.weight.new_zeros(parts, linear.out_features // parts, plan.rank)
+        branches[site] = LowRank(down.to(linear.weight), up)
+    _install(model, modality, branches, {})
 
 
 def attach(model: nn.Module, modality: str, state: Mapping[str, Tensor], source: str) -> None:
     """Add an adapter as it was saved, a projection, or both; they are not in use.
 
-    Raises: WeightsError, with `source` and the name of a tensor, when they do not fit the network.
+    source: name of the file, for messages.
+
+    Raises: WeightsError, with the name of a tensor, when they do not fit the network.
     """
 
     def misfit(name: str) -> WeightsError:
@@ -196,8 +194,8 @@ def attach(model: nn.Module, modality: str, state: Mapping[str, Tensor], source:
         pair = {name.removeprefix(f"{site}."): tensor for name, tensor in state.items() if name.startswith(f"{site}.")}
         if site not in sites or set(pair) != {"down", "up"} or pair["down"].ndim != 3:
             raise misfit(site or min(name for name in state if "." not in name))
-        linear, (parts, rank, width) = _linear(model, site), pair["down"].shape
-        if (parts, width) != (sites[site], linear.in_features) or pair["up"].shape != (parts, linear.out_features // parts, rank):
+        (linear, expected), (parts, rank, width) = sites[site], pair["down"].shape
+        if (parts, width) != (expected, linear.in_features) or pair["up"].shape != (parts, linear.out_features // parts, rank):
             raise misfit(site)
         branches[site] = LowRank(pair["down"].to(linear.weight), pair["up"].to(linear.weight))
     try:
@@ -214,8 +212,8 @@ def _install(model: nn.Module, modality: str, branches: dict[str, LowRank], tune
     """Register the pairs of a modality, its tuned parameters, and with the first adapter the hooks."""
     adapters = _get_or_create(model)
     if not adapters.branches:
-        for site in adapter_sites(model):
-            _linear(model, site).register_forward_hook(_Hook(adapters, site))
+        for site, (linear, _) in adapter_sites(model).items():
+            linear.register_forward_hook(_Hook(adapters, site))
     if modality in adapters.branches:
         raise ValueError(f"the network has an adapter for {modality}")
     checked_name(modality)
@@ -268,8 +266,9 @@ def merge(model: nn.Module) -> None:
     found = adapters_of(model)
     if found is None:
         return
+    sites = adapter_sites(model)
     for site, branch in (found.branches[found.active] if found.active is not None else {}).items():
-        weight = _linear(model, site).weight
+        weight = sites[site][0].weight
         weight.add_(branch.delta().to(weight))
     for module in model.modules():
         for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _Hook)]:
@@ -304,21 +303,16 @@ def full_state(model: nn.Module) -> State:
 
 
 def split(state: Mapping[str, Tensor]) -> tuple[State, dict[str, State]]:
-    """Split the tensors of a file into those of the network and, by modality, those of the adapters."""
+    """Split the tensors of a file into those of the network and, by modality, those of the adapters.
+
+    Raises: WeightsError when a modality has a name that it could not have been saved under.
+    """
     base = {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
     found: dict[str, State] = {}
     for name in sorted(set(state) - set(base)):
         modality, _, rest = name.removeprefix(PREFIX).partition(".")
         found.setdefault(checked_name(modality), {})[rest] = state[name]
     return base, found
-
-
-def channel_mismatch(state: Mapping[str, Tensor], plan: Plan) -> str:
-    """Describe how the projection in a file differs from the channels of its plan; "" if it fits."""
-    name = f"{PREFIX}{plan.modality}.{INPUT}"
-    wanted = len(plan.channels) if len(plan.channels) > RGB_CHANNELS else None
-    found = state[name].shape[1] if name in state and state[name].ndim > 1 else None
-    return f"the plan has {len(plan.channels)} channels, {name} reads {found or 'none'}" if found != wanted else ""
 
 
 def count(parameters: Iterable[Tensor]) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy.optimize import isotonic_regression
+from scipy.special import expit, logit
 
 MIN_SLICES, MIN_ISOTONIC_SLICES = 20, 60
 MAX_KNOTS = 33
@@ -28,6 +29,8 @@ class Calibration(BaseModel):
 
     slices: number of slices that it was fitted on. error_before, error_after: expected calibration error on them. note: which slices
     they were.
+
+    Raises: pydantic's ValidationError when a value is out of range, or the table does not ascend.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -47,13 +50,9 @@ class Calibration(BaseModel):
             raise ValueError("confidence and dice must be ascending numbers from 0 to 1, as many of one as of the other")
         return self
 
-    def __call__(self, confidence: Array) -> Array:
-        """Look up the expected Dice of raw confidences of any shape; outside the table, its first or last value."""
-        return np.interp(confidence, self.confidence, self.dice)
-
-    def of(self, confidence: float) -> float:
-        """Look up the expected Dice of one raw confidence."""
-        return float(np.interp(confidence, self.confidence, self.dice))
+    def __call__(self, confidence: Array | float) -> Array:
+        """Look up the expected Dice of one raw confidence or of an array; outside the table, its first or last value."""
+        return np.asarray(np.interp(confidence, self.confidence, self.dice))
 
 
 def calibrate(confidence: Sequence[float] | Array, dice: Sequence[float] | Array, note: str = ON_TRAINING) -> Calibration | None:
@@ -105,34 +104,23 @@ def _isotonic_table(raw: Array, measured: Array) -> tuple[Array, Array]:
     return knots, isotonic_regression(np.bincount(where, size * y) / weight, weights=weight).x
 
 
-def _logistic_table(raw: Array, measured: Array) -> tuple[Array, Array]:
-    slope, offset = _fit_logistic(_logit(raw), measured)
-    x = np.unique(np.round(np.linspace(raw.min(), raw.max(), MAX_KNOTS), 6))
-    return x, 1 / (1 + np.exp(-(slope * _logit(x) + offset)))
-
-
-def _logit(share: Array) -> Array:
-    inside = np.clip(share, _EDGE, 1 - _EDGE)
-    logit: Array = np.log(inside / (1 - inside))
-    return logit
-
-
-def _fit_logistic(x: Array, y: Array, steps: int = 50) -> tuple[float, float]:
-    """Fit slope (at least 0) and offset by Newton's method on the cross-entropy.
+def _logistic_table(raw: Array, measured: Array, steps: int = 50) -> tuple[Array, Array]:
+    """Fit sigmoid(slope x + offset) to x = logit(raw), slope at least 0, by Newton's method on the cross-entropy.
 
     A small penalty, in units of the spread of x, pulls towards slope 1 and offset 0.
     """
+    x = logit(np.clip(raw, _EDGE, 1 - _EDGE))
     centre = float(x.mean())
     prior, shrink = np.array([1.0, centre]), _SHRINK * np.diag([x.var() + 1e-6, 1.0])
     found, features = prior.copy(), np.stack([x - centre, np.ones_like(x)])
     for _ in range(steps):
-        share = 1 / (1 + np.exp(-np.clip(found @ features, -30, 30)))
-        gradient = features @ (share - y) + shrink @ (found - prior)
+        share = expit(np.clip(found @ features, -30, 30))
+        gradient = features @ (share - measured) + shrink @ (found - prior)
         curvature = (features * (share * (1 - share))) @ features.T + shrink
         step = np.linalg.solve(curvature, gradient)
         found = found - step / max(1.0, float(np.abs(step @ features).max()) / 2)
         if np.abs(step).max() < 1e-9:
             break
-    if found[0] < 0:
-        return 0.0, float(_logit(y.mean(keepdims=True))[0])
-    return float(found[0]), float(found[1] - found[0] * centre)
+    slope, offset = (found[0], found[1] - found[0] * centre) if found[0] >= 0 else (0.0, logit(np.clip(measured.mean(), _EDGE, 1 - _EDGE)))
+    knots = np.unique(np.round(np.linspace(raw.min(), raw.max(), MAX_KNOTS), 6))
+    return knots, expit(slope * logit(np.clip(knots, _EDGE, 1 - _EDGE)) + offset)

@@ -24,10 +24,11 @@ from slmsam2_cli.model import adapters, convert, zoo
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.convert import State, first_line
 from slmsam2_cli.model.label_unet import PREFIX as LABEL_UNET_PREFIX
-from slmsam2_cli.model.label_unet import LabelUNet, label_unet_from_state, without_label_unet
+from slmsam2_cli.model.label_unet import SLICES as LABEL_UNET_SLICES
+from slmsam2_cli.model.label_unet import LabelUNet, without_label_unet
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.model.zoo import BUNDLED_WEIGHTS as BUNDLED_WEIGHTS
-from slmsam2_cli.planning.plan import NetworkPlan, Plan, parse_plan
+from slmsam2_cli.planning.plan import RGB_CHANNELS, NetworkPlan, Plan, parse_plan
 from slmsam2_cli.version import VERSION
 
 FORMAT_VERSION = 2
@@ -199,14 +200,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Raises: WeightsError, with the file and the reason, when it cannot be read.
     """
-    _check_file(path)
-    try:
-        return _read_native(path) if path.suffix == ".safetensors" else _read_external(path.name, convert.read_pt(path))
-    except OSError as error:
-        raise WeightsError(f"{path.name}: cannot be read: {error.strerror or error}. Restore the file") from None
-
-
-def _check_file(path: Path) -> None:
     if not path.is_file():
         raise WeightsError(f"{path}: no such file. Name a model file or its folder with --model, or run slmsam2 finetune")
     size = path.stat().st_size
@@ -221,48 +214,55 @@ def _check_file(path: Path) -> None:
         except (PlanError, atomic.JsonError) as error:
             found = f"is no model, and no valid plan ({error})"
         raise WeightsError(f"{path.name}: {found}. Name the .safetensors file that slmsam2 finetune wrote")
-
-
-def _read_native(path: Path) -> Checkpoint:
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        else:
+            header, state = {}, convert.read_pt(path)
+    except OSError as error:
+        raise WeightsError(f"{path.name}: cannot be read: {error.strerror or error}. Restore the file") from None
     except (SafetensorError, ValueError, RuntimeError, MemoryError) as error:
         raise WeightsError(f"{path.name}: corrupt or truncated ({first_line(error)}). Download or train it again") from None
-    if "format_version" not in header:
-        return _read_external(path.name, state)
+    if "format_version" in header:
+        return _read_header(path.name, state, header)
+    converted = convert.convert_state(path.name, state)
+    digest = tensors_digest(converted.state)
+    return Checkpoint(path.name, converted.state, digest, converted.network, family=converted.family, notes=converted.notes)
+
+
+def _read_header(name: str, state: State, header: Mapping[str, str]) -> Checkpoint:
+    """Read the header of a model file of slmsam2 and compare it with the tensors. name: of the file, for messages."""
     version = header["format_version"]
     if version.isdecimal() and int(version) < FORMAT_VERSION:
         raise WeightsError(
-            f"{path.name}: format version {version} was written by an earlier slmsam2 and is no longer supported "
+            f"{name}: format version {version} was written by an earlier slmsam2 and is no longer supported "
             f"(supported: {FORMAT_VERSION}). Fine-tune again, or use the slmsam2 that wrote it"
         )
     if version != str(FORMAT_VERSION):
-        raise WeightsError(f"{path.name}: format version {version} is newer than the supported {FORMAT_VERSION}. Update slmsam2")
+        raise WeightsError(f"{name}: format version {version} is newer than the supported {FORMAT_VERSION}. Update slmsam2")
     digest = tensors_digest(state)
     if digest != header.get("digest"):
-        raise WeightsError(f"{path.name}: corrupt: its weights do not match the digest in its header. Download or train it again")
+        raise WeightsError(f"{name}: corrupt: its weights do not match the digest in its header. Download or train it again")
     try:
         network = NetworkPlan.model_validate_json(header["network"])
         provenance = Provenance.model_validate_json(header["provenance"])
         if "recipe" in header:  # of pretraining
             offset = -float(json.loads(header["recipe"]).get("object_score_shift", 0.0))
             provenance = provenance.model_copy(update={"object_score_offset": offset})
-        plan = parse_plan(json.loads(header["plan"]), f"{path.name} (plan inside)") if "plan" in header else None
+        plan = parse_plan(json.loads(header["plan"]), f"{name} (plan inside)") if "plan" in header else None
         calibration = Calibration.model_validate_json(header["calibration"]) if "calibration" in header else None
         required_base = RequiredBase.model_validate_json(header["required_base"]) if "required_base" in header else None
     except (KeyError, ValidationError, json.JSONDecodeError) as error:
-        raise WeightsError(f"{path.name}: corrupt: its header is not readable ({first_line(error)})") from None
-    if plan is not None and (wrong := adapters.channel_mismatch(state, plan)):
-        raise WeightsError(f"{path.name}: corrupt: {wrong}. Download or train it again")
-    return Checkpoint(path.name, state, digest, network, plan, provenance, calibration, required_base)
-
-
-def _read_external(name: str, state: State) -> Checkpoint:
-    converted = convert.convert_state(name, state)
-    digest = tensors_digest(converted.state)
-    return Checkpoint(name, converted.state, digest, converted.network, family=converted.family, notes=converted.notes)
+        raise WeightsError(f"{name}: corrupt: its header is not readable ({first_line(error)})") from None
+    if plan is not None:
+        key, channels = f"{adapters.PREFIX}{plan.modality}.{adapters.INPUT}", len(plan.channels)
+        read = state[key].shape[1] if key in state and state[key].ndim > 1 else None  # by the projection
+        if read != (channels if channels > RGB_CHANNELS else None):
+            wrong = f"the plan has {channels} channels, {key} reads {read or 'none'}"
+            raise WeightsError(f"{name}: corrupt: {wrong}. Download or train it again")
+    return Checkpoint(name, state, digest, network, plan, provenance, calibration, required_base)
 
 
 def load_weights(model: SlmSam2, checkpoint: Checkpoint, modality: str | None = None) -> None:
@@ -297,16 +297,24 @@ def load_weights(model: SlmSam2, checkpoint: Checkpoint, modality: str | None = 
 def label_unet_of(checkpoint: Checkpoint) -> LabelUNet | None:
     """Build the label U-Net of a checkpoint; None if it has none.
 
-    Raises: WeightsError when it is damaged.
+    Raises: WeightsError when its tensors are missing, unexpected or misshapen.
     """
+    own = {name.removeprefix(LABEL_UNET_PREFIX): t for name, t in checkpoint.state.items() if name.startswith(LABEL_UNET_PREFIX)}
+    if not own:
+        return None
     try:
-        found = label_unet_from_state(checkpoint.state)
+        width, inputs = own["logits.weight"].shape[1], own["down.0.0.weight"].shape[1]
+        label_unet = LabelUNet(inputs // LABEL_UNET_SLICES, own["labels"].tolist(), int(own["px_seen"]), width)
+        label_unet.load_state_dict(own)
+    except (KeyError, IndexError, RuntimeError, TypeError) as error:
+        wrong = f"the label U-Net is incomplete ({str(error).splitlines()[0][:120]})"
+        raise WeightsError(f"{checkpoint.name}: corrupt: {wrong}. Download or train it again") from None
     except ValueError as error:
         raise WeightsError(f"{checkpoint.name}: corrupt: {error}. Download or train it again") from None
-    if found is not None and checkpoint.plan is not None:
+    if checkpoint.plan is not None:
         training = checkpoint.plan.training
-        found.can_add = training.object_score_target != "teacher" if training.can_add is None else training.can_add
-    return found
+        label_unet.can_add = training.object_score_target != "teacher" if training.can_add is None else training.can_add
+    return label_unet.eval()
 
 
 def combine_with_base(adapter: Checkpoint, base: Checkpoint) -> Checkpoint:

@@ -53,32 +53,10 @@ class Converted:
 def read_pt(path: Path) -> State:
     """Read the tensors of a `.pt` file, {"model": state} or the state itself, without running code in it.
 
+    Only torch's zip format is read, and no zip with compressed members or members larger than the file (zip bombs).
+
     Raises: WeightsError when it is anything else.
     """
-    _check_zip(path)
-    try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
-        raise WeightsError(f"{path.name}: rejected, this checkpoint cannot be loaded safely ({first_line(error)})") from None
-    state = loaded.get("model", loaded) if isinstance(loaded, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(f"{path.name}: not a checkpoint: it contains no tensors")
-    if not all(
-        isinstance(n, str) and v.layout == torch.strided and v.device.type == "cpu" and not v.is_quantized for n, v in state.items()
-    ):
-        raise WeightsError(f"{path.name}: not a checkpoint: it contains sparse, quantised or empty (meta) tensors")
-    if sum(v.numel() * v.element_size() for v in state.values()) > 2 * path.stat().st_size:
-        raise WeightsError(f"{path.name}: corrupt or unsafe: its tensors claim to be larger than the file")
-    return dict(state)
-
-
-def first_line(error: Exception) -> str:
-    """Shorten a library's error message to 160 characters of its first line."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
-
-
-def _check_zip(path: Path) -> None:
-    """Reject zips with compressed members, or with members larger than the file (zip bombs)."""
     if not zipfile.is_zipfile(path):
         with path.open("rb") as file:
             truncated = file.read(4) == b"PK\x03\x04"
@@ -90,8 +68,27 @@ def _check_zip(path: Path) -> None:
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise WeightsError(f"{path.name}: corrupt or truncated ({first_line(error)}). Download it again") from None
-    if any(m.compress_type != zipfile.ZIP_STORED or m.file_size > path.stat().st_size for m in members):
+    size = path.stat().st_size
+    if any(m.compress_type != zipfile.ZIP_STORED or m.file_size > size for m in members):
         raise WeightsError(f"{path.name}: corrupt or unsafe: a member is compressed or too large")
+    try:
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
+        raise WeightsError(f"{path.name}: rejected, this checkpoint cannot be loaded safely ({first_line(error)})") from None
+    state = loaded.get("model", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise WeightsError(f"{path.name}: not a checkpoint: it contains no tensors")
+    for name, v in state.items():
+        if not isinstance(name, str) or v.layout != torch.strided or v.device.type != "cpu" or v.is_quantized:
+            raise WeightsError(f"{path.name}: not a checkpoint: it contains sparse, quantised or empty (meta) tensors")
+    if sum(v.numel() * v.element_size() for v in state.values()) > 2 * size:
+        raise WeightsError(f"{path.name}: corrupt or unsafe: its tensors claim to be larger than the file")
+    return dict(state)
+
+
+def first_line(error: Exception) -> str:
+    """Shorten a library's error message to 160 characters of its first line."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 def convert_state(name: str, state: State) -> Converted:
@@ -99,7 +96,16 @@ def convert_state(name: str, state: State) -> Converted:
 
     Raises: WeightsError when the family or the size is unknown, or when tensors are missing, unexpected or misshapen.
     """
-    size = _size_of(name, state)
+    blocks = {int(found[1]) for key in state if (found := _TRUNK.match(key))}
+    patches = state.get(_PATCHES)
+    if patches is None or not blocks or not any(key.startswith("memory_attention.") for key in state):
+        raise WeightsError(
+            f"{name}: unsupported checkpoint (supported: SAM 2.0, SAM 2.1 and models fine-tuned from it, SLM-SAM 2); "
+            f"first tensors: {', '.join(list(state)[:3])} …"
+        )
+    size = _SIZES.get((len(patches), len(blocks)))
+    if size is None:
+        raise WeightsError(f"{name}: unsupported size: {len(patches)} channels and {len(blocks)} blocks in the trunk")
     state, family, notes = _rename(state)
     if not any(key in state for key in _ONLY_IN_2_1):
         try:
@@ -118,35 +124,18 @@ def convert_state(name: str, state: State) -> Converted:
     return Converted(family, network, state, notes)
 
 
-def _size_of(name: str, state: Mapping[str, Tensor]) -> NetworkSize:
-    blocks = {int(found[1]) for key in state if (found := _TRUNK.match(key))}
-    patches = state.get(_PATCHES)
-    if patches is None or not blocks or not any(key.startswith("memory_attention.") for key in state):
-        raise WeightsError(
-            f"{name}: unsupported checkpoint (supported: SAM 2.0, SAM 2.1 and models fine-tuned from it, SLM-SAM 2); "
-            f"first tensors: {', '.join(list(state)[:3])} …"
-        )
-    size = _SIZES.get((len(patches), len(blocks)))
-    if size is None:
-        raise WeightsError(f"{name}: unsupported size: {len(patches)} channels and {len(blocks)} blocks in the trunk")
-    return size
-
-
 def _rename(state: State) -> tuple[State, str, tuple[str, ...]]:
     """Rename the tensors; returns them with the family and notes on tensors that were left out."""
-
-    def rename(key: str) -> str:
+    if not any(key.startswith("recent_memory_") for key in state):
+        native = any(key.startswith("short_memory_attention.") for key in state)
+        return dict(state), "slmsam2" if native else "SAM 2.1", ()
+    renamed = {}
+    for key, tensor in state.items():
         if fuser := _FUSER.fullmatch(key):
-            return f"stream_fuser.blocks.{fuser[1]}.{'gamma' if fuser[2] == 'weight' else fuser[2]}"
-        if key.startswith("recent_memory_attention."):
-            return key.replace("recent_memory_attention.", "short_memory_attention.", 1)
-        return key
-
-    if any(key.startswith("recent_memory_") for key in state):
-        renamed = {rename(key): tensor for key, tensor in state.items() if key != _UNUSED_KEY}
-        return renamed, "SLM-SAM 2", (f"{_UNUSED_KEY} left out: the model does not use it",) if _UNUSED_KEY in state else ()
-    native = any(key.startswith("short_memory_attention.") for key in state)
-    return dict(state), "slmsam2" if native else "SAM 2.1", ()
+            key = f"stream_fuser.blocks.{fuser[1]}.{'gamma' if fuser[2] == 'weight' else fuser[2]}"
+        renamed[re.sub(r"^recent_memory_attention\.", "short_memory_attention.", key)] = tensor
+    left_out = renamed.pop(_UNUSED_KEY, None)
+    return renamed, "SLM-SAM 2", () if left_out is None else (f"{_UNUSED_KEY} left out: the model does not use it",)
 
 
 class _LinspaceOnCpu(TorchFunctionMode):

@@ -117,8 +117,27 @@ def unpack(file: BinaryIO, name: str) -> Package:
             files = {member.filename: archive.read(member) for member in members}
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError, OSError) as error:
         raise WeightsError(f"{name}: not a complete zip ({str(error)[:160]}). Download or export it again") from None
-    _check_digests(files, name)
-    return Package(_model_in(files, name), files)
+    if DIGESTS not in files:
+        raise WeightsError(f"{name}: {DIGESTS} is missing, so the files cannot be verified; archive rejected. Export it again")
+    listed = dict(line.split("  ", 1)[::-1] for line in files.pop(DIGESTS).decode("ascii", "replace").splitlines() if "  " in line)
+    if odd := sorted(set(listed) ^ set(files)):
+        raise WeightsError(f"{name}: {ascii(odd[0])[:80]} is missing, or not listed in {DIGESTS}. Download or export it again")
+    for called, content in files.items():
+        if hashlib.sha256(content).hexdigest() != listed[called]:
+            raise WeightsError(f"{name}: {called} has another SHA-256 than when it was exported. Download or export it again")
+    about = read_json_member(files, ABOUT, name)
+    version = about.get("format_version")
+    if isinstance(version, int) and version < FORMAT_VERSION:
+        raise WeightsError(
+            f"{name}: format version {version} was written by an earlier slmsam2 and is no longer supported (supported: {FORMAT_VERSION}). "
+            "Fine-tune again, or use the slmsam2 that exported it"
+        )
+    if version != FORMAT_VERSION:
+        raise WeightsError(f"{name}: format version {str(version)[:20]} is newer than the supported {FORMAT_VERSION}. Update slmsam2")
+    held = [model for model in MODELS if model in files]
+    if held != [about.get("model")]:
+        raise WeightsError(f"{name}: must contain one model, contains {' and '.join(held) or 'none'}. Export it again")
+    return Package(held[0], files)
 
 
 def _check_members(members: list[zipfile.ZipInfo], name: str, size: int) -> None:
@@ -136,34 +155,6 @@ def _check_members(members: list[zipfile.ZipInfo], name: str, size: int) -> None
             raise WeightsError(f"{name}: {called} claims {member.file_size} bytes, which is too large; archive rejected")
     if len({member.filename for member in members}) != len(members):
         raise WeightsError(f"{name}: contains a file twice; archive rejected")
-
-
-def _check_digests(files: dict[str, bytes], name: str) -> None:
-    """Check that the files are those of the list of digests; remove the list."""
-    if DIGESTS not in files:
-        raise WeightsError(f"{name}: {DIGESTS} is missing, so the files cannot be verified; archive rejected. Export it again")
-    listed = dict(line.split("  ", 1)[::-1] for line in files.pop(DIGESTS).decode("ascii", "replace").splitlines() if "  " in line)
-    if odd := sorted(set(listed) ^ set(files)):
-        raise WeightsError(f"{name}: {ascii(odd[0])[:80]} is missing, or not listed in {DIGESTS}. Download or export it again")
-    for called, content in files.items():
-        if hashlib.sha256(content).hexdigest() != listed[called]:
-            raise WeightsError(f"{name}: {called} has another SHA-256 than when it was exported. Download or export it again")
-
-
-def _model_in(files: Mapping[str, bytes], name: str) -> str:
-    about = read_json_member(files, ABOUT, name)
-    version = about.get("format_version")
-    if isinstance(version, int) and version < FORMAT_VERSION:
-        raise WeightsError(
-            f"{name}: format version {version} was written by an earlier slmsam2 and is no longer supported (supported: {FORMAT_VERSION}). "
-            "Fine-tune again, or use the slmsam2 that exported it"
-        )
-    if version != FORMAT_VERSION:
-        raise WeightsError(f"{name}: format version {str(version)[:20]} is newer than the supported {FORMAT_VERSION}. Update slmsam2")
-    held = [model for model in MODELS if model in files]
-    if held != [about.get("model")]:
-        raise WeightsError(f"{name}: must contain one model, contains {' and '.join(held) or 'none'}. Export it again")
-    return held[0]
 
 
 def read_json_member(files: Mapping[str, bytes], called: str, name: str) -> dict[str, Any]:

@@ -33,44 +33,36 @@ def _block(read: int, write: int) -> nn.Sequential:
 class LabelUNet(nn.Module):
     """A U-Net for C channels of 5 slices.
 
-    labels: label values, one output channel each. input_size: edge of its input in pixels, a multiple of 8. width: channels at full
-    resolution, a multiple of 8. can_add: whether it may add a structure where propagation predicts none (`training.can_add` in the plan).
-    one_piece_labels: labels that are connected in every training case. Raises ValueError for another input size or width.
+    labels, values: label values, one output channel each. input_size: edge of its input in pixels, a multiple of 8. width: channels at
+    full resolution, a multiple of 8. can_add: whether it may add a structure where propagation predicts none (`training.can_add` in the
+    plan).
+
+    Raises: ValueError when the input size or the width is no positive multiple of 8, or the input is larger than 1024 pixels.
     """
 
-    can_add: bool
     labels: Tensor
     one_piece: Tensor
     px_seen: Tensor  # the names of tensors are keys of saved weights
 
     def __init__(self, channels: int, labels: Sequence[int], input_size: int, width: int = 32) -> None:
         super().__init__()
-        self.can_add = True
         if input_size % 8 or not 8 <= input_size <= MAX_INPUT_SIZE or width % _GROUPS or width <= 0:
             raise ValueError(
                 f"input size {input_size} and width {width} must be positive multiples of 8, the input size at most {MAX_INPUT_SIZE}"
             )
-        self.channels = channels
+        self.channels, self.input_size, self.values, self.can_add = channels, input_size, list(labels), True
         widths = [width, 2 * width, 4 * width, 4 * width]
         self.down = nn.ModuleList([_block(read, write) for read, write in zip([channels * SLICES, *widths[:-1]], widths, strict=True)])
         self.up = nn.ModuleList([_block(8 * width, 2 * width), _block(4 * width, width), _block(2 * width, width)])  # from below, and skip
         self.logits = nn.Conv2d(width, len(labels) + 1, 1)
-        self.register_buffer("labels", torch.tensor(list(labels), dtype=torch.int64))
+        self.register_buffer("labels", torch.tensor(self.values, dtype=torch.int64))
         self.register_buffer("one_piece", torch.zeros(len(labels), dtype=torch.bool))
         self.register_buffer("px_seen", torch.tensor(input_size, dtype=torch.int64))
 
     @property
-    def input_size(self) -> int:
-        return int(self.px_seen)
-
-    @property
-    def values(self) -> list[int]:
-        """Label values in the order of the output channels."""
-        return [int(value) for value in self.labels]
-
-    @property
     def one_piece_labels(self) -> list[int]:
-        return [int(value) for value in self.labels[self.one_piece]]
+        """Return the labels that are connected in every training case."""
+        return [value for value, one in zip(self.values, self.one_piece.tolist(), strict=True) if one]
 
     def forward(self, slices: Tensor) -> Tensor:
         """Segment (B, C * SLICES, n, n), stacked by `with_adjacent_slices` -> logits (B, 1 + K, n, n), background first."""
@@ -100,20 +92,3 @@ def label_unet_roi(masks: Sequence[Tensor], storage_size: int) -> RoiCrop:
 def without_label_unet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint without those of the label U-Net."""
     return {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
-
-
-def label_unet_from_state(state: Mapping[str, Tensor]) -> LabelUNet | None:
-    """Build the label U-Net from the tensors of a checkpoint; None if it has none.
-
-    Raises: ValueError when tensors are missing, unexpected or misshapen.
-    """
-    own = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
-    if not own:
-        return None
-    try:
-        width, inputs = own["logits.weight"].shape[1], own["down.0.0.weight"].shape[1]
-        label_unet = LabelUNet(inputs // SLICES, own["labels"].tolist(), int(own["px_seen"]), width)
-        label_unet.load_state_dict(own)
-    except (KeyError, IndexError, RuntimeError, TypeError) as error:
-        raise ValueError(f"the label U-Net is incomplete ({str(error).splitlines()[0][:120]})") from None
-    return label_unet.eval()

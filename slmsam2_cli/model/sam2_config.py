@@ -2,7 +2,7 @@
 
 `nano` is the tiny configuration with the values below replaced: the same architecture with fewer channels everywhere (trunk, neck,
 memory, decoder), for slices of 128 to 256 px on a CPU. The widths of prompt encoder, mask decoder and pointer heads are fixed in SAM 2's
-code, so `build_heads` builds them here.
+code, so `SlmSam2` builds these with a `DecoderSize`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,6 @@ from typing import Any, get_args
 import sam2
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from sam2.modeling.sam.mask_decoder import MaskDecoder
-from sam2.modeling.sam.prompt_encoder import PromptEncoder
-from sam2.modeling.sam.transformer import TwoWayTransformer
-from sam2.modeling.sam2_utils import MLP
-from torch import nn
 
 from slmsam2_cli.planning.plan import NetworkSize
 
@@ -120,26 +115,3 @@ def sam2_parts(size: NetworkSize, input_size: int, widths: Widths | None = None)
     modules = {name: instantiate(part) for name, part in model.items() if isinstance(part, DictConfig)}
     settings = {str(name): value for name, value in plain.items() if name not in modules and name != "_target_"}
     return settings | {str(name): module for name, module in modules.items()}
-
-
-def build_heads(model: Any, size: DecoderSize) -> None:
-    """Build prompt encoder, mask decoder and pointer heads of a `SAM2Base`; with `DecoderSize()` they have SAM 2.1's keys and shapes."""
-    width, edge = model.hidden_dim, model.image_size // model.backbone_stride
-    model.sam_prompt_embed_dim, model.sam_image_embedding_size = width, edge
-    model.sam_prompt_encoder = PromptEncoder(
-        embed_dim=width, image_embedding_size=(edge, edge), input_image_size=(model.image_size,) * 2, mask_in_chans=16
-    )
-    model.sam_mask_decoder = MaskDecoder(
-        num_multimask_outputs=3,
-        transformer=TwoWayTransformer(depth=2, embedding_dim=width, mlp_dim=size.mlp, num_heads=size.heads),
-        transformer_dim=width,
-        iou_head_depth=3,
-        iou_head_hidden_dim=size.iou_hidden,
-        use_high_res_features=model.use_high_res_features_in_sam,
-        iou_prediction_use_sigmoid=model.iou_prediction_use_sigmoid,
-        pred_obj_scores=model.pred_obj_scores,
-        pred_obj_scores_mlp=model.pred_obj_scores_mlp,
-        use_multimask_token_for_obj_ptr=model.use_multimask_token_for_obj_ptr,
-    )
-    model.obj_ptr_proj = MLP(width, width, width, 3)
-    model.obj_ptr_tpos_proj = nn.Linear(width, model.mem_dim)

@@ -19,8 +19,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
+from sam2.modeling.sam.mask_decoder import MaskDecoder
+from sam2.modeling.sam.prompt_encoder import PromptEncoder
+from sam2.modeling.sam.transformer import TwoWayTransformer
 from sam2.modeling.sam2_base import NO_OBJ_SCORE, SAM2Base
-from sam2.modeling.sam2_utils import get_1d_sine_pe
+from sam2.modeling.sam2_utils import MLP, get_1d_sine_pe
 from torch import Tensor, nn
 
 from slmsam2_cli.model import adapters
@@ -32,7 +35,7 @@ from slmsam2_cli.model.memory.features import ObjectStats, memory_scores, object
 from slmsam2_cli.model.memory.policy import MemoryPolicy, MemoryRead, ReadContext
 from slmsam2_cli.model.memory.registry import build_policy
 from slmsam2_cli.model.refiner import REFINER_UPSCALE, PriorSlice, Refiner, RefinerFeatures
-from slmsam2_cli.model.sam2_config import SIZE_OPTIONS, DecoderSize, SizeOptions, build_heads, sam2_parts
+from slmsam2_cli.model.sam2_config import SIZE_OPTIONS, DecoderSize, SizeOptions, sam2_parts
 from slmsam2_cli.planning.plan import NetworkPlan
 
 ABSENT_LOGIT = float(NO_OBJ_SCORE)  # mask logit of every pixel of a slice without the object
@@ -168,7 +171,10 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         self.policy = build_policy(network, self.num_maskmem, self.max_obj_ptrs_in_encoder)
         self.carry_gain = nn.Parameter(torch.tensor(0.25)) if self.size_options.carry_mask else None
         self.refiner = Refiner(self.hidden_dim // 8, self.hidden_dim) if self.size_options.refine else None
-        self.mask_size = input_size // 4 * (REFINER_UPSCALE if self.refiner is not None else 1)
+        upscale = REFINER_UPSCALE if self.refiner is not None else 1  # from the decoder's logits (B, M, 4h, 4w) to masks (B, M, n, n)
+        self.mask_size = input_size // 4 * upscale
+        self.downsample_logits = nn.AvgPool2d(upscale) if upscale > 1 else nn.Identity()
+        self.upsample_logits = nn.Upsample(scale_factor=upscale, mode="bilinear", align_corners=False) if upscale > 1 else nn.Identity()
         if network.has_short_stream:
             self.short_memory_attention = copy.deepcopy(self.memory_attention)
             self.stream_fuser = Fuser(network.fuser, self.hidden_dim)
@@ -176,7 +182,26 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         self.register_buffer("_std", torch.tensor(_IMAGENET_STD).view(3, 1, 1), persistent=False)
 
     def _build_sam_heads(self) -> None:
-        build_heads(self, self._decoder_size)
+        """Build prompt encoder, mask decoder and pointer heads as `SAM2Base` does, but as wide as `DecoderSize` says."""
+        width, edge, size = self.hidden_dim, self.image_size // self.backbone_stride, self._decoder_size
+        self.sam_prompt_embed_dim, self.sam_image_embedding_size = width, edge
+        self.sam_prompt_encoder = PromptEncoder(
+            embed_dim=width, image_embedding_size=(edge, edge), input_image_size=(self.image_size,) * 2, mask_in_chans=16
+        )
+        self.sam_mask_decoder = MaskDecoder(
+            num_multimask_outputs=3,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=width, mlp_dim=size.mlp, num_heads=size.heads),
+            transformer_dim=width,
+            iou_head_depth=3,
+            iou_head_hidden_dim=size.iou_hidden,
+            use_high_res_features=self.use_high_res_features_in_sam,
+            iou_prediction_use_sigmoid=self.iou_prediction_use_sigmoid,
+            pred_obj_scores=self.pred_obj_scores,
+            pred_obj_scores_mlp=self.pred_obj_scores_mlp,
+            use_multimask_token_for_obj_ptr=self.use_multimask_token_for_obj_ptr,
+        )
+        self.obj_ptr_proj = MLP(width, width, width, 3)
+        self.obj_ptr_tpos_proj = nn.Linear(width, self.mem_dim)
 
     def encode(self, frames: Tensor) -> SliceFeatures:
         """Encode B slices (B, 3, H, W) in [0, 1]; other numbers of channels go through the projection of the modality in use.
@@ -264,7 +289,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         top = features.top if features is not None else None
         scores = [memory_scores(stats, obj, top) for obj in range(len(next(iter(stats.values())).object_score))]
         if self.calibration is not None:
-            scores = [one.calibrated(bank.tracked, self.calibration.of) for one in scores]
+            scores = [one.calibrated(bank.tracked, self.calibration) for one in scores]
         return [replace(context, scores=one) for one in scores]
 
     def _attend(self, attention: nn.Module, features: SliceFeatures, bank: MemoryBank, read: MemoryRead, slices: int) -> Tensor:
@@ -331,16 +356,6 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
             candidates, object_score = candidates + delta.float(), object_score + present
             iou = (torch.logit(iou.float(), eps=1e-4) + quality.float()).sigmoid()
         return self.choose_candidate(candidates, iou, tokens, object_score)
-
-    def upsample_logits(self, logits: Tensor) -> Tensor:
-        """Upsample the decoder's logits (B, M, 4h, 4w) to the size of the network's masks (B, M, n, n)."""
-        if self.refiner is None:
-            return logits
-        return F.interpolate(logits, scale_factor=float(REFINER_UPSCALE), mode="bilinear", align_corners=False)
-
-    def downsample_logits(self, logits: Tensor) -> Tensor:
-        """Average logits of the size of the network's masks (B, M, n, n) to the decoder's size (B, M, 4h, 4w)."""
-        return F.avg_pool2d(logits, REFINER_UPSCALE) if self.refiner is not None else logits
 
     def choose_candidate(self, candidates: Tensor, iou: Tensor, tokens: Tensor, object_score: Tensor) -> SliceOutput:
         """Choose the candidate of the highest predicted IoU; an absent object gets an empty mask and SAM 2's no-object pointer.

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from slmsam2_cli.model.label_unet import PREFIX, LabelUNet, label_unet_from_state, label_unet_roi, with_adjacent_slices, without_label_unet
+from slmsam2_cli.errors import WeightsError
+from slmsam2_cli.model.checkpoint import Checkpoint, label_unet_of
+from slmsam2_cli.model.label_unet import PREFIX, LabelUNet, label_unet_roi, with_adjacent_slices, without_label_unet
 from slmsam2_cli.model.roi import RoiCrop
 
 
@@ -12,22 +14,27 @@ def tensors(**changes):
     return {f"{PREFIX}{name}": tensor for name, tensor in made.state_dict().items()} | changes
 
 
+def read(state):
+    """The label U-Net of a file with these tensors."""
+    return label_unet_of(Checkpoint("model.safetensors", state, digest=""))
+
+
 def test_the_output_has_a_channel_for_the_background_and_one_per_label():
     assert LabelUNet(2, [3, 7], 32, width=8)(torch.rand(5, 10, 32, 32)).shape == (5, 3, 32, 32)
 
 
 def test_channels_labels_and_input_size_are_read_from_the_tensors():
     other = {"image_encoder.weight": torch.zeros(1)}
-    found = label_unet_from_state(tensors() | other)
+    found = read(tensors() | other)
     assert (found.channels, found.values, found.input_size) == (2, [3, 7], 32)
     assert without_label_unet(tensors() | other) == other
-    assert label_unet_from_state(other) is None
+    assert read(other) is None
 
 
 def test_a_label_unet_gives_the_same_logits_after_reading():
     torch.manual_seed(0)
     made, slices = LabelUNet(1, [1], 16, width=8), torch.rand(2, 5, 16, 16)
-    again = label_unet_from_state({f"{PREFIX}{name}": tensor for name, tensor in made.state_dict().items()})
+    again = read({f"{PREFIX}{name}": tensor for name, tensor in made.state_dict().items()})
     assert torch.equal(made(slices), again(slices))
 
 
@@ -42,13 +49,13 @@ def test_a_label_unet_gives_the_same_logits_after_reading():
     ],
 )
 def test_misshapen_or_unexpected_tensors_are_rejected(changes):
-    with pytest.raises(ValueError, match="input size|label U-Net"):
-        label_unet_from_state(tensors(**changes))
+    with pytest.raises(WeightsError, match=r"^model.safetensors: corrupt: (input size|the label U-Net is incomplete)"):
+        read(tensors(**changes))
 
 
 def test_a_missing_tensor_is_rejected():
-    with pytest.raises(ValueError, match="incomplete"):
-        label_unet_from_state({name: tensor for name, tensor in tensors().items() if not name.endswith("labels")})
+    with pytest.raises(WeightsError, match="model.safetensors: corrupt: the label U-Net is incomplete .*labels"):
+        read({name: tensor for name, tensor in tensors().items() if not name.endswith("labels")})
 
 
 def test_beyond_the_ends_of_a_stack_the_outermost_slice_is_repeated():

@@ -53,7 +53,7 @@ def table(*knots):
 
 def calibrated(at, calibration):
     """The context with calibrated confidence of its tracked slices."""
-    return replace(at, scores=at.scores.calibrated(at.tracked, calibration.of))
+    return replace(at, scores=at.scores.calibrated(at.tracked, calibration))
 
 
 def test_calibration_decides_which_slices_enter():
@@ -68,7 +68,7 @@ def test_calibration_looks_up_object_score_probability_times_predicted_iou():
     """At a logit of 0 the object is there with probability one half, so 0.8 counts as 0.4; annotated slices are not calibrated."""
     scores = calibrated(context(2, (1, 0.0, 0.8, 0)), table((0.4, 0.1), (0.8, 0.9))).scores
     assert scores.confidence == {ANNOTATED: 1.0, 1: pytest.approx(0.1)}
-    assert context(2, (1, -1000.0, 0.8, 0)).scores.calibrated([1], table((0.0, 0.05), (1.0, 1.0)).of).confidence[1] == 0.05
+    assert context(2, (1, -1000.0, 0.8, 0)).scores.calibrated([1], table((0.0, 0.05), (1.0, 1.0))).confidence[1] == 0.05
 
 
 def test_the_gate_uses_calibrated_confidence():

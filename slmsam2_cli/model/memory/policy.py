@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, SupportsFloat
 
 from slmsam2_cli.planning.plan import NetworkPlan
 
@@ -50,9 +50,9 @@ class MemoryScores:
         """Compute max(0, 2 sigmoid(object_score) - 1) * confidence: 0 where the object is probably absent, at most 1."""
         return max(0.0, math.tanh(self.object_score[slice_] / 2)) * self.confidence[slice_]
 
-    def calibrated(self, slices: Iterable[int], table: Callable[[float], float]) -> MemoryScores:
+    def calibrated(self, slices: Iterable[int], table: Callable[[float], SupportsFloat]) -> MemoryScores:
         """Return the scores with the confidence of these slices looked up in a table by sigmoid(object_score) * predicted IoU."""
-        expected = {s: table((1 + math.tanh(self.object_score[s] / 2)) / 2 * self.confidence[s]) for s in slices}
+        expected = {s: float(table((1 + math.tanh(self.object_score[s] / 2)) / 2 * self.confidence[s])) for s in slices}
         return replace(self, confidence={**self.confidence, **expected})
 
 
