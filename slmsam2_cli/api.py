@@ -27,7 +27,7 @@ from slmsam2_cli.inference.segment import SegmentedCase, Segmenter, segment_case
 from slmsam2_cli.io.strict_json import explain
 from slmsam2_cli.model import slmsam2, zoo
 from slmsam2_cli.model.calibration import Calibration
-from slmsam2_cli.model.checkpoint import RANDOM_WARNING, Checkpoint, load_weights, read_checkpoint, resolve_adapter
+from slmsam2_cli.model.checkpoint import RANDOM_WARNING, load_weights, read_checkpoint, resolve_adapter
 from slmsam2_cli.model.export import model_in
 from slmsam2_cli.model.slmsam2 import SliceFeatures
 from slmsam2_cli.planning.plan import NetworkPlan, NetworkSize, Plan, read_plan
@@ -108,38 +108,27 @@ def load(
     automatically. plan: a plan, or the path of a plan.json, instead of the one inside. input_size: for weights without a plan: the edge
     of the input, a multiple of 32. Raises: ValueError for the arguments, WeightsError, PlanError, DeviceError.
     """
-    checkpoint = _checkpoint(path, base)
-    decided = checkpoint.plan if plan is None else _plan_for(checkpoint, plan)
-    if decided is not None and input_size is not None:
-        raise ValueError(f"input_size: {input_size}, but the plan says {decided.geometry.input_size}; leave it out")
-    chosen = choose_device(device)
-    network = build_model(checkpoint, decided) if decided is not None else _build_without_plan(checkpoint, input_size)
-    if decided is None:
-        return SlmSam2(network.to(chosen).eval(), warnings=checkpoint.warnings)
-    table = checkpoint.calibration_for(decided.modality)
-    return SlmSam2(network.to(chosen).eval(), decided, table, warnings_of(checkpoint, decided))
-
-
-def _checkpoint(path: FilePath, base: FilePath | None) -> Checkpoint:
     file = zoo.locate(str(path))
     checkpoint = read_checkpoint(model_in(file) if file.is_dir() else file)
     if checkpoint.required_base is None and base is not None:
         raise ValueError(f"base: {checkpoint.name} is no adapter but a whole model; leave it out")
-    return resolve_adapter(checkpoint, None if base is None else str(base))
-
-
-def _plan_for(checkpoint: Checkpoint, plan: FilePath | Plan) -> Plan:
-    """Read the given plan; for weights without a plan of their own, with the network of the weights."""
-    given = plan if isinstance(plan, Plan) else read_plan(Path(plan))
-    return given if checkpoint.plan is not None else given.model_copy(update={"network": checkpoint.network})
-
-
-def _build_without_plan(checkpoint: Checkpoint, input_size: int | None) -> slmsam2.SlmSam2:
+    checkpoint = resolve_adapter(checkpoint, None if base is None else str(base))
+    decided = checkpoint.plan
+    if plan is not None:
+        decided = plan if isinstance(plan, Plan) else read_plan(Path(plan))
+        if checkpoint.plan is None:  # weights without a plan keep their own network
+            decided = decided.model_copy(update={"network": checkpoint.network})
+    chosen = choose_device(device)
+    if decided is not None:
+        if input_size is not None:
+            raise ValueError(f"input_size: {input_size}, but the plan says {decided.geometry.input_size}; leave it out")
+        table = checkpoint.calibration_for(decided.modality)
+        return SlmSam2(build_model(checkpoint, decided).to(chosen).eval(), decided, table, warnings_of(checkpoint, decided))
     if input_size is None or checkpoint.network is None:
         raise ValueError(f"input_size: {checkpoint.name} carries no plan; give the edge of its input in pixels, or a plan")
     network = slmsam2.SlmSam2(checkpoint.network, _as_int(input_size, "input_size"))
     load_weights(network, checkpoint)
-    return network
+    return SlmSam2(network.to(chosen).eval(), warnings=checkpoint.warnings)
 
 
 def _as_int(value: SupportsIndex, name: str) -> int:
