@@ -1,43 +1,46 @@
-"""Several predictions of the same cases, side by side: who is better, by how much, and how sure that is.
+"""Compare several predictions of the same cases in pairs: differences, their intervals, and how often either is better.
 
-Differences are paired: case by case, then averaged, with a bootstrap interval over cases. Only cases held-out to every prediction count,
-and distances are the penalised ones, so that leaving out the hard cases is no way to win. Nor is inventing structures: whoever rightly
-holds nothing is perfect beside one that does not.
+Differences are computed case by case and averaged, with a bootstrap interval over cases. Only cases held out by every prediction count.
+Distances are the penalised ones, so that leaving out hard cases is no advantage. Nor is predicting structures that do not exist: where one
+prediction is correctly empty and the other is not, the empty one counts as perfect.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from slmsam2_cli.evaluation import statistics
+from slmsam2_cli.evaluation.summary import FORMAT_VERSION
 from slmsam2_cli.evaluation.surface import nsd_key
 
 Json = Mapping[str, Any]
-FORMAT_VERSION = 1
 MACRO = "foreground"
-PARTS = ("metrics", "unprompted")
+PARTS = {"metrics": "all", "unprompted": "unprompted"}  # key in summary.json -> name in comparison.json
 DIFFERENCE = (
     "second minus first, mean over the cases in which both are defined; "
-    "where one rightly holds nothing and the other holds something, nothing counts as 1, or as 0 mm"
+    "where one is correctly empty and the other is not, the empty one counts as 1, or as 0 mm"
 )
+_EQUAL = 1e-9
 
 
 def compare(summaries: Mapping[str, Json]) -> dict[str, Any]:
-    """The whole of comparison.json; summaries by the name of the prediction, in the order in which they are shown."""
+    """Make the content of comparison.json. summaries: by the name of the prediction, in the order in which they are shown."""
     first = next(iter(summaries.values()))
-    metrics = compared_metrics(first)
     labels = {key: name for summary in summaries.values() for key, name in summary["labels"].items()}
-    cases = _shared_cases(summaries)
+    usable = [
+        {case["case"] for case in summary["metric_per_case"] if case["group"] == "held_out" and case["status"] != "failed"}
+        for summary in summaries.values()
+    ]
+    cases = sorted(set.intersection(*usable))
     pairs = [
-        {"first": one, "second": other, "label": label, "part": _part_name(part), "metric": metric, **_paired(found, metric)}
+        {"first": one, "second": other, "label": label, "part": part, "metric": metric, **_compare_values(table, metric)}
         for one, other in combinations(summaries, 2)
-        for part in PARTS
-        for label, found in _differences(summaries[one], summaries[other], labels, cases, part, metrics)
-        for metric in metrics
+        for key, part in PARTS.items()
+        for label, metric, table in _values((summaries[one], summaries[other]), list(labels), cases, key)
     ]
     return {
         "tool": first["tool"],
@@ -53,79 +56,54 @@ def compare(summaries: Mapping[str, Json]) -> dict[str, Any]:
 
 
 def compared_metrics(summary: Json) -> tuple[str, ...]:
-    """Agreement, and distances with missed structures counted."""
+    """List the metrics that are compared: overlap, and distances in which missed structures count."""
     return "Dice", "HD95_penalised", "assd_mm_penalised", nsd_key(summary["definitions"]["nsd_tolerance_mm"])
 
 
-def higher_is_better(metric: str) -> bool:
-    return metric == "Dice" or metric.startswith("nsd@")
+def _values(pair: Sequence[Json], labels: Sequence[str], cases: Sequence[str], part: str) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Yield (label, metric, values (cases, labels, 2), NaN where undefined) for each label, then for all labels together.
+
+    Where one of the two is correctly empty (so is the reference) and the other has a value, the empty one is perfect. Some summaries do not
+    even list a label that occurs nowhere.
+    """
+    correct = np.zeros((len(cases), len(labels), 2), dtype=bool)
+    tables = {metric: np.full(correct.shape, np.nan) for metric in compared_metrics(pair[0])}
+    for k, summary in enumerate(pair):
+        by_case = {case["case"]: case for case in summary["metric_per_case"]}
+        for i, case in enumerate(cases):
+            for j, label in enumerate(labels):
+                record = by_case[case][part].get(label, {"status": "both_empty"})
+                correct[i, j, k] = by_case[case]["status"] == "ok" and record["status"] == "both_empty"
+                for metric, table in tables.items():
+                    table[i, j, k] = np.nan if record.get(metric) is None else record[metric]
+    for metric, table in tables.items():
+        one_is_empty = np.isnan(table) & correct & ~np.isnan(table[..., ::-1])
+        table[one_is_empty] = 1.0 if _higher_is_better(metric) else 0.0
+    for i, label in enumerate(labels):
+        yield from ((label, metric, table[:, i : i + 1]) for metric, table in tables.items())
+    if len(labels) > 1:
+        yield from ((MACRO, metric, table) for metric, table in tables.items())
 
 
-def _part_name(part: str) -> str:
-    return "all" if part == "metrics" else part
+def _compare_values(table: np.ndarray, metric: str) -> dict[str, Any]:
+    """Compute both means over the cases in which both are defined, the difference, its interval, and how often either is better.
 
-
-def _shared_cases(summaries: Mapping[str, Json]) -> list[str]:
-    """Cases that every prediction was scored on and no model had seen."""
-    usable = [
-        {case["case"] for case in summary["metric_per_case"] if case["group"] == "held_out" and case["status"] != "failed"}
-        for summary in summaries.values()
-    ]
-    return sorted(set.intersection(*usable))
-
-
-Values = Mapping[str, np.ndarray]  # metric -> (cases, labels, 2), NaN where undefined
-
-
-def _differences(
-    one: Json, other: Json, labels: Mapping[str, str], cases: Sequence[str], part: str, metrics: Sequence[str]
-) -> list[tuple[str, Values]]:
-    """For every label, then for all of them together: both predictions' values."""
-    right = np.stack([_correctly_empty(s, labels, cases, part) for s in (one, other)], axis=-1)
-    tables = {
-        metric: _fill_perfect(np.stack([_table(s, labels, cases, part, metric) for s in (one, other)], axis=-1), right, metric)
-        for metric in metrics
-    }
-    every: list[tuple[str, Values]] = [
-        (label, {metric: table[:, i : i + 1] for metric, table in tables.items()}) for i, label in enumerate(labels)
-    ]
-    return [*every, (MACRO, tables)] if len(labels) > 1 else every
-
-
-def _table(summary: Json, labels: Mapping[str, str], cases: Sequence[str], part: str, metric: str) -> np.ndarray:
-    records = {case["case"]: case[part] for case in summary["metric_per_case"]}
-    found = [[records[case].get(label, {}).get(metric) for label in labels] for case in cases]
-    return np.array([[np.nan if value is None else value for value in row] for row in found], dtype=np.float64).reshape(-1, len(labels))
-
-
-def _correctly_empty(summary: Json, labels: Mapping[str, str], cases: Sequence[str], part: str) -> np.ndarray:
-    """(cases, labels) bool: neither the reference nor the prediction holds the label, which some summaries then do not even list."""
-    records = {case["case"]: case for case in summary["metric_per_case"]}
-    unlisted = {"status": "both_empty"}
-    found = [[records[c]["status"] == "ok" and records[c][part].get(v, unlisted)["status"] == "both_empty" for v in labels] for c in cases]
-    return np.array(found, dtype=bool).reshape(-1, len(labels))
-
-
-def _fill_perfect(table: np.ndarray, right: np.ndarray, metric: str) -> np.ndarray:
-    """(cases, labels, 2), what one rightly left empty as perfect where the other has a value."""
-    beside = ~np.isnan(table[..., ::-1])
-    return np.where(np.isnan(table) & right & beside, 1.0 if higher_is_better(metric) else 0.0, table)
-
-
-def _paired(values: Values, metric: str) -> dict[str, Any]:
-    """Means of both over the pairs that exist, their difference and its interval, and in how many cases which is better."""
-    table = values[metric]
+    table: (cases, labels, 2), NaN where undefined. Means are the mean of the label means that exist.
+    """
     table = np.where(np.isnan(table).any(axis=-1, keepdims=True), np.nan, table)
     used = ~np.isnan(table[..., 0]).all(axis=1)
     difference = table[..., 1] - table[..., 0]
-    gain = difference[used] if higher_is_better(metric) else -difference[used]
+    gain = difference[used] if _higher_is_better(metric) else -difference[used]
     by_case = [float(np.nanmean(row)) for row in gain]
-    means = [_macro(table[..., i]) for i in (0, 1)]
+    first, second = (
+        statistics.mean([float(column[~np.isnan(column)].mean()) for column in table[..., i].T if not np.isnan(column).all()])
+        for i in (0, 1)
+    )
     return {
         "n": int(used.sum()),
-        "first_mean": means[0],
-        "second_mean": means[1],
-        "difference": None if means[0] is None or means[1] is None else means[1] - means[0],
+        "first_mean": first,
+        "second_mean": second,
+        "difference": None if first is None or second is None else second - first,
         "ci95": statistics.interval(difference),
         "second_better": sum(g > _EQUAL for g in by_case),
         "first_better": sum(g < -_EQUAL for g in by_case),
@@ -133,10 +111,5 @@ def _paired(values: Values, metric: str) -> dict[str, Any]:
     }
 
 
-_EQUAL = 1e-9
-
-
-def _macro(table: np.ndarray) -> float | None:
-    """Mean of the label means that exist; (cases, labels)."""
-    means = [float(column[~np.isnan(column)].mean()) for column in table.T if not np.isnan(column).all()]
-    return statistics.mean(means)
+def _higher_is_better(metric: str) -> bool:
+    return metric == "Dice" or metric.startswith("nsd@")

@@ -1,151 +1,165 @@
-"""What is scored against what: everything that is known before a mask is opened.
+"""Collect what is scored and what it is compared with, before any mask is opened.
 
-Predictions come from a folder, labels from a data set or a folder, names from the data set or the plan, the cases a model has seen from the
-workspace's split or the predictions' own account.
+Predictions come from a folder, labels from a data set or a folder, label names from the data set or the plan, and the cases that the model
+was trained on from split.json of the workspace or from the predictions' manifest.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from slmsam2_cli.dataset.dataset import Dataset, read_dataset, read_image_folder
 from slmsam2_cli.dataset.dataset_json import Structure
+from slmsam2_cli.dataset.discovery import normalise_name, stem
 from slmsam2_cli.errors import DatasetError, PlanError, UsageError
-from slmsam2_cli.evaluation.matching import Pairing, References, add_problems, case_name, pair, references_of_dataset, references_of_folder
+from slmsam2_cli.evaluation.matching import Group, Pairing, References, pair, references_of_folder
 from slmsam2_cli.evaluation.metrics import NSD_TOLERANCE_MM
-from slmsam2_cli.inference.manifest import Manifest, read_manifest
+from slmsam2_cli.inference.manifest import MANIFEST, Manifest, read_manifest
 from slmsam2_cli.io import atomic
 from slmsam2_cli.planning.plan import read_plan
 from slmsam2_cli.workspace import Workspace
 
-_HOMES = ("home", "Users")  # folders whose folders have the names of users
+_HOMES = ("home", "Users")  # folders whose subfolders are named after users
+_PROMPTS_ENDING = ".prompts.json"
 
 
 @dataclass(frozen=True)
-class Truth:
-    """What all predictions are compared with.
+class GroundTruth:
+    """The references that all predictions are compared with, and how.
 
-    images: case -> files, for pictures only, below image_root; split: cases that fine-tuning learned from, as the workspace tells;
-    warnings: what could not be made use of.
+    training_cases: those that the workspace's split.json lists; images: case -> files, for pictures only; warnings: what could not be used.
     """
 
     references: References
-    split: frozenset[str]
+    training_cases: frozenset[str]
     tolerance_mm: float = NSD_TOLERANCE_MM
     images: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
-    image_root: Path = field(default_factory=Path)
     warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Predicted:
-    """One folder of predictions, matched.
+class Predictions:
+    """One folder of predictions, matched with the references.
 
-    manifest: by the labels' case ids, None where nobody knows; seen: the cases that its model learned from.
+    manifest: with its cases under the names of the references, None when there is none; training_cases: those that its model was trained
+    on, under the same names.
     """
 
     folder: Path
     manifest: Manifest | None
-    seen: frozenset[str]
+    training_cases: frozenset[str]
     pairing: Pairing
+
+    def group_of(self, case: str) -> Group:
+        """Return whether a case was used for training."""
+        return "training" if case in self.training_cases else "held_out"
 
 
 def load_ground_truth(
     labels: Path | None, root: Path | None, space: Workspace | None, images: Path | None = None, tolerance_mm: float | None = None
-) -> Truth:
-    """The labels and what is known of them. root: the data set they belong to, if any. UsageError, DatasetError, PlanError."""
+) -> GroundTruth:
+    """Find the references and what is known about them. root: the data set that they belong to, None when there is none.
+
+    Raises: UsageError when a folder is missing or the tolerance is not positive; DatasetError or PlanError when the data set, plan or
+    split.json is invalid.
+    """
     if tolerance_mm is not None and not 0 < tolerance_mm < math.inf:
-        raise UsageError(f"--nsd-tolerance {tolerance_mm:g} is no distance. Name millimetres, as in 2")
-    warnings: list[str] = []
-    references = _references(labels, root, space, warnings)
+        raise UsageError(f"--nsd-tolerance {tolerance_mm:g}: not a distance in mm. Use a positive number such as 2")
+    references, warnings = _references(labels, root, space)
     plan = read_plan(space.plan) if space is not None and space.plan.is_file() else None
     planned = plan.evaluation.nsd_tolerance_mm if plan is not None else NSD_TOLERANCE_MM
-    shown, image_root = _images(images, root)
-    return Truth(
-        references,
-        _split_cases(space),
-        planned if tolerance_mm is None else tolerance_mm,
-        shown,
-        image_root,
-        tuple(dict.fromkeys(warnings)),
-    )
+    tolerance_mm = planned if tolerance_mm is None else tolerance_mm
+    return GroundTruth(references, _training_cases(space), tolerance_mm, _images(images, root), warnings)
 
 
-def load_predictions(folder: Path, truth: Truth) -> Predicted:
-    """A folder of predictions matched with the labels. UsageError when its manifest cannot be understood."""
+def load_predictions(folder: Path, truth: GroundTruth) -> Predictions:
+    """Match a folder of predictions with the references.
+
+    Raises: UsageError when the folder holds prompts, or its manifest cannot be read.
+    """
     manifest = read_manifest(folder)
-    told = {case for case, entry in manifest.cases.items() if entry.training} if manifest is not None else set[str]()
-    learned = truth.split | told
-    pairing = pair(truth.references, folder, manifest, learned)
-    renamed = {case for case, name in _names_by_label(pairing).items() if name in learned}
-    return Predicted(folder, _by_label(manifest, pairing), truth.split | renamed, pairing)
+    prompts = [path.name for path in sorted(folder.glob(f"*{_PROMPTS_ENDING}"))]
+    if manifest is None and prompts:
+        raise UsageError(
+            f"{folder}: a folder of prompts (it holds {prompts[0]} and no {MANIFEST}), not of predictions. "
+            f"Run slmsam2 predict -p {folder} first, then name its output folder with -p"
+        )
+    listed = manifest.cases if manifest is not None else {}
+    training = truth.training_cases | {case for case, entry in listed.items() if entry.training}
+    pairing = pair(truth.references, folder, manifest, training)
+    predicted = {case: normalise_name(stem(path)) for case, _, path in pairing.pairs if path is not None}  # reference -> prediction
+    if manifest is not None:
+        cases = {case: listed[name] for case, name in predicted.items() if name in listed}
+        manifest = manifest.model_copy(update={"cases": cases})
+    trained_on = {case for case, name in predicted.items() if name in training}
+    return Predictions(folder, manifest, truth.training_cases | trained_on, pairing)
 
 
 def dataset_root(labels: Path | None, dataset: Path | None) -> Path | None:
-    """The data set the labels belong to: they are it, they lie in it, or it was named."""
+    """Find the data set that the labels belong to: the folder itself, its parent, or else `dataset`."""
     near = [] if labels is None else [labels, labels.absolute().parent]
     return next((folder for folder in near if (folder / "dataset.json").is_file()), dataset)
 
 
-def _by_label(manifest: Manifest | None, pairing: Pairing) -> Manifest | None:
-    """The manifest with its cases under the names the labels have."""
-    if manifest is None:
-        return None
-    cases = {case: manifest.cases[name] for case, name in _names_by_label(pairing).items() if name in manifest.cases}
-    return manifest.model_copy(update={"cases": cases})
+def _references(labels: Path | None, root: Path | None, space: Workspace | None) -> tuple[References, tuple[str, ...]]:
+    """List the labels of a data set, or the masks in a folder with the label names of its data set or of the plan.
 
+    Returns the references, and a warning when the data set cannot be read for its label names.
 
-def _names_by_label(pairing: Pairing) -> dict[str, str]:
-    """Case -> the name under which it was predicted."""
-    return {case: case_name(path) for case, _, path in pairing.pairs if path is not None}
-
-
-def _references(labels: Path | None, root: Path | None, space: Workspace | None, warnings: list[str]) -> References:
-    """A data set's own labels, or the masks in a folder with the names of its data set or of the plan."""
+    Raises: UsageError when there are no labels; DatasetError when the data set whose labels are used is invalid.
+    """
     if labels is None or labels == root:
         if root is None:
-            raise UsageError("no labels to compare with. Name a data set with -d, or a folder of masks with -g")
-        return references_of_dataset(read_dataset(root))
+            raise UsageError("no labels to compare with. Use -d for a data set, or -g for a folder of masks")
+        data = read_dataset(root)
+        masks = {case.id: case.label for case in data.training if case.label is not None}
+        return References(data.root, masks, data.structures, data.ignore, data.problems), ()
     if not labels.is_dir():
-        raise UsageError(f"no folder of labels at {labels}. Name a folder of masks, or a data set, with -g")
-    declared = _declared(root, warnings) if root is not None else None
-    if declared is not None:
-        references = references_of_folder(labels, declared.structures, declared.ignore)
-        own = any(case.label is not None and case.label.parent.resolve() == labels.resolve() for case in declared.training)
-        return add_problems(references, declared.problems) if own else references
-    planned = read_plan(space.plan).labels if space is not None and space.plan.is_file() else None
-    return references_of_folder(labels, None if planned is None else dict[Structure, str](planned.items()), None)
+        raise UsageError(f"-g {labels}: no such folder. Name a folder of masks, or a data set")
+    declared: Dataset | None = None
+    warnings: tuple[str, ...] = ()
+    if root is not None:
+        try:
+            declared = read_dataset(root)
+        except DatasetError as error:
+            warnings = (f"label names are not known: {error}",)
+    if declared is None:
+        planned = read_plan(space.plan).labels if space is not None and space.plan.is_file() else None
+        return references_of_folder(labels, None if planned is None else dict[Structure, str](planned.items()), None), warnings
+    references = references_of_folder(labels, declared.structures, declared.ignore)
+    if not any(case.label is not None and case.label.parent.resolve() == labels.resolve() for case in declared.training):
+        return references, ()
+    known = {normalise_name(case) for case in references.masks} | {normalise_name(problem.case) for problem in references.problems}
+    without = (problem for problem in declared.problems if normalise_name(problem.case) not in known)  # cases whose label is missing
+    return replace(references, problems=(*references.problems, *without)), ()
 
 
-def _declared(root: Path, warnings: list[str]) -> Dataset | None:
-    """The data set for its label names alone; one that cannot be read is said and done without."""
-    try:
-        return read_dataset(root)
-    except DatasetError as error:
-        warnings.append(f"label names are not known: {error}")
-        return None
+def _images(folder: Path | None, root: Path | None) -> dict[str, tuple[Path, ...]]:
+    """List the image files by case: those in `folder`, else of the data set; none if the data set cannot be read.
 
-
-def _images(folder: Path | None, root: Path | None) -> tuple[dict[str, tuple[Path, ...]], Path]:
-    """Images by case: those of the folder named, else those of the data set; none when they cannot be listed."""
+    Raises: UsageError when `folder` does not exist.
+    """
     if folder is not None:
         if not folder.is_dir():
-            raise UsageError(f"no folder of images at {folder}. Name one with --images, or leave it out")
-        return {case.id: case.images for case in read_image_folder(folder)[0]}, folder
+            raise UsageError(f"--images {folder}: no such folder. Name a folder of images, or omit the option")
+        return {case.id: case.images for case in read_image_folder(folder)[0]}
     if root is None:
-        return {}, Path()
+        return {}
     try:
         data = read_dataset(root)
     except DatasetError:
-        return {}, Path()
-    return {case.id: case.images for case in (*data.training, *data.test)}, root
+        return {}
+    return {case.id: case.images for case in (*data.training, *data.test)}
 
 
-def _split_cases(space: Workspace | None) -> frozenset[str]:
-    """The cases that fine-tuning learned from, by the workspace's split."""
+def _training_cases(space: Workspace | None) -> frozenset[str]:
+    """Read the cases that the workspace's model was trained on from split.json; empty when there is none.
+
+    Raises: PlanError when the file is invalid.
+    """
     if space is None or not space.split.is_file():
         return frozenset()
     split = atomic.read_json(space.split, "the split")
@@ -156,14 +170,16 @@ def _split_cases(space: Workspace | None) -> frozenset[str]:
 
 
 def unique_names(folders: Sequence[Path]) -> list[str]:
-    """Short names for several folders: as many last parts of their paths as it takes to tell them apart. UsageError for one named twice.
+    """Name several folders by as many last components of their paths as distinguish them.
 
-    Every name is one component of a path, and no two are alike, also where upper and lower case are. Where only the names of users
-    would tell them apart, numbers do.
+    Each name is a single path component, and no two are equal even without regard to case. Folders that only the names of users
+    distinguish are numbered.
+
+    Raises: UsageError when a folder is listed twice.
     """
     found = [folder.resolve() for folder in folders]
     if len(set(found)) != len(found):
-        raise UsageError("one folder of predictions is named twice with -p")
+        raise UsageError("-p names the same folder twice. Name each folder of predictions once")
     parts = [folder.relative_to(folder.anchor).parts for folder in found]
     names: list[str] = []
     for depth in range(1, max(map(len, parts)) + 1):

@@ -1,8 +1,7 @@
-"""Cases in, scores out: reads two masks, compares their grids, measures every label; many cases on a few processes.
+"""Score cases: read two masks, compare their grids, measure every label; many cases on several processes.
 
-One bad case never stops another, and the scores do not depend on the number of processes.
-
-A mask brought onto another grid, when a person asks for it: each voxel takes the value of the nearest one.
+A case that cannot be scored never stops another, and the scores do not depend on the number of processes. On request, a prediction on
+another grid is resampled to the reference's grid, each voxel taking the value of the nearest one.
 """
 
 from __future__ import annotations
@@ -29,57 +28,33 @@ from slmsam2_cli.io.volume import LabelVolume, read_labels, relative
 if TYPE_CHECKING:
     from slmsam2_cli.evaluation.matching import Group
 
-
-def onto(grid: Grid, labels: np.ndarray, source: Grid) -> tuple[np.ndarray, int]:
-    """(labels (Z, Y, X) on `grid`, number of labelled voxels of `source` that lie outside it). 0 where `source` does not reach."""
-    there = _index_map(grid, source)
-    from scipy import ndimage  # slow to import, and rarely needed
-
-    moved = ndimage.affine_transform(
-        labels, there[:3, :3], offset=there[:3, 3], output_shape=grid.shape, output=labels.dtype, order=0, mode="grid-constant", cval=0
-    )
-    return np.asarray(moved), _outside(grid, labels, source)
-
-
-def _outside(grid: Grid, labels: np.ndarray, source: Grid) -> int:
-    back = _index_map(source, grid)
-    voxels = np.argwhere(labels)
-    places = voxels @ back[:3, :3].T + back[:3, 3]
-    inside = np.all((places >= -0.5) & (places < np.array(grid.shape) - 0.5), axis=1)
-    return int(np.count_nonzero(~inside))
-
-
-def _index_map(start: Grid, end: Grid) -> np.ndarray:
-    """(4, 4): index (z, y, x, 1) on `start` -> the same place's index on `end`."""
-    matrix = np.linalg.solve(end.affine(), start.affine())
-    order = [2, 1, 0, 3]
-    return np.asarray(matrix[np.ix_(order, order)])
-
-
 CaseStatus = Literal["ok", "pred_missing", "failed"]
-MAX_KEPT_BYTES = 2**28  # of what `afterwards` made; what is beyond is dropped, to be made again from the files
+MAX_KEPT_BYTES = 2**28  # of results of `post_scoring`; those beyond are dropped, to be made again from the files
 
-Boxes = Mapping[int, tuple[slice, ...]]
+Box = tuple[slice, ...]
+
+
+class Sized(Protocol):
+    """A result that knows its size in bytes."""
+
+    @property
+    def size(self) -> int:
+        """Return the number of bytes."""
 
 
 @dataclass(frozen=True, eq=False)
 class ComparedMasks:
-    """The masks of a case once it is scored. reference: as read; truth, prediction: (z, y, x) on its grid, without ignored voxels;
-    prediction: None when it is missing; box: half-open (z, y, x), around everything in both, None when they are empty; resampled: the
-    prediction was on another grid."""
+    """The masks of a scored case.
 
-    reference: LabelVolume
-    truth: np.ndarray
+    volume: the reference as read; reference, prediction: (z, y, x) on its grid, without ignored voxels, prediction None when it is missing;
+    box: half-open (z, y, x) around the foreground of both, None when they are empty; resampled: the prediction was on another grid.
+    """
+
+    volume: LabelVolume
+    reference: np.ndarray
     prediction: np.ndarray | None
     box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None
     resampled: bool
-
-
-class Sized(Protocol):
-    """What can say how many bytes it holds."""
-
-    @property
-    def size(self) -> int: ...
 
 
 PostScoring = Callable[["CaseScore", ComparedMasks], Sized | None]
@@ -89,9 +64,10 @@ PostScoring = Callable[["CaseScore", ComparedMasks], Sized | None]
 class Job:
     """One case to score.
 
-    values: labels and regions to score, None for the labels that occur; slice_axis: array axis (z, y, x) of the slice numbers, None for the
-    coarsest; prompted: label -> given slices, None when nobody knows; resample: bring a prediction on another grid onto the label's;
-    afterwards: what else to make of the masks while they are in memory (it may be called in another process).
+    values: labels and regions to score, None for the labels that occur; ignore: the value of voxels that are not scored; slice_axis: array
+    axis (z, y, x) along which slices are numbered, None for the coarsest; annotated: label -> annotated slices, None when unknown;
+    resample: resample a prediction on another grid; post_scoring: called with the masks while they are in memory, in whichever process
+    scores them.
     """
 
     case: str
@@ -103,18 +79,23 @@ class Job:
     values: tuple[Structure, ...] | None
     ignore: int | None = None
     slice_axis: int | None = None
-    prompted: Mapping[int, tuple[int, ...]] | None = None
+    annotated: Mapping[int, tuple[int, ...]] | None = None
     tolerance_mm: float = NSD_TOLERANCE_MM
     resample: bool = False
     post_scoring: PostScoring | None = None
 
+    def file_names(self) -> tuple[str, str | None]:
+        """Return the names of the two files relative to their folders."""
+        prediction = None if self.prediction is None else relative(self.prediction, self.prediction_root)
+        return relative(self.reference, self.reference_root), prediction
+
 
 @dataclass(frozen=True, eq=False)
 class CaseScore:
-    """What came of one case.
+    """The result of one case.
 
     labels: by label value or region, empty when the case failed; absent: the score of a label that does not occur in it; hints: mistakes
-    that a low score may come from; resampled: the prediction was on another grid; made: by the job's `afterwards`.
+    that may explain a low score; resampled: the prediction was on another grid; made: the result of `post_scoring`.
     """
 
     case: str
@@ -131,25 +112,40 @@ class CaseScore:
     made: Sized | None = None
 
 
+def onto(grid: Grid, labels: np.ndarray, source: Grid) -> tuple[np.ndarray, int]:
+    """Resample labels (Z, Y, X) from the grid `source` to `grid` by nearest neighbour, 0 where `source` does not reach.
+
+    Returns the labels, and the number of labelled voxels of `source` that lie outside `grid`.
+    """
+    from scipy import ndimage  # slow to import, and rarely needed
+
+    order = np.ix_([2, 1, 0, 3], [2, 1, 0, 3])  # matrices map an index (z, y, x, 1) on the first grid to the second
+    there, back = (np.linalg.solve(end.affine(), start.affine())[order] for start, end in ((grid, source), (source, grid)))
+    moved = ndimage.affine_transform(
+        labels, there[:3, :3], offset=there[:3, 3], output_shape=grid.shape, output=labels.dtype, order=0, mode="grid-constant", cval=0
+    )
+    places = np.argwhere(labels) @ back[:3, :3].T + back[:3, 3]
+    inside = np.all((places >= -0.5) & (places < np.array(grid.shape) - 0.5), axis=1)
+    return np.asarray(moved), int(np.count_nonzero(~inside))
+
+
 def score_case(job: Job) -> CaseScore:
-    """Read and measure; a case that cannot be used comes back as failed, with the reason."""
+    """Read and measure one case; a case that cannot be scored is returned as failed, with the reason."""
     try:
         return _score(job)
     except CaseError as error:
         return failed(job, str(error))
     except MemoryError:
-        return failed(
-            job, f"case {job.case}: not enough memory to compare the masks. Close other programs, or score it on a larger machine"
-        )
+        return failed(job, f"case {job.case}: not enough memory to compare the masks. Close other programs, or use a larger machine")
 
 
 def failed(job: Job, problem: str) -> CaseScore:
-    """A case about which nothing can be said."""
-    return CaseScore(job.case, job.group, "failed", *_names(job), problem=problem)
+    """Make the result of a case that could not be scored."""
+    return CaseScore(job.case, job.group, "failed", *job.file_names(), problem=problem)
 
 
 def fill_missing_labels(scores: Sequence[CaseScore], values: Sequence[Structure]) -> list[CaseScore]:
-    """Every scored case with an entry for every label, in the order of `values`."""
+    """Give every scored case an entry for every label, in the order of `values`."""
     return [
         score if score.absent is None else replace(score, labels={v: score.labels.get(v, score.absent) for v in values}) for score in scores
     ]
@@ -161,7 +157,10 @@ def score_all(
     advance: Callable[..., None] = lambda: None,
     max_kept_bytes: int = MAX_KEPT_BYTES,
 ) -> list[CaseScore]:
-    """Scores in the order of the jobs. workers: processes, None for one per core (at most 8); max_kept_bytes: of what `afterwards` made."""
+    """Score cases and return the results in the order of the jobs.
+
+    workers: processes, None for one per core (at most 8); advance: called after each case; max_kept_bytes: of results of `post_scoring`.
+    """
     scores: dict[int, CaseScore] = {}
     held = 0
     count = min(parallel.count(workers), len(jobs))
@@ -173,9 +172,10 @@ def score_all(
 
 
 def _score_in_pool(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, CaseScore]]:
-    """(place of the job, score) as they come, so that none waits for a slow one with all that was made of it.
+    """Yield (index of the job, score) in the order of completion, so that results of finished cases do not wait for a slow one.
 
-    A process that dies takes its pool with it: what it left undone is tried again, each case in a process of its own.
+    A process that dies ends its pool. The cases that are left are then scored one by one, each in a process of its own and without
+    `post_scoring`, which may be what took too much memory.
     """
     left = dict(enumerate(jobs))
     pool = parallel.pool(workers)
@@ -185,7 +185,7 @@ def _score_in_pool(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, Cas
     running: dict[Future[CaseScore], int] = {}
     with pool:
         try:
-            with suppress(BrokenProcessPool, OSError, EOFError):  # the next process cannot be had
+            with suppress(BrokenProcessPool, OSError, EOFError):  # no further process can be started
                 for place, job in left.items():
                     running[pool.submit(score_case, job)] = place
             for future in as_completed(running):
@@ -197,12 +197,11 @@ def _score_in_pool(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, Cas
         finally:
             pool.shutdown(cancel_futures=True)
     for place, job in left.items():
-        yield place, _score_in_own_process(job)
+        yield place, _score_in_own_process(replace(job, post_scoring=None))
 
 
 def _score_in_own_process(job: Job) -> CaseScore:
-    """Without anything made of the masks: that may be what took too much memory."""
-    job = replace(job, post_scoring=None)
+    """Score a case in a new process; failed when that process dies."""
     pool = parallel.pool(1)
     if pool is None:
         return score_case(job)
@@ -210,60 +209,98 @@ def _score_in_own_process(job: Job) -> CaseScore:
         try:
             return pool.submit(score_case, job).result()
         except BrokenProcessPool:
-            return failed(
-                job, f"case {job.case}: the process scoring it was ended, probably for want of memory. Score it on a larger machine"
-            )
+            problem = "the process that scored it was killed, probably because memory ran out. Use a larger machine"
+            return failed(job, f"case {job.case}: {problem}")
+
+
+@dataclass(frozen=True, eq=False)
+class _Masks:
+    """Both masks of a case on the reference's grid, without ignored voxels.
+
+    reference, prediction: (z, y, x), prediction zero throughout when it is missing; boxes: label value -> the smallest box that holds it in
+    both; slice_axis: along which slices are numbered; scored: pixels per slice that are not ignored, (S,).
+    """
+
+    reference: np.ndarray
+    prediction: np.ndarray
+    boxes: Mapping[int, Box]
+    spacing_mm: tuple[float, ...]
+    slice_axis: int
+    scored: np.ndarray
+
+    def pair(self, structure: Structure) -> Pair:
+        """Crop the two masks of one label or region."""
+        values = values_of(structure)
+        held = [self.boxes[value] for value in values if value in self.boxes]
+        box = _around(held) if held else (slice(0, 0),) * 3
+        crops = (mask[box] for mask in (self.reference, self.prediction))
+        reference, prediction = (np.asarray(crop == values[0] if len(values) == 1 else np.isin(crop, values)) for crop in crops)
+        first = tuple(side.start for side in box)
+        return Pair(reference, prediction, first, self.reference.shape, self.spacing_mm, self.slice_axis, self.scored)
 
 
 def _score(job: Job) -> CaseScore:
-    reference = read_labels(job.reference, case=job.case, root=job.reference_root)
-    predicted, notes, resampled = _prediction(job, reference)
-    job = replace(job, slice_axis=None, prompted=None) if resampled else job  # both are of the grid that the prediction was on
-    axis = coarsest_axis(reference.grid.spacing_mm) if job.slice_axis is None else job.slice_axis
-    _check_prompted_slices(job, reference.voxels.shape[axis])
-    truth, predicted, scored = _without_ignored(reference.voxels, predicted, job.ignore, axis)
-    boxes = _boxes(truth, predicted)
+    """Read and measure one case.
+
+    Raises: CaseError when a mask cannot be read, the grids differ, or the reference holds undeclared labels.
+    """
+    volume = read_labels(job.reference, case=job.case, root=job.reference_root)
+    predicted, notes, resampled = _read_prediction(job, volume)
+    job = replace(job, slice_axis=None, annotated=None) if resampled else job  # these refer to the grid that the prediction was on
+    masks = _make_masks(job, volume, predicted)
+    structures: tuple[Structure, ...] = tuple(masks.boxes) if job.values is None else job.values
+    values = {value for structure in structures for value in values_of(structure)}
+    warnings = [*volume.warnings, *notes]
+    if not any(value in masks.boxes and (masks.reference[masks.boxes[value]] == value).any() for value in values):
+        warnings.append("the label is empty: no foreground")
+    warnings += _check_undeclared(job, masks, [value for value in masks.boxes if value not in values])
 
     def score(structure: Structure) -> LabelScore:
-        pair = _cut(truth, predicted, structure, boxes, reference.grid.spacing_mm, axis, scored)
+        pair = masks.pair(structure)
         if job.prediction is None:
-            return measure_missing(pair, job.prompted is not None, job.tolerance_mm)
-        return measure(pair, _given(job.prompted, structure), job.tolerance_mm)
+            return measure_missing(pair, job.annotated is not None, job.tolerance_mm)
+        if job.annotated is None:
+            return measure(pair, None, job.tolerance_mm)
+        # a slice annotated for one label of a region counts for the region, so that none of it counts as predicted
+        annotated = {k for value in values_of(structure) for k in job.annotated.get(value, ())}
+        return measure(pair, sorted(annotated), job.tolerance_mm)
 
-    structures: tuple[Structure, ...] = tuple(boxes) if job.values is None else job.values
-    values = {value for structure in structures for value in values_of(structure)}
-    _check_declared(job, truth, [v for v in boxes if v not in values])
-    undeclared = _undeclared(predicted, [v for v in boxes if v not in values])
-    status: CaseStatus = "ok" if job.prediction is not None else "pred_missing"
     labels = {structure: score(structure) for structure in structures}
-    empty = (
-        [] if any(value in boxes and (truth[boxes[value]] == value).any() for value in values) else ["the label is empty: no foreground"]
+    regions = any(len(values_of(structure)) > 1 for structure in structures)  # whose Dice says nothing about that of their labels
+    doubtful = job.prediction is not None and (regions or may_have_hints(measured.all["Dice"] for measured in labels.values()))
+    scores = CaseScore(
+        job.case,
+        job.group,
+        "ok" if job.prediction is not None else "pred_missing",
+        *job.file_names(),
+        labels,
+        absent=score(0),
+        warnings=tuple(f"case {job.case}: {line}" for line in dict.fromkeys(warnings)),
+        hints=tuple(hints(masks.reference, masks.prediction, [v for v in masks.boxes if v in values])) if doubtful else (),
+        resampled=resampled,
     )
-    said = [f"case {job.case}: {line}" for line in dict.fromkeys((*reference.warnings, *notes, *empty, *undeclared))]
-    regions = any(len(values_of(structure)) > 1 for structure in structures)  # whose Dice does not tell that of their labels
-    doubtful = status == "ok" and (regions or may_have_hints(measured.all["Dice"] for measured in labels.values()))
-    found = tuple(hints(truth, predicted, [v for v in boxes if v in values])) if doubtful else ()
-    scores = CaseScore(job.case, job.group, status, *_names(job), labels, score(0), warnings=tuple(said), hints=found, resampled=resampled)
     if job.post_scoring is None:
         return scores
-    compared = ComparedMasks(reference, truth, None if job.prediction is None else predicted, _around(boxes), resampled)
-    return replace(scores, made=job.post_scoring(scores, compared))
+    prediction = None if job.prediction is None else masks.prediction
+    box = None
+    if masks.boxes:
+        z, y, x = ((side.start, side.stop) for side in _around([*masks.boxes.values()]))
+        box = (z, y, x)
+    return replace(scores, made=job.post_scoring(scores, ComparedMasks(volume, masks.reference, prediction, box, resampled)))
 
 
 def values_of(structure: Structure) -> tuple[int, ...]:
-    """The label values that make up a label or a region."""
+    """Return the label values that make up a label or a region."""
     return structure if isinstance(structure, tuple) else (structure,)
 
 
-def _given(prompted: Mapping[int, tuple[int, ...]] | None, structure: Structure) -> tuple[int, ...] | None:
-    """Slices given for a structure; of a region, those given for any of its labels, so that none is counted as found."""
-    if prompted is None:
-        return None
-    return tuple(sorted({k for value in values_of(structure) for k in prompted.get(value, ())}))
+def _read_prediction(job: Job, reference: LabelVolume) -> tuple[np.ndarray, tuple[str, ...], bool]:
+    """Read the predicted labels on the reference's grid; zero throughout when the prediction is missing.
 
+    Returns the labels (Z, Y, X), warnings, and whether they were resampled.
 
-def _prediction(job: Job, reference: LabelVolume) -> tuple[np.ndarray, tuple[str, ...], bool]:
-    """The predicted labels on the reference's grid, warnings, and whether they were brought there; nothing at all when it is missing."""
+    Raises: CaseError when the mask cannot be read, or lies on another grid and is not to be resampled.
+    """
     if job.prediction is None:
         return np.broadcast_to(np.uint8(0), reference.voxels.shape), (), False
     prediction = read_labels(job.prediction, case=job.case, root=job.prediction_root)
@@ -271,101 +308,72 @@ def _prediction(job: Job, reference: LabelVolume) -> tuple[np.ndarray, tuple[str
     if difference is None:
         return prediction.voxels, (*prediction.warnings, *doubts), False
     if not job.resample:
-        what = f"the prediction's grid is not the label's: {difference} (label, then prediction)"
-        remedy = "Predict on the grid of the label, or score it with --resample; nothing is resampled silently"
-        raise CaseError(job.case, _names(job)[1] or "", what, remedy)
+        what = f"the prediction's grid differs from the label's: {difference} (label, then prediction)"
+        remedy = "Predict on the grid of the label, or resample with --resample"
+        raise CaseError(job.case, job.file_names()[1] or "", what, remedy)
     moved, outside = onto(reference.grid, prediction.voxels, prediction.grid)
     lost = f"; {outside} labelled voxels lie outside it and are not scored" if outside else ""
-    given = "; which slices were given is not known on that grid" if job.prompted is not None else ""
-    note = f"the prediction was resampled onto the label's grid (nearest voxel): {difference}{lost}{given}"
+    unknown = "; the annotated slices are not known on that grid" if job.annotated is not None else ""
+    note = f"the prediction was resampled to the label's grid (nearest neighbour): {difference}{lost}{unknown}"
     return moved, (*prediction.warnings, note), True
 
 
-def _check_prompted_slices(job: Job, slices: int) -> None:
-    beyond = sorted({k for given in (job.prompted or {}).values() for k in given if k >= slices})
+def _make_masks(job: Job, volume: LabelVolume, predicted: np.ndarray) -> _Masks:
+    """Remove ignored voxels from both masks and find the box of every label.
+
+    Raises: CaseError when an annotated slice lies outside the volume.
+    """
+    reference, spacing_mm = volume.voxels, volume.grid.spacing_mm
+    axis = coarsest_axis(spacing_mm) if job.slice_axis is None else job.slice_axis
+    slices = reference.shape[axis]
+    beyond = sorted({k for annotated in (job.annotated or {}).values() for k in annotated if k >= slices})
     if beyond:
-        what = f"the manifest lists prompted slice {beyond[0]}, the volume has slices 0 to {slices - 1}"
-        raise CaseError(job.case, _names(job)[1] or "", what, "Predict again; the masks and the manifest do not belong together")
+        what = f"manifest.json lists the annotated slice {beyond[0]}, but the volume has slices 0 to {slices - 1}"
+        raise CaseError(job.case, job.file_names()[1] or "", what, "The manifest is of other masks; run slmsam2 predict again")
+    scored = np.full(slices, reference.size // slices, dtype=np.int64)
+    if job.ignore is not None:
+        keep = reference != job.ignore
+        reference, predicted = reference * keep, predicted * keep
+        scored = np.count_nonzero(keep, axis=tuple(i for i in range(3) if i != axis)).astype(np.int64)
+    return _Masks(reference, predicted, find_boxes(reference, predicted), tuple(spacing_mm), axis, scored)
 
 
-def _without_ignored(truth: np.ndarray, predicted: np.ndarray, ignore: int | None, axis: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Both masks without the voxels the reference asks to ignore, and the pixels left per slice."""
-    across = tuple(i for i in range(3) if i != axis)
-    pixels = np.full(truth.shape[axis], truth.size // truth.shape[axis], dtype=np.int64)
-    if ignore is None:
-        return truth, predicted, pixels
-    keep = truth != ignore
-    return truth * keep, predicted * keep, np.count_nonzero(keep, axis=across).astype(np.int64)
-
-
-def _boxes(*masks: np.ndarray) -> Boxes:
-    """Label value -> the smallest box that holds it in every mask, ascending."""
-    around = box_of(*masks)
-    found: dict[int, tuple[slice, ...]] = {}
-    if around[0].stop and (only := _only_value([mask[around] for mask in masks])) is not None:
-        return {only: around}
+def find_boxes(*masks: np.ndarray) -> dict[int, Box]:
+    """Find the smallest box (z, y, x) that holds each label value in all label masks (Z, Y, X), by ascending value."""
+    whole = box_of(*masks)
+    if not whole[0].stop:
+        return {}
+    crops = [mask[whole] for mask in masks]
+    highest = max(int(crop.max()) for crop in crops)
+    if all(np.count_nonzero(crop) == np.count_nonzero(crop == highest) for crop in crops):
+        return {highest: whole}  # a single label, found much faster than by labelling objects
     from scipy import ndimage  # slow to import, and often not needed
 
-    for mask in masks if around[0].stop else ():
-        for value, inside in enumerate(ndimage.find_objects(mask[around]), start=1):
+    found: dict[int, list[Box]] = {}
+    for crop in crops:
+        for value, inside in enumerate(ndimage.find_objects(crop), start=1):
             if inside is not None:
-                box = tuple(slice(a.start + b.start, a.start + b.stop) for a, b in zip(around, inside, strict=True))
-                found[value] = box if value not in found else tuple(map(_hull, found[value], box))
-    return dict(sorted(found.items()))
+                box = tuple(slice(a.start + b.start, a.start + b.stop) for a, b in zip(whole, inside, strict=True))
+                found.setdefault(value, []).append(box)
+    return {value: _around(found[value]) for value in sorted(found)}
 
 
-def _around(boxes: Boxes) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None:
-    """The box around all boxes."""
-    if not boxes:
-        return None
-    z, y, x = ((min(b.start for b in side), max(b.stop for b in side)) for side in zip(*boxes.values(), strict=True))
-    return z, y, x
+def _around(boxes: Sequence[Box]) -> Box:
+    """Return the smallest box that holds at least one box."""
+    return tuple(slice(min(side.start for side in sides), max(side.stop for side in sides)) for sides in zip(*boxes, strict=True))
 
 
-def _only_value(masks: Sequence[np.ndarray]) -> int | None:
-    """The one value above 0 that masks hold together; None when there are several. Much faster than looking for all of them."""
-    value = max(int(mask.max()) for mask in masks)
-    return value if all(np.count_nonzero(mask) == np.count_nonzero(mask == value) for mask in masks) else None
+def _check_undeclared(job: Job, masks: _Masks, values: Sequence[int]) -> list[str]:
+    """Return a warning for each undeclared value of the prediction. values: those that occur in either mask but are not declared.
 
-
-def _hull(a: slice, b: slice) -> slice:
-    return slice(min(a.start, b.start), max(a.stop, b.stop))
-
-
-def _cut(
-    truth: np.ndarray, predicted: np.ndarray, structure: Structure, boxes: Boxes, spacing_mm: Sequence[float], axis: int, scored: np.ndarray
-) -> Pair:
-    """The two masks of one label or region, cropped."""
-    values = values_of(structure)
-    held = [boxes[value] for value in values if value in boxes]
-    box = held[0] if held else (slice(0, 0),) * 3
-    for other in held[1:]:
-        box = tuple(map(_hull, box, other))
-    reference, prediction = (_holding(mask[box], values) for mask in (truth, predicted))
-    return Pair(reference, prediction, tuple(b.start for b in box), truth.shape, tuple(spacing_mm), axis, scored)
-
-
-def _holding(labels: np.ndarray, values: Sequence[int]) -> np.ndarray:
-    return np.asarray(labels == values[0] if len(values) == 1 else np.isin(labels, values))
-
-
-def _check_declared(job: Job, truth: np.ndarray, values: Sequence[int]) -> None:
-    """A label that holds what nobody declared is not what the names say; CaseError."""
-    counts = {value: int(np.count_nonzero(truth == value)) for value in values}
+    Raises: CaseError when the reference holds one, because its labels then differ from those that are scored.
+    """
+    counts = {value: int(np.count_nonzero(masks.reference == value)) for value in values}
     listed = ", ".join(f"{value} ({count} voxels)" for value, count in counts.items() if count)
     if listed:
         what = f"label values {listed} are not declared"
-        raise CaseError(job.case, _names(job)[0], what, "Declare them under 'labels', or correct the mask")
-
-
-def _undeclared(predicted: np.ndarray, values: Sequence[int]) -> list[str]:
-    """One line for each value of the prediction that nobody declared, with its count."""
+        raise CaseError(job.case, job.file_names()[0], what, "Declare them under 'labels' in dataset.json, or correct the mask")
     return [
-        f"label {value} is not declared and not scored ({np.count_nonzero(predicted == value)} voxels in the prediction)"
+        f"label {value} is not declared and not scored ({np.count_nonzero(masks.prediction == value)} voxels in the prediction)"
         for value in values
     ]
-
-
-def _names(job: Job) -> tuple[str, str | None]:
-    prediction = None if job.prediction is None else relative(job.prediction, job.prediction_root)
-    return relative(job.reference, job.reference_root), prediction

@@ -64,11 +64,11 @@ class DrawAfterScoring:
 
     def __call__(self, score: CaseScore, compared: ComparedMasks) -> CaseDrawing | None:
         """Draw the slices that the page chooses from the same score; None when memory is short, so that it is drawn later."""
-        if math.prod(compared.reference.grid.shape) > MAX_VOXELS:
+        if math.prod(compared.volume.grid.shape) > MAX_VOXELS:
             return None
         try:
             files = replace(self.files, axis=None) if compared.resampled else self.files  # the axis belongs to another grid
-            loaded = add_image(score.case, files, compared.reference, compared.truth, compared.prediction, compared.box)
+            loaded = add_image(score.case, files, compared.volume, compared.reference, compared.prediction, compared.box)
             structures = [Structure(str(value), "", score.status, {}, slices=slice_marks(label)) for value, label in score.labels.items()]
             return draw(loaded, [choice.slice for choice in worst_slices(structures)])
         except MemoryError:

@@ -1,4 +1,4 @@
-"""The whole stage on small folders: what it writes, prints and returns."""
+"""slmsam2 evaluate on small folders: what it writes, prints and returns."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WHOLE, HALF = column(1, 4), column(1, 2)  # Dice 2/3
 
 @pytest.fixture
 def folders(tmp_path):
-    """Three labels; predictions that are right for a, half for b, absent for c."""
+    """Three labels; predictions that are correct for a, half of the label for b, missing for c."""
     for case in "abc":
         save(tmp_path / "labels" / f"{case}.nii.gz", WHOLE)
     save(tmp_path / "masks" / "a.nii.gz", WHOLE)
@@ -49,7 +49,7 @@ def folders(tmp_path):
 
 @pytest.fixture
 def data(tmp_path):
-    """A data set of four cases in nnU-Net's shape whose workspace holds predictions of a, b and c; t was for training."""
+    """A data set of four cases in nnU-Net's layout whose workspace holds predictions of a, b and c; t was used for training."""
     root = tmp_path / "data"
     for case in "abct":
         save(root / "imagesTr" / f"{case}_0000.nii.gz", np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE))
@@ -69,7 +69,13 @@ def summary(folder):
 
 
 def run(folder, **options):
-    arguments = {"predictions": (folder / "masks",), "labels": folder / "labels", "workspace": None, "out": folder / "out", "dataset": None}
+    arguments = {
+        "predictions": (folder / "masks",),
+        "labels": folder / "labels",
+        "workspace": None,
+        "output": folder / "out",
+        "dataset": None,
+    }
     return evaluate(**(arguments | options))
 
 
@@ -90,7 +96,7 @@ def test_complete_predictions_are_exit_zero(folders):
     assert run(folders) == 0
 
 
-def test_the_table_and_the_written_paths_are_shown(folders, capsys):
+def test_the_table_and_the_written_files_are_printed(folders, capsys):
     run(folders)
     shown = capsys.readouterr()
     assert "held-out cases: 3. HD95: larger of the two directed 95th percentiles" in shown.out
@@ -103,9 +109,9 @@ def test_json_prints_the_summary_and_nothing_else(folders, capsys):
     assert json.loads(capsys.readouterr().out) == summary(folders / "out")
 
 
-def test_without_an_output_folder_the_results_lie_in_a_folder_of_their_own_beside_the_masks(folders):
+def test_without_an_output_folder_results_go_to_a_subfolder_of_the_masks(folders):
     (folders / "masks" / "report.html").write_text("predict's")
-    run(folders, out=None)
+    run(folders, output=None)
     assert summary(folders / "masks" / "evaluation")["cases"]["pred_missing"] == ["c"]
     assert (folders / "masks" / "report.html").read_text() == "predict's"
 
@@ -117,7 +123,7 @@ def test_running_twice_gives_the_same_bytes(folders):
     assert {path.name: path.read_bytes() for path in (folders / "out").glob("[a-z]*")} == first
 
 
-def test_somebody_else_s_summary_is_not_overwritten(folders):
+def test_a_summary_of_another_tool_is_not_overwritten(folders):
     (folders / "out").mkdir()
     (folders / "out" / "summary.json").write_text('{"mean": {}}')
     with pytest.raises(UsageError, match="not written by slmsam2"):
@@ -129,10 +135,10 @@ def test_the_labels_folder_is_never_written_to(folders):
     (folders / "link").symlink_to(folders / "labels")
     for out in (folders / "labels", folders / "link"):
         with pytest.raises(UsageError, match="holds the labels"):
-            run(folders, out=out)
+            run(folders, output=out)
 
 
-def test_a_bad_case_is_failed_listed_first_and_the_others_go_on(folders, capsys):
+def test_an_invalid_case_is_failed_and_listed_first_and_the_others_are_scored(folders, capsys):
     save(folders / "masks" / "c.nii.gz", WHOLE, spacing=(1.0, 1.0, 4.0))
     assert run(folders) == 1
     found = summary(folders / "out")
@@ -142,40 +148,40 @@ def test_a_bad_case_is_failed_listed_first_and_the_others_go_on(folders, capsys)
     assert "spacing (3, 1, 1) but (4, 1, 1)" in error
 
 
-def test_nothing_but_bad_cases_is_exit_two(folders):
+def test_only_failed_cases_are_exit_two(folders):
     for case in "abc":
         (folders / "masks" / f"{case}.nii.gz").write_bytes(b"no mask")
     assert run(folders) == 2
 
 
-def test_folders_that_have_nothing_in_common_are_refused(folders):
+def test_folders_without_a_common_name_are_rejected(folders):
     for case, other in zip("ab", "xy"):
         (folders / "masks" / f"{case}.nii.gz").rename(folders / "masks" / f"{other}.nii.gz")
-    with pytest.raises(UsageError, match="found x, y; wanted a, b, c"):
+    with pytest.raises(UsageError, match="found x, y; expected a, b, c"):
         run(folders)
     assert not (folders / "out").exists()
 
 
-def test_absent_folders_are_named(folders):
+def test_a_missing_folder_is_named(folders):
     nowhere = folders / "nowhere"
     for option in ("predictions", "labels"):
         with pytest.raises(UsageError, match="nowhere"):
             run(folders, **{option: nowhere if option == "labels" else (nowhere,)})
 
 
-def test_nothing_to_compare_with_is_said(folders):
+def test_without_labels_the_error_names_the_option(folders):
     with pytest.raises(UsageError, match="-g"):
         run(folders, labels=None)
 
 
-def test_a_prediction_without_label_is_mentioned(folders, capsys):
+def test_a_prediction_without_label_is_a_warning(folders, capsys):
     save(folders / "masks" / "x.nii.gz", WHOLE)
     run(folders)
     assert summary(folders / "out")["cases"]["without_reference"] == ["x"]
     assert "1 predictions have no label" in capsys.readouterr().err
 
 
-def test_the_manifest_tells_axis_prompts_training_and_model(folders):
+def test_the_manifest_provides_axis_annotated_slices_training_cases_and_model(folders):
     entry = {"array_axis": 0, "annotated_slices": {"1": [2]}, "training": False}
     cases = {"a": entry | {"training": True}, "b": entry}
     (folders / "masks" / "manifest.json").write_text(json.dumps({"format_version": 2, "model": {"digest": "ab"}, "cases": cases}))
@@ -201,7 +207,7 @@ def test_the_workspace_s_predictions_are_compared_with_the_data_set_s_labels(dat
     assert found["foreground_mean"]["Dice"] == pytest.approx(8 / 9)
 
 
-def test_training_cases_are_reported_apart(data):
+def test_training_cases_are_reported_separately(data):
     space = Workspace.of(data, None)
     save(space.predictions / "t.nii.gz", column(1, 1))
     evaluate((), None, space, None, dataset=data)
@@ -227,8 +233,8 @@ def test_a_label_that_occurs_nowhere_is_in_the_table_and_in_no_mean(data):
     assert found["foreground_mean"]["Dice"] == pytest.approx(8 / 9)
 
 
-def test_a_training_case_is_known_by_the_name_of_its_mask_too(data):
-    """Its label is called otherwise, as in a folder of labels from elsewhere."""
+def test_a_training_case_is_recognised_by_the_name_of_its_prediction_too(data):
+    """Its label has another name, as in a folder of labels from elsewhere."""
     space, labels = Workspace.of(data, None), data.parent / "elsewhere"
     save(space.predictions / "t.nii.gz", WHOLE)
     for case in "abct":
@@ -236,26 +242,26 @@ def test_a_training_case_is_known_by_the_name_of_its_mask_too(data):
     assert evaluate((), labels, space, data / "out", dataset=None, images=data / "imagesTr") == 0
     assert {name: case["group"] for name, case in by_case(summary(data / "out")).items()}["t_gt"] == "training"
     assert summary(data / "out")["cases"]["held_out"] == 3
-    assert '"image":null' not in (data / "out" / "report.html").read_text(encoding="utf-8")  # whose images go by the masks' names
+    assert '"image":null' not in (data / "out" / "report.html").read_text(encoding="utf-8")  # images are found by the names of the masks
 
 
-def test_a_split_that_cannot_be_understood_is_refused(data):
+def test_an_invalid_split_is_rejected(data):
     space = Workspace.of(data, None)
     space.split.write_text("[]")
     with pytest.raises(SlmSam2Error, match=r"split\.json"):
         evaluate((), None, space, None, dataset=data)
 
 
-@pytest.mark.parametrize(("limit", "code"), [("Dice=0.8", 1), ("dice=0.8", 1), ("0.5", 0), ("IoU=0.9", 1), ("nsd=0.5", 0)])
-def test_a_mean_below_the_limit_is_exit_one(folders, limit, code):
+@pytest.mark.parametrize(("threshold", "code"), [("Dice=0.8", 1), ("dice=0.8", 1), ("0.5", 0), ("IoU=0.9", 1), ("nsd=0.5", 0)])
+def test_a_mean_below_the_threshold_is_exit_one(folders, threshold, code):
     shutil.copy(folders / "masks" / "b.nii.gz", folders / "masks" / "c.nii.gz")
-    assert run(folders, fail_under=(limit,)) == code
+    assert run(folders, fail_under=(threshold,)) == code
 
 
-@pytest.mark.parametrize("limit", ["HD95=3", "Dice=high", "1.5", ""])
-def test_a_limit_that_means_nothing_is_refused(folders, limit):
-    with pytest.raises(UsageError, match="no limit"):
-        run(folders, fail_under=(limit,))
+@pytest.mark.parametrize("threshold", ["HD95=3", "Dice=high", "1.5", ""])
+def test_an_invalid_threshold_is_rejected(folders, threshold):
+    with pytest.raises(UsageError, match="not a threshold"):
+        run(folders, fail_under=(threshold,))
 
 
 def test_no_absolute_path_is_written(folders):
@@ -265,7 +271,7 @@ def test_no_absolute_path_is_written(folders):
     assert not any(str(folders) in text for text in written)
 
 
-def test_quiet_runs_print_nothing_but_what_was_asked_for(folders, capsys, monkeypatch):
+def test_quiet_runs_print_only_the_requested_json(folders, capsys, monkeypatch):
     save(folders / "masks" / "c.nii.gz", WHOLE)
     monkeypatch.setattr(console.settings, "quiet", True)
     with warnings.catch_warnings():
@@ -274,17 +280,17 @@ def test_quiet_runs_print_nothing_but_what_was_asked_for(folders, capsys, monkey
 
 
 @pytest.fixture
-def rivals(folders):
-    """Two folders of complete predictions: "good" is right everywhere, "poor" half right."""
+def two_predictions(folders):
+    """Two folders of complete predictions: "good" equals the labels, "poor" is half of them."""
     for case in "abc":
         save(folders / "good" / f"{case}.nii.gz", WHOLE)
         save(folders / "poor" / f"{case}.nii.gz", HALF)
     return folders
 
 
-def test_several_predictions_are_scored_side_by_side_and_compared_in_pairs(rivals, capsys):
-    assert run(rivals, predictions=(rivals / "poor", rivals / "good")) == 0
-    out = rivals / "out"
+def test_several_predictions_are_scored_and_compared_in_pairs(two_predictions, capsys):
+    assert run(two_predictions, predictions=(two_predictions / "poor", two_predictions / "good")) == 0
+    out = two_predictions / "out"
     assert (summary(out / "poor")["mean"]["1"]["Dice"], summary(out / "good")["mean"]["1"]["Dice"]) == (pytest.approx(2 / 3), 1.0)
     found = json.loads((out / "comparison.json").read_text())
     dice = next(pair for pair in found["pairs"] if (pair["metric"], pair["part"]) == ("Dice", "all"))
@@ -295,25 +301,25 @@ def test_several_predictions_are_scored_side_by_side_and_compared_in_pairs(rival
     assert "| poor → good |" in (out / "comparison.md").read_text()
 
 
-def test_the_worse_of_several_decides_the_exit_code(rivals):
-    (rivals / "poor" / "c.nii.gz").unlink()
-    assert run(rivals, predictions=(rivals / "good", rivals / "poor")) == 1
+def test_the_worst_of_several_predictions_decides_the_exit_code(two_predictions):
+    (two_predictions / "poor" / "c.nii.gz").unlink()
+    assert run(two_predictions, predictions=(two_predictions / "good", two_predictions / "poor")) == 1
 
 
-def test_nothing_but_failures_in_one_of_several_is_exit_one(rivals):
+def test_only_failed_cases_in_one_of_several_predictions_are_exit_one(two_predictions):
     for case in "abc":
-        (rivals / "poor" / f"{case}.nii.gz").write_bytes(b"no mask")
-    assert run(rivals, predictions=(rivals / "good", rivals / "poor")) == 1
+        (two_predictions / "poor" / f"{case}.nii.gz").write_bytes(b"no mask")
+    assert run(two_predictions, predictions=(two_predictions / "good", two_predictions / "poor")) == 1
 
 
-def test_folders_of_one_name_are_told_apart_by_where_they_lie(rivals):
+def test_folders_of_the_same_name_are_named_by_their_parent_folders(two_predictions):
     for name in ("x", "y"):
-        shutil.copytree(rivals / "good", rivals / name / "masks")
-    assert run(rivals, predictions=(rivals / "x" / "masks", rivals / "y" / "masks")) == 0
-    assert json.loads((rivals / "out" / "comparison.json").read_text())["predictions"] == ["x-masks", "y-masks"]
+        shutil.copytree(two_predictions / "good", two_predictions / name / "masks")
+    assert run(two_predictions, predictions=(two_predictions / "x" / "masks", two_predictions / "y" / "masks")) == 0
+    assert json.loads((two_predictions / "out" / "comparison.json").read_text())["predictions"] == ["x-masks", "y-masks"]
 
 
-def test_names_of_predictions_are_one_component_each_and_never_alike(tmp_path):
+def test_names_of_predictions_are_one_path_component_and_unique(tmp_path):
     assert unique_names([Path("/masks"), Path("/data/masks")]) == ["masks", "data-masks"]
     assert unique_names([Path("/home/ann/masks"), Path("/home/bob/masks")]) == ["1-masks", "2-masks"]  # no name of a user
     assert unique_names([Path("/home/ann/x/masks"), Path("/home/ann/y/masks")]) == ["x-masks", "y-masks"]
@@ -322,42 +328,42 @@ def test_names_of_predictions_are_one_component_each_and_never_alike(tmp_path):
     assert len(set(alike)) == 3 and not any("/" in name for name in alike)
 
 
-def test_a_limit_that_one_of_several_misses_is_said_with_its_name(rivals, capsys):
-    assert run(rivals, predictions=(rivals / "good", rivals / "poor"), fail_under=("0.8",)) == 1
+def test_a_failed_threshold_names_the_prediction(two_predictions, capsys):
+    assert run(two_predictions, predictions=(two_predictions / "good", two_predictions / "poor"), fail_under=("0.8",)) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert errors == ["error: poor: Dice 0.6667, the limit is 0.8"]
+    assert errors == ["error: poor: mean Dice 0.6667 is below the threshold (--fail-under 0.8)"]
 
 
-def test_one_folder_is_no_rival_of_itself(rivals):
-    with pytest.raises(UsageError, match="named twice"):
-        run(rivals, predictions=(rivals / "good", rivals / "good"))
+def test_a_folder_is_not_compared_with_itself(two_predictions):
+    with pytest.raises(UsageError, match="the same folder twice"):
+        run(two_predictions, predictions=(two_predictions / "good", two_predictions / "good"))
 
 
-def test_several_predictions_need_a_place_for_the_comparison(rivals):
+def test_several_predictions_need_an_output_folder(two_predictions):
     with pytest.raises(UsageError, match="-o"):
-        run(rivals, predictions=(rivals / "good", rivals / "poor"), out=None)
+        run(two_predictions, predictions=(two_predictions / "good", two_predictions / "poor"), output=None)
 
 
-def test_somebody_else_s_comparison_is_not_overwritten(rivals):
-    (rivals / "out").mkdir()
-    (rivals / "out" / "comparison.csv").write_text("mine")
+def test_a_comparison_of_another_tool_is_not_overwritten(two_predictions):
+    (two_predictions / "out").mkdir()
+    (two_predictions / "out" / "comparison.csv").write_text("mine")
     with pytest.raises(UsageError, match="not written by slmsam2"):
-        run(rivals, predictions=(rivals / "good", rivals / "poor"))
+        run(two_predictions, predictions=(two_predictions / "good", two_predictions / "poor"))
 
 
-def test_on_request_a_mask_on_another_grid_is_brought_onto_the_label_s(folders, capsys):
+def test_with_resample_a_mask_on_another_grid_is_resampled_to_the_label_s(folders, capsys):
     save(folders / "masks" / "c.nii.gz", np.repeat(WHOLE, 2, axis=0), spacing=(1.0, 1.0, 1.5))
     assert run(folders) == 1
     assert "--resample" in capsys.readouterr().err
     assert run(folders, options=Options(resample=True)) == 0
     found = summary(folders / "out")
     assert (found["cases"]["resampled"], by_case(found)["c"]["metrics"]["1"]["Dice"]) == (["c"], 1.0)
-    assert "case c: the prediction was resampled onto the label's grid" in capsys.readouterr().err
+    assert "case c: the prediction was resampled to the label's grid" in capsys.readouterr().err
     assert 'data-volumes="c"' in (folders / "out" / "report.html").read_text(encoding="utf-8")
 
 
-def test_slices_given_on_another_grid_are_not_taken_for_slices_of_the_label_s(folders, capsys):
-    """The mask is stored upside down: its slice 6, given, is the label's slice 1."""
+def test_annotated_slices_of_another_grid_are_not_applied_to_the_label_s(folders, capsys):
+    """The mask is stored in reverse order: its annotated slice 6 is the label's slice 1."""
     save(folders / "masks" / "c.nii.gz", WHOLE[::-1])
     image = sitk.ReadImage(str(folders / "masks" / "c.nii.gz"))
     image.SetDirection((1, 0, 0, 0, 1, 0, 0, 0, -1))
@@ -368,7 +374,7 @@ def test_slices_given_on_another_grid_are_not_taken_for_slices_of_the_label_s(fo
     assert run(folders, options=Options(resample=True)) == 0
     found = by_case(summary(folders / "out"))["c"]
     assert (found["metrics"]["1"]["Dice"], found["unprompted"]["1"]["Dice"]) == (1.0, None)
-    assert "which slices were given is not known on that grid" in capsys.readouterr().err
+    assert "the annotated slices are not known on that grid" in capsys.readouterr().err
 
 
 def test_regions_are_scored_as_unions_of_their_labels(data):
@@ -388,7 +394,7 @@ def test_regions_are_scored_as_unions_of_their_labels(data):
     assert found["foreground_mean"]["Dice"] == pytest.approx(5 / 6)
 
 
-def test_slices_given_for_a_label_are_given_for_its_regions(data):
+def test_slices_annotated_for_a_label_count_for_its_regions(data):
     content = json.loads((data / "dataset.json").read_text())
     (data / "dataset.json").write_text(json.dumps(content | {"labels": {"background": 0, "whole": [1, 2]}}))
     space = Workspace.of(data, None)
@@ -399,7 +405,7 @@ def test_slices_given_for_a_label_are_given_for_its_regions(data):
     assert (rest["n_ref"], rest["n_pred"]) == (2 * 16, 0)
 
 
-def test_the_tolerance_of_nsd_is_the_plan_s_unless_another_is_asked_for(data):
+def test_the_tolerance_of_nsd_is_the_plan_s_unless_an_option_sets_it(data):
     space = Workspace.of(data, None)
     plan(data, space)
     text = json.loads(space.plan.read_text())
@@ -411,20 +417,20 @@ def test_the_tolerance_of_nsd_is_the_plan_s_unless_another_is_asked_for(data):
     assert "nsd@1" in summary(space.evaluation)["mean"]["1"]
 
 
-def test_exchanged_labels_are_scored_as_they_are_and_named(folders, capsys):
-    truth = WHOLE.copy()
-    truth[:, 10:14, 4:8] = 2 * (column(1, 4)[:, 4:8, 4:8] > 0)
+def test_exchanged_labels_are_scored_unchanged_with_a_hint(folders, capsys):
+    labels = WHOLE.copy()
+    labels[:, 10:14, 4:8] = 2 * (column(1, 4)[:, 4:8, 4:8] > 0)
     for case in "abc":
-        save(folders / "labels" / f"{case}.nii.gz", truth)
-        save(folders / "masks" / f"{case}.nii.gz", np.array([0, 2, 1], dtype=np.uint8)[truth])
+        save(folders / "labels" / f"{case}.nii.gz", labels)
+        save(folders / "masks" / f"{case}.nii.gz", np.array([0, 2, 1], dtype=np.uint8)[labels])
     assert run(folders) == 0
     found = summary(folders / "out")
     assert (found["mean"]["1"]["Dice"], found["mean"]["2"]["Dice"]) == (0.0, 0.0)
-    assert by_case(found)["a"]["hints"][0].startswith("labels 1 and 2 look exchanged")
-    assert "warning: case a: labels 1 and 2 look exchanged" in capsys.readouterr().err
+    assert by_case(found)["a"]["hints"][0].startswith("labels 1 and 2 appear to be exchanged")
+    assert "warning: case a: labels 1 and 2 appear to be exchanged" in capsys.readouterr().err
 
 
-def test_a_mask_that_is_stored_the_other_way_round_is_rejected(folders, capsys):
+def test_a_mask_with_another_direction_is_rejected(folders, capsys):
     save(folders / "masks" / "c.nii.gz", WHOLE)
     image = sitk.ReadImage(str(folders / "masks" / "c.nii.gz"))
     image.SetDirection((1, 0, 0, 0, 1, 0, 0, 0, -1))
@@ -434,15 +440,15 @@ def test_a_mask_that_is_stored_the_other_way_round_is_rejected(folders, capsys):
     assert "direction" in capsys.readouterr().err
 
 
-def test_a_mirrored_mask_on_the_right_grid_is_scored_and_named(folders):
+def test_a_mirrored_mask_on_the_same_grid_is_scored_with_a_hint(folders):
     save(folders / "labels" / "c.nii.gz", column(0, 2))
     save(folders / "masks" / "c.nii.gz", column(5, 7))
     assert run(folders) == 0
     found = by_case(summary(folders / "out"))["c"]
-    assert (found["metrics"]["1"]["Dice"], found["hints"][0][:39]) == (0.0, "the prediction looks mirrored along z: ")
+    assert (found["metrics"]["1"]["Dice"], found["hints"][0].partition(":")[0]) == (0.0, "the prediction appears to be mirrored along z")
 
 
-def test_whole_numbers_stored_as_floats_are_a_mask_and_others_are_not(folders, capsys):
+def test_a_float_mask_must_hold_whole_numbers(folders, capsys):
     for case, factor in (("a", 1.0), ("b", 1.0), ("c", 0.5)):
         save(folders / "masks" / f"{case}.nii.gz", (WHOLE * factor).astype(np.float32))
     assert run(folders) == 1
@@ -451,7 +457,7 @@ def test_whole_numbers_stored_as_floats_are_a_mask_and_others_are_not(folders, c
     assert "0.5" in capsys.readouterr().err
 
 
-def test_masks_that_are_all_empty_are_dice_zero_and_the_diagonal(folders):
+def test_empty_masks_have_dice_zero_and_the_diagonal_as_penalised_distance(folders):
     for case in "abc":
         save(folders / "masks" / f"{case}.nii.gz", np.zeros(SHAPE, dtype=np.uint8))
     assert run(folders) == 0
@@ -462,40 +468,39 @@ def test_masks_that_are_all_empty_are_dice_zero_and_the_diagonal(folders):
     assert (statistics["n"], statistics["mean"], statistics["mean_penalised"]) == (0, None, pytest.approx(diagonal))
 
 
-def test_an_empty_folder_of_predictions_is_refused(folders):
+def test_an_empty_folder_of_predictions_is_rejected(folders):
     for path in (folders / "masks").iterdir():
         path.unlink()
-    with pytest.raises(UsageError, match="found no masks; wanted a, b, c"):
+    with pytest.raises(UsageError, match="found no masks; expected a, b, c"):
         run(folders)
 
 
-def test_the_mask_of_another_case_is_scored_for_what_it_is(folders):
+def test_a_mask_of_another_case_is_scored_like_any_other(folders):
     save(folders / "labels" / "c.nii.gz", column(6, 7))
     shutil.copy(folders / "masks" / "a.nii.gz", folders / "masks" / "c.nii.gz")
     assert run(folders) == 0
     assert by_case(summary(folders / "out"))["c"]["metrics"]["1"]["Dice"] == 0.0
 
 
-def test_the_report_is_written_unless_it_is_not_wanted(folders):
+def test_the_report_is_written_by_default_and_not_with_no_report(folders):
     run(folders, options=Options(report=False))
     assert not (folders / "out" / "report.html").exists()
     run(folders)
     assert (folders / "out" / "report.html").read_text().startswith("<!doctype html>\n<!-- slmsam2 report -->")
 
 
-def test_the_page_is_the_same_whether_it_is_drawn_while_scoring_or_from_the_files(data):
-    root = data
-    images, masks, truth = root / "imagesTr", Workspace.of(root, None).predictions, root / "labelsTr"
+def test_the_report_is_the_same_whether_drawn_while_scoring_or_from_files(data):
+    images, masks, labels = data / "imagesTr", Workspace.of(data, None).predictions, data / "labelsTr"
     save(masks / "c.nii.gz", np.concatenate([HALF, HALF]), (1.0, 1.0, 1.5))  # another grid
     for name, held in (("scoring", 2**28), ("some", 2500), ("files", 0)):
         wanted = Options(workers=2, resample=True, max_kept_bytes=held)
-        evaluate([masks], truth, None, root / name, dataset=None, images=images, options=wanted)
-    pages = [(root / name / "report.html").read_bytes() for name in ("scoring", "some", "files")]
+        evaluate([masks], labels, None, data / name, dataset=None, images=images, options=wanted)
+    pages = [(data / name / "report.html").read_bytes() for name in ("scoring", "some", "files")]
     assert pages[0] == pages[1] == pages[2]
     assert pages[0].count(b"data:image/webp") >= 3
 
 
-def test_somebody_else_s_report_is_not_overwritten(folders):
+def test_a_report_of_another_tool_is_not_overwritten(folders):
     (folders / "out").mkdir()
     (folders / "out" / "report.html").write_text("<p>mine</p>")
     with pytest.raises(UsageError, match="not written by slmsam2"):
@@ -503,13 +508,13 @@ def test_somebody_else_s_report_is_not_overwritten(folders):
 
 
 @pytest.mark.parametrize("name", ["report.html", "summary.json"])
-def test_a_folder_in_the_place_of_an_output_is_named(folders, name):
+def test_a_folder_with_the_name_of_an_output_is_an_error(folders, name):
     (folders / "out" / name).mkdir(parents=True)
     with pytest.raises(UsageError, match=f"{name} was not written by slmsam2"):
         run(folders)
 
 
-def test_a_page_of_an_earlier_run_is_said_to_be_one(folders, capsys):
+def test_a_report_of_an_earlier_run_is_a_warning(folders, capsys):
     run(folders)
     assert "earlier run" not in capsys.readouterr().err
     run(folders, options=Options(report=False))
@@ -517,20 +522,20 @@ def test_a_page_of_an_earlier_run_is_said_to_be_one(folders, capsys):
 
 
 @pytest.mark.parametrize("tolerance", [float("inf"), float("nan"), 0.0])
-def test_a_tolerance_that_is_no_distance_is_refused_before_anything_is_written(folders, tolerance):
-    with pytest.raises(UsageError, match="no distance"):
+def test_an_invalid_tolerance_is_rejected_before_anything_is_written(folders, tolerance):
+    with pytest.raises(UsageError, match="not a distance"):
         run(folders, tolerance_mm=tolerance)
     assert not (folders / "out").exists()
 
 
-def test_a_directory_in_the_place_of_a_mask_is_a_failed_case(folders, capsys):
+def test_a_folder_with_the_name_of_a_mask_is_a_failed_case(folders, capsys):
     (folders / "masks" / "c.nii.gz").mkdir()
     assert run(folders) == 1
     assert by_case(summary(folders / "out"))["c"]["status"] == "failed"
     assert "director" in capsys.readouterr().err
 
 
-def test_a_case_of_the_data_set_whose_label_is_gone_is_failed(data, capsys):
+def test_a_case_of_the_data_set_without_its_label_is_failed(data, capsys):
     masks = Workspace.of(data, None).predictions
     (data / "labelsTr" / "c.nii.gz").unlink()
     assert evaluate((masks,), data / "labelsTr", None, data.parent / "out", dataset=None) == 1
@@ -538,7 +543,26 @@ def test_a_case_of_the_data_set_whose_label_is_gone_is_failed(data, capsys):
     assert "case c: imagesTr/c_0000.nii.gz: no label" in capsys.readouterr().err
 
 
-def test_an_empty_label_is_said(folders, capsys):
+def test_an_empty_label_is_a_warning(folders, capsys):
     save(folders / "labels" / "b.nii.gz", WHOLE * 0)
     run(folders)
     assert "warning: case b: the label is empty: no foreground" in capsys.readouterr().err
+
+
+def test_a_folder_of_prompts_is_rejected_with_the_command_that_predicts_from_it(folders):
+    (folders / "masks" / "a.prompts.json").write_text('{"axis": "SI", "annotated_slices": [1]}')
+    with pytest.raises(UsageError, match=r"a folder of prompts \(it holds a.prompts.json.*slmsam2 predict -p"):
+        run(folders)
+
+
+def test_predictions_with_a_manifest_are_scored_although_prompts_lie_beside_them(folders):
+    (folders / "masks" / "a.prompts.json").write_text('{"axis": "SI", "annotated_slices": [1]}')
+    (folders / "masks" / "manifest.json").write_text(json.dumps({"format_version": 2, "cases": {}}))
+    assert run(folders) == 1
+    assert summary(folders / "out")["cases"]["pred_missing"] == ["c"]
+
+
+def test_a_manifest_of_format_version_1_is_rejected(folders):
+    (folders / "masks" / "manifest.json").write_text(json.dumps({"format_version": 1, "cases": {}}))
+    with pytest.raises(UsageError, match="format_version 1"):
+        run(folders)

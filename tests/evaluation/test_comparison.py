@@ -1,4 +1,4 @@
-"""Two predictions of the same cases: differences one can work out by hand."""
+"""Comparing two predictions of the same cases: differences that can be computed by hand."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_smaller_distance_is_the_better_one():
     assert (found["difference"], found["second_better"], found["first_better"]) == (-5.0, 1, 0)
 
 
-def test_cases_that_only_one_can_be_judged_on_are_named_and_left_out():
+def test_cases_that_failed_in_one_prediction_are_listed_and_not_compared():
     found = compare({"old": summary({"a": {"1": 0.5}, "b": {"1": 0.1}}, failed="b"), "new": summary({"a": {"1": 0.6}, "b": {"1": 0.9}})})
     assert (found["cases"], found["not_compared"], row(found)["n"]) == (["a"], ["b"], 1)
 
@@ -62,21 +62,21 @@ def test_training_cases_are_not_compared():
     assert (found["cases"], row(found)["difference"]) == ([], None)
 
 
-def test_a_label_not_known_in_one_of_them_does_not_count():
+def test_a_label_with_unknown_status_in_one_prediction_is_not_compared():
     found = compare({"old": summary({"a": {"1": None}, "b": {"1": 0.5}}, unknown="a"), "new": summary({"a": {"1": 0.0}, "b": {"1": 0.5}})})
     assert (row(found)["n"], row(found)["difference"], row(found)["equal"]) == (1, 0.0, 1)
 
 
-@pytest.mark.parametrize("rightly", [{"1": 0.5, "2": None}, {"1": 0.5}])
-def test_an_invented_structure_counts_against_who_invented_it(rightly):
-    """Also where the other's summary does not list the label, because it occurs nowhere in it."""
-    found = compare({"clean": summary({"a": rightly}), "inventive": summary({"a": {"1": 0.5, "2": 0.0}}, hd95={"a": 70.0})})
+@pytest.mark.parametrize("correct", [{"1": 0.5, "2": None}, {"1": 0.5}])
+def test_a_structure_that_does_not_exist_counts_against_the_prediction_that_has_it(correct):
+    """Also where the other summary does not list the label, because it occurs nowhere."""
+    found = compare({"clean": summary({"a": correct}), "wrong": summary({"a": {"1": 0.5, "2": 0.0}}, hd95={"a": 70.0})})
     assert (row(found, label="2")["difference"], row(found, label="2")["first_better"]) == (-1.0, 1)
     assert row(found, "HD95_penalised", label="2")["difference"] == 70.0
     assert row(found, label=MACRO)["difference"] == -0.5
 
 
-def test_all_labels_together_weigh_the_same():
+def test_every_label_has_the_same_weight_in_the_foreground_difference():
     found = compare({"old": summary({"a": {"1": 0.5, "2": 0.5}}), "new": summary({"a": {"1": 0.7, "2": 0.5}})})
     assert row(found, label=MACRO)["difference"] == pytest.approx(0.1)
 

@@ -1,4 +1,4 @@
-"""Mistakes behind a low score are named; good and merely bad masks are left in peace."""
+"""Hints name mistakes that explain a low score, and only these."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ def two_blocks():
     return labels
 
 
-def test_a_right_mask_needs_no_hint():
+def test_a_correct_mask_gets_no_hint():
     assert hints(two_blocks(), two_blocks(), [1, 2]) == []
 
 
-def test_exchanged_labels_are_named_with_both_values():
+def test_exchanged_labels_are_named():
     swapped = np.array([0, 2, 1], dtype=np.uint8)[two_blocks()]
     (line,) = hints(two_blocks(), swapped, [1, 2])
-    assert line.startswith("labels 1 and 2 look exchanged: Dice of 1 against the predicted 2 is 1.00")
+    assert line.startswith("labels 1 and 2 appear to be exchanged: Dice of 1 against the predicted 2 is 1.00")
 
 
-def test_a_mask_turned_over_is_named_with_its_axis():
+def test_a_mirrored_mask_is_named_with_its_axis():
     (line,) = hints(two_blocks(), two_blocks()[::-1], [1, 2])
-    assert line.startswith("the prediction looks mirrored along z")
+    assert line.startswith("the prediction appears to be mirrored along z")
 
 
-def test_an_empty_mask_is_no_mirror_image():
+def test_an_empty_mask_gets_no_hint():
     assert hints(two_blocks(), np.zeros_like(two_blocks()), [1, 2]) == []
     assert hints(np.zeros_like(two_blocks()), two_blocks(), [1, 2]) == []
 
@@ -44,7 +44,7 @@ def test_a_mask_of_something_else_gets_no_hint():
     assert hints(two_blocks(), elsewhere, [1, 2]) == []
 
 
-def test_values_nobody_asked_about_are_no_obstacle():
+def test_values_that_are_not_compared_are_ignored():
     other = two_blocks()
     other[5] = 200
     assert hints(two_blocks(), other, [1, 2]) == []
@@ -52,7 +52,7 @@ def test_values_nobody_asked_about_are_no_obstacle():
 
 @settings(max_examples=50)
 @given(arrays(np.uint8, (3, 5, 5), elements=st.integers(0, 3)))
-def test_no_mask_gets_a_hint_against_itself(labels):
+def test_no_mask_gets_a_hint_when_compared_with_itself(labels):
     assert hints(labels, labels, [1, 2, 3]) == []
 
 
@@ -61,14 +61,14 @@ blocks = st.lists(st.tuples(st.integers(0, 3), *[st.tuples(st.integers(0, 5), st
 
 @settings(max_examples=200)
 @given(blocks, st.sampled_from(["exchanged", "mirrored", "other"]), blocks)
-def test_where_the_labels_fit_no_hint_is_missed_by_not_looking(shapes, mistake, others):
-    truth = painted(shapes)
-    prediction = {"exchanged": np.array([0, 2, 1, 3], np.uint8)[truth], "mirrored": truth[:, ::-1], "other": painted(others)}[mistake]
-    if hints(truth, prediction, [1, 2, 3]):
-        assert may_have_hints(dice(truth == value, prediction == value) for value in (1, 2, 3))
+def test_every_hint_is_among_those_that_the_dice_of_the_labels_allows(shapes, mistake, others):
+    reference = draw(shapes)
+    prediction = {"exchanged": np.array([0, 2, 1, 3], np.uint8)[reference], "mirrored": reference[:, ::-1], "other": draw(others)}[mistake]
+    if hints(reference, prediction, [1, 2, 3]):
+        assert may_have_hints(dice(reference == value, prediction == value) for value in (1, 2, 3))
 
 
-def painted(shapes):
+def draw(shapes):
     labels = np.zeros((6, 6, 6), dtype=np.uint8)
     for value, *spans in shapes:
         labels[tuple(slice(start, start + length) for start, length in spans)] = value

@@ -1,4 +1,4 @@
-"""Which mask belongs to which label when no two files have the same name."""
+"""Matching names that differ by an affix, when no two files have the same name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from slmsam2_cli.evaluation.matching import match_by_affix
         (["anna", "anna_maria"], ["pred_anna", "pred_anna_maria"], {"anna": "pred_anna", "anna_maria": "pred_anna_maria"}),
     ],
 )
-def test_names_that_differ_by_an_affix_belong_together(labels, predictions, found):
+def test_names_that_differ_by_an_affix_match(labels, predictions, found):
     assert match_by_affix(labels, predictions) == found
 
 
@@ -39,7 +39,7 @@ def test_names_that_differ_by_an_affix_belong_together(labels, predictions, foun
         (["a"], []),
     ],
 )
-def test_names_that_differ_by_more_or_in_two_ways_do_not(labels, predictions):
+def test_names_that_differ_by_more_or_ambiguously_do_not_match(labels, predictions):
     assert match_by_affix(labels, predictions) == {}
 
 
@@ -47,12 +47,12 @@ def test_names_that_differ_by_more_or_in_two_ways_do_not(labels, predictions):
     ("ours", "theirs"),
     [("{}_T1", "{}_T2"), ("left_{}", "right_{}"), ("{}_pre", "{}_post"), ("anna_{}", "bob_{}"), ("site1_{}_seg", "site2_{}")],
 )
-def test_what_could_tell_cases_apart_is_not_taken_off_both_sides(ours, theirs):
+def test_words_that_distinguish_cases_are_not_removed_from_both_sides(ours, theirs):
     assert match_by_affix([ours.format(n) for n in (1, 2)], [theirs.format(n) for n in (1, 2)]) == {}
 
 
 @pytest.mark.parametrize("left_over", ["case_1_right", "case_2_right", "old_case_2_left"])
-def test_a_label_that_fits_a_second_prediction_too_makes_all_doubtful(left_over):
+def test_nothing_matches_when_a_label_fits_a_second_prediction(left_over):
     assert match_by_affix(["case_1", "case_2"], ["case_1_left", "case_2_left", left_over]) == {}
 
 
@@ -61,7 +61,7 @@ def test_a_label_that_fits_a_second_prediction_too_makes_all_doubtful(left_over)
     st.sampled_from(["", "pred_", "my-model_"]),
     st.sampled_from(["", "_seg", "_CT.label"]),
 )
-def test_every_case_is_found_again_behind_an_affix(numbers, before, after):
+def test_every_case_is_found_behind_an_affix(numbers, before, after):
     labels = [f"case_{n:03}" for n in numbers]
     expected = {name: f"{before}{name}{after}" for name in labels}
     assert match_by_affix(labels, list(expected.values())) == expected

@@ -1,4 +1,4 @@
-"""Every measure on shapes whose answer can be worked out in the head; (z, y, x) voxels, mm."""
+"""Every measure on shapes whose result can be computed by hand; masks (z, y, x), mm."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import pytest
 from slmsam2_cli.evaluation.metrics import (
     Pair,
     coarsest_axis,
-    diagonal_mm,
     dice,
-    empty_record,
     hd95,
     measure,
     measure_missing,
@@ -38,8 +36,8 @@ NOTHING = np.zeros(SHAPE, dtype=bool)
 CUBE = block((3, 6), (3, 6), (3, 6))
 
 
-def score(reference, prediction, spacing=UNIT, axis=0, prompted=None):
-    return measure(Pair.of(reference, prediction, spacing, axis), prompted)
+def score(reference, prediction, spacing=UNIT, axis=0, annotated=None):
+    return measure(Pair.of(reference, prediction, spacing, axis), annotated)
 
 
 def test_hd95_of_two_parallel_slabs_is_their_gap_in_mm():
@@ -93,7 +91,7 @@ def test_single_voxels_lie_their_diagonal_apart():
     assert record["hd_mm"] == record["HD95"] == pytest.approx(5.0)
 
 
-def test_hd95_is_the_larger_direction_and_pooling_hides_it():
+def test_hd95_is_the_larger_of_both_directions_and_not_pooled():
     line, longer = block((0, 0), (0, 0), (0, 9)), block((0, 0), (0, 0), (0, 10))  # one voxel thick, so all border
     record = score(line, longer).all
     assert record["HD95"] == pytest.approx(0.5)  # from the longer line: ten zeros and a one, rank 9.5 of 0..10
@@ -108,7 +106,7 @@ def test_nsd_is_the_share_of_both_borders_within_the_tolerance():
     assert score(line, longer).all["nsd@2"] == pytest.approx((10 + 12) / 24)  # the longer line ends 1, 2, 3 and 4 mm beyond
 
 
-def test_a_shifted_cube_lies_off_by_the_face_it_left_and_by_what_came_to_lie_inside():
+def test_the_distances_of_a_shifted_cube_are_those_of_two_opposite_faces():
     found = score(CUBE, np.roll(CUBE, 1, axis=2), spacing=(1.0, 1.0, 2.0)).all
     # of 56 border voxels either way 16 are 2 mm off (the face left behind) and 4 are 1 mm off (the opposite face's middle, now inside)
     assert [found[k] for k in ("HD95", "hd95_pooled_mm", "hd_mm")] == [2.0, 2.0, 2.0]
@@ -133,7 +131,7 @@ def test_a_one_slice_volume_is_scored_in_two_dimensions():
     assert score(whole, hollow).all["hd_mm"] == pytest.approx(2.0)
 
 
-def test_cropping_to_the_masks_invents_no_border():
+def test_cropping_to_the_masks_creates_no_border():
     cube, longer = block((0, 3), (0, 3), (0, 3), (4, 4, 5)), block((0, 3), (0, 3), (0, 4), (4, 4, 5))
     tight, roomy = score(cube, longer).all, score(np.pad(cube, 3), np.pad(longer, 3)).all
     names = ("HD95", "hd95_pooled_mm", "hd_mm", "assd_mm", "masd_mm", "nsd@2", "Dice")
@@ -159,20 +157,19 @@ def test_both_empty_is_undefined_and_not_penalised():
     assert (found.all["over_rate"], found.all["n_ref"], found.all["TN"]) == (0.0, 0, 10 * 12 * 14)
 
 
-def test_a_missing_prediction_is_dice_zero_even_where_there_was_nothing_to_find():
+def test_a_missing_prediction_is_dice_zero_even_for_an_empty_reference():
     for reference in (CUBE, NOTHING):
         found = measure_missing(Pair.of(reference, NOTHING, UNIT), known=True)
         assert (found.status, found.all["Dice"], found.all["HD95"]) == ("pred_missing", 0.0, None)
-        assert found.all["HD95_penalised"] == pytest.approx(diagonal_mm(SHAPE, UNIT))
+        assert found.all["HD95_penalised"] == pytest.approx(math.hypot(*SHAPE))
         assert found.unprompted == found.all
 
 
-def test_what_could_not_be_read_is_null_throughout():
-    assert set(empty_record().values()) == {None}
-    assert list(empty_record()) == metric_names() == list(score(CUBE, CUBE).all)
+def test_a_record_holds_every_metric_in_the_documented_order():
+    assert list(score(CUBE, CUBE).all) == list(score(CUBE, NOTHING).all) == metric_names()
 
 
-def test_going_on_past_the_last_slice_is_over_propagation():
+def test_extending_beyond_the_last_slice_is_over_propagation():
     record = score(CUBE, block((3, 8), (3, 6), (3, 6)), spacing=(3.0, 1.0, 1.0)).all
     assert record["over_slices"] == 2
     assert record["over_rate"] == pytest.approx(2 / 6)
@@ -183,7 +180,7 @@ def test_going_on_past_the_last_slice_is_over_propagation():
     assert (record["slice_precision"], record["slice_recall"], record["slice_f1"]) == pytest.approx((4 / 6, 1.0, 0.8))
 
 
-def test_stopping_early_is_under_propagation_and_a_negative_end_error():
+def test_ending_early_is_under_propagation_and_a_negative_end_error():
     record = score(CUBE, block((4, 6), (3, 6), (3, 6)), spacing=(3.0, 1.0, 1.0)).all
     assert record["under_rate"] == pytest.approx(1 / 4)
     assert (record["over_extent_mm"], record["end_error_low_mm"], record["end_error_high_mm"]) == (0.0, -3.0, 0.0)
@@ -199,8 +196,8 @@ def test_an_empty_prediction_has_no_extent_and_every_slice_missed():
     assert (record["over_rate"], record["under_rate"], record["over_extent_mm"], record["over_voxel_fraction"]) == (0.0, 1.0, None, None)
 
 
-def test_the_slice_table_tells_distance_from_the_nearest_prompt_pixels_dice_and_area():
-    table = score(CUBE, block((4, 7), (3, 6), (3, 4)), spacing=(3.0, 1.0, 2.0), prompted=[4, 9]).slices
+def test_the_slice_table_has_distance_from_the_nearest_annotated_slice_pixels_dice_and_area():
+    table = score(CUBE, block((4, 7), (3, 6), (3, 4)), spacing=(3.0, 1.0, 2.0), annotated=[4, 9]).slices
     assert [row["slice"] for row in table] == [3, 4, 5, 6, 7, 9]
     assert [row["prompt_distance_slices"] for row in table] == [-1, 0, 1, 2, -2, 0]
     assert [row["prompt_distance_mm"] for row in table] == [-3, 0, 3, 6, -6, 0]
@@ -209,60 +206,60 @@ def test_the_slice_table_tells_distance_from_the_nearest_prompt_pixels_dice_and_
     assert [row["area_error_mm2"] for row in table] == [-32, -16, -16, -16, 16, 0]
 
 
-def test_without_known_prompts_nothing_is_said_about_unprompted_slices():
+def test_unprompted_measures_are_none_when_annotated_slices_are_unknown():
     found = score(CUBE, CUBE)
     assert (found.unprompted, found.unprompted_status, found.slices[0]["prompt_distance_slices"]) == (None, None, None)
 
 
-def test_unprompted_dice_leaves_the_given_slices_out_of_both_masks():
+def test_unprompted_dice_leaves_the_annotated_slices_out_of_both_masks():
     prediction = CUBE.copy()
     prediction[5:7] = False
-    found = score(CUBE, prediction, prompted=[3])
+    found = score(CUBE, prediction, annotated=[3])
     assert found.all["Dice"] == pytest.approx(2 * 2 / (4 + 2))
     assert found.unprompted["Dice"] == pytest.approx(2 * 1 / (3 + 1))
     assert found.unprompted["n_ref"] == 3 * 16
 
 
-def test_unprompted_distances_ask_only_voxels_outside_the_given_slices():
+def test_unprompted_distances_are_those_of_border_voxels_outside_the_annotated_slices():
     reference = block((2, 4), (5, 5), (5, 5))
     prediction = np.roll(reference, 4, axis=2)
     prediction[3] = reference[3]
-    found = score(reference, prediction, prompted=[3])
-    # the reference's two other voxels are 1 mm from the given one, the prediction's two are 4 mm from their files of the same name
+    found = score(reference, prediction, annotated=[3])
+    # the reference's two other voxels are 1 mm from the annotated one, the prediction's two are 4 mm from theirs
     assert found.all["assd_mm"] == pytest.approx((1 + 0 + 1 + 4 + 0 + 4) / 6)
     assert found.unprompted["assd_mm"] == pytest.approx((1 + 1 + 4 + 4) / 4)
 
 
-def test_cutting_out_a_given_slice_opens_no_border_inside_a_solid():
+def test_leaving_out_an_annotated_slice_creates_no_border_inside_a_solid():
     solid = block((2, 7), (2, 7), (2, 7))
     smaller = block((2, 7), (2, 7), (2, 6))
     smaller[4] = solid[4]
-    found = score(solid, smaller, prompted=[4])
+    found = score(solid, smaller, annotated=[4])
     assert found.unprompted["hd_mm"] == 1.0
     assert found.unprompted["assd_mm"] > found.all["assd_mm"]
 
 
-def test_a_label_that_was_given_entirely_is_both_empty_when_the_given_is_left_out():
+def test_a_label_on_annotated_slices_alone_is_both_empty_without_them():
     one = block((4, 4), (3, 6), (3, 6))
-    found = score(one, one, prompted=[4])
+    found = score(one, one, annotated=[4])
     assert (found.status, found.unprompted_status, found.unprompted["Dice"]) == ("ok", "both_empty", None)
 
 
-def test_flooding_past_the_only_slice_is_penalised_when_the_given_is_left_out():
-    found = score(block((4, 4), (3, 6), (3, 6)), block((4, 6), (3, 6), (3, 6)), prompted=[4])
+def test_predicting_beyond_the_only_slice_is_penalised_without_the_annotated_slice():
+    found = score(block((4, 4), (3, 6), (3, 6)), block((4, 6), (3, 6), (3, 6)), annotated=[4])
     assert (found.unprompted_status, found.unprompted["Dice"], found.unprompted["HD95"]) == ("ref_empty", 0.0, None)
-    assert found.unprompted["HD95_penalised"] == pytest.approx(diagonal_mm(SHAPE, UNIT))
+    assert found.unprompted["HD95_penalised"] == pytest.approx(math.hypot(*SHAPE))
 
 
-def test_extents_compare_whole_masks_whatever_was_given():
-    found = score(CUBE, block((3, 8), (3, 6), (3, 6)), prompted=[6])
+def test_extents_compare_whole_masks_whatever_is_annotated():
+    found = score(CUBE, block((3, 8), (3, 6), (3, 6)), annotated=[6])
     assert found.unprompted["over_extent_mm"] == 2.0
 
 
-def test_the_coarsest_axis_is_through_plane_and_z_when_all_are_alike():
+def test_the_coarsest_axis_is_through_plane_and_z_for_isotropic_voxels():
     assert [coarsest_axis(s) for s in ((3.0, 1.0, 1.0), (1.0, 1.0, 4.0), (1.0, 1.0, 1.0), (1.0, 1.0005, 1.0))] == [0, 2, 0, 0]
 
 
-def test_masks_of_different_shape_are_refused():
-    with pytest.raises(ValueError, match="alike"):
+def test_masks_of_different_shape_are_rejected():
+    with pytest.raises(ValueError, match="of one shape"):
         Pair.of(CUBE, CUBE[1:], UNIT)

@@ -1,4 +1,4 @@
-"""The values on which independent tools agree; read from the shared material beside the repository."""
+"""Values on which independent tools agree, from the shared folder next to the repository."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def scores():
 
 
 @pytest.mark.parametrize(("case", "family", "name", "value"), list(values()))
-def test_value_agrees_with_independent_tools(scores, case, family, name, value):
+def test_a_value_agrees_with_independent_tools(scores, case, family, name, value):
     tolerance = reference()["tolerance"]["mm" if name.endswith("_mm") or name == "HD95" else "ratio"]
     assert scores[case][name] == (None if value is None else pytest.approx(value, abs=tolerance))
 
 
-def test_no_reference_value_was_left_out():
+def test_all_332_reference_values_are_tested():
     assert len(list(values())) == 332

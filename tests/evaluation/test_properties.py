@@ -1,4 +1,4 @@
-"""What must hold for any two masks."""
+"""Properties of the measures that hold for any two masks."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def pairs(draw):
     return draw(hnp.arrays(bool, shape)), draw(hnp.arrays(bool, shape))
 
 
-def record(reference, prediction, spacing=SPACING, axis=0, prompted=None):
-    return measure(Pair.of(reference, prediction, spacing, axis), prompted)
+def record(reference, prediction, spacing=SPACING, axis=0, annotated=None):
+    return measure(Pair.of(reference, prediction, spacing, axis), annotated)
 
 
 def close(left, right):
@@ -41,14 +41,14 @@ def close(left, right):
 
 
 @given(pairs())
-def test_swapping_reference_and_prediction_swaps_over_and_under_and_nothing_else(masks):
+def test_swapping_reference_and_prediction_swaps_only_directed_measures(masks):
     one, other = record(*masks).all, record(*masks[::-1]).all
     assert all(close(one[name], other[name]) for name in SYMMETRIC)
     assert all(close(one[a], other[b]) and close(one[b], other[a]) for a, b in SWAPPED)
 
 
 @given(pairs())
-def test_twice_the_spacing_is_twice_every_distance(masks):
+def test_doubling_the_spacing_doubles_every_distance(masks):
     one, two = record(*masks).all, record(*masks, spacing=tuple(2 * s for s in SPACING)).all
     for name in (*DISTANCES, *(f"{d}_penalised" for d in DISTANCES), "over_extent_mm"):
         assert close(None if one[name] is None else 2 * one[name], two[name])
@@ -67,7 +67,7 @@ def test_flipping_and_transposing_changes_no_number(masks, flips, order):
 
 
 @given(pairs(), st.integers(0, 3))
-def test_air_around_the_masks_changes_nothing_that_is_not_counted_in_air(masks, air):
+def test_padding_changes_no_measure_except_those_that_count_background(masks, air):
     if min(masks[0].shape) < 2:  # a single slice is scored in 2-D, a padded one is not
         return
     one, other = record(*masks).all, record(*(np.pad(mask, air) for mask in masks)).all
@@ -75,7 +75,7 @@ def test_air_around_the_masks_changes_nothing_that_is_not_counted_in_air(masks, 
 
 
 @given(pairs())
-def test_distances_agree_with_brute_force(masks):
+def test_distances_equal_those_of_an_exhaustive_search(masks):
     found = record(*masks).all
     if found["hd_mm"] is None:
         return
@@ -98,21 +98,21 @@ def _border_by_definition(mask):
 
 
 @given(pairs())
-def test_every_distance_is_below_its_penalty(masks):
+def test_no_distance_exceeds_its_penalty(masks):
     found = record(*masks).all
     missed = measure_missing(Pair.of(masks[0], np.zeros_like(masks[0]), SPACING), known=False).all
     assert all(found[name] is None or found[name] <= missed[f"{name}_penalised"] for name in DISTANCES)
 
 
 @given(pairs(), st.sets(st.integers(0, 5)))
-def test_giving_slices_never_adds_voxels_to_the_count(masks, prompted):
-    found = record(*masks, prompted=sorted(k for k in prompted if k < masks[0].shape[0]))
+def test_leaving_out_annotated_slices_never_adds_voxels(masks, annotated):
+    found = record(*masks, annotated=sorted(k for k in annotated if k < masks[0].shape[0]))
     assert all(found.unprompted[k] <= found.all[k] for k in ("TP", "FP", "FN", "TN", "n_ref", "n_pred"))
-    assert found.unprompted == found.all or prompted
+    assert found.unprompted == found.all or annotated
 
 
 @given(pairs())
-def test_the_short_functions_are_the_record_s_own_numbers(masks):
+def test_dice_and_hd95_return_the_values_of_the_record(masks):
     found = record(*masks).all
     assert close(dice(*masks), found["Dice"])
     assert close(hd95(*masks, SPACING), found["HD95"])
@@ -120,7 +120,7 @@ def test_the_short_functions_are_the_record_s_own_numbers(masks):
 
 @settings(max_examples=100)
 @given(st.lists(pairs(), min_size=1, max_size=5), st.data())
-def test_a_set_with_k_missed_organs_never_scores_better_than_with_k_minus_one(cases, data):
+def test_missing_one_more_organ_never_improves_an_average(cases, data):
     """Organs go missing one after another, as an empty mask or as no file at all; no average may ever improve."""
     records = [record(*masks).all for masks in cases]
     lost = data.draw(st.permutations(range(len(cases))))

@@ -1,4 +1,4 @@
-"""Masks on disk to scores: grids compared, bad cases kept apart, the same result from any number of processes."""
+"""Scoring masks from files: grids are compared, failed cases stop no other, any number of processes gives the same result."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def test_slices_are_numbered_along_the_coarsest_axis_unless_the_manifest_says_ot
     assert (along_z["over_slices"], along_z["over_extent_mm"], along_y["over_slices"]) == (2, 6.0, 0)
 
 
-def test_prompted_slices_are_taken_out_label_by_label(job):
+def test_annotated_slices_are_left_out_label_by_label(job):
     masks = labels(v1=(1, 2), v2=(4, 4)), labels(v1=(1, 1), v2=(4, 4))
-    found = score_case(job(*masks, values=(1, 2), prompted={1: (1,)}))
+    found = score_case(job(*masks, values=(1, 2), annotated={1: (1,)}))
     assert (found.labels[1].unprompted_status, found.labels[1].unprompted["Dice"]) == ("pred_empty", 0.0)
     assert found.labels[2].unprompted == found.labels[2].all
 
@@ -82,7 +82,7 @@ def test_prompted_slices_are_taken_out_label_by_label(job):
         ({"origin": (0.0, 0.5, 0.0)}, "origin (0, 0, 0) but (0, 0.5, 0)"),
     ],
 )
-def test_another_grid_rejects_the_case_and_names_both(job, grid, named):
+def test_a_prediction_on_another_grid_fails_and_the_error_names_both_grids(job, grid, named):
     found = score_case(job(labels(v1=(1, 2)), labels(v1=(1, 2)), grid=grid))
     assert (found.status, found.labels) == ("failed", {})
     assert found.problem.startswith("case a: a.nii.gz:")
@@ -103,41 +103,41 @@ MOVED = np.diag([1.0, 1.0, 3.0, 1.0]) + np.array([[0, 0, 0, 50.0]] + [[0] * 4] *
 
 
 @pytest.mark.parametrize(
-    ("doubtful", "said"),
+    ("uncertain", "warning"),
     [
         ({"code": 0}, "the orientation of one of the files is uncertain"),
         ({"qform": MOVED}, "sform and qform"),
         ({"units": "micron"}, "the spacing of one of the files is uncertain"),
     ],
 )
-def test_what_a_label_does_not_know_about_itself_is_not_held_against_the_prediction(job, tmp_path, doubtful, said):
+def test_an_uncertain_part_of_the_geometry_is_a_warning_and_not_a_failure(job, tmp_path, uncertain, warning):
     masks = labels(v1=(1, 2)), labels(v1=(1, 2))
     made = job(*masks)
-    nifti(made.reference, masks[0], **doubtful)
-    nibabel.save(nibabel.Nifti1Image(masks[1].T, doubtful.get("qform", np.diag([1.0, 1.0, 3.0, 1.0]))), made.prediction)
+    nifti(made.reference, masks[0], **uncertain)
+    nibabel.save(nibabel.Nifti1Image(masks[1].T, uncertain.get("qform", np.diag([1.0, 1.0, 3.0, 1.0]))), made.prediction)
     found = score_case(made)
     assert (found.status, found.problem) == ("ok", None)
     assert found.labels[1].all["Dice"] == 1.0
-    assert any(said in line for line in found.warnings)
+    assert any(warning in line for line in found.warnings)
 
 
-def test_another_shape_rejects_the_case(job):
+def test_a_prediction_of_another_shape_fails(job):
     found = score_case(job(labels(v1=(1, 2)), labels(v1=(1, 2))[:5]))
     assert "shape (6, 5, 4) but (5, 5, 4)" in found.problem
 
 
-def test_a_hair_s_breadth_of_difference_in_the_header_is_accepted(job):
+def test_a_rounding_difference_in_the_header_is_accepted(job):
     assert score_case(job(labels(v1=(1, 2)), labels(v1=(1, 2)), grid={"spacing": (1.0, 1.0, 3.001)})).status == "ok"
 
 
-def test_a_truncated_file_is_a_failed_case_and_the_others_go_on(job):
+def test_a_truncated_file_fails_its_case_only(job):
     jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=name) for name in "abc"]
     data = jobs[1].prediction.read_bytes()
     jobs[1].prediction.write_bytes(data[: len(data) // 2])
     assert [score.status for score in score_all(jobs)] == ["ok", "failed", "ok"]
 
 
-def test_ignored_voxels_are_scored_nowhere(job):
+def test_ignored_voxels_are_not_scored(job):
     truth, predicted = labels(v1=(1, 2)), labels(v1=(1, 4))
     truth[3:] = 9
     found = score_case(job(truth, predicted, ignore=9))
@@ -151,7 +151,7 @@ def test_undeclared_values_of_a_prediction_are_listed_with_their_counts(job):
     assert "case a: label 2 is not declared and not scored (4 voxels in the prediction)" in found.warnings
 
 
-def test_undeclared_values_of_a_label_reject_the_case(job):
+def test_undeclared_values_of_a_label_fail_the_case(job):
     found = score_case(job(labels(v1=(1, 2), v2=(4, 4)), labels(v1=(1, 2))))
     assert (found.status, "label values 2 (4 voxels) are not declared" in found.problem) == ("failed", True)
 
@@ -166,13 +166,13 @@ def test_without_declared_labels_every_value_of_any_case_is_a_label_of_every_cas
     assert [c.labels[v].status for v in (1, 2, 3)] == ["pred_missing"] * 3
 
 
-def test_a_prompted_slice_outside_the_volume_means_the_manifest_belongs_elsewhere(job):
-    found = score_case(job(labels(v1=(1, 2)), labels(v1=(1, 2)), prompted={1: (6,)}))
-    assert "prompted slice 6, the volume has slices 0 to 5" in found.problem
+def test_an_annotated_slice_outside_the_volume_fails_the_case(job):
+    found = score_case(job(labels(v1=(1, 2)), labels(v1=(1, 2)), annotated={1: (6,)}))
+    assert "annotated slice 6, but the volume has slices 0 to 5" in found.problem
 
 
 def test_any_number_of_processes_gives_the_same_scores(job):
-    jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2 + i % 3)), case=f"c{i}", prompted={1: (1,)}) for i in range(5)]
+    jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2 + i % 3)), case=f"c{i}", annotated={1: (1,)}) for i in range(5)]
     alone = score_all(jobs, workers=1)
     together = score_all(jobs, workers=2)
     assert [(s.case, s.labels[1].all, s.labels[1].unprompted) for s in alone] == [
@@ -180,7 +180,7 @@ def test_any_number_of_processes_gives_the_same_scores(job):
     ]
 
 
-def test_a_process_that_scores_imports_nothing_slow_that_it_does_not_need():
+def test_scoring_imports_no_slow_packages():
     wanted = "import sys, slmsam2_cli.evaluation.scoring; print(*(m.partition('.')[0] for m in sys.modules))"
     loaded = set(subprocess.run([sys.executable, "-c", wanted], capture_output=True, text=True, check=True).stdout.split())
     assert "numpy" in loaded
@@ -188,23 +188,23 @@ def test_a_process_that_scores_imports_nothing_slow_that_it_does_not_need():
 
 
 @dataclass(frozen=True)
-class Weighing:
-    """Makes something of 100 bytes of every pair of masks, and keeps what it saw."""
+class MaskSums:
+    """Makes a result of 100 bytes that holds the sums of both masks."""
 
     size: int = 100
     seen: tuple = ()
 
     def __call__(self, score, compared):
         prediction = None if compared.prediction is None else int(compared.prediction.sum())
-        return Weighing(seen=(score.status, int(compared.truth.sum()), prediction, compared.box, compared.resampled))
+        return MaskSums(seen=(score.status, int(compared.reference.sum()), prediction, compared.box, compared.resampled))
 
 
-def test_what_is_made_of_the_masks_comes_back_with_the_scores(job, monkeypatch):
+def test_the_result_of_post_scoring_is_returned_with_the_scores(job, monkeypatch):
     jobs = [
-        job(labels(v1=(1, 2)), labels(v1=(2, 4)), case="a", post_scoring=Weighing()),
-        job(labels(v1=(1, 2), v3=(5, 5)), None, case="b", post_scoring=Weighing(), ignore=3),
-        job(labels(), labels(), case="c", post_scoring=Weighing()),
-        job(labels(v1=(1, 2)), labels(v1=(1, 2)), case="d", grid={"spacing": (2.0, 1.0, 3.0)}, post_scoring=Weighing()),
+        job(labels(v1=(1, 2)), labels(v1=(2, 4)), case="a", post_scoring=MaskSums()),
+        job(labels(v1=(1, 2), v3=(5, 5)), None, case="b", post_scoring=MaskSums(), ignore=3),
+        job(labels(), labels(), case="c", post_scoring=MaskSums()),
+        job(labels(v1=(1, 2)), labels(v1=(1, 2)), case="d", grid={"spacing": (2.0, 1.0, 3.0)}, post_scoring=MaskSums()),
     ]
     monkeypatch.setattr(parallel, "START_METHOD", "fork")  # a forked process knows this file
     a, b, c, d = score_all(jobs, workers=2)
@@ -214,8 +214,8 @@ def test_what_is_made_of_the_masks_comes_back_with_the_scores(job, monkeypatch):
     assert (d.status, d.made) == ("failed", None)
 
 
-def test_no_more_is_held_of_it_than_allowed(job):
-    jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}", post_scoring=Weighing()) for i in range(4)]
+def test_results_of_post_scoring_beyond_the_limit_are_dropped(job):
+    jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}", post_scoring=MaskSums()) for i in range(4)]
     assert [score.made is not None for score in score_all(jobs, workers=1, max_kept_bytes=250)] == [True, True, False, False]
 
 
@@ -232,12 +232,12 @@ def test_a_killed_process_fails_its_own_case_only(job, monkeypatch):
     monkeypatch.setattr(scoring, "score_case", killing)
     found = score_all(jobs, workers=2)
     assert [(s.case, s.status) for s in found] == [("c0", "ok"), ("c1", "failed"), ("c2", "ok")]
-    assert "the process scoring it was ended" in found[1].problem
+    assert "the process that scored it was killed" in found[1].problem
 
 
 @dataclass(frozen=True)
-class Deadly:
-    """Takes the process with it that it is called in."""
+class KillsItsProcess:
+    """Kills the process that it is called in."""
 
     size: int = 0
 
@@ -245,8 +245,8 @@ class Deadly:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_case_that_was_too_much_together_with_its_pictures_is_scored_without(job, monkeypatch):
-    jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}", post_scoring=Deadly() if i else None) for i in range(2)]
+def test_a_case_whose_post_scoring_kills_the_process_is_scored_without_it(job, monkeypatch):
+    jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}", post_scoring=KillsItsProcess() if i else None) for i in range(2)]
     monkeypatch.setattr(parallel, "START_METHOD", "fork")  # a forked process knows this file
     assert [(s.case, s.status, s.made) for s in score_all(jobs, workers=2)] == [("c0", "ok", None), ("c1", "ok", None)]
 
@@ -256,10 +256,10 @@ def waiting(job):
     counted = job.reference_root.parent / "counted"
     for _ in range(100 if job.case == "c0" else 0):
         time.sleep(0 if counted.exists() else 0.01)
-    return replace(score_case(job), problem="nobody came" if job.case == "c0" and not counted.exists() else None)
+    return replace(score_case(job), problem="not counted" if job.case == "c0" and not counted.exists() else None)
 
 
-def test_a_slow_case_does_not_keep_what_is_made_of_the_others_from_being_counted(job, monkeypatch, tmp_path):
+def test_finished_cases_are_counted_while_a_slow_one_is_running(job, monkeypatch, tmp_path):
     jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}") for i in range(2)]
     monkeypatch.setattr(parallel, "START_METHOD", "fork")  # a forked process knows the stand-in
     monkeypatch.setattr(scoring, "score_case", waiting)
@@ -267,11 +267,11 @@ def test_a_slow_case_does_not_keep_what_is_made_of_the_others_from_being_counted
     assert [(s.case, s.problem) for s in found] == [("c0", None), ("c1", None)]
 
 
-def test_where_no_process_can_be_made_this_one_scores(job, monkeypatch):
-    def refused(*args, **kwargs):
+def test_without_worker_processes_the_cases_are_scored_in_this_one(job, monkeypatch):
+    def unavailable(*args, **kwargs):
         raise FileNotFoundError(2, "No such file or directory")  # what a system without /dev/shm says
 
-    monkeypatch.setattr(parallel, "ProcessPoolExecutor", refused)
+    monkeypatch.setattr(parallel, "ProcessPoolExecutor", unavailable)
     jobs = [job(labels(v1=(1, 2)), labels(v1=(1, 2)), case=f"c{i}") for i in range(2)]
     assert [(s.case, s.status) for s in score_all(jobs, workers=2)] == [("c0", "ok"), ("c1", "ok")]
 
@@ -282,6 +282,6 @@ def test_where_no_process_can_be_made_this_one_scores(job, monkeypatch):
 )
 def test_the_boxes_of_labels_are_the_smallest_that_hold_them_in_both_masks(one, other):
     values = sorted({*np.unique(one), *np.unique(other)} - {0})
-    assert scoring._boxes(one, other) == {
+    assert scoring.find_boxes(one, other) == {
         value: tuple(slice(places.min(), places.max() + 1) for places in np.nonzero((one == value) | (other == value))) for value in values
     }

@@ -1,4 +1,4 @@
-"""Masks on another grid: the same places keep their values."""
+"""Resampling a mask to another grid: every position keeps its label."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def block():
     return labels
 
 
-def test_onto_its_own_grid_nothing_moves():
+def test_resampling_to_the_same_grid_changes_nothing():
     moved, outside = onto(GRID, block(), GRID)
     assert np.array_equal(moved, block())
     assert outside == 0
 
 
-def test_a_mask_stored_upside_down_is_turned_over():
+def test_a_mask_stored_in_reverse_slice_order_is_reversed():
     flipped = replace(GRID, origin_mm=(-5.0, 2.0, 10.0 + 3 * 3.0), direction=np.diag([1.0, 1.0, -1.0]))
     moved, _ = onto(GRID, block()[::-1], flipped)
     assert np.array_equal(moved, block())
 
 
-def test_half_as_many_slices_come_back_as_twice_the_same():
+def test_slices_of_twice_the_thickness_become_two_equal_slices():
     coarse = Grid((2, 6, 8), (6.0, 1.0, 1.0), (-5.0, 2.0, 10.0 + 1.5), np.eye(3))
     labels = np.zeros(coarse.shape, dtype=np.uint8)
     labels[1, 2, 3] = 1
@@ -41,7 +41,7 @@ def test_half_as_many_slices_come_back_as_twice_the_same():
 
 
 @given(st.integers(-3, 3), st.integers(-5, 5), st.integers(-7, 7))
-def test_what_does_not_fit_is_counted_and_the_rest_is_kept(z, y, x):
+def test_voxels_outside_the_grid_are_counted_and_the_others_kept(z, y, x):
     shifted = replace(GRID, origin_mm=(-5.0 + x, 2.0 + y, 10.0 + 3 * z))
     moved, outside = onto(GRID, np.ones(GRID.shape, dtype=np.uint8), shifted)
     kept = (4 - abs(z)) * (6 - abs(y)) * (8 - abs(x))

@@ -1,4 +1,4 @@
-"""From scores to summary.json, the tables and the CSV files, on two or three cases known by heart."""
+"""Making summary.json, tables and CSV files from the scores of two or three small cases."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def column(first, last):
     return mask
 
 
-def case(name, *pairs, group="held_out", status="ok", prompted=(2,)):
+def case(name, *pairs, group="held_out", status="ok", annotated=(2,)):
     """A case with one (reference, prediction) pair per label 1, 2, …; prediction None for a missing file."""
     labels = {}
     for value, (reference, prediction) in enumerate(pairs, start=1):
         pair = Pair.of(reference, EMPTY if prediction is None else prediction, (3.0, 1.0, 1.0))
-        labels[value] = measure_missing(pair, known=True) if prediction is None else measure(pair, prompted)
+        labels[value] = measure_missing(pair, known=True) if prediction is None else measure(pair, annotated)
     return CaseScore(name, group, status, f"labelsTr/{name}.nii.gz", None if status == "pred_missing" else f"{name}.nii.gz", labels)
 
 
 PERFECT = case("b", (column(1, 4), column(1, 4)))
 HALF = case("a", (column(1, 4), column(1, 2)))
 MISSING = case("c", (column(1, 4), None), status="pred_missing")
-LABEL_UNET_ROI_SCALE = case("t", (column(1, 4), column(1, 4)), group="training")
+TRAINING = case("t", (column(1, 4), column(1, 4)), group="training")
 BROKEN = CaseScore("z", "held_out", "failed", "labelsTr/z.nii.gz", "z.nii.gz", problem="case z: z.nii.gz: truncated. Copy it again")
 ABOUT = About("1.2", {1: "PZ"}, {"weights_sha256": "ab"}, "1.1")
 
@@ -46,21 +46,21 @@ def summary(*scores, about=ABOUT):
     return summarise(scores, about)
 
 
-def test_the_headline_is_the_mean_of_the_held_out_cases():
-    found = summary(HALF, PERFECT, LABEL_UNET_ROI_SCALE)
+def test_the_main_result_is_the_mean_of_the_held_out_cases():
+    found = summary(HALF, PERFECT, TRAINING)
     assert found["mean"]["1"]["Dice"] == pytest.approx((2 / 3 + 1) / 2)
     assert found["foreground_mean"]["Dice"] == found["mean"]["1"]["Dice"]
     assert found["training"]["mean"]["1"]["Dice"] == 1.0
     assert (found["cases"]["held_out"], found["cases"]["training"]) == (2, 1)
 
 
-def test_training_cases_alone_leave_the_headline_empty():
-    found = summary(LABEL_UNET_ROI_SCALE)
+def test_without_held_out_cases_the_main_result_is_null():
+    found = summary(TRAINING)
     assert found["foreground_mean"]["Dice"] is None
     assert found["statistics"]["1"]["Dice"]["n"] == 0
 
 
-def test_a_case_is_written_as_nnunet_writes_it():
+def test_a_case_has_the_keys_of_nnunet():
     found = summary(HALF)["metric_per_case"][0]
     assert (found["reference_file"], found["prediction_file"], found["case"], found["status"]) == (
         "labelsTr/a.nii.gz",
@@ -80,14 +80,14 @@ def test_a_case_is_written_as_nnunet_writes_it():
     assert found["metrics"]["1"]["status"] == "ok"
 
 
-def test_unprompted_values_stand_beside_the_others():
+def test_unprompted_values_are_reported_separately():
     found = summary(HALF)
     assert found["metric_per_case"][0]["unprompted"]["1"]["Dice"] == pytest.approx(2 * 1 / (3 + 1))
     assert found["unprompted"]["mean"]["1"]["Dice"] == pytest.approx(0.5)
 
 
-def test_unprompted_values_are_null_when_nobody_knows_the_prompts():
-    found = summary(case("a", (column(1, 4), column(1, 4)), prompted=None))
+def test_unprompted_values_are_null_when_the_annotated_slices_are_unknown():
+    found = summary(case("a", (column(1, 4), column(1, 4)), annotated=None))
     assert found["metric_per_case"][0]["unprompted"]["1"]["Dice"] is None
     assert found["unprompted"]["statistics"]["1"]["Dice"]["n"] == 0
 
@@ -101,7 +101,7 @@ def test_a_missing_prediction_counts_as_zero_in_both_means():
     assert found["cases"]["pred_missing"] == ["c"]
 
 
-def test_a_failed_case_is_null_listed_first_and_in_no_mean():
+def test_a_failed_case_is_null_and_listed_first_and_in_no_mean():
     found = summary(PERFECT, BROKEN)
     first = found["metric_per_case"][0]
     assert (first["case"], first["status"], first["metrics"]["1"]["Dice"], first["metrics"]["1"]["status"]) == (
@@ -121,14 +121,13 @@ def test_the_foreground_mean_is_the_mean_of_the_label_means():
 
 
 def test_the_order_of_the_cases_does_not_matter():
-    assert json.dumps(summary(HALF, PERFECT, LABEL_UNET_ROI_SCALE, MISSING)) == json.dumps(
-        summary(MISSING, LABEL_UNET_ROI_SCALE, PERFECT, HALF)
-    )
+    assert json.dumps(summary(HALF, PERFECT, TRAINING, MISSING)) == json.dumps(summary(MISSING, TRAINING, PERFECT, HALF))
 
 
-def test_the_summary_is_strict_json_and_names_its_definitions_and_origins():
+def test_the_summary_is_strict_json_of_format_version_2_with_definitions_and_provenance():
     text = json.dumps(summary(HALF, BROKEN, MISSING), allow_nan=False)
     found = json.loads(text)
+    assert found["format_version"] == 2
     assert found["definitions"]["surface"] == "voxel"
     assert "larger of the two directed 95th percentiles" in found["definitions"]["HD95"]
     assert (found["tool"], found["tool_version"], found["predicted_with"], found["model"]) == (
@@ -139,8 +138,8 @@ def test_the_summary_is_strict_json_and_names_its_definitions_and_origins():
     )
 
 
-def test_the_curve_gives_dice_by_distance_from_the_given_slice():
-    curve = summary(HALF, PERFECT, LABEL_UNET_ROI_SCALE)["slice_curve"]["1"]
+def test_the_slice_curve_is_dice_by_distance_from_the_annotated_slice():
+    curve = summary(HALF, PERFECT, TRAINING)["slice_curve"]["1"]
     assert [(point["distance_slices"], point["n"]) for point in curve] == [(0, 2), (1, 4), (2, 2)]
     assert (curve[2]["p10"], curve[2]["p50"], curve[2]["p90"]) == pytest.approx((0.1, 0.5, 0.9))
 
@@ -149,7 +148,7 @@ def rows(text):
     return list(csv.DictReader(io.StringIO(text)))
 
 
-def test_the_csv_has_a_row_per_case_and_label_and_says_its_definition_in_the_header():
+def test_the_csv_has_a_row_per_case_and_label_and_definitions_in_its_header():
     found = rows(tables.cases_csv(summary(HALF, PERFECT, BROKEN)))
     assert [(r["case"], r["label"], r["name"], r["status"]) for r in found] == [
         ("z", "1", "PZ", "failed"),
@@ -161,7 +160,7 @@ def test_the_csv_has_a_row_per_case_and_label_and_says_its_definition_in_the_hea
     assert found[0]["Dice"] == ""
 
 
-def test_text_that_a_spreadsheet_would_run_is_quoted_and_numbers_are_not():
+def test_text_that_a_spreadsheet_would_run_starts_with_a_quote():
     names = About("1", {1: "=cmd|' /C calc'!A0"})
     found = rows(tables.cases_csv(summary(case("@x", (column(1, 4), column(1, 2))), about=names)))[0]
     assert (found["case"], found["name"]) == ("'@x", "'=cmd|' /C calc'!A0")
@@ -184,13 +183,13 @@ def test_the_table_shows_means_their_interval_and_the_worst_case():
     }  # fmt: skip
 
 
-def test_a_mean_without_given_slices_says_of_how_many_cases_where_these_are_fewer():
-    found = summary(HALF, case("b", (column(1, 4), column(1, 4)), prompted=None))
+def test_an_unprompted_mean_over_fewer_cases_shows_their_number():
+    found = summary(HALF, case("b", (column(1, 4), column(1, 4)), annotated=None))
     assert tables.label_rows(found, found)[0][3] == "0.500 (n=1)"
 
 
 def test_the_markdown_page_lists_the_cases_that_are_missing_and_escapes_their_names():
-    page = tables.markdown(summary(PERFECT, case("c|<b>", (column(1, 4), None), status="pred_missing"), BROKEN, LABEL_UNET_ROI_SCALE))
+    page = tables.markdown(summary(PERFECT, case("c|<b>", (column(1, 4), None), status="pred_missing"), BROKEN, TRAINING))
     assert "## Cases that failed or are missing (2)" in page
     assert "c\\|\\<b\\>" in page
-    assert "## Training cases" in page
+    assert "## Training cases (used for training; scores are optimistic): 1" in page

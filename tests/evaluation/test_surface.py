@@ -1,4 +1,4 @@
-"""The distance to the nearest voxel is that of comparing every voxel with every other, whichever way it was found."""
+"""Nearest distances equal those of an exhaustive search, whichever way they were found."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from slmsam2_cli.evaluation.surface import nearest_mm
 WAYS = {
     "as it is": {"FEW": surface.FEW},
     "all at one distance": {"FEW": 0},
-    "many neighbours in one step": {"FEW": 10**9, "LOOKS": 10**4},
-    "a short look, then the tree": {"NEIGHBOURS": 7},
-    "no look worth it": {"TREE_BUILD_COST": 0, "TREE_QUERY_COST": 0},
+    "many neighbours in one step": {"FEW": 10**9, "LOOKUPS": 10**4},
+    "few neighbours, then the tree": {"NEIGHBOURS": 7},
+    "the tree alone": {"TREE_BUILD_COST": 0, "TREE_QUERY_COST": 0},
 }
 SPACINGS = ((1.0, 1.0, 1.0), (2.5, 0.8, 0.8), (0.5, 3.0, 1.25), (100.0, 0.1, 0.1), (1e3, 1e3, 1e-3))
 
@@ -34,10 +34,10 @@ def pairs(draw):
 
 
 def found(mask, other, spacing_mm, **changed):
-    surface._adjacent_rows.cache_clear()
+    surface._neighbour_offsets.cache_clear()
     with mock.patch.multiple(surface, **(changed or WAYS["as it is"])):
         distances = nearest_mm(np.flatnonzero(mask), other, np.flatnonzero(other), spacing_mm)
-    surface._adjacent_rows.cache_clear()
+    surface._neighbour_offsets.cache_clear()
     return distances
 
 
@@ -73,18 +73,18 @@ def test_every_way_finds_sets_that_lie_far_apart_or_fill_the_array(way):
         assert_exact(mask, other, (2.5, 0.8, 0.8), **WAYS[way])
 
 
-def test_a_voxel_of_both_sets_is_zero_away():
+def test_the_distance_of_a_voxel_in_both_sets_is_zero():
     mask = np.ones((3, 3, 3), bool)
     assert found(mask, mask, (1.0, 1.0, 1.0)).tolist() == [0.0] * 27
 
 
-def test_the_only_voxel_of_an_array_needs_no_neighbours():
+def test_an_array_of_one_voxel_has_no_neighbours():
     assert found(np.ones((1, 1, 1), bool), np.ones((1, 1, 1), bool), (1.0, 1.0, 1.0)).tolist() == [0.0]
 
 
 @pytest.mark.parametrize("spacing_mm", SPACINGS)
-def test_neighbours_are_in_order_and_none_in_between_is_left_out(spacing_mm):
-    offsets, lengths = surface._adjacent_rows((False, False, False), spacing_mm)
+def test_neighbours_are_sorted_by_distance_without_gaps(spacing_mm):
+    offsets, lengths = surface._neighbour_offsets((False, False, False), spacing_mm)
     assert np.all(np.diff(lengths) >= 0) and 0 < len(offsets) <= surface.NEIGHBOURS
     reach = [int(lengths[-1] / s) + 1 for s in spacing_mm]
     inside = sum(  # every offset that is shorter than the last

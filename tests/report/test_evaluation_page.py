@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from report.cases import block, saved
 
-from slmsam2_cli.evaluation.metrics import empty_record
+from slmsam2_cli.evaluation.metrics import metric_names
 from slmsam2_cli.evaluation.scoring import CaseScore, Job, failed, fill_missing_labels, score_case
 from slmsam2_cli.evaluation.summary import About, summarise
 from slmsam2_cli.inference.manifest import Manifest, ManifestCase
@@ -37,7 +37,7 @@ def files(tmp_path):
 
 
 def job(case, files, group="held_out"):
-    return Job(case, group, files.reference, files.prediction, files.root, files.root, (1,), slice_axis=0, prompted={1: (4,)})
+    return Job(case, group, files.reference, files.prediction, files.root, files.root, (1,), slice_axis=0, annotated={1: (4,)})
 
 
 def report(files, scores=None, **options):
@@ -182,7 +182,8 @@ def test_without_held_out_cases_the_headline_says_so(files):
 
 def test_a_case_that_failed_has_no_numbers(files):
     made, _ = report({}, [CaseScore("a", "held_out", "failed", "a.nii.gz", None, problem="p")])
-    assert made.cases[0].structures == (Structure("1", "liver", "failed", empty_record(), empty_record()),)
+    unknown = dict.fromkeys(metric_names())
+    assert made.cases[0].structures == (Structure("1", "liver", "failed", unknown, unknown),)
 
 
 def flagged(status="ok", **measures):
