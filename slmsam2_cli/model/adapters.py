@@ -65,6 +65,7 @@ class _Hook:
     site: str
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Add what the pair in use computes for the linear map's input (..., in) to its output (..., out)."""
         active = self.adapters.active
         branch = self.adapters.branches[active].get(self.site) if active is not None else None
         return output if branch is None else branch(inputs[0], output)
@@ -145,12 +146,14 @@ def ensure_projection(model: nn.Module, modality: str, channels: int, source: st
 
 
 def _add_projection(model: nn.Module, modality: str, projection: Projection) -> None:
+    """Register the projection of a modality; it is not in use."""
     adapters = _get_or_create(model)
     adapters.register(f"{checked_name(modality)}.input", projection.to(next(model.parameters())))
     adapters.projections[modality] = projection
 
 
 def _get_or_create(model: nn.Module) -> Adapters:
+    """Return the adapters of a model, and give it an empty set if it has none."""
     found = adapters_of(model)
     if found is None:
         found = Adapters()
@@ -209,7 +212,10 @@ def attach(model: nn.Module, modality: str, state: Mapping[str, Tensor], source:
 
 
 def _install(model: nn.Module, modality: str, branches: dict[str, LowRank], tuned: State) -> None:
-    """Register the pairs of a modality, its tuned parameters, and with the first adapter the hooks."""
+    """Register the pairs of a modality, its tuned parameters, and with the first adapter the hooks.
+
+    Raises: ValueError when the modality has an adapter; WeightsError when its name cannot be part of a tensor's name.
+    """
     adapters = _get_or_create(model)
     if not adapters.branches:
         for site, (linear, _) in adapter_sites(model).items():
@@ -235,6 +241,7 @@ def checked_name(modality: str) -> str:
 
 
 def _tuned_values(model: nn.Module) -> State:
+    """Copy the values of the tuned parameters."""
     return {name: parameter.detach().clone() for name, parameter in tuned_parameters(model).items()}
 
 

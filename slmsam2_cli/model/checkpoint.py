@@ -127,13 +127,13 @@ class Checkpoint:
 
     @property
     def base_digest(self) -> str:
-        """Digest of the weights without adapters and label U-Net."""
+        """Return the digest of the weights without adapters and label U-Net."""
         base = without_label_unet(adapters.split(self.state)[0])
         return tensors_digest(base) if len(base) < len(self.state) else self.digest
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Modalities with an adapter; a projection of channels alone does not count."""
+        """List the modalities with an adapter; a projection of channels alone does not count."""
         return tuple(modality for modality, own in adapters.split(self.state)[1].items() if set(own) != {adapters.INPUT})
 
     def calibration_for(self, modality: str) -> Calibration | None:
@@ -142,7 +142,7 @@ class Checkpoint:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Warnings for everything that is made with these weights."""
+        """List the warnings for everything that is made with these weights."""
         return (RANDOM_WARNING,) if self.provenance and self.provenance.random else ()
 
 
@@ -233,7 +233,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _read_header(name: str, state: State, header: Mapping[str, str]) -> Checkpoint:
-    """Read the header of a model file of slmsam2 and compare it with the tensors. name: of the file, for messages."""
+    """Read the header of a model file of slmsam2 and compare it with the tensors. name: of the file, for messages.
+
+    Raises: WeightsError when the format version is another, the digest differs, or an entry is damaged or does not fit the tensors.
+    """
     version = header["format_version"]
     if version.isdecimal() and int(version) < FORMAT_VERSION:
         raise WeightsError(

@@ -125,7 +125,7 @@ def convert_state(name: str, state: State) -> Converted:
 
 
 def _rename(state: State) -> tuple[State, str, tuple[str, ...]]:
-    """Rename the tensors; returns them with the family and notes on tensors that were left out."""
+    """Give the tensors of SLM-SAM 2 this project's names. Returns them with the family and notes on tensors that were left out."""
     if not any(key.startswith("recent_memory_") for key in state):
         native = any(key.startswith("short_memory_attention.") for key in state)
         return dict(state), "slmsam2" if native else "SAM 2.1", ()
@@ -142,6 +142,7 @@ class _LinspaceOnCpu(TorchFunctionMode):
     """Build linspace tensors on the CPU: SAM 2's trunk reads their numbers while it is built, and meta tensors have none."""
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Call a torch function, `linspace` on the CPU."""
         named = dict(kwargs or {})
         if func is torch.linspace:
             named["device"] = "cpu"

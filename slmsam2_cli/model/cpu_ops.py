@@ -15,16 +15,18 @@ _POINTWISE = ((1, 1), (1, 1), (0, 0), 1)  # kernel size, stride, padding, groups
 
 
 class FusedLayerNorm2d(LayerNorm2d):  # type: ignore[misc]
-    """Layer norm over the channels of (B, C, H, W)."""
+    """Layer norm over the channels, `sam2_utils.LayerNorm2d` with one kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise (B, C, H, W) over C."""
         return F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """A 1x1 convolution of (B, C, H, W) as a matrix product."""
+    """A 1x1 convolution as a matrix product."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve (B, C, H, W) -> (B, C', H, W)."""
         return F.linear(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(0, 3, 1, 2)
 
 

@@ -83,6 +83,7 @@ def pack(checkpoint: Checkpoint, content: bytes) -> bytes:
 
 
 def _readme(checkpoint: Checkpoint, name: str) -> str:
+    """Describe a model for people. name: which of MODELS the zip contains."""
     plan, provenance, network = checkpoint.plan, checkpoint.provenance, checkpoint.network
     assert plan is not None and provenance is not None and network is not None
     table, required = checkpoint.calibration, checkpoint.required_base
@@ -141,7 +142,10 @@ def unpack(file: BinaryIO, name: str) -> Package:
 
 
 def _check_members(members: list[zipfile.ZipInfo], name: str, size: int) -> None:
-    """Check the directory of the zip, before any member is read."""
+    """Check the directory of the zip before any member is read. size: of the zip in bytes.
+
+    Raises: WeightsError when a member has another name, is no regular file, or is compressed, too large or there twice.
+    """
     for member in members:
         called, limit = member.filename, MAX_BYTES if member.filename in MODELS else MAX_TEXT_BYTES
         kind = stat.S_IFMT(member.external_attr >> 16)

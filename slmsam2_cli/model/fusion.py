@@ -29,7 +29,7 @@ class Fuser(nn.Module):
                 nn.init.zeros_(block.gamma)  # type: ignore[arg-type]
 
     def forward(self, long: Tensor, short: Tensor) -> Tensor:
-        """Combine the outputs of the two stacks."""
+        """Combine the outputs of the long and the short stack."""
         mixed = long + short if self.gate is None else torch.lerp(long, short, self.gate[:, None, None].to(long.dtype))
         fused: Tensor = self.blocks(mixed)
         return fused

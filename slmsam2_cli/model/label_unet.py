@@ -24,6 +24,7 @@ _GROUPS = 8
 
 
 def _block(read: int, write: int) -> nn.Sequential:
+    """Build two 3x3 convolutions, each with group norm and GELU: (B, read, H, W) -> (B, write, H, W)."""
     layers: list[nn.Module] = []
     for channels in (read, write):
         layers += [nn.Conv2d(channels, write, 3, padding=1), nn.GroupNorm(_GROUPS, write), nn.GELU()]

@@ -57,6 +57,7 @@ class PriorSlice:
 
 
 def _block(read: int, write: int, stride: int = 1) -> nn.Sequential:
+    """Build a 3x3 convolution with layer norm and GELU: (B, read, H, W) -> (B, write, H / stride, W / stride)."""
     return nn.Sequential(nn.Conv2d(read, write, 3, stride=stride, padding=1), LayerNorm2d(write), nn.GELU())
 
 

@@ -28,12 +28,9 @@ class RoiCrop:
     column: int
     edge: int
 
-    def _part(self, slices: Tensor) -> Tensor:
-        return slices[..., self.row : self.row + self.edge, self.column : self.column + self.edge]
-
     def crop(self, slices: Tensor, input_size: int) -> Tensor:
         """Crop (..., C, S, S) -> (..., C, input_size, input_size), bilinear, with averaging when shrinking."""
-        part = self._part(slices)
+        part = slices[..., self.row : self.row + self.edge, self.column : self.column + self.edge]
         if self.edge == input_size:
             return part
         flat, size = part.reshape(-1, *part.shape[-3:]).float(), (input_size, input_size)
@@ -41,24 +38,31 @@ class RoiCrop:
         return resized.reshape(*part.shape[:-2], *size)
 
     def crop_masks(self, masks: Tensor, input_size: int) -> Tensor:
-        """Crop masks (..., S, S), bool or in {0, 1}, to the same type; a mask too thin for the size keeps its best pixels."""
-        if self.edge == input_size:
-            return self._part(masks)
+        """Crop masks (..., S, S), bool or in {0, 1} -> (..., input_size, input_size) of the same type.
+
+        A pixel is inside where the mask covers half of it; a mask too thin for that keeps the pixels that it covers most.
+        """
         cover = self.crop(masks.float().unsqueeze(-3), input_size).squeeze(-3)
         most = cover.flatten(-2).amax(-1)[..., None, None]
         return ((cover >= most.clamp(max=0.5)) & (cover > 0)).to(masks.dtype)
 
     def paste(self, logits: Tensor, storage_size: int, absent: float) -> Tensor:
-        """Paste logits (..., n, n) of the crop into slices (..., S, S) that are `absent` outside it."""
+        """Paste logits (..., n, n) of the crop, resampled bilinearly, into slices (..., S, S) that are `absent` outside it.
+
+        storage_size: S in pixels. absent: logit.
+        """
         flat = logits.reshape(-1, 1, *logits.shape[-2:]).float()
         part = F.interpolate(flat, size=(self.edge, self.edge), mode="bilinear", align_corners=False)
         whole = part.new_full((len(part), storage_size, storage_size), absent)
-        self._part(whole).copy_(part[:, 0])
+        whole[:, self.row : self.row + self.edge, self.column : self.column + self.edge] = part[:, 0]
         return whole.reshape(*logits.shape[:-2], storage_size, storage_size)
 
 
 def roi_around(box: tuple[int, int, int, int], scale: float, storage_size: int) -> RoiCrop:
-    """Place a crop around a box (top, left, bottom, right; half-open): `scale` times its longer side, moved to lie in the slice."""
+    """Place a crop around a box (top, left, bottom, right; half-open, in slice pixels).
+
+    The edge is `scale` times the box's longer side, at least `MIN_EDGE` and at most `storage_size`; the crop is moved to lie in the slice.
+    """
     top, left, bottom, right = box
     edge = min(storage_size, max(MIN_EDGE, math.ceil(scale * max(bottom - top, right - left))))
     row, column = ((low + high - edge) // 2 for low, high in ((top, bottom), (left, right)))
@@ -77,7 +81,7 @@ def to_input(stack: Tensor, adjacent_slices: bool = False) -> Tensor:
     """Turn a stack (C, T, H, W) into T slices (T, 3, H, W): one channel is repeated, two get their mean as the third.
 
     More than three channels stay, (T, C, H, W), for the model's projection (adapter_layers.py). adjacent_slices: the three channels are
-    the slice, the one before and the one after (at the ends, the slice itself); for stacks of one channel.
+    the slice, the one before and the one after (at the ends, the slice itself); it applies to stacks of one channel only.
     """
     if adjacent_slices and len(stack) == 1:
         slices = stack[0]

@@ -82,7 +82,10 @@ class SliceOutput:
 
 
 def with_mask(output: SliceOutput, chosen: Tensor, object_score: Tensor) -> SliceOutput:
-    """Return the output with other mask logits (B, 1, n, n) and object score (B, 1); with an empty mask the object is absent."""
+    """Return the output with other mask logits (B, 1, n, n) and object score (B, 1).
+
+    With an empty mask the object is absent: its score becomes -1 or stays lower, and the pointer is that of an absent object.
+    """
     empty = (chosen <= 0).flatten(1).all(dim=1, keepdim=True)
     object_score = torch.where(empty, object_score.clamp(max=-1.0), object_score).to(output.object_score)
     present = object_score > 0
@@ -109,13 +112,6 @@ class Memory:
         refiner_features = self.refiner_features.at(index) if self.refiner_features is not None else None
         return Memory(self.spatial[index], self.pointer[index], self.chosen[index], self.stats.at(index), refiner_features)
 
-    def as_prior_slice(self) -> PriorSlice | None:
-        """Return the slice as the refiner reads it; None without a refiner."""
-        if self.refiner_features is None:
-            return None
-        present = self.stats.object_score.float().sigmoid()[:, None]
-        return PriorSlice(self.refiner_features, self.chosen.detach().float().sigmoid(), present)
-
 
 @dataclass
 class MemoryBank:
@@ -125,9 +121,14 @@ class MemoryBank:
     tracked: dict[int, Memory] = field(default_factory=dict)
 
     def __getitem__(self, slice_: int) -> Memory:
+        """Return the memory of a slice, the tracked one first.
+
+        Raises: KeyError when the slice is not stored.
+        """
         return self.tracked[slice_] if slice_ in self.tracked else self.conditioning[slice_]
 
     def __contains__(self, slice_: int) -> bool:
+        """Return whether a slice is stored."""
         return slice_ in self.tracked or slice_ in self.conditioning
 
     def at(self, index: Tensor) -> MemoryBank:
@@ -204,9 +205,11 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         self.obj_ptr_tpos_proj = nn.Linear(width, self.mem_dim)
 
     def encode(self, frames: Tensor) -> SliceFeatures:
-        """Encode B slices (B, 3, H, W) in [0, 1]; other numbers of channels go through the projection of the modality in use.
+        """Encode B slices (B, 3, H, W) in [0, 1] with `SAM2Base.forward_image`, and compute the refiner's features.
 
-        Raises: ValueError for another number of channels than the projection reads (3 without one).
+        Slices of other numbers of channels go through the projection of the modality in use.
+
+        Raises: ValueError when slices have another number of channels than the projection reads (3 without one).
         """
         rgb = adapters.to_rgb(self, frames)
         normalised = (rgb - self._mean) / self._std
@@ -230,19 +233,30 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         return SliceOutput(low, iou, low.new_zeros(len(low), dtype=torch.long), object_score, low, low, pointer)
 
     def track(self, features: SliceFeatures, bank: MemoryBank, context: ReadContext, policy: MemoryPolicy | None = None) -> SliceOutput:
-        """Segment B objects on one slice from memory. policy: instead of the network's; the weights are the same."""
+        """Segment B objects on one slice from memory: `condition`, then `decode_after`.
+
+        features: of the slice, once per object. policy: instead of the network's; the weights are the same.
+        """
         conditioned = self.condition(features, bank, context, policy)
         before = context.slice - context.step
         previous = bank[before] if self.carry_gain is not None and before in bank else None
         return self.decode_after(conditioned, features, bank, previous)
 
     def decode_after(self, conditioned: Tensor, features: SliceFeatures, bank: MemoryBank, previous: Memory | None) -> SliceOutput:
-        """Decode with the mask of the previous slice as dense prompt, then refine; without a previous slice do neither."""
+        """Decode with the mask of the previous slice as dense prompt, then refine; without a previous slice do neither.
+
+        conditioned (B, C, h, w): from `condition`. previous: memory of the previous slice.
+        """
         if previous is None:
             return self.decode(conditioned, features.fine, None)
-        current, prior = features.refiner_features, previous.as_prior_slice()
-        known = [one for memory in bank.conditioning.values() if (one := memory.as_prior_slice()) is not None]
-        refine = RefinerInput(current, prior, known) if current is not None and prior is not None and known else None
+        known = [
+            PriorSlice(m.refiner_features, m.chosen.detach().float().sigmoid(), m.stats.object_score.float().sigmoid()[:, None])
+            for m in (previous, *bank.conditioning.values())
+            if m.refiner_features is not None
+        ]
+        refine = None
+        if features.refiner_features is not None and previous.refiner_features is not None and len(known) > 1:
+            refine = RefinerInput(features.refiner_features, known[0], known[1:])
         return self.decode(conditioned, features.fine, previous.chosen, refine)
 
     def prune(self, bank: MemoryBank, context: ReadContext, policy: MemoryPolicy | None = None) -> None:
@@ -253,7 +267,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
             del bank.tracked[dropped]
 
     def condition(self, features: SliceFeatures, bank: MemoryBank, context: ReadContext, policy: MemoryPolicy | None = None) -> Tensor:
-        """Attend to what the policy reads, and fuse long and short memory -> (B, C, h, w).
+        """Attend to what the policy reads, and fuse long and short memory (Chen et al., arXiv:2505.01854) -> (B, C, h, w).
 
         A policy that needs scores may read other slices for each object; objects that read the same slices form one batch.
         """
@@ -323,7 +337,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
     def decode(
         self, conditioned: Tensor, fine: tuple[Tensor, Tensor], previous_mask: Tensor | None, refine: RefinerInput | None = None
     ) -> SliceOutput:
-        """Decode masks, predicted IoU, object score and pointer of B objects.
+        """Decode masks, predicted IoU, object score and pointer of B objects, as `SAM2Base._forward_sam_heads` does.
 
         conditioned (B, C, h, w): from `condition`. fine: of `SliceFeatures`. previous_mask (B, 1, n, n): mask logits of the previous
         slice, a dense prompt and a residual of the logits. refine: None to leave the refiner out.
@@ -374,7 +388,10 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
         return SliceOutput(candidates, iou, best, object_score, chosen, logits, pointer, pointers)
 
     def remember(self, features: SliceFeatures, output: SliceOutput, masks: Tensor | None = None) -> Memory:
-        """Encode the memory of this slice. masks (B, 1, H, W): annotated masks at full resolution, used instead of the logits."""
+        """Encode the memory of this slice with `SAM2Base._encode_new_memory`, and compute the statistics of its objects.
+
+        masks (B, 1, H, W): annotated masks at full resolution in {0, 1}, used instead of the logits.
+        """
         size = (self.input_size, self.input_size)
         if masks is not None:
             logits = masks.float() * (2 * MASK_LOGIT) - MASK_LOGIT
@@ -389,6 +406,7 @@ class SlmSam2(SAM2Base):  # type: ignore[misc]
 
 
 def _check_input_size(input_size: int) -> None:
+    """Raise ValueError when the edge is no positive multiple of 32."""
     if input_size <= 0 or input_size % 32:
         raise ValueError(f"input_size is {input_size}; it must be a positive multiple of 32")
 

@@ -43,16 +43,18 @@ class Entry:
 
     @property
     def file(self) -> str:
-        """The file name at the end of `url`."""
+        """Return the file name at the end of `url`."""
         return self.url.rpartition("/")[2]
 
 
 def _sam2(version: str, size: NetworkSize, count: int, sha256: str, source: str) -> Entry:
+    """Describe weights that Meta published; count: bytes of the file."""
     file = f"072824/sam2_hiera_{size}.pt" if version == "2.0" else f"092824/sam2.1_hiera_{size}.pt"
     return Entry(f"sam{version}-{size.replace('_', '-')}", size, f"SAM {version}", _META + file, count, sha256, source)
 
 
 def _medsam2(name: str, file: str, count: int | None = None, sha256: str | None = None, source: str = "") -> Entry:
+    """Describe weights of MedSAM2 (Ma et al., arXiv:2504.03600), which have the architecture of SAM 2.1 tiny; count: bytes of the file."""
     return Entry(name, "tiny", "SAM 2.1", _WANGLAB + file, count, sha256, source, _MEDSAM2_TERMS, _MEDSAM2_NOTE)
 
 

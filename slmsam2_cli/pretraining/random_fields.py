@@ -15,18 +15,21 @@ from torch import Tensor
 
 
 def _check_range(limits: tuple[float, float]) -> tuple[float, float]:
+    """Raise ValueError when the limits do not ascend."""
     if limits[0] > limits[1]:
         raise ValueError(f"{limits[0]:g} is greater than {limits[1]:g}: give the lower limit first")
     return limits
 
 
 def _check_log_range(limits: tuple[float, float]) -> tuple[float, float]:
+    """Raise ValueError when a limit is not positive, or the limits do not ascend."""
     if limits[0] <= 0:
         raise ValueError(f"the lower limit {limits[0]:g} must be greater than 0")
     return _check_range(limits)
 
 
 def _check_shares(shares: tuple[float, ...]) -> tuple[float, ...]:
+    """Raise ValueError when a share is negative, or all are 0."""
     if min(shares) < 0 or sum(shares) <= 0:
         raise ValueError("shares must be 0 or greater, and at least one of them greater than 0")
     return shares
@@ -56,9 +59,11 @@ class Draw:
 
     @property
     def device(self) -> torch.device:
+        """Return the generator's device."""
         return self.rng.device
 
     def uniform(self, limits: tuple[float, float], *shape: int) -> Tensor:
+        """Draw numbers that are uniform between the limits."""
         low, high = limits
         return torch.rand(shape, generator=self.rng, device=self.device).mul_(high - low).add_(low)
 
@@ -68,6 +73,7 @@ class Draw:
         return self.uniform((low, high), *shape).exp_()
 
     def normal(self, *shape: int) -> Tensor:
+        """Draw normally distributed numbers of mean 0 and variance 1."""
         return torch.randn(shape, generator=self.rng, device=self.device)
 
     def bernoulli(self, probability: float, *shape: int) -> Tensor:
@@ -88,6 +94,7 @@ def smooth_field(draw: Draw, slices: int, rate: Tensor, channels: int, cells: in
     """Draw smooth noise of about unit variance, (T, W, C, px, px), with `cells` independent values across a slice.
 
     The noise is interpolated between random knots: by cubic B-splines within a slice, linearly along the slices.
+    slices: T. channels: C. px: edge of a slice in pixels.
     rate (W,): independent values per slice along the stack, at most 1; 0 makes all slices of a window the same.
     """
     windows = len(rate)

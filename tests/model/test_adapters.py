@@ -79,7 +79,7 @@ def counted(plan, prefix):
         (AdapterPlan(rank=4), "memory", 266_240),
     ],
 )
-def test_parameter_counts_of_the_pairs_of_tiny(plan, where, parameters):
+def test_the_pairs_of_tiny_have_the_parameters_of_their_rank(plan, where, parameters):
     assert counted(plan, where) == parameters
 
 
@@ -88,7 +88,7 @@ def test_tuned_parameters_are_two_of_the_forty_six_million_of_tiny():
     assert adapters.count(tiny().parameters()) == 45_963_330
 
 
-def test_parameter_count_of_the_memory_attention_pairs_of_tiny_without_feed_forward():
+def test_the_attention_pairs_of_tinys_memory_have_237568_parameters_without_feed_forward():
     model = copy.deepcopy(tiny())
     adapters.add(model, "MR", LORA)
     attention = [b for site, b in model.adapters.branches["MR"].items() if "memory_attention" in site and "attn" in site]
@@ -118,7 +118,7 @@ def test_merging_does_not_change_the_output():
     assert torch.allclose(seen(model), before, atol=1e-5, rtol=1e-5)
 
 
-def test_switching_between_modalities_and_back_to_the_base():
+def test_each_modality_keeps_its_output_when_another_or_the_base_was_in_use():
     model = moved(with_adapter(modality="MR"))
     mr = seen(model)
     adapters.add(model, "CT", LORA, seed=5)

@@ -106,9 +106,11 @@ def test_converted_sam2_0_does_what_sam2_0_does(monkeypatch):
     ours = SlmSam2(found.network, PX).eval()
     ours.load_state_dict(found.state)
     frames = torch.rand(SLICES, 3, PX, PX, generator=torch.Generator().manual_seed(1))
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    normalised = (frames - mean) / deviation  # as the predictor's own loader does
     mask = torch.zeros(PX, PX, dtype=torch.bool)
     mask[12:40, 20:50] = True
-    monkeypatch.setattr(stock, "load_video_frames", lambda **_: ((frames - ours._mean) / ours._std, PX, PX))
+    monkeypatch.setattr(stock, "load_video_frames", lambda **_: (normalised, PX, PX))
     state = older.init_state("unused")
     older.add_new_mask(state, START, 1, mask)
     for _ in older.propagate_in_video(state, start_frame_idx=START):

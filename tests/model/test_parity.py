@@ -32,6 +32,12 @@ def frames_of(slices=SLICES, px=PX):
     return torch.rand(slices, 3, px, px, generator=torch.Generator().manual_seed(1))
 
 
+def normalise(frames):
+    """Subtract the mean and divide by the deviation that the predictor's own loader uses, ImageNet's."""
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return (frames - mean) / deviation
+
+
 def box(top, left, height, width, px=PX):
     """A rectangle in units of 1/64 of the frame."""
     mask, unit = torch.zeros(px, px, dtype=torch.bool), px // 64
@@ -48,7 +54,7 @@ class Predictor:
     def __init__(self, model, frames, monkeypatch, **flags):
         self.predictor = stock.SAM2VideoPredictor(**sam2_parts(model.network.size, model.input_size), **flags).eval()
         self.predictor.load_state_dict(model.state_dict())
-        normalised = (frames - model._mean) / model._std
+        normalised = normalise(frames)
         monkeypatch.setattr(stock, "load_video_frames", lambda **_: (normalised, model.input_size, model.input_size))
         self.state = self.predictor.init_state("unused")
 
@@ -85,7 +91,7 @@ def assert_equal(ours, theirs, at_least_seen):
 
 
 @pytest.mark.parametrize("start", [0, 5, SLICES - 1])
-def test_one_conditioning_slice_in_both_directions(start, monkeypatch):
+def test_passes_from_one_conditioning_slice_in_both_directions_have_the_predictors_logits(start, monkeypatch):
     model, frames = build(shared_memory=True), frames_of()
     predictor = Predictor(model, frames, monkeypatch)
     predictor.draw(start, SQUARE)
@@ -106,7 +112,7 @@ def test_without_shared_memory_the_first_pass_is_the_predictors_and_the_second_i
     assert max((ours[-1][where] - down[where]).abs().max() for where in down) > 100 * TOLERANCE
 
 
-def test_three_conditioning_slices_in_both_directions_and_their_blend(monkeypatch):
+def test_passes_through_three_conditioning_slices_have_the_predictors_logits_and_are_blended(monkeypatch):
     """Forward from the first through all conditioning slices, then backward from the last: two passes between two of them."""
     model, frames, drawn = build(shared_memory=True), frames_of(), {2: SQUARE, 6: TALL, 10: FLAT}
     predictor = Predictor(model, frames, monkeypatch)
@@ -147,7 +153,7 @@ def test_without_its_flag_the_predictor_loses_a_correction(monkeypatch):
     assert torch.equal(predictor.go(3, 1)[1, 8], before[1, 8])
 
 
-def test_several_objects(monkeypatch):
+def test_several_objects_have_the_predictors_logits(monkeypatch):
     model, frames, drawn = build(shared_memory=True), frames_of(), {1: SQUARE, 2: TALL, 3: FLAT}
     predictor = Predictor(model, frames, monkeypatch)
     for obj, mask in drawn.items():
@@ -158,7 +164,7 @@ def test_several_objects(monkeypatch):
 
 
 @pytest.mark.parametrize(("size", "px", "slices"), [("tiny", 256, 5), ("nano", 1024, 4)])
-def test_other_image_sizes(size, px, slices, monkeypatch):
+def test_other_input_sizes_have_the_predictors_logits(size, px, slices, monkeypatch):
     model, frames, mask = build(px, size, shared_memory=True), frames_of(slices, px), box(12, 20, 28, 30, px)
     torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 5.0)
     predictor = Predictor(model, frames, monkeypatch)
@@ -181,7 +187,7 @@ def without_dropout(model):
 def stock_losses(base, model, frames, masks):
     """Our loss on the outputs of SAM2Base, which tracks M objects through T slices. frames (T, 3, px, px), masks (T, M, 1, px, px)."""
     slices, objects = masks.shape[:2]
-    encoded = base.forward_image((frames - model._mean) / model._std)
+    encoded = base.forward_image(normalise(frames))
     _, features, positions, sizes = base._prepare_backbone_features(encoded)
     outputs, losses = {"cond_frame_outputs": {}, "non_cond_frame_outputs": {}}, []
     for t in range(slices):

@@ -249,22 +249,23 @@ def test_policies_without_scores_ignore_the_calibration(frames, name):
 @pytest.mark.parametrize("name", ["fifo", "shortlong", "selfsort", "shortlong+selfsort"])
 @pytest.mark.parametrize("gate", [False, True])
 def test_objects_of_a_batch_have_the_losses_that_they_have_alone(name, gate):
-    """Objects of one clip may read different slices; batching must not mix them up."""
+    """The first and the third of three objects are the same, and read other slices of the bank than the second."""
     model = build(name, object_score_gate=gate, bank_read=2, bank_slices=2)
     frames = torch.rand(6, 1, 3, PX, PX, generator=torch.Generator().manual_seed(2))
-    masks = torch.zeros(6, 2, 1, PX, PX)
-    masks[:, 0, :, 10:30, 10:30], masks[:, 1, :, 30:60, 20:40] = 1, 1
-    window, reverse = torch.tensor([0, 0]), torch.tensor([False, True])
+    masks = torch.zeros(6, 3, 1, PX, PX)
+    masks[:, ::2, :, 10:30, 10:30], masks[:, 1, :, 30:60, 20:40] = 1, 1
+    window, reverse = torch.tensor([0, 0, 0]), torch.tensor([False, True, False])
     sizes = []
-    model.memory_attention.register_forward_pre_hook(lambda _, __, given: sizes.append(given["curr"][0].shape[1]), with_kwargs=True)
+    hook = model.memory_attention.register_forward_pre_hook(lambda _, __, given: sizes.append(given["curr"][0].shape[1]), with_kwargs=True)
     together = clip_losses(model, Clips(frames, masks, window, reverse, 20), torch.device("cpu"))
-    assert (1 in sizes) == ("selfsort" in name), "only the bank's choice differs between these two"
-    alone = [
+    hook.remove()
+    assert (1 in sizes) == ("selfsort" in name), "only the bank's choice differs between objects"
+    first, second = [
         clip_losses(model, Clips(frames, masks[:, i : i + 1], window[i : i + 1], reverse[i : i + 1], 20), torch.device("cpu"))
         for i in (0, 1)
     ]
-    for both, first, second in zip(together, *alone):
-        assert float(both.total.detach()) == pytest.approx(float((first.total + second.total).detach()) / 2, rel=1e-4)
+    for all_three, one, other in zip(together, first, second):
+        assert float(all_three.total.detach()) == pytest.approx(float((2 * one.total + other.total).detach()) / 3, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["fifo", "shortlong", "selfsort", "shortlong+selfsort"])

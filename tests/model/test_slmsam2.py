@@ -11,7 +11,7 @@ from slmsam2_cli.inference.propagation import AnnotatedSlice, propagate
 from slmsam2_cli.model.checkpoint import Checkpoint, load_weights, read_checkpoint
 from slmsam2_cli.model.memory.policy import ReadContext
 from slmsam2_cli.model.sam2_config import SIZE_OPTIONS, sam2_parts
-from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
+from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2, set_input_size
 from slmsam2_cli.planning.plan import NetworkPlan
 from slmsam2_cli.training.clips import Clips
 from slmsam2_cli.training.trainer import clip_losses
@@ -92,7 +92,7 @@ def test_two_training_steps_make_the_short_stack_differ_from_the_long_one_and_lo
     assert any(not torch.equal(long[name], short[name]) for name in short)
 
 
-def test_parameter_counts_of_tiny():
+def test_tiny_with_both_memories_has_46_million_parameters_in_these_parts():
     model = build(policy="shortlong", fuser="sum")
     counted = {
         "image encoder": parameters(model.image_encoder),
@@ -148,7 +148,7 @@ def test_both_stacks_read_the_token_counts_of_the_paper():
 
 
 @pytest.mark.parametrize("px", [32, 96, 128, 160, 256])
-def test_any_multiple_of_32_is_an_image_size(px):
+def test_any_multiple_of_32_is_an_input_size(px):
     model = build("nano", px)
     drawn = torch.zeros(px, px, dtype=torch.bool)
     drawn[: px // 2, : px // 2] = True
@@ -157,9 +157,20 @@ def test_any_multiple_of_32_is_an_image_size(px):
 
 
 @pytest.mark.parametrize("px", [0, -32, 100])
-def test_other_image_sizes_are_refused(px):
+def test_other_input_sizes_are_rejected(px):
     with pytest.raises(ValueError, match="multiple of 32"):
         build("nano", px)
+    with pytest.raises(ValueError, match="multiple of 32"):
+        set_input_size(build("nano"), px)
+
+
+def test_after_set_input_size_the_output_is_that_of_a_network_built_for_that_size(frames, mask):
+    changed, built = build("nano", 96), build("nano", PX, seed=1)
+    built.load_state_dict(changed.state_dict())
+    set_input_size(changed, PX)
+    assert (changed.input_size, changed.mask_size) == (built.input_size, built.mask_size) == (PX, PX)
+    one, other = (propagate(model, frames[:4], {1: [AnnotatedSlice(1, mask)]})[1] for model in (changed, built))
+    assert torch.equal(one.logits, other.logits) and torch.equal(one.confidence, other.confidence)
 
 
 def test_propagation_leaves_no_state_on_the_model(frames, mask):

@@ -88,12 +88,12 @@ class MemoryPolicy(Protocol):
 
     @property
     def needs_scores(self) -> bool:
-        """Whether the choice depends on `ReadContext.scores`; computing them takes time."""
+        """Return whether the choice depends on `ReadContext.scores`; computing them takes time."""
         ...
 
     @property
     def shared_memory(self) -> bool:
-        """Whether all passes through a volume share one memory bank."""
+        """Return whether all passes through a volume share one memory bank."""
         ...
 
     def read(self, context: ReadContext) -> tuple[MemoryRead, ...]:
