@@ -1,4 +1,4 @@
-"""Exporting and importing models: what goes out comes back, and nothing of the user's is lost for it."""
+"""Exporting and importing models: an imported model is the exported one, and no file of the user is lost."""
 
 import io
 import zipfile
@@ -32,7 +32,7 @@ def archive(dataset, tmp_path_factory):
     return path
 
 
-def held(folder: Path) -> dict[str, bytes]:
+def files_in(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
 
 
@@ -48,14 +48,14 @@ def test_an_imported_model_predicts_like_the_one_that_was_exported(archive, data
     assert np.array_equal(one, two)
 
 
-def test_it_holds_exactly_these_files_and_no_path_of_this_computer(archive, tmp_path):
+def test_an_imported_model_has_exactly_these_files_and_no_path_of_this_computer(archive, tmp_path):
     import_model(archive, tmp_path / "model")
-    files = held(tmp_path / "model")
+    files = files_in(tmp_path / "model")
     assert set(files) == {"model.safetensors", "about.json", "plan.json", "provenance.json", "LICENSE.txt", "README.txt"}
     assert not any(str(tmp_path.parent).encode() in content for content in files.values())
 
 
-def test_exporting_twice_changes_nothing_and_another_model_is_not_lost(archive, dataset, tmp_path, capsys):
+def test_exporting_twice_changes_nothing_and_another_file_is_replaced_only_with_overwrite(archive, dataset, tmp_path, capsys):
     path = tmp_path / "again.zip"
     export_model(None, Workspace(dataset / "slmsam2").finetuned, path)
     assert path.read_bytes() == archive.read_bytes()
@@ -70,16 +70,16 @@ def test_exporting_twice_changes_nothing_and_another_model_is_not_lost(archive, 
     assert path.read_bytes() == archive.read_bytes()
 
 
-def test_importing_overwrites_only_what_it_was_told_to(archive, tmp_path):
+def test_importing_replaces_files_only_with_overwrite(archive, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
     (folder / "plan.json").write_text("mine")
-    with pytest.raises(OutputError, match="plan.json: exists already"):
+    with pytest.raises(OutputError, match="plan.json: another file of this name exists"):
         import_model(archive, folder)
-    assert held(folder) == {"notes.txt": b"mine", "plan.json": b"mine"}
+    assert files_in(folder) == {"notes.txt": b"mine", "plan.json": b"mine"}
     import_model(archive, folder, overwrite=True)
-    assert held(folder)["notes.txt"] == b"mine" and len(held(folder)) == 7
+    assert files_in(folder)["notes.txt"] == b"mine" and len(files_in(folder)) == 7
     import_model(archive, folder)
 
 
@@ -87,12 +87,12 @@ def test_a_link_in_the_folder_is_not_followed(archive, tmp_path):
     folder, outside = tmp_path / "model", tmp_path / "outside"
     folder.mkdir()
     (folder / "model.safetensors").symlink_to(outside)
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="another file of this name exists"):
         import_model(archive, folder)
     assert not outside.exists()
 
 
-def test_a_hostile_zip_leaves_no_trace(archive, tmp_path):
+def test_a_zip_with_a_path_outside_its_folder_is_rejected_and_nothing_is_written(archive, tmp_path):
     memory = io.BytesIO(archive.read_bytes())
     with zipfile.ZipFile(memory, "a") as changed:
         changed.writestr("../outside.txt", b"x")
@@ -103,7 +103,7 @@ def test_a_hostile_zip_leaves_no_trace(archive, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bad.zip"]
 
 
-def test_a_model_that_is_none_gets_no_name_although_every_digest_fits(archive, tmp_path):
+def test_a_truncated_model_is_rejected_although_every_digest_matches(archive, tmp_path):
     import hashlib
 
     with zipfile.ZipFile(archive) as whole:
@@ -114,12 +114,12 @@ def test_a_model_that_is_none_gets_no_name_although_every_digest_fits(archive, t
     with zipfile.ZipFile(bad, "w") as changed:
         for name, content in files.items():
             changed.writestr(name, content)
-    with pytest.raises(WeightsError, match="bad.zip: what it holds is no model: corrupt or truncated"):
+    with pytest.raises(WeightsError, match="bad.zip: does not hold a valid model: corrupt or truncated"):
         import_model(bad, tmp_path / "model")
-    assert held(tmp_path / "model") == {}
+    assert files_in(tmp_path / "model") == {}
 
 
-def test_the_folder_is_named_after_the_zip_unless_told_otherwise(archive, tmp_path, monkeypatch):
+def test_the_folder_is_named_after_the_zip_by_default(archive, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     import_model(archive, None)
     assert read_checkpoint(tmp_path / "model" / "model.safetensors").plan is not None
@@ -128,14 +128,14 @@ def test_the_folder_is_named_after_the_zip_unless_told_otherwise(archive, tmp_pa
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        (lambda folder: export_model(None, None, folder / "a.zip"), UsageError, "no model named"),
+        (lambda folder: export_model(None, None, folder / "a.zip"), UsageError, "no model to export"),
         (lambda folder: export_model(Workspace(folder), None, folder / "a.zip"), UsageError, "no fine-tuned model"),
-        (lambda folder: export_model(Workspace(folder), None, folder / "a.tar"), UsageError, "no fine-tuned model|.zip"),
+        (lambda folder: export_model(None, folder / "model.safetensors", folder / "a.tar"), UsageError, r"must end in \.zip"),
         (lambda folder: export_model(None, folder / "absent.safetensors", folder / "a.zip"), WeightsError, "no such file"),
         (lambda folder: import_model(folder / "absent.zip", None), UsageError, "not found"),
         (lambda folder: import_model(folder, None), UsageError, "a directory"),
     ],
 )
-def test_what_cannot_be_done_says_why(options, error, match, tmp_path):
+def test_an_invalid_request_is_rejected_with_the_reason(options, error, match, tmp_path):
     with pytest.raises(error, match=match):
         options(tmp_path)

@@ -1,4 +1,4 @@
-"""slmsam2 weights: what a person types, sees and gets, against a server on this computer."""
+"""slmsam2 weights: downloading, listing, verifying and importing, against a server on this computer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import errno
 import hashlib
 import io
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def site(content: bytes, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         yield running
 
 
-def said(capsys: pytest.CaptureFixture[str]) -> str:
+def printed(capsys: pytest.CaptureFixture[str]) -> str:
     found = capsys.readouterr()
     return found.out + found.err
 
@@ -84,11 +85,11 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 # get
 
 
-def test_what_was_fetched_is_found_by_name(
+def test_downloaded_weights_are_found_by_name(
     site: Site, cache: Path, base: dict[str, torch.Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert get("known") == 0
-    text = said(capsys)
+    text = printed(capsys)
     assert "its SHA-256 is the published one" in text and "licence: Apache-2.0" in text and "--weights known" in text
     read = load_base_weights("known")
     assert read is not None and read.provenance is not None and read.network is not None
@@ -97,35 +98,35 @@ def test_what_was_fetched_is_found_by_name(
     load_weights(build(seed=1), read)
 
 
-def test_a_second_get_asks_nobody(site: Site, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_get_opens_no_connection(site: Site, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     get("known")
     site.requests.clear()
     assert get("known") == 0
-    assert "here already" in said(capsys) and site.requests == []
+    assert "here already" in printed(capsys) and site.requests == []
 
 
-def test_a_changed_file_is_fetched_again(site: Site, cache: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_file_is_downloaded_again(site: Site, cache: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     get("known")
     (cache / "known.pt").write_bytes(b"changed")
     with pytest.raises(WeightsError, match="corrupt or changed"):
         load_base_weights("known")
     assert get("known") == 0
     assert (cache / "known.pt").read_bytes() == content
-    assert "fetched again" in said(capsys)
+    assert "downloading it again" in printed(capsys)
 
 
-def test_a_file_goes_where_it_is_told(site: Site, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_is_downloaded_into_the_output_folder(site: Site, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert get("known", output=tmp_path / "there") == 0
     assert (tmp_path / "there" / "known.pt").exists() and zoo.installed_path("known") is None
-    assert f"--weights {tmp_path / 'there' / 'known.pt'}" in said(capsys)
+    assert f"--weights {tmp_path / 'there' / 'known.pt'}" in printed(capsys)
 
 
-def test_without_a_published_hash_it_says_so_and_pins_what_came(
+def test_without_a_published_hash_the_digest_of_the_download_is_printed_and_recorded(
     site: Site, cache: Path, content: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert get("unknown") == 0
     digest = hashlib.sha256(content).hexdigest()
-    text = said(capsys)
+    text = printed(capsys)
     assert f"no published hash is known for this file; its digest after download is {digest}; pin it with --sha256" in text
     assert "licence: CC-BY-SA-4.0 (for research)" in text
     (cache / "unknown.pt").write_bytes(content[:-1] + b"x")
@@ -133,26 +134,26 @@ def test_without_a_published_hash_it_says_so_and_pins_what_came(
         load_base_weights("unknown")
 
 
-def test_a_digest_may_be_pinned(site: Site, cache: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_digest_given_by_the_user_is_checked(site: Site, cache: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DigestError, match="refused"):
         get("unknown", sha256="0" * 64)
     assert zoo.installed_path("unknown") is None
     assert get("unknown", sha256="SHA256:" + hashlib.sha256(content).hexdigest().upper()) == 0
-    assert "no published hash" not in said(capsys)
+    assert "no published hash" not in printed(capsys)
 
 
 @pytest.mark.parametrize("sha256", ["", "abc", "g" * 64])
-def test_what_is_no_digest_is_refused(site: Site, cache: Path, sha256: str) -> None:
+def test_an_invalid_digest_is_rejected(site: Site, cache: Path, sha256: str) -> None:
     with pytest.raises(UsageError, match="not a SHA-256"):
         get("unknown", sha256=sha256)
 
 
-def test_another_digest_than_the_published_one_is_a_contradiction(site: Site, cache: Path) -> None:
+def test_a_digest_other_than_the_published_one_is_rejected(site: Site, cache: Path) -> None:
     with pytest.raises(UsageError, match="not the digest published for known"):
         get("known", sha256="0" * 64)
 
 
-def test_a_mirror_must_have_the_published_file(site: Site, cache: Path, content: bytes) -> None:
+def test_a_mirror_must_provide_the_published_file(site: Site, cache: Path, content: bytes) -> None:
     site.files |= {"/mirror.pt": content, "/forged.pt": content[:-1] + b"x"}
     with pytest.raises(DigestError, match="refused"):
         get("known", url=f"{site.url}/forged.pt")
@@ -160,21 +161,21 @@ def test_a_mirror_must_have_the_published_file(site: Site, cache: Path, content:
     assert get("known", url=f"{site.url}/mirror.pt") == 0
 
 
-def test_an_unknown_name_lists_the_known_ones(site: Site, cache: Path) -> None:
+def test_an_unknown_name_is_answered_with_the_known_ones(site: Site, cache: Path) -> None:
     with pytest.raises(UsageError, match="sam3: no published weights of that name. Known are known, unknown"):
         get("sam3")
 
 
 @pytest.mark.parametrize("code", [404, 500])
-def test_a_failed_download_says_how_to_do_it_by_hand(site: Site, cache: Path, code: int) -> None:
+def test_a_failed_download_names_the_way_to_do_it_by_hand(site: Site, cache: Path, code: int) -> None:
     site.errors = [code] * 9
     with pytest.raises(
-        DownloadError, match=rf"HTTP {code}.* Or fetch http.*/known.pt on any computer, and run slmsam2 weights import FILE --name known"
+        DownloadError, match=rf"HTTP {code}.* Or download http.*/known.pt on any computer, and run slmsam2 weights import FILE --name known"
     ):
         get("known")
 
 
-def test_without_a_network_it_says_how_to_do_it_by_hand(site: Site, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_the_error_names_the_way_to_do_it_by_hand(site: Site, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def nobody_knows(*_: object, **__: object) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -183,24 +184,17 @@ def test_without_a_network_it_says_how_to_do_it_by_hand(site: Site, cache: Path,
         get("known", url="https://no.such.host.invalid/known.pt")
 
 
-def test_an_interrupted_get_goes_on_where_it_was(site: Site, cache: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stopped:
-        def __init__(self, *_: object) -> None:
-            pass
+def test_an_interrupted_get_resumes(site: Site, cache: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def interrupted(*_: object) -> Iterator[Callable[..., None]]:
+        def advance(*_: object) -> None:
+            raise KeyboardInterrupt
 
-        def __enter__(self) -> Stopped:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def report(self, have: int, total: int | None) -> None:
-            if have:
-                raise KeyboardInterrupt
+        yield advance
 
     site.cut_at = [100_000]
     with monkeypatch.context() as patched:
-        patched.setattr("slmsam2_cli.commands.weights._ProgressBar", Stopped)
+        patched.setattr(console, "progress", interrupted)
         with pytest.raises(KeyboardInterrupt):
             get("known")
     assert zoo.installed_path("known") is None
@@ -209,7 +203,7 @@ def test_an_interrupted_get_goes_on_where_it_was(site: Site, cache: Path, conten
     assert (cache / "known.pt").read_bytes() == content
 
 
-def test_a_full_disk_is_one_line(site: Site, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error_of_one_line(site: Site, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -230,7 +224,7 @@ def test_progress_is_in_megabytes_and_plain_away_from_a_terminal(
     site: Site, cache: Path, content: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     get("known")
-    text = said(capsys)
+    text = printed(capsys)
     megabytes = -(-len(content) // 1_000_000)
     assert f"known, MB: {megabytes}/{megabytes}" in text
     assert text.replace("\n", "").isprintable()
@@ -239,27 +233,29 @@ def test_progress_is_in_megabytes_and_plain_away_from_a_terminal(
 # list
 
 
-def test_the_list_shows_what_is_here(site: Site, cache: Path, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_shows_which_weights_are_in_the_cache(
+    site: Site, cache: Path, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
     get("known")
     get("unknown")
     (tmp_path / "knee.pt").write_bytes(content + b"")
     import_weights(tmp_path / "knee.pt", name="knee")
-    said(capsys)
+    printed(capsys)
     assert list_weights() == 0
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[2:]}
-    assert "yes   when fetched" in rows["known"]
+    assert "yes   when downloaded" in rows["known"]
     assert "yes   no published hash" in rows["unknown"] and "CC-BY-SA-4.0" in rows["unknown"]
     assert "yes   when imported" in rows["knee"] and "imported from known" in rows["knee"] and "nano" in rows["knee"]
 
 
-def test_the_list_needs_nothing_to_be_here(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_works_without_a_cache_and_creates_none(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert list_weights() == 0
     out = capsys.readouterr().out
     assert "sam2.1-tiny               156.0  tiny       Apache-2.0    no" in out and "medsam2" in out
     assert not cache.exists()
 
 
-def test_the_embedded_model_is_listed_when_there_is_one(
+def test_the_bundled_model_is_listed_when_there_is_one(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = cache.parent / "nano.safetensors"
@@ -272,7 +268,7 @@ def test_the_embedded_model_is_listed_when_there_is_one(
     assert verify("nano") == 0
 
 
-def test_a_broken_import_does_not_break_the_list(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_file_is_still_listed(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache.mkdir(parents=True)
     (cache / "broken.safetensors").write_bytes(b"no header")
     assert list_weights() == 0
@@ -289,7 +285,7 @@ def test_verify_shows_digest_layout_and_tensors(site: Site, cache: Path, content
     assert hashlib.sha256(content).hexdigest() in out and "SAM 2.1" in out and "436" in out and "the published one" in out
 
 
-def test_verify_of_all_goes_on_after_a_bad_one(site: Site, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_of_all_continues_after_an_invalid_one(site: Site, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     get("known")
     get("unknown")
     (cache / "known.pt").write_bytes(b"bad")
@@ -298,12 +294,12 @@ def test_verify_of_all_goes_on_after_a_bad_one(site: Site, cache: Path, capsys: 
     assert "error: known.pt: corrupt or changed" in found.err and "unknown" in found.out
 
 
-def test_verify_of_nothing_says_so(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_of_an_empty_cache_names_the_next_command(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify(None) == 0
-    assert "no weights are here" in said(capsys)
+    assert "slmsam2 weights list" in printed(capsys)
 
 
-def test_verify_knows_a_published_file_wherever_it_lies(
+def test_verify_recognises_a_published_file_under_any_name(
     site: Site, cache: Path, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "renamed.pt").write_bytes(content)
@@ -312,12 +308,12 @@ def test_verify_knows_a_published_file_wherever_it_lies(
 
 
 @pytest.mark.parametrize("target", ["sam3", "absent.pt", "known"])
-def test_verify_of_what_is_absent_is_an_error(site: Site, cache: Path, target: str) -> None:
+def test_verify_of_absent_weights_is_an_error(site: Site, cache: Path, target: str) -> None:
     with pytest.raises(WeightsError):
         verify(target)
 
 
-def test_verify_of_a_folder_says_what_it_is(cache: Path, tmp_path: Path) -> None:
+def test_verify_of_a_folder_is_an_error(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="a directory, not a file"):
         verify(str(tmp_path))
 
@@ -325,7 +321,7 @@ def test_verify_of_a_folder_says_what_it_is(cache: Path, tmp_path: Path) -> None
 # import
 
 
-def test_a_file_fetched_by_hand_becomes_the_published_weights(
+def test_a_published_file_downloaded_by_hand_is_imported_under_its_name(
     site: Site, cache: Path, tmp_path: Path, content: bytes, base: dict[str, torch.Tensor]
 ) -> None:
     (tmp_path / "download (1).pt").write_bytes(content)
@@ -338,20 +334,20 @@ def test_a_file_fetched_by_hand_becomes_the_published_weights(
     assert verify("known") == 0
 
 
-def test_weights_of_somebody_keep_where_they_come_from(
-    cache: Path, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_imported_weights_record_their_source(cache: Path, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "my knee.pt").write_bytes(content)
     assert import_weights(tmp_path / "my knee.pt") == 0
-    text = said(capsys)
-    assert "--weights my-knee" in text and "is not known here" in text
+    text = printed(capsys)
+    assert "--weights my-knee" in text and "the licence of these weights is not known" in text
     read = load_base_weights("my-knee")
     assert read is not None and read.provenance is not None
     assert (read.provenance.pretrained, read.provenance.licence) == ("my knee.pt", "")
     assert read.provenance.pretrained_digest == hashlib.sha256(content).hexdigest()
 
 
-def test_a_tuned_slm_sam2_is_imported_and_says_what_was_left_out(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fine_tuned_slm_sam2_is_imported_and_unused_tensors_are_named(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = build(fuser="sum")
     renamed = {
         name.replace("short_memory_attention.", "recent_memory_attention.").replace(
@@ -361,7 +357,7 @@ def test_a_tuned_slm_sam2_is_imported_and_says_what_was_left_out(cache: Path, tm
     }
     (tmp_path / "slm.pt").write_bytes(pt_of(renamed | {"rec_maskmem_tpos_enc": torch.zeros(7, 1, 1, 32)}))
     assert import_weights(tmp_path / "slm.pt") == 0
-    assert "rec_maskmem_tpos_enc left out" in said(capsys)
+    assert "rec_maskmem_tpos_enc left out" in printed(capsys)
     read = load_base_weights("slm")
     assert read is not None and read.network is not None
     assert (read.network.policy, read.network.fuser) == ("shortlong", "sum")
@@ -370,7 +366,7 @@ def test_a_tuned_slm_sam2_is_imported_and_says_what_was_left_out(cache: Path, tm
         load_weights(build(fuser="gated"), read)
 
 
-def test_a_model_of_ours_keeps_all_it_says(cache: Path, tmp_path: Path) -> None:
+def test_an_imported_model_of_this_tool_keeps_its_provenance(cache: Path, tmp_path: Path) -> None:
     model = build()
     path = tmp_path / "model.safetensors"
     given = Provenance(pretrained="random", random=True, training=("a",))
@@ -381,7 +377,7 @@ def test_a_model_of_ours_keeps_all_it_says(cache: Path, tmp_path: Path) -> None:
     assert (read.provenance, read.digest, read.network) == (given, read_checkpoint(path).digest, model.network)
 
 
-def test_a_name_that_is_taken_is_kept_unless_told(cache: Path, tmp_path: Path, content: bytes) -> None:
+def test_weights_of_the_same_name_are_replaced_only_with_overwrite(cache: Path, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "knee.pt").write_bytes(content)
     import_weights(tmp_path / "knee.pt")
     before = (cache / "knee.safetensors").read_bytes()
@@ -394,29 +390,29 @@ def test_a_name_that_is_taken_is_kept_unless_told(cache: Path, tmp_path: Path, c
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "../a", ".hidden", "auto", "random", "nano", "a b", "x" * 101])
-def test_a_name_is_one_word(cache: Path, tmp_path: Path, content: bytes, name: str) -> None:
+def test_an_invalid_name_is_rejected(cache: Path, tmp_path: Path, content: bytes, name: str) -> None:
     (tmp_path / "knee.pt").write_bytes(content)
     with pytest.raises(UsageError, match="not a name for weights"):
         import_weights(tmp_path / "knee.pt", name=name)
 
 
-def test_a_published_name_is_for_the_published_file_alone(site: Site, cache: Path, tmp_path: Path) -> None:
+def test_a_published_name_is_reserved_for_the_published_file(site: Site, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "other.pt").write_bytes(pt_of(build(seed=5, policy="fifo").state_dict()))
     with pytest.raises(UsageError, match="known is the name of published weights, and other.pt is another file"):
         import_weights(tmp_path / "other.pt", name="known")
 
 
-def refused(cache: Path, path: Path, message: str) -> None:
+def assert_rejected(cache: Path, path: Path, message: str) -> None:
     with pytest.raises(WeightsError, match=message):
         import_weights(path)
     assert zoo.imported() == []
 
 
-def test_what_is_not_whole_is_refused_and_nothing_is_written(
+def test_incomplete_or_damaged_weights_are_rejected_and_nothing_is_written(
     cache: Path, tmp_path: Path, base: dict[str, torch.Tensor], content: bytes
 ) -> None:
     path = tmp_path / "knee.pt"
-    refused(cache, tmp_path / "absent.pt", "not found")
+    assert_rejected(cache, tmp_path / "absent.pt", "not found")
     for state, message in (
         ({name: tensor for name, tensor in base.items() if name != "no_mem_embed"}, "missing: no_mem_embed"),
         (base | {"extra": torch.zeros(1)}, "unexpected: extra"),
@@ -425,11 +421,11 @@ def test_what_is_not_whole_is_refused_and_nothing_is_written(
         ({"resnet.weight": torch.zeros(3)}, "unsupported checkpoint"),
     ):
         path.write_bytes(pt_of(state))
-        refused(cache, path, message)
+        assert_rejected(cache, path, message)
     path.write_bytes(content[:-1000])
-    refused(cache, path, "corrupt or truncated")
+    assert_rejected(cache, path, "corrupt or truncated")
     path.write_bytes(b"<html>404</html>")
-    refused(cache, path, "not a checkpoint")
+    assert_rejected(cache, path, "not a checkpoint")
 
 
 def test_tensors_that_share_memory_or_are_of_half_precision_are_imported(
@@ -448,14 +444,14 @@ def test_tensors_that_share_memory_or_are_of_half_precision_are_imported(
 # --weights NAME, and the network
 
 
-def test_base_weights_that_are_absent_name_the_command(cache: Path) -> None:
+def test_absent_weights_are_answered_with_the_command_that_downloads_them(cache: Path) -> None:
     with pytest.raises(WeightsError, match="slmsam2 weights get sam2.1-tiny"):
         load_base_weights("sam2.1-tiny")
     with pytest.raises(WeightsError, match="slmsam2 weights get sam2.1-tiny"):
         load_base_weights("auto")
 
 
-def test_weights_of_another_size_name_the_network(cache: Path, tmp_path: Path, content: bytes) -> None:
+def test_weights_of_another_network_size_are_answered_with_the_plan_command(cache: Path, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "knee.pt").write_bytes(content)
     import_weights(tmp_path / "knee.pt")
     read = load_base_weights("knee")
@@ -464,7 +460,7 @@ def test_weights_of_another_size_name_the_network(cache: Path, tmp_path: Path, c
         load_weights(build(size="tiny", policy="fifo"), read)
 
 
-def test_finetune_starts_from_a_name_and_hands_its_licence_on(site: Site, cache: Path, tmp_path: Path) -> None:
+def test_finetune_starts_from_named_weights_and_records_their_licence(site: Site, cache: Path, tmp_path: Path) -> None:
     write_phantom_dataset(tmp_path / "data", cases=2, test_cases=0, shape=(4, 32, 32))
     space = Workspace.of(tmp_path / "data", None)
     get("unknown")
@@ -475,9 +471,7 @@ def test_finetune_starts_from_a_name_and_hands_its_licence_on(site: Site, cache:
     assert atomic.read_json(space.split, "the split")["options"]["weights"] == "unknown"
 
 
-def test_finetune_without_a_plan_makes_one_for_the_network_of_its_base(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finetune_without_a_plan_plans_for_the_network_of_the_weights(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_phantom_dataset(tmp_path / "data", cases=2, test_cases=0, shape=(4, 32, 32))
     space = Workspace.of(tmp_path / "data", None)
     empty = Checkpoint("x", {}, "", NetworkPlan.model_validate({"size": "tiny"}))
@@ -488,7 +482,7 @@ def test_finetune_without_a_plan_makes_one_for_the_network_of_its_base(
 
 
 def test_only_weights_get_can_open_a_connection() -> None:
-    """P1: the modules that know the network are imported by the stage of `slmsam2 weights` alone."""
+    """Modules that open connections are imported by io/download.py, and that by commands/weights.py, alone."""
     package = Path(slmsam2_cli.__file__).parent
     networked = {
         "urllib.request",
@@ -520,7 +514,7 @@ def test_only_weights_get_can_open_a_connection() -> None:
     assert users["commands/weights.py"] == {"slmsam2_cli.io.download"}
 
 
-def test_no_other_command_here_touches_the_network(cache: Path, tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_list_and_verify_open_no_connection(cache: Path, tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a connection was opened")
 
@@ -531,9 +525,9 @@ def test_no_other_command_here_touches_the_network(cache: Path, tmp_path: Path, 
     assert load_base_weights("knee") is not None
 
 
-def test_quiet_says_only_what_needs_attention(site: Site, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_prints_only_warnings(site: Site, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     console.settings.quiet = True
     get("known")
-    assert said(capsys) == ""
+    assert printed(capsys) == ""
     get("unknown")
-    assert said(capsys).startswith("warning: no published hash")
+    assert printed(capsys).startswith("warning: no published hash")
