@@ -56,7 +56,7 @@ def compare(summaries: Mapping[str, Json]) -> dict[str, Any]:
 
 
 def compared_metrics(summary: Json) -> tuple[str, ...]:
-    """List the metrics that are compared: overlap, and distances in which missed structures count."""
+    """List the metrics that are compared: overlap, best at 1, and penalised distances, best at 0, in which missed structures count."""
     return "Dice", "HD95_penalised", "assd_mm_penalised", nsd_key(summary["definitions"]["nsd_tolerance_mm"])
 
 
@@ -78,7 +78,7 @@ def _values(pair: Sequence[Json], labels: Sequence[str], cases: Sequence[str], p
                     table[i, j, k] = np.nan if record.get(metric) is None else record[metric]
     for metric, table in tables.items():
         one_is_empty = np.isnan(table) & correct & ~np.isnan(table[..., ::-1])
-        table[one_is_empty] = 1.0 if _higher_is_better(metric) else 0.0
+        table[one_is_empty] = 0.0 if metric.endswith("_penalised") else 1.0
     for i, label in enumerate(labels):
         yield from ((label, metric, table[:, i : i + 1]) for metric, table in tables.items())
     if len(labels) > 1:
@@ -93,7 +93,7 @@ def _compare_values(table: np.ndarray, metric: str) -> dict[str, Any]:
     table = np.where(np.isnan(table).any(axis=-1, keepdims=True), np.nan, table)
     used = ~np.isnan(table[..., 0]).all(axis=1)
     difference = table[..., 1] - table[..., 0]
-    gain = difference[used] if _higher_is_better(metric) else -difference[used]
+    gain = -difference[used] if metric.endswith("_penalised") else difference[used]
     by_case = [float(np.nanmean(row)) for row in gain]
     first, second = (
         statistics.mean([float(column[~np.isnan(column)].mean()) for column in table[..., i].T if not np.isnan(column).all()])
@@ -109,7 +109,3 @@ def _compare_values(table: np.ndarray, metric: str) -> dict[str, Any]:
         "first_better": sum(g < -_EQUAL for g in by_case),
         "equal": sum(abs(g) <= _EQUAL for g in by_case),
     }
-
-
-def _higher_is_better(metric: str) -> bool:
-    return metric == "Dice" or metric.startswith("nsd@")
