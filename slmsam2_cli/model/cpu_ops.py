@@ -1,4 +1,4 @@
-"""Faster layers for training on CPUs, with the same arithmetic and the same weights (measured in docs/explanation/pretraining.md).
+"""Faster layers for training on CPUs, with the same arithmetic and weights (docs/experiments/2026-11-22-pretraining-step-time.md).
 
 SAM 2 computes its layer norm over channels in six elementwise operations, and its 1x1 convolutions with a general kernel whose backward
 pass is slow; torch has one kernel for each.

@@ -1,8 +1,8 @@
 """Worker processes that compute parts of a step in parallel, on weights and gradients in shared memory.
 
 On a CPU, processes of one thread each are faster than one process of several threads, and much faster when other programs use the
-cores (docs/explanation/pretraining.md). Gradients are added in the order of the parts, so the result is, bit for bit, that of one
-process that computes the parts one after another.
+cores (docs/experiments/2026-11-22-pretraining-step-time.md). Gradients are added in the order of the parts, so the result is, bit for
+bit, that of one process that computes the parts one after another.
 """
 
 from __future__ import annotations
