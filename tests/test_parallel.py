@@ -69,7 +69,7 @@ def test_a_case_larger_than_all_memory_is_tried_alone(tmp_path):
     assert parallel_map(subprocess.call, shell(tmp_path, one, one), 2, limit=MemoryLimit(lambda job: 11, 10)) == [0, 0]
 
 
-def test_where_no_process_can_be_had_this_one_does_it_all(monkeypatch):
+def test_without_worker_processes_this_process_runs_all_jobs(monkeypatch):
     monkeypatch.setattr(parallel, "START_METHOD", "a method that no system has")
     assert parallel_map(str.upper, {"a": "x", "b": "y"}, 2) == ["X", "Y"]
 
@@ -99,7 +99,7 @@ def ends(group):
     return False
 
 
-def test_ctrl_c_ends_it_quickly_and_without_noise():
+def test_ctrl_c_ends_the_workers_quickly_and_without_output():
     program = begun(SLEEPING)
     os.killpg(program.pid, signal.SIGINT)
     said = program.communicate(timeout=10)[1]

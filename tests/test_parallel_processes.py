@@ -36,12 +36,12 @@ def test_a_file_of_the_working_directory_is_not_taken_for_a_module(tmp_path):
     assert made(tmp_path) == ("7", "")
 
 
-def test_an_interruption_while_modules_are_loaded_is_left_to_the_command(tmp_path):
+def test_an_interrupt_while_workers_load_modules_is_handled_by_the_command(tmp_path):
     (tmp_path / "loads.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
     assert made(tmp_path, PYTHONPATH=str(tmp_path)) == ("7", "")
 
 
-def test_without_a_place_for_a_socket_there_is_no_pool(tmp_path):
+def test_without_a_folder_for_its_socket_there_is_no_pool(tmp_path):
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
     assert made(tmp_path, TMPDIR=str(deep)) == ("None", "")

@@ -85,7 +85,7 @@ def test_writers_of_other_formats_are_called_by_the_volume_module_alone() -> Non
         "os.open(path, os.O_WRONLY | os.O_CREAT)",
     ],
 )
-def test_the_rule_sees(source: str) -> None:
+def test_the_check_finds_these_calls(source: str) -> None:
     assert writers_in(source) == [source]
 
 
@@ -101,5 +101,5 @@ def test_the_rule_sees(source: str) -> None:
         "os.open(os.devnull, os.O_WRONLY)",
     ],
 )
-def test_the_rule_lets_pass(source: str) -> None:
+def test_the_check_accepts_these_calls(source: str) -> None:
     assert writers_in(source) == []

@@ -79,7 +79,7 @@ def raising(error: BaseException) -> Callable[[], int]:
 # What it says
 
 
-def test_help_loads_nothing_heavy() -> None:
+def test_help_imports_no_slow_library() -> None:
     source = f"""
 import sys
 from slmsam2_cli.cli import app
@@ -129,7 +129,7 @@ def test_the_data_set_is_the_current_folder_if_it_is_one(dataset: Path, passed_o
     assert seen["workspace"].root.resolve() == dataset.resolve() / "slmsam2"
 
 
-def test_a_workspace_may_lie_anywhere(dataset: Path, passed_on: Callable[[str], dict[str, Any]]) -> None:
+def test_a_workspace_may_be_anywhere(dataset: Path, passed_on: Callable[[str], dict[str, Any]]) -> None:
     seen = passed_on("preprocess")
     assert run("preprocess", "-w", "elsewhere", "--overwrite") == 0
     assert seen["workspace"] == Workspace(Path("elsewhere"))
@@ -187,7 +187,7 @@ def test_evaluate_of_two_folders_ignores_the_data_set_around(dataset: Path, pass
     assert seen["dataset"] == Path()
 
 
-def test_demo_goes_where_it_is_told(passed_on: Callable[[str], dict[str, Any]]) -> None:
+def test_demo_writes_to_the_folder_of_the_output_option(passed_on: Callable[[str], dict[str, Any]]) -> None:
     seen = passed_on("demo")
     assert run("demo", "-o", "there") == 0
     assert seen["folder"] == Path("there")
@@ -230,7 +230,7 @@ def test_nnunets_spellings_are_understood(tmp_path: Path, passed_on: Callable[[s
 
 
 @pytest.mark.parametrize(("options", "overwrite"), [((), False), (("--continue",), False), (("--overwrite",), True)])
-def test_predict_goes_on_or_begins_again(
+def test_predict_resumes_or_overwrites(
     options: tuple[str, ...], overwrite: bool, dataset: Path, passed_on: Callable[[str], dict[str, Any]]
 ) -> None:
     seen = passed_on("predict")
@@ -238,7 +238,7 @@ def test_predict_goes_on_or_begins_again(
     assert seen["overwrite"] is overwrite
 
 
-def test_to_go_on_and_to_begin_again_contradict_each_other(
+def test_continue_and_overwrite_cannot_be_combined(
     dataset: Path, passed_on: Callable[[str], dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen = passed_on("predict")
@@ -260,7 +260,7 @@ def test_what_follows_a_bare_double_dash_is_no_option() -> None:
         ("--debug", (True, False, True)),
     ],
 )
-def test_how_much_is_said_may_be_chosen_after_the_command(
+def test_verbosity_options_may_follow_the_command(
     option: str, expected: tuple[bool, bool, bool], dataset: Path, passed_on: Callable[[str], dict[str, Any]]
 ) -> None:
     passed_on("plan")
@@ -279,7 +279,9 @@ def test_folders_may_have_any_name(name: str, tmp_path: Path, passed_on: Callabl
 # How it ends
 
 
-def test_no_data_set_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_data_set_is_reported_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     for command in ("plan", "preprocess", "finetune", "predict"):
         assert run(command) == 2
@@ -290,12 +292,12 @@ def test_no_data_set_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     "arguments",
     [["segment"], ["plan", "--overwrit"], ["finetune", "-n", "0"], ["predict", "--prompt-slice", "first"], ["predict", "--part-id", "-1"]],
 )
-def test_a_slip_on_the_command_line_is_exit_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_usage_error_is_exit_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*arguments) == 2
     assert "Error:" in capsys.readouterr().err
 
 
-def test_what_the_work_returns_is_the_exit_code() -> None:
+def test_the_commands_return_value_is_the_exit_code() -> None:
     assert [run_for_exit_code(lambda code=code: code) for code in (0, 1, 2)] == [0, 1, 2]  # type: ignore[misc]
 
 
@@ -323,7 +325,9 @@ def test_what_the_work_returns_is_the_exit_code() -> None:
         (ZeroDivisionError("by zero"), 2, ["error: unexpected ZeroDivisionError: by zero. Run again with --debug for the traceback"]),
     ],
 )
-def test_every_end_has_its_code_and_its_line(error: BaseException, code: int, lines: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_kind_of_error_has_its_exit_code_and_one_line(
+    error: BaseException, code: int, lines: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run_for_exit_code(raising(error)) == code
     assert capsys.readouterr() == ("", "\n".join(lines) + "\n")
 
@@ -331,7 +335,7 @@ def test_every_end_has_its_code_and_its_line(error: BaseException, code: int, li
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("MPS backend out of memory"), RuntimeError("[enforce fail] can't allocate memory")]
 )
-def test_want_of_memory_is_said_plainly(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_of_memory_is_reported_in_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_for_exit_code(raising(error)) == 2
     assert capsys.readouterr().err.startswith("error: out of memory. ")
 

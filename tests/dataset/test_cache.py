@@ -46,12 +46,12 @@ def test_a_prepared_case_holds_slices_between_0_and_1_and_its_view(data, tmp_pat
     assert set(np.unique(case.labels)) <= {0, 1, 2, 3}
 
 
-def test_the_files_written_are_these(data, tmp_path):
+def test_preprocessing_writes_these_files(data, tmp_path):
     prepare(data.training[0], data, SETTINGS, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out" / "phantom_000").iterdir()) == ["frames.npy", "labels.npy", "record.json"]
 
 
-def test_another_process_is_told_where_the_arrays_lie_and_gets_parts_of_them_whole(data, tmp_path):
+def test_memory_maps_are_sent_to_processes_by_path_and_views_as_arrays(data, tmp_path):
     case = prepare(data.training[0], data, SETTINGS, tmp_path / "out")
     sent, upper = pickle.dumps(case), replace(case, frames=case.frames[:, 2:])
     assert len(sent) < case.frames.nbytes
@@ -113,7 +113,7 @@ def test_a_changed_plan_preprocesses_everything_again(data, tmp_path, change):
     assert all("geometry or intensity changed in the plan" in line for line in told)
 
 
-def test_intensities_count_as_the_plan(tmp_path):
+def test_a_changed_intensity_window_preprocesses_again(tmp_path):
     other = (SimpleNamespace(scheme="percentile", lower=1.0, upper=99.5),)
     assert SETTINGS.digest() != PreprocessSettings(GEOMETRY, other).digest()
 
@@ -170,7 +170,7 @@ def test_a_file_that_another_one_replaces_stays_readable(data, tmp_path):
     assert np.array_equal(case.frames, before)
 
 
-def test_a_record_that_points_elsewhere_is_not_followed(data, tmp_path):
+def test_a_record_that_names_files_outside_its_folder_is_ignored(data, tmp_path):
     again(data, tmp_path / "out")
     path = tmp_path / "out" / "phantom_000" / "record.json"
     record = json.loads(path.read_text())
@@ -187,13 +187,13 @@ def test_one_bad_case_does_not_stop_the_others(data, tmp_path):
     assert [problem.case for problem in outcome.problems] == ["phantom_000"]
 
 
-def test_a_vanished_image_is_that_case_s_problem(data, tmp_path):
+def test_a_missing_image_is_a_problem_of_its_case_alone(data, tmp_path):
     data.training[1].images[0].unlink()
     outcome, _ = again(data, tmp_path / "out")
     assert [problem.case for problem in outcome.problems] == ["phantom_001"]
 
 
-def test_a_fault_at_any_step_leaves_a_whole_case_or_none(data, tmp_path):
+def test_a_fault_at_any_step_leaves_a_complete_case_or_none(data, tmp_path):
     want = prepare(data.training[0], data, SETTINGS, tmp_path / "good").frames
     for step in range(1, 40):
         folder = tmp_path / f"out{step}"
@@ -209,7 +209,7 @@ def test_a_fault_at_any_step_leaves_a_whole_case_or_none(data, tmp_path):
         pytest.fail("never ran through")
 
 
-def test_a_prepared_case_leads_back_to_the_native_grid(data, tmp_path):
+def test_labels_of_a_prepared_case_are_restored_to_the_native_grid(data, tmp_path):
     case = prepare(data.training[0], data, SETTINGS, tmp_path / "out")
     assert isinstance(case.view, View)
     stack = np.asarray(case.labels)

@@ -62,7 +62,7 @@ def said(problems: tuple[CaseError, ...]) -> dict[str, str]:
 # ---- dataset.json
 
 
-def test_nnunet_shape_finds_its_cases_in_the_folders(tmp_path: Path) -> None:
+def test_nnunet_data_sets_find_their_cases_in_the_folders(tmp_path: Path) -> None:
     root = make(tmp_path, NNUNET, "imagesTr/b_0000.nii.gz", "labelsTr/b.nii.gz", "imagesTs/t_0000.nii.gz")
     found = read_dataset(root)
     assert found.training == (Case("b", (root / "imagesTr/b_0000.nii.gz",), root / "labelsTr/b.nii.gz"),)
@@ -73,7 +73,7 @@ def test_nnunet_shape_finds_its_cases_in_the_folders(tmp_path: Path) -> None:
     assert (found.problems, found.warnings) == ((), ())
 
 
-def test_decathlon_shape_lists_its_cases(tmp_path: Path) -> None:
+def test_decathlon_data_sets_list_their_cases(tmp_path: Path) -> None:
     root = make(tmp_path, DECATHLON, "imagesTr/a.nii.gz", "labelsTr/a.nii.gz", "imagesTs/t.nii.gz", "labelsTs/t.nii.gz")
     found = read_dataset(root)
     assert found.training == (Case("a", (root / "imagesTr/a.nii.gz",), root / "labelsTr/a.nii.gz"),)
@@ -167,7 +167,7 @@ def test_without_regions_the_labels_are_what_is_reported(tmp_path):
         ({"training": [{"image": "C:\\x.nii.gz"}]}, "relative"),
     ],
 )
-def test_what_dataset_json_may_not_say(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_invalid_entries_of_dataset_json_are_rejected(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DatasetError, match=f"^dataset.json: .*{re.escape(message)}"):
         read_dataset(make(tmp_path, NNUNET | changes))
 
@@ -258,7 +258,7 @@ def test_a_name_that_is_not_utf8_is_a_problem(tmp_path: Path) -> None:
     assert "\\udcff" in printable(str(found.problems[0]))
 
 
-def test_what_systems_leave_behind_is_ignored(tmp_path: Path) -> None:
+def test_files_of_operating_systems_are_ignored(tmp_path: Path) -> None:
     junk = ["._a_0000.nii.gz", ".DS_Store", "Thumbs.db", "desktop.ini", ".a_0000.nii.gz.tmp-1", "README.txt", ".slmsam2-tmp-1-x.nii.gz"]
     found = read_dataset(make(tmp_path, NNUNET, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz", *[f"imagesTr/{name}" for name in junk]))
     assert ids(found.training) == ["a"]
@@ -266,7 +266,7 @@ def test_what_systems_leave_behind_is_ignored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["-rf", "=1+cmd|' C'!A1", "%s{0}", "a\nERROR", "<img>", "CON", "Müller  患者", "x" * 235])
-def test_odd_names_are_names(tmp_path: Path, name: str) -> None:
+def test_case_names_may_hold_spaces_and_other_characters(tmp_path: Path, name: str) -> None:
     found = read_dataset(make(tmp_path, NNUNET, f"imagesTr/{name}_0000.nii.gz", f"labelsTr/{name}.nii.gz"))
     assert ids(found.training) == [name]
 
@@ -274,7 +274,7 @@ def test_odd_names_are_names(tmp_path: Path, name: str) -> None:
 # ---- folders
 
 
-def test_a_bare_folder_is_enough(tmp_path: Path) -> None:
+def test_a_folder_of_images_without_dataset_json_is_enough(tmp_path: Path) -> None:
     for name in ("b_0000.nii.gz", "b_0001.nii.gz", "a.nrrd", "scan_2021.nii.gz", "scan_2022.nii.gz", "notes.txt", "._a.nrrd"):
         (tmp_path / name).touch()
     cases, problems = read_image_folder(tmp_path)
@@ -295,7 +295,7 @@ def test_a_dicom_series_is_a_case_as_a_folder_and_inside_one(tmp_path: Path) -> 
     assert "1 DICOM slices in one folder with other volumes" in str(problems[0])
 
 
-def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_does_not_exist_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "file.txt").touch()
     with pytest.raises(DatasetError, match="not a directory"):
         read_image_folder(tmp_path / "file.txt")
@@ -349,12 +349,12 @@ def test_a_mask_without_foreground_is_a_warning() -> None:
         ({"direction": np.diag([1.0, -1.0, 1.0])}, "direction"),
     ],
 )
-def test_a_mask_on_another_grid_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_a_mask_on_another_grid_is_rejected(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CaseError, match=f"differ in {message}"):
         pair(grid(), grid(**changes), [1])
 
 
-def test_what_a_file_does_not_know_is_not_held_against_its_partner() -> None:
+def test_uncertain_parts_of_a_geometry_are_not_compared() -> None:
     turned = grid(direction=np.diag([-1.0, -1.0, 1.0]), origin_mm=(5.0, 5.0, 5.0))
     assert "partly comparable: the orientation" in pair(grid(), turned, [1], uncertain=frozenset({"orientation"}))[0]
     with pytest.raises(CaseError, match="spacing"):
@@ -373,7 +373,7 @@ def test_comparing_is_symmetric() -> None:
     assert compare_geometry(one, one) == (None, [])
 
 
-def test_values_are_counted() -> None:
+def test_the_voxels_of_each_label_value_are_counted() -> None:
     labels = np.zeros((2, 3, 4), np.uint16)
     labels[1] = 1000
     assert count_values(labels) == {0: 12, 1000: 12}
@@ -422,7 +422,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any
     return [(case, folder / "out" / case["id"]) for case in cases if case["group"] not in ("model", "output")]
 
 
-def test_every_broken_input_is_met_as_expected(broken: list[tuple[dict[str, Any], Path]]) -> None:
+def test_every_broken_input_gives_the_expected_error_or_warning(broken: list[tuple[dict[str, Any], Path]]) -> None:
     misses: list[str] = []
     assert len(broken) > 90
     for want, root in broken:

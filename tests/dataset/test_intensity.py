@@ -29,7 +29,7 @@ def test_percentiles_ignore_the_zeros_outside_the_scan():
 
 
 @given(gain=st.sampled_from([112 / 255, 1.0, 1.7e6 / 255]), shift=st.sampled_from([0.0, 1.0]))
-def test_the_scale_of_an_mr_does_not_matter(gain, shift):
+def test_scaling_an_mr_volume_does_not_change_its_normalised_values(gain, shift):
     grey = np.random.default_rng(0).uniform(1, 255, (1, 4, 5, 6))
     assert normalise(grey * gain, [MR]) == pytest.approx(normalise(grey, [MR]), abs=1e-6)
 
@@ -67,6 +67,6 @@ def test_channels_are_scaled_each_by_its_own_rule():
     assert both.reshape(2, 2) == pytest.approx(np.array([[0, 1], [0, 1]]), abs=0.01)
 
 
-def test_a_missing_channel_is_refused():
+def test_another_number_of_channels_than_planned_is_rejected():
     with pytest.raises(ValueError, match="1 channels of voxels but 2 in the plan"):
         normalise(row(1, 2), [CT, MR])

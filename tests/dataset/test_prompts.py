@@ -52,7 +52,7 @@ def mask_with(shape, *painted):
         ("middle", [0, 0, 3], 2),
     ],
 )
-def test_the_slice_to_annotate(where, area, chosen):
+def test_the_middle_quarter_or_largest_slice_is_chosen(where, area, chosen):
     assert choose_slice(np.array(area), where) == chosen
 
 
@@ -63,7 +63,7 @@ def test_ends_are_marked_on_the_slices_just_beyond_them():
     assert [int((found.labels == value).any(axis=(1, 2)).sum()) for value in (1, 2)] == [1, 1]
 
 
-def test_what_a_label_s_end_marks_say_is_no_word_about_other_labels():
+def test_end_marks_of_a_label_leave_other_labels_alone():
     labels = mask_with((8, 4, 4), (np.s_[2:6, 0], 1), (np.s_[5:, 2], 2))
     view = view_of((8, 4, 4))
     found = simulate_prompts(labels, view, (1, 2), "middle", mark_ends=True)
@@ -110,12 +110,12 @@ def test_no_prompts_are_no_error(tmp_path):
     assert read_prompts(find_prompts(tmp_path, "case"), "case", view_of((3, 4, 5)), [1]) is None
 
 
-def test_an_untouched_mask_is_no_prompt(tmp_path):
+def test_an_empty_mask_is_no_prompt(tmp_path):
     save(tmp_path, np.zeros((3, 4, 5), np.uint8), view_of((3, 4, 5)))
     assert read_prompts(find_prompts(tmp_path, "case"), "case", view_of((3, 4, 5)), [1]) is None
 
 
-def test_a_annotated_slice_speaks_for_every_label_and_comes_back_bit_exact(tmp_path):
+def test_an_annotated_slice_holds_for_every_label_and_comes_back_bit_exact(tmp_path):
     view = view_of((3, 4, 5))
     mask = mask_with((3, 4, 5), (np.s_[1, 2, 2:4], 2))
     save(tmp_path, mask, view)
@@ -164,14 +164,14 @@ SAGITTAL, CORONAL = np.s_[2:10, 3:12, 4], np.s_[2:10, 4, 3:12]
         (np.s_[2:10, 3:6, 4], "SI", "along LR, but"),  # a small structure
     ],
 )
-def test_slices_painted_along_another_axis_are_refused_and_both_are_named(tmp_path, paint, axis, named):
+def test_slices_annotated_along_another_axis_are_rejected_and_both_axes_named(tmp_path, paint, axis, named):
     view = view_of((12, 14, 16), axis=axis)
     save(tmp_path, mask_with((12, 14, 16), (paint, 1)), view)
     with pytest.raises(CaseError, match=f"{named}.*Annotate slices along {axis}, or edit slice_axis in plan.json.*case.prompts.json"):
         read_prompts(find_prompts(tmp_path, "case"), "case", view, [1])
 
 
-def test_one_annotated_slice_among_ignored_ones_has_an_axis_too(tmp_path):
+def test_the_axis_of_one_annotated_slice_among_ignored_ones_is_recognised(tmp_path):
     view, mask = view_of((12, 14, 16)), np.full((12, 14, 16), 9, np.uint8)
     mask[:, :, 4] = 0
     mask[SAGITTAL] = 1
@@ -192,7 +192,7 @@ def test_one_annotated_slice_among_ignored_ones_has_an_axis_too(tmp_path):
         np.s_[4:8, 3:12, 4:6],  # four slices are not more than twice two
     ],
 )
-def test_what_is_painted_along_the_right_axis_is_taken_as_it_is(tmp_path, paint):
+def test_masks_annotated_along_the_planned_axis_are_accepted(tmp_path, paint):
     view = view_of((12, 14, 16))
     mask = mask_with((12, 14, 16), (paint, 1))
     save(tmp_path, mask, view)
@@ -201,13 +201,13 @@ def test_what_is_painted_along_the_right_axis_is_taken_as_it_is(tmp_path, paint)
     )
 
 
-def test_an_axis_of_few_slices_says_nothing_about_the_paint(tmp_path):
+def test_an_axis_of_few_slices_is_not_taken_for_the_annotated_one(tmp_path):
     view = view_of((12, 14, 3))
     save(tmp_path, mask_with((12, 14, 3), (np.s_[1:11, 3:12], 1)), view)
     assert len(read_prompts(find_prompts(tmp_path, "case"), "case", view, [1]).exact_slices) == 10
 
 
-def test_a_list_of_slices_says_that_thin_paint_is_meant_as_it_is(tmp_path):
+def test_with_a_list_of_slices_a_thin_mask_is_accepted_as_it_is(tmp_path):
     view = view_of((12, 14, 16))
     save(tmp_path, mask_with((12, 14, 16), (SAGITTAL, 1)), view)
     listing(tmp_path, {"axis": "SI", "annotated_slices": [0]})
@@ -232,13 +232,13 @@ def test_an_ignore_label_that_is_not_used_changes_nothing(tmp_path):
     assert read_prompts(find_prompts(tmp_path, "case"), "case", view, [1], ignore=9).exact_slices == (1,)
 
 
-def test_a_prompt_on_another_grid_is_refused(tmp_path):
+def test_a_prompt_on_another_grid_is_rejected(tmp_path):
     save(tmp_path, mask_with((3, 4, 5), (1, 1)), view_of((3, 4, 5)))
     with pytest.raises(CaseError, match=r"case case: case.nii.gz: .*grid differs.*shape"):
         read_prompts(find_prompts(tmp_path, "case"), "case", view_of((4, 4, 5)), [1])
 
 
-def test_an_undeclared_label_is_refused_with_its_count(tmp_path):
+def test_an_undeclared_label_is_rejected_with_its_count(tmp_path):
     view = view_of((3, 4, 5))
     save(tmp_path, mask_with((3, 4, 5), (np.s_[0, 0, :3], 7)), view)
     with pytest.raises(CaseError, match=r"undeclared label values 7 \(3 voxels\); the plan has 1, 2"):
@@ -260,7 +260,7 @@ def test_an_undeclared_label_is_refused_with_its_count(tmp_path):
         ({"axis": "SI", "annotated_slices": [-1]}, "slice -1 does not exist"),
     ],
 )
-def test_a_list_of_slices_that_makes_no_sense_is_refused(tmp_path, value, said):
+def test_an_invalid_list_of_slices_is_rejected(tmp_path, value, said):
     view = view_of((3, 4, 5))
     save(tmp_path, mask_with((3, 4, 5), (1, 1)), view)
     listing(tmp_path, value)
@@ -268,7 +268,7 @@ def test_a_list_of_slices_that_makes_no_sense_is_refused(tmp_path, value, said):
         read_prompts(find_prompts(tmp_path, "case"), "case", view, [1])
 
 
-def test_a_list_of_slices_without_a_mask_is_refused(tmp_path):
+def test_a_list_of_slices_without_a_mask_is_rejected(tmp_path):
     listing(tmp_path, {"axis": "SI", "annotated_slices": [0]})
     with pytest.raises(CaseError, match="no mask of the same name"):
         read_prompts(find_prompts(tmp_path, "case"), "case", view_of((3, 4, 5)), [1])

@@ -24,7 +24,7 @@ def case(folder, image, label=None, ending=".nii.gz"):
     return Case("c", (folder / f"image{ending}",), None if label is None else folder / f"label{ending}")
 
 
-def test_a_case_takes_its_voxels_as_stored_and_once_more(tmp_path):
+def test_the_memory_of_a_case_is_twice_its_stored_voxels(tmp_path):
     assert bytes_to_read(case(tmp_path, INT16, UINT8)) == 2 * (2 * VOXELS) + 2 * VOXELS
 
 
@@ -41,18 +41,18 @@ def test_both_byte_orders_and_both_versions_of_nifti_are_understood(tmp_path):
     assert [bytes_to_read(Case("c", (tmp_path / name,), None)) for name in ("big.nii.gz", "two.nii")] == [4 * VOXELS, 4 * VOXELS]
 
 
-def test_a_file_whose_header_is_not_understood_is_taken_to_be_packed(tmp_path):
+def test_a_file_with_an_unknown_header_is_estimated_as_compressed(tmp_path):
     assert bytes_to_read(case(tmp_path, b"x" * 1000, ending=".nrrd")) == 2 * ASSUMED_COMPRESSION * 1000
     assert bytes_to_read(case(tmp_path, b"x", ending=".nii.gz")) == 2 * ASSUMED_COMPRESSION
 
 
-def test_a_folder_of_slices_counts_with_all_of_them(tmp_path):
+def test_a_dicom_folder_is_estimated_from_all_its_slices(tmp_path):
     (tmp_path / "one.dcm").write_bytes(b"x" * 30)
     (tmp_path / "two.dcm").write_bytes(b"x" * 70)
     assert bytes_on_disk(Case("c", (tmp_path,), None)) == 100
 
 
-def test_what_is_not_there_takes_nothing(tmp_path):
+def test_a_missing_file_needs_no_memory(tmp_path):
     absent = Case("c", (tmp_path / "absent.nii.gz",), tmp_path / "none.nii.gz")
     assert (bytes_on_disk(absent), bytes_to_read(absent)) == (0, 0)
 

@@ -115,7 +115,7 @@ def test_slices_go_from_foot_to_head_in_the_stack_and_back_to_the_file():
     assert view.file_index(3) == 0
 
 
-def test_the_crop_keeps_what_any_channel_shows():
+def test_the_crop_keeps_voxels_that_are_not_zero_in_any_channel():
     stack = np.zeros((2, 4, 5, 6))
     stack[0, 1, 2, 3] = 1
     stack[1, 2, 4, 0] = -1
@@ -189,7 +189,7 @@ def test_a_ramp_keeps_its_values_at_the_same_places():
     assert frames[0, 0, 5, 4:8] == pytest.approx([1.75, 2.25, 2.75, 3.25])
 
 
-def test_slices_are_interpolated_when_asked_for():
+def test_slices_are_interpolated_if_the_plan_sets_a_through_plane_spacing():
     voxels = np.broadcast_to(np.arange(4.0)[:, None, None], (4, 3, 3)).copy()
     view = View.fit(volume(voxels, spacing=(2.0, 1.0, 1.0)), geometry(through_plane_mm=1.0))
     assert view.frames(voxels[None])[0, :, 1, 1] == pytest.approx([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])
@@ -207,7 +207,7 @@ def test_large_label_values_need_16_bits():
     assert view.restore(lambda t: np.ones((1, 2, 2), np.float32), [256]).dtype == np.uint16
 
 
-def test_each_stack_slice_is_asked_for_once():
+def test_each_stack_slice_is_computed_once():
     view, asked = View.fit(volume(np.ones((6, 2, 2))), geometry(through_plane_mm=2.0)), []
     view.restore(lambda t: (asked.append(t), np.ones((1, 2, 2), np.float32))[1], [1])
     assert asked == [0, 1, 2]
@@ -220,6 +220,6 @@ def test_a_view_survives_json():
     assert again.grid.difference(view.grid) is None
 
 
-def test_sizes_are_told_in_anatomical_order():
+def test_sizes_are_returned_in_anatomical_order():
     grid = Grid((4, 5, 6), (1.0, 2.0, 3.0), (0.0, 0.0, 0.0), np.eye(3)[:, [2, 0, 1]])  # array x runs to S, y to L, z to P
     assert oriented_size(grid) == ((6, 4, 5), (3.0, 1.0, 2.0))

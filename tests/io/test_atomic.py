@@ -27,7 +27,7 @@ def names(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))
 
 
-def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+def test_written_bytes_text_and_json_are_read_back(tmp_path: Path) -> None:
     value = {"name": "Müller 患者", "numbers": [1, 2.5, None, True], "labels": {"1": "PZ"}}
     atomic.write_json(tmp_path / "a.json", value)
     assert atomic.read_json(tmp_path / "a.json", "a") == value
@@ -41,13 +41,13 @@ def test_a_name_that_is_not_utf8_survives_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, b"x"])
-def test_nan_and_foreign_types_are_not_written(tmp_path: Path, value: object) -> None:
+def test_nan_and_types_that_json_lacks_are_not_written(tmp_path: Path, value: object) -> None:
     with pytest.raises(OutputError, match="a.json"):
         atomic.write_json(tmp_path / "a.json", {"x": value})
     assert names(tmp_path) == []
 
 
-def test_every_single_fault_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
+def test_a_fault_at_any_step_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     target = tmp_path / "a.json"
     atomic.write_json(target, "old")
     failures = 0
@@ -117,14 +117,14 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_a_folder_in_the_way_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_folder_of_the_same_name(tmp_path: Path) -> None:
     (tmp_path / "a.json").mkdir()
     with pytest.raises(OutputError, match=r"a\.json: could not be written"):
         atomic.write_json(tmp_path / "a.json", 1)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind the superuser")
-def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_read_only_folder(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(OutputError, match="permission"):
         atomic.write_json(tmp_path / "a.json", 1)
@@ -148,7 +148,7 @@ def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
         (b'"' + b"x" * 20_000_001 + b'"', "20 MB"),
     ],
 )
-def test_json_out_of_bounds_is_refused_with_line_or_key(tmp_path: Path, data: bytes, message: str) -> None:
+def test_json_out_of_bounds_is_rejected_with_line_or_key(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "dataset.json").write_bytes(data)
     with pytest.raises(JsonError, match="^dataset.json: .*" + message):
         atomic.read_json(tmp_path / "dataset.json", "dataset.json")
@@ -168,7 +168,7 @@ def test_json_within_bounds_is_read(tmp_path: Path) -> None:
 
 
 @given(st.binary(max_size=200) | st.text('[]{}",:0123456789.eENaInfty\\ \n-', max_size=200).map(str.encode))
-def test_any_bytes_are_json_or_refused(data: bytes) -> None:
+def test_any_bytes_are_parsed_as_json_or_rejected(data: bytes) -> None:
     try:
         strict_json.parse(data)
     except strict_json.JsonRejected as refused:
@@ -180,7 +180,7 @@ def test_any_bytes_are_json_or_refused(data: bytes) -> None:
         st.none() | st.booleans() | st.integers(-(10**18), 10**18) | st.floats(allow_nan=False, allow_infinity=False) | st.text(), st.lists
     )
 )
-def test_what_is_dumped_is_parsed(value: object) -> None:
+def test_json_values_survive_writing_and_reading(value: object) -> None:
     assert strict_json.parse(atomic.to_json(value)) == value
 
 
@@ -196,7 +196,7 @@ def test_a_flipped_byte_in_dataset_json_gives_json_or_a_clean_error(position: in
         pass
 
 
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_is_rejected_without_waiting_for_it(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "plan.json")
     with pytest.raises(JsonError, match=r"plan\.json \(plan\): not a regular file"):
         atomic.read_json(tmp_path / "plan.json", "plan")
@@ -213,7 +213,7 @@ def test_arrays_come_back_bit_by_bit(tmp_path: Path, array: np.ndarray) -> None:
     assert found.tobytes() == array.tobytes()
 
 
-def test_damaged_arrays_are_refused(tmp_path: Path) -> None:
+def test_damaged_arrays_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "a.npy"
     atomic.write_npy(path, np.arange(100))
     whole = path.read_bytes()
@@ -226,7 +226,7 @@ def test_damaged_arrays_are_refused(tmp_path: Path) -> None:
         atomic.open_npy(path)
 
 
-def test_the_digest_of_nothing_is_the_well_known_one(tmp_path: Path) -> None:
+def test_the_digest_of_an_empty_file_is_the_well_known_one(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     assert sha256_of(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
@@ -242,7 +242,7 @@ def test_the_digest_of_a_folder_follows_its_files(tmp_path: Path) -> None:
     assert sha256_of(folder) != before
 
 
-def test_a_second_writer_is_told_who_is_first(tmp_path: Path) -> None:
+def test_the_lock_error_names_the_process_that_holds_the_folder(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from slmsam2_cli.io.atomic import lock_folder\nwith lock_folder(Path(sys.argv[1])): pass"
     with atomic.lock_folder(tmp_path):
         second = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
@@ -251,7 +251,7 @@ def test_a_second_writer_is_told_who_is_first(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
 
 
-def test_parts_write_together_but_not_beside_a_writer_of_the_whole(tmp_path: Path) -> None:
+def test_parallel_parts_share_a_folder_but_not_with_a_writer_of_the_whole(tmp_path: Path) -> None:
     with atomic.lock_folder(tmp_path, "0-of-2"), atomic.lock_folder(tmp_path, "1-of-2"):
         with pytest.raises(LockError), atomic.lock_folder(tmp_path):
             pass
@@ -261,21 +261,21 @@ def test_parts_write_together_but_not_beside_a_writer_of_the_whole(tmp_path: Pat
         pass
 
 
-def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+def test_temporary_files_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
     (tmp_path / "case").mkdir()
     (tmp_path / "case" / ".slmsam2-tmp-1-abc.npy").write_bytes(b"half")
     with atomic.lock_folder(tmp_path):
         assert names(tmp_path / "case") == []
 
 
-def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+def test_an_output_folder_that_is_a_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "out").touch()
     for folder in (tmp_path / "out", tmp_path / "out" / "deeper"):
         with pytest.raises(OutputError, match="is a file, not a directory"), atomic.lock_folder(folder):
             pass
 
 
-def test_whoever_comes_second_waits_for_the_first_to_finish(tmp_path: Path) -> None:
+def test_a_second_process_waits_until_the_lock_is_released(tmp_path: Path) -> None:
     order: list[str] = []
 
     def second() -> None:

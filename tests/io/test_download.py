@@ -61,7 +61,7 @@ def interrupted(site: Site, at: int, folder: Path, sha256: str | None = DIGEST) 
     return what
 
 
-def test_a_file_arrives_whole_under_its_name_alone(site: Site, tmp_path: Path) -> None:
+def test_a_complete_download_leaves_only_the_file_itself(site: Site, tmp_path: Path) -> None:
     seen: list[tuple[int, int | None]] = []
     assert fetch(wanted(site, tmp_path / "new" / "folder"), lambda have, total: seen.append((have, total))) == DIGEST
     assert (tmp_path / "new" / "folder" / "a.pt").read_bytes() == CONTENT
@@ -70,7 +70,7 @@ def test_a_file_arrives_whole_under_its_name_alone(site: Site, tmp_path: Path) -
     assert seen == sorted(seen)
 
 
-def test_without_a_published_digest_the_one_that_arrived_is_told(site: Site, tmp_path: Path) -> None:
+def test_without_a_published_digest_that_of_the_file_is_returned(site: Site, tmp_path: Path) -> None:
     assert fetch(wanted(site, tmp_path, sha256=None, size=None)) == DIGEST
 
 
@@ -82,7 +82,7 @@ def test_a_cut_connection_is_resumed_where_it_was_cut(site: Site, tmp_path: Path
     assert len(told) == 2 and "the connection was cut; retrying" in told[0]
 
 
-def test_ctrl_c_keeps_what_arrived_and_the_next_run_asks_for_the_rest(site: Site, tmp_path: Path) -> None:
+def test_after_ctrl_c_the_next_run_requests_only_the_rest(site: Site, tmp_path: Path) -> None:
     what = interrupted(site, 1_000_000, tmp_path)
     assert names_in(tmp_path) == [".a.pt.part", ".a.pt.part.json"]
     assert (tmp_path / ".a.pt.part").read_bytes() == CONTENT[:1_000_000]
@@ -91,7 +91,7 @@ def test_ctrl_c_keeps_what_arrived_and_the_next_run_asks_for_the_rest(site: Site
     assert names_in(tmp_path) == ["a.pt"]
 
 
-def test_a_server_without_ranges_sends_all_again(site: Site, tmp_path: Path) -> None:
+def test_without_range_support_the_download_starts_again(site: Site, tmp_path: Path) -> None:
     what = interrupted(site, 1_000_000, tmp_path)
     site.ranges = False
     told: list[str] = []
@@ -99,7 +99,7 @@ def test_a_server_without_ranges_sends_all_again(site: Site, tmp_path: Path) -> 
     assert told == ["the server cannot resume; starting from the beginning"]
 
 
-def test_a_file_that_changed_meanwhile_is_not_mixed_with_its_former_self(site: Site, tmp_path: Path) -> None:
+def test_a_file_that_changed_on_the_server_is_downloaded_from_the_start(site: Site, tmp_path: Path) -> None:
     what = interrupted(site, 1_000_000, tmp_path, sha256=None)
     other = os.urandom(len(CONTENT))
     site.files["/a.pt"], site.etag = other, '"two"'
@@ -108,33 +108,33 @@ def test_a_file_that_changed_meanwhile_is_not_mixed_with_its_former_self(site: S
 
 
 @pytest.mark.parametrize("sha256", [DIGEST, None])
-def test_without_an_etag_only_a_known_digest_lets_it_go_on(site: Site, tmp_path: Path, sha256: str | None) -> None:
+def test_without_an_etag_a_download_is_resumed_only_if_the_digest_is_known(site: Site, tmp_path: Path, sha256: str | None) -> None:
     site.etag = None
     what = interrupted(site, 1_000_000, tmp_path, sha256)
     assert fetch(what) == DIGEST
     assert site.requests == [("/a.pt", "bytes=1000000-" if sha256 else None)]
 
 
-def test_a_partial_file_that_is_whole_already_is_taken(site: Site, tmp_path: Path) -> None:
+def test_a_partial_file_that_is_complete_is_renamed_without_download(site: Site, tmp_path: Path) -> None:
     (tmp_path / ".a.pt.part").write_bytes(CONTENT)
     assert fetch(wanted(site, tmp_path)) == DIGEST
     assert names_in(tmp_path) == ["a.pt"]
 
 
-def test_a_partial_file_that_is_too_long_is_begun_again(site: Site, tmp_path: Path) -> None:
+def test_a_partial_file_that_is_too_long_is_discarded(site: Site, tmp_path: Path) -> None:
     (tmp_path / ".a.pt.part").write_bytes(CONTENT + b"x")
     assert fetch(wanted(site, tmp_path)) == DIGEST
     assert [asked for _, asked in site.requests] == [f"bytes={len(CONTENT) + 1}-", None]
 
 
-def test_a_partial_file_of_something_else_is_found_out_and_removed(site: Site, tmp_path: Path) -> None:
+def test_a_partial_file_of_another_file_fails_its_digest_and_is_removed(site: Site, tmp_path: Path) -> None:
     (tmp_path / ".a.pt.part").write_bytes(b"something else")
     with pytest.raises(DigestError, match="refused: its SHA-256 is"):
         fetch(wanted(site, tmp_path))
     assert names_in(tmp_path) == []
 
 
-def test_a_wrong_digest_is_refused_and_nothing_is_kept(site: Site, tmp_path: Path) -> None:
+def test_a_wrong_digest_is_rejected_and_nothing_is_kept(site: Site, tmp_path: Path) -> None:
     with pytest.raises(DigestError, match=f"its SHA-256 is {DIGEST}, not {'0' * 64}"):
         fetch(wanted(site, tmp_path, sha256="0" * 64))
     assert names_in(tmp_path) == []
@@ -147,7 +147,7 @@ def test_a_wrong_digest_leaves_an_earlier_file_alone(site: Site, tmp_path: Path)
     assert (tmp_path / "a.pt").read_bytes() == b"earlier"
 
 
-def test_another_length_than_published_is_refused_before_anything_is_written(site: Site, tmp_path: Path) -> None:
+def test_a_length_other_than_published_is_rejected_before_writing(site: Site, tmp_path: Path) -> None:
     with pytest.raises(DigestError, match=rf"holds {len(CONTENT)} bytes, not the 5"):
         fetch(wanted(site, tmp_path, size=5))
     assert names_in(tmp_path) == []
@@ -160,13 +160,13 @@ def test_a_stream_without_an_end_is_stopped(site: Site, tmp_path: Path) -> None:
     assert names_in(tmp_path) == []
 
 
-def test_a_server_that_tells_no_length_is_predicted_when_the_digest_is_right(site: Site, tmp_path: Path) -> None:
+def test_without_a_content_length_a_right_digest_is_enough(site: Site, tmp_path: Path) -> None:
     site.lengths = False
     assert fetch(wanted(site, tmp_path, size=None)) == DIGEST
 
 
 @pytest.mark.parametrize("code", [404, 403, 401, 410])
-def test_what_will_not_pass_is_told_at_once(site: Site, tmp_path: Path, code: int) -> None:
+def test_permanent_http_errors_are_not_retried(site: Site, tmp_path: Path, code: int) -> None:
     site.errors = [code] * 9
     with pytest.raises(DownloadError, match=rf"127.0.0.1: HTTP {code}"):
         fetch(wanted(site, tmp_path))
@@ -174,19 +174,19 @@ def test_what_will_not_pass_is_told_at_once(site: Site, tmp_path: Path, code: in
 
 
 @pytest.mark.parametrize("codes", [[500], [503, 429]])
-def test_what_may_pass_is_tried_again(site: Site, tmp_path: Path, codes: list[int]) -> None:
+def test_temporary_http_errors_are_retried(site: Site, tmp_path: Path, codes: list[int]) -> None:
     site.errors = codes
     assert fetch(wanted(site, tmp_path)) == DIGEST
 
 
-def test_trying_again_has_an_end(site: Site, tmp_path: Path) -> None:
+def test_retries_are_limited(site: Site, tmp_path: Path) -> None:
     site.errors = [500] * 9
     with pytest.raises(DownloadError, match="HTTP 500 Internal Server Error, 3 times in a row"):
         fetch(wanted(site, tmp_path))
     assert len(site.requests) == 3
 
 
-def test_as_long_as_something_arrives_it_goes_on(site: Site, tmp_path: Path) -> None:
+def test_progress_resets_the_number_of_retries(site: Site, tmp_path: Path) -> None:
     site.cut_at = list(range(100_000, 1_000_000, 100_000))
     assert fetch(wanted(site, tmp_path)) == DIGEST
     assert len(site.requests) == 10
@@ -208,7 +208,7 @@ def test_a_redirect_away_from_https_is_not_followed() -> None:
         download._StayOnHttps().redirect_request(asked, None, 302, "", Message(), "http://example.org/a.pt")  # type: ignore[arg-type]
 
 
-def test_another_part_than_was_asked_for_is_refused(site: Site, tmp_path: Path) -> None:
+def test_a_response_with_another_range_than_requested_is_rejected(site: Site, tmp_path: Path) -> None:
     what = interrupted(site, 1_000_000, tmp_path)
     site.wrong_range = True
     with pytest.raises(DownloadError, match="another part of the file"):
@@ -224,18 +224,18 @@ def test_another_part_than_was_asked_for_is_refused(site: Site, tmp_path: Path) 
         ("https://me:secret@example.org/a", "^example.org: an address with a password"),
     ],
 )
-def test_other_addresses_are_refused(tmp_path: Path, url: str, message: str) -> None:
+def test_addresses_other_than_http_and_https_are_rejected(tmp_path: Path, url: str, message: str) -> None:
     with pytest.raises(DownloadError, match=message):
         fetch(DownloadTarget(url, tmp_path / "a.pt"))
     assert names_in(tmp_path) == []
 
 
-def test_nobody_listening_is_told_after_a_few_tries(site: Site, tmp_path: Path) -> None:
+def test_a_refused_connection_is_reported_after_some_retries(site: Site, tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match="127.0.0.1: connection refused, 3 times in a row"):
         fetch(DownloadTarget("http://127.0.0.1:1/a.pt", tmp_path / "a.pt"))
 
 
-def test_no_network_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_cannot_be_resolved_is_reported_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def nobody_knows(*_: object, **__: object) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -253,7 +253,7 @@ def test_a_proxy_is_taken_from_the_environment(site: Site, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("sha256", [DIGEST, None])
-def test_a_server_that_sends_less_than_the_rest_is_asked_again(site: Site, tmp_path: Path, sha256: str | None) -> None:
+def test_a_response_shorter_than_announced_is_requested_again(site: Site, tmp_path: Path, sha256: str | None) -> None:
     what = interrupted(site, 1_000_000, tmp_path, sha256)
     site.portion = 900_000
     assert fetch(what) == DIGEST
@@ -263,7 +263,7 @@ def test_a_server_that_sends_less_than_the_rest_is_asked_again(site: Site, tmp_p
 # The disk
 
 
-def test_a_full_disk_is_one_line_and_what_arrived_is_kept(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_in_one_line_and_received_data_is_kept(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
         def __init__(self, path: Path) -> None:
             self.file, self.left = path.open("ab"), 1_000_000
@@ -292,7 +292,7 @@ def test_a_full_disk_is_one_line_and_what_arrived_is_kept(site: Site, tmp_path: 
     assert site.requests[-1][1] is not None
 
 
-def test_a_disk_that_is_too_small_is_found_out_beforehand(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_free_space_is_reported_before_the_download(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(OutputError, match="3 MB are needed and 0 MB are free"):
         fetch(wanted(site, tmp_path))
@@ -324,7 +324,7 @@ def test_a_link_in_place_of_the_partial_file_is_not_followed(site: Site, tmp_pat
     assert victim.read_bytes() == b"mine"
 
 
-def test_killed_at_any_moment_the_name_is_absent_and_the_next_run_ends_well(tmp_path: Path) -> None:
+def test_a_download_killed_at_any_moment_leaves_no_file_and_can_be_resumed(tmp_path: Path) -> None:
     source = """
 import sys
 from pathlib import Path

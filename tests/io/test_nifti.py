@@ -46,7 +46,7 @@ def read(folder: Path, data: bytes, name: str = "case.nii.gz", **options: Any) -
     return read_image([path], case="case", root=folder, **options)
 
 
-def test_the_axes_come_in_as_zyx_and_the_world_as_lps(tmp_path: Path) -> None:
+def test_arrays_are_zyx_and_world_coordinates_lps(tmp_path: Path) -> None:
     volume = read(tmp_path, nifti())
     assert volume.voxels.shape == (1, 10, 8, 9)
     assert volume.voxels[0, 4, 3, 2] == ARRAY[2, 3, 4]
@@ -81,7 +81,7 @@ def test_slope_and_intercept_are_applied_and_zero_means_none(tmp_path: Path) -> 
     assert read(tmp_path, nifti(scl_slope=0, scl_inter=7)).voxels.max() == 719
 
 
-def test_sform_comes_before_qform_before_pixdim(tmp_path: Path) -> None:
+def test_the_sform_takes_precedence_over_the_qform_and_that_over_pixdim(tmp_path: Path) -> None:
     shifted = AFFINE.copy()
     shifted[:3, 3] += [7, 0, 0]
     rows = {"srow_x": shifted[0], "srow_y": shifted[1], "srow_z": shifted[2]}
@@ -144,7 +144,7 @@ def test_trailing_axes_of_one_are_dropped_and_a_fourth_axis_holds_channels(tmp_p
         ({"sizeof_hdr": 7}, "not a NIfTI"),
     ],
 )
-def test_headers_that_cannot_hold_are_refused_by_name(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+def test_invalid_headers_are_rejected_and_the_field_is_named(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(CaseError, match=f"^case case: case.nii.gz: .*{message}"):
         read(tmp_path, nifti(**fields))
 
@@ -154,7 +154,7 @@ def test_a_small_shear_is_accepted(tmp_path: Path) -> None:
     assert np.allclose(volume.grid.direction.T @ volume.grid.direction, np.eye(3), atol=1e-12)
 
 
-def test_damaged_files_are_refused(tmp_path: Path) -> None:
+def test_damaged_files_are_rejected(tmp_path: Path) -> None:
     raw = nifti()
     packed = gzip.compress(raw)
     flipped = bytearray(packed)
@@ -176,7 +176,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
             read_image([tmp_path / "a.nii.gz"], case="a", root=tmp_path)
 
 
-def test_members_after_one_another_are_one_file_and_trailing_bytes_a_warning(tmp_path: Path) -> None:
+def test_several_gzip_members_are_one_file_and_trailing_bytes_a_warning(tmp_path: Path) -> None:
     raw = nifti()
     parts = gzip.compress(raw[:500]) + gzip.compress(raw[500:])
     for data, warned in [(parts, False), (parts + bytes(1000), False), (parts + b"\0garbage", True)]:
@@ -199,7 +199,7 @@ def test_a_decompression_bomb_costs_neither_time_nor_memory(tmp_path: Path) -> N
     assert time.perf_counter() - began < 1
 
 
-def test_more_voxels_than_allowed_are_refused(tmp_path: Path) -> None:
+def test_more_voxels_than_allowed_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(CaseError, match="Crop or downsample it"):
         read(tmp_path, nifti(), max_voxels=719)
     assert read(tmp_path, nifti(), max_voxels=720).voxels.size == 720
@@ -222,7 +222,7 @@ def test_flipped_header_bytes_give_a_volume_or_a_case_error(tmp_path: Path, flip
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_flipped_bytes_of_a_packed_file_are_never_read_as_other_voxels(tmp_path: Path, data: st.DataObject) -> None:
+def test_flipped_bytes_of_a_compressed_file_never_give_other_voxels(tmp_path: Path, data: st.DataObject) -> None:
     packed = bytearray(gzip.compress(nifti(), mtime=0))
     position = data.draw(st.integers(10, len(packed) - 1))
     packed[position] ^= data.draw(st.integers(1, 255))
@@ -271,7 +271,7 @@ def test_no_text_of_the_source_reaches_a_mask(tmp_path: Path) -> None:
     assert b"DOE" not in gzip.decompress(mask_like(tmp_path, source).read_bytes())
 
 
-def test_the_bytes_of_a_mask_depend_on_nothing_but_its_content(tmp_path: Path) -> None:
+def test_the_bytes_of_a_mask_depend_only_on_its_content(tmp_path: Path) -> None:
     first = mask_like(tmp_path, nifti()).read_bytes()
     assert mask_like(tmp_path, nifti()).read_bytes() == first
     assert first[4:8] == bytes(4)  # no time in the gzip header

@@ -49,27 +49,27 @@ def line(value):
         ('"input_size": [1]', "inner.input_size: Input should be a valid integer; allowed: 32 to 2048, multiples of 32"),
     ],
 )
-def test_the_line_for_one_wrong_value(inner, told):
+def test_a_wrong_value_is_explained_with_what_was_found_and_what_is_allowed(inner, told):
     assert line(f'{{"needed": 1, "inner": {{{inner}}}}}') == told
 
 
-def test_a_value_in_a_list_is_named_by_its_place():
+def test_a_wrong_value_in_a_list_is_named_by_its_index():
     told = line('{"needed": 1, "several": [{}, {"count": 0}]}')
     assert told == "several.1.count: Input should be greater than or equal to 1 (found 0); allowed: 1 or more"
 
 
-def test_all_findings_are_in_the_one_line():
+def test_all_errors_are_in_one_line():
     assert line('{"inner": {"most": 10}}').split("; ")[::2] == [
         "inner.most: Input should be less than or equal to 9 (found 10)",
         "needed: Field required",
     ]
 
 
-def test_a_value_of_another_kind_altogether_is_an_error_of_the_whole():
+def test_a_file_that_is_no_object_is_one_error():
     assert line("3").startswith("the whole: Input should be an object")
 
 
-def test_long_values_are_cut_and_whole_bounds_are_whole():
+def test_long_values_are_shortened_and_integer_bounds_shown_as_integers():
     class Large(BaseModel):
         steps: int = Field(default=1, ge=1, le=10_000_000)
 

@@ -110,7 +110,7 @@ def test_oblique_grids_come_back_from_a_mask(
     assert where.difference(read_labels(tmp_path / f"m{ending}", case="c", root=tmp_path).grid) is None
 
 
-def test_a_grid_that_differs_says_in_what() -> None:
+def test_the_difference_of_two_grids_is_named() -> None:
     turned = np.diag([-1.0, 1, 1])
     assert grid().difference(grid()) is None
     assert str(grid().difference(grid(shape=(4, 9, 11)))).startswith("shape (4, 9, 10) but (4, 9, 11)")
@@ -127,7 +127,7 @@ def test_rounding_of_another_program_is_no_difference() -> None:
     assert grid().difference(grid(origin_mm=(-31.51, 12.25, 700.125))) is not None  # 1.25 %
 
 
-def test_the_affine_sends_voxels_to_their_place() -> None:
+def test_the_affine_maps_voxel_indices_to_millimetres() -> None:
     where = grid(np.array([[0.0, 0, 1], [1, 0, 0], [0, 1, 0]]))
     assert np.allclose(where.affine() @ [2, 0, 0, 1], [-31.5, 12.25 + 2 * 0.8, 700.125, 1])
     assert where.difference(Grid.from_affine(where.shape, where.affine())) is None
@@ -157,7 +157,7 @@ def test_masks_of_every_format_are_reproducible(tmp_path: Path, ending: str) -> 
 
 @pytest.mark.parametrize("ending", [".nrrd", ".mha", ".nii", ".nii.gz"])
 @pytest.mark.parametrize("compressed", [False, True])
-def test_truncated_volumes_are_refused_in_every_format(tmp_path: Path, ending: str, compressed: bool) -> None:
+def test_truncated_volumes_are_rejected_in_every_format(tmp_path: Path, ending: str, compressed: bool) -> None:
     path = itk_file(tmp_path / f"a{ending}", compressed=compressed)
     whole = path.read_bytes()
     for share in (0.5, 0.9, 0.99):
@@ -183,7 +183,7 @@ def test_truncated_volumes_are_refused_in_every_format(tmp_path: Path, ending: s
         (".nrrd", b"NRRD000", b"NRRX000", "not an NRRD"),
     ],
 )
-def test_what_itk_would_repair_is_refused(tmp_path: Path, ending: str, old: bytes, new: bytes, message: str) -> None:
+def test_files_that_itk_would_repair_silently_are_rejected(tmp_path: Path, ending: str, old: bytes, new: bytes, message: str) -> None:
     path = itk_file(tmp_path / f"a{ending}")
     data = path.read_bytes()
     assert data.count(old) == 1
@@ -193,14 +193,14 @@ def test_what_itk_would_repair_is_refused(tmp_path: Path, ending: str, old: byte
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../a.raw", "LIST", "b%03d.raw"])
-def test_a_header_may_not_point_elsewhere(tmp_path: Path, name: str) -> None:
+def test_a_header_that_names_a_file_in_another_folder_is_rejected(tmp_path: Path, name: str) -> None:
     path = itk_file(tmp_path / "a.mhd")
     path.write_bytes(path.read_bytes().replace(b"a.raw", name.encode()))
     with pytest.raises(CaseError, match="outside"):
         read(path)
 
 
-def test_the_files_of_a_volume_are_all_named(tmp_path: Path) -> None:
+def test_all_files_of_a_volume_are_listed(tmp_path: Path) -> None:
     assert volume_files(itk_file(tmp_path / "a.mhd")) == (tmp_path / "a.mhd", tmp_path / "a.raw")
     assert volume_files(itk_file(tmp_path / "a.mha")) == (tmp_path / "a.mha",)
 
@@ -219,7 +219,7 @@ def test_colours_of_a_picture_are_channels_of_one_slice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", [".png", ".jpg", ".tif"])
-def test_truncated_pictures_are_refused(tmp_path: Path, form: str) -> None:
+def test_truncated_pictures_are_rejected(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"a{form}"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 50)).astype(np.uint8)).save(path)
     data = path.read_bytes()
@@ -229,7 +229,7 @@ def test_truncated_pictures_are_refused(tmp_path: Path, form: str) -> None:
             read(path)
 
 
-def test_masks_of_pictures(tmp_path: Path) -> None:
+def test_masks_of_pictures_are_png_or_tiff(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((20, 30), np.uint8) + np.arange(30, dtype=np.uint8)).save(tmp_path / "a.jpg")
     like = read(tmp_path / "a.jpg")
     labels = np.arange(600).reshape(1, 20, 30)
@@ -288,14 +288,14 @@ def test_a_dicom_folder_is_one_volume_sorted_by_position(tmp_path: Path) -> None
         ([(0, 0, 0), (0, 0, 3), (0, 0, 6), (0, 0, 9)], ("1.2", "1.3"), "2 DICOM series"),
     ],
 )
-def test_a_series_that_is_no_volume_is_refused(
+def test_a_dicom_series_that_is_no_volume_is_rejected(
     tmp_path: Path, positions: list[tuple[float, float, float]], uids: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(CaseError, match=f"case case: series: .*{message}"):
         read(dicom_series(tmp_path / "series", positions, uids))
 
 
-def test_a_damaged_slice_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_dicom_slice_is_rejected(tmp_path: Path) -> None:
     folder = dicom_series(tmp_path / "series", [(0, 0, 3.0 * z) for z in range(4)])
     whole = (folder / "2.dcm").read_bytes()
     for data in (whole[:-40], whole[:140], b""):
@@ -313,20 +313,20 @@ def test_a_pipe_in_a_dicom_folder_is_not_opened(tmp_path: Path) -> None:
 # ---- cases
 
 
-def test_one_file_a_channel_makes_one_volume(tmp_path: Path) -> None:
+def test_one_file_per_channel_makes_one_volume(tmp_path: Path) -> None:
     paths = [itk_file(tmp_path / "c_0000.nii.gz"), itk_file(tmp_path / "c_0001.nrrd", VOXELS.astype(np.float32) / 2)]
     found = read_image(paths, case="c", root=tmp_path, channels=2)
     assert found.voxels.shape == (2, 4, 9, 10)
     assert np.array_equal(found.voxels[1], VOXELS / 2)
 
 
-def test_channels_on_different_grids_are_refused(tmp_path: Path) -> None:
+def test_channels_on_different_grids_are_rejected(tmp_path: Path) -> None:
     paths = [itk_file(tmp_path / "c_0000.nii.gz"), itk_file(tmp_path / "c_0001.nii.gz", where=grid(spacing_mm=(3.0, 1.5, 0.9)))]
     with pytest.raises(CaseError, match=r"c_0001.nii.gz: grid differs from the first channel: spacing"):
         read_image(paths, case="c", root=tmp_path)
 
 
-def test_the_number_of_channels_is_the_declared_one(tmp_path: Path) -> None:
+def test_another_number_of_channels_than_declared_is_rejected(tmp_path: Path) -> None:
     path = itk_file(tmp_path / "c.nii.gz")
     with pytest.raises(CaseError, match="1 channels .* 2 are declared"):
         read(path, channels=2)
@@ -347,7 +347,7 @@ def test_values_that_are_not_finite_are_counted(tmp_path: Path, value: float, me
         read(itk_file(tmp_path / f"a{ending}", voxels))
 
 
-def test_odd_images_are_read_with_a_warning(tmp_path: Path) -> None:
+def test_constant_tiny_and_implausibly_spaced_images_are_read_with_a_warning(tmp_path: Path) -> None:
     extreme = VOXELS.astype(np.float32)
     extreme[0, 0, 0] = 3e38
     tiny = grid(shape=(1, 1, 1))
@@ -362,7 +362,7 @@ def test_odd_images_are_read_with_a_warning(tmp_path: Path) -> None:
         assert any(word in line for line in found.warnings), word
 
 
-def test_files_that_are_none_are_refused_and_not_waited_for(tmp_path: Path) -> None:
+def test_folders_pipes_and_broken_links_are_rejected_without_waiting(tmp_path: Path) -> None:
     (tmp_path / "d.nii.gz").mkdir()
     os.mkfifo(tmp_path / "p.nii.gz")
     os.symlink("gone.nii.gz", tmp_path / "l.nii.gz")
@@ -381,7 +381,7 @@ def test_messages_name_no_folder_above_the_root(tmp_path: Path) -> None:
     assert "sub/a.nii.gz" in str(caught.value)
 
 
-def test_endings() -> None:
+def test_the_ending_of_a_file_name_sets_the_format() -> None:
     known = {"a.nii.gz": ".nii.gz", "A.NII.GZ": ".nii.gz", "a.b.nii": ".nii", "a.PNG": ".png", "a.txt": None, "a": None, ".nii.gz": None}
     assert {name: image_ending(Path("x") / name) for name in known} == known
 
