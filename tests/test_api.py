@@ -63,7 +63,7 @@ def test_importing_the_package_imports_no_torch():
     assert shown.split() == ["False", "True"]
 
 
-def test_the_package_names_what_it_offers_and_nothing_else_is_made_up():
+def test_the_package_exports_exactly_the_documented_names():
     assert set(slmsam2_cli.__all__) <= set(dir(slmsam2_cli))
     with pytest.raises(AttributeError, match="has no attribute 'prpagate'"):
         slmsam2_cli.prpagate  # noqa: B018
@@ -82,7 +82,7 @@ def test_the_same_seed_builds_the_same_network_and_disturbs_no_other_random_draw
     assert not all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_built_network_is_what_was_asked_for_and_says_that_it_is_random():
+def test_a_built_network_has_the_requested_settings_and_warns_that_it_is_random():
     made = build("nano", input_size=96, policy="fifo", shared_memory=True, device="cpu")
     assert made.network.network == NetworkPlan(size="nano", policy="fifo", shared_memory=True)
     assert (made.input_size, made.plan, made.network.training) == (96, None, False)
@@ -101,7 +101,7 @@ def test_a_built_network_is_what_was_asked_for_and_says_that_it_is_random():
         ({"seed": None}, "seed: None; give a whole number"),
     ],
 )
-def test_an_impossible_network_is_refused_in_one_line(options, message):
+def test_invalid_network_settings_are_rejected_in_one_line(options, message):
     with pytest.raises(ValueError, match=message) as caught:
         build(**{"size": "nano", "input_size": PX, **options})
     assert "\n" not in str(caught.value)
@@ -118,14 +118,14 @@ def test_slices_of_any_size_are_encoded_at_strides_of_16_4_and_8(model):
         assert [part.shape for part in features.fine] == [(3, channels // 8, PX // 4, PX // 4), (3, channels // 4, PX // 8, PX // 8)]
 
 
-def test_a_slice_of_the_frames_own_size_is_encoded_as_it_is(model):
+def test_slices_of_the_input_size_are_encoded_unchanged(model):
     frames = torch.rand(2, 3, PX, PX)
     with torch.no_grad():
         expected = model.network.encode(frames)
     assert torch.equal(model.encode(frames).top, expected.top)
 
 
-def test_a_plan_that_shows_neighbouring_slices_shows_them_here_too(folder):
+def test_adjacent_slices_of_the_plan_are_used_here_too(folder):
     plan = planned(folder)
     geometry = plan.geometry.model_copy(update={"adjacent_slices": True})
     told = load(folder / "model.safetensors", plan=plan.model_copy(update={"geometry": geometry}), device="cpu")
@@ -139,7 +139,7 @@ def test_a_plan_that_shows_neighbouring_slices_shows_them_here_too(folder):
 # Propagate
 
 
-def test_masks_have_the_size_of_the_slices_and_the_drawn_slice_comes_back_exactly(model):
+def test_masks_have_the_size_of_the_slices_and_annotated_slices_are_unchanged(model):
     for height, width in ((40, 56), (56, 40), (200, 33), (64, 64)):
         drawn = np.zeros((height, width), bool)
         drawn[5:20, 7:25] = True
@@ -149,7 +149,7 @@ def test_masks_have_the_size_of_the_slices_and_the_drawn_slice_comes_back_exactl
         assert track.confidence.shape == (5,) and track.confidence[2] == 1 and ((track.confidence >= 0) & (track.confidence <= 1)).all()
 
 
-def test_slices_of_the_frames_own_size_go_through_the_engine_as_they_are(model):
+def test_slices_of_the_input_size_are_propagated_unchanged(model):
     slices, drawn = noise(5, PX, PX), square(PX, PX)
     frames = torch.from_numpy(slices)[:, None].expand(-1, 3, -1, -1)
     found = through_the_engine(model.network, frames, {1: [AnnotatedSlice(2, torch.from_numpy(drawn))]})[1]
@@ -166,12 +166,12 @@ def test_nothing_is_found_beyond_an_empty_slice(model):
     assert track.confidence[4] == 1 and (track.confidence[5:] == 0).all()
 
 
-def test_between_two_drawn_slices_it_says_how_far_both_sides_disagree(model):
+def test_between_two_annotated_slices_there_is_a_disagreement(model):
     disagreement = propagate(model, noise(5, 40, 56), {"organ": {1: square(), 3: square()}})["organ"].disagreement
     assert [bool(np.isnan(one)) for one in disagreement] == [True, True, False, True, True] and 0 <= disagreement[2] <= 1
 
 
-def test_labels_are_found_by_themselves_so_that_they_may_overlap(model):
+def test_labels_are_segmented_independently_and_may_overlap(model):
     slices, inner = noise(4, 40, 56), np.zeros((40, 56), bool)
     inner[10:20, 12:24] = True
     both = propagate(model, slices, {"organ": {1: square()}, "lesion": {1: inner}})
@@ -180,7 +180,7 @@ def test_labels_are_found_by_themselves_so_that_they_may_overlap(model):
     assert np.array_equal(both["lesion"].mask, alone.mask) and list(both) == ["organ", "lesion"]
 
 
-def test_numpy_and_torch_masks_of_any_type_say_the_same(model):
+def test_masks_may_be_numpy_arrays_or_tensors_of_any_type(model):
     slices, drawn = noise(3, 40, 56), square()
     expected = propagate(model, slices, {1: {1: drawn}})[1].mask
     for given in (drawn.astype(np.uint8) * 255, drawn.astype(np.float32), torch.from_numpy(drawn)):
@@ -188,7 +188,7 @@ def test_numpy_and_torch_masks_of_any_type_say_the_same(model):
         assert np.array_equal(found, expected)
 
 
-def test_a_window_says_which_grey_values_become_0_and_1(model):
+def test_the_window_sets_the_intensities_that_become_0_and_1(model):
     slices = np.round(noise(3, 40, 56) * 256) / 256
     shifted = (slices * 1024 - 512).astype(np.int16)
     expected = propagate(model, slices, {1: {1: square()}})[1]
@@ -227,7 +227,7 @@ NAN = np.full((3, 40, 56), np.nan, np.float32)
         (None, {1: {1: ~square() & square()}}, None, r"prompts\[1\]: every mask is empty"),
     ],
 )
-def test_what_is_wrong_with_an_argument_is_one_line_that_names_it(model, slices, prompts, window, message):
+def test_invalid_arguments_are_rejected_in_one_line_that_names_them(model, slices, prompts, window, message):
     with pytest.raises(ValueError, match=f"^{message}") as caught:
         propagate(model, noise(3, 40, 56) if slices is None else slices, {1: {1: square()}} if prompts is None else prompts, window=window)
     assert "\n" not in str(caught.value)
@@ -236,7 +236,7 @@ def test_what_is_wrong_with_an_argument_is_one_line_that_names_it(model, slices,
 # Load
 
 
-def test_a_tuned_model_comes_with_its_plan_its_table_and_its_warnings(folder):
+def test_a_fine_tuned_model_has_its_plan_calibration_and_warnings(folder):
     tuned = load(folder / "model.safetensors", device="cpu")
     assert (tuned.plan, tuned.calibration, tuned.network.training) == (planned(folder), HALVED, False)
     assert tuned.input_size == tuned.plan.geometry.input_size and "random weights" in tuned.warnings[0]
@@ -245,7 +245,7 @@ def test_a_tuned_model_comes_with_its_plan_its_table_and_its_warnings(folder):
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in read_checkpoint(folder / "model.safetensors").state.items())
 
 
-def test_the_folder_that_finetune_wrote_is_the_model_in_it(folder):
+def test_the_folder_of_finetune_is_accepted_as_a_model(folder):
     assert load(str(folder), device="cpu").plan == planned(folder)
 
 
@@ -258,20 +258,20 @@ def sam(tmp_path_factory):
     return path
 
 
-def test_weights_of_sam_2_1_want_a_frame(sam):
+def test_weights_of_sam_2_1_need_an_input_size(sam):
     made = load(sam, input_size=96, device="cpu")
     assert (made.plan, made.input_size, made.network.network.policy) == (None, 96, "fifo")
     with pytest.raises(ValueError, match=r"^input_size: sam2.1.pt carries no plan; give the edge of its input in pixels, or a plan$"):
         load(sam)
 
 
-def test_weights_of_sam_2_1_follow_a_plan_with_the_network_that_they_are_of(sam, folder):
+def test_weights_of_sam_2_1_with_a_plan_keep_their_network(sam, folder):
     for plan in (planned(folder), folder / "plan.json"):
         made = load(sam, plan=plan, device="cpu")
         assert made.plan.geometry == planned(folder).geometry and made.plan.network == NetworkPlan(size="nano", policy="fifo")
 
 
-def test_a_frame_beside_a_plan_is_refused(folder):
+def test_an_input_size_beside_a_plan_is_rejected(folder):
     with pytest.raises(ValueError, match="^input_size: 160, but the plan says 96"):
         load(folder / "model.safetensors", input_size=160)
 
@@ -283,7 +283,7 @@ def adapter(folder):
     return folder / "alone" / "adapter.safetensors"
 
 
-def test_an_adapter_is_put_on_the_base_that_is_named(folder, adapter):
+def test_an_adapter_is_applied_to_the_given_pretrained_weights(folder, adapter):
     plain, tuned = load(folder / "model.safetensors", device="cpu"), load(adapter, base=folder / "model.safetensors", device="cpu")
     slices = noise(1, 40, 56)
     assert not torch.allclose(plain.encode(slices).top, tuned.encode(slices).top)
@@ -293,19 +293,19 @@ def test_an_adapter_is_put_on_the_base_that_is_named(folder, adapter):
         load(folder / "model.safetensors", base=adapter)
 
 
-def test_a_model_that_has_not_learned_to_read_its_plan_s_channels_has_it_among_its_warnings(sam, folder, capsys):
+def test_a_model_not_trained_on_its_plans_channels_has_a_warning(sam, folder, capsys):
     plan = planned(folder)
     four = plan.model_copy(update={"channels": ("T1", "T2", "FLAIR", "T1c"), "intensity": plan.intensity * 4})
     assert "sam2.1.pt was not trained on 4 channels" in load(sam, plan=four, device="cpu").warnings[0]
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_device_that_nobody_knows_is_refused(sam):
+def test_an_unknown_device_is_rejected(sam):
     with pytest.raises(DeviceError, match="--device gpu: unknown device. Use auto, cpu, cuda or mps"):
         load(sam, input_size=PX, device="gpu")
 
 
-def test_files_that_are_no_models_are_refused_as_the_command_does_it(folder):
+def test_files_that_are_no_models_give_the_commands_error(folder):
     with pytest.raises(WeightsError, match="no such file"):
         load(folder / "absent.safetensors")
     with pytest.raises(PlanError, match="no plan at"):
@@ -372,7 +372,7 @@ def test_a_volume_is_segmented_exactly_as_by_predict_however_the_prompts_are_giv
     assert found.confidence == told and metadata["calibrated"] and found.confidence[1][given[0]] == 1
 
 
-def test_silently_about_them_only_annotated_slices_are_annotated(folder, tuned):
+def test_without_a_list_only_slices_with_a_mask_are_annotated(folder, tuned):
     found = segment(tuned, str(folder / "imagesTr" / "phantom_000.nii.gz"), sparse(truth(folder)))
     assert np.array_equal(found.labels[[3, 6]], truth(folder)[[3, 6]]) and found.labels[0].any()
 
@@ -406,12 +406,12 @@ SHAPE = (8, 40, 36)
         (sparse, [99], "annotated_slices: no slice 99; they are numbered from 0 to"),
     ],
 )
-def test_what_is_wrong_with_prompts_is_one_line_that_names_them(folder, tuned, prompts, annotated_slices, message):
+def test_invalid_prompts_are_rejected_in_one_line_that_names_them(folder, tuned, prompts, annotated_slices, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         segment(tuned, folder / "imagesTr" / "phantom_000.nii.gz", prompts(truth(folder)), annotated_slices=annotated_slices)
 
 
-def test_what_is_wrong_with_a_file_is_what_the_command_says(folder, tuned, model):
+def test_invalid_files_give_the_commands_error(folder, tuned, model):
     image, other = (folder / "imagesTr" / f"phantom_00{k}.nii.gz" for k in (0, 1))
     with pytest.raises(CaseError, match="case absent: absent.nii.gz: not found"):
         segment(tuned, folder / "absent.nii.gz", truth(folder))
@@ -429,7 +429,7 @@ def test_what_is_wrong_with_a_file_is_what_the_command_says(folder, tuned, model
 # One annotated image, many to segment
 
 
-def test_every_image_gets_a_mask_of_its_own_size_and_the_drawn_one_comes_back_exactly(model):
+def test_every_image_gets_a_mask_of_its_size_and_annotated_ones_are_unchanged(model):
     images = [noise(40, 56), noise(3, 30, 99, seed=1), torch.rand(64, 64)]
     found = segment_images(model, images, {0: square()})
     assert [one.mask.shape for one in found] == [(40, 56), (30, 99), (64, 64)]
@@ -444,7 +444,7 @@ def test_the_order_of_the_images_does_not_matter(model):
     assert all(np.array_equal(one.mask, same.mask) for one, same in zip(found, other[::-1]))
 
 
-def test_an_image_on_which_the_object_is_not_stays_empty(model):
+def test_an_image_annotated_as_empty_stays_empty(model):
     found = segment_images(model, noise(3, 40, 56), {0: square(), 2: np.zeros((40, 56))})
     assert not found[2].mask.any() and found[2].confidence == 1
 
@@ -464,6 +464,6 @@ def test_an_image_on_which_the_object_is_not_stays_empty(model):
         (None, square(), "prompts: give {image index: mask}"),
     ],
 )
-def test_what_is_wrong_with_images_or_their_prompts_is_one_line(model, images, prompts, message):
+def test_invalid_images_or_prompts_are_rejected_in_one_line(model, images, prompts, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         segment_images(model, noise(3, 40, 56) if images is None else images, prompts)

@@ -73,14 +73,14 @@ def test_every_module_has_its_place_in_the_layers() -> None:
 
 
 @pytest.mark.parametrize("module", CODE)
-def test_imports_point_down(module: str) -> None:
+def test_imports_go_from_upper_to_lower_layers(module: str) -> None:
     upwards = {
         used for used in own_imports(module) if folder(used) != folder(module) and RANK.get(folder(used), 99) <= RANK[folder(module)]
     }
     assert not upwards
 
 
-def test_no_modules_import_each_other_in_a_circle() -> None:
+def test_there_are_no_import_cycles() -> None:
     left = {module: own_imports(module) - {module} for module in MODULES}
     while flatten_plan := [module for module, used in left.items() if not used & set(left)]:
         for module in flatten_plan:
@@ -88,17 +88,17 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert not left
 
 
-def test_commands_meet_through_files_only_but_for_the_demo_which_runs_them_all() -> None:
+def test_no_command_imports_another_except_the_demo() -> None:
     commands = [module for module in CODE if folder(module) == "commands" and module != "commands.demo"]
     assert {module: used for module in commands if (used := {name for name in own_imports(module) if folder(name) == "commands"})} == {}
 
 
-def test_sam2_is_known_to_the_model_alone() -> None:
+def test_only_the_model_package_imports_sam2() -> None:
     assert {folder(module) for module in CODE if {"sam2", "hydra", "omegaconf"} & foreign_imports(module)} == {"model"}
 
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
-def test_torch_stays_out_of(name: str) -> None:
+def test_these_modules_do_not_import_torch(name: str) -> None:
     assert not [module for module in CODE if folder(module) == name and {"torch", "safetensors"} & foreign_imports(module)]
 
 
@@ -106,7 +106,7 @@ def test_torchvision_is_used_nowhere() -> None:
     assert not [module for module in CODE if "torchvision" in foreign_imports(module)]
 
 
-def test_packages_hold_no_code_of_their_own_but_the_outermost_names_the_python_api() -> None:
+def test_init_files_are_empty_except_the_outermost() -> None:
     bodies = {name: ast.parse(path.read_text(encoding="utf-8")).body for name, path in MODULES.items() if path.name == "__init__.py"}
     assert bodies.pop("") and own_imports("") == {"api"}
     (docstring,) = bodies.pop("commands")
@@ -114,5 +114,5 @@ def test_packages_hold_no_code_of_their_own_but_the_outermost_names_the_python_a
     assert {name: len(body) for name, body in bodies.items() if body} == {}
 
 
-def test_every_module_says_what_it_is() -> None:
+def test_every_module_has_a_docstring() -> None:
     assert [name for name in CODE if not ast.get_docstring(ast.parse(MODULES[name].read_text(encoding="utf-8")))] == []

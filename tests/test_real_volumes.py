@@ -63,7 +63,7 @@ def test_every_held_out_case_has_a_mask_on_its_own_grid(scored: Workspace) -> No
         assert np.abs(mask.affine - image.affine).max() <= 1e-6
 
 
-def test_the_prompted_slices_are_those_of_the_labels(scored: Workspace) -> None:
+def test_the_annotated_slices_of_the_manifest_are_those_of_the_labels(scored: Workspace) -> None:
     for case, metadata in json.loads((scored.predictions / "manifest.json").read_text())["cases"].items():
         mask = np.asarray(nibabel.load(scored.predictions / f"{case}.nii.gz").dataobj).T
         truth = np.asarray(nibabel.load(SOURCE / "labelsTr" / f"{case}.nii.gz").dataobj).T
@@ -95,7 +95,7 @@ BROKEN = {
 }
 
 
-def test_every_broken_case_gets_one_line_with_its_file_and_the_cure_and_the_healthy_one_is_planned(
+def test_every_invalid_case_is_reported_in_one_line_and_the_valid_one_is_planned(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs = {case: tuple(BAD / name if name else None for name in names) for case, names in BROKEN.items()}

@@ -79,7 +79,7 @@ def tracked(monkeypatch):
     return calls
 
 
-def test_the_annotated_image_comes_back_as_drawn_and_is_nearest_to_itself(model):
+def test_an_annotated_image_keeps_its_mask_and_is_nearest_to_itself(model):
     found = segment_images(model, noise(3), {1: square()})[1]
     assert ((found.logits > 0) == square()).all()
     assert (found.confidence, found.nearest, found.similarity, found.warning) == (1.0, 1, 1.0, "")
@@ -117,7 +117,7 @@ def test_the_most_similar_image_is_segmented_first(circle, monkeypatch):
     assert angles == [10, 20, 30, 40, 50] * 2
 
 
-def test_in_the_second_round_no_image_reads_itself_and_all_read_the_same_bank(circle, tracked):
+def test_in_the_second_round_images_read_the_same_bank_without_themselves(circle, tracked):
     segment_images(build(bank_slices=3), angled(0, 50, 10, 40, 30, 20), {0: square()})
     second = tracked[5:]
     banks = [set(stored) | ({image} if len(stored) < 3 else set()) for image, _, stored, _ in second]
@@ -130,12 +130,12 @@ def test_the_annotated_images_are_always_read(circle, tracked):
     assert all(len(anchors) == 2 and read[:2] == anchors for _, anchors, _, read in tracked)
 
 
-def test_what_resembles_no_annotated_image_is_never_read(circle, tracked):
+def test_images_that_resemble_no_annotated_one_are_never_read(circle, tracked):
     segment_images(build(bank_similarity=0.5), angled(0, 120, 170, 200), {0: square()})
     assert all(read == anchors for _, anchors, _, read in tracked)
 
 
-def test_an_image_without_the_object_says_so_for_itself_alone(model, tracked):
+def test_an_annotated_image_without_the_object_affects_no_other_image(model, tracked):
     found = segment_images(model, noise(3), {0: square(), 1: torch.zeros(PX, PX, dtype=torch.bool)})
     assert (found[1].logits < 0).all() and found[1].confidence == 1 and found[1].nearest == 1
     assert all(len(anchors) == 1 for _, anchors, _, _ in tracked) and found[2].nearest == 0
@@ -155,13 +155,13 @@ def test_a_copy_of_the_annotated_image_is_segmented_and_nearest_to_it(model):
     assert found[2].nearest == 0 and not torch.equal(found[2].logits, found[0].logits)
 
 
-def test_without_an_annotated_object_there_is_nothing_to_look_for(model):
+def test_without_an_annotated_object_there_is_an_error(model):
     for prompts in ({}, {0: torch.zeros(PX, PX, dtype=torch.bool)}):
         with pytest.raises(ValueError, match="annotate one that does"):
             segment_images(model, noise(2), prompts)
 
 
-def test_an_annotated_image_alone_is_its_annotation(model):
+def test_a_set_of_one_annotated_image_returns_its_annotation(model):
     assert [one.confidence for one in segment_images(model, noise(1), {0: square()})] == [1.0]
 
 

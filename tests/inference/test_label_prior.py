@@ -49,13 +49,13 @@ def output(logit, object_score, edge=PX):
     return SliceOutput(mask, 0.8 * one, torch.zeros(1, dtype=torch.long), object_score * one, mask, mask, torch.zeros(1, 8))
 
 
-def test_what_is_recognised_exactly_as_drawn_agrees_wholly_and_counts_one_half():
+def test_a_prediction_equal_to_the_annotation_has_dice_1_and_weight_one_half():
     found = compute_label_priors(Bright(), stack(), {4: [(3, drawn())]})[4]
     assert found.prompt_dice == pytest.approx(1.0)
     assert found.weight == MAX_WEIGHT
 
 
-def test_agreement_is_the_dice_of_what_is_recognised_with_what_was_drawn():
+def test_prompt_dice_compares_the_label_unet_with_the_annotated_slices():
     half = drawn()
     half[32:] = False  # 8 rows of 16: Dice 2 * 128 / (256 + 128)
     found = compute_label_priors(Bright(), stack(), {4: [(3, half)]})[4]
@@ -63,31 +63,31 @@ def test_agreement_is_the_dice_of_what_is_recognised_with_what_was_drawn():
     assert found.weight == pytest.approx(MAX_WEIGHT * (2 / 3 / FULL_WEIGHT_DICE) ** 2)
 
 
-def test_an_end_mark_says_nothing_of_agreement():
+def test_end_marks_do_not_count_in_prompt_dice():
     found = compute_label_priors(Bright(), stack(), {4: [(0, torch.zeros(PX, PX, dtype=torch.bool)), (3, drawn())]})[4]
     assert found.prompt_dice == pytest.approx(1.0)
 
 
-def test_a_label_that_it_does_not_know_or_that_nobody_drew_gets_no_hint():
+def test_unknown_and_unannotated_labels_have_no_prior():
     assert compute_label_priors(Bright(), stack(), {5: [(3, drawn())]}) == {}
     assert compute_label_priors(Bright(), stack(), {4: [(3, torch.zeros(PX, PX, dtype=torch.bool))]}) == {}
 
 
-def test_one_that_finds_nothing_of_what_was_drawn_changes_nothing():
+def test_a_prior_with_prompt_dice_0_changes_nothing():
     found = compute_label_priors(Bright(), stack(held=()), {4: [(3, drawn())]})[4]
     seen = output(3.0, 2.0)
     assert found.weight == 0
     assert found.weighted(seen, 3, None) is seen
 
 
-def test_logits_and_object_score_are_the_mean_of_both_where_it_counts_one_half():
+def test_with_weight_one_half_logits_and_object_score_are_means():
     mixed = label_prior(margin=4.0).weighted(output(-2.0, -1.0), 0, None)
     assert mixed.chosen.unique().tolist() == [1.0]
     assert mixed.object_score.item() == pytest.approx(1.5)
     assert (mixed.logits > 0).all()
 
 
-def test_one_that_may_not_raise_ends_a_structure_but_finds_none():
+def test_a_prior_that_cannot_add_ends_structures_but_starts_none():
     """Object score -4 and recognised at +10, which counts one half: +3 for one that may; +4 and -10: -3 for both."""
     for raises, found in ((True, 3.0), (False, -4.0)):
         assert float(replace(label_prior(), can_add=raises).weighted(output(2.0, -4.0), 0, None).object_score) == pytest.approx(found)
@@ -96,25 +96,25 @@ def test_one_that_may_not_raise_ends_a_structure_but_finds_none():
         ) == pytest.approx(-3.0)
 
 
-def test_neither_counts_more_than_sure():
+def test_logits_of_prior_and_prediction_are_clamped():
     mixed = label_prior(margin=-500.0).weighted(output(500.0, 500.0), 0, None)
     assert mixed.chosen.abs().max() < 1e-5
     assert mixed.object_score.item() < 0  # an empty mask is no object
 
 
-def test_where_it_did_not_look_the_mask_stays_as_it_was():
+def test_outside_the_label_unets_roi_the_mask_is_unchanged():
     mixed = label_prior(roi=RoiCrop(0, 0, 32)).weighted(output(-3.0, 1.0), 0, None)
     assert (mixed.chosen[..., :31, :31] > 0).all()
     assert torch.equal(mixed.chosen[..., 33:, :], torch.full((1, 1, 31, 64), -3.0))
 
 
-def test_what_lies_outside_of_its_view_is_no_reason_to_believe_in_the_structure():
+def test_pixels_outside_the_roi_do_not_raise_the_object_score():
     mixed = label_prior(margin=-MAX_LOGIT, roi=RoiCrop(16, 16, 32)).weighted(output(3.0, 3.0), 0, None)
     assert mixed.object_score.item() == pytest.approx(-3.5)
     assert (mixed.logits < 0).all()
 
 
-def test_where_it_did_not_look_at_all_nothing_changes():
+def test_an_roi_without_prediction_is_unchanged():
     seen = output(3.0, 3.0)
     assert label_prior(margin=-MAX_LOGIT, roi=RoiCrop(0, 0, 16)).weighted(seen, 0, RoiCrop(32, 32, 32)) is seen
 
@@ -127,7 +127,7 @@ def test_the_pointer_follows_the_object_score():
     assert torch.equal(label_prior(margin=-MAX_LOGIT).weighted(held, 0, None).pointer, absent)
 
 
-def test_of_several_channels_it_reads_its_own():
+def test_the_label_unet_reads_the_channels_it_was_trained_on():
     class Second(Bright):
         """Two channels, of which the second one counts."""
 
@@ -143,7 +143,7 @@ def test_of_several_channels_it_reads_its_own():
     assert compute_label_priors(Second(), frames, {4: [(3, drawn())]})[4].prompt_dice == pytest.approx(1.0)
 
 
-def test_a_speck_is_not_the_structure():
+def test_a_small_component_does_not_raise_the_object_score():
     margins = torch.full((1, PX, PX), -MAX_LOGIT)
     margins[0, 5:7, 5:7] = MAX_LOGIT  # 4 pixels
     speck = LabelPrior(margins, RoiCrop(0, 0, PX), PX, 1.0, area=40 / MIN_AREA_FRACTION)  # 40 would be enough
@@ -151,7 +151,7 @@ def test_a_speck_is_not_the_structure():
     assert (speck.weighted(output(-MAX_LOGIT, -MAX_LOGIT), 0, None).logits < 0).all()
 
 
-def test_a_network_that_sees_a_square_is_told_of_that_square():
+def test_the_prior_is_cropped_to_the_networks_roi():
     margins = torch.full((1, PX, PX), -4.0)
     margins[0, :, 32:] = 4.0
     mixed = LabelPrior(margins, RoiCrop(0, 0, PX), PX, 1.0, 16.0).weighted(output(0.0, 5.0, edge=32), 0, RoiCrop(16, 40, 16))
@@ -173,7 +173,7 @@ def shown(found):
 
 
 @pytest.mark.parametrize("roi_scale", [None, 2.0])
-def test_a_structure_that_propagation_loses_is_found_again_and_ends_where_it_ends(model, roi_scale):
+def test_the_prior_recovers_a_lost_structure_and_ends_it(model, roi_scale):
     anchors = {4: [AnnotatedSlice(3, drawn())]}
     heard = propagate(model, stack(), anchors, options=PropagationOptions(roi_scale=roi_scale, use_label_prior=True))[4]
     assert shown(heard) == [False, False, True, True, True, False, False]
@@ -183,6 +183,6 @@ def test_a_structure_that_propagation_loses_is_found_again_and_ends_where_it_end
     assert alone.prompt_dice is None
 
 
-def test_objects_that_are_no_labels_of_the_data_set_are_not_recognised(model):
+def test_objects_that_are_no_labels_of_the_data_set_have_no_prior(model):
     found = propagate(model, stack(), {9: [AnnotatedSlice(3, drawn())]}, options=PropagationOptions(use_label_prior=True))[9]
     assert found.prompt_dice is None and shown(found)[2:5] == [False, True, False]

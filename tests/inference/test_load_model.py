@@ -80,13 +80,13 @@ def test_a_published_slm_sam2_predicts_with_its_own_fuser_whatever_the_plan_says
     assert build_model(checkpoint, followed).stream_fuser.gate is None
 
 
-def test_weights_without_a_short_memory_bring_no_fuser_whatever_their_network_says(tmp_path):
+def test_weights_without_short_memory_have_no_fuser(tmp_path):
     fifo, both = ({"policy": policy, "fuser": "sum"} for policy in ("fifo", "shortlong"))
     assert fuser_of(read_checkpoint(model_file(tmp_path, network(**fifo), plan(**fifo)))) is None
     assert fuser_of(read_checkpoint(model_file(tmp_path, network(**both), plan(**both)))) == "sum"
 
 
-def test_weights_made_elsewhere_without_a_plan_anywhere_name_the_way_out(tmp_path):
+def test_weights_without_a_plan_are_an_error_that_says_what_to_run(tmp_path):
     with pytest.raises(PlanError, match=r"slm\.pt: no plan .*Run slmsam2 plan"):
         choose_model(Workspace(tmp_path / "empty"), tuned_slm_sam2(tmp_path / "slm.pt"), None, None)
 
@@ -94,7 +94,7 @@ def test_weights_made_elsewhere_without_a_plan_anywhere_name_the_way_out(tmp_pat
 # Channels
 
 
-def test_weights_that_never_saw_four_channels_are_shown_means_of_them_with_a_warning(tmp_path, capsys):
+def test_weights_not_trained_on_four_channels_get_means_and_a_warning(tmp_path, capsys):
     four = plan(channels=("T1", "T2", "FLAIR", "T1c"))
     workspace, base = workspace_with(tmp_path, four), model_file(tmp_path, network(), plan())
     model = build_model(*choose_model(workspace, None, str(base), None))
@@ -105,7 +105,7 @@ def test_weights_that_never_saw_four_channels_are_shown_means_of_them_with_a_war
         assert torch.allclose(model.encode(frames).top, network().encode(shown).top, atol=1e-5)
 
 
-def test_weights_tuned_on_four_channels_are_refused_for_a_plan_of_five(tmp_path):
+def test_weights_fine_tuned_on_four_channels_are_rejected_for_a_plan_of_five(tmp_path):
     four, five = plan(channels=("T1", "T2", "FLAIR", "T1c")), plan(channels=("T1", "T2", "FLAIR", "T1c", "ADC"))
     tuned = build_model(*choose_model(workspace_with(tmp_path, four), None, str(model_file(tmp_path, network(), plan())), None))
     base = model_file(tmp_path, tuned, four)
@@ -113,7 +113,7 @@ def test_weights_tuned_on_four_channels_are_refused_for_a_plan_of_five(tmp_path)
         build_model(*choose_model(workspace_with(tmp_path, five), None, str(base), None))
 
 
-def test_how_weights_read_four_channels_of_a_modality_is_no_adapter_for_it(tmp_path, capsys):
+def test_a_channel_projection_is_no_adapter(tmp_path, capsys):
     four = plan(channels=("T1", "T2", "FLAIR", "T1c"))
     tuned = build_model(*choose_model(workspace_with(tmp_path, four), None, str(model_file(tmp_path, network(), plan())), None))
     base = model_file(tmp_path, tuned, four)
@@ -135,7 +135,7 @@ def test_how_weights_read_four_channels_of_a_modality_is_no_adapter_for_it(tmp_p
         (TABLE, {}, ""),
     ],
 )
-def test_it_is_said_by_which_confidence_memory_admits(table, options, said, tmp_path, capsys):
+def test_the_message_says_which_confidence_the_memory_uses(table, options, said, tmp_path, capsys):
     path = model_file(tmp_path, network(**options), plan(**options), table)
     model = build_model(*choose_model(None, path, None, None))
     lines = [line for line in capsys.readouterr().err.splitlines() if "confidence" in line]
@@ -143,7 +143,7 @@ def test_it_is_said_by_which_confidence_memory_admits(table, options, said, tmp_
     assert model.calibration == table
 
 
-def test_a_table_for_another_modality_is_none(tmp_path, capsys):
+def test_a_calibration_for_another_modality_is_not_used(tmp_path, capsys):
     workspace, base = workspace_with(tmp_path, plan(modality="CT")), model_file(tmp_path, network(), plan(modality="MR"), TABLE)
     assert build_model(*choose_model(workspace, None, str(base), None)).calibration is None
     assert "the model is not calibrated" in capsys.readouterr().err
@@ -152,7 +152,7 @@ def test_a_table_for_another_modality_is_none(tmp_path, capsys):
 # What recognises the labels
 
 
-def test_a_model_s_label_unet_is_asked_only_about_the_labels_and_channels_it_has_learned(tmp_path):
+def test_a_label_unet_is_used_only_for_the_labels_and_channels_it_was_trained_on(tmp_path):
     tuned = SlmSam2(NetworkPlan(size="nano"), PX)
     tuned.label_unet = LabelUNet(1, [1], 32, width=8)
     checkpoint = read_checkpoint(model_file(tmp_path, tuned, plan()))

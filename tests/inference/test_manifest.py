@@ -21,7 +21,7 @@ def cases(folder):
     return list(json.loads((folder / MANIFEST).read_text())["cases"])
 
 
-def test_the_manifest_names_the_masks_that_are_there_under_the_head(tmp_path):
+def test_the_manifest_lists_the_masks_that_exist_below_its_header(tmp_path):
     records = Records(tmp_path)
     for case in "ba":
         finished(records, case)
@@ -33,7 +33,7 @@ def test_the_manifest_names_the_masks_that_are_there_under_the_head(tmp_path):
     assert json.loads((tmp_path / MANIFEST).read_text())["tool_version"] == "1"
 
 
-def test_what_another_run_finishes_meanwhile_is_not_lost(tmp_path):
+def test_masks_that_another_run_finishes_meanwhile_are_in_the_manifest(tmp_path):
     """A manifest waits for the one that is being written, and reads the records only then."""
     records = Records(tmp_path)
     finished(records, "a")
@@ -47,7 +47,7 @@ def test_what_another_run_finishes_meanwhile_is_not_lost(tmp_path):
     assert cases(tmp_path) == ["a", "b"]
 
 
-def test_a_mask_is_out_of_date_until_its_case_is_as_it_was(tmp_path):
+def test_a_stale_mask_is_up_to_date_again_when_its_inputs_are_restored(tmp_path):
     records = Records(tmp_path)
     finished(records, "a")
     assert records.mark_stale("a") == "a.nii"
@@ -58,7 +58,7 @@ def test_a_mask_is_out_of_date_until_its_case_is_as_it_was(tmp_path):
     assert cases(tmp_path) == ["a"]
 
 
-def test_a_mask_that_was_changed_is_nobody_s(tmp_path):
+def test_a_mask_that_was_changed_is_not_intact(tmp_path):
     records = Records(tmp_path)
     finished(records, "a")
     assert records.intact(records.read("a"))
@@ -84,7 +84,7 @@ def test_the_digest_of_every_image_file_is_known_but_not_that_of_the_prompts(tmp
     assert digest_inputs("s", both)[1] == {hashlib.sha256(b"1").hexdigest()}
 
 
-def test_a_record_of_an_older_format_is_no_record(tmp_path):
+def test_a_record_of_an_older_format_is_ignored(tmp_path):
     records = Records(tmp_path)
     finished(records, "a")
     (file,) = (tmp_path / ".slmsam2").iterdir()

@@ -15,11 +15,11 @@ def written(folder, value):
     return folder
 
 
-def test_a_folder_without_manifest_tells_nothing(tmp_path):
+def test_a_folder_without_manifest_has_none(tmp_path):
     assert read_manifest(tmp_path) is None
 
 
-def test_prompted_slices_are_numbered_along_the_array_axis(tmp_path):
+def test_annotated_slices_are_numbered_along_the_array_axis(tmp_path):
     case = {
         "output": "a.nii.gz",
         "slice_axis": "SI",
@@ -43,22 +43,22 @@ def test_prompted_slices_are_numbered_along_the_array_axis(tmp_path):
         {"cases": []},
     ],
 )
-def test_a_manifest_that_makes_no_sense_is_refused_by_name(tmp_path, value):
+def test_an_invalid_manifest_is_rejected_with_the_key(tmp_path, value):
     with pytest.raises(UsageError, match=r"manifest\.json"):
         read_manifest(written(tmp_path, value))
 
 
-def test_a_manifest_from_the_future_is_refused_naming_both_versions(tmp_path):
+def test_a_newer_manifest_is_rejected_naming_both_versions(tmp_path):
     with pytest.raises(UsageError, match=r"format_version 3 is newer than this tool's 2"):
         read_manifest(written(tmp_path, {"format_version": 3}))
 
 
-def test_an_older_manifest_is_refused_in_one_line_that_says_what_to_do(tmp_path):
+def test_an_older_manifest_is_rejected_in_one_line_that_says_what_to_do(tmp_path):
     with pytest.raises(UsageError, match=r"format_version 1 is of an older slmsam2 \(now 2\)\. Run slmsam2 predict again"):
         read_manifest(written(tmp_path, {"format_version": 1, "cases": {"a": {"prompted_slices": {"1": [2]}}}}))
 
 
-def test_a_truncated_manifest_is_an_error_of_ours(tmp_path):
+def test_a_truncated_manifest_is_reported_without_traceback(tmp_path):
     with pytest.raises(SlmSam2Error, match=r"manifest\.json"):
         read_manifest(written(tmp_path, '{"cases": {'))
 
@@ -73,7 +73,7 @@ def test_confidence_and_disagreement_are_read_slice_by_slice(tmp_path):
 @pytest.mark.parametrize(
     "odd", [None, 3, [], {"one": {"slices": {"1": 0.5}}}, {"1": 0.5}, {"1": {"slices": {"x": 0.5, "2": "high", "3": 7, "-1": 0.5}}}]
 )
-def test_a_confidence_that_cannot_be_understood_is_left_out_and_scoring_goes_on(tmp_path, odd):
+def test_an_invalid_confidence_is_left_out_and_the_rest_is_read(tmp_path, odd):
     found = read_manifest(written(tmp_path, {"cases": {"a": {"annotated_slices": {"1": [2]}, "confidence": odd, "disagreement": odd}}}))
     assert found.cases["a"].annotated_slices == {1: (2,)}
     assert found.cases["a"].confidence == found.cases["a"].disagreement == {}

@@ -48,14 +48,14 @@ EMPTY = torch.zeros(PX, PX, dtype=torch.bool)
 FILLED = ~EMPTY
 
 
-def test_an_annotated_slice_comes_back_as_drawn_with_full_confidence(model):
+def test_an_annotated_slice_keeps_its_mask_with_confidence_1(model):
     found = propagate(model, stack(5), {1: [AnnotatedSlice(2, square())]})[1]
     shown = full_resolution(found.logits[2][None], PX, PX, PX)[0] > 0
     assert (shown & square()).sum() / (shown | square()).sum() > 0.9
     assert found.confidence[2] == 1
 
 
-def test_a_one_slice_volume_is_its_annotation(model):
+def test_a_volume_of_one_slice_returns_its_annotation(model):
     found = propagate(model, stack(1), {1: [AnnotatedSlice(0, square())]})[1]
     assert found.logits.shape == (1, PX, PX) and found.confidence.tolist() == [1.0]
 
@@ -67,12 +67,12 @@ def test_nothing_is_found_beyond_an_end_mark(model):
     assert found.confidence[2] == found.confidence[6] == 1
 
 
-def test_only_empty_anchors_find_nothing(model):
+def test_end_marks_alone_give_an_empty_result(model):
     found = propagate(model, stack(3), {1: [AnnotatedSlice(1, EMPTY)]})[1]
     assert (found.logits == ABSENT).all()
 
 
-def test_every_slice_between_the_ends_is_visited_once_per_side(model):
+def test_every_slice_between_two_annotated_ones_is_visited_by_both_passes(model):
     visited = []
     propagate(model, stack(10), {1: [AnnotatedSlice(3, square()), AnnotatedSlice(7, square())]}, advance=visited.append)
     assert sum(visited) == 3 + 2 * 3 + 2  # below the first, between them twice, above the last
@@ -92,20 +92,20 @@ def one_sided(model, monkeypatch):
     return model
 
 
-def test_between_two_conditioning_slices_both_sides_count_by_how_near_they_are(one_sided):
+def test_between_two_annotated_slices_passes_are_blended_by_distance(one_sided):
     found = propagate(one_sided, stack(9), {1: [AnnotatedSlice(2, square()), AnnotatedSlice(6, square())]})[1]
     assert [float(found.logits[t].mean()) for t in (3, 4, 5)] == pytest.approx([4 * 3 / 4 + 8 / 4, 6, 4 / 4 + 8 * 3 / 4])
     assert [float(found.logits[t].mean()) for t in (0, 1, 7, 8)] == pytest.approx([8, 8, 4, 4])
     assert found.confidence.tolist() == pytest.approx([0.2, 0.2, 1, 0.35, 0.3, 0.25, 1, 0.4, 0.4])
 
 
-def test_two_sides_that_see_the_same_agree_and_elsewhere_there_is_nothing_to_compare(one_sided):
+def test_passes_with_equal_masks_have_disagreement_0_and_other_slices_nan(one_sided):
     found = propagate(one_sided, stack(9), {1: [AnnotatedSlice(2, square()), AnnotatedSlice(6, square())]})[1]
     assert found.disagreement[3:6].tolist() == [0, 0, 0]
     assert found.disagreement[[0, 1, 2, 6, 7, 8]].isnan().all()
 
 
-def test_disagreement_is_one_minus_the_dice_of_both_sides(one_sided, monkeypatch):
+def test_disagreement_is_1_minus_dice_of_both_passes(one_sided, monkeypatch):
     said = SlmSam2.track
 
     def halves(self, features, bank, moment):
@@ -123,7 +123,7 @@ def test_disagreement_is_one_minus_the_dice_of_both_sides(one_sided, monkeypatch
     assert found.disagreement[3:6].tolist() == pytest.approx([1 - 2 / 4, 1 - 2 / 3, 1])
 
 
-def test_where_both_sides_see_nothing_they_agree(one_sided, monkeypatch):
+def test_two_empty_masks_have_disagreement_0(one_sided, monkeypatch):
     said = SlmSam2.track
 
     def nothing(*arguments):
@@ -138,18 +138,18 @@ def test_where_both_sides_see_nothing_they_agree(one_sided, monkeypatch):
 @pytest.mark.parametrize(
     "anchors", [[AnnotatedSlice(4, square())], [AnnotatedSlice(1, EMPTY), AnnotatedSlice(4, square()), AnnotatedSlice(7, EMPTY)]]
 )
-def test_from_one_side_alone_there_is_no_disagreement(model, anchors):
+def test_slices_of_a_single_pass_have_no_disagreement(model, anchors):
     assert propagate(model, stack(9), {1: anchors})[1].disagreement.isnan().all()
 
 
-def test_towards_an_end_mark_only_the_side_of_the_object_counts(one_sided):
+def test_towards_an_end_mark_only_the_pass_from_the_object_counts(one_sided):
     found = propagate(one_sided, stack(9), {1: [AnnotatedSlice(2, square()), AnnotatedSlice(6, EMPTY)]})[1]
     tapered = [float((4 + SHARE * (EndTaper(square(), 2, 6, one_sided.mask_size).logits(t, FILLED) - 4)).mean()) for t in (3, 4, 5)]
     assert [float(found.logits[t].mean()) for t in (1, 3, 4, 5)] == pytest.approx([8, *tapered], rel=1e-4)
     assert found.confidence[7:].tolist() == [0, 0]
 
 
-def test_the_backward_pass_does_not_depend_on_what_lies_ahead(model):
+def test_the_backward_pass_does_not_depend_on_the_slices_ahead(model):
     """Passes are independent: slices after the anchor do not change those before it."""
     frames, other = stack(7), stack(7)
     other[4:] = stack(3, seed=9)
@@ -165,7 +165,7 @@ def test_a_mirrored_stack_gives_the_mirrored_result(model):
     assert (one - mirrored.flip(0)).abs().max() <= 1e-4
 
 
-def test_objects_do_not_disturb_each_other(model):
+def test_objects_do_not_affect_each_other(model):
     frames = stack(5)
     alone = propagate(model, frames, {1: [AnnotatedSlice(2, square())]})[1].logits
     together = propagate(model, frames, {1: [AnnotatedSlice(2, square())], 2: [AnnotatedSlice(1, square(4, 12))]})
@@ -173,7 +173,7 @@ def test_objects_do_not_disturb_each_other(model):
     assert set(together) == {1, 2}
 
 
-def test_features_are_the_same_with_little_memory(model):
+def test_results_do_not_depend_on_the_size_of_the_feature_cache(model):
     from slmsam2_cli.inference.propagation import FeatureCache
 
     frames = stack(6)
@@ -184,7 +184,7 @@ def test_features_are_the_same_with_little_memory(model):
     assert len(tight.kept) <= 2
 
 
-def test_a_pass_that_lost_the_object_does_not_outvote_the_other_from_afar(one_sided, monkeypatch):
+def test_a_distant_pass_that_lost_the_object_does_not_outvote_the_near_one(one_sided, monkeypatch):
     said = SlmSam2.track
 
     def lost_going_down(self, features, bank, moment):
@@ -198,7 +198,7 @@ def test_a_pass_that_lost_the_object_does_not_outvote_the_other_from_afar(one_si
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-def test_as_many_slices_are_encoded_at_a_time_as_was_asked_for(model, monkeypatch, batch):
+def test_the_batch_option_sets_how_many_slices_are_encoded_at_a_time(model, monkeypatch, batch):
     encode, sizes = SlmSam2.encode, []
     monkeypatch.setattr(SlmSam2, "encode", lambda self, frames: sizes.append(len(frames)) or encode(self, frames))
     propagate(model, stack(3), {1: [AnnotatedSlice(1, square())]}, options=PropagationOptions(batch=batch))
@@ -207,7 +207,7 @@ def test_as_many_slices_are_encoded_at_a_time_as_was_asked_for(model, monkeypatc
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("options", [{}, {"object_score_gate": True, "shared_memory": True}])
-def test_under_every_policy_annotated_slices_come_back_and_ends_are_kept(policy, options):
+def test_every_policy_keeps_annotated_slices_and_end_marks(policy, options):
     anchors = [AnnotatedSlice(1, EMPTY), AnnotatedSlice(3, square()), AnnotatedSlice(6, square(8, 30)), AnnotatedSlice(8, EMPTY)]
     found = propagate(built(policy, **options), stack(10), {1: anchors})[1]
     for anchor in anchors:
@@ -234,7 +234,7 @@ def test_every_policy_runs_on_every_size(size):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_one_sided_passes_are_independent_and_shared_memory_ones_are_not(policy):
+def test_passes_are_independent_unless_they_share_memory(policy):
     """Slices after the anchor change those before it only where the way back reads what the way out has written."""
     frames, other = stack(7), stack(7)
     other[4:] = stack(3, seed=9)
@@ -244,14 +244,14 @@ def test_one_sided_passes_are_independent_and_shared_memory_ones_are_not(policy)
         assert torch.equal(one[:3], two[:3]) == (not shared_memory)
 
 
-def test_shared_memory_passes_go_up_from_every_anchor_and_then_down(monkeypatch):
+def test_with_shared_memory_all_forward_passes_come_before_the_backward_ones(monkeypatch):
     went, track = [], SlmSam2.track
     monkeypatch.setattr(SlmSam2, "track", lambda self, f, bank, at: went.append((at.slice, at.step)) or track(self, f, bank, at))
     propagate(built("fifo", shared_memory=True), stack(7), {1: [AnnotatedSlice(1, square()), AnnotatedSlice(4, square())]})
     assert went == [(2, 1), (3, 1), (5, 1), (6, 1), (3, -1), (2, -1), (0, -1)]
 
 
-def test_the_store_of_one_object_is_not_that_of_another(monkeypatch):
+def test_every_object_has_its_own_memory(monkeypatch):
     stores, track = {}, SlmSam2.track
 
     def noted(self, features, bank, moment):
@@ -276,14 +276,14 @@ def large_stack(slices=5, px=128):
     return torch.rand(slices, 3, px, px, generator=torch.Generator().manual_seed(0))
 
 
-def test_with_a_focus_an_object_is_seen_in_a_square_around_its_annotation(model):
+def test_with_roi_scale_the_network_sees_a_crop_around_the_annotation(model):
     found = propagate(model, large_stack(), {1: [AnnotatedSlice(2, large_square())]}, options=PropagationOptions(roi_scale=FOCUS))[1]
     assert found.roi is not None and found.logits.shape == (5, PX, PX)
     shown = found.plane(2, 128, 128, 128) > 0
     assert (shown & large_square()).sum() / (shown | large_square()).sum() > 0.9
 
 
-def test_what_lies_outside_of_the_square_has_no_part_in_the_result(one_sided_nothing):
+def test_pixels_outside_the_roi_do_not_affect_the_result(one_sided_nothing):
     stack = large_stack()
     before = propagate(one_sided_nothing, stack, {1: [AnnotatedSlice(2, large_square())]}, options=PropagationOptions(roi_scale=FOCUS))[1]
     stack[:, :, :20] = 0.0
@@ -305,7 +305,7 @@ def one_sided_nothing(model, monkeypatch):
     return model
 
 
-def test_a_mask_that_reaches_the_edge_of_its_square_is_tracked_again_in_a_larger_one(one_sided):
+def test_a_mask_at_the_border_of_its_roi_is_propagated_again_in_a_larger_one(one_sided):
     """This model fills whatever it sees."""
     visited = []
     found = propagate(
@@ -319,7 +319,7 @@ def test_a_mask_that_reaches_the_edge_of_its_square_is_tracked_again_in_a_larger
     assert sum(visited) == 4  # tracking again is no progress
 
 
-def test_slices_of_the_size_of_the_square_are_seen_as_without_a_focus(one_sided_nothing):
+def test_slices_of_the_size_of_the_roi_give_the_same_result_as_whole_slices(one_sided_nothing):
     mask = torch.zeros(PX, PX, dtype=torch.bool)
     mask[2:60, 2:60] = True
     seen, whole = (
@@ -344,7 +344,7 @@ def vanishing(model, monkeypatch):
     return model, asked
 
 
-def test_a_pass_ends_when_its_object_has_been_away_for_as_long_as_its_max_empty_slices(vanishing):
+def test_a_pass_ends_after_max_empty_slices_without_the_object(vanishing):
     model, asked = vanishing
     visited = []
     found = propagate(
@@ -361,7 +361,7 @@ def test_a_gap_shorter_than_the_max_empty_slices_is_crossed(vanishing):
     assert (found.logits[12] > 0).all() and max(asked) == 19
 
 
-def test_towards_another_annotated_slice_max_empty_slices_does_not_end(vanishing):
+def test_max_empty_slices_does_not_end_a_pass_towards_an_annotated_slice(vanishing):
     model, asked = vanishing
     propagate(
         model, stack(20), {1: [AnnotatedSlice(4, square()), AnnotatedSlice(16, square())]}, options=PropagationOptions(max_empty_slices=2)

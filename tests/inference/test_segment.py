@@ -24,7 +24,7 @@ def drawn(slice_=2, value=1, rows=slice(8, 16)):
     return labels
 
 
-def test_a_label_is_anchored_on_the_slice_where_it_was_drawn():
+def test_a_label_is_annotated_on_the_slice_of_its_mask():
     found = annotated_slices_of(prompts(drawn(), {1: (2,), 2: ()}), view(), [1, 2], 32)
     assert set(found) == {1}
     (anchor,) = found[1]
@@ -37,7 +37,7 @@ def test_an_empty_annotated_slice_is_an_end_mark():
     assert (anchor.slice, bool(anchor.mask.any())) == (2, True)
 
 
-def test_a_slice_painted_for_another_label_stops_this_one_but_does_not_mark_its_end():
+def test_a_slice_annotated_for_another_label_stops_passes_but_is_no_end_mark():
     labels = drawn() + drawn(slice_=4, value=2)
     first, second = annotated_slices_of(prompts(labels, {1: (0, 2, 4), 2: (0, 2, 4)}), view(), [1, 2], 32).values()
     assert [(anchor.slice, anchor.end) for anchor in first if not anchor.mask.any()] == [(0, True), (4, False)]
@@ -48,14 +48,14 @@ IGNORE = 9
 
 
 @pytest.mark.parametrize(("ignored", "anchored"), [(slice(0, 1), [2]), (slice(0, 0), [2, 4])])
-def test_a_slice_without_the_label_is_an_end_mark_only_where_all_of_it_was_looked_at(ignored, anchored):
+def test_a_slice_with_ignored_voxels_is_no_end_mark(ignored, anchored):
     labels = drawn()
     labels[4, ignored] = IGNORE
     found = annotated_slices_of(Prompts(labels, {1: (2, 4)}, (2, 4), IGNORE), view(), [1], 32)[1]
     assert [anchor.slice for anchor in found] == anchored
 
 
-def test_a_partly_ignored_slice_with_the_label_anchors_it():
+def test_a_partly_ignored_slice_with_the_label_counts_as_annotated():
     labels = drawn()
     labels[2, 20:] = IGNORE
     (anchor,) = annotated_slices_of(Prompts(labels, {1: (2,)}, (2,), IGNORE), view(), [1], 32)[1]
@@ -63,14 +63,14 @@ def test_a_partly_ignored_slice_with_the_label_anchors_it():
 
 
 @pytest.mark.parametrize("annotated", [(2, 3), (3, 2)])
-def test_where_a_painted_and_an_empty_slice_meet_in_the_stack_the_painted_one_counts(annotated):
+def test_of_two_slices_merged_in_the_stack_the_one_with_the_label_counts(annotated):
     halved = View(view().grid, "SI", ((0, 6), (0, 32), (0, 32)), (3, 32, 32))
     for slice_ in annotated:
         (anchor,) = annotated_slices_of(prompts(drawn(slice_), {1: annotated}), halved, [1], 32)[1]
         assert anchor.slice == 1 and anchor.mask.any()
 
 
-def test_a_label_that_was_only_ruled_out_has_no_anchors():
+def test_a_label_with_end_marks_alone_has_no_annotated_slices():
     assert annotated_slices_of(prompts(drawn(), {2: (1, 2)}), view(), [2], 32) == {}
 
 
@@ -79,7 +79,7 @@ def test_slices_are_counted_from_the_crop():
     assert anchor.slice == 1
 
 
-def test_a_slice_outside_the_crop_anchors_nothing():
+def test_an_annotated_slice_outside_the_crop_is_left_out():
     assert annotated_slices_of(prompts(drawn(slice_=0), {1: (0,)}), view(box=((3, 6), (0, 32), (0, 32))), [1], 32) == {}
 
 
@@ -89,6 +89,6 @@ def test_a_line_one_voxel_thin_survives_a_fourfold_smaller_stack(row):
     assert anchor.mask.any()
 
 
-def test_the_frame_is_padded_at_the_bottom_and_right():
+def test_slices_are_padded_at_the_bottom_and_right():
     (anchor,) = annotated_slices_of(prompts(drawn(), {1: (2,)}), view(), [1], 64)[1]
     assert anchor.mask.shape == (64, 64) and not anchor.mask[32:].any() and not anchor.mask[:, 32:].any()
