@@ -5,7 +5,7 @@ SAM 2's memory: Ravi et al., "SAM 2", arXiv:2408.00714. Long and short memory: C
 
 To add a policy, write a frozen dataclass with everything that `MemoryPolicy` and `PlannedPolicy` declare (fifo.py is the shortest
 example) in a module of this folder, and list the class in `POLICIES` of registry.py. Its flags are repeated in `POLICIES` of
-planning/plan.py, which may not import the network; tests/model/test_memory.py compares the two tables.
+planning/plan.py, which may not import the network; tests/model/memory/test_policies.py compares the two tables.
 """
 
 from __future__ import annotations

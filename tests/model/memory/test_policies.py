@@ -13,7 +13,7 @@ from slmsam2_cli.model.memory.shortlong import ShortLong
 from slmsam2_cli.planning import plan as planning
 from slmsam2_cli.planning.plan import MemoryStreams, NetworkPlan
 
-PICTURES = Path(__file__).resolve().parents[2] / "docs" / "images"
+PICTURES = Path(__file__).resolve().parents[3] / "docs" / "images"
 
 
 def context(slice_, tracked=(), conditioning=(0,), step=1, slices=100, scores=None):
