@@ -51,9 +51,9 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_report_of_real_cases_is_one_file_and_works_in_a_browser(evaluated: Path, tmp_path: Path) -> None:
-    seen = benchmark().look(evaluated / "report.html", tmp_path, "report")
+    seen = benchmark().check_page(evaluated / "report.html", tmp_path, "report")
     scored = [case for case in json.loads((evaluated / "summary.json").read_text())["metric_per_case"] if case["status"] == "ok"]
     assert len(scored) == CASES
-    assert seen[-1] == "no console message, no request to elsewhere"
+    assert seen[-1] == "no console message, no outside request"
     assert not (evaluated / "report_files").exists()
     assert (evaluated / "report.html").stat().st_size < 8 * 2**20
