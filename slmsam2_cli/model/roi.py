@@ -1,7 +1,7 @@
 """ROI crops, and how a stack of slices becomes network input.
 
 An ROI crop is a square around what is annotated, resampled to the network's input size. A structure that fills a tenth of a slice has
-a handful of positions at stride 16; in a crop twice as wide as itself it has half of them (measured in docs/explanation/nano.md).
+a handful of positions at stride 16; in a crop twice as wide as itself it has half of them (docs/experiments/2026-11-26-roi-scale.md).
 """
 
 from __future__ import annotations
