@@ -33,7 +33,7 @@ from slmsam2_cli.errors import (
     UsageError,
 )
 from slmsam2_cli.inference.load_model import build_model, choose_model, plan_from_prompts, read_split
-from slmsam2_cli.inference.manifest import FORMAT_VERSION, Records, digest_inputs, is_readable_mask
+from slmsam2_cli.inference.manifest import FORMAT_VERSION, MANIFEST, Records, digest_inputs, is_readable_mask
 from slmsam2_cli.inference.segment import PromptSource, SegmentedCase, Segmenter, segment_case
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.volume import ENDINGS, image_ending, keep_decoded
@@ -206,6 +206,11 @@ def _prompt_source(
         return PromptSource(data.root, prompt_slice, dataset_labels=True, mark_ends=mark_ends)
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
+    if prompts is not None and (folder / MANIFEST).exists():
+        raise UsageError(
+            f"-p {folder}: a folder of predictions (it holds {MANIFEST}), not of prompts. To score them: slmsam2 evaluate -p {folder}. "
+            "To use some of their slices as prompts, copy these masks to another folder"
+        )
     return PromptSource(folder, prompt_slice if prompts is None else None, mark_ends=mark_ends)
 
 

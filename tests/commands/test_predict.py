@@ -54,7 +54,7 @@ def written(folder):
     return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
 
 
-def test_every_image_gets_one_mask_of_its_own_name_and_grid_and_a_manifest(images, tmp_path, dataset):
+def test_every_image_gets_a_mask_of_its_name_and_grid_and_a_manifest(images, tmp_path, dataset):
     masks = tmp_path / "masks"
     assert run(images, masks, dataset) == 0
     assert written(masks) == ["manifest.json", *written(images), "report.html"]
@@ -64,7 +64,7 @@ def test_every_image_gets_one_mask_of_its_own_name_and_grid_and_a_manifest(image
         assert mask.get_data_dtype() == np.uint8
 
 
-def test_simulated_prompts_come_back_exactly_on_their_slices(images, tmp_path, dataset):
+def test_simulated_prompts_are_returned_unchanged_on_their_slices(images, tmp_path, dataset):
     masks = tmp_path / "masks"
     run(images, masks, dataset)
     manifest = json.loads((masks / "manifest.json").read_text())
@@ -88,7 +88,7 @@ def sparse_prompts(folder, images, dataset, slice_=4):
     return folder
 
 
-def test_an_annotated_slice_comes_back_bit_exact_as_a_whole(images, tmp_path, dataset):
+def test_an_annotated_slice_is_returned_bit_exact(images, tmp_path, dataset):
     prompts, masks = sparse_prompts(tmp_path / "prompts", images, dataset), tmp_path / "masks"
     assert run(images, masks, dataset, prompts=prompts) == 0
     for name in written(images):
@@ -96,7 +96,7 @@ def test_an_annotated_slice_comes_back_bit_exact_as_a_whole(images, tmp_path, da
         assert drawn.any() and np.array_equal(np.asarray(nibabel.load(masks / name).dataobj)[..., 4], drawn)
 
 
-def test_between_two_given_slices_the_manifest_says_how_far_both_sides_disagree(images, tmp_path, dataset):
+def test_the_manifest_holds_the_disagreement_between_two_annotated_slices(images, tmp_path, dataset):
     prompts, masks = sparse_prompts(tmp_path / "prompts", images, dataset), tmp_path / "masks"
     first, *_ = written(images)
     truth, sparse = (nibabel.load(folder / first) for folder in (dataset / "labelsTr", prompts))
@@ -120,7 +120,7 @@ def test_finished_cases_are_skipped_and_nothing_is_touched(images, tmp_path, dat
     assert before == {name: (masks / name).stat().st_mtime_ns for name in written(images)}
 
 
-def test_a_changed_prompt_is_noticed_and_only_its_case_is_redone(images, tmp_path, dataset, capsys):
+def test_only_the_case_of_a_changed_prompt_is_predicted_again(images, tmp_path, dataset, capsys):
     prompts, masks = sparse_prompts(tmp_path / "prompts", images, dataset), tmp_path / "masks"
     run(images, masks, dataset, prompts=prompts)
     first = written(images)[0]
@@ -135,7 +135,7 @@ def test_a_changed_prompt_is_noticed_and_only_its_case_is_redone(images, tmp_pat
     assert {name for name in stamps if (masks / name).stat().st_mtime_ns != stamps[name]} == {first}
 
 
-def test_a_mask_that_somebody_else_made_is_not_overwritten(images, tmp_path, dataset):
+def test_a_mask_that_predict_did_not_write_is_not_overwritten(images, tmp_path, dataset):
     masks = tmp_path / "masks"
     masks.mkdir()
     name = written(images)[0]
@@ -146,7 +146,7 @@ def test_a_mask_that_somebody_else_made_is_not_overwritten(images, tmp_path, dat
     assert run(images, masks, dataset, overwrite=True) == 0
 
 
-def test_a_half_written_mask_is_made_again(images, tmp_path, dataset):
+def test_a_truncated_mask_is_predicted_again(images, tmp_path, dataset):
     masks = tmp_path / "masks"
     masks.mkdir()
     name = written(images)[0]
@@ -155,7 +155,7 @@ def test_a_half_written_mask_is_made_again(images, tmp_path, dataset):
     assert nibabel.load(masks / name).get_fdata().shape == nibabel.load(images / name).shape
 
 
-def test_a_run_killed_between_a_mask_and_its_record_goes_on_by_itself(images, tmp_path, dataset, monkeypatch):
+def test_a_run_killed_between_mask_and_record_resumes(images, tmp_path, dataset, monkeypatch):
     masks, reference, write = tmp_path / "masks", tmp_path / "reference", manifest.write_mask
     run(images, reference, dataset)
 
@@ -176,7 +176,7 @@ def metadata(masks):
     return json.loads((masks / "manifest.json").read_text())["cases"]
 
 
-def test_an_interrupted_run_accounts_for_the_masks_it_wrote(images, tmp_path, dataset, monkeypatch):
+def test_the_manifest_of_an_interrupted_run_lists_its_masks(images, tmp_path, dataset, monkeypatch):
     masks, segment_case, seen = tmp_path / "masks", stage.segment_case, []
 
     def interrupted(case, *arguments):
@@ -191,7 +191,7 @@ def test_an_interrupted_run_accounts_for_the_masks_it_wrote(images, tmp_path, da
     assert list(metadata(masks)) == seen[:1]
 
 
-def test_an_earlier_mask_of_a_case_that_now_fails_leaves_the_manifest_until_it_is_made_again(images, tmp_path, dataset, capsys):
+def test_the_stale_mask_of_a_failing_case_is_not_in_the_manifest(images, tmp_path, dataset, capsys):
     masks, first = tmp_path / "masks", images / written(images)[0]
     run(images, masks, dataset)
     whole, (case, other) = first.read_bytes(), metadata(masks)
@@ -204,7 +204,7 @@ def test_an_earlier_mask_of_a_case_that_now_fails_leaves_the_manifest_until_it_i
     assert list(metadata(masks)) == [case, other]
 
 
-def test_every_mask_says_which_model_and_which_prompts_made_it(images, tmp_path, dataset):
+def test_the_manifest_names_model_and_prompts_of_every_mask(images, tmp_path, dataset):
     masks, one, other = tmp_path / "masks", tmp_path / "one", tmp_path / "other"
     for folder, name in zip((one, other), written(images)):
         folder.mkdir()
@@ -220,7 +220,7 @@ def test_every_mask_says_which_model_and_which_prompts_made_it(images, tmp_path,
     assert (second["model"]["weights_digest"], second["prompts"]) == (tensors_digest(network.state_dict()), "simulated: largest")
 
 
-def test_a_damaged_record_costs_its_own_mask_alone(images, tmp_path, dataset):
+def test_a_damaged_record_affects_only_its_own_mask(images, tmp_path, dataset):
     masks = tmp_path / "masks"
     run(images, masks, dataset)
     record = sorted((masks / ".slmsam2").glob("*.json"))[0]
@@ -233,7 +233,7 @@ def test_a_damaged_record_costs_its_own_mask_alone(images, tmp_path, dataset):
     assert lost not in metadata(masks) and len(metadata(masks)) == 2
 
 
-def test_new_voxels_behind_an_unchanged_header_are_noticed(images, tmp_path, dataset, capsys):
+def test_changed_voxels_with_an_unchanged_header_are_noticed(images, tmp_path, dataset, capsys):
     scans = tmp_path / "scans"
     scans.mkdir()
     name = written(images)[0].removesuffix(".nii.gz")
@@ -246,7 +246,7 @@ def test_new_voxels_behind_an_unchanged_header_are_noticed(images, tmp_path, dat
     assert "outdated (image, prompts, model or settings changed), recomputing" in capsys.readouterr().err
 
 
-def test_a_broken_image_is_named_and_the_others_are_done(images, tmp_path, dataset, capsys):
+def test_an_invalid_image_is_named_and_the_others_are_predicted(images, tmp_path, dataset, capsys):
     broken = written(images)[0]
     (images / broken).write_bytes((images / broken).read_bytes()[:100])
     assert run(images, tmp_path / "masks", dataset) == 1
@@ -262,14 +262,14 @@ def test_an_image_without_a_prompt_is_an_error_of_that_case(images, tmp_path, da
     assert "no annotated slice" in capsys.readouterr().err
 
 
-def test_when_no_case_can_be_done_that_is_said(images, tmp_path, dataset):
+def test_an_error_says_when_no_case_could_be_segmented(images, tmp_path, dataset):
     for name in written(images):
         (images / name).write_bytes(b"")
     with pytest.raises(DatasetError, match="no case"):
         run(images, tmp_path / "masks", dataset)
 
 
-def test_masks_never_go_where_images_come_from_not_even_through_a_link(images, tmp_path, dataset):
+def test_the_output_folder_cannot_be_the_image_folder_or_a_link_to_it(images, tmp_path, dataset):
     link = tmp_path / "link"
     link.symlink_to(images)
     for masks in (images, link):
@@ -277,7 +277,7 @@ def test_masks_never_go_where_images_come_from_not_even_through_a_link(images, t
             run(images, masks, dataset)
 
 
-def test_parts_share_the_work_and_end_in_one_manifest(images, tmp_path, dataset):
+def test_parts_share_the_cases_and_write_one_manifest(images, tmp_path, dataset):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(images, whole, dataset)
     run(images, parts, dataset, num_parts=2, part_id=0)
@@ -291,7 +291,7 @@ def test_parts_share_the_work_and_end_in_one_manifest(images, tmp_path, dataset)
     assert (whole / "report.html").read_bytes() == (parts / "report.html").read_bytes()
 
 
-def test_the_report_tells_of_every_mask_in_the_folder_also_of_earlier_runs(images, tmp_path, dataset):
+def test_the_report_includes_masks_of_earlier_runs(images, tmp_path, dataset):
     masks, (first, second) = tmp_path / "masks", written(images)
     run(images / first, masks, dataset)
     assert second.removesuffix(".nii.gz") not in (masks / "report.html").read_text()
@@ -300,7 +300,7 @@ def test_the_report_tells_of_every_mask_in_the_folder_also_of_earlier_runs(image
     assert all(name.removesuffix(".nii.gz") in page for name in (first, second)) and "Masks of 2 cases" in page
 
 
-def test_a_report_is_made_only_when_it_is_wanted_and_when_there_is_something_new(images, tmp_path, dataset):
+def test_a_report_is_written_only_if_requested_and_if_masks_changed(images, tmp_path, dataset):
     masks = tmp_path / "masks"
     assert run(images, masks, dataset, report=False) == 0
     assert written(masks) == ["manifest.json", *written(images)]
@@ -310,7 +310,7 @@ def test_a_report_is_made_only_when_it_is_wanted_and_when_there_is_something_new
     assert (masks / "report.html").stat().st_mtime_ns == stamp
 
 
-def test_a_report_that_cannot_be_made_is_a_warning(images, tmp_path, dataset, capsys):
+def test_a_report_that_cannot_be_written_is_a_warning(images, tmp_path, dataset, capsys):
     masks = tmp_path / "masks"
     (masks / "report.html").mkdir(parents=True)
     assert run(images, masks, dataset) == 0
@@ -318,7 +318,7 @@ def test_a_report_that_cannot_be_made_is_a_warning(images, tmp_path, dataset, ca
     assert [*metadata(masks)] == [name.removesuffix(".nii.gz") for name in written(images)]
 
 
-def test_two_writers_at_once_are_refused(images, tmp_path, dataset):
+def test_two_runs_cannot_write_the_same_folder(images, tmp_path, dataset):
     from slmsam2_cli.io.atomic import lock_folder
 
     masks = tmp_path / "masks"
@@ -334,14 +334,21 @@ def test_two_writers_at_once_are_refused(images, tmp_path, dataset):
         ({"simulate_from": None}, "no prompts"),
     ],
 )
-def test_impossible_options_are_refused_before_anything_is_read(images, tmp_path, dataset, options, message):
+def test_invalid_options_are_rejected_before_anything_is_read(images, tmp_path, dataset, options, message):
     arguments = {"simulate_from": dataset / "labelsTr", **options}
     with pytest.raises(UsageError, match=message):
         predict(images, tmp_path / "masks", workspace=Workspace(dataset / "slmsam2"), **arguments)
     assert not (tmp_path / "masks").exists()
 
 
-def test_when_every_case_was_learned_from_these_are_segmented_and_no_score_is_that_of_held_out_ones(tmp_path, capsys):
+def test_a_folder_of_predictions_is_rejected_as_prompts_with_the_command_that_scores_it(images, tmp_path, dataset):
+    run(images, tmp_path / "predicted", dataset)
+    with pytest.raises(UsageError, match=r"a folder of predictions \(it holds manifest.json\), .* slmsam2 evaluate -p"):
+        run(images, tmp_path / "masks", dataset, prompts=tmp_path / "predicted")
+    assert not (tmp_path / "masks").exists()
+
+
+def test_if_all_cases_were_used_for_training_they_are_segmented_and_none_counts_as_held_out(tmp_path, capsys):
     write_phantom_dataset(tmp_path / "data", cases=1, test_cases=0, seed=5, shape=(8, 40, 40))
     workspace = Workspace(tmp_path / "space")
     finetune(tmp_path / "data", workspace, cases=1, weights="random", steps=1)
@@ -352,10 +359,10 @@ def test_when_every_case_was_learned_from_these_are_segmented_and_no_score_is_th
     summary = json.loads((workspace.evaluation / "summary.json").read_text())
     assert (summary["cases"]["held_out"], summary["foreground_mean"]["Dice"]) == (0, None)
     assert summary["training"]["foreground_mean"]["Dice"] is not None
-    assert "there is no held-out case, so the headline is empty" in capsys.readouterr().err
+    assert "there is no score on held-out cases" in capsys.readouterr().err
 
 
-def test_a_case_that_finetune_left_out_is_no_held_out_one(tmp_path, capsys):
+def test_a_case_that_finetune_skipped_does_not_count_as_held_out(tmp_path, capsys):
     data, workspace = tmp_path / "data", Workspace(tmp_path / "space")
     write_phantom_dataset(data, cases=2, test_cases=0, seed=5, shape=(8, 40, 40))
     broken = data / "imagesTr" / "phantom_001.nii.gz"
@@ -366,7 +373,7 @@ def test_a_case_that_finetune_left_out_is_no_held_out_one(tmp_path, capsys):
     assert "all labelled cases were used for training" in capsys.readouterr().err
 
 
-def test_a_case_is_known_again_under_another_name(images, tmp_path, dataset):
+def test_a_training_case_is_recognised_under_another_name(images, tmp_path, dataset):
     (learned,) = json.loads(Workspace(dataset / "slmsam2").split.read_text())["training"]
     renamed, prompts, masks = tmp_path / "renamed", tmp_path / "full", tmp_path / "masks"
     for folder, source in ((renamed, "imagesTr"), (prompts, "labelsTr")):
@@ -377,7 +384,7 @@ def test_a_case_is_known_again_under_another_name(images, tmp_path, dataset):
     assert [case for case, entry in metadata(masks).items() if entry["training"]] == [f"x_{learned}"]
 
 
-def test_the_data_set_s_own_labels_are_cut_from_wherever_they_lie(tmp_path):
+def test_prompts_are_simulated_from_the_data_sets_labels_wherever_they_are(tmp_path):
     data, workspace = tmp_path / "data", Workspace(tmp_path / "space")
     write_phantom_dataset(data, cases=2, test_cases=0, seed=5, shape=(8, 40, 40))
     (data / "labelsTr").rename(data / "masks")
@@ -394,7 +401,7 @@ def test_the_data_set_s_own_labels_are_cut_from_wherever_they_lie(tmp_path):
         predict(None, data / "masks", dataset=data, workspace=workspace)
 
 
-def test_one_file_is_a_folder_of_one(images, tmp_path, dataset):
+def test_a_single_image_file_is_predicted(images, tmp_path, dataset):
     masks, (first, _) = tmp_path / "masks", written(images)
     assert run(images / first, masks, dataset) == 0
     assert written(masks) == ["manifest.json", first, "report.html"]
@@ -402,13 +409,13 @@ def test_one_file_is_a_folder_of_one(images, tmp_path, dataset):
         run(images / first, images, dataset)
 
 
-def test_a_file_that_is_no_volume_is_refused(images, tmp_path, dataset):
+def test_a_file_that_is_no_volume_is_rejected(images, tmp_path, dataset):
     (images / "notes.txt").write_text("x")
     with pytest.raises(UsageError, match="unsupported file type"):
         run(images / "notes.txt", tmp_path / "masks", dataset)
 
 
-def test_a_base_follows_the_workspace_s_plan_and_a_model_its_own(images, tmp_path, dataset):
+def test_pretrained_weights_use_the_workspaces_plan_and_a_model_its_own(images, tmp_path, dataset):
     space, elsewhere = Workspace(dataset / "slmsam2"), Workspace(tmp_path / "space")
     tuned = read_checkpoint(space.model)
     planned = read_plan(space.plan)
@@ -426,7 +433,7 @@ def test_a_base_follows_the_workspace_s_plan_and_a_model_its_own(images, tmp_pat
     assert restore_labels(tmp_path / "as-model", model=foreign) == {str(value) for value in labels}
 
 
-def test_a_plan_for_other_channels_than_the_data_set_s_is_not_followed(tmp_path, dataset, capsys):
+def test_a_plan_for_other_channels_than_the_data_sets_is_rejected(tmp_path, dataset, capsys):
     space, elsewhere = Workspace(dataset / "slmsam2"), Workspace(tmp_path / "space")
     stale = read_plan(space.plan)
     write_plan(elsewhere.plan, stale.model_copy(update={"channels": ("other",)}))
@@ -465,9 +472,7 @@ def stumbling(error, at, times=99):
         (RuntimeError("[enforce fail] can't allocate memory: you tried"), "out of memory on cpu. Close other programs"),
     ],
 )
-def test_whatever_happens_in_one_case_the_others_are_done_and_it_is_in_the_table(
-    images, tmp_path, dataset, monkeypatch, capsys, error, said
-):
+def test_a_failing_case_is_in_the_table_and_the_others_are_predicted(images, tmp_path, dataset, monkeypatch, capsys, error, said):
     first, other = (name.removesuffix(".nii.gz") for name in written(images))
     monkeypatch.setattr(stage, "segment_case", stumbling(error, first))
     assert run(images, tmp_path / "masks", dataset) == 1
@@ -479,7 +484,7 @@ def test_whatever_happens_in_one_case_the_others_are_done_and_it_is_in_the_table
     assert shown.out.splitlines()[0] == "failed cases: 1" and shown.out.splitlines()[2].startswith(first)
 
 
-def test_the_traceback_of_a_failed_case_is_shown_when_asked_for(images, tmp_path, dataset, monkeypatch, capsys):
+def test_the_traceback_of_a_failed_case_is_shown_with_debug(images, tmp_path, dataset, monkeypatch, capsys):
     monkeypatch.setattr(stage, "segment_case", stumbling(ValueError("odd"), written(images)[0].removesuffix(".nii.gz")))
     monkeypatch.setattr(console.settings, "debug", True)
     run(images, tmp_path / "masks", dataset)
@@ -488,7 +493,7 @@ def test_the_traceback_of_a_failed_case_is_shown_when_asked_for(images, tmp_path
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
-def test_when_memory_runs_out_slices_are_taken_one_by_one_from_then_on(images, tmp_path, dataset, monkeypatch, capsys, error):
+def test_after_running_out_of_memory_slices_are_encoded_one_by_one(images, tmp_path, dataset, monkeypatch, capsys, error):
     batches, stumbles = [], stumbling(error, written(images)[0].removesuffix(".nii.gz"), times=1)
 
     def noting(case, *arguments):
@@ -524,7 +529,7 @@ def out_of_memory(images):
     return stumbling(torch.OutOfMemoryError("CUDA out of memory"), written(images)[0].removesuffix(".nii.gz"), times=2)
 
 
-def test_a_device_that_is_too_small_for_single_slices_is_left_for_the_cpu(images, tmp_path, dataset, monkeypatch, capsys, small_device):
+def test_with_device_auto_a_device_with_too_little_memory_is_left_for_the_cpu(images, tmp_path, dataset, monkeypatch, capsys, small_device):
     monkeypatch.setattr(stage, "segment_case", out_of_memory(images))
     assert run(images, tmp_path / "masks", dataset) == 0
     warned = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
@@ -534,7 +539,7 @@ def test_a_device_that_is_too_small_for_single_slices_is_left_for_the_cpu(images
     ]
 
 
-def test_a_device_that_was_asked_for_is_not_left(images, tmp_path, dataset, monkeypatch, small_device):
+def test_a_requested_device_with_too_little_memory_is_an_error(images, tmp_path, dataset, monkeypatch, small_device):
     monkeypatch.setattr(stage, "segment_case", out_of_memory(images))
     with pytest.raises(DeviceError, match="out of memory on cuda. Use --device cpu"):
         run(images, tmp_path / "masks", dataset, device="cpu")
@@ -551,7 +556,7 @@ def test_a_case_without_the_structure_gets_an_empty_mask_and_a_warning(images, t
     assert not np.asarray(nibabel.load(tmp_path / "masks" / name).dataobj).any()
 
 
-def test_a_label_nobody_declared_is_named_with_its_voxels(images, tmp_path, dataset, capsys):
+def test_an_undeclared_label_is_named_with_its_number_of_voxels(images, tmp_path, dataset, capsys):
     labels = tmp_path / "labels"
     shutil.copytree(dataset / "labelsTr", labels)
     name = written(images)[0]
@@ -587,7 +592,7 @@ def voxels(masks):
     return {name: np.asarray(nibabel.load(masks / name).dataobj) for name in written(masks) if name.endswith(".nii.gz")}
 
 
-def test_an_adapter_predicts_like_the_whole_model_it_was_saved_with(images, tmp_path, dataset):
+def test_an_adapter_predicts_like_the_complete_model(images, tmp_path, dataset):
     whole, small = adapter_at(tmp_path / "models", dataset)
     base = str(Workspace(dataset / "slmsam2").model)
     assert run(images, tmp_path / "one", dataset, model=whole) == 0
@@ -599,7 +604,7 @@ def test_an_adapter_predicts_like_the_whole_model_it_was_saved_with(images, tmp_
     assert said[0] == said[1] != said[2]
 
 
-def test_a_modality_without_an_adapter_is_predicted_by_the_base_with_a_warning(images, tmp_path, dataset, capsys):
+def test_a_modality_without_adapter_is_predicted_without_one_and_with_a_warning(images, tmp_path, dataset, capsys):
     whole, _ = adapter_at(tmp_path / "models", dataset, modality="PET")
     assert run(images, tmp_path / "masks", dataset, model=whole) == 0
     assert "adapters for PET, none for MR: it is used without an adapter" in capsys.readouterr().err
@@ -608,7 +613,7 @@ def test_a_modality_without_an_adapter_is_predicted_by_the_base_with_a_warning(i
     assert all(np.array_equal(found[name], plain[name]) for name in plain)
 
 
-def test_an_adapter_on_another_base_predicts_nothing(images, tmp_path, dataset):
+def test_an_adapter_for_other_pretrained_weights_is_rejected(images, tmp_path, dataset):
     whole, small = adapter_at(tmp_path / "models", dataset)
     other = tmp_path / "other.safetensors"
     tuned = read_checkpoint(whole)
@@ -628,7 +633,7 @@ def with_table(path, dataset, table):
     return path
 
 
-def test_confidence_goes_through_the_models_table_but_on_given_slices(images, tmp_path, dataset, capsys):
+def test_confidence_is_calibrated_except_on_annotated_slices(images, tmp_path, dataset, capsys):
     halved = Calibration(
         method="isotonic", confidence=(0.0, 1.0), dice=(0.0, 0.5), slices=99, error_before=0.3, error_after=0.1, note="here"
     )
@@ -650,7 +655,7 @@ def test_confidence_goes_through_the_models_table_but_on_given_slices(images, tm
     assert all(np.array_equal(masks[0][name], masks[1][name]) for name in masks[0])
 
 
-def test_a_new_table_for_the_same_weights_makes_the_masks_account_out_of_date(images, tmp_path, dataset, capsys):
+def test_a_new_calibration_makes_masks_outdated(images, tmp_path, dataset, capsys):
     model = with_table(tmp_path / "model.safetensors", dataset, None)
     run(images, tmp_path / "masks", dataset, model=model)
     flat = Calibration(method="logistic", confidence=(0.0, 1.0), dice=(0.4, 0.4), slices=20, error_before=0.3, error_after=0.1)

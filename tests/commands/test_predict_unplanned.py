@@ -53,7 +53,7 @@ def painted(folder, dataset, axis=2):
 
 
 @pytest.mark.parametrize(("axis", "named"), [(2, "SI"), (0, "LR")])
-def test_slices_run_along_the_axis_on_which_a_person_painted(scans, dataset, weights, tmp_path, axis, named):
+def test_the_slice_axis_is_that_of_the_annotated_slices(scans, dataset, weights, tmp_path, axis, named):
     masks, prompts = tmp_path / "masks", painted(tmp_path / "prompts", dataset, axis)
     assert predict(scans, masks, prompts=prompts, weights=weights, report=False) == 0
     plan = read_plan(masks / "plan.json")
@@ -64,7 +64,7 @@ def test_slices_run_along_the_axis_on_which_a_person_painted(scans, dataset, wei
         assert np.array_equal(found.take(slice_, axis), given.take(slice_, axis))
 
 
-def test_a_list_of_slices_may_name_another_axis(scans, dataset, weights, tmp_path):
+def test_the_list_of_slices_can_name_another_axis(scans, dataset, weights, tmp_path):
     prompts = painted(tmp_path / "prompts", dataset)
     for path in list(prompts.iterdir()):
         listing = {"axis": "AP", "annotated_slices": [20]}
@@ -73,7 +73,7 @@ def test_a_list_of_slices_may_name_another_axis(scans, dataset, weights, tmp_pat
     assert read_plan(tmp_path / "masks" / "plan.json").geometry.slice_axis == "AP"
 
 
-def test_a_second_run_into_the_same_folder_follows_the_first_one_s_plan(scans, dataset, weights, tmp_path, capsys):
+def test_a_second_run_into_the_same_folder_uses_the_first_runs_plan(scans, dataset, weights, tmp_path, capsys):
     masks, prompts = tmp_path / "masks", painted(tmp_path / "prompts", dataset)
     one, other = sorted(scans.iterdir())
     kept = other.rename(tmp_path / other.name)
@@ -87,7 +87,7 @@ def test_a_second_run_into_the_same_folder_follows_the_first_one_s_plan(scans, d
     assert {one.name, other.name} <= {path.name for path in masks.iterdir()}
 
 
-def test_a_label_that_is_new_is_known_once_everything_is_planned_again(scans, dataset, weights, tmp_path):
+def test_a_new_label_is_accepted_after_planning_again(scans, dataset, weights, tmp_path):
     masks, prompts = tmp_path / "masks", painted(tmp_path / "prompts", dataset)
     predict(scans, masks, prompts=prompts, weights=weights, report=False)
     for path in prompts.iterdir():
@@ -97,19 +97,19 @@ def test_a_label_that_is_new_is_known_once_everything_is_planned_again(scans, da
     assert read_plan(masks / "plan.json").labels == {2: "label 2"}
 
 
-def test_whole_masks_give_the_plan_what_a_data_set_would(scans, dataset, weights, tmp_path):
+def test_full_masks_give_the_plan_of_a_data_set(scans, dataset, weights, tmp_path):
     assert predict(scans, tmp_path / "masks", simulate_from=dataset / "labelsTr", weights=weights, report=False) == 0
     assert len(read_plan(tmp_path / "masks" / "plan.json").labels) > 1
 
 
-def test_images_without_any_prompt_are_refused_and_nothing_is_written(scans, weights, tmp_path):
+def test_images_without_any_prompt_are_rejected_and_nothing_is_written(scans, weights, tmp_path):
     (tmp_path / "prompts").mkdir()
     with pytest.raises(DatasetError, match="no image has a prompt mask of the same name"):
         predict(scans, tmp_path / "masks", prompts=tmp_path / "prompts", weights=weights, report=False)
     assert not (tmp_path / "masks").exists()
 
 
-def test_a_damaged_plan_is_refused(scans, dataset, weights, tmp_path):
+def test_a_damaged_plan_is_rejected(scans, dataset, weights, tmp_path):
     prompts = painted(tmp_path / "prompts", dataset)
     (tmp_path / "masks").mkdir()
     (tmp_path / "masks" / "plan.json").write_text("{")
