@@ -21,7 +21,7 @@ import torch
 from slmsam2_cli.inference.propagation import to_bfloat16
 from slmsam2_cli.model.memory.policy import ReadContext
 from slmsam2_cli.model.slmsam2 import MemoryBank, SliceFeatures, SlmSam2
-from slmsam2_cli.planning.plan import POLICIES, NetworkPlan
+from slmsam2_cli.planning.plan import POLICY_STREAMS, NetworkPlan
 
 FULL = 7  # slices after which every policy reads a full memory
 TARGET = 1.35  # of fifo, for shortlong
@@ -127,7 +127,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     frames, mask = slices_of(options.image, options.label, options.slices, options.px)
-    names = [*POLICIES, GATED]
+    names = [*POLICY_STREAMS, GATED]
     models = {name: build(name, options.size, options.px) for name in names}
     encoding, found = measure(models, frames, mask, options.repeats)
     whole = {name: encoding + tracking for name, (tracking, _) in found.items()}

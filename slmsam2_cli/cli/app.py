@@ -46,7 +46,7 @@ ALIASES = {
     "--processes": "--workers",
     "--prompts-from": "--simulate-prompts",
     "--slice": "--prompt-slice",
-    "--end marks": "--mark-ends",
+    "--end-stops": "--mark-ends",
     "--skip-bad": "--skip-invalid",
     "--against": "--compare-to",
     "--memory": "--max-memory",

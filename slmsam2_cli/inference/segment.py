@@ -1,4 +1,4 @@
-"""Segment one case: read the image and its prompts, propagate, and write the labels back on the image's own grid.
+"""Segment one case: read the image and its prompts, propagate, and restore the labels to the image's grid. Masks are saved by manifest.py.
 
 image --> stack of slices --+
                             +--> propagation --> labels on the stack --> labels on the image's grid --> annotated slices restored

@@ -39,23 +39,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MemoryStreams:
-    """What a memory policy needs: a second memory-attention stack for the previous slice, a self-sorting bank."""
+    """What a memory policy needs: a second memory-attention stack for the previous slice, a self-sorting bank; method: for help texts."""
 
+    method: str
     has_short_stream: bool
     has_bank: bool
 
 
-POLICIES = {
-    "fifo": MemoryStreams(has_short_stream=False, has_bank=False),
-    "shortlong": MemoryStreams(has_short_stream=True, has_bank=False),
-    "selfsort": MemoryStreams(has_short_stream=False, has_bank=True),
-    "shortlong+selfsort": MemoryStreams(has_short_stream=True, has_bank=True),
+POLICY_STREAMS = {  # the classes are in model/memory/registry.py
+    "fifo": MemoryStreams("SAM 2", has_short_stream=False, has_bank=False),
+    "shortlong": MemoryStreams("SLM-SAM 2", has_short_stream=True, has_bank=False),
+    "selfsort": MemoryStreams("MedSAM-2", has_short_stream=False, has_bank=True),
+    "shortlong+selfsort": MemoryStreams("both", has_short_stream=True, has_bank=True),
 }
 
 
 def _check_policy(name: str) -> str:
-    if name not in POLICIES:
-        raise ValueError(f"must be one of {', '.join(POLICIES)}")
+    if name not in POLICY_STREAMS:
+        raise ValueError(f"must be one of {', '.join(POLICY_STREAMS)}")
     return name
 
 
@@ -99,7 +100,7 @@ class NetworkPlan(SparseModel):
     size: NetworkSize = Field(default="nano", description="network size: nano (for CPUs), or tiny, small, base_plus, large as in SAM 2.1")
     policy: PolicyName = Field(
         default="shortlong",
-        description="memory policy: fifo (SAM 2), shortlong (SLM-SAM 2), selfsort (MedSAM-2), shortlong+selfsort (both)",
+        description="memory policy: " + ", ".join(f"{name} ({streams.method})" for name, streams in POLICY_STREAMS.items()),
     )
     fuser: FuserName = Field(
         default="gated", description="how short and long memory are combined: gated (starts as SAM 2) or sum (as published)"
@@ -123,12 +124,12 @@ class NetworkPlan(SparseModel):
     @property
     def has_short_stream(self) -> bool:
         """Whether the network has a second memory-attention stack for the previous slice, and a fuser."""
-        return POLICIES[self.policy].has_short_stream
+        return POLICY_STREAMS[self.policy].has_short_stream
 
     @property
     def has_bank(self) -> bool:
         """Whether the long memory is a self-sorting bank."""
-        return POLICIES[self.policy].has_bank
+        return POLICY_STREAMS[self.policy].has_bank
 
 
 def channel_groups(channels: int) -> tuple[range, ...]:

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from slmsam2_cli.errors import PlanError
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.strict_json import explain
-from slmsam2_cli.planning.plan import POLICIES, FrozenModel, NetworkPlan, PolicyName, digest_of
+from slmsam2_cli.planning.plan import POLICY_STREAMS, FrozenModel, NetworkPlan, PolicyName, digest_of
 from slmsam2_cli.pretraining.volumes import VolumesRecipe
 
 FORMAT_VERSION = 2
@@ -137,7 +137,7 @@ class Recipe(FrozenModel):
             raise ValueError(f"phases: until must increase from phase to phase and end at 1, found {', '.join(f'{end:g}' for end in ends)}")
         if min(self.other_input_sizes.values(), default=0) < 0 or sum(self.other_input_sizes.values()) > 1:
             raise ValueError("other_input_sizes: shares must be 0 or greater and must not exceed 1 together")
-        short = [name for name in self.memory.policies if POLICIES[name].has_short_stream]
+        short = [name for name in self.memory.policies if POLICY_STREAMS[name].has_short_stream]
         if short and not self.network.has_short_stream:
             raise ValueError(f"memory.policies: {short[0]} needs a short memory stream, which network.policy {self.network.policy} lacks")
         return self

@@ -27,7 +27,7 @@ from slmsam2_cli.model.memory.registry import build_policy
 from slmsam2_cli.model.memory.selfsort import POINTER_DISTANCE
 from slmsam2_cli.model.memory.shortlong import short_read
 from slmsam2_cli.model.slmsam2 import Memory, MemoryBank, SliceFeatures, SliceOutput, SlmSam2, set_input_size
-from slmsam2_cli.planning.plan import POLICIES
+from slmsam2_cli.planning.plan import POLICY_STREAMS
 from slmsam2_cli.pretraining.prompts import (
     boxes_around,
     perturb_masks,
@@ -196,9 +196,9 @@ class MemoryReader:
         self.model, self.settings, self.slices, self.choices = model, recipe.memory, slices, choices
         policies = recipe.memory.policies
         (name,) = choices.choices(list(policies), list(policies.values()))
-        self.short = POLICIES[name].has_short_stream
+        self.short = POLICY_STREAMS[name].has_short_stream
         self.policy: MemoryPolicy
-        if POLICIES[name].has_bank:
+        if POLICY_STREAMS[name].has_bank:
             self.policy = RandomBank(model.num_maskmem - 1, recipe.network.bank_read, self.short)
         else:
             network = recipe.network.model_copy(update={"policy": name})

@@ -1,6 +1,6 @@
 """Monitoring of a run: a log as CSV and JSON Lines, TensorBoard, a plot of its losses, and masks of held-out cases over their slices.
 
-TensorBoard is optional (pip install 'slmsam2[tensorboard]'); log.csv has the same numbers without it.
+TensorBoard is optional (pip install '.[tensorboard]'); log.csv has the same numbers without it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 from slmsam2_cli.errors import PlanError
 from slmsam2_cli.planning.plan import (
     MAX_CHANNELS,
-    POLICIES,
+    POLICY_STREAMS,
     AdapterPlan,
     ChannelIntensity,
     EvaluationPlan,
@@ -159,7 +159,7 @@ def test_an_edited_plan_is_rejected_with_its_keys_when_the_dataset_changed(tmp_p
         keep_edits(mine, plan(fingerprint_digest="g"))
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", POLICY_STREAMS)
 def test_only_settings_that_differ_from_their_default_are_written(policy):
     assert NetworkPlan(policy=policy).model_dump() == {"size": "nano", "policy": policy, "fuser": "gated"}
     assert NetworkPlan(policy=policy, bank_read=3).model_dump()["bank_read"] == 3

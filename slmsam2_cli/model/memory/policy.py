@@ -3,9 +3,7 @@
 Index arithmetic and comparisons of plain numbers: no tensors and no parameters, so every rule can be tested without weights.
 SAM 2's memory: Ravi et al., "SAM 2", arXiv:2408.00714. Long and short memory: Chen et al., "SLM-SAM 2", arXiv:2505.01854.
 
-To add a policy, write a frozen dataclass with everything that `MemoryPolicy` and `PlannedPolicy` declare (fifo.py is the shortest
-example) in a module of this folder, and list the class in `POLICIES` of registry.py. Its flags are repeated in `POLICIES` of
-planning/plan.py, which may not import the network; tests/model/memory/test_policies.py compares the two tables.
+registry.py lists the policies and says how to add one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,13 @@
-"""The memory policies that a plan can name: one class per line. policy.py says how to write another one."""
+"""The memory policies that a plan can name.
+
+To add one:
+
+1. Write a frozen dataclass in a module of this folder, with everything that `MemoryPolicy` and `PlannedPolicy` of policy.py declare.
+   fifo.py is the shortest example.
+2. List the class in POLICY_CLASSES below.
+3. Add its name and flags to POLICY_STREAMS of planning/plan.py, which may not import the network; tests/model/memory/test_policies.py
+   compares the two. Settings of its own are fields of NetworkPlan there, which `from_plan` reads.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """SLM-SAM 2's memory: a long memory, and a short memory of the previous slices that a second attention stack reads.
 
 The short memory follows the shape from slice to slice; the long memory holds what the object looks like. The published short length is
-1 (Chen et al., "SLM-SAM 2", IEEE TMI 2025, arXiv:2505.01854). `ShortLong` has SAM 2's memory as its long memory, `ShortLongSelfSort`
-MedSAM-2's bank; images without an order have no previous slice, so there the short memory is the most similar slice of the long one.
+1 (Chen et al., "SLM-SAM 2", IEEE TMI 2025, arXiv:2505.01854). The long memory of `ShortLong` is SAM 2's (fifo.py: all annotated slices
+and the six slices before), that of `ShortLongSelfSort` MedSAM-2's bank (selfsort.py). Images without an order have no previous slice, so
+there the short memory is the most similar slice of the long one.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from slmsam2_cli.model.memory.policy import MemoryScores, ReadContext
 from slmsam2_cli.model.memory.registry import POLICIES, build_policy
 from slmsam2_cli.model.memory.shortlong import ShortLong
 from slmsam2_cli.planning import plan as planning
-from slmsam2_cli.planning.plan import MemoryStreams, NetworkPlan
+from slmsam2_cli.planning.plan import NetworkPlan
 
 PICTURES = Path(__file__).resolve().parents[3] / "docs" / "images"
 
@@ -144,7 +144,8 @@ def test_an_unknown_policy_is_an_error_that_lists_the_known_ones():
 
 
 def test_the_policies_of_a_plan_are_those_of_the_registry_with_the_same_streams():
-    assert {name: MemoryStreams(policy.has_short_stream, policy.has_bank) for name, policy in POLICIES.items()} == planning.POLICIES
+    planned = {name: (streams.has_short_stream, streams.has_bank) for name, streams in planning.POLICY_STREAMS.items()}
+    assert {name: (policy.has_short_stream, policy.has_bank) for name, policy in POLICIES.items()} == planned
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
