@@ -16,7 +16,7 @@ import pytest
 
 import slmsam2_cli
 from slmsam2_cli import console
-from slmsam2_cli.cli.app import app, translate_aliases
+from slmsam2_cli.cli.app import ALIASES, app, translate_aliases
 from slmsam2_cli.cli.exit_codes import Terminated, run_for_exit_code
 from slmsam2_cli.errors import CaseError, DatasetError, PlanError, UsageError
 from slmsam2_cli.version import VERSION
@@ -245,6 +245,10 @@ def test_continue_and_overwrite_cannot_be_combined(
     assert run("predict", "--overwrite", "--continue") == 2
     assert "cannot be combined" in capsys.readouterr().err
     assert seen == {}
+
+
+def test_hidden_spellings_are_options_without_spaces() -> None:
+    assert [name for name in (*ALIASES, *ALIASES.values()) if not name.startswith("-") or " " in name] == []
 
 
 def test_what_follows_a_bare_double_dash_is_no_option() -> None:
