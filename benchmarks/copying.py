@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from slmsam2_cli.dataset.dataset import read_dataset
-from slmsam2_cli.dataset.masks import bounding_box
+from slmsam2_cli.dataset.mask_measures import bounding_box
 from slmsam2_cli.evaluation.metrics import dice, hd95
 from slmsam2_cli.io.volume import read_labels
 from slmsam2_cli.workspace import Workspace

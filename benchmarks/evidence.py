@@ -17,7 +17,7 @@ from torch import Tensor
 from zero_shot import CHOSEN_ON
 
 from slmsam2_cli.dataset.dataset import read_dataset
-from slmsam2_cli.dataset.masks import dice
+from slmsam2_cli.dataset.mask_measures import dice
 from slmsam2_cli.dataset.prompts import choose_slice
 from slmsam2_cli.dataset.slices import make_frames
 from slmsam2_cli.io.volume import read_image, read_labels

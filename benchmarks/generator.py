@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
-from slmsam2_cli.dataset.masks import dice
+from slmsam2_cli.dataset.mask_measures import dice
 from slmsam2_cli.pretraining.volumes import ClipShape, VolumesRecipe, draw_clips
 from slmsam2_cli.training.clips import Clips
 

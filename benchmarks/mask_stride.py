@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slmsam2_cli.dataset.masks import dice
+from slmsam2_cli.dataset.mask_measures import dice
 from slmsam2_cli.pretraining.recipe import NANO, read_recipe
 from slmsam2_cli.pretraining.volumes import ClipShape, draw_clips
 

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 
 from slmsam2_cli.model.memory.fifo import Fifo
-from slmsam2_cli.model.memory.policy import MemoryPolicy, MemoryScores, ReadContext
+from slmsam2_cli.model.memory.interface import MemoryPolicy, MemoryScores, ReadContext
 from slmsam2_cli.model.memory.selfsort import SelfSort
 from slmsam2_cli.model.memory.shortlong import ShortLong, ShortLongSelfSort
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from slmsam2_cli.dataset.masks import bounding_box
+from slmsam2_cli.dataset.mask_measures import bounding_box
 
 
 @dataclass(frozen=True)

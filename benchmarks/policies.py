@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from slmsam2_cli.inference.propagation import to_bfloat16
-from slmsam2_cli.model.memory.policy import ReadContext
+from slmsam2_cli.model.memory.interface import ReadContext
 from slmsam2_cli.model.slmsam2 import MemoryBank, SliceFeatures, SlmSam2
 from slmsam2_cli.planning.plan import POLICY_STREAMS, NetworkPlan
 

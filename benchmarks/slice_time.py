@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from slmsam2_cli.model.memory.policy import ReadContext
+from slmsam2_cli.model.memory.interface import ReadContext
 from slmsam2_cli.model.sam2_config import SIZE_OPTIONS, Widths
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan

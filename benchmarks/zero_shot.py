@@ -25,7 +25,7 @@ from slmsam2_cli.commands.plan import plan as make_plan
 from slmsam2_cli.commands.predict import predict
 from slmsam2_cli.dataset.dataset import Case, Dataset, read_dataset
 from slmsam2_cli.dataset.intensity import normalise
-from slmsam2_cli.dataset.masks import bounding_box
+from slmsam2_cli.dataset.mask_measures import bounding_box
 from slmsam2_cli.dataset.slices import View
 from slmsam2_cli.evaluation.metrics import dice, hd95
 from slmsam2_cli.io.volume import read_image, read_labels

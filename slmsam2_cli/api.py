@@ -20,8 +20,8 @@ from torch import Tensor
 from slmsam2_cli.dataset.dataset_json import Case
 from slmsam2_cli.dataset.discovery import stem
 from slmsam2_cli.device import DeviceName, choose_device
-from slmsam2_cli.inference import array_io, image_set, propagation
-from slmsam2_cli.inference.array_io import Array, ArrayPrompts, Match, Track, Window
+from slmsam2_cli.inference import arrays, image_set, propagation
+from slmsam2_cli.inference.arrays import Array, ArrayPrompts, Match, Track, Window
 from slmsam2_cli.inference.load_model import build_model, warnings_of
 from slmsam2_cli.inference.segment import SegmentedCase, Segmenter, segment_case
 from slmsam2_cli.io.strict_json import explain
@@ -70,7 +70,7 @@ class SlmSam2:
         Returns SliceFeatures on the network's device: top (T, C, px/16, px/16), fine (T, C/8, px/4, px/4) and (T, C/4, px/8, px/8).
         Raises: ValueError for the arguments.
         """
-        _, frames = array_io.frame(slices, self.input_size, window, adjacent_slices=self.adjacent_slices)
+        _, frames = arrays.frame(slices, self.input_size, window, adjacent_slices=self.adjacent_slices)
         with torch.no_grad():
             return self.network.encode(frames.to(self.network.device))
 
@@ -150,13 +150,13 @@ def propagate(
     non-zero ones; None: the values are from 0 to 1 already. Labels are segmented independently, so their masks may overlap;
     annotated slices are returned unchanged. Raises: ValueError for the arguments.
     """
-    view, frames = array_io.frame(slices, model.input_size, window, adjacent_slices=model.adjacent_slices)
+    view, frames = arrays.frame(slices, model.input_size, window, adjacent_slices=model.adjacent_slices)
     if not isinstance(prompts, Mapping) or not prompts:
         raise ValueError("prompts: give {label: {slice index: mask}}, one label at least")
-    drawn = [array_io.masks_to_prompts(masks, view, f"prompts[{label!r}]") for label, masks in prompts.items()]
-    objects = {n: array_io.annotated_slices_on(one, view, model.input_size) for n, one in enumerate(drawn)}
+    drawn = [arrays.masks_to_prompts(masks, view, f"prompts[{label!r}]") for label, masks in prompts.items()]
+    objects = {n: arrays.annotated_slices_on(one, view, model.input_size) for n, one in enumerate(drawn)}
     found = propagation.propagate(model.network, frames, objects)
-    return {label: array_io.track_of(found[n], drawn[n], view, model.input_size) for n, label in enumerate(prompts)}
+    return {label: arrays.track_of(found[n], drawn[n], view, model.input_size) for n, label in enumerate(prompts)}
 
 
 def segment(
@@ -200,8 +200,8 @@ def segment_images(
     itself. prompts: image index -> mask (H, W); an empty one says that the object is not on that image. window: as in
     `propagate`, for each image. The order of the images does not change the masks. Raises: ValueError for the arguments.
     """
-    views, frames = array_io.images_of(images, model.input_size, window)
-    drawn = array_io.read_image_prompts(prompts, views)
-    given = {i: array_io.mask_at_input_size(mask, views[i], model.input_size) for i, mask in drawn.items()}
+    views, frames = arrays.images_of(images, model.input_size, window)
+    drawn = arrays.read_image_prompts(prompts, views)
+    given = {i: arrays.mask_at_input_size(mask, views[i], model.input_size) for i, mask in drawn.items()}
     found = image_set.segment_images(model.network, frames, given)
-    return [array_io.match_of(one, drawn.get(i), view, model.input_size) for i, (one, view) in enumerate(zip(found, views, strict=True))]
+    return [arrays.match_of(one, drawn.get(i), view, model.input_size) for i, (one, view) in enumerate(zip(found, views, strict=True))]

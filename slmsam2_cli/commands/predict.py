@@ -1,7 +1,8 @@
 """Stage 4: images + prompts + model -> masks.
 
 Reads   images, prompts, the model.
-Writes  MASKS/<case>, MASKS/manifest.json, MASKS/report.html (and MASKS/report_files/ when that would become too large).
+Writes  MASKS/<case> (through inference/manifest.py and io/volume.py), MASKS/manifest.json, MASKS/report.html (and MASKS/report_files/
+        when that would become too large).
 
 A case that fails is reported, and the others are still predicted. Finished cases are known by their record (digests of image, prompts,
 model and mask) and skipped.

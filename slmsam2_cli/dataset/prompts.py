@@ -22,7 +22,7 @@ import numpy as np
 
 from slmsam2_cli.dataset.dataset import compare_geometry, find_label
 from slmsam2_cli.dataset.dataset_json import PromptFiles
-from slmsam2_cli.dataset.masks import bounding_box
+from slmsam2_cli.dataset.mask_measures import bounding_box
 from slmsam2_cli.dataset.slices import AXES, SliceAxis, View
 from slmsam2_cli.errors import CaseError, SlmSam2Error
 from slmsam2_cli.io import atomic

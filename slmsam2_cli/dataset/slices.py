@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from slmsam2_cli.dataset.intensity import ChannelIntensityLike, normalise
-from slmsam2_cli.dataset.masks import bounding_box
+from slmsam2_cli.dataset.mask_measures import bounding_box
 from slmsam2_cli.io.volume import Grid, Volume
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from itertools import combinations
 
 import numpy as np
 
-from slmsam2_cli.dataset.masks import dice
+from slmsam2_cli.dataset.mask_measures import dice
 from slmsam2_cli.evaluation.metrics import box_of
 
 GOOD = 0.5  # Dice that the corrected mask must reach

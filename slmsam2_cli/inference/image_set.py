@@ -19,7 +19,7 @@ from torch import Tensor
 
 from slmsam2_cli.inference.propagation import ABSENT, FeatureCache, confidence_of, to_bfloat16
 from slmsam2_cli.model.memory.features import similarity
-from slmsam2_cli.model.memory.policy import ReadContext
+from slmsam2_cli.model.memory.interface import ReadContext
 from slmsam2_cli.model.memory.selfsort import SelfSort
 from slmsam2_cli.model.memory.shortlong import ShortLongSelfSort
 from slmsam2_cli.model.slmsam2 import MemoryBank, SliceOutput, SlmSam2

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slmsam2_cli.dataset.masks import dice
+from slmsam2_cli.dataset.mask_measures import dice
 from slmsam2_cli.model.label_unet import LabelUNet, label_unet_roi, with_adjacent_slices
 from slmsam2_cli.model.roi import RoiCrop
 from slmsam2_cli.model.slmsam2 import SliceOutput, with_mask

@@ -1,4 +1,4 @@
-"""What predict saves with its masks: one record per mask, and the manifest that collects them.
+"""What predict saves with the masks that io/volume.py writes: one record per mask, and the manifest that collects them.
 
 MASKS/.slmsam2/HASH.json  one mask: a digest of its inputs (`key`), its own SHA-256, its metadata for the manifest
 MASKS/manifest.json       the metadata of all masks in the folder:

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.ndimage import binary_dilation
 from skimage import measure as untyped_measure
 
-from slmsam2_cli.dataset.masks import bounding_box
+from slmsam2_cli.dataset.mask_measures import bounding_box
 
 Array = np.ndarray[Any, Any]
 measure: Any = untyped_measure

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slmsam2_cli.dataset.masks import dice
+from slmsam2_cli.dataset.mask_measures import dice
 from slmsam2_cli.inference.end_taper import EndTaper
 from slmsam2_cli.inference.label_prior import MAX_LOGIT, LabelPrior, compute_label_priors
-from slmsam2_cli.model.memory.policy import ReadContext
+from slmsam2_cli.model.memory.interface import ReadContext
 from slmsam2_cli.model.roi import RoiCrop, mask_box, pad_to_square, roi_around, to_input
 from slmsam2_cli.model.slmsam2 import Memory, MemoryBank, SliceFeatures, SliceOutput, SlmSam2
 from slmsam2_cli.planning.plan import Plan

@@ -1,4 +1,6 @@
-"""Segment one case: read the image and its prompts, propagate, and restore the labels to the image's grid. Masks are saved by manifest.py.
+"""Segment one case: read the image and its prompts, propagate, and restore the labels to the image's grid.
+
+Masks are written to files by io/volume.py.
 
 image --> stack of slices --+
                             +--> propagation --> labels on the stack --> labels on the image's grid --> annotated slices restored

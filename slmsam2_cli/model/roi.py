@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slmsam2_cli.dataset.masks import bounding_box
+from slmsam2_cli.dataset.mask_measures import bounding_box
 from slmsam2_cli.planning.plan import RGB_CHANNELS
 
 MIN_EDGE = 16  # edge of the smallest crop in slice pixels, so that a dot keeps some surroundings

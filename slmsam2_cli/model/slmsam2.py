@@ -32,7 +32,7 @@ from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.fusion import Fuser
 from slmsam2_cli.model.label_unet import LabelUNet
 from slmsam2_cli.model.memory.features import ObjectStats, memory_scores, object_stats
-from slmsam2_cli.model.memory.policy import MemoryPolicy, MemoryRead, ReadContext
+from slmsam2_cli.model.memory.interface import MemoryPolicy, MemoryRead, ReadContext
 from slmsam2_cli.model.memory.registry import build_policy
 from slmsam2_cli.model.refiner import REFINER_UPSCALE, PriorSlice, Refiner, RefinerFeatures
 from slmsam2_cli.model.sam2_config import SIZE_OPTIONS, DecoderSize, SizeOptions, sam2_parts

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from slmsam2_cli.dataset.masks import bounding_box, dice
+from slmsam2_cli.dataset.mask_measures import bounding_box, dice
 from slmsam2_cli.dataset.prompts import choose_slice
 from slmsam2_cli.dataset.slices import AXES, Box, Orientation, SliceAxis
 from slmsam2_cli.planning.fingerprint import Extent, LabelFingerprint

@@ -1,6 +1,7 @@
 """Check whether predicted masks are fine enough for the structures: none should be thinner than half a mask pixel.
 
-A line that covers less than half of every mask pixel it touches is background in all of them, so it vanishes from the mask.
+A line that covers less than half of every mask pixel it touches is background in all of them, so it vanishes from the mask. Network size
+and input size are chosen in rules.py; the input size of ROI crops is computed here.
 """
 
 from __future__ import annotations

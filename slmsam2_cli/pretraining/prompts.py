@@ -90,7 +90,7 @@ def boxes_around(masks: Tensor, rng: torch.Generator, jitter: float) -> Tensor:
 
 
 def _first_and_last(line: Tensor) -> Tensor:
-    """Return the first and the last index that is True, (B, L) bool -> (B, 2) float; stays on the device, unlike dataset.masks."""
+    """Return the first and the last index that is True, (B, L) bool -> (B, 2) float; stays on the device, unlike dataset.mask_measures."""
     first = line.float().argmax(dim=1)
     last = line.shape[1] - 1 - line.flip(1).float().argmax(dim=1)
     return torch.stack([first, last], dim=1).float()

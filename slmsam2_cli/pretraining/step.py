@@ -22,7 +22,7 @@ from torch import Tensor
 
 from slmsam2_cli.device import half_precision
 from slmsam2_cli.model.cpu_ops import optimise_for_cpu
-from slmsam2_cli.model.memory.policy import MemoryPolicy, MemoryRead, ReadContext
+from slmsam2_cli.model.memory.interface import MemoryPolicy, MemoryRead, ReadContext
 from slmsam2_cli.model.memory.registry import build_policy
 from slmsam2_cli.model.memory.selfsort import POINTER_DISTANCE
 from slmsam2_cli.model.memory.shortlong import short_read

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slmsam2_cli.dataset.masks import dice
-from slmsam2_cli.model.memory.policy import ReadContext
+from slmsam2_cli.dataset.mask_measures import dice
+from slmsam2_cli.model.memory.interface import ReadContext
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
 from slmsam2_cli.pretraining.prompts import without_memory
 from slmsam2_cli.pretraining.recipe import Recipe

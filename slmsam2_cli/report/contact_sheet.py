@@ -20,7 +20,7 @@ from skimage.segmentation import find_boundaries
 from slmsam2_cli.dataset.cache import read_pair
 from slmsam2_cli.dataset.dataset import Case, Dataset
 from slmsam2_cli.dataset.intensity import window_of
-from slmsam2_cli.dataset.masks import bounding_box
+from slmsam2_cli.dataset.mask_measures import bounding_box
 from slmsam2_cli.dataset.prompts import choose_slice
 from slmsam2_cli.dataset.slices import SliceAxis, View, interpolation_matrix, nearest_indices, resample_plane
 from slmsam2_cli.errors import CaseError

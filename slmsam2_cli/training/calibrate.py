@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from slmsam2_cli.dataset.cache import PreparedCase, check_not_truncated
-from slmsam2_cli.dataset.masks import dice
+from slmsam2_cli.dataset.mask_measures import dice
 from slmsam2_cli.dataset.prompts import choose_slice
 from slmsam2_cli.model.calibration import Calibration, calibrate
 from slmsam2_cli.model.slmsam2 import SlmSam2

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from slmsam2_cli import console
 from slmsam2_cli.dataset.cache import PreparedCase, check_not_truncated
-from slmsam2_cli.dataset.masks import bounding_box
+from slmsam2_cli.dataset.mask_measures import bounding_box
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.files import error_reason
 

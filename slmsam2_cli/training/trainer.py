@@ -25,7 +25,7 @@ from slmsam2_cli.dataset.cache import PreparedCase, check_not_truncated
 from slmsam2_cli.device import half_precision
 from slmsam2_cli.errors import PlanError, TrainingError
 from slmsam2_cli.model.checkpoint import Checkpoint, load_weights
-from slmsam2_cli.model.memory.policy import ReadContext
+from slmsam2_cli.model.memory.interface import ReadContext
 from slmsam2_cli.model.slmsam2 import MemoryBank, SliceFeatures, SliceOutput, SlmSam2
 from slmsam2_cli.planning.plan import Plan, TrainingPlan
 from slmsam2_cli.training import learner as learning

@@ -8,7 +8,7 @@ import torch
 
 from slmsam2_cli.errors import WeightsError
 from slmsam2_cli.model import adapters
-from slmsam2_cli.model.memory.policy import ReadContext
+from slmsam2_cli.model.memory.interface import ReadContext
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
 from slmsam2_cli.planning.plan import AdapterPlan, NetworkPlan
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from slmsam2_cli.model.block_matching import warp_to_slice
-from slmsam2_cli.model.memory.policy import ReadContext
+from slmsam2_cli.model.memory.interface import ReadContext
 from slmsam2_cli.model.refiner import PriorSlice, RefinerFeatures, transfer_masks
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from slmsam2_cli.inference.propagation import AnnotatedSlice, propagate
 from slmsam2_cli.model.checkpoint import Checkpoint, load_weights, read_checkpoint
-from slmsam2_cli.model.memory.policy import ReadContext
+from slmsam2_cli.model.memory.interface import ReadContext
 from slmsam2_cli.model.sam2_config import SIZE_OPTIONS, sam2_parts
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2, set_input_size
 from slmsam2_cli.planning.plan import NetworkPlan

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from slmsam2_cli.errors import TrainingError
-from slmsam2_cli.model.memory.policy import ReadContext
+from slmsam2_cli.model.memory.interface import ReadContext
 from slmsam2_cli.pretraining import step
 from slmsam2_cli.pretraining.recipe import NANO, Recipe
 from slmsam2_cli.pretraining.step import (

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slmsam2_cli.model.memory.policy import MemoryScores
+from slmsam2_cli.model.memory.interface import MemoryScores
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from slmsam2_cli.model.memory.policy import MemoryRead, ReadContext
+from slmsam2_cli.model.memory.interface import MemoryRead, ReadContext
 from slmsam2_cli.planning.plan import NetworkPlan
 
 

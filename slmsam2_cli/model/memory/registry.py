@@ -2,7 +2,7 @@
 
 To add one:
 
-1. Write a frozen dataclass in a module of this folder, with everything that `MemoryPolicy` and `PlannedPolicy` of policy.py declare.
+1. Write a frozen dataclass in a module of this folder, with everything that `MemoryPolicy` and `PlannedPolicy` of interface.py declare.
    fifo.py is the shortest example.
 2. List the class in POLICY_CLASSES below.
 3. Add its name and flags to POLICY_STREAMS of planning/plan.py, which may not import the network; tests/model/memory/test_policies.py
@@ -12,7 +12,7 @@ To add one:
 from __future__ import annotations
 
 from slmsam2_cli.model.memory.fifo import Fifo
-from slmsam2_cli.model.memory.policy import PlannedPolicy
+from slmsam2_cli.model.memory.interface import PlannedPolicy
 from slmsam2_cli.model.memory.selfsort import SelfSort
 from slmsam2_cli.model.memory.shortlong import ShortLong, ShortLongSelfSort
 from slmsam2_cli.planning.plan import NetworkPlan

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from slmsam2_cli.model.memory.policy import MIN_CERTAINTY, MemoryRead, MemoryScores, ReadContext
+from slmsam2_cli.model.memory.interface import MIN_CERTAINTY, MemoryRead, MemoryScores, ReadContext
 from slmsam2_cli.planning.plan import NetworkPlan
 
 POINTER_DISTANCE = 1  # pointer distance of every slice that is read, in slices

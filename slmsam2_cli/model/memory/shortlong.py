@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from slmsam2_cli.model.memory.fifo import Fifo
-from slmsam2_cli.model.memory.policy import MemoryRead, ReadContext
+from slmsam2_cli.model.memory.interface import MemoryRead, ReadContext
 from slmsam2_cli.model.memory.selfsort import POINTER_DISTANCE, SelfSort
 
 

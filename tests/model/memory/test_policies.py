@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from slmsam2_cli.model.memory.fifo import Fifo
-from slmsam2_cli.model.memory.policy import MemoryScores, ReadContext
+from slmsam2_cli.model.memory.interface import MemoryScores, ReadContext
 from slmsam2_cli.model.memory.registry import POLICIES, build_policy
 from slmsam2_cli.model.memory.shortlong import ShortLong
 from slmsam2_cli.planning import plan as planning

@@ -10,7 +10,7 @@ from slmsam2_cli.inference.propagation import AnnotatedSlice, propagate
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import Checkpoint, load_weights
 from slmsam2_cli.model.memory.features import memory_scores, object_stats, similarity
-from slmsam2_cli.model.memory.policy import MemoryScores, ReadContext
+from slmsam2_cli.model.memory.interface import MemoryScores, ReadContext
 from slmsam2_cli.model.memory.selfsort import POINTER_DISTANCE, SelfSort
 from slmsam2_cli.model.memory.shortlong import ShortLongSelfSort
 from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2

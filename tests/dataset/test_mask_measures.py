@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from slmsam2_cli.dataset.masks import bounding_box, dice
+from slmsam2_cli.dataset.mask_measures import bounding_box, dice
 
 
 def test_dice_of_half_overlapping_masks_is_one_half() -> None:
