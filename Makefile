@@ -1,6 +1,6 @@
-# make demo    the whole pipeline on made-up patients, in demo/
+# make demo    the whole pipeline on synthetic phantoms, in demo/
 # make test    what continuous integration runs
-# make nano    the packaged base, trained as it was, in nano/; three and a half hours
+# make nano    the bundled weights, pretrained again in nano/; three and a half hours
 #
 # Needs make, bash and Python 3.10 or newer; everything else goes into .venv, once.
 
