@@ -294,7 +294,7 @@ def test_a_published_slm_sam2_is_fine_tuned_with_its_own_fuser(dataset, tuned, t
     workspace.root.mkdir()
     workspace.plan.write_bytes(tuned.plan.read_bytes())
     finetune(dataset, workspace, cases=1, weights=str(base), steps=1)
-    assert "warning: plan.json says network.fuser gated, but slm.pt has sum: sum is used" in capsys.readouterr().err
+    assert "warning: plan.json has network.fuser gated, but slm.pt has sum: using sum" in capsys.readouterr().err
     model = read_checkpoint(workspace.model)
     assert model.network.fuser == model.plan.network.fuser == "sum" and "stream_fuser.gate" not in model.state
 

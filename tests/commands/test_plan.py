@@ -310,7 +310,10 @@ def test_axis_auto_is_rejected_for_an_edited_plan(data, workspace):
 
 
 def test_estimates_have_no_time_where_the_speed_cannot_be_measured(data, workspace, capsys, monkeypatch):
-    monkeypatch.setattr("slmsam2_cli.model.speed._trial", lambda *_: 1 / 0)
+    def out_of_memory(*_):
+        raise RuntimeError("not enough memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr("slmsam2_cli.model.slmsam2.SlmSam2.encode", out_of_memory)
     assert plan(data, workspace) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("finetune -n 1"))
     assert row.split()[3:] == ["-", row.split()[4], "GB"]
