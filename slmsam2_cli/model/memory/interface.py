@@ -1,4 +1,4 @@
-"""What a memory policy provides and what it is given; which slices it reads is in fifo.py, shortlong.py and selfsort.py.
+"""What a memory policy provides and what it is given; which slices it reads is in shortlong.py (the default), fifo.py and selfsort.py.
 
 Index arithmetic and comparisons of plain numbers: no tensors and no parameters, so every rule can be tested without weights.
 SAM 2's memory: Ravi et al., "SAM 2", arXiv:2408.00714. Long and short memory: Chen et al., "SLM-SAM 2", arXiv:2505.01854.
