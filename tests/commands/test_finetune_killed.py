@@ -1,4 +1,4 @@
-"""A run that is killed ten times at random moments ends with the weights of an uninterrupted one."""
+"""A run that is killed five times at random moments ends with the weights of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.model.checkpoint import read_checkpoint
 from slmsam2_cli.workspace import Workspace
 
-KILLS, STEPS = 10, 16
+KILLS, STEPS = 5, 16
 # As the console script, but saving after every step.
 COMMAND = "import slmsam2_cli.commands.finetune as stage; stage.SAVE_EVERY_S = 0.0; from slmsam2_cli.cli.app import main; main()"
 
@@ -34,7 +34,7 @@ def wait_for_a_save(state, process):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
-def test_a_run_killed_ten_times_ends_with_the_weights_of_an_uninterrupted_one(tmp_path):
+def test_a_run_killed_five_times_ends_with_the_weights_of_an_uninterrupted_one(tmp_path):
     data = tmp_path / "data"
     write_phantom_dataset(data, cases=2, test_cases=0, seed=3, shape=(8, 32, 32))
     without_interrupts, killed = Workspace(tmp_path / "uninterrupted"), Workspace(tmp_path / "killed")

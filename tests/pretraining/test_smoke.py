@@ -1,4 +1,4 @@
-"""Two minutes of pretraining on a CPU: the loss falls, and propagation from one slice of a phantom beats copying it."""
+"""Seventy steps of pretraining on a CPU: the loss falls, and propagation from one slice of a phantom beats copying it."""
 
 import csv
 
@@ -19,7 +19,7 @@ LABELS = (1, 2, 3)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smoke") / "run"
-    assert pretrain(folder, smoke=True, device="cpu", threads=1) == 0
+    assert pretrain(folder, smoke=True, steps=70, device="cpu", threads=1) == 0
     return folder
 
 
@@ -28,7 +28,7 @@ def test_the_loss_falls_with_single_images_and_with_clips(run):
     for phase in ("1", "3"):
         totals = [float(row["total"]) for row in rows if row["phase"] == phase]
         count = len(totals) // 4
-        assert count >= 4 and np.mean(totals[-count:]) < np.mean(totals[:count])
+        assert count >= 2 and np.mean(totals[-count:]) < np.mean(totals[:count])
 
 
 def test_propagation_on_phantoms_beats_copying_the_annotated_slice(run, tmp_path):
