@@ -199,7 +199,11 @@ def plan_from_prompts(cases: Sequence[Case], prompts: PromptSource, network: Net
     """
     if (masks / FILE).exists() and not again:
         console.say(f"plan: using {masks / FILE} (--overwrite makes a new one)")
-        return read_plan(masks / FILE)
+        try:
+            return read_plan(masks / FILE)
+        except PlanError as error:  # its own remedy is for workspaces
+            what = str(error).partition(". Run slmsam2 plan")[0]
+            raise PlanError(f"{what}. Run slmsam2 predict with --overwrite to make a new plan in {masks}") from None
     prompted = [replace(case, label=file) for case in cases if (file := case.prompts.mask) is not None][:MAX_MEASURED]
     plan = _decided(prompted, prompts, network)
     write_plan(masks / FILE, plan)
