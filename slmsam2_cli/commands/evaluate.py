@@ -249,7 +249,7 @@ def _print_problems(scores: Sequence[CaseScore], pairing: Pairing, warnings: Seq
         listed = ", ".join(pairing.without_reference[:5])
         console.warn(f"{len(pairing.without_reference)} predictions have no label and are not scored: {listed}")
     if pairing.not_requested:
-        console.say(f"{len(pairing.not_requested)} training cases were not predicted and are not scored")
+        console.say(f"training cases that were not predicted and are not scored: {len(pairing.not_requested)}")
     if scores and all(score.group == "training" for score in scores):
         console.warn("all cases were used for training; there is no score on held-out cases")
 
