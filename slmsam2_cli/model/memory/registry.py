@@ -6,7 +6,7 @@ To add one:
    fifo.py is the shortest example.
 2. List the class in POLICY_CLASSES below.
 3. Add its name and flags to POLICY_STREAMS of planning/plan.py, which may not import the network; tests/model/memory/test_policies.py
-   compares the two. Settings of its own are fields of NetworkPlan there, which `from_plan` reads.
+   compares the two. Settings of its own are fields of NetworkPlan there, named in its `omitted_at_default`; `from_plan` reads them.
 """
 
 from __future__ import annotations
