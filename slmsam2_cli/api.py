@@ -118,10 +118,10 @@ def load(
         decided = plan if isinstance(plan, Plan) else read_plan(Path(plan))
         if checkpoint.plan is None:  # weights without a plan keep their own network
             decided = decided.model_copy(update={"network": checkpoint.network})
+    if decided is not None and input_size is not None:
+        raise ValueError(f"input_size: {input_size}, but the plan says {decided.geometry.input_size}; leave it out")
     chosen = choose_device(device)
     if decided is not None:
-        if input_size is not None:
-            raise ValueError(f"input_size: {input_size}, but the plan says {decided.geometry.input_size}; leave it out")
         table = checkpoint.calibration_for(decided.modality)
         return SlmSam2(build_model(checkpoint, decided).to(chosen).eval(), decided, table, warnings_of(checkpoint, decided))
     if input_size is None or checkpoint.network is None:

@@ -1,8 +1,8 @@
 """Stage 4: images + prompts + model -> masks.
 
 Reads   images, prompts, the model.
-Writes  MASKS/<case> (through inference/manifest.py and io/volume.py), MASKS/manifest.json, MASKS/report.html (and MASKS/report_files/
-        when that would become too large).
+Writes  MASKS/<case> (through inference/manifest.py and io/volume.py), MASKS/manifest.json, MASKS/plan.json where there is no plan,
+        MASKS/report.html (and MASKS/report_files/ when that would become too large).
 
 A case that fails is reported, and the others are still predicted. Finished cases are known by their record (digests of image, prompts,
 model and mask) and skipped.
@@ -138,6 +138,11 @@ def predict(
     selected = replace(selected, cases=[source.assign(case) for case in selected.cases])
     files = [file for case in selected.cases for file in (*case.images, *([case.label] if case.label else []))]
     _check_output_folder(masks, [selected.root, source.folder, *(file.parent for file in files)])
+    if prompts is not None and Records(prompts).holds_predictions():
+        raise UsageError(
+            f"-p {prompts}: a folder of predictions (it holds {MANIFEST}), not of prompts. To score them: slmsam2 evaluate -p {prompts}. "
+            "To use some of their slices as prompts, list these in CASE.prompts.json, or copy the masks to another folder"
+        )
     make_plan = partial(plan_from_prompts, selected.cases, source, masks=masks, again=overwrite) if data is None else None
     with keep_decoded(min(MAX_KEPT_BYTES, free_bytes() // 4)) as decoded:  # a plan made here has read volumes that are segmented next
         checkpoint, plan = choose_model(workspace, model, weights, data, make_plan)
@@ -207,11 +212,6 @@ def _prompt_source(
         return PromptSource(data.root, prompt_slice, dataset_labels=True, mark_ends=mark_ends)
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
-    if prompts is not None and (folder / MANIFEST).exists():
-        raise UsageError(
-            f"-p {folder}: a folder of predictions (it holds {MANIFEST}), not of prompts. To score them: slmsam2 evaluate -p {folder}. "
-            "To use some of their slices as prompts, copy these masks to another folder"
-        )
     return PromptSource(folder, prompt_slice if prompts is None else None, mark_ends=mark_ends)
 
 
@@ -289,7 +289,7 @@ def _split_done(job: PredictionJob, cases: Sequence[Case]) -> tuple[list[Case], 
     if unknown_masks:
         more = f" (and {len(unknown_masks) - 1} more)" if len(unknown_masks) > 1 else ""
         raise OutputError(
-            f"{job.masks}: {unknown_masks[0]} exists already{more} and was not written by this run. Use --overwrite, or another folder"
+            f"{job.masks}: {unknown_masks[0]} exists already{more}, not as this slmsam2 wrote it. Use --overwrite, or another folder"
         )
     return todo, done
 
@@ -310,6 +310,8 @@ class _Runner:
         Raises: CaseError when it cannot be segmented, DeviceError when the requested device has too little memory for it.
         """
         job = self.job
+        if case.prompts.mask is None or not case.prompts.mask.exists():  # saved, or saved under another ending, since the run started
+            case = job.prompts.assign(case)
         key, image_digests = digest_inputs(self.settings, case)
         result = None
         while result is None:

@@ -8,6 +8,7 @@ along which the annotation lies on the fewest slices.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -202,7 +203,7 @@ def plan_from_prompts(cases: Sequence[Case], prompts: PromptSource, network: Net
         try:
             return read_plan(masks / FILE)
         except PlanError as error:  # its own remedy is for workspaces
-            what = str(error).partition(". Run slmsam2 plan")[0]
+            what = re.split(r"\. (?:Correct it, or |Update slmsam2, or )?[Rr]un slmsam2 plan", str(error))[0]
             raise PlanError(f"{what}. Run slmsam2 predict with --overwrite to make a new plan in {masks}") from None
     prompted = [replace(case, label=file) for case in cases if (file := case.prompts.mask) is not None][:MAX_MEASURED]
     plan = _decided(prompted, prompts, network)

@@ -89,6 +89,11 @@ class Records:
             return []
         return [p for p in sorted(self.masks.iterdir()) if (ending := image_ending(p)) and p.name[: -len(ending)] == case_id]
 
+    def holds_predictions(self) -> bool:
+        """Return whether predict wrote masks here and nobody has listed annotated slices beside them since."""
+        written = (self.masks / MANIFEST).exists() and (self.masks / _FOLDER).is_dir()
+        return written and not any(self.masks.glob("*.prompts.json"))
+
     def write_manifest(self, header: Record) -> None:
         """Write the manifest: `header`, and the metadata of every case whose mask is in the folder.
 
@@ -198,7 +203,7 @@ def read_manifest(predictions: Path) -> Manifest | None:
     if not path.exists():
         return None
     value = atomic.read_json(path, "the predictions' manifest")
-    remedy = "Run slmsam2 predict again, or remove the file to score without annotated slices"
+    remedy = "Run slmsam2 predict --overwrite again, or remove the file to score without annotated slices"
     version = value.get("format_version", FORMAT_VERSION) if isinstance(value, dict) else FORMAT_VERSION
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise UsageError(f"{MANIFEST}: format_version {version} is newer than this tool's {FORMAT_VERSION}. Update slmsam2")

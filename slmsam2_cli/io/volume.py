@@ -173,11 +173,13 @@ def volume_files(path: Path) -> tuple[Path, ...]:
 
     Raises: InputError when the header of a .mhd is invalid.
     """
-    from slmsam2_cli.io.itk import meta_files
-
     if path.is_dir():
         return tuple(dicom_files(path))
-    return meta_files(path) if image_ending(path) == ".mhd" else (path,)
+    if image_ending(path) != ".mhd":
+        return (path,)
+    from slmsam2_cli.io.itk import meta_files
+
+    return meta_files(path)
 
 
 def volume_digests(path: Path) -> tuple[str, ...]:
@@ -243,7 +245,7 @@ def _decode(path: Path, max_voxels: int) -> DecodedVolume:
     else:
         volume = _READERS[ending](path, ending, max_voxels)
     grid, source, warnings = volume.grid, volume.source, list(volume.warnings)
-    if "spacing" in source.uncertain:  # a picture
+    if _READERS.get(ending or "") is _read_raster:  # states no spacing
         return volume
     low, high = PLAUSIBLE_SPACING_MM
     if min(grid.spacing_mm) < low or max(grid.spacing_mm) > high:
@@ -322,7 +324,10 @@ def write_mask(path: Path, labels: NDArray[Any], like: Volume | LabelVolume) -> 
 
     with atomic.replacing(path, verify) as temporary:
         _write(temporary, ending, values, like)
-    (digest,) = volume_digests(path)
+    try:
+        (digest,) = volume_digests(path)
+    except (InputError, OSError) as error:
+        raise OutputError(f"{path}: could not be read back: {error}") from None
     return digest
 
 

@@ -224,6 +224,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except OSError as error:
         raise WeightsError(f"{path.name}: cannot be read: {error.strerror or error}. Restore the file") from None
     except (SafetensorError, ValueError, RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) and path.suffix != ".safetensors":  # whose damaged header may ask for any amount
+            raise
         raise WeightsError(f"{path.name}: corrupt or truncated ({first_line(error)}). Download or train it again") from None
     if "format_version" in header:
         return _read_header(path.name, state, header)

@@ -189,15 +189,17 @@ class GeometryPlan(SparseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_storage_size(cls, fields: Any) -> Any:
-        known = isinstance(fields, dict) and "input_size" in fields
-        return {"storage_size": fields["input_size"]} | fields if known else fields
+    def _null_is_the_default(cls, fields: Any) -> Any:
+        absent = isinstance(fields, dict) and fields.get("storage_size", 0) is None
+        return {name: value for name, value in fields.items() if name != "storage_size"} if absent else fields
 
     def _omitted(self) -> set[str]:
         return super()._omitted() | ({"storage_size"} if self.roi_scale is None else set())
 
     @model_validator(mode="after")
     def _consistent_sizes(self) -> GeometryPlan:
+        if not self.storage_size:
+            object.__setattr__(self, "storage_size", self.input_size)
         if self.roi_scale is None and self.storage_size != self.input_size:
             raise ValueError(
                 f"storage_size is {self.storage_size}, but without roi_scale the network sees whole slices of input_size, {self.input_size}"

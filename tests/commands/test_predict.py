@@ -348,6 +348,29 @@ def test_a_folder_of_predictions_is_rejected_as_prompts_with_the_command_that_sc
     assert not (tmp_path / "masks").exists()
 
 
+def test_prompts_in_a_folder_with_a_manifest_of_something_else_are_accepted(images, tmp_path, dataset):
+    prompts = sparse_prompts(tmp_path / "prompts", images, dataset)
+    (prompts / "manifest.json").write_text("{}")
+    assert run(images, tmp_path / "masks", dataset, prompts=prompts) == 0
+
+
+def test_a_prompt_saved_while_predict_runs_is_used(images, tmp_path, dataset, monkeypatch):
+    prompts = sparse_prompts(tmp_path / "prompts", images, dataset)
+    late = written(images)[-1]
+    os.rename(prompts / late, tmp_path / late)
+    segment = stage.segment_case
+
+    def segment_then_save(*arguments):
+        result = segment(*arguments)
+        if not (prompts / late).exists():
+            shutil.move(tmp_path / late, prompts / late)
+        return result
+
+    monkeypatch.setattr(stage, "segment_case", segment_then_save)
+    assert run(images, tmp_path / "masks", dataset, prompts=prompts) == 0
+    assert set(written(images)) <= set(written(tmp_path / "masks"))
+
+
 def test_if_all_cases_were_used_for_training_they_are_segmented_and_none_counts_as_held_out(tmp_path, capsys):
     write_phantom_dataset(tmp_path / "data", cases=1, test_cases=0, seed=5, shape=(8, 40, 40))
     workspace = Workspace(tmp_path / "space")

@@ -109,12 +109,14 @@ def test_images_without_any_prompt_are_rejected_and_nothing_is_written(scans, we
     assert not (tmp_path / "masks").exists()
 
 
-def test_a_damaged_plan_is_rejected(scans, dataset, weights, tmp_path):
+@pytest.mark.parametrize("content", ["{", "[]", '{"format_version": 1}', '{"format_version": 9}', '{"format_version": 2}'])
+def test_an_unusable_plan_is_rejected_with_one_remedy(scans, dataset, weights, tmp_path, content):
     prompts = painted(tmp_path / "prompts", dataset)
     (tmp_path / "masks").mkdir()
-    (tmp_path / "masks" / "plan.json").write_text("{")
-    with pytest.raises(PlanError, match=r"plan.json.* Run slmsam2 predict with --overwrite to make a new plan"):
+    (tmp_path / "masks" / "plan.json").write_text(content)
+    with pytest.raises(PlanError, match=r"plan.json.* Run slmsam2 predict with --overwrite to make a new plan") as caught:
         predict(scans, tmp_path / "masks", prompts=prompts, weights=weights, report=False)
+    assert "slmsam2 plan" not in str(caught.value)
 
 
 def test_images_and_prompts_are_decoded_once_for_the_plan_and_the_masks(scans, dataset, weights, tmp_path, monkeypatch):

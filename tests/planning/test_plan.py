@@ -125,6 +125,16 @@ def test_a_file_that_is_no_json_object_is_rejected(tmp_path, text, message):
         read_plan(tmp_path / "plan.json")
 
 
+def test_a_storage_size_of_null_is_the_input_size(tmp_path):
+    assert read_plan(edited(tmp_path, lambda value: value["geometry"].update(storage_size=None))) == plan()
+
+
+def test_a_wrong_input_size_is_named_once(tmp_path):
+    with pytest.raises(PlanError, match=r"geometry\.input_size") as caught:
+        read_plan(edited(tmp_path, lambda value: value["geometry"].update(input_size="large")))
+    assert "storage_size" not in str(caught.value)
+
+
 def test_the_error_for_a_missing_plan_names_the_command_to_run(tmp_path):
     with pytest.raises(PlanError, match="Run slmsam2 plan first"):
         read_plan(tmp_path / "plan.json")
