@@ -28,6 +28,7 @@ from slmsam2_cli.io.strict_json import explain
 from slmsam2_cli.model import slmsam2, zoo
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import RANDOM_WARNING, load_weights, read_checkpoint, resolve_adapter
+from slmsam2_cli.model.cpu_ops import to_device
 from slmsam2_cli.model.export import model_in
 from slmsam2_cli.model.slmsam2 import SliceFeatures
 from slmsam2_cli.planning.plan import NetworkPlan, NetworkSize, Plan, read_plan
@@ -123,12 +124,12 @@ def load(
     chosen = choose_device(device)
     if decided is not None:
         table = checkpoint.calibration_for(decided.modality)
-        return SlmSam2(build_model(checkpoint, decided).to(chosen).eval(), decided, table, warnings_of(checkpoint, decided))
+        return SlmSam2(to_device(build_model(checkpoint, decided), chosen), decided, table, warnings_of(checkpoint, decided))
     if input_size is None or checkpoint.network is None:
         raise ValueError(f"input_size: {checkpoint.name} carries no plan; give the edge of its input in pixels, or a plan")
     network = slmsam2.SlmSam2(checkpoint.network, _as_int(input_size, "input_size"))
     load_weights(network, checkpoint)
-    return SlmSam2(network.to(chosen).eval(), warnings=checkpoint.warnings)
+    return SlmSam2(to_device(network, chosen), warnings=checkpoint.warnings)
 
 
 def _as_int(value: SupportsIndex, name: str) -> int:

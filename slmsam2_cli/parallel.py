@@ -18,7 +18,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -263,6 +263,99 @@ def exit_with_parent() -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=exit_after_parent, daemon=True).start()
+
+
+def fork_map(
+    work: Callable[[Job, Callable[[int], None]], Answer], jobs: Sequence[Job], processes: int, advance: Callable[[int], None]
+) -> list[Answer]:
+    """Return work(job, advance) of every job, in their order, computed by copies of this process, which share its memory.
+
+    For parts of one case whose inputs are too large to be sent. No other thread of this process may hold a lock. Where a process cannot
+    be copied, as on Windows, and on macOS, where libraries do not survive it, the jobs run in this process.
+
+    Raises: what `work` raises; MemoryError when a copy was killed.
+    """
+    if sys.platform != "linux":
+        return [work(job, advance) for job in jobs]
+    answers: dict[int, Answer] = {}
+    waiting = deque(range(len(jobs)))
+    copies = dict[Connection, int]()  # connection -> process id
+    try:
+        for _ in range(min(processes, len(jobs))):
+            connection, process_id = _fork(work, jobs, copies)
+            copies[connection] = process_id
+            connection.send(waiting.popleft())
+        while len(answers) < len(jobs):
+            ready = wait(list(copies))
+            for connection in [one for one in copies if one in ready]:
+                kind, index, value = _receive(connection)
+                if kind == "step":
+                    advance(value)
+                elif kind == "error":
+                    raise value
+                else:
+                    answers[index] = value
+                    if waiting:
+                        connection.send(waiting.popleft())
+    finally:
+        for connection, process_id in copies.items():
+            connection.close()
+            with suppress(ProcessLookupError):
+                os.kill(process_id, signal.SIGKILL)
+            os.waitpid(process_id, 0)
+    return [answers[index] for index in range(len(jobs))]
+
+
+def _receive(connection: Connection) -> tuple[str, int, Any]:
+    """Receive a message of a copy. Raises: MemoryError when the copy has died."""
+    try:
+        message: tuple[str, int, Any] = connection.recv()
+    except (OSError, EOFError):
+        raise MemoryError("a process was killed, probably out of memory") from None
+    return message
+
+
+def _fork(work: Callable[[Any, Any], Any], jobs: Sequence[Any], siblings: Iterable[Connection]) -> tuple[Connection, int]:
+    """Copy this process; the copy receives indexes of jobs and sends their results. Returns the connection to it and its process id."""
+    ours, theirs = multiprocessing.Pipe()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    parent = os.getpid()
+    process_id = os.fork()
+    if process_id:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        theirs.close()
+        return ours, process_id
+    try:  # in the copy, which never returns
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for connection in (ours, *siblings):
+            connection.close()
+        _serve_copies(work, jobs, theirs, parent)
+    finally:
+        os._exit(0)
+
+
+def _serve_copies(work: Callable[[Any, Any], Any], jobs: Sequence[Any], connection: Connection, parent: int) -> None:
+    """Run jobs by their index until the connection is closed or the parent process has ended."""
+
+    def advance(steps: int) -> None:
+        if os.getppid() != parent:
+            os._exit(1)
+        connection.send(("step", index, steps))
+
+    while True:
+        try:
+            index = connection.recv()
+        except (OSError, EOFError):
+            return
+        try:
+            connection.send(("answer", index, work(jobs[index], advance)))
+        except OSError:
+            return
+        except BaseException as error:  # noqa: BLE001  raised again in the parent process
+            connection.send(("error", index, error))
+            return
 
 
 MAX_WORKERS = 8  # processes

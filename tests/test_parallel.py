@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from slmsam2_cli import parallel
 from slmsam2_cli.errors import CaseError
-from slmsam2_cli.parallel import MemoryLimit, parallel_map
+from slmsam2_cli.parallel import MemoryLimit, fork_map, parallel_map
 
 SLEEPING = (
     "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored where the tests run in the background
@@ -112,3 +113,44 @@ def test_workers_end_with_a_parent_that_is_killed():
     os.kill(program.pid, signal.SIGKILL)
     assert ends(program.pid)
     program.communicate(timeout=10)
+
+
+def children_of_this_process():
+    """The ids of the child processes of this one, but for the ps that lists them."""
+    listed = subprocess.run(["ps", "-o", "pid=,comm=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True).stdout
+    return [line.split()[0] for line in listed.splitlines() if line.split()[1] != "ps"]
+
+
+def test_copies_of_this_process_share_jobs_and_report_their_steps():
+    inputs, steps = np.arange(12).reshape(6, 2), []
+
+    def work(row, advance):
+        advance(2)
+        return inputs[row].sum(), os.getpid()
+
+    found = fork_map(work, range(6), 3, steps.append)
+    assert [total for total, _ in found] == [1, 5, 9, 13, 17, 21]
+    assert sum(steps) == 12 and os.getpid() not in {process for _, process in found}
+
+
+def test_the_error_of_a_copy_is_raised_here_and_the_others_are_ended():
+    def work(job, advance):
+        if job == 1:
+            raise ValueError("job 1")
+        time.sleep(60)
+
+    started, before = time.monotonic(), children_of_this_process()
+    with pytest.raises(ValueError, match="job 1"):
+        fork_map(work, range(3), 3, print)
+    assert time.monotonic() - started < 30
+    assert children_of_this_process() == before
+
+
+def test_a_killed_copy_means_that_memory_ran_out():
+    def work(job, advance):
+        if job == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return job
+
+    with pytest.raises(MemoryError, match="killed"):
+        fork_map(work, range(3), 2, print)

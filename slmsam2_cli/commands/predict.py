@@ -40,6 +40,7 @@ from slmsam2_cli.io import atomic
 from slmsam2_cli.io.volume import ENDINGS, image_ending, keep_decoded
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import Checkpoint
+from slmsam2_cli.model.cpu_ops import to_device
 from slmsam2_cli.planning.plan import Plan
 from slmsam2_cli.report.prediction_page import write_prediction_report
 from slmsam2_cli.version import VERSION
@@ -299,7 +300,7 @@ class _Runner:
 
     def __init__(self, job: PredictionJob, device: torch.device, allow_cpu_fallback: bool) -> None:
         self.job, self.device, self.allow_cpu_fallback = job, device, allow_cpu_fallback
-        model = build_model(job.checkpoint, job.plan).to(device).eval()
+        model = to_device(build_model(job.checkpoint, job.plan), device)
         self.segmenter = Segmenter(model, job.plan, job.calibration, job.plan.inference.batch_slices)
         self.settings, self.metadata = job.settings_digest(), {"model": job.model(), "prompts": job.prompts.describe()}
         console.detail(f"running on {describe(device)}")
@@ -346,5 +347,5 @@ class _Runner:
             raise DeviceError(f"case {case.id}: out of memory on {self.device.type}. Use --device cpu") from error
         console.warn(f"out of memory on {self.device.type}, falling back to CPU")
         self.device = torch.device("cpu")
-        self.segmenter = replace(self.segmenter, model=self.segmenter.model.to(self.device))
+        self.segmenter = replace(self.segmenter, model=to_device(self.segmenter.model, self.device))
         return True

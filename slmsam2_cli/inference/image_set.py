@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from slmsam2_cli.inference.propagation import ABSENT, FeatureCache, confidence_of, to_bfloat16
+from slmsam2_cli.inference.propagation import ABSENT, FeatureCache, confidences_of, to_bfloat16
 from slmsam2_cli.model.memory.features import similarity
 from slmsam2_cli.model.memory.interface import ReadContext
 from slmsam2_cli.model.memory.selfsort import SelfSort
@@ -105,7 +105,7 @@ class _ImageSet:
             logits = output.logits[0, 0].float().clamp(min=ABSENT).cpu()
             wanted = self.policy.min_similarity
             warning = f"resembles no annotated image (similarity {alike:.2f}, wanted {wanted:.2f}). Check it, or annotate one like it"
-            found[i] = ImageResult(logits, confidence_of(output), alike_to, alike, warning if alike < wanted else "")
+            found[i] = ImageResult(logits, confidences_of(output)[0], alike_to, alike, warning if alike < wanted else "")
             self.advance(1)
         return found
 

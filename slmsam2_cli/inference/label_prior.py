@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slmsam2_cli.dataset.mask_measures import dice
 from slmsam2_cli.model.label_unet import LabelUNet, label_unet_roi, with_adjacent_slices
-from slmsam2_cli.model.roi import RoiCrop
+from slmsam2_cli.model.roi import InputSlices, RoiCrop
 from slmsam2_cli.model.slmsam2 import SliceOutput, with_mask
 
 MAX_LOGIT = 10.0  # logits are clamped to this before they are mixed
@@ -73,7 +73,7 @@ class LabelPrior:
 
 @torch.inference_mode()
 def compute_label_priors(
-    label_unet: LabelUNet, frames: Tensor, annotated: Mapping[int, Sequence[tuple[int, Tensor]]]
+    label_unet: LabelUNet, frames: Tensor | InputSlices, annotated: Mapping[int, Sequence[tuple[int, Tensor]]]
 ) -> dict[int, LabelPrior]:
     """Compute the prior of every annotated label that the label U-Net was trained on.
 
@@ -85,7 +85,8 @@ def compute_label_priors(
         return {}
     storage_size = frames.shape[-1]
     roi = label_unet_roi([mask for masks in held.values() for _, mask in masks], storage_size)
-    margins = _margins(label_unet, roi.crop(frames[:, : label_unet.channels].float(), label_unet.input_size), list(held))
+    blocks = [frames[start : start + _BATCH][:, : label_unet.channels].float() for start in range(0, len(frames), _BATCH)]
+    margins = _margins(label_unet, torch.cat([roi.crop(block, label_unet.input_size) for block in blocks]), list(held))
     priors = {}
     for value, masks in held.items():
         prompt_dice, area = 0.0, 0.0

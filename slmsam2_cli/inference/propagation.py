@@ -5,6 +5,9 @@ hold the object, the passes from both sides are blended by distance, their logit
 tapers (end_taper.py). Passes are independent (docs/explanation/propagation.md), unless the plan says `network.shared_memory`: then all
 use one memory bank, as in SAM 2's predictor, first all forwards, then all backwards.
 
+Independent passes that read alike form a batch, whatever their object and direction: slices are counted from the start of each pass.
+Batches may be spread over processes; which passes form a batch does not depend on their number, so results do not either.
+
 With `roi_scale` the network sees a crop of every slice around the annotation (model/roi.py). An object whose mask reaches the border of
 its crop is propagated again in a larger one.
 """
@@ -12,11 +15,10 @@ its crop is propagated again in a larger one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -25,14 +27,16 @@ from torch import Tensor
 from slmsam2_cli.dataset.mask_measures import dice
 from slmsam2_cli.inference.end_taper import EndTaper
 from slmsam2_cli.inference.label_prior import MAX_LOGIT, LabelPrior, compute_label_priors
+from slmsam2_cli.model.batch import join, select
 from slmsam2_cli.model.memory.interface import ReadContext
-from slmsam2_cli.model.roi import RoiCrop, mask_box, pad_to_square, roi_around, to_input
+from slmsam2_cli.model.roi import InputSlices, RoiCrop, mask_box, roi_around
 from slmsam2_cli.model.slmsam2 import Memory, MemoryBank, SliceFeatures, SliceOutput, SlmSam2
+from slmsam2_cli.parallel import fork_map
 from slmsam2_cli.planning.plan import Plan
 from slmsam2_cli.planning.rules import MAX_CACHED_BYTES
 
 ABSENT = -20.0  # logit of an absent object in results
-BATCH = 8  # slices encoded at a time
+BATCH = 8  # slices encoded, and passes run, at a time
 ATTEMPTS = 3  # crops tried, each larger than the one before
 BORDER = 1  # mask pixels along the border of a crop that a mask must leave free
 
@@ -72,42 +76,57 @@ class Propagation:
 
 
 class FeatureCache:
-    """Encodes slices in batches on demand and keeps them up to `keep_bytes`."""
+    """Encodes slices in blocks on demand and keeps the blocks used last, up to `keep_bytes`, but two at least, one per direction.
 
-    def __init__(self, model: SlmSam2, frames: Tensor, batch: int = BATCH, keep_bytes: int = MAX_CACHED_BYTES) -> None:
-        self.model, self.frames, self.batch = model, frames, batch
-        self.kept: dict[int, SliceFeatures] = {}
-        self.keep_bytes, self.kept_bytes = keep_bytes, 0
+    frames (T, C, px, px), or of any size with a crop `roi`; batch: slices per block.
+    """
+
+    def __init__(
+        self,
+        model: SlmSam2,
+        frames: Tensor | InputSlices,
+        batch: int = BATCH,
+        keep_bytes: int = MAX_CACHED_BYTES,
+        roi: RoiCrop | None = None,
+    ) -> None:
+        self.model, self.frames, self.batch, self.keep_bytes, self.roi = model, frames, batch, keep_bytes, roi
+        self.kept: dict[int, SliceFeatures] = {}  # first slice of a block -> its features, the block used last at the end
 
     def __getitem__(self, slice_: int) -> SliceFeatures:
-        if slice_ not in self.kept:
-            self._encode(slice_ - slice_ % self.batch)
-        return self.kept[slice_]
+        start = slice_ - slice_ % self.batch
+        block = self.kept.pop(start) if start in self.kept else self._encode(start)
+        self.kept[start] = block
+        return block.at(slice(slice_ - start, slice_ - start + 1))
 
-    def _encode(self, start: int) -> None:
-        stop = min(start + self.batch, len(self.frames))
-        features = self.model.encode(self.frames[start:stop].to(self.model.device))
-        size = sum(t.element_size() * t.nelement() for t in (features.top, features.top_position, *features.fine))
-        if self.kept_bytes + size > self.keep_bytes:
-            self.kept.clear()
-            self.kept_bytes = 0
-        self.kept_bytes += size
-        for i in range(stop - start):
-            self.kept[start + i] = features.at(slice(i, i + 1))
+    def cropped(self, roi: RoiCrop, keep_bytes: int) -> FeatureCache:
+        """Return an empty cache for a crop of the same slices."""
+        return FeatureCache(self.model, self.frames, self.batch, keep_bytes, roi)
+
+    def _encode(self, start: int) -> SliceFeatures:
+        part = self.frames[start : min(start + self.batch, len(self.frames))]
+        part = part if self.roi is None else self.roi.crop(part, self.model.input_size)
+        features = self.model.encode(part.to(self.model.device))
+        tensors = (features.top, features.top_position, *features.fine)
+        room = self.keep_bytes // max(1, sum(t.element_size() * t.nelement() for t in tensors))
+        while len(self.kept) >= max(2, room):
+            del self.kept[next(iter(self.kept))]
+        return features
 
 
 @dataclass(frozen=True)
 class PropagationOptions:
     """How objects are propagated.
 
-    batch: slices encoded at a time. roi_scale: the network sees a crop so many times as wide as the annotation, one per object; None:
-    whole slices. use_label_prior: the objects are the labels that the model was fine-tuned on, so the prediction of its label U-Net
-    is weighted by its agreement with the annotated slices. max_empty_slices: a pass without an annotated slice ahead stops after so many
-    slices without its object; None: at the end of the volume. low_resolution_prompts: write an annotated mask to memory as SAM 2's
-    predictor does, through the 4x smaller mask; otherwise at full resolution.
+    batch: slices encoded, and passes run, at a time. processes: that share the passes of one volume, on a CPU. roi_scale: the network
+    sees a crop so many times as wide as the annotation, one per object; None: whole slices. use_label_prior: the objects are the labels
+    that the model was fine-tuned on, so the prediction of its label U-Net is weighted by its agreement with the annotated slices.
+    max_empty_slices: a pass without an annotated slice ahead stops after so many slices without its object; None: at the end of the
+    volume. low_resolution_prompts: write an annotated mask to memory as SAM 2's predictor does, through the 4x smaller mask; otherwise at
+    full resolution.
     """
 
     batch: int = BATCH
+    processes: int = 1
     roi_scale: float | None = None
     use_label_prior: bool = False
     max_empty_slices: int | None = None
@@ -152,15 +171,75 @@ class _Object:
     features: FeatureCache
     annotated: Mapping[int, AnnotatedSlice]
     options: PropagationOptions
-    advance: Callable[[int], None]
     prior: LabelPrior | None
-    roi: RoiCrop | None = None
+
+
+@dataclass
+class _Pass:
+    """One pass of one object from an annotated slice: up to the next one, to the end of the volume, or until it finds nothing any more.
+
+    memories: of all annotated slices that hold the object. stop: the slice that ends the pass. between: whether it holds the object, too.
+    logits (n, n) and confidence: of the slices that the pass has segmented, in its order; empty: the number of empty ones at the end.
+    """
+
+    one: _Object
+    memories: dict[int, Memory]
+    start: int
+    step: int
+    stop: int = 0
+    between: bool = False
+    taper: EndTaper | None = None
+    logits: list[Tensor] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    empty: int = 0
+
+    def __post_init__(self) -> None:
+        annotated, end = self.one.annotated, len(self.one.features.frames) if self.step > 0 else -1
+        self.stop = next((t for t in range(self.start + self.step, end, self.step) if t in annotated), end)
+        self.between = self.stop in self.memories
+        if self.stop in annotated and annotated[self.stop].end and not bool(annotated[self.stop].mask.any()):
+            self.taper = EndTaper(annotated[self.start].mask, self.start, self.stop, self.one.model.mask_size)
+
+    @property
+    def length(self) -> int:
+        """The number of slices up to the one that ends the pass."""
+        return abs(self.stop - self.start) - 1
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """The annotated slices as seen from the start, in the direction of the pass: passes with the same offsets read alike."""
+        return tuple(sorted((t - self.start) * self.step for t in self.memories))
+
+    def weighted(self, output: SliceOutput, t: int) -> SliceOutput:
+        """Mix the label prior and the taper towards an end mark into the output on slice t."""
+        output = self.one.prior.weighted(output, t, self.one.features.roi) if self.one.prior is not None else output
+        return self.taper.weighted(output, t) if self.taper is not None else output
+
+    @property
+    def going(self) -> bool:
+        """Whether further slices follow."""
+        lost = not self.between and self.empty > 0 and self.empty == self.one.options.max_empty_slices
+        return len(self.logits) < self.length and not lost
+
+    def store(self, logits: Tensor, confidence: float) -> int:
+        """Store logits (n, n) and confidence of the next slice. Returns the slices that are done with it: all when the pass ends early."""
+        logits = logits.clamp(-MAX_LOGIT, MAX_LOGIT) if self.between else logits.clamp(min=ABSENT)
+        self.logits.append(logits)
+        self.confidence.append(confidence)
+        self.empty = 0 if bool((logits > 0).any()) else self.empty + 1
+        return 1 if self.going else 1 + self.length - len(self.logits)
+
+    def blend_into(self, state: PropagationState) -> None:
+        """Mix the results of the pass into those of the object, by distance where it meets another pass."""
+        for place, (logits, confidence) in enumerate(zip(self.logits, self.confidence), start=1):
+            share = 1 - place / abs(self.stop - self.start) if self.between else 1.0
+            state.blend(self.start + self.step * place, logits, confidence, share)
 
 
 @torch.inference_mode()
 def propagate(
     model: SlmSam2,
-    frames: Tensor,
+    frames: Tensor | InputSlices,
     objects: Mapping[int, list[AnnotatedSlice]],
     options: PropagationOptions = PropagationOptions(),
     advance: Callable[[int], None] = lambda slices: None,
@@ -175,12 +254,11 @@ def propagate(
     if options.use_label_prior and model.label_unet is not None:
         masks = {label: [(a.slice, a.mask) for a in annotated] for label, annotated in objects.items()}
         priors = compute_label_priors(model.label_unet, frames, masks)
-    features = FeatureCache(model, frames, options.batch)
+    whole = FeatureCache(model, frames, options.batch)
     ones = {
-        label: _Object(model, features, {a.slice: a for a in annotated}, options, advance, priors.get(label))
-        for label, annotated in objects.items()
+        label: _Object(model, whole, {a.slice: a for a in annotated}, options, priors.get(label)) for label, annotated in objects.items()
     }
-    return {label: _propagate_object(one) if options.roi_scale is None else _propagate_in_roi(one) for label, one in ones.items()}
+    return _propagate_objects(ones, advance) if options.roi_scale is None else _propagate_in_rois(ones, advance)
 
 
 def propagate_stack(
@@ -190,43 +268,57 @@ def propagate_stack(
     plan: Plan,
     use_label_prior: bool = True,
     batch: int | None = None,
+    processes: int = 1,
 ) -> dict[int, Propagation]:
     """Segment every object on a stack of slices (C, T, H, W) in [0, 1] as a plan says; prediction and training go through here.
 
-    objects: label -> annotated slices, their masks (S, S) padded to the plan's `storage_size`. batch: slices encoded at a time, where it
-    is not the plan's number.
+    objects: label -> annotated slices, their masks (S, S) padded to the plan's `storage_size`. batch: slices encoded, and passes run, at
+    a time, where it is not the plan's number. processes: that share the passes, on a CPU.
     """
     geometry, inference = plan.geometry, plan.inference
-    stack = to_input(torch.from_numpy(frames.astype(np.float32, copy=False)), geometry.adjacent_slices)
-    options = PropagationOptions(batch or inference.batch_slices, geometry.roi_scale, use_label_prior, inference.max_empty_slices)
-    return propagate(model, pad_to_square(stack, geometry.storage_size), objects, options)
+    slices = InputSlices(torch.from_numpy(frames), geometry.storage_size, geometry.adjacent_slices)
+    options = PropagationOptions(
+        batch or inference.batch_slices, processes, geometry.roi_scale, use_label_prior, inference.max_empty_slices
+    )
+    return propagate(model, slices, objects, options)
 
 
-def _propagate_in_roi(one: _Object) -> Propagation:
-    """Propagate one object in a crop around its annotation; again in a larger one where the mask reaches its border."""
-    frames, px, roi_scale = one.features.frames, one.model.input_size, one.options.roi_scale
-    assert roi_scale is not None
-    storage_size = frames.shape[-1]
-    roi = roi_around(mask_box([a.mask for a in one.annotated.values() if bool(a.mask.any())]), roi_scale, storage_size)
-    for attempt in range(1, ATTEMPTS + 1):
-        cropped = replace(
-            one,
-            features=FeatureCache(one.model, roi.crop(frames, px), one.options.batch),
-            annotated={t: replace(a, mask=roi.crop_masks(a.mask, px)) for t, a in one.annotated.items()},
-            advance=one.advance if attempt == 1 else lambda slices: None,  # slices propagated again are no progress
-            roi=roi,
-        )
-        found = replace(_propagate_object(cropped), roi=roi)
-        larger = _larger_roi(found, roi_scale, storage_size)
-        if larger is None:
+def _propagate_in_rois(ones: Mapping[int, _Object], advance: Callable[[int], None]) -> dict[int, Propagation]:
+    """Propagate every object in a crop around its annotation; again in a larger one where the mask reaches its border."""
+    found: dict[int, Propagation] = {}
+    rois = {label: _first_roi(one) for label, one in ones.items()}
+    for attempt in range(ATTEMPTS):
+        found |= _propagate_objects(_crop(ones, rois), advance if attempt == 0 else lambda slices: None)  # what is repeated is no progress
+        larger = {label: _larger_roi(found[label], ones[label]) for label in rois}
+        rois = {label: roi for label, roi in larger.items() if roi is not None}
+        if not rois:
             break
-        roi = larger
-    return found
+    return {label: found[label] for label in ones}
 
 
-def _larger_roi(found: Propagation, roi_scale: float, storage_size: int) -> RoiCrop | None:
+def _first_roi(one: _Object) -> RoiCrop:
+    """Place the first crop of an object around its annotation."""
+    scale, edge = one.options.roi_scale, one.features.frames.shape[-1]
+    assert scale is not None
+    return roi_around(mask_box([a.mask for a in one.annotated.values() if bool(a.mask.any())]), scale, edge)
+
+
+def _crop(ones: Mapping[int, _Object], rois: Mapping[int, RoiCrop]) -> dict[int, _Object]:
+    """Return the objects as the network sees them in these crops. Objects with the same crop share its features."""
+    keep_bytes = MAX_CACHED_BYTES // len(set(rois.values()))
+    caches = {roi: ones[label].features.cropped(roi, keep_bytes) for label, roi in rois.items()}
+    cropped = {}
+    for label, roi in rois.items():
+        one, px = ones[label], ones[label].model.input_size
+        annotated = {t: replace(a, mask=roi.crop_masks(a.mask, px)) for t, a in one.annotated.items()}
+        cropped[label] = replace(one, features=caches[roi], annotated=annotated)
+    return cropped
+
+
+def _larger_roi(found: Propagation, one: _Object) -> RoiCrop | None:
     """Return a crop that leaves the mask room; None when it has room enough, or there is no larger crop."""
-    assert found.roi is not None
+    roi_scale, storage_size = one.options.roi_scale, one.features.frames.shape[-1]
+    assert found.roi is not None and roi_scale is not None
     roi, held = found.roi, (found.logits > 0).any(dim=0)
     if roi.edge >= storage_size or not held.any():
         return None
@@ -243,22 +335,98 @@ def _larger_roi(found: Propagation, roi_scale: float, storage_size: int) -> RoiC
     return wanted if wanted != roi else None
 
 
-def _propagate_object(one: _Object) -> Propagation:
-    """Propagate one object from each of its annotated slices in both directions, and blend where two passes meet."""
-    state = PropagationState.empty(len(one.features.frames), one.model.mask_size)
-    memories = {t: _store_prompt(one, state, a) for t, a in one.annotated.items() if bool(a.mask.any())}
-    for t, annotated in one.annotated.items():
-        if not bool(annotated.mask.any()):
-            state.confidence[t] = 1.0
-    if one.model.policy.shared_memory:  # as in SAM 2's predictor
-        bank = MemoryBank(memories)
-        for start, step in [*((t, 1) for t in sorted(memories)), *((t, -1) for t in sorted(memories, reverse=True))]:
-            _run_pass(one, state, bank, start, step)
+def _propagate_objects(ones: Mapping[int, _Object], advance: Callable[[int], None]) -> dict[int, Propagation]:
+    """Propagate objects from each of their annotated slices in both directions, and blend where two passes meet."""
+    states, passes = dict[int, PropagationState](), dict[int, list[_Pass]]()
+    for label, one in ones.items():
+        states[label] = state = PropagationState.empty(len(one.features.frames), one.model.mask_size)
+        memories = {t: _store_prompt(one, state, a) for t, a in one.annotated.items() if bool(a.mask.any())}
+        state.confidence[[t for t, a in one.annotated.items() if not bool(a.mask.any())]] = 1.0
+        ways = [(t, step) for t in memories for step in (1, -1)]
+        if one.model.policy.shared_memory:  # as in SAM 2's predictor
+            ways = [*((t, 1) for t in sorted(memories)), *((t, -1) for t in sorted(memories, reverse=True))]
+        passes[label] = [_Pass(one, memories, *way) for way in ways]
+    batches = _batches(list(passes.values()))
+    for batch, results in zip(batches, _run_batches(batches, advance), strict=True):
+        for one_pass, (logits, confidence) in zip(batch, results, strict=True):
+            one_pass.logits, one_pass.confidence = logits, confidence
+    for label, state in states.items():
+        for one_pass in passes[label]:
+            one_pass.blend_into(state)
+    return {
+        label: Propagation(
+            state.logits,
+            state.confidence,
+            state.disagreement,
+            ones[label].features.roi,
+            prior.prompt_dice if (prior := ones[label].prior) is not None else None,
+        )
+        for label, state in states.items()
+    }
+
+
+def _batches(passes: Sequence[list[_Pass]]) -> list[list[_Pass]]:
+    """Divide the passes of all objects into batches that are run side by side, the longest passes first.
+
+    Where passes share memory, those of an object are one batch and run one after another. Where a policy needs scores, each runs alone.
+    """
+    first = next((one for of_object in passes for one in of_object), None)
+    if first is None or first.one.model.policy.shared_memory:
+        return [of_object for of_object in passes if of_object]
+    limit = 1 if first.one.model.policy.needs_scores else first.one.options.batch
+    alike: dict[tuple[int, ...], list[_Pass]] = {}
+    for one in sorted((one for of_object in passes for one in of_object if one.going), key=lambda one: -one.length):
+        alike.setdefault(one.offsets, []).append(one)
+    return [group[start : start + limit] for group in alike.values() for start in range(0, len(group), limit)]
+
+
+_Result = tuple[list[Tensor], list[float]]
+
+
+def _run_batches(batches: Sequence[list[_Pass]], advance: Callable[[int], None]) -> list[list[_Result]]:
+    """Run every batch, in several processes where the options say so. Returns logits and confidence of each pass."""
+    processes = min(batches[0][0].one.options.processes, len(batches)) if batches else 1
+    if processes > 1:
+        return fork_map(_run_batch, batches, processes, advance)
+    return [_run_batch(batch, advance) for batch in batches]
+
+
+def _run_batch(batch: list[_Pass], advance: Callable[[int], None]) -> list[_Result]:
+    """Run the passes of a batch: side by side, or one after another where they share memory."""
+    first = batch[0]
+    if first.one.model.policy.shared_memory or len(batch) == 1:
+        bank = MemoryBank(first.memories)
+        for one in batch:
+            _run_passes([one], bank, advance)
     else:
-        for start, step in ((t, step) for t in memories for step in (1, -1)):
-            _run_pass(one, state, MemoryBank(memories), start, step)
-    prompt_dice = one.prior.prompt_dice if one.prior is not None else None
-    return Propagation(state.logits, state.confidence, state.disagreement, prompt_dice=prompt_dice)
+        stored = {offset: [one.memories[one.start + one.step * offset] for one in batch] for offset in first.offsets}
+        _run_passes(batch, MemoryBank({offset: join(memories) for offset, memories in stored.items()}), advance)
+    return [(one.logits, one.confidence) for one in batch]
+
+
+def _run_passes(running: list[_Pass], bank: MemoryBank, advance: Callable[[int], None]) -> None:
+    """Run passes side by side until each has ended.
+
+    bank: their memories. Slices of several passes are counted from the start of each, of a single one as in the volume.
+    """
+    model, count = running[0].one.model, len(running[0].one.features.frames)
+    origin, step = (running[0].start, running[0].step) if len(running) == 1 else (0, 1)
+    place = 0
+    while running := [one for one in running if one.going]:
+        place += 1
+        slices = [one.start + one.step * place for one in running]
+        features = join([one.one.features[t] for one, t in zip(running, slices)])
+        context = ReadContext(origin + step * place, step, bank.conditioning, bank.tracked, count)
+        output = model.track(features, bank, context)
+        if any(one.one.prior is not None or one.taper is not None for one in running):
+            output = join([one.weighted(select(output, slice(i, i + 1)), slices[i]) for i, one in enumerate(running)])
+        bank.write(context.slice, to_bfloat16(model.remember(features, output)))
+        model.prune(bank, context)
+        results = zip(running, output.logits[:, 0].float().cpu(), confidences_of(output))
+        advance(sum(one.store(logits, confidence) for one, logits, confidence in results))
+        going = torch.tensor([one.going for one in running])
+        if not going.all():
+            bank = bank.at(going.nonzero()[:, 0].to(model.device))
 
 
 def _store_prompt(one: _Object, state: PropagationState, annotated: AnnotatedSlice) -> Memory:
@@ -274,34 +442,10 @@ def to_bfloat16(memory: Memory) -> Memory:
     return replace(memory, spatial=memory.spatial.to(torch.bfloat16))
 
 
-def confidence_of(output: SliceOutput) -> float:
-    """Compute object score probability times predicted IoU of the one object on a slice."""
-    return float(output.object_score.float().sigmoid() * output.iou.float().amax(dim=1, keepdim=True).clamp(0, 1))
-
-
-def _run_pass(one: _Object, state: PropagationState, bank: MemoryBank, start: int, step: int) -> None:
-    """Propagate from an annotated slice to the next one, to the end of the volume, or until `max_empty_slices` slices were empty."""
-    model, annotated, count = one.model, one.annotated, len(one.features.frames)
-    end = count if step > 0 else -1
-    stop = next((t for t in range(start + step, end, step) if t in annotated), end)
-    between, ends = stop in bank.conditioning, stop in annotated and annotated[stop].end and not bool(annotated[stop].mask.any())
-    taper = EndTaper(annotated[start].mask, start, stop, model.mask_size) if ends else None
-    empty = 0
-    for t in range(start + step, stop, step):
-        context = ReadContext(t, step, bank.conditioning, bank.tracked, count)
-        output = model.track(one.features[t], bank, context)
-        output = one.prior.weighted(output, t, one.roi) if one.prior is not None else output
-        output = taper.weighted(output, t) if taper is not None else output
-        bank.write(t, to_bfloat16(model.remember(one.features[t], output)))
-        model.prune(bank, context)
-        logits = output.logits[0, 0].float().cpu()
-        logits = logits.clamp(-MAX_LOGIT, MAX_LOGIT) if between else logits.clamp(min=ABSENT)
-        state.blend(t, logits, confidence_of(output), abs(stop - t) / abs(stop - start) if between else 1.0)
-        one.advance(1)
-        empty = 0 if bool((logits > 0).any()) else empty + 1
-        if not between and empty == one.options.max_empty_slices:
-            one.advance(abs(stop - t) - 1)
-            break
+def confidences_of(output: SliceOutput) -> list[float]:
+    """Compute object score probability times predicted IoU of each object on a slice."""
+    iou = output.iou.float().amax(dim=1, keepdim=True).clamp(0, 1)
+    return [float(one) for one in (output.object_score.float().sigmoid() * iou).flatten()]
 
 
 def full_resolution(logits: Tensor, input_size: int, height: int, width: int) -> Tensor:

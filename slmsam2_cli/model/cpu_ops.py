@@ -1,4 +1,4 @@
-"""Faster layers for training on CPUs, with the same arithmetic and weights (docs/experiments/2026-11-22-pretraining-step-time.md).
+"""Faster layers for CPUs, with the same arithmetic and weights (docs/experiments/2026-11-22-pretraining-step-time.md).
 
 SAM 2 computes its layer norm over channels in six elementwise operations, and its 1x1 convolutions with a general kernel whose backward
 pass is slow; torch has one kernel for each.
@@ -6,10 +6,14 @@ pass is slow; torch has one kernel for each.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from sam2.modeling.sam2_utils import LayerNorm2d
 from torch import Tensor, nn
+
+Network = TypeVar("Network", bound=nn.Module)
 
 _POINTWISE = ((1, 1), (1, 1), (0, 0), 1)  # kernel size, stride, padding, groups
 
@@ -38,3 +42,11 @@ def optimise_for_cpu(model: nn.Module) -> None:
         elif type(module) is nn.Conv2d and (module.kernel_size, module.stride, module.padding, module.groups) == _POINTWISE:
             module.__class__ = PointwiseConv2d
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def to_device(model: Network, device: torch.device) -> Network:
+    """Move a network to a device for inference, in place; on a CPU, give it the faster layers."""
+    model.to(device).eval()
+    if device.type == "cpu":
+        optimise_for_cpu(model)
+    return model

@@ -42,10 +42,6 @@ class RefinerFeatures:
     coarse_codes: Tensor
     grey: Tensor
 
-    def at(self, index: Tensor | slice) -> RefinerFeatures:
-        """Select some of the B slices."""
-        return RefinerFeatures(self.current[index], self.previous[index], self.codes[index], self.coarse_codes[index], self.grey[index])
-
 
 @dataclass
 class PriorSlice:

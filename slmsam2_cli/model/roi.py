@@ -91,6 +91,33 @@ def to_input(stack: Tensor, adjacent_slices: bool = False) -> Tensor:
     return stack.transpose(0, 1).expand(-1, max(RGB_CHANNELS, len(stack)), -1, -1)
 
 
+@dataclass(frozen=True)
+class InputSlices:
+    """The slices of a stack (C, T, H, W) as network input (T, 3 or C, edge, edge), made when they are asked for.
+
+    adjacent_slices: as in `to_input`.
+    """
+
+    stack: Tensor
+    edge: int
+    adjacent_slices: bool = False
+
+    def __len__(self) -> int:
+        return self.stack.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The shape of all slices."""
+        return len(self), max(RGB_CHANNELS, len(self.stack)), self.edge, self.edge
+
+    def __getitem__(self, span: slice) -> Tensor:
+        """Return the slices of a range as float32."""
+        start, stop, _ = span.indices(len(self))
+        first, last = max(0, start - 1), min(len(self), stop + 1)  # with the adjacent ones
+        part = to_input(self.stack[:, first:last].float(), self.adjacent_slices)
+        return pad_to_square(part[start - first : stop - first], self.edge)
+
+
 def pad_to_square(slices: Tensor, input_size: int) -> Tensor:
     """Zero-pad (..., H, W) at the bottom and right to (..., input_size, input_size)."""
     height, width = slices.shape[-2:]

@@ -27,6 +27,7 @@ from sam2.modeling.sam2_utils import MLP, get_1d_sine_pe
 from torch import Tensor, nn
 
 from slmsam2_cli.model import adapters
+from slmsam2_cli.model.batch import select
 from slmsam2_cli.model.block_matching import warp_to_slice
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.fusion import Fuser
@@ -58,8 +59,7 @@ class SliceFeatures:
 
     def at(self, index: Tensor | slice) -> SliceFeatures:
         """Select some of the B slices."""
-        refiner_features = self.refiner_features.at(index) if self.refiner_features is not None else None
-        return SliceFeatures(self.top[index], self.top_position[index], (self.fine[0][index], self.fine[1][index]), refiner_features)
+        return select(self, index)
 
 
 @dataclass
@@ -107,11 +107,6 @@ class Memory:
     stats: ObjectStats
     refiner_features: RefinerFeatures | None = None
 
-    def at(self, index: Tensor) -> Memory:
-        """Select some of the B objects."""
-        refiner_features = self.refiner_features.at(index) if self.refiner_features is not None else None
-        return Memory(self.spatial[index], self.pointer[index], self.chosen[index], self.stats.at(index), refiner_features)
-
 
 @dataclass
 class MemoryBank:
@@ -133,7 +128,7 @@ class MemoryBank:
 
     def at(self, index: Tensor) -> MemoryBank:
         """Select some of the B objects."""
-        return MemoryBank({s: m.at(index) for s, m in self.conditioning.items()}, {s: m.at(index) for s, m in self.tracked.items()})
+        return select(self, index)
 
     def write(self, slice_: int, memory: Memory) -> None:
         """Store a tracked slice as the newest one, in place of an older memory of it."""

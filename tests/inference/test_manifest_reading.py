@@ -54,7 +54,7 @@ def test_a_newer_manifest_is_rejected_naming_both_versions(tmp_path):
 
 
 def test_an_older_manifest_is_rejected_in_one_line_that_says_what_to_do(tmp_path):
-    with pytest.raises(UsageError, match=r"format_version 1 is of an older slmsam2 \(now 2\)\. Run slmsam2 predict again"):
+    with pytest.raises(UsageError, match=r"format_version 1 is of an older slmsam2 \(now 2\)\. Run slmsam2 predict --overwrite again"):
         read_manifest(written(tmp_path, {"format_version": 1, "cases": {"a": {"prompted_slices": {"1": [2]}}}}))
 
 

@@ -78,6 +78,9 @@ def test_every_slice_between_two_annotated_ones_is_visited_by_both_passes(model)
     assert sum(visited) == 3 + 2 * 3 + 2  # below the first, between them twice, above the last
 
 
+ONE_BY_ONE = PropagationOptions(batch=1)  # each pass alone, with slices numbered as in the stack
+
+
 @pytest.fixture
 def one_sided(model, monkeypatch):
     """A model that says 4 (confidence 0.8 * 0.5) on its way up and 8 (0.4 * 0.5) on its way down, whatever it sees."""
@@ -93,14 +96,14 @@ def one_sided(model, monkeypatch):
 
 
 def test_between_two_annotated_slices_passes_are_blended_by_distance(one_sided):
-    found = propagate(one_sided, stack(9), {1: [AnnotatedSlice(2, square()), AnnotatedSlice(6, square())]})[1]
+    found = propagate(one_sided, stack(9), {1: [AnnotatedSlice(2, square()), AnnotatedSlice(6, square())]}, ONE_BY_ONE)[1]
     assert [float(found.logits[t].mean()) for t in (3, 4, 5)] == pytest.approx([4 * 3 / 4 + 8 / 4, 6, 4 / 4 + 8 * 3 / 4])
     assert [float(found.logits[t].mean()) for t in (0, 1, 7, 8)] == pytest.approx([8, 8, 4, 4])
     assert found.confidence.tolist() == pytest.approx([0.2, 0.2, 1, 0.35, 0.3, 0.25, 1, 0.4, 0.4])
 
 
 def test_passes_with_equal_masks_have_disagreement_0_and_other_slices_nan(one_sided):
-    found = propagate(one_sided, stack(9), {1: [AnnotatedSlice(2, square()), AnnotatedSlice(6, square())]})[1]
+    found = propagate(one_sided, stack(9), {1: [AnnotatedSlice(2, square()), AnnotatedSlice(6, square())]}, ONE_BY_ONE)[1]
     assert found.disagreement[3:6].tolist() == [0, 0, 0]
     assert found.disagreement[[0, 1, 2, 6, 7, 8]].isnan().all()
 
@@ -119,7 +122,7 @@ def test_disagreement_is_1_minus_dice_of_both_passes(one_sided, monkeypatch):
         return replace(output, logits=filled)
 
     monkeypatch.setattr(SlmSam2, "track", halves)
-    found = propagate(one_sided, stack(9), {1: [AnnotatedSlice(2, square()), AnnotatedSlice(6, square())]})[1]
+    found = propagate(one_sided, stack(9), {1: [AnnotatedSlice(2, square()), AnnotatedSlice(6, square())]}, ONE_BY_ONE)[1]
     assert found.disagreement[3:6].tolist() == pytest.approx([1 - 2 / 4, 1 - 2 / 3, 1])
 
 
@@ -131,7 +134,7 @@ def test_two_empty_masks_have_disagreement_0(one_sided, monkeypatch):
         return replace(output, logits=torch.full_like(output.logits, -4.0))
 
     monkeypatch.setattr(SlmSam2, "track", nothing)
-    found = propagate(one_sided, stack(5), {1: [AnnotatedSlice(0, square()), AnnotatedSlice(4, square())]})[1]
+    found = propagate(one_sided, stack(5), {1: [AnnotatedSlice(0, square()), AnnotatedSlice(4, square())]}, ONE_BY_ONE)[1]
     assert found.disagreement[1:4].tolist() == [0, 0, 0]
 
 
@@ -143,7 +146,7 @@ def test_slices_of_a_single_pass_have_no_disagreement(model, anchors):
 
 
 def test_towards_an_end_mark_only_the_pass_from_the_object_counts(one_sided):
-    found = propagate(one_sided, stack(9), {1: [AnnotatedSlice(2, square()), AnnotatedSlice(6, EMPTY)]})[1]
+    found = propagate(one_sided, stack(9), {1: [AnnotatedSlice(2, square()), AnnotatedSlice(6, EMPTY)]}, ONE_BY_ONE)[1]
     tapered = [float((4 + SHARE * (EndTaper(square(), 2, 6, one_sided.mask_size).logits(t, FILLED) - 4)).mean()) for t in (3, 4, 5)]
     assert [float(found.logits[t].mean()) for t in (1, 3, 4, 5)] == pytest.approx([8, *tapered], rel=1e-4)
     assert found.confidence[7:].tolist() == [0, 0]
@@ -166,11 +169,46 @@ def test_a_mirrored_stack_gives_the_mirrored_result(model):
 
 
 def test_objects_do_not_affect_each_other(model):
-    frames = stack(5)
-    alone = propagate(model, frames, {1: [AnnotatedSlice(2, square())]})[1].logits
-    together = propagate(model, frames, {1: [AnnotatedSlice(2, square())], 2: [AnnotatedSlice(1, square(4, 12))]})
-    assert torch.equal(alone, together[1].logits)
-    assert set(together) == {1, 2}
+    """One by one, not by a bit; in a batch, by rounding alone."""
+    frames, objects = stack(5), {1: [AnnotatedSlice(2, square())], 2: [AnnotatedSlice(1, square(4, 12))]}
+    for options, tolerance in ((ONE_BY_ONE, 0), (PropagationOptions(), 1e-5)):
+        alone = propagate(model, frames, {1: objects[1]}, options)[1].logits
+        together = propagate(model, frames, objects, options)
+        assert (alone - together[1].logits).abs().max() <= tolerance
+        assert set(together) == {1, 2}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("roi_scale", [None, 2.0])
+def test_passes_side_by_side_give_the_result_of_passes_one_by_one(policy, roi_scale):
+    """Three objects with one, two and three annotated slices, an end mark among them: passes of different lengths and memories."""
+    objects = {
+        1: [AnnotatedSlice(4, square())],
+        2: [AnnotatedSlice(2, square(4, 30)), AnnotatedSlice(7, square(8, 34))],
+        5: [AnnotatedSlice(0, square(10, 50)), AnnotatedSlice(5, square(20, 50)), AnnotatedSlice(8, EMPTY)],
+    }
+    model = built(policy)
+    one_by_one, side_by_side = (
+        propagate(model, stack(11), objects, PropagationOptions(batch=batch, roi_scale=roi_scale, max_empty_slices=3)) for batch in (1, 4)
+    )
+    for label in objects:
+        assert one_by_one[label].roi == side_by_side[label].roi
+        assert (one_by_one[label].logits - side_by_side[label].logits).abs().max() <= 1e-4
+        assert (one_by_one[label].confidence - side_by_side[label].confidence).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("options", [{}, {"shared_memory": True}])
+def test_processes_that_share_the_passes_change_no_bit(options):
+    model, visited = built("shortlong", **options), {1: [], 3: []}
+    objects = {label: [AnnotatedSlice(label, square(label, 30 + label))] for label in range(1, 7)}
+    found = {
+        processes: propagate(model, stack(9), objects, PropagationOptions(batch=3, processes=processes), visited[processes].append)
+        for processes in visited
+    }
+    for label in objects:
+        assert torch.equal(found[1][label].logits, found[3][label].logits)
+        assert torch.equal(found[1][label].confidence, found[3][label].confidence)
+    assert sum(visited[1]) == sum(visited[3]) == 6 * 8
 
 
 def test_results_do_not_depend_on_the_size_of_the_feature_cache(model):
@@ -192,7 +230,7 @@ def test_a_distant_pass_that_lost_the_object_does_not_outvote_the_near_one(one_s
         return output if moment.step > 0 else replace(output, logits=torch.full_like(output.logits, -1024.0))
 
     monkeypatch.setattr(SlmSam2, "track", lost_going_down)
-    found = propagate(one_sided, stack(9), {1: [AnnotatedSlice(2, square()), AnnotatedSlice(6, square())]})[1]
+    found = propagate(one_sided, stack(9), {1: [AnnotatedSlice(2, square()), AnnotatedSlice(6, square())]}, ONE_BY_ONE)[1]
     assert [float(found.logits[t].mean()) for t in (3, 4, 5)] == pytest.approx([(3 * 4 - 10) / 4, (4 - 10) / 2, (4 - 3 * 10) / 4])
     assert float(found.logits[0].mean()) == ABSENT
 
@@ -313,7 +351,7 @@ def test_a_mask_at_the_border_of_its_roi_is_propagated_again_in_a_larger_one(one
         large_stack(),
         {1: [AnnotatedSlice(2, large_square())]},
         advance=visited.append,
-        options=PropagationOptions(roi_scale=FOCUS),
+        options=PropagationOptions(batch=1, roi_scale=FOCUS),
     )[1]
     assert found.roi.edge == 128  # 48, then 96, then all
     assert sum(visited) == 4  # tracking again is no progress
@@ -348,7 +386,11 @@ def test_a_pass_ends_after_max_empty_slices_without_the_object(vanishing):
     model, asked = vanishing
     visited = []
     found = propagate(
-        model, stack(20), {1: [AnnotatedSlice(4, square())]}, advance=visited.append, options=PropagationOptions(max_empty_slices=3)
+        model,
+        stack(20),
+        {1: [AnnotatedSlice(4, square())]},
+        advance=visited.append,
+        options=PropagationOptions(batch=1, max_empty_slices=3),
     )[1]
     assert asked == [5, 6, 7, 8, 3, 2, 1, 0]
     assert sum(visited) == 19  # what is left out is done with
@@ -357,19 +399,22 @@ def test_a_pass_ends_after_max_empty_slices_without_the_object(vanishing):
 
 def test_a_gap_shorter_than_the_max_empty_slices_is_crossed(vanishing):
     model, asked = vanishing
-    found = propagate(model, stack(20), {1: [AnnotatedSlice(4, square())]}, options=PropagationOptions(max_empty_slices=7))[1]
+    found = propagate(model, stack(20), {1: [AnnotatedSlice(4, square())]}, options=PropagationOptions(batch=1, max_empty_slices=7))[1]
     assert (found.logits[12] > 0).all() and max(asked) == 19
 
 
 def test_max_empty_slices_does_not_end_a_pass_towards_an_annotated_slice(vanishing):
     model, asked = vanishing
     propagate(
-        model, stack(20), {1: [AnnotatedSlice(4, square()), AnnotatedSlice(16, square())]}, options=PropagationOptions(max_empty_slices=2)
+        model,
+        stack(20),
+        {1: [AnnotatedSlice(4, square()), AnnotatedSlice(16, square())]},
+        options=PropagationOptions(batch=1, max_empty_slices=2),
     )
     assert set(range(5, 16)) <= set(asked) and asked.count(10) == 2
 
 
 def test_without_max_empty_slices_every_slice_is_visited(vanishing):
     model, asked = vanishing
-    propagate(model, stack(20), {1: [AnnotatedSlice(4, square())]})
+    propagate(model, stack(20), {1: [AnnotatedSlice(4, square())]}, ONE_BY_ONE)
     assert sorted(asked) == [t for t in range(20) if t != 4]

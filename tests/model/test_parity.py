@@ -80,7 +80,7 @@ def our_passes(model, frames, objects, monkeypatch):
         return output
 
     monkeypatch.setattr(SlmSam2, "track", recorded)
-    found = propagate(model, frames, objects, options=PropagationOptions(low_resolution_prompts=True))
+    found = propagate(model, frames, objects, options=PropagationOptions(batch=1, low_resolution_prompts=True))
     return raw, found
 
 

@@ -30,10 +30,6 @@ class ObjectStats:
     vector: Tensor
     area: Tensor
 
-    def at(self, index: Tensor) -> ObjectStats:
-        """Select some of the B objects."""
-        return ObjectStats(self.object_score[index], self.confidence[index], self.vector[index], self.area[index])
-
 
 @torch.no_grad()
 def object_stats(top: Tensor, cover: Tensor, object_score: Tensor, confidence: Tensor) -> ObjectStats:
