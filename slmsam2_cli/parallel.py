@@ -16,19 +16,21 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from slmsam2_cli.errors import CaseError
+from slmsam2_cli.errors import CaseError, SlmSam2Error
 
 Job = TypeVar("Job")
 Answer = TypeVar("Answer")
@@ -39,13 +41,34 @@ UNAVAILABLE_ERRORS = (OSError, EOFError, ImportError, NotImplementedError, Value
 _SAFE_PATH = "PYTHONSAFEPATH"  # has an effect from Python 3.11 on
 _EXCLUSIVE = float("inf")  # bytes of a job that must run alone
 _WORKER_DIED = object()
+MAX_END_S = 3.0  # for a worker to end by itself
 
 ForkingPickler.register(CaseError, lambda error: (CaseError, (error.case, error.file, error.what, error.remedy)))
 
 
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+
+
 def available_cpus() -> int:
-    """Count the CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Count the CPUs that this process may use: those it may run on, or fewer where its control group limits their time."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(count, _cpu_quota())))
+
+
+def _cpu_quota() -> float:
+    """Return the CPUs that the control groups of this process grant; infinity without a limit."""
+    quotas = [float("inf")]
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        own = _CONTROL_GROUPS / next(line[4:] for line in lines if line.startswith("0::/"))
+        for group in (own, *own.parents):
+            with suppress(OSError, ValueError):
+                quota, period = (group / "cpu.max").read_text().split()
+                quotas.append(float(quota) / float(period))
+    with suppress(OSError, ValueError):  # the first version of control groups
+        quota, period = ((_CONTROL_GROUPS / f"cpu/cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        quotas += [float(quota) / float(period)] if float(quota) > 0 else []
+    return min(quotas)
 
 
 @dataclass(frozen=True)
@@ -74,19 +97,29 @@ def parallel_map(
     advance(1, case id) is called after each case. preload: modules imported once for all workers. `work`, jobs and results must be
     picklable.
 
-    Raises: RuntimeError when `work` raises anything but a CaseError in a worker.
+    Raises: the SlmSam2Error that `work` raises in a worker, RuntimeError for any other exception.
     """
     results: dict[str, Answer | CaseError] = {}
-
-    def store(case: str, answer: Answer | CaseError) -> None:
+    for case, answer in as_completed(work, jobs, workers, limit=limit, preload=preload):
         results[case] = answer
         advance(1, case)
-
-    if workers and not multiprocessing.current_process().daemon:  # a daemon may not start processes
-        _run_in_pool(jobs, _WorkerPool(work, workers, preload), limit, store)
-    for case in [case for case in jobs if case not in results]:
-        store(case, _attempt(work, jobs[case]))
     return [results[case] for case in jobs]
+
+
+def as_completed(
+    work: Callable[[Job], Answer], jobs: Mapping[str, Job], workers: int, *, limit: MemoryLimit = NO_LIMIT, preload: Sequence[str] = ()
+) -> Generator[tuple[str, Answer | CaseError], None, None]:
+    """Yield (case id, work(job) or the CaseError it raises) as soon as each is done. Otherwise as `parallel_map`.
+
+    Raises: the SlmSam2Error that `work` raises in a worker, RuntimeError for any other exception.
+    """
+    done = set[str]()
+    if workers and not multiprocessing.current_process().daemon:  # a daemon may not start processes
+        for case, answer in _run_in_pool(jobs, _WorkerPool(work, workers, preload), limit):
+            done.add(case)
+            yield case, answer
+    for case in [case for case in jobs if case not in done]:
+        yield case, _attempt(work, jobs[case])
 
 
 def _attempt(work: Callable[[Job], Answer], job: Job) -> Answer | CaseError:
@@ -96,8 +129,8 @@ def _attempt(work: Callable[[Job], Answer], job: Job) -> Answer | CaseError:
         return problem
 
 
-def _run_in_pool(jobs: Mapping[str, Job], pool: _WorkerPool, limit: MemoryLimit, store: Callable[[str, Answer | CaseError], None]) -> None:
-    """Run the jobs in the pool's workers and store their results; jobs for which no process could be started are left out."""
+def _run_in_pool(jobs: Mapping[str, Any], pool: _WorkerPool, limit: MemoryLimit) -> Iterator[tuple[str, Any]]:
+    """Run the jobs in the pool's workers and yield their results; jobs for which no process could be started are left out."""
     waiting = deque(jobs)
     needs: dict[str, float] = {}  # bytes
     try:
@@ -114,13 +147,13 @@ def _run_in_pool(jobs: Mapping[str, Job], pool: _WorkerPool, limit: MemoryLimit,
                 return
             for case, answer in pool.receive():
                 if answer is not _WORKER_DIED:
-                    store(case, answer)
+                    yield case, answer
                 elif pool.running() and needs[case] < _EXCLUSIVE:
                     needs[case] = _EXCLUSIVE
                     waiting.append(case)
                 else:
                     what = "the worker process was killed, probably out of memory"
-                    store(case, CaseError(case, "", what, "Close other programs, or use a machine with more memory"))
+                    yield case, CaseError(case, "", what, "Use fewer --workers, close other programs, or use a machine with more memory")
     finally:
         pool.end()
 
@@ -185,14 +218,18 @@ class _WorkerPool:
                 self.workers.remove(worker)
                 self.size = self.size if worker.begun else 0  # a process that dies at its start would do so again
             if isinstance(message, _Failure):
-                raise RuntimeError(message.line) from RuntimeError(message.trace)
+                raise message.expected or RuntimeError(message.line) from RuntimeError(message.trace)
             case, worker.begun, worker.case_id = worker.case_id, True, None
             if case is not None:
                 yield case, message
 
     def end(self) -> None:
-        """Kill the remaining processes and wait until they have ended."""
+        """End the remaining processes, with time to remove their temporary files, and wait until they have ended."""
+        deadline = time.monotonic() + MAX_END_S
         for worker in self.workers:
+            worker.process.terminate()
+        for worker in self.workers:
+            worker.process.join(max(0, deadline - time.monotonic()))
             worker.process.kill()
         for worker in self.workers:
             worker.process.join()
@@ -231,15 +268,17 @@ def _without_main_module() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Failure:
-    """An unexpected exception as text, because not every exception can be pickled."""
+    """An exception as text, because not every exception can be pickled. expected: the exception itself, if it is one of ours."""
 
     line: str
     trace: str
+    expected: SlmSam2Error | None = None
 
 
 def _serve(work: Callable[[Any], Any], connection: Connection) -> None:
     """Run in a worker process: receive jobs and send results until the connection is closed."""
     exit_with_parent()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # temporary files are removed on the way out
     connection.send("begun")
     while True:
         try:
@@ -249,7 +288,8 @@ def _serve(work: Callable[[Any], Any], connection: Connection) -> None:
         try:
             answer = _attempt(work, job)
         except Exception as error:  # noqa: BLE001  raised again in the parent process
-            answer = _Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
+            expected = error if isinstance(error, SlmSam2Error) else None
+            answer = _Failure(f"{type(error).__name__}: {error}", traceback.format_exc(), expected)
         connection.send(answer)
 
 
@@ -359,7 +399,7 @@ def _serve_copies(work: Callable[[Any, Any], Any], jobs: Sequence[Any], connecti
 
 
 MAX_WORKERS = 8  # processes
-_SCORING_MODULES = ("slmsam2_cli.cli.app", "slmsam2_cli.evaluation.scoring", "nibabel", "scipy.ndimage", "scipy.spatial")
+SCORING_MODULES = ("slmsam2_cli.cli.app", "slmsam2_cli.evaluation.scoring", "nibabel", "scipy.ndimage", "scipy.spatial")
 
 
 def count(requested: int | None) -> int:
@@ -367,12 +407,9 @@ def count(requested: int | None) -> int:
     return max(1, min(available_cpus() if requested is None else requested, MAX_WORKERS))
 
 
-def prepare(also: Sequence[str] = ()) -> None:
-    """Start to import what scoring needs, and the modules `also`, in the process that workers are forked from; returns at once.
-
-    Errors are ignored here; `pool` then returns None.
-    """
-    multiprocessing.get_context(START_METHOD).set_forkserver_preload([*_SCORING_MODULES, *also])
+def prepare(modules: Sequence[str]) -> None:
+    """Start to import modules in the process that workers are forked from; returns at once. Errors are ignored here."""
+    multiprocessing.get_context(START_METHOD).set_forkserver_preload([*modules])
     with suppress(*UNAVAILABLE_ERRORS), without_interrupts():
         multiprocessing.forkserver.ensure_running()
 

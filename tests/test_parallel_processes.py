@@ -11,8 +11,7 @@ import pytest
 
 _MADE = """
 from slmsam2_cli import parallel
-parallel._SCORING_MODULES = ("colorsys", "loads")
-parallel.prepare()
+parallel.prepare(["colorsys", "loads"])
 pool = parallel.pool(1)
 print(pool and pool.submit(int, "7").result())
 """

@@ -277,6 +277,10 @@ def predict(
         bool, typer.Option("--continue", help="Compute only missing or outdated masks.  [default: on]", show_default=False)
     ] = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html: which masks to check first.")] = True,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Number of processes on a CPU; results do not depend on it.  [default: one per core]"),
+    ] = None,
 ) -> int:
     """Propagate annotated slices through whole volumes.
 
@@ -285,10 +289,14 @@ def predict(
     set and without -i, predicts the held-out cases from one slice per label. Without a plan, one is made from the images and prompts and
     saved with the masks.
     """
-    from slmsam2_cli.commands import predict as module
-
     if overwrite and resume:
         raise UsageError("--continue and --overwrite cannot be combined")
+    if workers != 1 and device in ("auto", "cpu") and (images is None or images.is_dir()):
+        from slmsam2_cli import parallel
+
+        parallel.prepare(["slmsam2_cli.commands.predict"])
+    from slmsam2_cli.commands import predict as module
+
     root = _dataset_or_current(dataset) if images is not None else _require_dataset(dataset)
     return module.predict(
         images,
@@ -306,6 +314,7 @@ def predict(
         part_id=part_id,
         overwrite=overwrite,
         report=report,
+        workers=workers,
     )
 
 
@@ -364,7 +373,7 @@ def evaluate(
     from slmsam2_cli import parallel
 
     if parallel.count(workers) > 1:
-        parallel.prepare(["slmsam2_cli.report.case_images"] if report else [])
+        parallel.prepare([*parallel.SCORING_MODULES, *(["slmsam2_cli.report.case_images"] if report else [])])
     from slmsam2_cli.commands import evaluate as module
 
     folders_given = bool(predictions) and labels is not None

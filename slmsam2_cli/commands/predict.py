@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from slmsam2_cli import console
 from slmsam2_cli.dataset.dataset import Case, Dataset, read_dataset, read_image_folder
 from slmsam2_cli.dataset.prompts import PromptSlice
-from slmsam2_cli.dataset.resources import free_bytes
+from slmsam2_cli.dataset.resources import bytes_on_disk, free_bytes, shape_of
 from slmsam2_cli.device import DeviceName, choose_device, describe, is_out_of_memory
 from slmsam2_cli.errors import (
     DONE,
@@ -41,12 +42,17 @@ from slmsam2_cli.io.volume import ENDINGS, image_ending, keep_decoded
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import Checkpoint
 from slmsam2_cli.model.cpu_ops import to_device
+from slmsam2_cli.parallel import NO_LIMIT, MemoryLimit, as_completed, available_cpus
+from slmsam2_cli.planning.estimate import prediction_bytes
 from slmsam2_cli.planning.plan import Plan
 from slmsam2_cli.report.prediction_page import write_prediction_report
 from slmsam2_cli.version import VERSION
 from slmsam2_cli.workspace import Workspace
 
 MAX_KEPT_BYTES = 1 << 30  # of decoded volumes that are kept from planning to segmentation
+SMALL_NETWORK = "nano"  # whose tensors are too small for two threads to share
+MIN_PARALLEL_CASES, MIN_PARALLEL_BYTES = 4, 1 << 20  # on disk: fewer cases, or a case below, are not worth the start of processes
+MEMORY_FRACTION = 0.7  # of the free memory, for cases segmented at one time
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,7 @@ def predict(
     part_id: int = 0,
     overwrite: bool = False,
     report: bool = True,
+    workers: int | None = None,
 ) -> int:
     """Segment every image of a folder, or one image, from its annotated slices. Returns the exit code: 1 when some cases failed.
 
@@ -152,7 +159,8 @@ def predict(
         report_images = {case.id: case.images for case in selected.cases} if report else None
         job = PredictionJob(selected.root, masks, source, plan, checkpoint, selected.training_ids, overwrite, report_images)
         with atomic.lock_folder(masks, f"{part_id}-of-{num_parts}" if num_parts > 1 else ""):
-            return _run(job, selected.cases[part_id::num_parts], selected.problems if part_id == 0 else (), chosen, device == "auto")
+            runner = _Runner(job, chosen, device == "auto", workers)
+            return _run(job, selected.cases[part_id::num_parts], selected.problems if part_id == 0 else (), runner)
 
 
 @dataclass(frozen=True)
@@ -225,14 +233,13 @@ def _check_output_folder(masks: Path, inputs: Sequence[Path]) -> None:
             raise UsageError(f"-o {masks}: is the same folder as an input. Choose another for the masks")
 
 
-def _run(job: PredictionJob, cases: Sequence[Case], problems: Sequence[CaseError], device: torch.device, allow_cpu_fallback: bool) -> int:
+def _run(job: PredictionJob, cases: Sequence[Case], problems: Sequence[CaseError], runner: _Runner) -> int:
     todo, done = _split_done(job, cases)
     failed = list(problems)
     for problem in problems:
         console.error(str(problem))
-    runner = _Runner(job, device, allow_cpu_fallback) if todo else None
     try:
-        if runner is not None:
+        if todo:
             failed += _predict_cases(job, runner, todo)
     finally:  # also when interrupted: the manifest lists the masks that are there
         job.records.write_manifest(job.manifest_header())
@@ -251,19 +258,51 @@ def _run(job: PredictionJob, cases: Sequence[Case], problems: Sequence[CaseError
 
 def _predict_cases(job: PredictionJob, runner: _Runner, cases: Sequence[Case]) -> list[CaseError]:
     """Segment every case. Returns the problems of those that failed; their earlier masks leave the manifest as out of date."""
-    failed = []
-    with console.progress("predicting", len(cases)) as advance:
-        for case in cases:
-            try:
-                runner.run_case(case)
-            except CaseError as problem:
-                failed.append(problem)
-                console.error(str(problem))
-                console.trace(problem)
-                if name := job.records.mark_stale(case.id):
-                    console.warn(f"case {case.id}: {name} is from an earlier run and out of date")
-            advance(1, case.id)
+    failed, before = [], torch.get_num_threads()
+    workers, jobs, limit = _share_out(runner, cases)
+    torch.set_num_threads(runner.threads)
+    try:
+        with console.progress("predicting", len(cases)) as advance, closing(as_completed(runner, jobs, workers, limit=limit)) as results:
+            for case, result in results:
+                if isinstance(result, CaseError):
+                    failed.append(result)
+                    console.error(str(result))
+                    console.trace(result)
+                    if name := job.records.mark_stale(case):
+                        console.warn(f"case {case}: {name} is from an earlier run and out of date")
+                else:
+                    for warning in result:
+                        console.warn(warning)
+                advance(1, case)
+    finally:
+        torch.set_num_threads(before)
     return failed
+
+
+def _share_out(runner: _Runner, cases: Sequence[Case]) -> tuple[int, Mapping[str, Case], MemoryLimit]:
+    """Choose the number of worker processes, 0 for this one alone, the order of the cases, and how many run at a time.
+
+    On a CPU, a small network gets one thread per core: as many processes as cores, the largest case first. A single case gets all cores.
+    A large network uses all cores in one process, unless the user says otherwise, and so does a GPU.
+    """
+    jobs = {case.id: case for case in cases}
+    workers = runner.workers
+    few = len(cases) < MIN_PARALLEL_CASES and sum(map(bytes_on_disk, cases)) < MIN_PARALLEL_BYTES
+    if workers < 2 or len(cases) < 2 or console.settings.debug or (runner.workers_by_default and few):
+        runner.processes = workers
+        return 0, jobs, NO_LIMIT
+    count = min(workers, len(cases))
+    runner.processes = workers // count
+    jobs = dict(sorted(jobs.items(), key=lambda one: -bytes_on_disk(one[1])))
+    needed = {case.id: prediction_bytes(runner.job.plan, shape_of(case.images[0])) for case in cases}
+    free = int(MEMORY_FRACTION * free_bytes())
+    most = sorted(needed.values(), reverse=True)[:count]
+    while sum(most) > free and len(most) > 1:
+        most.pop()
+    if len(most) < count:
+        console.say(f"memory for {len(most)} of {count} cases at a time: {free / 1e9:.1f} GB are free, a case takes {most[0] / 1e9:.1f} GB")
+    console.detail(f"{count} processes segment {len(cases)} cases, the largest first")
+    return count, jobs, MemoryLimit(lambda case: needed[case.id], free)
 
 
 def _split_done(job: PredictionJob, cases: Sequence[Case]) -> tuple[list[Case], set[str]]:
@@ -296,56 +335,71 @@ def _split_done(job: PredictionJob, cases: Sequence[Case]) -> tuple[list[Case], 
 
 
 class _Runner:
-    """Segments cases with one model. When memory runs out it encodes slices one by one, then moves to the CPU if it may."""
+    """Segments cases with one model. When memory runs out it encodes slices one by one, then moves to the CPU if it may.
 
-    def __init__(self, job: PredictionJob, device: torch.device, allow_cpu_fallback: bool) -> None:
+    workers: the most processes at a time. threads: of torch in each. processes: that share the passes of a case. May be sent to another
+    process before its first case; the network is built there.
+    """
+
+    def __init__(self, job: PredictionJob, device: torch.device, allow_cpu_fallback: bool, workers: int | None = None) -> None:
         self.job, self.device, self.allow_cpu_fallback = job, device, allow_cpu_fallback
-        model = to_device(build_model(job.checkpoint, job.plan), device)
-        self.segmenter = Segmenter(model, job.plan, job.calibration, job.plan.inference.batch_slices)
+        self.workers_by_default, cores, small = workers is None, available_cpus(), job.plan.network.size == SMALL_NETWORK
+        self.workers = 1 if device.type != "cpu" else workers or (cores if small else 1)
+        self.threads = 1 if small and device.type == "cpu" else max(1, min(torch.get_num_threads(), cores // self.workers))
+        self.processes = 1
         self.settings, self.metadata = job.settings_digest(), {"model": job.model(), "prompts": job.prompts.describe()}
-        console.detail(f"running on {describe(device)}")
+        self.segmenter: Segmenter | None = None
+        self.warnings: list[str] = []
 
-    def run_case(self, case: Case) -> None:
-        """Segment one case and write its mask.
+    def __call__(self, case: Case) -> list[str]:
+        """Segment one case and write its mask. Returns warnings.
 
         Raises: CaseError when it cannot be segmented, DeviceError when the requested device has too little memory for it.
         """
-        job = self.job
+        job, self.warnings = self.job, []
         if case.prompts.mask is None or not case.prompts.mask.exists():  # saved, or saved under another ending, since the run started
             case = job.prompts.assign(case)
         key, image_digests = digest_inputs(self.settings, case)
         result = None
         while result is None:
-            result = self._attempt(case)
-        for warning in result.warnings:
-            console.warn(f"case {case.id}: {warning}")
+            result = self._attempt(case, self.segmenter or self._load())
         metadata = {"training": job.in_training_set(case.id, image_digests)} | self.metadata | result.metadata
         job.records.save_mask(case.id, key, result.labels, result.image, metadata)
+        return [*self.warnings, *(f"case {case.id}: {warning}" for warning in result.warnings)]
 
-    def _attempt(self, case: Case) -> SegmentedCase | None:
+    def _load(self) -> Segmenter:
+        """Build the network in the process that uses it."""
+        torch.set_num_threads(self.threads)
+        model = to_device(build_model(self.job.checkpoint, self.job.plan), self.device)
+        batch = self.job.plan.inference.batch_slices
+        self.segmenter = Segmenter(model, self.job.plan, self.job.calibration, batch, self.processes)
+        console.detail(f"running on {describe(self.device)}")
+        return self.segmenter
+
+    def _attempt(self, case: Case, segmenter: Segmenter) -> SegmentedCase | None:
         """Segment a case; None when memory ran out and another attempt can use less. Memory of the failed attempt is freed by then."""
         try:
-            return segment_case(case, self.job.root, self.job.prompts, self.segmenter)
+            return segment_case(case, self.job.root, self.job.prompts, segmenter)
         except (MemoryError, RuntimeError, ValueError) as error:
             if not is_out_of_memory(error):
                 what = f"cannot be segmented: {type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
                 raise CaseError(case.id, "", what, "Run again with --debug for the traceback") from error
-            if not self._reduce_memory(case, error):
-                remedy = "Close other programs, or plan a smaller network (slmsam2 plan --network nano)"
+            if not self._reduce_memory(case, segmenter, error):
+                remedy = "Use fewer --workers, close other programs, or plan a smaller network (slmsam2 plan --network nano)"
                 raise CaseError(case.id, "", f"out of memory on {self.device.type}", remedy) from error
         return None
 
-    def _reduce_memory(self, case: Case, error: Exception) -> bool:
+    def _reduce_memory(self, case: Case, segmenter: Segmenter, error: Exception) -> bool:
         """Use less memory from now on; False when there is no way left. Raises: DeviceError when the device was chosen by the user."""
-        if self.segmenter.batch != 1:
-            self.segmenter = replace(self.segmenter, batch=1)
-            console.warn(f"out of memory on {self.device.type}, retrying with batch size 1")
+        if segmenter.batch != 1:
+            self.segmenter = replace(segmenter, batch=1, processes=1)
+            self.warnings.append(f"out of memory on {self.device.type}, retrying with batch size 1")
             return True
         if self.device.type == "cpu" or not isinstance(error, torch.OutOfMemoryError):
             return False
         if not self.allow_cpu_fallback:
             raise DeviceError(f"case {case.id}: out of memory on {self.device.type}. Use --device cpu") from error
-        console.warn(f"out of memory on {self.device.type}, falling back to CPU")
+        self.warnings.append(f"out of memory on {self.device.type}, falling back to CPU")
         self.device = torch.device("cpu")
-        self.segmenter = replace(self.segmenter, model=to_device(self.segmenter.model, self.device))
+        self.segmenter = replace(segmenter, model=to_device(segmenter.model, self.device))
         return True

@@ -27,14 +27,25 @@ def bytes_to_read(case: Case) -> int:
     """Estimate the peak memory in bytes while image and mask are read: as stored, plus one scaled, stacked or transposed copy."""
     total = 0
     for path in (*case.images, *([case.label] if case.label else [])):
-        declared = None
-        with suppress(InputError, OSError), open_regular(path) as file:
-            magic = file.read(len(GZIP_MAGIC))
-            file.seek(0)
-            stream = DeflateStream(file) if magic == GZIP_MAGIC else PlainStream(file)
-            declared = _declared(read_exactly(stream, _NIFTI_1, "header").tobytes())
-        total += 2 * ASSUMED_COMPRESSION * _size(path) if declared is None else declared
+        declared = _declared_by(path)
+        total += 2 * ASSUMED_COMPRESSION * _size(path) if declared is None else math.prod(declared[0]) * declared[1] // 8
     return total
+
+
+def shape_of(path: Path) -> tuple[int, ...]:
+    """Return the lengths of a volume's axes; of formats other than NIfTI, those of a cube of so many bytes, a guess."""
+    declared = _declared_by(path)
+    return declared[0] if declared is not None else (math.ceil((ASSUMED_COMPRESSION * _size(path)) ** (1 / 3)),) * 3
+
+
+def _declared_by(path: Path) -> tuple[tuple[int, ...], int] | None:
+    """Read shape and bits per voxel from the header of a file as `_declared` does; None for another format or an unreadable file."""
+    with suppress(InputError, OSError), open_regular(path) as file:
+        magic = file.read(len(GZIP_MAGIC))
+        file.seek(0)
+        stream = DeflateStream(file) if magic == GZIP_MAGIC else PlainStream(file)
+        return _declared(read_exactly(stream, _NIFTI_1, "header").tobytes())
+    return None
 
 
 def free_bytes() -> int:
@@ -60,8 +71,8 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _declared(header: bytes) -> int | None:
-    """Compute the bytes of the voxels as stored plus as scaled, from the first 348 bytes of a NIfTI file; None for another format."""
+def _declared(header: bytes) -> tuple[tuple[int, ...], int] | None:
+    """Return shape and bits per voxel, as stored plus as scaled, from the first 348 bytes of a NIfTI file; None for another format."""
     for order in "<>":
         (length,) = struct.unpack_from(f"{order}i", header)
         if length not in (_NIFTI_1, _NIFTI_2):
@@ -70,7 +81,7 @@ def _declared(header: bytes) -> int | None:
         if length == _NIFTI_2:
             size, bits, scale = ("8q", 16), ("h", 14), ("2d", 176)
         axes, (stored,), factors = (struct.unpack_from(f"{order}{form}", header, at) for form, at in (size, bits, scale))
-        voxels = math.prod(max(1, length) for length in axes[1 : 1 + max(0, axes[0])])
+        shape = tuple(max(1, length) for length in axes[1 : 1 + max(0, axes[0])])
         scaled = stored if factors[0] == 0 or factors == (1, 0) else max(32, 2 * stored)
-        return int(voxels * (stored + scaled) // 8)
+        return shape, stored + scaled
     return None

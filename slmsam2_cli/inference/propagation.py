@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -249,6 +250,8 @@ def propagate(
     frames (T, C, px, px) in [0, 1], of the network's input size, or of any size with `options.roi_scale`. objects: label -> its annotated
     slices. advance: called with the number of slices that were propagated.
     """
+    if not objects:
+        return {}
     model.eval()
     priors = {}
     if options.use_label_prior and model.label_unet is not None:
@@ -276,7 +279,7 @@ def propagate_stack(
     a time, where it is not the plan's number. processes: that share the passes, on a CPU.
     """
     geometry, inference = plan.geometry, plan.inference
-    slices = InputSlices(torch.from_numpy(frames), geometry.storage_size, geometry.adjacent_slices)
+    slices = InputSlices(torch.from_numpy(np.require(frames, requirements="W")), geometry.storage_size, geometry.adjacent_slices)
     options = PropagationOptions(
         batch or inference.batch_slices, processes, geometry.roi_scale, use_label_prior, inference.max_empty_slices
     )

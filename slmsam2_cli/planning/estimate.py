@@ -68,7 +68,12 @@ def estimate_prediction(plan: Plan, cases: Sequence[CaseFingerprint], seconds_pe
     seconds = None
     if seconds_per_slice is not None:
         seconds = STARTUP_SECONDS + sum(_prediction_seconds(plan, case, seconds_per_slice) for case in cases)
-    return Estimate(max(_prediction_bytes(plan, case) for case in cases), seconds)
+    return Estimate(max(_case_bytes(plan, case) for case in cases), seconds)
+
+
+def prediction_bytes(plan: Plan, shape: Sequence[int]) -> int:
+    """Estimate the peak memory of predicting a volume of this shape in voxels, whatever its slice axis."""
+    return _prediction_bytes(plan, math.prod(shape), max(shape, default=1))
 
 
 def estimate_finetuning(plan: Plan, fingerprint: Fingerprint, count: int, seconds_per_slice: float | None = None) -> Estimate | None:
@@ -87,7 +92,7 @@ def estimate_finetuning(plan: Plan, fingerprint: Fingerprint, count: int, second
     clips = training.clips_per_step * (plan.geometry.input_size / REFERENCE_INPUT_SIZE) ** 2
     learning = RUNTIME_BYTES + OPTIMISER_BYTES + clips * (encoded * ENCODED_BYTES + tracked * TRACKED_BYTES)
     learning = learning + LABEL_UNET_MAPS * FLOAT_BYTES * maps + (TEACHER_BYTES if has_teacher else 0)
-    calibrating = OPTIMISER_BYTES + max(_prediction_bytes(plan, case) for case in cases)
+    calibrating = OPTIMISER_BYTES + max(_case_bytes(plan, case) for case in cases)
     seconds = None
     if seconds_per_slice is not None:
         cost = STEP_COST + (TEACHER_COST if has_teacher else 0)
@@ -130,12 +135,16 @@ def _prediction_seconds(plan: Plan, case: CaseFingerprint, seconds_per_slice: fl
     return slices * seconds_per_slice * area + math.prod(case.shape) * SECONDS_PER_VOXEL
 
 
-def _prediction_bytes(plan: Plan, case: CaseFingerprint) -> int:
+def _case_bytes(plan: Plan, case: CaseFingerprint) -> int:
     """Estimate the peak memory of predicting a case."""
-    slices = stack_length(case, plan.geometry.slice_axis, plan.geometry.through_plane_mm)
+    return _prediction_bytes(plan, math.prod(case.shape), stack_length(case, plan.geometry.slice_axis, plan.geometry.through_plane_mm))
+
+
+def _prediction_bytes(plan: Plan, voxels: int, slices: int) -> int:
+    """Estimate the peak memory of predicting a volume."""
     area = (plan.geometry.input_size / REFERENCE_INPUT_SIZE) ** 2
     cached = min(slices * CACHED_BYTES_PER_SLICE * area, MAX_CACHED_BYTES)
-    return int(RUNTIME_BYTES + math.prod(case.shape) * (VOXEL_BYTES + CHANNEL_BYTES * len(plan.channels)) + cached)
+    return int(RUNTIME_BYTES + voxels * (VOXEL_BYTES + CHANNEL_BYTES * len(plan.channels)) + cached)
 
 
 def label_unet_size(plan: Plan, cases: Sequence[CaseFingerprint]) -> tuple[int, int]:

@@ -491,8 +491,11 @@ def stumbling(error, at, times=99):
     [
         (ValueError("4 channels cannot be shown as RGB"), "cannot be segmented: ValueError: 4 channels"),
         (RuntimeError("sizes must match\nand so on"), "cannot be segmented: RuntimeError: sizes must match. Run again with --debug"),
-        (MemoryError(), "out of memory on cpu. Close other programs"),
-        (RuntimeError("[enforce fail] can't allocate memory: you tried"), "out of memory on cpu. Close other programs"),
+        (MemoryError(), "out of memory on cpu. Use fewer --workers, close other programs"),
+        (
+            RuntimeError("[enforce fail] can't allocate memory: you tried"),
+            "out of memory on cpu. Use fewer --workers, close other programs",
+        ),
     ],
 )
 def test_a_failing_case_is_in_the_table_and_the_others_are_predicted(images, tmp_path, dataset, monkeypatch, capsys, error, said):
@@ -541,9 +544,10 @@ def small_device(monkeypatch):
     """Every device says that it is a GPU."""
 
     class OnGpu(stage._Runner):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+        def _load(self):
+            segmenter = super()._load()
             self.device = torch.device("cuda")
+            return segmenter
 
     monkeypatch.setattr(stage, "_Runner", OnGpu)
 
