@@ -13,6 +13,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -181,7 +182,8 @@ class _WorkerPool:
     """Up to `size` worker processes that all run `work`."""
 
     def __init__(self, work: Callable[[Any], Any], size: int, preload: Sequence[str]) -> None:
-        self.work, self.size, self.preload = work, size, [*preload]
+        self.work = pickle.dumps(work)  # by value: multiprocessing would send every tensor as an open file, and only few fit
+        self.size, self.preload = size, [*preload]
         self.workers: list[_Worker] = []
 
     def running(self) -> list[str]:
@@ -196,7 +198,7 @@ class _WorkerPool:
                 context: Any = multiprocessing.get_context(START_METHOD)
                 context.set_forkserver_preload(self.preload)
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(self.work, theirs), daemon=True)
+                process = context.Process(target=_serve, args=(theirs,), daemon=True)
                 with without_interrupts(), _without_main_module():
                     process.start()
                 theirs.close()
@@ -219,6 +221,9 @@ class _WorkerPool:
                 self.size = self.size if worker.begun else 0  # a process that dies at its start would do so again
             if isinstance(message, _Failure):
                 raise message.expected or RuntimeError(message.line) from RuntimeError(message.trace)
+            if not worker.begun and message is not _WORKER_DIED:
+                with suppress(OSError):  # a process that has died is noticed at the next turn
+                    worker.connection.send_bytes(self.work)
             case, worker.begun, worker.case_id = worker.case_id, True, None
             if case is not None:
                 yield case, message
@@ -275,13 +280,15 @@ class _Failure:
     expected: SlmSam2Error | None = None
 
 
-def _serve(work: Callable[[Any], Any], connection: Connection) -> None:
-    """Run in a worker process: receive jobs and send results until the connection is closed."""
+def _serve(connection: Connection) -> None:
+    """Run in a worker process: receive the work, then jobs, and send results until the connection is closed."""
     exit_with_parent()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # temporary files are removed on the way out
     connection.send("begun")
+    work = None
     while True:
         try:
+            work = work or pickle.loads(connection.recv_bytes())
             job = connection.recv()
         except (OSError, EOFError):
             return

@@ -52,6 +52,7 @@ from slmsam2_cli.workspace import Workspace
 MAX_KEPT_BYTES = 1 << 30  # of decoded volumes that are kept from planning to segmentation
 SMALL_NETWORK = "nano"  # whose tensors are too small for two threads to share
 MIN_PARALLEL_CASES, MIN_PARALLEL_BYTES = 4, 1 << 20  # on disk: fewer cases, or a case below, are not worth the start of processes
+PRELOADED = ("slmsam2_cli.commands.predict",)  # in the process that workers are copied from
 MEMORY_FRACTION = 0.7  # of the free memory, for cases segmented at one time
 
 
@@ -262,7 +263,10 @@ def _predict_cases(job: PredictionJob, runner: _Runner, cases: Sequence[Case]) -
     workers, jobs, limit = _share_out(runner, cases)
     torch.set_num_threads(runner.threads)
     try:
-        with console.progress("predicting", len(cases)) as advance, closing(as_completed(runner, jobs, workers, limit=limit)) as results:
+        with (
+            console.progress("predicting", len(cases)) as advance,
+            closing(as_completed(runner, jobs, workers, limit=limit, preload=PRELOADED)) as results,
+        ):
             for case, result in results:
                 if isinstance(result, CaseError):
                     failed.append(result)
