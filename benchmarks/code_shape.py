@@ -25,6 +25,7 @@ import slmsam2_cli
 from slmsam2_cli.commands import predict as command
 from slmsam2_cli.dataset.dataset_json import Case
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
+from slmsam2_cli.inference.segment import Segmenter
 
 PACKAGE = Path(slmsam2_cli.__file__).parent
 NETWORK = PACKAGE / "model"
@@ -207,9 +208,9 @@ def trace_one_volume() -> tuple[Trace, Trace]:
     """
     run_case, trace, whole = command._Runner.run_case, Trace(), Trace()
 
-    def traced(runner: command._Runner, case: Case) -> None:
+    def traced(runner: command._Runner, case: Case, segmenter: Segmenter) -> list[str]:
         with trace:
-            run_case(runner, case)
+            return run_case(runner, case, segmenter)
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

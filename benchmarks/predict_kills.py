@@ -3,7 +3,7 @@
     python benchmarks/predict_kills.py [--times 20] [--seed 0] [--workers 2]
 
 Eight synthetic phantoms. After each blow, all processes of the run must have ended, or the run must go on without the worker. The same
-command then continues; its masks must equal those of an undisturbed run byte for byte, and no temporary file may be left. A worker that
+command then continues; its masks must equal those of an uninterrupted run byte for byte, and no temporary file may be left. A worker that
 is killed may cost its case, named in the message, in that run alone. Takes about fifteen minutes for 3 x 20 blows.
 """
 
@@ -93,10 +93,10 @@ def main() -> None:
         root = Path(name) / "Phantoms"
         write_phantom_dataset(root, cases=8, test_cases=0, seed=3, shape=(16, 64, 64))
         started = time.monotonic()
-        if start(root, Path(name) / "undisturbed", options.workers).wait():
-            sys.exit("the undisturbed run failed")
-        took, expected = time.monotonic() - started, contents(Path(name) / "undisturbed")
-        print(f"undisturbed: {took:.0f} s, {len(expected)} masks", flush=True)
+        if start(root, Path(name) / "uninterrupted", options.workers).wait():
+            sys.exit("the uninterrupted run failed")
+        took, expected = time.monotonic() - started, contents(Path(name) / "uninterrupted")
+        print(f"uninterrupted: {took:.0f} s, {len(expected)} masks", flush=True)
         for blow in (kill_worker, kill_parent, interrupt):
             equal = 0
             for time_ in range(options.times):

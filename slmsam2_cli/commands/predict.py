@@ -356,6 +356,10 @@ class _Runner:
         self.warnings: list[str] = []
 
     def __call__(self, case: Case) -> list[str]:
+        """Build the network if this is the first case in this process, and segment the case. Otherwise as `run_case`."""
+        return self.run_case(case, self.segmenter or self._load())
+
+    def run_case(self, case: Case, segmenter: Segmenter) -> list[str]:
         """Segment one case and write its mask. Returns warnings.
 
         Raises: CaseError when it cannot be segmented, DeviceError when the requested device has too little memory for it.
@@ -366,7 +370,7 @@ class _Runner:
         key, image_digests = digest_inputs(self.settings, case)
         result = None
         while result is None:
-            result = self._attempt(case, self.segmenter or self._load())
+            result = self._attempt(case, self.segmenter or segmenter)
         metadata = {"training": job.in_training_set(case.id, image_digests)} | self.metadata | result.metadata
         job.records.save_mask(case.id, key, result.labels, result.image, metadata)
         return [*self.warnings, *(f"case {case.id}: {warning}" for warning in result.warnings)]
@@ -375,8 +379,7 @@ class _Runner:
         """Build the network in the process that uses it."""
         torch.set_num_threads(self.threads)
         model = to_device(build_model(self.job.checkpoint, self.job.plan), self.device)
-        batch = self.job.plan.inference.batch_slices
-        self.segmenter = Segmenter(model, self.job.plan, self.job.calibration, batch, self.processes)
+        self.segmenter = Segmenter(model, self.job.plan, self.job.calibration, self.processes)
         console.detail(f"running on {describe(self.device)}")
         return self.segmenter
 
@@ -395,8 +398,10 @@ class _Runner:
 
     def _reduce_memory(self, case: Case, segmenter: Segmenter, error: Exception) -> bool:
         """Use less memory from now on; False when there is no way left. Raises: DeviceError when the device was chosen by the user."""
-        if segmenter.batch != 1:
-            self.segmenter = replace(segmenter, batch=1, processes=1)
+        inference = segmenter.plan.inference
+        if inference.batch_slices != 1:
+            smaller = segmenter.plan.model_copy(update={"inference": inference.model_copy(update={"batch_slices": 1})})
+            self.segmenter = replace(segmenter, plan=smaller, processes=1)
             self.warnings.append(f"out of memory on {self.device.type}, retrying with batch size 1")
             return True
         if self.device.type == "cpu" or not isinstance(error, torch.OutOfMemoryError):

@@ -270,19 +270,16 @@ def propagate_stack(
     objects: Mapping[int, list[AnnotatedSlice]],
     plan: Plan,
     use_label_prior: bool = True,
-    batch: int | None = None,
     processes: int = 1,
 ) -> dict[int, Propagation]:
     """Segment every object on a stack of slices (C, T, H, W) in [0, 1] as a plan says; prediction and training go through here.
 
-    objects: label -> annotated slices, their masks (S, S) padded to the plan's `storage_size`. batch: slices encoded, and passes run, at
-    a time, where it is not the plan's number. processes: that share the passes, on a CPU.
+    objects: label -> annotated slices, their masks (S, S) padded to the plan's `storage_size`. processes: that share the passes, on a
+    CPU.
     """
     geometry, inference = plan.geometry, plan.inference
     slices = InputSlices(torch.from_numpy(np.require(frames, requirements="W")), geometry.storage_size, geometry.adjacent_slices)
-    options = PropagationOptions(
-        batch or inference.batch_slices, processes, geometry.roi_scale, use_label_prior, inference.max_empty_slices
-    )
+    options = PropagationOptions(inference.batch_slices, processes, geometry.roi_scale, use_label_prior, inference.max_empty_slices)
     return propagate(model, slices, objects, options)
 
 

@@ -110,14 +110,13 @@ class SegmentedCase:
 class Segmenter:
     """A model with its plan and calibration, ready to segment cases.
 
-    calibration: maps the confidence of slices that were not annotated to expected Dice. batch: slices encoded at a time, where it is not
-    the plan's number. processes: that share the passes of a case, on a CPU.
+    calibration: maps the confidence of slices that were not annotated to expected Dice. processes: that share the passes of a case, on a
+    CPU.
     """
 
     model: SlmSam2
     plan: Plan
     calibration: Calibration | None = None
-    batch: int | None = None
     processes: int = 1
 
 
@@ -132,7 +131,7 @@ def segment_case(case: Case, root: Path, prompt_reader: PromptReader, segmenter:
     view, frames = make_frames(image, plan.geometry, plan.intensity)
     prompts, warnings = prompt_reader.read(case, image, view, plan)
     objects = annotated_slices_of(prompts, view, tuple(plan.labels), size)
-    found = propagate_stack(model, frames, objects, plan, batch=segmenter.batch, processes=segmenter.processes)
+    found = propagate_stack(model, frames, objects, plan, processes=segmenter.processes)
     labels = restore_labels(found, view, size) if found else np.zeros(view.grid.shape, np.uint8)
     labels = restore_annotated(labels.astype(np.uint8 if max(plan.labels) < 256 else np.uint16, copy=False), prompts, view)
     labels = remove_loose_parts(labels, prompts.labels, found, model, view.orientation.order[0])

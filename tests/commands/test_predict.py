@@ -523,7 +523,7 @@ def test_after_running_out_of_memory_slices_are_encoded_one_by_one(images, tmp_p
     batches, stumbles = [], stumbling(error, written(images)[0].removesuffix(".nii.gz"), times=1)
 
     def noting(case, *arguments):
-        batches.append(arguments[-1].batch)
+        batches.append(arguments[-1].plan.inference.batch_slices)
         return stumbles(case, *arguments)
 
     monkeypatch.setattr(stage, "segment_case", noting)
