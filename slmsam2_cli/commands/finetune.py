@@ -32,6 +32,7 @@ from slmsam2_cli.planning.fingerprint import write_fingerprint
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.plan import RGB_CHANNELS, Plan, TrainingPlan, read_plan, write_plan
 from slmsam2_cli.planning.rules import choose_training, decide, training_for
+from slmsam2_cli.training.background import needs_one_thread, one_thread
 from slmsam2_cli.training.calibrate import calibrate_model
 from slmsam2_cli.training.cross_validation import FILE as FOLDS_FILE
 from slmsam2_cli.training.cross_validation import (
@@ -111,7 +112,8 @@ def finetune(
                 console.warn(warning)
             used = [case for case in prepared.cases if case.id in run.cases]
             skipped = tuple(problem.case for problem in prepared.problems)
-            _finetune(_Session(run, used, skipped, workspace, chosen, options), resume)
+            with one_thread(needs_one_thread(run.plan.network.size, chosen)):
+                _finetune(_Session(run, used, skipped, workspace, chosen, options), resume)
     except ResumableError:
         raise
     except OutputError as error:

@@ -25,11 +25,12 @@ from slmsam2_cli.dataset.cache import PreparedCase, check_not_truncated
 from slmsam2_cli.device import half_precision
 from slmsam2_cli.errors import PlanError, TrainingError
 from slmsam2_cli.model.checkpoint import Checkpoint, load_weights
+from slmsam2_cli.model.cpu_ops import optimise_for_cpu
 from slmsam2_cli.model.memory.interface import ReadContext
 from slmsam2_cli.model.slmsam2 import MemoryBank, SliceFeatures, SliceOutput, SlmSam2
 from slmsam2_cli.planning.plan import Plan, TrainingPlan
 from slmsam2_cli.training import learner as learning
-from slmsam2_cli.training.background import background_thread, submit
+from slmsam2_cli.training.background import background_thread, needs_one_thread, submit
 from slmsam2_cli.training.clips import Clips, ClipSampler
 from slmsam2_cli.training.dataloader import Batch, BatchDataset, BatchFeed, TrainingData, dataloader_workers
 from slmsam2_cli.training.distributed import SINGLE_PROCESS, ProcessGroup, start_processes
@@ -86,6 +87,8 @@ def new_model(plan: Plan, pretrained: Checkpoint | None, seed: int = 0) -> SlmSa
 def init_learner(plan: Plan, pretrained: Checkpoint | None, training_data: TrainingData, device: torch.device) -> Learner:
     """Build a learner at step 0, with a new label U-Net where the data have slices for it; the seed is the plan's."""
     model = new_model(plan, pretrained, plan.training.seed)
+    if needs_one_thread(plan.network.size, device):
+        optimise_for_cpu(model)
     if training_data.slices is not None:
         model.label_unet = new_label_unet(training_data.slices, len(plan.channels), plan.training.seed)
         model.label_unet.can_add = plan.training.can_add is not False
@@ -199,7 +202,7 @@ def train(
 
     The model's label U-Net, where it has one, is trained in the same steps. process_group: the processes that share the steps; clock and
     `stop` of process 0 count. workers: processes that draw batches ahead, None for as many as the device needs. Between two steps torch
-    may have half of the cores only.
+    may have one thread only.
 
     Raises: TrainingError after 20 steps in a row without a finite loss and gradient, which change nothing.
     """
@@ -211,7 +214,7 @@ def train(
     feed = BatchFeed(batches, learner.step, clip_slices(fraction_done(learner, plan), plan, learner.from_scratch), workers)
     learner.model.train()
     try:
-        with background_thread(device, _thread_is_useful(learner, process_group)) as thread:
+        with background_thread(device, process_group.cores, _thread_is_useful(learner, process_group)) as thread:
             yield from _steps(learner, feed, plan, stop, process_group, thread)
     except RuntimeError as error:
         raise feed.worker_error(error) or process_group.worker_error() or error from None
