@@ -14,12 +14,31 @@ from typing import TypeVar
 
 import torch
 
+from slmsam2_cli.dataset.resources import free_bytes
+from slmsam2_cli.parallel import available_cpus
+from slmsam2_cli.planning.plan import Plan
+
 T = TypeVar("T")
 
 
 def needs_one_thread(network_size: str, device: torch.device) -> bool:
     """Return whether the tensors are too small for several threads: those of nano, on a CPU."""
     return network_size == "nano" and device.type == "cpu"
+
+
+def pieces_at_once(plan: Plan, device: torch.device, bytes_each: int | None, pieces: int) -> int:
+    """Compute how many independent pieces of work are run at once in processes: as many as there are cores, and as memory allows.
+
+    bytes_each: memory of a piece, None where it is unknown. 1, where the network uses all cores by itself, or processes share its steps.
+    """
+    if not needs_one_thread(plan.network.size, device) or plan.training.workers > 1 or not bytes_each:
+        return 1
+    return max(1, min(pieces, available_cpus(), free_bytes() // bytes_each))
+
+
+def cores_of_each(processes: int) -> int:
+    """Compute how many cores each of several processes has for itself."""
+    return max(1, available_cpus() // processes)
 
 
 @contextmanager

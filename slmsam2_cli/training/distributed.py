@@ -134,15 +134,16 @@ class _WorkerStart:
 
 
 @contextmanager
-def start_processes(learner: Any, count: int, work: Work) -> Iterator[ProcessGroup]:
+def start_processes(learner: Any, count: int, work: Work, cores: int | None = None) -> Iterator[ProcessGroup]:
     """Run `count` processes during a block; `work(learner, process_group)`, a picklable function, is what the others do.
 
-    learner: what is trained; it has `model.device` and `to(device)` and can be pickled.
+    learner: what is trained; it has `model.device` and `to(device)` and can be pickled. cores: CPU cores that a single process has for
+    itself, None for all.
 
     Raises: TrainingError when a process cannot start.
     """
     if count == 1:
-        yield SINGLE_PROCESS
+        yield SINGLE_PROCESS if cores is None else ProcessGroup(cores=cores)
         return
     device, before = learner.model.device, torch.get_num_threads()
     threads = max(1, before // count) if device.type == "cpu" else before

@@ -11,8 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from slmsam2_cli.model.checkpoint import Checkpoint, load_weights
 from slmsam2_cli.model.cpu_ops import optimise_for_cpu
 from slmsam2_cli.model.memory.interface import ReadContext
 from slmsam2_cli.model.slmsam2 import MemoryBank, SliceFeatures, SliceOutput, SlmSam2
+from slmsam2_cli.parallel import available_cpus
 from slmsam2_cli.planning.plan import Plan, TrainingPlan
 from slmsam2_cli.training import learner as learning
 from slmsam2_cli.training.background import background_thread, needs_one_thread, submit
@@ -146,7 +147,8 @@ class RunControl:
     """How a run is shown and saved. title: of the progress bar.
 
     state: the file to which the state is saved every `save_every_s` seconds. settings: the digest of everything that must not change
-    before it is resumed. on_step: called after each step; returns the text next to the bar. on_save: called after each save.
+    before it is resumed. on_step: called after each step; returns the text next to the bar. on_save: called after each save. progress:
+    shows the bar. cores: CPU cores that the run has for itself.
     """
 
     title: str
@@ -155,6 +157,8 @@ class RunControl:
     save_every_s: float
     on_step: Callable[[Progress], str]
     on_save: Callable[[], None] = lambda: None
+    progress: Callable[[str, int], AbstractContextManager[console.Advance]] = field(default=console.progress)
+    cores: int = field(default_factory=available_cpus)
 
 
 def run_training(
@@ -163,7 +167,8 @@ def run_training(
     """Train to the end of the plan, or until `stopped` is true, with a progress bar; saves the state from time to time."""
     last_save, first_step, shown = time.monotonic(), learner.step, 0
     worker = partial(_train_in_worker, training_data, plan)
-    with console.progress(control.title, _BAR_PARTS) as advance, start_processes(learner, plan.workers, worker) as process_group:
+    processes = start_processes(learner, plan.workers, worker, control.cores)
+    with control.progress(control.title, _BAR_PARTS) as advance, processes as process_group:
         for progress in train(learner, training_data, plan, stopped, process_group):
             text, done = control.on_step(progress), int(progress.done * _BAR_PARTS)
             advance(done - shown, text)
