@@ -1,20 +1,24 @@
-"""Time per fine-tuning step on this machine's CPU: one thread, several threads, and a background thread with half of these.
+"""Time per fine-tuning step on this machine's CPU, by threads and layers, with and without other programs that use the cores.
 
-    python benchmarks/step_time.py [DATASET] [--threads 2] [--blocks 6]
+    python benchmarks/step_time.py [DATASET] [--threads 2] [--blocks 6] [--busy 0]
 
-DATASET: a data set folder; without one, three synthetic phantoms. The three settings alternate in blocks of six steps within one process,
-each with its own learner, and train on the same data. Printed: median seconds per step, the median ratio to the same block on one thread,
-and a digest of the weights. With two threads, the first and the last setting give the same bits.
+DATASET: a data set folder; without one, three synthetic phantoms. The settings alternate in blocks of six steps within one process, each
+with its own learner, and train on the same data. --busy: other programs that compute meanwhile. Printed: median seconds per step, of time
+and of processor time, the median ratio to the same block of one thread, and a digest of the weights. A background thread does not change
+them.
 """
 
 import argparse
 import hashlib
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,20 +28,56 @@ from slmsam2_cli.dataset.cache import PreprocessSettings, prepare_all
 from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.model.checkpoint import load_base_weights
-from slmsam2_cli.planning.plan import read_plan
+from slmsam2_cli.planning.plan import Plan, TrainingPlan, read_plan
 from slmsam2_cli.training import trainer
+from slmsam2_cli.training.dataloader import TrainingData
+from slmsam2_cli.training.distributed import ProcessGroup
 from slmsam2_cli.training.trainer import init_learner, training_data_of
 from slmsam2_cli.workspace import Workspace
 
 STEPS = 6  # in a block
 CPU = torch.device("cpu")
-BACKGROUND_THREAD = trainer.background_thread
+REFERENCE = "one thread"
+
+
+class Setting(NamedTuple):
+    """threads: of torch; cores: with two, there is a background thread; optimised: whether layers are optimised for a CPU."""
+
+    threads: int
+    cores: int
+    optimised: bool = True
 
 
 @contextmanager
-def no_thread(device: torch.device, useful: bool = True) -> Iterator[None]:
-    """Run without a second thread."""
-    yield None
+def busy_programs(count: int) -> Iterator[None]:
+    """Let other programs compute during a block."""
+    programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+
+
+def new(decided: Plan, data: TrainingData, optimised: bool) -> trainer.Learner:
+    """Build a learner, with or without optimised layers."""
+    usual = trainer.optimise_for_cpu
+    trainer.optimise_for_cpu = usual if optimised else lambda model: None
+    try:
+        return init_learner(decided, load_base_weights("auto"), data, CPU)
+    finally:
+        trainer.optimise_for_cpu = usual
+
+
+def block(learner: trainer.Learner, data: TrainingData, training: TrainingPlan, setting: Setting) -> tuple[float, float]:
+    """Train for a block; returns seconds and processor seconds per step."""
+    torch.set_num_threads(setting.threads)
+    started, used = time.perf_counter(), time.process_time()
+    group = ProcessGroup(cores=setting.cores)
+    for _step in zip(range(STEPS), trainer.train(learner, data, training, lambda: False, group), strict=False):
+        pass
+    return (time.perf_counter() - started) / STEPS, (time.process_time() - used) / STEPS
 
 
 def main() -> None:
@@ -45,8 +85,11 @@ def main() -> None:
     parser.add_argument("dataset", type=Path, nargs="?")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=6, help="two or more; the first is a warm-up")
+    parser.add_argument("--busy", type=int, default=0)
     options = parser.parse_args()
     console.settings.quiet = True
+    settings = {"one thread, layers of SAM 2": Setting(1, 1, optimised=False), REFERENCE: Setting(1, 1)}
+    settings |= {f"{options.threads} threads": Setting(options.threads, 1), "background thread": Setting(1, 2)}
     with tempfile.TemporaryDirectory() as folder:
         root, space = options.dataset or Path(folder) / "data", Workspace(Path(folder) / "work")
         if options.dataset is None:
@@ -56,25 +99,20 @@ def main() -> None:
         cases = prepare_all(read_dataset(root), PreprocessSettings(decided.geometry, decided.intensity), space.prepared).cases[:5]
         training = decided.training.model_copy(update={"steps": STEPS * options.blocks})
         decided = decided.model_copy(update={"training": training})
-        base = load_base_weights("auto")
-        settings = {"one thread": (1, no_thread), f"{options.threads} threads": (options.threads, no_thread)}
-        settings["background thread"] = (options.threads, BACKGROUND_THREAD)
-        learners = {setting: init_learner(decided, base, training_data_of(cases, decided), CPU) for setting in settings}
-        training_data, times, dropout = training_data_of(cases, decided), {setting: list[float]() for setting in settings}, {}
-        for _ in range(options.blocks):
-            for setting, (threads, background_thread) in settings.items():
-                torch.set_num_threads(threads)
-                trainer.background_thread = background_thread
-                torch.set_rng_state(dropout[setting]) if setting in dropout else torch.manual_seed(0)
-                started = time.perf_counter()
-                for _step in zip(range(STEPS), trainer.train(learners[setting], training_data, training, lambda: False), strict=False):
-                    pass
-                times[setting].append((time.perf_counter() - started) / STEPS)
-                dropout[setting] = torch.get_rng_state()
-    print("| | seconds per step | ratio to one thread | weights |\n|---|---|---|---|")
-    for setting, taken in times.items():
-        ratio = statistics.median(a / b for a, b in zip(taken[1:], times["one thread"][1:], strict=True))
-        print(f"| {setting} | {statistics.median(taken[1:]):.2f} | {ratio:.2f} | {digest(learners[setting])} |")
+        data, dropout = training_data_of(cases, decided), {}
+        learners = {name: new(decided, data, setting.optimised) for name, setting in settings.items()}
+        times = {name: list[tuple[float, float]]() for name in settings}
+        with busy_programs(options.busy):
+            for _ in range(options.blocks):
+                for name, setting in settings.items():
+                    torch.set_rng_state(dropout[name]) if name in dropout else torch.manual_seed(0)
+                    times[name].append(block(learners[name], data, training, setting))
+                    dropout[name] = torch.get_rng_state()
+    print("| | seconds | processor seconds | time, ratio to one thread | weights |\n|---|---|---|---|---|")
+    for name, taken in times.items():
+        seconds, used = (statistics.median(values) for values in zip(*taken[1:], strict=True))
+        ratio = statistics.median(a / b for (a, _), (b, _) in zip(taken[1:], times[REFERENCE][1:], strict=True))
+        print(f"| {name} | {seconds:.2f} | {used:.2f} | {ratio:.2f} | {digest(learners[name])} |")
 
 
 def digest(learner: trainer.Learner) -> str:

@@ -32,6 +32,7 @@ from slmsam2_cli.planning.fingerprint import write_fingerprint
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.plan import RGB_CHANNELS, Plan, TrainingPlan, read_plan, write_plan
 from slmsam2_cli.planning.rules import choose_training, decide, training_for
+from slmsam2_cli.training.background import needs_one_thread, one_thread, pieces_at_once
 from slmsam2_cli.training.calibrate import calibrate_model
 from slmsam2_cli.training.cross_validation import FILE as FOLDS_FILE
 from slmsam2_cli.training.cross_validation import (
@@ -44,7 +45,7 @@ from slmsam2_cli.training.cross_validation import (
 )
 from slmsam2_cli.training.dataloader import TrainingData
 from slmsam2_cli.training.distributed import check_workers
-from slmsam2_cli.training.interrupts import ResumableError, graceful_stop, memory_advice, memory_warning, resumable
+from slmsam2_cli.training.interrupts import ResumableError, finetuning_bytes, graceful_stop, memory_advice, memory_warning, resumable
 from slmsam2_cli.training.learner import Progress, fraction_done
 from slmsam2_cli.training.monitoring import Log, draw_progress, tensorboard_log
 from slmsam2_cli.training.state import (
@@ -111,7 +112,8 @@ def finetune(
                 console.warn(warning)
             used = [case for case in prepared.cases if case.id in run.cases]
             skipped = tuple(problem.case for problem in prepared.problems)
-            _finetune(_Session(run, used, skipped, workspace, chosen, options), resume)
+            with one_thread(needs_one_thread(run.plan.network.size, chosen)):
+                _finetune(_Session(run, used, skipped, workspace, chosen, options), resume)
     except ResumableError:
         raise
     except OutputError as error:
@@ -289,7 +291,8 @@ def _finetune(session: _Session, resume: bool) -> None:
     with resumable("slmsam2 finetune"), graceful_stop() as stopped:
         default_steps = choose_training(run.plan.network.size, len(session.used)).value.steps
         steps_fixed = run.plan.training.steps != default_steps
-        job = CrossValidation(run, session.device, workspace.finetuned, SAVE_EVERY_S, steps_fixed, stopped)
+        needed = finetuning_bytes(run.plan, workspace.fingerprint, len(session.used))
+        job = CrossValidation(run, session.device, workspace.finetuned, SAVE_EVERY_S, steps_fixed, stopped, needed)
         validation = validate(job, session.used)
         if stopped() and validation is None:
             console.say("stopped during cross-validation. Resume with slmsam2 finetune --continue")
@@ -320,7 +323,7 @@ def _train_on_all(session: _Session, validation: HeldOutResult | None, resume: b
     _save(session, learner, validation)
     _write_log(log, run)
     finished = kept is not None or fraction_done(learner, training) >= 1
-    if finished and (calibration := _calibrate(learner, used, run.plan, stopped)):
+    if finished and (calibration := _calibrate(session, learner, stopped)):
         _save(session, learner, validation, calibration)
     elif stopped() or not finished:
         finished = False
@@ -383,9 +386,12 @@ def _write_split(session: _Session, finished: bool) -> None:
     atomic.write_json(session.workspace.split, split)
 
 
-def _calibrate(learner: Learner, cases: Sequence[PreparedCase], plan: Plan, stopped: Callable[[], bool]) -> Calibration | None:
+def _calibrate(session: _Session, learner: Learner, stopped: Callable[[], bool]) -> Calibration | None:
     """Calibrate the confidence of the fine-tuned model, and print the result."""
-    calibration = calibrate_model(learner.ema, cases, plan, stopped)
+    plan, cases = session.run.plan, session.used
+    needed = finetuning_bytes(plan, session.workspace.fingerprint, len(cases))
+    processes = pieces_at_once(plan, session.device, needed, len(cases) * len(plan.labels))
+    calibration = calibrate_model(learner.ema, cases, plan, stopped, processes)
     if calibration is None:
         reason = "stopped" if stopped() else "too few slices, or calibration did not improve it"
         console.say(f"confidence not calibrated: {reason}")

@@ -1,7 +1,8 @@
-"""A second thread that works while nano trains on a CPU: two pieces of work on half of the cores each.
+"""How nano uses the cores of a CPU in training: one thread of torch for each piece of work, and a second piece of work where it helps.
 
-Networks this small do not keep two cores busy, but two of them do (docs/explanation/training.md). Each thread uses half of the cores
-for everything it computes, whatever the other thread does meanwhile, so the result does not depend on which one is faster.
+On tensors of a few thousand numbers several threads of torch mostly wait for each other, and they wait busily, which takes many times as
+long beside other programs (docs/experiments/2026-11-29-finetune-side-by-side.md). So whatever is trained or predicted here is computed
+by one thread, and the result does not depend on the number of cores.
 """
 
 from __future__ import annotations
@@ -13,30 +14,60 @@ from typing import TypeVar
 
 import torch
 
+from slmsam2_cli.dataset.resources import free_bytes
+from slmsam2_cli.parallel import available_cpus
+from slmsam2_cli.planning.plan import Plan
+
 T = TypeVar("T")
 
 
+def needs_one_thread(network_size: str, device: torch.device) -> bool:
+    """Return whether the tensors are too small for several threads: those of nano, on a CPU."""
+    return network_size == "nano" and device.type == "cpu"
+
+
+def pieces_at_once(plan: Plan, device: torch.device, bytes_each: int | None, pieces: int) -> int:
+    """Compute how many independent pieces of work are run at once in processes: as many as there are cores, and as memory allows.
+
+    bytes_each: memory of a piece, None where it is unknown. 1, where the network uses all cores by itself, or processes share its steps.
+    """
+    if not needs_one_thread(plan.network.size, device) or plan.training.workers > 1 or not bytes_each:
+        return 1
+    return max(1, min(pieces, available_cpus(), free_bytes() // bytes_each))
+
+
+def cores_of_each(processes: int) -> int:
+    """Compute how many cores each of several processes has for itself."""
+    return max(1, available_cpus() // processes)
+
+
 @contextmanager
-def background_thread(device: torch.device, useful: bool = True) -> Iterator[ThreadPoolExecutor | None]:
+def one_thread(wanted: bool = True) -> Iterator[None]:
+    """Let torch compute with one thread during a block, where that is wanted."""
+    before = torch.get_num_threads()
+    try:
+        if wanted:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def background_thread(device: torch.device, cores: int, useful: bool = True) -> Iterator[ThreadPoolExecutor | None]:
     """Run a second thread during a block; yields None unless it is useful and this process has two or more cores of a CPU.
 
-    Inside the block torch has half of the cores in both threads.
+    Inside the block torch has one thread in each of both.
     """
-    threads = torch.get_num_threads()
-    if not useful or device.type != "cpu" or threads < 2:
+    if not useful or device.type != "cpu" or cores < 2:
         yield None
         return
-    half = threads // 2
-    thread = ThreadPoolExecutor(1, "background", initializer=torch.set_num_threads, initargs=(half,))
-    try:
-        torch.set_num_threads(half)
-        thread.submit(torch.get_num_threads).result()  # starts the thread before anything is computed
-        yield thread
-    finally:
+    with one_thread(), ThreadPoolExecutor(1, "background", initializer=torch.set_num_threads, initargs=(1,)) as thread:
         try:
-            thread.shutdown(cancel_futures=True)
+            thread.submit(torch.get_num_threads).result()  # starts the thread before anything is computed
+            yield thread
         finally:
-            torch.set_num_threads(threads)
+            thread.shutdown(cancel_futures=True)
 
 
 def submit(thread: Executor | None, work: Callable[[], T]) -> Future[T]:

@@ -4,8 +4,11 @@ With two cases or more, FOLDS runs each hold one out; with one case, a single ru
 lower. Each run is scored at a few checkpoints as `predict` would segment: from the middle slice of each label, with Dice over all other
 slices, empty ones included. Where the pretrained model scores higher than every checkpoint, it is kept.
 
+Folds do not depend on each other. On a CPU each runs in a process of its own (side_by_side.py), as many at once as cores and memory
+allow; the results are the same, bit for bit, as one after another.
+
 FOLDER/validation.json     the Dice of every fold at every checkpoint, and which folds are done
-FOLDER/fold.safetensors    the state of the fold that is running; an interrupted cross-validation resumes there
+FOLDER/fold_1.safetensors  the state of a fold that is running; an interrupted cross-validation resumes there
 FOLDER/held_out_CASE.png   masks of the held-out case over its slices
 """
 
@@ -14,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +38,14 @@ from slmsam2_cli.model.roi import pad_to_square
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import Plan, TrainingPlan, digest_of
 from slmsam2_cli.planning.rules import CHECKPOINTS, FOLD_FRACTION, FOLDS, SINGLE_CASE_FRACTION
+from slmsam2_cli.training.background import cores_of_each, pieces_at_once
 from slmsam2_cli.training.learner import Progress, fraction_done
 from slmsam2_cli.training.monitoring import draw_overlays
+from slmsam2_cli.training.side_by_side import Results, Watch, run_side_by_side
 from slmsam2_cli.training.state import Run, delete_state, load_state, save_state, training_images_of
 from slmsam2_cli.training.trainer import Learner, RunControl, init_learner, run_training, training_data_of
 
-FILE, STATE, FORMAT_VERSION = "validation.json", "fold.safetensors", 2
+FILE, STATES, FORMAT_VERSION = "validation.json", "fold*.safetensors", 2
 FOLD_TIME_FRACTION = 0.3  # of a limit in minutes, for all folds together
 MIN_STEPS = 20  # of a fold, below which its scores mean nothing
 TIE_MARGIN = 0.005  # Dice; of checkpoints that differ by less the latest is chosen
@@ -235,6 +241,16 @@ class FoldRecord:
     checkpoints: dict[str, dict[int, CheckpointScore]] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
 
+    def store(self, fold: str, scores: Mapping[int, CheckpointScore]) -> None:
+        """Write validation.json with the scores of a fold so far. Raises OutputError when it cannot be written."""
+        self.checkpoints[fold] = dict(scores)
+        self.write()
+
+    def end(self, fold: str) -> None:
+        """Write validation.json with this fold as done; done ones are in the order of the folds, whichever ended first."""
+        self.done = [name for name in self.checkpoints if name in {*self.done, fold}]
+        self.write()
+
     def write(self) -> None:
         """Write validation.json. Raises OutputError when it cannot be written."""
         value = {"format_version": FORMAT_VERSION, "run": self.run, "checkpoints": self.checkpoints, "done": self.done}
@@ -256,9 +272,15 @@ def read_record(path: Path, run: str) -> FoldRecord:
 def delete_folds(folder: Path) -> None:
     """Delete the files of an earlier cross-validation, so that it is not resumed."""
     (folder / FILE).unlink(missing_ok=True)
-    delete_state(folder / STATE)
+    _delete_states(folder)
     for picture in folder.glob("held_out_*.png"):
         picture.unlink(missing_ok=True)
+
+
+def _delete_states(folder: Path) -> None:
+    """Delete the states of all folds, also of versions that kept one only."""
+    for state in folder.glob(STATES):
+        state.unlink(missing_ok=True)
 
 
 def plan_folds(run: Run, used: Sequence[PreparedCase]) -> tuple[tuple[Fold, ...], TrainingPlan | None]:
@@ -271,7 +293,10 @@ def plan_folds(run: Run, used: Sequence[PreparedCase]) -> tuple[tuple[Fold, ...]
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """Where and how the folds of a run are run. steps_fixed: the user set the number of steps. stopped: whether the user stops the run."""
+    """Where and how the folds of a run are run. steps_fixed: the user set the number of steps. stopped: whether the user stops the run.
+
+    fold_bytes: the memory that a fold needs; None where it is unknown, then folds are run one after another.
+    """
 
     run: Run
     device: torch.device
@@ -279,6 +304,32 @@ class CrossValidation:
     save_every_s: float
     steps_fixed: bool
     stopped: Callable[[], bool]
+    fold_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class FoldJob:
+    """What a fold needs to run in any process. scores: of its checkpoints so far; cores: CPU cores that it has for itself."""
+
+    fold: Fold
+    run: Run
+    training: TrainingPlan
+    device: torch.device
+    state: Path
+    save_every_s: float
+    scores: Mapping[int, CheckpointScore]
+    title: str
+    cores: int
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the run, with the settings of the fold."""
+        return self.run.plan.model_copy(update={"training": self.training})
+
+    @property
+    def settings(self) -> str:
+        """The digest of everything that must not change before the fold is resumed."""
+        return digest_of({"run": self.run.digest, "fold": self.fold.name})
 
 
 def validate(job: CrossValidation, used: Sequence[PreparedCase]) -> HeldOutResult | None:
@@ -288,57 +339,90 @@ def validate(job: CrossValidation, used: Sequence[PreparedCase]) -> HeldOutResul
     if training is not None and not folds and make_folds(used, run.plan):
         console.say("skipping cross-validation: the pretrained model was trained on these cases")
     record = read_record(job.folder / FILE, run.digest)
-    for number, fold in enumerate(folds, start=1):
-        if fold.name not in record.done and training is not None:
-            with torch.random.fork_rng():  # the run itself draws the same numbers as without cross-validation
-                _run_fold(job, fold, training, record, f"cross-validation {number}/{len(folds)}")
-        if job.stopped():
-            return None
-    delete_state(job.folder / STATE)
+    record.checkpoints = {fold.name: record.checkpoints.get(fold.name, {}) for fold in folds}
+    if training is not None:
+        _run_folds(job, folds, training, record)
+    if job.stopped() and folds:
+        return None
+    _delete_states(job.folder)
     scores = {name: record.checkpoints[name] for name in record.done if record.checkpoints[name]}
     return conclude(scores, run.plan.training, job.steps_fixed)
 
 
-def _run_fold(job: CrossValidation, fold: Fold, training: TrainingPlan, record: FoldRecord, title: str) -> None:
-    """Train and score a fold, or resume it. It is marked as done unless the user stops the run."""
-    plan, run = job.run.plan.model_copy(update={"training": training}), job.run
-    training_data, state = training_data_of(fold.cases, plan), job.folder / STATE
-    learner, settings = init_learner(plan, run.pretrained, training_data, job.device), digest_of({"run": run.digest, "fold": fold.name})
-    scores, ways = record.checkpoints.setdefault(fold.name, {}), (True, False) if training.label_unet else (False,)
+def _run_folds(job: CrossValidation, folds: Sequence[Fold], training: TrainingPlan, record: FoldRecord) -> None:
+    """Run the folds that are not done yet, side by side where that is possible, else one after another."""
+    processes, jobs = pieces_at_once(job.run.plan, job.device, job.fold_bytes, len(folds) - len(record.done)), {}
+    if training.minutes is not None:
+        training = training.model_copy(update={"minutes": training.minutes * processes})
+    for number, fold in enumerate(folds, start=1):
+        if fold.name not in record.done:
+            title, cores = f"cross-validation {number}/{len(folds)}", cores_of_each(processes)
+            state, scores = job.folder / f"fold_{number}.safetensors", record.checkpoints[fold.name]
+            jobs[fold.name] = FoldJob(fold, job.run, training, job.device, state, job.save_every_s, scores, title, cores)
+
+    def end(name: str, scores: Mapping[int, CheckpointScore] | None) -> None:
+        if scores is not None:
+            record.store(name, scores)
+            record.end(name)
+            delete_state(jobs[name].state)
+
+    titles = {f"{one.title}, held out {name}": name for name, one in jobs.items()}
+    results = Results(lambda title, scores: record.store(titles[title], scores), lambda title, scores: end(titles[title], scores))
+    named = {title: jobs[name] for title, name in titles.items()}
+    if processes > 1 and run_side_by_side(run_fold_in_process, named, "cross-validation", job.stopped, results):
+        return
+    for name, one in jobs.items():
+        if job.stopped():
+            return
+        with torch.random.fork_rng():  # the run itself draws the same numbers as without cross-validation
+            end(name, run_fold(replace(one, cores=cores_of_each(1)), Watch(job.stopped, partial(record.store, name))))
+
+
+def run_fold_in_process(job: FoldJob, watch: Watch) -> dict[int, CheckpointScore] | None:
+    """Run a fold in a process of its own."""
+    torch.set_num_threads(1)
+    return run_fold(job, watch)
+
+
+def run_fold(job: FoldJob, watch: Watch) -> dict[int, CheckpointScore] | None:
+    """Train and score a fold, or resume it. Returns the Dice of its checkpoints; None where the user stops the run before its end.
+
+    The scores are stored before any state that is further, so that none is missing after an interruption.
+    """
+    plan, fold, training, state = job.plan, job.fold, job.training, job.state
+    training_data = training_data_of(fold.cases, plan)
+    learner = init_learner(plan, job.run.pretrained, training_data, job.device)
+    scores, ways = dict(job.scores), (True, False) if training.label_unet else (False,)
     resumed = False
     if 0 in scores:
         with suppress(WeightsError):
-            load_state(state, learner, settings)
+            load_state(state, learner, job.settings)
             resumed = True
     if not resumed:
-        scores.clear()
-        scores[0] = (_pretrained_score(run, learner, fold, plan),) * len(ways)
-        record.write()
-        save_state(state, learner, settings)
+        scores = {0: (_pretrained_score(job.run, learner, fold, plan),) * len(ways)}
+        watch.store(scores)
+        save_state(state, learner, job.settings)
     scored_at = [fraction_done(learner, training)]
 
     def on_step(progress: Progress) -> str:
         for number, fraction in enumerate(CHECKPOINTS, start=1):
             if scored_at[0] < fraction <= progress.done:
                 scores[number] = tuple(score_fold(learner.ema, fold, plan, use_label_prior=way).score for way in ways)
-                record.write()
+                watch.store(scores)
         scored_at[0] = progress.done
         return f"held out {fold.name}: Dice {' → '.join(f'{max(scores[at]):.3f}' for at in sorted(scores))}"
 
-    if scored_at[0] < 1 and not stopped_early(scores) and not job.stopped():
-        control = RunControl(title, state, settings, job.save_every_s, on_step)
-        run_training(learner, training_data, training, lambda: job.stopped() or stopped_early(scores), control)
-    if job.stopped():
-        save_state(state, learner, settings)
-        return
+    if scored_at[0] < 1 and not stopped_early(scores) and not watch.stopped():
+        control = RunControl(job.title, state, job.settings, job.save_every_s, on_step, progress=watch.progress, cores=job.cores)
+        run_training(learner, training_data, training, lambda: watch.stopped() or stopped_early(scores), control)
+    if watch.stopped():
+        save_state(state, learner, job.settings)
+        return None
     if learner.step < MIN_STEPS and not stopped_early(scores):  # the time limit was reached
         console.say(f"held out {fold.name}: only {learner.step} steps, result ignored")
-        scores.clear()
-    else:
-        _draw_overlay(learner, fold, plan, record)
-    record.done.append(fold.name)
-    record.write()
-    delete_state(state)
+        return {}
+    _draw_overlay(learner, job, scores)
+    return scores
 
 
 def _pretrained_score(run: Run, learner: Learner, fold: Fold, plan: Plan) -> float:
@@ -352,15 +436,15 @@ def _pretrained_score(run: Run, learner: Learner, fold: Fold, plan: Plan) -> flo
     return score
 
 
-def _draw_overlay(learner: Learner, fold: Fold, plan: Plan, record: FoldRecord) -> None:
+def _draw_overlay(learner: Learner, job: FoldJob, scores: Mapping[int, CheckpointScore]) -> None:
     """Draw the final masks of the held-out case. An error becomes a warning, unless a file of the case was cut short."""
+    fold = job.fold
     try:
-        scores = record.checkpoints[fold.name]
         last = scores[max(scores)]
         with_prior = len(last) > 1 and last[0] >= last[1]
-        final = score_fold(learner.ema, fold, plan, with_prior)
+        final = score_fold(learner.ema, fold, job.plan, with_prior)
         title = f"{fold.name}, held out: Dice {scores[0][0]:.3f} pretrained, {final.score:.3f} fine-tuned"
-        draw_overlays(record.path.with_name(f"held_out_{fold.held_out.id}.png"), fold.held_out, final.labels, title)
+        draw_overlays(job.state.with_name(f"held_out_{fold.held_out.id}.png"), fold.held_out, final.labels, title)
     except atomic.ArrayError:
         raise
     except Exception as error:  # noqa: BLE001 - nothing about a picture may make a run fail

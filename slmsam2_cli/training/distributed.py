@@ -14,7 +14,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from slmsam2_cli.errors import DeviceError, SlmSam2Error, TrainingError
+from slmsam2_cli.parallel import available_cpus
 
 _TIMEOUT = timedelta(minutes=10)  # for messages within a step
 _IDLE_TIMEOUT = timedelta(days=7)  # between two steps, while process 0 validates and saves
@@ -49,20 +50,22 @@ class ProcessGroup:
     """The processes that share every step, as one of them sees it; by default this process alone.
 
     cpu_group: torch's group for everything but gradients, which are shared where the network runs. Its CPU backend notices at once when
-    a process has ended. workers: of process 0, all the others.
+    a process has ended. workers: of process 0, all the others. cores: how many CPU cores this process has for itself.
     """
 
     rank: int = 0
     count: int = 1
     cpu_group: Any = None
     workers: Sequence[_Worker] = ()
+    cores: int = field(default_factory=available_cpus)
 
     @classmethod
     def join(cls, rank: int, count: int, device: torch.device, rendezvous: Path) -> ProcessGroup:
         """Join the group whose processes meet at the file `rendezvous`; waits for all of them."""
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=rendezvous.as_uri(), rank=rank, world_size=count, timeout=_TIMEOUT)
-        return cls(rank, count, dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT))
+        group = dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT)
+        return cls(rank, count, group, cores=max(1, available_cpus() // count))
 
     def broadcast_progress(self, going: bool, done: float) -> tuple[bool, float]:
         """Return whether there is one more step, and the fraction of the run that is done, as process 0 sees it."""
@@ -131,15 +134,16 @@ class _WorkerStart:
 
 
 @contextmanager
-def start_processes(learner: Any, count: int, work: Work) -> Iterator[ProcessGroup]:
+def start_processes(learner: Any, count: int, work: Work, cores: int | None = None) -> Iterator[ProcessGroup]:
     """Run `count` processes during a block; `work(learner, process_group)`, a picklable function, is what the others do.
 
-    learner: what is trained; it has `model.device` and `to(device)` and can be pickled.
+    learner: what is trained; it has `model.device` and `to(device)` and can be pickled. cores: CPU cores that a single process has for
+    itself, None for all.
 
     Raises: TrainingError when a process cannot start.
     """
     if count == 1:
-        yield SINGLE_PROCESS
+        yield SINGLE_PROCESS if cores is None else ProcessGroup(cores=cores)
         return
     device, before = learner.model.device, torch.get_num_threads()
     threads = max(1, before // count) if device.type == "cpu" else before

@@ -63,6 +63,15 @@ def graceful_stop() -> Iterator[Callable[[], bool]]:
         signal.raise_signal(signal.Signals(caught[0]))
 
 
+def finetuning_bytes(plan: Plan, fingerprint: Path, count: int) -> int | None:
+    """Estimate the memory of fine-tuning on `count` cases in one process; None where it is unknown."""
+    try:
+        estimate = estimate_finetuning(plan, read_fingerprint(fingerprint), count)
+    except PlanError:
+        return None
+    return estimate.memory_bytes if estimate is not None else None
+
+
 def memory_warning(plan: Plan, fingerprint: Path, count: int, device: torch.device) -> str | None:
     """Compare the memory that fine-tuning on `count` cases needs with what is free. Returns a warning with the setting that fits.
 
@@ -74,17 +83,12 @@ def memory_warning(plan: Plan, fingerprint: Path, count: int, device: torch.devi
         available = free_bytes() + RUNTIME_BYTES  # the runtime is loaded already
     else:
         return None
-    try:
-        measured = read_fingerprint(fingerprint)
-    except PlanError:
-        return None
-    estimate = estimate_finetuning(plan, measured, count)
     processes = plan.training.workers if device.type == "cpu" else 1
-    needed = estimate.memory_bytes * processes if estimate is not None else 0
+    needed = (finetuning_bytes(plan, fingerprint, count) or 0) * processes
     if needed <= available:
         return None
     advice = "Close other programs, or use a machine with more memory"
-    if longest_clip(plan, measured, available // processes):
+    if longest_clip(plan, read_fingerprint(fingerprint), available // processes):
         advice = f"Run: slmsam2 plan --max-memory {math.floor(available / 1e8) / 10:g}"
     return f"fine-tuning needs about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB available. {advice}"
 

@@ -134,6 +134,8 @@ def load_state(path: Path, learner: Learner, settings: str) -> str:
         index, key = name.split("/")
         slots.setdefault(int(index), {})[key] = tensor
     learner.optimiser.load_state_dict(learner.optimiser.state_dict() | {"state": slots})
+    for weight, slot in learner.optimiser.state.items():  # stored in memory as the weights are, or steps might be rounded differently
+        slot.update({key: torch.empty_like(weight).copy_(slot[key]) for key in _MOMENTS if key != "step"})
     torch.set_rng_state(tensors["rng/torch"])
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])

@@ -11,8 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,11 +25,13 @@ from slmsam2_cli.dataset.cache import PreparedCase, check_not_truncated
 from slmsam2_cli.device import half_precision
 from slmsam2_cli.errors import PlanError, TrainingError
 from slmsam2_cli.model.checkpoint import Checkpoint, load_weights
+from slmsam2_cli.model.cpu_ops import optimise_for_cpu
 from slmsam2_cli.model.memory.interface import ReadContext
 from slmsam2_cli.model.slmsam2 import MemoryBank, SliceFeatures, SliceOutput, SlmSam2
+from slmsam2_cli.parallel import available_cpus
 from slmsam2_cli.planning.plan import Plan, TrainingPlan
 from slmsam2_cli.training import learner as learning
-from slmsam2_cli.training.background import background_thread, submit
+from slmsam2_cli.training.background import background_thread, needs_one_thread, submit
 from slmsam2_cli.training.clips import Clips, ClipSampler
 from slmsam2_cli.training.dataloader import Batch, BatchDataset, BatchFeed, TrainingData, dataloader_workers
 from slmsam2_cli.training.distributed import SINGLE_PROCESS, ProcessGroup, start_processes
@@ -86,6 +88,8 @@ def new_model(plan: Plan, pretrained: Checkpoint | None, seed: int = 0) -> SlmSa
 def init_learner(plan: Plan, pretrained: Checkpoint | None, training_data: TrainingData, device: torch.device) -> Learner:
     """Build a learner at step 0, with a new label U-Net where the data have slices for it; the seed is the plan's."""
     model = new_model(plan, pretrained, plan.training.seed)
+    if needs_one_thread(plan.network.size, device):
+        optimise_for_cpu(model)
     if training_data.slices is not None:
         model.label_unet = new_label_unet(training_data.slices, len(plan.channels), plan.training.seed)
         model.label_unet.can_add = plan.training.can_add is not False
@@ -143,7 +147,8 @@ class RunControl:
     """How a run is shown and saved. title: of the progress bar.
 
     state: the file to which the state is saved every `save_every_s` seconds. settings: the digest of everything that must not change
-    before it is resumed. on_step: called after each step; returns the text next to the bar. on_save: called after each save.
+    before it is resumed. on_step: called after each step; returns the text next to the bar. on_save: called after each save. progress:
+    shows the bar. cores: CPU cores that the run has for itself.
     """
 
     title: str
@@ -152,6 +157,8 @@ class RunControl:
     save_every_s: float
     on_step: Callable[[Progress], str]
     on_save: Callable[[], None] = lambda: None
+    progress: Callable[[str, int], AbstractContextManager[console.Advance]] = field(default=console.progress)
+    cores: int = field(default_factory=available_cpus)
 
 
 def run_training(
@@ -160,7 +167,8 @@ def run_training(
     """Train to the end of the plan, or until `stopped` is true, with a progress bar; saves the state from time to time."""
     last_save, first_step, shown = time.monotonic(), learner.step, 0
     worker = partial(_train_in_worker, training_data, plan)
-    with console.progress(control.title, _BAR_PARTS) as advance, start_processes(learner, plan.workers, worker) as process_group:
+    processes = start_processes(learner, plan.workers, worker, control.cores)
+    with control.progress(control.title, _BAR_PARTS) as advance, processes as process_group:
         for progress in train(learner, training_data, plan, stopped, process_group):
             text, done = control.on_step(progress), int(progress.done * _BAR_PARTS)
             advance(done - shown, text)
@@ -199,7 +207,7 @@ def train(
 
     The model's label U-Net, where it has one, is trained in the same steps. process_group: the processes that share the steps; clock and
     `stop` of process 0 count. workers: processes that draw batches ahead, None for as many as the device needs. Between two steps torch
-    may have half of the cores only.
+    may have one thread only.
 
     Raises: TrainingError after 20 steps in a row without a finite loss and gradient, which change nothing.
     """
@@ -211,7 +219,7 @@ def train(
     feed = BatchFeed(batches, learner.step, clip_slices(fraction_done(learner, plan), plan, learner.from_scratch), workers)
     learner.model.train()
     try:
-        with background_thread(device, _thread_is_useful(learner, process_group)) as thread:
+        with background_thread(device, process_group.cores, _thread_is_useful(learner, process_group)) as thread:
             yield from _steps(learner, feed, plan, stop, process_group, thread)
     except RuntimeError as error:
         raise feed.worker_error(error) or process_group.worker_error() or error from None

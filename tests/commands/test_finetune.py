@@ -471,9 +471,9 @@ def test_a_run_that_is_stopped_during_calibration_can_be_resumed(dataset, tuned,
 
     calibrate_model, workspace = stage.calibrate_model, Workspace(tmp_path)
 
-    def interrupted(model, cases, plan, stopped):
+    def interrupted(model, cases, plan, stopped, processes):
         signal.raise_signal(signal.SIGINT)
-        return calibrate_model(model, cases, plan, stopped)
+        return calibrate_model(model, cases, plan, stopped, processes)
 
     monkeypatch.setattr(stage, "calibrate_model", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite run in the background ignores it

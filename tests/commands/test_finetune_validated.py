@@ -12,7 +12,7 @@ from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.errors import UsageError
 from slmsam2_cli.model.checkpoint import label_unet_of, load_base_weights, read_checkpoint
 from slmsam2_cli.planning.plan import read_plan, write_plan
-from slmsam2_cli.training import cross_validation
+from slmsam2_cli.training import background, cross_validation
 from slmsam2_cli.training.cross_validation import FoldScore
 from slmsam2_cli.workspace import Workspace
 
@@ -28,8 +28,9 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def short_folds():
-    """Folds of any length are run and scored once, and the state is saved after every step."""
+    """Folds of any length are run and scored once, in this process as with one core, and the state is saved after every step."""
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(background, "available_cpus", lambda: 1)
         patched.setattr(cross_validation, "MIN_STEPS", 1)
         patched.setattr(cross_validation, "CHECKPOINTS", (1.0,))
         patched.setattr("slmsam2_cli.commands.finetune.SAVE_EVERY_S", 0.0)

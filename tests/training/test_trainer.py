@@ -8,11 +8,13 @@ import torch
 from stacks import case, whole
 
 from slmsam2_cli.errors import TrainingError, WeightsError
+from slmsam2_cli.model.cpu_ops import optimise_for_cpu
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan, TrainingPlan
 from slmsam2_cli.training import trainer
 from slmsam2_cli.training.clips import ClipSampler
 from slmsam2_cli.training.dataloader import TrainingData
+from slmsam2_cli.training.distributed import ProcessGroup
 from slmsam2_cli.training.label_unet import SliceSampler, new_label_unet
 from slmsam2_cli.training.learner import fraction_done
 from slmsam2_cli.training.losses import LossWeights
@@ -31,6 +33,7 @@ def plan(steps=4, **changes):
 def learner(steps=4, from_scratch=False, **changes):
     torch.manual_seed(0)
     model = SlmSam2(NetworkPlan(size="nano"), PX)
+    optimise_for_cpu(model)
     model.label_unet = new_label_unet(slices(), 1, 0)
     return new_learner(model, plan(steps, **changes), from_scratch)
 
@@ -47,31 +50,28 @@ def sampler():
     return ClipSampler([annotated()], [1], whole(PX))
 
 
-def run(one, until=None, steps=4):
-    return list(train(one, TrainingData(sampler(), slices()), plan(steps), lambda: until is not None and one.step >= until))
+def run(one, until=None, steps=4, cores=2):
+    stop, data = (lambda: until is not None and one.step >= until), TrainingData(sampler(), slices())
+    return list(train(one, data, plan(steps), stop, ProcessGroup(cores=cores)))
 
 
 def weights(one):
     return {**{f"m/{n}": t for n, t in one.model.state_dict().items()}, **{f"a/{n}": t for n, t in one.ema.state_dict().items()}}
 
 
-@pytest.mark.parametrize(("threads", "object_score"), [(1, "ground_truth"), (1, "teacher"), (2, "teacher")])
-def test_a_run_resumed_from_disk_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path, threads, object_score):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)  # with two, the next step is prepared before this one is over
-    try:
-        whole = learner(object_score_target=object_score)
-        run(whole)
-        first = learner(object_score_target=object_score)
-        run(first, until=2)
-        save_state(tmp_path / "state.safetensors", first, "settings")
-        second = learner(object_score_target=object_score)
-        torch.manual_seed(99)
-        assert load_state(tmp_path / "state.safetensors", second, "settings") == ""
-        assert second.step == 2
-        run(second)
-    finally:
-        torch.set_num_threads(before)
+@pytest.mark.parametrize(("cores", "object_score"), [(1, "ground_truth"), (1, "teacher"), (2, "teacher")])
+def test_a_run_resumed_from_disk_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path, cores, object_score):
+    """With two cores, the next step is prepared before this one is over."""
+    whole = learner(object_score_target=object_score)
+    run(whole, cores=cores)
+    first = learner(object_score_target=object_score)
+    run(first, until=2, cores=cores)
+    save_state(tmp_path / "state.safetensors", first, "settings")
+    second = learner(object_score_target=object_score)
+    torch.manual_seed(99)
+    assert load_state(tmp_path / "state.safetensors", second, "settings") == ""
+    assert second.step == 2
+    run(second, cores=cores)
     expected, found = weights(whole), weights(second)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
