@@ -4,12 +4,15 @@ import json
 import re
 import shutil
 from contextlib import ExitStack
+from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+import torch
 from published import tuned_slm_sam2
 from safetensors import safe_open
+from small_runs import beside, small, small_workspace, write_organs
 
 from slmsam2_cli.commands import finetune as stage
 from slmsam2_cli.commands.finetune import finetune
@@ -21,9 +24,12 @@ from slmsam2_cli.io import atomic
 from slmsam2_cli.model.checkpoint import Provenance, combine_with_base, label_unet_of, read_checkpoint, save_checkpoint
 from slmsam2_cli.model.label_unet import LabelUNet
 from slmsam2_cli.model.slmsam2 import SlmSam2
+from slmsam2_cli.planning.fingerprint import write_fingerprint
+from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.plan import read_plan, with_digest, write_plan
 from slmsam2_cli.planning.rules import choose_training, override_training, training_for
 from slmsam2_cli.training import trainer
+from slmsam2_cli.training.interrupts import memory_warning
 from slmsam2_cli.training.state import save_model
 from slmsam2_cli.workspace import Workspace
 
@@ -38,9 +44,36 @@ def dataset(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def organs(tmp_path_factory):
+    """Four smaller phantoms with one label."""
+    return write_organs(tmp_path_factory.mktemp("organs"), cases=4, test_cases=1)
+
+
+@pytest.fixture
+def workspace(organs, tmp_path):
+    """A workspace with a plan for `organs` whose steps are quick."""
+    return small_workspace(tmp_path / "workspace", organs)
+
+
+@pytest.fixture(scope="module")
 def tuned(dataset):
     workspace = Workspace(dataset / "slmsam2")
     assert finetune(dataset, workspace, cases=2, weights="random", steps=1) == 0
+    return workspace
+
+
+@pytest.fixture
+def copied(tuned, tmp_path):
+    """A copy of `tuned` that a test may change."""
+    return Workspace(shutil.copytree(tuned.root, tmp_path / "copied"))
+
+
+@pytest.fixture(scope="module")
+def tuned_again(tuned, dataset, tmp_path_factory):
+    """A workspace in which the model of `tuned` was trained on one more case."""
+    workspace = beside(tuned, tmp_path_factory.mktemp("tuned_again"))
+    write_plan(workspace.plan, small(read_plan(tuned.plan)))
+    finetune(dataset, workspace, cases=1, weights=str(tuned.model), steps=1, seed=1)
     return workspace
 
 
@@ -91,12 +124,6 @@ def test_another_runs_model_is_not_overwritten_without_overwrite(tuned, dataset)
         finetune(dataset, tuned, cases=1, weights="random", steps=1)
 
 
-def test_the_same_seed_gives_the_same_weights(dataset, tmp_path, tuned):
-    other = Workspace(tmp_path)
-    finetune(dataset, other, cases=2, weights="random", steps=1)
-    assert read_checkpoint(other.model).digest == read_checkpoint(tuned.model).digest
-
-
 def test_without_bundled_weights_the_error_names_weights_random(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr("slmsam2_cli.model.checkpoint.BUNDLED_WEIGHTS", tmp_path / "absent")
     with pytest.raises(WeightsError, match="--weights random"):
@@ -109,17 +136,12 @@ def test_continuing_nothing_is_an_error(dataset, tmp_path):
 
 
 def test_a_label_that_is_absent_from_all_training_cases_is_named(tmp_path, capsys):
-    write_phantom_dataset(tmp_path / "data", cases=1, test_cases=0, seed=3, shape=SHAPE)
+    write_organs(tmp_path / "data", cases=1)
     description = tmp_path / "data" / "dataset.json"
     value = json.loads(description.read_text())
     description.write_text(json.dumps(value | {"labels": value["labels"] | {"9": "ghost"}}))
-    assert finetune(tmp_path / "data", Workspace(tmp_path / "w"), cases=1, weights="random", steps=1) == 0
+    assert finetune(tmp_path / "data", small_workspace(tmp_path / "w", tmp_path / "data"), cases=1, weights="random", steps=1) == 0
     assert "warning: ghost (9): absent from all training cases" in capsys.readouterr().err
-
-
-def test_the_time_spent_waiting_for_data_is_printed(dataset, tmp_path, capsys):
-    finetune(dataset, Workspace(tmp_path), cases=1, weights="random", steps=1)
-    assert re.search(r"1 steps, \d+ s, \d+ % of it waiting for data|1 steps, \d+ s, \d+% of it waiting for data", capsys.readouterr().err)
 
 
 def test_zero_cases_are_an_error(dataset, tmp_path):
@@ -145,8 +167,6 @@ def test_a_plan_for_other_channels_is_an_error_before_preprocessing(tuned, tmp_p
 
 
 def test_running_out_of_memory_is_one_line_with_a_setting_that_needs_half(dataset, tuned, tmp_path, monkeypatch):
-    import torch
-
     def starved(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -157,10 +177,8 @@ def test_running_out_of_memory_is_one_line_with_a_setting_that_needs_half(datase
         finetune(dataset, workspace, cases=1, weights="random", steps=1, device="cpu")
 
 
-def test_two_workers_share_the_steps_of_a_run(dataset, tuned, tmp_path, capsys):
-    workspace = Workspace(tmp_path)
-    workspace.plan.write_bytes(tuned.plan.read_bytes())
-    assert finetune(dataset, workspace, cases=2, weights="random", steps=2, workers=2) == 0
+def test_two_workers_share_the_steps_of_a_run(organs, workspace, capsys):
+    assert finetune(organs, workspace, cases=2, weights="random", steps=2, workers=2) == 0
     assert ", 2 processes" in capsys.readouterr().err
     assert read_checkpoint(workspace.model).plan.training.workers == 2
     assert json.loads(workspace.split.read_text())["options"]["workers"] == 2
@@ -171,14 +189,14 @@ def test_more_workers_than_cores_are_an_error_before_training(dataset, tmp_path)
         finetune(dataset, Workspace(tmp_path), cases=1, weights="random", steps=1, workers=64)
 
 
-def test_an_interrupted_run_resumes_with_its_own_options_and_ends_like_an_uninterrupted_one(dataset, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_with_its_own_options_and_ends_like_an_uninterrupted_one(organs, workspace, tmp_path, monkeypatch):
     """SIGINT after the second of four steps; --continue needs nothing but itself."""
     import signal
 
     from slmsam2_cli.training import trainer as stage
 
-    whole, broken = Workspace(tmp_path / "whole"), Workspace(tmp_path / "broken")
-    finetune(dataset, whole, cases=1, weights="random", steps=4, seed=1)
+    whole, broken = workspace, beside(workspace, tmp_path / "broken")
+    finetune(organs, whole, cases=1, weights="random", steps=4, seed=1)
     train = stage.train
 
     def interrupted(learner, *rest):
@@ -190,17 +208,17 @@ def test_an_interrupted_run_resumes_with_its_own_options_and_ends_like_an_uninte
     monkeypatch.setattr(stage, "train", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite run in the background ignores it
     with pytest.raises(KeyboardInterrupt):
-        finetune(dataset, broken, cases=1, weights="random", steps=4, seed=1)
+        finetune(organs, broken, cases=1, weights="random", steps=4, seed=1)
     signal.signal(signal.SIGINT, before)
     monkeypatch.setattr(stage, "train", train)
     assert json.loads(broken.split.read_text())["finished"] is False and broken.model.exists()
-    assert finetune(dataset, broken, resume=True) == 0
+    assert finetune(organs, broken, resume=True) == 0
     assert read_checkpoint(broken.model).digest == read_checkpoint(whole.model).digest
     assert [row.split(",")[0] for row in (broken.finetuned / "log.csv").read_text().splitlines()] == ["step", "1", "2", "3", "4"]
 
 
-def test_a_disk_that_fails_during_training_is_one_line_that_says_how_to_resume(dataset, tmp_path, monkeypatch):
-    train, broken, disk, begun = trainer.train, Workspace(tmp_path), ExitStack(), []
+def test_a_disk_that_fails_during_training_is_one_line_that_says_how_to_resume(organs, workspace, monkeypatch):
+    train, broken, disk, begun = trainer.train, workspace, ExitStack(), []
 
     def until_the_disk_fails(learner, *rest):
         begun.append(learner.step)
@@ -212,27 +230,25 @@ def test_a_disk_that_fails_during_training_is_one_line_that_says_how_to_resume(d
     monkeypatch.setattr(trainer, "train", until_the_disk_fails)
     monkeypatch.setattr(stage, "SAVE_EVERY_S", 0.0)
     with disk, pytest.raises(OutputError, match="could not be written: .*then run: slmsam2 finetune --continue$"):
-        finetune(dataset, broken, cases=1, weights="random", steps=3, seed=1)
+        finetune(organs, broken, cases=1, weights="random", steps=3, seed=1)
     assert not broken.model.exists()
-    assert finetune(dataset, broken, resume=True) == 0
+    assert finetune(organs, broken, resume=True) == 0
     assert begun == [0, 1]
     assert read_checkpoint(broken.model).provenance.steps == 3
 
 
-def test_a_disk_that_fails_before_training_is_a_line_without_continue(dataset, tmp_path):
-    workspace = Workspace(tmp_path)
-    finetune(dataset, workspace, cases=1, weights="random", steps=1, seed=1)
-    shutil.rmtree(workspace.prepared)
+def test_a_disk_that_fails_before_training_is_a_line_without_continue(copied, dataset):
+    shutil.rmtree(copied.prepared)
     with atomic.fail_at(1), pytest.raises(OutputError, match="Fix this and try again, or choose a workspace") as caught:
-        finetune(dataset, workspace, cases=1, weights="random", steps=1, seed=2, overwrite=True)
+        finetune(dataset, copied, cases=1, weights="random", steps=1, seed=2, overwrite=True)
     assert "--continue" not in str(caught.value)
 
 
 def test_an_invalid_training_case_is_an_error_unless_it_may_be_skipped(tmp_path):
-    write_phantom_dataset(tmp_path, cases=3, test_cases=0, seed=4, shape=SHAPE)
+    write_organs(tmp_path, cases=3)
+    workspace = Workspace(tmp_path / "slmsam2")
     broken = sorted((tmp_path / "imagesTr").iterdir())[0]
     broken.write_bytes(broken.read_bytes()[:200])
-    workspace = Workspace(tmp_path / "slmsam2")
     with pytest.raises(DatasetError) as caught:
         finetune(tmp_path, workspace, cases=2, weights="random", steps=1)
     assert [problem.case for problem in caught.value.problems] == [broken.name.removesuffix(".nii.gz")]
@@ -240,28 +256,22 @@ def test_an_invalid_training_case_is_an_error_unless_it_may_be_skipped(tmp_path)
     assert finetune(tmp_path, workspace, cases=2, weights="random", steps=1, skip_invalid=True) == 0
 
 
-def test_a_model_fine_tuned_from_random_weights_stays_marked_as_random(tuned, dataset, tmp_path):
-    workspace = Workspace(tmp_path)
-    finetune(dataset, workspace, cases=1, weights=str(tuned.model), steps=1)
-    provenance = read_checkpoint(workspace.model).provenance
+def test_a_model_fine_tuned_from_random_weights_stays_marked_as_random(tuned, tuned_again):
+    provenance = read_checkpoint(tuned_again.model).provenance
     assert provenance.random and provenance.pretrained_digest == read_checkpoint(tuned.model).digest
 
 
-def test_training_cases_of_the_pretrained_model_never_count_as_held_out(tuned, dataset, tmp_path):
+def test_training_cases_of_the_pretrained_model_never_count_as_held_out(tuned, tuned_again):
     before = json.loads(tuned.split.read_text())["training"]
-    workspace = Workspace(tmp_path)
-    finetune(dataset, workspace, cases=1, weights=str(tuned.model), steps=1, seed=1)
-    split = json.loads(workspace.split.read_text())
+    split = json.loads(tuned_again.split.read_text())
     assert set(before) <= set(split["training"]) and not set(before) & set(split["held_out"])
-    assert set(before) <= set(read_checkpoint(workspace.model).provenance.training)
+    assert set(before) <= set(read_checkpoint(tuned_again.model).provenance.training)
 
 
-def test_an_unfinished_run_is_not_replaced_silently(dataset, tmp_path):
-    workspace = Workspace(tmp_path)
-    finetune(dataset, workspace, cases=1, weights="random", steps=1)
-    workspace.model.rename(workspace.finetuned / "state.safetensors")
+def test_an_unfinished_run_is_not_replaced_silently(copied, dataset):
+    copied.model.rename(copied.finetuned / "state.safetensors")
     with pytest.raises(UsageError, match="--continue"):
-        finetune(dataset, workspace, cases=2, weights="random", steps=1)
+        finetune(dataset, copied, cases=1, weights="random", steps=1)
 
 
 def by_rule(count, from_scratch=False, **changes):
@@ -289,11 +299,9 @@ def test_continue_and_overwrite_together_are_an_error(dataset, tmp_path):
         finetune(dataset, Workspace(tmp_path), cases=1, weights="random", resume=True, overwrite=True)
 
 
-def test_a_published_slm_sam2_is_fine_tuned_with_its_own_fuser(dataset, tuned, tmp_path, capsys):
-    workspace, base = Workspace(tmp_path / "space"), tuned_slm_sam2(tmp_path / "slm.pt")
-    workspace.root.mkdir()
-    workspace.plan.write_bytes(tuned.plan.read_bytes())
-    finetune(dataset, workspace, cases=1, weights=str(base), steps=1)
+def test_a_published_slm_sam2_is_fine_tuned_with_its_own_fuser(organs, workspace, tmp_path, capsys):
+    base = tuned_slm_sam2(tmp_path / "slm.pt")
+    finetune(organs, workspace, cases=1, weights=str(base), steps=1)
     assert "warning: plan.json has network.fuser gated, but slm.pt has sum: using sum" in capsys.readouterr().err
     model = read_checkpoint(workspace.model)
     assert model.network.fuser == model.plan.network.fuser == "sum" and "stream_fuser.gate" not in model.state
@@ -321,10 +329,9 @@ def test_the_model_has_a_label_unet_and_predict_records_its_dice_on_annotated_sl
     assert scores and all(0 <= score <= 1 for score in scores)
 
 
-def test_a_plan_may_exclude_the_label_unet(tuned, dataset, tmp_path):
-    workspace, planned = Workspace(tmp_path), read_plan(tuned.plan)
-    write_plan(workspace.plan, planned.model_copy(update={"training": planned.training.model_copy(update={"label_unet": False})}))
-    finetune(dataset, workspace, cases=2, weights="random", steps=1)
+def test_a_plan_may_exclude_the_label_unet(organs, tmp_path):
+    workspace = small_workspace(tmp_path, organs, label_unet=False)
+    finetune(organs, workspace, cases=2, weights="random", steps=1)
     assert label_unet_of(read_checkpoint(workspace.model)) is None
 
 
@@ -362,7 +369,7 @@ def adapted(dataset, tuned, tmp_path_factory):
     """A workspace whose plan has the strategy adapters, trained for two steps from `tuned`."""
     workspace = Workspace(tmp_path_factory.mktemp("adapted"))
     planned = read_plan(tuned.plan)
-    write_plan(workspace.plan, planned.model_copy(update={"training": planned.training.model_copy(update={"strategy": "adapters"})}))
+    write_plan(workspace.plan, small(planned, strategy="adapters"))
     assert finetune(dataset, workspace, cases=2, weights=str(tuned.model), steps=2) == 0
     return workspace
 
@@ -415,8 +422,9 @@ def test_adapters_need_pretrained_weights(adapted, dataset, tmp_path):
     assert not workspace.prepared.exists()
 
 
-def test_full_training_from_a_model_with_an_adapter_merges_it(adapted, dataset, tmp_path):
+def test_full_training_from_a_model_with_an_adapter_merges_it(adapted, tuned, dataset, tmp_path):
     workspace = Workspace(tmp_path)
+    write_plan(workspace.plan, small(read_plan(tuned.plan)))
     finetune(dataset, workspace, cases=1, weights=str(adapted.model), steps=1)
     assert read_checkpoint(workspace.model).modalities == ()
     assert not (workspace.finetuned / "adapter.safetensors").exists()
@@ -439,32 +447,42 @@ def test_settings_set_by_options_of_plan_hold_for_any_number_of_cases(tuned):
     ("free", "advice"),
     [(10e9, None), (0.9e9, "Run: slmsam2 plan --max-memory "), (0.01e9, "Close other programs, or use a machine with more")],
 )
-def test_too_little_memory_is_a_warning_with_the_setting_that_fits(dataset, tmp_path, capsys, monkeypatch, free, advice):
+def test_too_little_memory_is_a_warning_with_the_setting_that_fits(tuned, monkeypatch, free, advice):
     monkeypatch.setattr("slmsam2_cli.training.interrupts.free_bytes", lambda: int(free))
-    assert finetune(dataset, Workspace(tmp_path), cases=1, weights="random", steps=1) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if "GB of memory" in line]
-    assert (advice in lines[0]) if advice else not lines
+    planned = read_plan(tuned.plan)
+    settled = planned.model_copy(update={"training": training_for(planned, 1, from_scratch=True)})
+    warning = memory_warning(settled, tuned.fingerprint, 1, torch.device("cpu"))
+    assert (advice in warning and "GB of memory" in warning) if advice else warning is None
 
 
-def test_a_corrected_label_makes_it_another_run(dataset, tmp_path):
+def test_a_run_with_too_little_memory_prints_the_warning_and_its_time_spent_waiting_for_data(organs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("slmsam2_cli.training.interrupts.free_bytes", lambda: int(0.01e9))
+    workspace = small_workspace(tmp_path, organs)
+    write_fingerprint(workspace.fingerprint, measure(read_dataset(organs), lambda *_: None)[0])
+    assert finetune(organs, workspace, cases=1, weights="random", steps=1) == 0
+    printed = capsys.readouterr().err
+    assert any("GB of memory" in line and "Close other programs" in line for line in printed.splitlines())
+    assert re.search(r"1 steps, \d+ s, \d+ % of it waiting for data|1 steps, \d+ s, \d+% of it waiting for data", printed)
+
+
+def test_a_corrected_label_makes_it_another_run(dataset, tuned, copied, tmp_path, capsys):
     """A run that was trained on the old labels does not count as finished."""
-    import shutil
-
-    root = tmp_path / "data"
-    shutil.copytree(dataset, root, ignore=shutil.ignore_patterns("slmsam2"))
-    workspace = Workspace(tmp_path / "workspace")
-    finetune(root, workspace, cases=2, weights="random", steps=1)
-    case = json.loads(workspace.split.read_text())["training"][0]
+    root = Path(shutil.copytree(dataset, tmp_path / "data", ignore=shutil.ignore_patterns("slmsam2")))
+    finetune(root, copied, cases=2, weights="random", steps=1)
+    assert "already finished" in capsys.readouterr().err
+    case = json.loads(copied.split.read_text())["training"][0]
     (label,) = (root / "labelsTr").glob(f"{case}.nii*")
     was = nibabel.load(label)
     voxels = np.asarray(was.dataobj).copy()
     voxels[voxels == 1] = 2
     nibabel.save(nibabel.Nifti1Image(voxels, was.affine, was.header), label)
     with pytest.raises(UsageError, match="their files"):
-        finetune(root, workspace, cases=2, weights="random", steps=1)
+        finetune(root, copied, cases=2, weights="random", steps=1)
 
 
-def test_a_run_that_is_stopped_during_calibration_can_be_resumed(dataset, tuned, tmp_path, monkeypatch, capsys):
+def test_a_run_that_is_stopped_during_calibration_can_be_resumed_and_the_same_seed_gives_the_same_weights(
+    dataset, tuned, tmp_path, monkeypatch, capsys
+):
     import signal
 
     from slmsam2_cli.commands import finetune as stage

@@ -5,43 +5,44 @@ import json
 import numpy as np
 import pytest
 import torch
+from small_runs import beside, small_workspace, write_organs
 
 from slmsam2_cli.commands.finetune import finetune
-from slmsam2_cli.commands.plan import plan
-from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.errors import UsageError
 from slmsam2_cli.model.checkpoint import label_unet_of, load_base_weights, read_checkpoint
 from slmsam2_cli.planning.plan import read_plan, write_plan
 from slmsam2_cli.training import background, cross_validation
 from slmsam2_cli.training.cross_validation import FoldScore
-from slmsam2_cli.workspace import Workspace
 
-STEPS = 3  # folds have one
+STEPS = 2  # folds have one
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("phantoms")
-    write_phantom_dataset(folder, cases=3, test_cases=0, seed=3, shape=(8, 32, 32))
-    return folder
+    return write_organs(tmp_path_factory.mktemp("phantoms"), cases=3)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def short_folds():
-    """Folds of any length are run and scored once, in this process as with one core, and the state is saved after every step."""
+    """Folds of any length are run and scored once, in this process as with one core."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(background, "available_cpus", lambda: 1)
         patched.setattr(cross_validation, "MIN_STEPS", 1)
         patched.setattr(cross_validation, "CHECKPOINTS", (1.0,))
-        patched.setattr("slmsam2_cli.commands.finetune.SAVE_EVERY_S", 0.0)
         yield
 
 
 @pytest.fixture(scope="module")
 def without_interrupts(dataset, short_folds, tmp_path_factory):
-    workspace = Workspace(tmp_path_factory.mktemp("uninterrupted"))
+    workspace = small_workspace(tmp_path_factory.mktemp("uninterrupted"), dataset)
     assert finetune(dataset, workspace, cases=2, steps=STEPS) == 0
     return workspace
+
+
+@pytest.fixture
+def workspace(without_interrupts, tmp_path):
+    """A workspace with the same plan and prepared cases, in which nothing was trained."""
+    return beside(without_interrupts, tmp_path / "workspace")
 
 
 @pytest.fixture
@@ -80,9 +81,8 @@ def test_two_cases_are_each_held_out_once_and_the_model_contains_the_result(with
     assert not list(workspace.finetuned.glob("fold*")) and not list(workspace.finetuned.glob("state*"))
 
 
-def test_where_fine_tuning_lowers_dice_the_pretrained_model_is_kept(dataset, tmp_path, scored, capsys):
+def test_where_fine_tuning_lowers_dice_the_pretrained_model_is_kept(dataset, workspace, scored, capsys):
     scored(0.4, 0.3)
-    workspace = Workspace(tmp_path)
     assert finetune(dataset, workspace, cases=2, steps=STEPS) == 0
     kept, base = read_checkpoint(workspace.model), load_base_weights("auto").state
     assert set(kept.state) == set(base) and all(torch.equal(kept.state[name].float(), base[name].float()) for name in base)
@@ -94,24 +94,16 @@ def test_where_fine_tuning_lowers_dice_the_pretrained_model_is_kept(dataset, tmp
     assert "already finished" in capsys.readouterr().err
 
 
-def test_a_label_unet_that_did_not_improve_dice_is_not_in_the_model(dataset, tmp_path, scored, capsys):
+def test_a_label_unet_that_did_not_improve_dice_is_not_in_the_model(dataset, workspace, scored, capsys):
     scored(0.4, 0.6)
-    workspace = Workspace(tmp_path)
     finetune(dataset, workspace, cases=2, steps=STEPS)
     assert label_unet_of(read_checkpoint(workspace.model)) is None and provenance(workspace).steps == STEPS
     assert "without the label U-Net, which did not improve Dice" in capsys.readouterr().err
 
 
-def test_a_label_unet_that_improved_dice_is_in_the_model(dataset, tmp_path, scored):
-    scored(0.6, 0.4)
-    workspace = Workspace(tmp_path)
-    finetune(dataset, workspace, cases=2, steps=STEPS)
-    assert label_unet_of(read_checkpoint(workspace.model)) is not None
-
-
-def test_a_run_interrupted_in_a_fold_resumes_there_and_ends_like_an_uninterrupted_one(without_interrupts, dataset, tmp_path, monkeypatch):
+def test_a_run_interrupted_in_a_fold_resumes_there_and_ends_like_an_uninterrupted_one(without_interrupts, dataset, workspace, monkeypatch):
     """The process ends when a model is scored for the sixth time: in the second fold, with the first one recorded."""
-    broken = Workspace(tmp_path)
+    broken = workspace
     really, calls = cross_validation.score_fold, []
 
     def score_fold(*arguments, **options):
@@ -121,6 +113,7 @@ def test_a_run_interrupted_in_a_fold_resumes_there_and_ends_like_an_uninterrupte
         return really(*arguments, **options)
 
     monkeypatch.setattr(cross_validation, "score_fold", score_fold)
+    monkeypatch.setattr("slmsam2_cli.commands.finetune.SAVE_EVERY_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         finetune(dataset, broken, cases=2, steps=STEPS)
     with pytest.raises(UsageError, match="there is an unfinished run. Resume it with slmsam2 finetune --continue"):
@@ -132,11 +125,12 @@ def test_a_run_interrupted_in_a_fold_resumes_there_and_ends_like_an_uninterrupte
     assert {path.name for path in broken.finetuned.iterdir()} == {path.name for path in without_interrupts.finetuned.iterdir()}
 
 
-def test_a_fold_that_gets_worse_is_stopped(dataset, tmp_path, monkeypatch):
+def test_a_fold_that_gets_worse_is_stopped(dataset, workspace, monkeypatch):
     """The second checkpoint is far worse than the first, so there is no third."""
     monkeypatch.setattr(cross_validation, "draw_overlays", lambda *arguments: None)
     monkeypatch.setattr(cross_validation, "FOLD_FRACTION", 1.0)
-    monkeypatch.setattr(cross_validation, "MIN_STEPS", STEPS)  # more than the fold has when it is stopped
+    steps = 3
+    monkeypatch.setattr(cross_validation, "MIN_STEPS", steps)  # more than the fold has when it is stopped
     monkeypatch.setattr(cross_validation, "CHECKPOINTS", (1 / 3, 2 / 3, 1.0))
     scored_folds = []
 
@@ -145,44 +139,41 @@ def test_a_fold_that_gets_worse_is_stopped(dataset, tmp_path, monkeypatch):
         return FoldScore({0: 0.5, 1: 0.9, 2: 0.9}.get(scored_folds.count(fold.name) - 1, 0.1), np.asarray(fold.held_out.labels))
 
     monkeypatch.setattr(cross_validation, "score_fold", score_fold)
-    workspace = Workspace(tmp_path)
-    finetune(dataset, workspace, cases=2, steps=STEPS)
+    finetune(dataset, workspace, cases=2, steps=steps)
     folds = json.loads((workspace.finetuned / "validation.json").read_text())["checkpoints"]
     assert all(set(found) == {"0", "1", "2"} for found in folds.values())
     assert provenance(workspace).validation.kept == "pretrained" and provenance(workspace).validation.fine_tuned == 0.1
 
 
-def test_a_pretrained_model_with_a_label_unet_is_scored_and_kept_with_it(without_interrupts, dataset, tmp_path, scored):
+def test_a_pretrained_model_with_a_label_unet_is_scored_and_kept_with_it(without_interrupts, dataset, workspace, scored):
     scored(0.4, 0.3)
-    workspace = Workspace(tmp_path)
     finetune(dataset, workspace, cases=1, seed=5, steps=8, weights=str(without_interrupts.model))  # the case on which it was not trained
     kept, base = read_checkpoint(workspace.model), read_checkpoint(without_interrupts.model)
     assert kept.provenance.validation.kept == "pretrained"
     assert (label_unet_of(kept) is None) == (label_unet_of(base) is None) and set(kept.state) == set(base.state)
 
 
-def test_training_cases_of_the_pretrained_model_are_not_held_out(without_interrupts, dataset, tmp_path, capsys):
-    finetune(dataset, Workspace(tmp_path), cases=2, steps=2, weights=str(without_interrupts.model))
+def test_training_cases_of_the_pretrained_model_are_not_held_out(without_interrupts, dataset, workspace, capsys):
+    finetune(dataset, workspace, cases=2, steps=STEPS, weights=str(without_interrupts.model))
     assert "skipping cross-validation: the pretrained model was trained on these cases" in capsys.readouterr().err
-    assert provenance(Workspace(tmp_path)).validation is None and provenance(Workspace(tmp_path)).steps == 2
+    assert provenance(workspace).validation is None and provenance(workspace).steps == STEPS
 
 
-def test_a_plan_may_exclude_cross_validation(dataset, tmp_path):
-    workspace = Workspace(tmp_path)
-    plan(dataset, workspace, report=False)
+def test_a_plan_may_exclude_cross_validation(dataset, workspace):
     planned = read_plan(workspace.plan)
     write_plan(workspace.plan, planned.model_copy(update={"training": planned.training.model_copy(update={"validation": "none"})}))
-    finetune(dataset, workspace, cases=2, steps=2)
+    finetune(dataset, workspace, cases=2, steps=STEPS)
     assert provenance(workspace).validation is None and not (workspace.finetuned / "validation.json").exists()
 
 
-def test_with_a_damaged_record_cross_validation_starts_again(dataset, tmp_path, monkeypatch, capsys):
-    workspace = Workspace(tmp_path)
-    really = cross_validation.score_fold
+def test_with_a_damaged_record_cross_validation_starts_again_and_a_label_unet_that_improved_dice_is_in_the_model(
+    dataset, workspace, monkeypatch, capsys, scored
+):
     monkeypatch.setattr(cross_validation, "score_fold", lambda *a, **o: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         finetune(dataset, workspace, cases=2, steps=STEPS)
-    monkeypatch.setattr(cross_validation, "score_fold", really)
+    scored(0.6, 0.4)
     (workspace.finetuned / "validation.json").write_text("[")
     assert finetune(dataset, workspace, resume=True) == 0
     assert "validation.json is damaged; cross-validation starts again" in capsys.readouterr().err
+    assert label_unet_of(read_checkpoint(workspace.model)) is not None
