@@ -1,13 +1,15 @@
-"""The faster layers for training on CPUs: the same keys, outputs and gradients."""
+"""The faster layers for CPUs: the same keys, outputs and gradients."""
 
 import copy
 
+import pytest
 import torch
 from sam2.modeling.sam2_utils import LayerNorm2d
 from torch import nn
 
-from slmsam2_cli.model.cpu_ops import FusedLayerNorm2d, PointwiseConv2d, optimise_for_cpu
-from slmsam2_cli.model.slmsam2 import SlmSam2
+from slmsam2_cli.model.cpu_ops import FusedLayerNorm2d, MemoryCrossAttention, PointwiseConv2d, keep_freed_memory, optimise_for_cpu
+from slmsam2_cli.model.memory.interface import ReadContext
+from slmsam2_cli.model.slmsam2 import MemoryBank, SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan
 
 
@@ -35,3 +37,29 @@ def test_faster_layers_have_the_output_and_the_gradients_of_the_plain_ones():
     for output in (expected, found):
         output.square().sum().backward()
     assert all(torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-4) for a, b in zip(quick.parameters(), plain.parameters()))
+
+
+@pytest.mark.parametrize(("px", "size"), [(64, "nano"), (320, "tiny")])  # 320 px: several blocks of queries and of keys
+def test_memory_cross_attention_has_the_output_of_sam2s_layer(px, size):
+    torch.manual_seed(0)
+    plain = SlmSam2(NetworkPlan(size=size, policy="fifo"), px).eval()
+    quick = copy.deepcopy(plain)
+    optimise_for_cpu(quick)
+    assert sum(isinstance(layer, MemoryCrossAttention) for layer in quick.modules()) == len(quick.memory_attention.layers)
+    with torch.inference_mode():
+        features = plain.encode(torch.rand(1, 3, px, px)).at(torch.tensor([0, 0]))
+        masks = (torch.rand(2, 1, px, px) > 0.5).float()
+        memory = plain.remember(features, plain.condition_on_mask(features, masks))
+        bank = MemoryBank({0: memory}, {1: memory, 2: memory})
+        expected, found = (
+            model.condition(features, bank, ReadContext(3, 1, bank.conditioning, bank.tracked, 9)) for model in (plain, quick)
+        )
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_kept_memory_changes_no_result():
+    a = torch.rand(1 << 20)
+    expected = a * 2 + a
+    with keep_freed_memory():
+        assert torch.equal(a * 2 + a, expected)
+    assert torch.equal(a * 2 + a, expected)

@@ -12,6 +12,7 @@ import torch
 from sam2.modeling.sam2_base import SAM2Base
 
 from slmsam2_cli.inference.propagation import ABSENT, AnnotatedSlice, PropagationOptions, propagate
+from slmsam2_cli.model.cpu_ops import optimise_for_cpu
 from slmsam2_cli.model.sam2_config import SIZE_OPTIONS, sam2_parts
 from slmsam2_cli.model.slmsam2 import SliceOutput, SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan
@@ -172,6 +173,16 @@ def test_other_input_sizes_have_the_predictors_logits(size, px, slices, monkeypa
     up, down = predictor.go(1, 1), predictor.go(1, -1)
     ours, _ = our_passes(model, frames, {1: [AnnotatedSlice(1, mask)]}, monkeypatch)
     assert_equal(ours[1] | ours[-1], up | down, at_least_seen=slices - 1)
+
+
+def test_layers_optimised_for_a_cpu_have_the_predictors_logits(monkeypatch):
+    model, frames = build(shared_memory=True), frames_of()
+    predictor = Predictor(model, frames, monkeypatch)
+    predictor.draw(5, SQUARE)
+    up, down = predictor.go(5, 1), predictor.go(5, -1)
+    optimise_for_cpu(model)
+    ours, _ = our_passes(model, frames, {1: [AnnotatedSlice(5, SQUARE)]}, monkeypatch)
+    assert_equal(ours[1] | ours[-1], up | down, at_least_seen=6)
 
 
 def without_dropout(model):
