@@ -305,12 +305,12 @@ def several_objects(options: argparse.Namespace, folder: Path, found: Row) -> li
         counts = (1, 3, LABELS)
         for count in counts:
             write_phantom(Path(scratch), count)
-        nano = {f"nano, {n}": lambda n=n: Command(Path(scratch) / f"{n}").run() for n in counts}
-        medians, results, rounds = alternate(nano, options.rounds)
-    seconds = {name: (one["case"], one["cpu"]) for name, one in results.items()}
-    return rows + [
-        multiple(f"nano, {n}", seconds[f"nano, {n}"], seconds["nano, 1"], most, {}, rounds) for n, most in ((3, 1.8), (LABELS, 12))
-    ]
+        taken: dict[int, list[Row]] = {count: [] for count in counts}
+        for _ in range(options.rounds):
+            for count, runs in taken.items():
+                runs.append(Command(Path(scratch) / f"{count}").run())
+    seconds = {count: tuple(statistics.median(one[name] for one in runs) for name in ("case", "cpu")) for count, runs in taken.items()}
+    return rows + [multiple(f"nano, {n}", seconds[n], seconds[1], most, {}, [taken]) for n, most in ((3, 1.8), (LABELS, 12))]
 
 
 def multiple(name: str, several: Seconds, one: Seconds, most: float, work: Row, rounds: list[Row]) -> Row:
@@ -346,8 +346,8 @@ class Command:
     def __init__(self, root: Path, *arguments: str, threads: int = 1) -> None:
         self.root, self.arguments, self.threads = root, arguments, threads
 
-    def run(self) -> dict[str, float]:
-        """Return wall and CPU seconds of the command, and the median seconds of a case.
+    def run(self) -> Row:
+        """Return wall and CPU seconds of the command, the median seconds of a case, and when each mask was written, in seconds.
 
         Raises: CalledProcessError when a case fails.
         """
@@ -359,7 +359,8 @@ class Command:
         subprocess.run(command, check=True, cwd=self.root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wall, cpu = time.perf_counter() - started, children_seconds() - before
         cases = json.loads((self.root / "masks" / "manifest.json").read_text(encoding="utf-8"))["cases"]
-        return {"wall": wall, "cpu": cpu, "case": statistics.median(one["seconds"] for one in cases.values())}
+        written = sorted(path.stat().st_mtime for path in (self.root / "masks").glob("*.nii.gz"))
+        return {"wall": wall, "cpu": cpu, "case": statistics.median(one["seconds"] for one in cases.values()), "written": written}
 
 
 def children_seconds() -> float:
@@ -460,12 +461,21 @@ def folder_of_volumes(options: argparse.Namespace, folder: Path, found: Row) -> 
                 for busy in (False, True):
                     with busy_programs(BUSY if busy else 0):
                         taken.setdefault((workers, busy), []).append(Command(root, "--workers", str(workers)).run())
-    medians = {key: {name: statistics.median(one[name] for one in runs) for name in ("wall", "cpu")} for key, runs in taken.items()}
+    for runs, (workers, _) in zip(taken.values(), taken):
+        for one in runs:  # once all workers are at work, until the last mask: what the start takes is left out
+            one["steady"] = (one["written"][-1] - one["written"][workers - 1]) / (len(one["written"]) - workers)
+    names = ("wall", "cpu", "steady")
+    medians = {key: {name: statistics.median(one[name] for one in runs) for name in names} for key, runs in taken.items()}
     for (workers, busy), one in medians.items():
         alone, calm = medians[1, busy], medians[workers, False]
         lost = min(workers, cores) / min(workers, cores * workers / (workers + BUSY)) if busy else 1.0
         name = f"{workers} workers : 1, {'beside busy programs' if busy else 'alone'}"
-        times = {"slowdown": one["wall"] / calm["wall"], "explained slowdown": lost}
+        times = {
+            "slowdown": one["steady"] / calm["steady"],
+            "explained slowdown": lost,
+            "seconds per volume": one["steady"],
+            "throughput": alone["steady"] / one["steady"],
+        }
         rows.append(row(name, (one["wall"], one["cpu"]), (alone["wall"], alone["cpu"]), "none", times, rounds=taken[workers, busy]))
     return rows
 

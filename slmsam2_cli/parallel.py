@@ -199,7 +199,7 @@ class _WorkerPool:
                 context.set_forkserver_preload(self.preload)
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_serve, args=(theirs,), daemon=True)
-                with without_interrupts(), _without_main_module():
+                with without_interrupts(), without_main_module():
                     process.start()
                 theirs.close()
                 self.workers.append(_Worker(process, ours))
@@ -261,7 +261,7 @@ def without_interrupts() -> Iterator[None]:
 
 
 @contextmanager
-def _without_main_module() -> Iterator[None]:
+def without_main_module() -> Iterator[None]:
     """Let a Python process started inside the block not run the main script again, which may not be written for that."""
     script = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")

@@ -19,7 +19,7 @@ from typing import Any
 
 from slmsam2_cli import console
 from slmsam2_cli.errors import TrainingError
-from slmsam2_cli.parallel import START_METHOD, UNAVAILABLE_ERRORS, _without_main_module, exit_with_parent, without_interrupts
+from slmsam2_cli.parallel import START_METHOD, UNAVAILABLE_ERRORS, without_main_module, exit_with_parent, without_interrupts
 
 _PARTS = 1000  # of the progress bar, for each piece of work
 _WAIT_S = 0.2  # until it is noticed that the user stops the run
@@ -118,7 +118,7 @@ def _start(name: str, work: Work, job: Any) -> _Worker:
     settings = replace(console.settings, progress=False)
     content = pickle.dumps((work, job, settings))  # by the usual pickle: torch's own would move the weights to shared memory
     process = context.Process(target=_serve, args=(content, theirs), daemon=True)
-    with without_interrupts(), _without_main_module():
+    with without_interrupts(), without_main_module():
         process.start()
     theirs.close()
     return _Worker(name, process, ours)
