@@ -291,7 +291,8 @@ def predict(
     """
     if overwrite and resume:
         raise UsageError("--continue and --overwrite cannot be combined")
-    if workers != 1 and device in ("auto", "cpu") and (images is None or images.is_dir()):
+    several = images is None or (images.is_dir() and len(list(images.glob("*"))) > 1)
+    if several and workers != 1 and device in ("auto", "cpu"):
         from slmsam2_cli import parallel
 
         parallel.prepare(["slmsam2_cli.commands.predict"])

@@ -19,7 +19,7 @@ from typing import Any
 
 from slmsam2_cli import console
 from slmsam2_cli.errors import TrainingError
-from slmsam2_cli.parallel import START_METHOD, UNAVAILABLE_ERRORS, without_main_module, exit_with_parent, without_interrupts
+from slmsam2_cli.parallel import START_METHOD, UNAVAILABLE_ERRORS, exit_with_parent, without_interrupts, without_main_module
 
 _PARTS = 1000  # of the progress bar, for each piece of work
 _WAIT_S = 0.2  # until it is noticed that the user stops the run
