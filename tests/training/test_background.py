@@ -79,9 +79,9 @@ def plan(**changes):
 
 
 def learned(object_score, scratch=False):
-    """All weights after three steps, the label U-Net's included."""
+    """All weights after three steps, the label U-Net's included; from scratch, clips grow from two slices to four."""
     one, training_data = made(object_score, scratch)
-    for _ in train(one, training_data, plan(object_score_target=object_score), lambda: False):
+    for _ in train(one, training_data, plan(object_score_target=object_score, clip_slices=4 if scratch else 2), lambda: False):
         pass
     return one.model.state_dict()
 
