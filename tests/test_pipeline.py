@@ -26,7 +26,7 @@ HELD_OUT = 1
 def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """The workspace of a demo with six small phantoms."""
     folder = tmp_path_factory.mktemp("demo")
-    write_phantom_dataset(folder / "dataset", cases=TRAINING_CASES + HELD_OUT, test_cases=1, shape=(8, 40, 40))
+    write_phantom_dataset(folder / "dataset", cases=TRAINING_CASES + HELD_OUT, test_cases=1, shape=(6, 28, 28))
     assert demo(folder, minutes=MINUTES, device="cpu") == 0
     return Workspace.of(folder / "dataset", None)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
+from small_runs import beside, small_workspace, write_organs
 
 from slmsam2_cli.commands import finetune as stage
 from slmsam2_cli.commands.finetune import finetune
 from slmsam2_cli.dataset.cache import open_prepared
-from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.errors import OutputError, SlmSam2Error, TrainingError
 from slmsam2_cli.io import atomic
 from slmsam2_cli.model.checkpoint import read_checkpoint
@@ -21,12 +22,20 @@ from slmsam2_cli.training.interrupts import ResumableError, resumable
 from slmsam2_cli.workspace import Workspace
 
 STEPS = 4
+OPTIONS = {"cases": 2, "weights": "random", "steps": STEPS, "device": "cpu"}
 
 
-@pytest.fixture
-def data(tmp_path):
-    write_phantom_dataset(tmp_path / "data", cases=2, test_cases=0, seed=3, shape=(8, 32, 32))
-    return tmp_path / "data"
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_organs(tmp_path_factory.mktemp("data"), cases=2)
+
+
+@pytest.fixture(scope="module")
+def without_interrupts(data, tmp_path_factory):
+    """A workspace whose model was trained to the end."""
+    workspace = small_workspace(tmp_path_factory.mktemp("uninterrupted"), data)
+    assert finetune(data, workspace, **OPTIONS) == 0
+    return workspace
 
 
 def cut(workspace, name="frames"):
@@ -34,10 +43,8 @@ def cut(workspace, name="frames"):
         os.truncate(path, 200)
 
 
-def test_the_run_ends_in_one_line_and_resumes_to_the_same_weights(data, tmp_path, monkeypatch):
-    without_interrupts, disturbed = Workspace(tmp_path / "uninterrupted"), Workspace(tmp_path / "disturbed")
-    options = {"cases": 2, "weights": "random", "steps": STEPS, "device": "cpu"}
-    assert finetune(data, without_interrupts, **options) == 0
+def test_the_run_ends_in_one_line_and_resumes_to_the_same_weights(data, without_interrupts, tmp_path, monkeypatch):
+    disturbed = beside(without_interrupts, tmp_path / "disturbed")
     monkeypatch.setattr(stage, "SAVE_EVERY_S", 0.0)
     saved = []
 
@@ -49,16 +56,15 @@ def test_the_run_ends_in_one_line_and_resumes_to_the_same_weights(data, tmp_path
 
     monkeypatch.setattr(trainer, "save_state", save_and_cut)
     with pytest.raises(TrainingError, match=rf"step {STEPS // 2}: case \w+: frames.npy was truncated.*slmsam2 finetune --continue"):
-        finetune(data, disturbed, **options)
+        finetune(data, disturbed, **OPTIONS)
     assert saved[-1] == STEPS // 2
     assert finetune(data, disturbed, resume=True) == 0
     assert read_checkpoint(disturbed.model).digest == read_checkpoint(without_interrupts.model).digest
 
 
 @pytest.mark.parametrize("name", ["frames", "labels"])
-def test_every_reader_of_a_case_notices_that_it_was_cut_short(data, tmp_path, name):
-    space = Workspace(tmp_path / "work")
-    assert finetune(data, space, cases=2, weights="random", steps=1, device="cpu") == 0
+def test_every_reader_of_a_case_notices_that_it_was_cut_short(without_interrupts, tmp_path, name):
+    space = Workspace(shutil.copytree(without_interrupts.root, tmp_path / "work"))
     plan = read_plan(space.plan)
     cases = [open_prepared(space.prepared, f"phantom_00{number}") for number in (0, 1)]
     fold = Fold("one", (cases[1],), replace(cases[0], frames=cases[0].frames[:, :6], labels=cases[0].labels[:6]))

@@ -7,18 +7,17 @@ import signal
 import pytest
 import torch
 from safetensors import safe_open
+from small_runs import small_workspace, write_organs
 
 from slmsam2_cli.commands import pretrain as command
 from slmsam2_cli.commands.finetune import finetune
 from slmsam2_cli.commands.predict import predict
 from slmsam2_cli.commands.pretrain import pretrain
-from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.errors import PlanError, UsageError, WeightsError
 from slmsam2_cli.model.checkpoint import load_base_weights, load_weights, read_checkpoint
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan
-from slmsam2_cli.pretraining.recipe import SMOKE
-from slmsam2_cli.workspace import Workspace
+from slmsam2_cli.pretraining.recipe import SMOKE, read_recipe
 
 TINY = {"input_size": 32, "slices_per_step": 4, "max_windows": 2, "steps": 4, "minutes": None, "validation": {"windows": 2, "length": 4}}
 
@@ -65,8 +64,8 @@ def test_weights_are_saved_in_half_precision_with_their_recipe_and_loaded_in_ful
 
 
 def test_finetune_and_predict_accept_the_weights(done, tmp_path):
-    write_phantom_dataset(tmp_path / "data", cases=2, test_cases=0, seed=3, shape=(6, 32, 32))
-    workspace, weights = Workspace(tmp_path / "workspace"), str(done / "nano.safetensors")
+    workspace = small_workspace(tmp_path / "workspace", write_organs(tmp_path / "data", cases=2))
+    weights = str(done / "nano.safetensors")
     assert finetune(tmp_path / "data", workspace, cases=1, weights=weights, steps=1) == 0
     tuned = read_checkpoint(workspace.model)
     assert tuned.provenance.pretrained_digest == read_checkpoint(done / "nano.safetensors").digest and not tuned.provenance.random
@@ -118,11 +117,17 @@ def test_the_loss_falls(recipe, tmp_path):
 
 def test_parts_computed_in_parallel_give_the_same_weights_as_in_sequence(recipe, tmp_path):
     path = tmp_path / "two.json"
-    path.write_text(json.dumps(json.loads(recipe.read_text()) | {"parts": 2, "steps": 3}))
+    path.write_text(json.dumps(json.loads(recipe.read_text()) | {"parts": 2, "steps": 2}))
     pretrain(tmp_path / "one", recipe=path, device="cpu", threads=1)
     pretrain(tmp_path / "both", recipe=path, device="cpu", threads=2)
     one, both = (read_checkpoint(tmp_path / name / "nano.safetensors") for name in ("one", "both"))
     assert one.digest == both.digest
+
+
+def test_smoke_selects_the_short_recipe(tmp_path):
+    assert pretrain(tmp_path / "run", smoke=True, steps=1, device="cpu", threads=1) == 0
+    found = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert found == read_recipe(SMOKE).model_dump(mode="json") | {"steps": 1, "minutes": None}
 
 
 def test_training_from_given_weights_records_their_name_and_digest(done, recipe, tmp_path):
