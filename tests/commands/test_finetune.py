@@ -27,7 +27,7 @@ from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.fingerprint import write_fingerprint
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.plan import read_plan, with_digest, write_plan
-from slmsam2_cli.planning.rules import choose_training, override_training, training_for
+from slmsam2_cli.planning.rules import choose_training, decide, override_training, training_for
 from slmsam2_cli.training import trainer
 from slmsam2_cli.training.interrupts import memory_warning
 from slmsam2_cli.training.state import save_model
@@ -38,9 +38,8 @@ SHAPE = (10, 40, 40)
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("phantoms")
-    write_phantom_dataset(folder, cases=4, test_cases=1, seed=3, shape=SHAPE)
-    return folder
+    """Four phantoms with one label, on enough slices to calibrate a model trained on two of them."""
+    return write_organs(tmp_path_factory.mktemp("phantoms"), cases=4, test_cases=1, shape=(16, 32, 32))
 
 
 @pytest.fixture(scope="module")
@@ -190,13 +189,13 @@ def test_more_workers_than_cores_are_an_error_before_training(dataset, tmp_path)
 
 
 def test_an_interrupted_run_resumes_with_its_own_options_and_ends_like_an_uninterrupted_one(organs, workspace, tmp_path, monkeypatch):
-    """SIGINT after the second of four steps; --continue needs nothing but itself."""
+    """SIGINT after the second of three steps; --continue needs nothing but itself."""
     import signal
 
     from slmsam2_cli.training import trainer as stage
 
     whole, broken = workspace, beside(workspace, tmp_path / "broken")
-    finetune(organs, whole, cases=1, weights="random", steps=4, seed=1)
+    finetune(organs, whole, cases=1, weights="random", steps=3, seed=1)
     train = stage.train
 
     def interrupted(learner, *rest):
@@ -208,13 +207,13 @@ def test_an_interrupted_run_resumes_with_its_own_options_and_ends_like_an_uninte
     monkeypatch.setattr(stage, "train", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite run in the background ignores it
     with pytest.raises(KeyboardInterrupt):
-        finetune(organs, broken, cases=1, weights="random", steps=4, seed=1)
+        finetune(organs, broken, cases=1, weights="random", steps=3, seed=1)
     signal.signal(signal.SIGINT, before)
     monkeypatch.setattr(stage, "train", train)
     assert json.loads(broken.split.read_text())["finished"] is False and broken.model.exists()
     assert finetune(organs, broken, resume=True) == 0
     assert read_checkpoint(broken.model).digest == read_checkpoint(whole.model).digest
-    assert [row.split(",")[0] for row in (broken.finetuned / "log.csv").read_text().splitlines()] == ["step", "1", "2", "3", "4"]
+    assert [row.split(",")[0] for row in (broken.finetuned / "log.csv").read_text().splitlines()] == ["step", "1", "2", "3"]
 
 
 def test_a_disk_that_fails_during_training_is_one_line_that_says_how_to_resume(organs, workspace, monkeypatch):
@@ -443,15 +442,25 @@ def test_settings_set_by_options_of_plan_hold_for_any_number_of_cases(tuned):
     assert settled.steps == choose_training("nano", 3).value.steps
 
 
+@pytest.fixture(scope="module")
+def three_labels(tmp_path_factory):
+    """The fingerprint of phantoms with three labels, and the plan by which a run on one of them starts from random weights."""
+    folder = tmp_path_factory.mktemp("three")
+    write_phantom_dataset(folder, cases=4, test_cases=0, seed=3, shape=SHAPE)
+    measured, _ = measure(read_dataset(folder), lambda *_: None)
+    write_fingerprint(folder / "fingerprint.json", measured)
+    planned = decide(measured)
+    return folder / "fingerprint.json", planned.model_copy(update={"training": training_for(planned, 1, from_scratch=True)})
+
+
 @pytest.mark.parametrize(
     ("free", "advice"),
     [(10e9, None), (0.9e9, "Run: slmsam2 plan --max-memory "), (0.01e9, "Close other programs, or use a machine with more")],
 )
-def test_too_little_memory_is_a_warning_with_the_setting_that_fits(tuned, monkeypatch, free, advice):
+def test_too_little_memory_is_a_warning_with_the_setting_that_fits(three_labels, monkeypatch, free, advice):
     monkeypatch.setattr("slmsam2_cli.training.interrupts.free_bytes", lambda: int(free))
-    planned = read_plan(tuned.plan)
-    settled = planned.model_copy(update={"training": training_for(planned, 1, from_scratch=True)})
-    warning = memory_warning(settled, tuned.fingerprint, 1, torch.device("cpu"))
+    fingerprint, settled = three_labels
+    warning = memory_warning(settled, fingerprint, 1, torch.device("cpu"))
     assert (advice in warning and "GB of memory" in warning) if advice else warning is None
 
 
@@ -474,7 +483,7 @@ def test_a_corrected_label_makes_it_another_run(dataset, tuned, copied, tmp_path
     (label,) = (root / "labelsTr").glob(f"{case}.nii*")
     was = nibabel.load(label)
     voxels = np.asarray(was.dataobj).copy()
-    voxels[voxels == 1] = 2
+    voxels[:, :20] = 0
     nibabel.save(nibabel.Nifti1Image(voxels, was.affine, was.header), label)
     with pytest.raises(UsageError, match="their files"):
         finetune(root, copied, cases=2, weights="random", steps=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,30 @@ from slmsam2_cli.workspace import Workspace
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
 
+@pytest.fixture(scope="module")
+def planned_once(tmp_path_factory):
+    """A dataset and a workspace with its plan, for tests to copy."""
+    root = tmp_path_factory.mktemp("planned")
+    write_phantom_dataset(root / "data", cases=3, test_cases=1, shape=(5, 24, 24))
+    assert plan(root / "data", Workspace(root / "work")) == 0
+    return root
+
+
 @pytest.fixture
-def data(tmp_path):
-    write_phantom_dataset(tmp_path / "data", cases=3, test_cases=1, shape=(5, 24, 24))
-    return tmp_path / "data"
+def data(planned_once, tmp_path):
+    return Path(shutil.copytree(planned_once / "data", tmp_path / "data"))
 
 
 @pytest.fixture
 def workspace(tmp_path):
     return Workspace(tmp_path / "work")
+
+
+@pytest.fixture
+def planned(planned_once, workspace):
+    """The workspace, in which the dataset was planned."""
+    shutil.copytree(planned_once / "work", workspace.root)
+    return workspace
 
 
 def edit(workspace, **geometry):
@@ -67,44 +83,39 @@ def test_no_usable_case_is_an_error_with_every_problem(data, workspace):
     assert not workspace.plan.exists()
 
 
-def test_planning_again_changes_nothing(data, workspace):
-    plan(data, workspace)
-    before = workspace.plan.read_bytes(), workspace.fingerprint.read_bytes()
-    plan(data, workspace)
-    assert (workspace.plan.read_bytes(), workspace.fingerprint.read_bytes()) == before
+def test_planning_again_changes_nothing(data, planned):
+    before = planned.plan.read_bytes(), planned.fingerprint.read_bytes()
+    plan(data, planned)
+    assert (planned.plan.read_bytes(), planned.fingerprint.read_bytes()) == before
 
 
-def test_manual_edits_are_kept_with_a_warning(data, workspace, capsys):
-    plan(data, workspace)
-    edit(workspace, input_size=224)
-    assert plan(data, workspace) == 0
-    assert read_plan(workspace.plan).geometry.input_size == 224
+def test_manual_edits_are_kept_with_a_warning(data, planned, capsys):
+    edit(planned, input_size=224)
+    assert plan(data, planned) == 0
+    assert read_plan(planned.plan).geometry.input_size == 224
     assert "keeping geometry.input_size = 224 (default: 96; use --overwrite to reset)" in capsys.readouterr().err
 
 
-def test_overwrite_drops_the_edits(data, workspace):
-    plan(data, workspace)
-    edit(workspace, input_size=224)
-    plan(data, workspace, overwrite=True)
-    assert read_plan(workspace.plan).geometry.input_size == 96
+def test_overwrite_drops_the_edits(data, planned):
+    edit(planned, input_size=224)
+    plan(data, planned, overwrite=True)
+    assert read_plan(planned.plan).geometry.input_size == 96
 
 
-def test_overwrite_replaces_a_broken_plan(data, workspace):
-    plan(data, workspace)
-    workspace.plan.write_text("{")
+def test_overwrite_replaces_a_broken_plan(data, planned):
+    planned.plan.write_text("{")
     with pytest.raises(PlanError):
-        plan(data, workspace)
-    assert plan(data, workspace, overwrite=True) == 0
+        plan(data, planned)
+    assert plan(data, planned, overwrite=True) == 0
 
 
-def test_manual_edits_are_rejected_when_the_dataset_changed(data, workspace):
-    plan(data, workspace)
-    edit(workspace, input_size=224)
-    before = workspace.plan.read_bytes()
+def test_manual_edits_are_rejected_when_the_dataset_changed(data, planned):
+    edit(planned, input_size=224)
+    before = planned.plan.read_bytes()
     (data / "labelsTr" / "phantom_002.nii.gz").unlink()
     with pytest.raises(PlanError, match=r"geometry\.input_size is 224"):
-        plan(data, workspace)
-    assert workspace.plan.read_bytes() == before
+        plan(data, planned)
+    assert planned.plan.read_bytes() == before
 
 
 def test_a_requested_network_is_kept_by_later_runs(data, workspace):
@@ -113,11 +124,10 @@ def test_a_requested_network_is_kept_by_later_runs(data, workspace):
     assert read_plan(workspace.plan).network.size == "tiny"
 
 
-def test_the_network_option_does_not_drop_manual_edits(data, workspace):
-    plan(data, workspace)
-    edit(workspace, input_size=224)
+def test_the_network_option_does_not_drop_manual_edits(data, planned):
+    edit(planned, input_size=224)
     with pytest.raises(PlanError, match=r"manual edit of network.size that conflicts with this option. Set it to tiny in plan.json"):
-        plan(data, workspace, network="tiny")
+        plan(data, planned, network="tiny")
 
 
 def test_the_error_for_an_unwritable_workspace_names_the_option(data, tmp_path):
@@ -174,40 +184,36 @@ def test_axis_auto_resets_a_requested_axis(data, workspace):
     assert (final.geometry.slice_axis, final.overrides) == ("SI", ())
 
 
-def test_the_axis_option_does_not_drop_manual_edits(data, workspace):
-    plan(data, workspace)
-    edit(workspace, input_size=160)
+def test_the_axis_option_does_not_drop_manual_edits(data, planned):
+    edit(planned, input_size=160)
     with pytest.raises(
         PlanError, match="manual edit of geometry.slice_axis that conflicts .* Set it to LR in plan.json, or use --overwrite"
     ):
-        plan(data, workspace, axis="LR")
-    assert read_plan(workspace.plan).geometry.input_size == 160
+        plan(data, planned, axis="LR")
+    assert read_plan(planned.plan).geometry.input_size == 160
 
 
-def test_a_comparison_shows_manual_edits_and_writes_nothing(data, workspace, capsys):
-    plan(data, workspace)
-    edit(workspace, input_size=160)
-    before = {path: path.read_bytes() for path in workspace.root.iterdir() if path.is_file()}
+def test_a_comparison_shows_manual_edits_and_writes_nothing(data, planned, capsys):
+    edit(planned, input_size=160)
+    before = {path: path.read_bytes() for path in planned.root.iterdir() if path.is_file()}
     capsys.readouterr()
-    assert compare(data, workspace.plan) == 0
+    assert compare(data, planned.plan) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("geometry.input_size"))
     assert row.split()[1:3] == ["160", "96"]
-    assert {path: path.read_bytes() for path in workspace.root.iterdir() if path.is_file()} == before
+    assert {path: path.read_bytes() for path in planned.root.iterdir() if path.is_file()} == before
 
 
-def test_a_comparison_of_an_unedited_plan_has_no_differences(data, workspace, capsys):
-    plan(data, workspace)
+def test_a_comparison_of_an_unedited_plan_has_no_differences(data, planned, capsys):
     capsys.readouterr()
-    compare(data, workspace.plan)
+    compare(data, planned.plan)
     assert capsys.readouterr().out == "plan.json is up to date: no differences\n"
 
 
-def test_a_comparison_says_that_the_data_have_changed(data, workspace, capsys):
-    plan(data, workspace)
-    value = json.loads(workspace.plan.read_text())
+def test_a_comparison_says_that_the_data_have_changed(data, planned, capsys):
+    value = json.loads(planned.plan.read_text())
     value["fingerprint_digest"] = "0" * 64
-    workspace.plan.write_text(json.dumps(value))
-    compare(data, workspace.plan)
+    planned.plan.write_text(json.dumps(value))
+    compare(data, planned.plan)
     assert "was made for different data, or the dataset has changed since" in capsys.readouterr().err
 
 
@@ -282,22 +288,20 @@ def test_a_limit_of_0_or_one_removed_by_hand_is_reset(data, workspace):
     assert plan(data, workspace) == 0 and read_plan(workspace.plan).training.minutes is None
 
 
-def test_overrides_contain_only_keys_that_have_an_option(data, workspace):
-    plan(data, workspace)
-    value = json.loads(workspace.plan.read_text())
+def test_overrides_contain_only_keys_that_have_an_option(data, planned):
+    value = json.loads(planned.plan.read_text())
     value["overrides"] = ["training.stepz"]
-    workspace.plan.write_text(json.dumps(value))
+    planned.plan.write_text(json.dumps(value))
     with pytest.raises(PlanError, match=r"overrides\.0: Input should be 'geometry.slice_axis'"):
-        plan(data, workspace)
+        plan(data, planned)
 
 
-def test_a_manual_edit_that_exceeds_the_memory_limit_is_rejected(data, workspace):
-    plan(data, workspace)
-    value = json.loads(workspace.plan.read_text())
+def test_a_manual_edit_that_exceeds_the_memory_limit_is_rejected(data, planned):
+    value = json.loads(planned.plan.read_text())
     value["training"] |= {"clips_per_step": 8, "clip_slices": 4}
-    workspace.plan.write_text(json.dumps(value))
+    planned.plan.write_text(json.dumps(value))
     with pytest.raises(PlanError, match="manual edit of training.clip_slices that conflicts"):
-        plan(data, workspace, max_memory_gb=1.25)
+        plan(data, planned, max_memory_gb=1.25)
 
 
 def test_axis_auto_is_rejected_for_an_edited_plan(data, workspace):
@@ -319,8 +323,7 @@ def test_estimates_have_no_time_where_the_speed_cannot_be_measured(data, workspa
     assert row.split()[3:] == ["-", row.split()[4], "GB"]
 
 
-def test_the_page_is_reproducible(data, workspace):
-    plan(data, workspace)
-    first = workspace.plan_page.read_bytes()
-    plan(data, workspace)
-    assert workspace.plan_page.read_bytes() == first
+def test_the_page_is_reproducible(data, planned):
+    first = planned.plan_page.read_bytes()
+    plan(data, planned)
+    assert planned.plan_page.read_bytes() == first

@@ -35,7 +35,7 @@ def test_the_loss_falls_with_single_images_and_with_clips(run):
 
 
 def test_propagation_on_phantoms_beats_copying_the_annotated_slice(run, tmp_path):
-    write_phantom_dataset(tmp_path / "data", cases=4, test_cases=0, shape=(24, 48, 48))
+    write_phantom_dataset(tmp_path / "data", cases=2, test_cases=0, shape=(16, 48, 48))
     data, masks = read_dataset(tmp_path / "data"), tmp_path / "masks"
     weights = str(run / "nano.safetensors")
     assert predict(data.root / "imagesTr", masks, simulate_from=data.root / "labelsTr", weights=weights, report=False, device="cpu") == 0
