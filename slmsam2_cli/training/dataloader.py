@@ -157,7 +157,8 @@ class BatchFeed:
         reason = str(error).partition("\n")[0]
         if not reason.startswith(_LOADER):
             return None
-        error.__traceback__, self._batches = None, iter(())  # frees the loader, or it would raise this again when any process ends
+        error.__traceback__ = error.__cause__ = error.__context__ = None
+        self._batches = iter(())  # with these, frees the loader, which would raise this again when any of its processes ends
         busy = [(pid, step) for pid, step in self.in_progress.tolist() if step != _IDLE]
         steps = [step for pid, step in busy if f"{pid}" in re.findall(r"\d+", reason)] or [step for _, step in busy] or [self.step]
         step = min(steps)
