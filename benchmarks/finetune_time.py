@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from step_time import busy_programs
+from busy import busy_programs
 
 from slmsam2_cli import console
 from slmsam2_cli.commands import finetune as stage

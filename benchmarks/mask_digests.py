@@ -1,7 +1,7 @@
 """Digests of the masks that untuned nano writes for every labelled case of every data set, each from one slice per label.
 
-python benchmarks/mask_digests.py ../shared/data /tmp/masks                prints one digest per data set
-python benchmarks/mask_digests.py ../shared/data /tmp/masks --masks DIR    compares with the masks of an earlier run, in DIR/SET/CASE
+python benchmarks/mask_digests.py ../shared/data OUTPUT                prints one digest per data set
+python benchmarks/mask_digests.py ../shared/data OUTPUT --masks DIR    compares with the masks of an earlier run, in DIR/SET/CASE
 
 Use it to show that a change leaves every mask as it was, byte for byte (gzip's bytes are unpacked first).
 """

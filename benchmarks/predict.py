@@ -24,8 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ import nibabel
 import numpy as np
 import torch
 import torch.nn.functional as F
+from busy import busy_programs
 from PIL import Image
 from sam2.sam2_video_predictor import SAM2VideoPredictor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,7 +53,6 @@ OCCUPANCY, VOLUMES, BUSY, BF16_UNITS = 0.3, 16, 2, 1.3  # BF16_UNITS: bfloat16 p
 PHANTOM, LABELS = (160, 192, 224), 35
 CACHED_BYTES = 1 << 20
 PRESENT = 5.0  # bias of the object score
-SPIN = "import numpy as n\na = n.ones((64, 64))\nwhile True: a @ a"
 Array = np.ndarray[Any, Any]
 Seconds = tuple[float, float]  # wall, CPU
 Row = dict[str, Any]
@@ -433,19 +433,6 @@ def whole_command(options: argparse.Namespace, folder: Path, found: Row) -> list
         note = f"{name}, {runs[0]['stock']['all slices']} tracked slices" + (" (stock scaled)" if options.stock_slices else "")
         rows.append(row(note, (ours, 0.0), (stock, 0.0), "ratio >= 50", rounds=runs))
     return rows
-
-
-@contextmanager
-def busy_programs(count: int) -> Iterator[None]:
-    """Keep cores busy by programs that multiply small matrices; they end with the block."""
-    environment = os.environ | {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    programs = [subprocess.Popen([sys.executable, "-c", SPIN], env=environment) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for program in programs:
-            program.kill()
-            program.wait()
 
 
 def folder_of_volumes(options: argparse.Namespace, folder: Path, found: Row) -> list[Row]:

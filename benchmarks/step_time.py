@@ -11,16 +11,13 @@ them.
 import argparse
 import hashlib
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from busy import busy_programs
 
 from slmsam2_cli import console
 from slmsam2_cli.commands.plan import plan
@@ -46,18 +43,6 @@ class Setting(NamedTuple):
     threads: int
     cores: int
     optimised: bool = True
-
-
-@contextmanager
-def busy_programs(count: int) -> Iterator[None]:
-    """Let other programs compute during a block."""
-    programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for program in programs:
-            program.kill()
-            program.wait()
 
 
 def new(decided: Plan, data: TrainingData, optimised: bool) -> trainer.Learner:

@@ -32,6 +32,25 @@ def choose_device(name: DeviceName = "auto") -> torch.device:
     return torch.device(name)
 
 
+def needs_one_thread(network_size: str, device: torch.device) -> bool:
+    """Return whether the tensors are too small for several threads: those of nano, on a CPU."""
+    return network_size == "nano" and device.type == "cpu"
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Let torch compute with so many threads during a block; None: with as many as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @contextmanager
 def half_precision(device: torch.device) -> Iterator[None]:
     """Compute in bfloat16 on a GPU, for training; elsewhere precision stays as it is.

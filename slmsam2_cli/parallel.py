@@ -4,7 +4,8 @@
 which is run once more alone before it becomes a CaseError. This needs to know which case each worker runs; a ProcessPoolExecutor
 does not tell, and one killed worker breaks all its futures. `pool` returns such an executor for scoring, where every case is submitted
 and collected by its caller; `prepare` starts its imports in the background. Both share the start method, the protection from Ctrl-C
-and the end with the parent. Only the standard library is imported, so that a new process starts quickly.
+and the end with the parent. `fork_map` divides one case among copies of this process. Only the standard library is imported, so that a
+new process starts quickly.
 """
 
 from __future__ import annotations
@@ -356,9 +357,10 @@ def fork_map(
 def _receive(connection: Connection) -> tuple[str, int, Any]:
     """Receive a message of a copy. Raises: MemoryError when the copy has died."""
     try:
-        message: tuple[str, int, Any] = connection.recv()
+        content = connection.recv_bytes()
     except (OSError, EOFError):
         raise MemoryError("a process was killed, probably out of memory") from None
+    message: tuple[str, int, Any] = pickle.loads(content)
     return message
 
 
@@ -386,10 +388,13 @@ def _fork(work: Callable[[Any, Any], Any], jobs: Sequence[Any], siblings: Iterab
 def _serve_copies(work: Callable[[Any, Any], Any], jobs: Sequence[Any], connection: Connection, parent: int) -> None:
     """Run jobs by their index until the connection is closed or the parent process has ended."""
 
+    def send(kind: str, value: object) -> None:
+        connection.send_bytes(pickle.dumps((kind, index, value)))  # by value, as in _WorkerPool
+
     def advance(steps: int) -> None:
         if os.getppid() != parent:
             os._exit(1)
-        connection.send(("step", index, steps))
+        send("step", steps)
 
     while True:
         try:
@@ -397,12 +402,12 @@ def _serve_copies(work: Callable[[Any, Any], Any], jobs: Sequence[Any], connecti
         except (OSError, EOFError):
             return
         try:
-            connection.send(("answer", index, work(jobs[index], advance)))
-        except OSError:
-            return
-        except BaseException as error:  # noqa: BLE001  raised again in the parent process
-            connection.send(("error", index, error))
-            return
+            send("answer", work(jobs[index], advance))
+        except Exception as error:  # noqa: BLE001  raised again in the parent process
+            try:
+                send("error", error)
+            except Exception:  # noqa: BLE001  an exception that cannot be sent
+                send("error", RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 MAX_WORKERS = 8  # processes

@@ -16,6 +16,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several at a time: a core each
 
 # Files that take longest: their tests are started first, so that all workers end at about the same time.
 SLOW_FIRST = (
+    "test_finetune_side_by_side.py",
+    "test_predict_workers.py",
     "test_finetune.py",
     "test_finetune_validated.py",
     "test_predict.py",

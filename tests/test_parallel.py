@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from slmsam2_cli import parallel
 from slmsam2_cli.errors import CaseError
@@ -144,6 +146,24 @@ def test_the_error_of_a_copy_is_raised_here_and_the_others_are_ended():
         fork_map(work, range(3), 3, print)
     assert time.monotonic() - started < 30
     assert children_of_this_process() == before
+
+
+def test_copies_send_more_tensors_than_a_process_may_open_files():
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, allowed[1]), allowed[1]))
+    try:
+        found = fork_map(lambda job, advance: [torch.full((2,), job + number) for number in range(1000)], range(2), 2, print)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, allowed)
+    assert [sum(int(one[0]) for one in answer) for answer in found] == [499500, 500500]
+
+
+def test_an_error_that_cannot_be_sent_is_raised_as_text():
+    def work(job, advance):
+        raise type("Local", (Exception,), {})("of this function")
+
+    with pytest.raises(RuntimeError, match="Local: of this function"):
+        fork_map(work, range(2), 2, print)
 
 
 def test_a_killed_copy_means_that_memory_ran_out():

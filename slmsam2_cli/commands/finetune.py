@@ -21,7 +21,7 @@ import torch
 from slmsam2_cli import console
 from slmsam2_cli.dataset.cache import PreparedCase, PreprocessResult, PreprocessSettings, prepare_all
 from slmsam2_cli.dataset.dataset import Dataset, read_dataset
-from slmsam2_cli.device import DeviceName, choose_device, describe, is_out_of_memory
+from slmsam2_cli.device import DeviceName, choose_device, describe, is_out_of_memory, needs_one_thread, torch_threads
 from slmsam2_cli.errors import DONE, DatasetError, DeviceError, OutputError, PlanError, TrainingError, UsageError
 from slmsam2_cli.inference.load_model import fuser_of, match_fuser, matching_label_unet, read_split
 from slmsam2_cli.io import atomic
@@ -32,7 +32,7 @@ from slmsam2_cli.planning.fingerprint import write_fingerprint
 from slmsam2_cli.planning.measure import measure
 from slmsam2_cli.planning.plan import RGB_CHANNELS, Plan, TrainingPlan, read_plan, write_plan
 from slmsam2_cli.planning.rules import choose_training, decide, training_for
-from slmsam2_cli.training.background import needs_one_thread, one_thread, pieces_at_once
+from slmsam2_cli.training.background import pieces_at_once
 from slmsam2_cli.training.calibrate import calibrate_model
 from slmsam2_cli.training.cross_validation import FILE as FOLDS_FILE
 from slmsam2_cli.training.cross_validation import (
@@ -112,7 +112,7 @@ def finetune(
                 console.warn(warning)
             used = [case for case in prepared.cases if case.id in run.cases]
             skipped = tuple(problem.case for problem in prepared.problems)
-            with one_thread(needs_one_thread(run.plan.network.size, chosen)):
+            with torch_threads(1 if needs_one_thread(run.plan.network.size, chosen) else None):
                 _finetune(_Session(run, used, skipped, workspace, chosen, options), resume)
     except ResumableError:
         raise

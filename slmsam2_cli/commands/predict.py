@@ -24,7 +24,7 @@ from slmsam2_cli import console
 from slmsam2_cli.dataset.dataset import Case, Dataset, read_dataset, read_image_folder
 from slmsam2_cli.dataset.prompts import PromptSlice
 from slmsam2_cli.dataset.resources import bytes_on_disk, free_bytes, shape_of
-from slmsam2_cli.device import DeviceName, choose_device, describe, is_out_of_memory
+from slmsam2_cli.device import DeviceName, choose_device, describe, is_out_of_memory, needs_one_thread, torch_threads
 from slmsam2_cli.errors import (
     DONE,
     SOME_FAILED,
@@ -50,7 +50,6 @@ from slmsam2_cli.version import VERSION
 from slmsam2_cli.workspace import Workspace
 
 MAX_KEPT_BYTES = 1 << 30  # of decoded volumes that are kept from planning to segmentation
-SMALL_NETWORK = "nano"  # whose tensors are too small for two threads to share
 MIN_PARALLEL_CASES, MIN_PARALLEL_BYTES = 4, 1 << 20  # on disk: fewer cases, or a case below, are not worth the start of processes
 PRELOADED = ("slmsam2_cli.commands.predict",)  # in the process that workers are copied from
 MEMORY_FRACTION = 0.7  # of the free memory, for cases segmented at one time
@@ -259,27 +258,24 @@ def _run(job: PredictionJob, cases: Sequence[Case], problems: Sequence[CaseError
 
 def _predict_cases(job: PredictionJob, runner: _Runner, cases: Sequence[Case]) -> list[CaseError]:
     """Segment every case. Returns the problems of those that failed; their earlier masks leave the manifest as out of date."""
-    failed, before = [], torch.get_num_threads()
+    failed = []
     workers, jobs, limit = _share_out(runner, cases)
-    torch.set_num_threads(runner.threads)
-    try:
-        with (
-            console.progress("predicting", len(cases)) as advance,
-            closing(as_completed(runner, jobs, workers, limit=limit, preload=PRELOADED)) as results,
-        ):
-            for case, result in results:
-                if isinstance(result, CaseError):
-                    failed.append(result)
-                    console.error(str(result))
-                    console.trace(result)
-                    if name := job.records.mark_stale(case):
-                        console.warn(f"case {case}: {name} is from an earlier run and out of date")
-                else:
-                    for warning in result:
-                        console.warn(warning)
-                advance(1, case)
-    finally:
-        torch.set_num_threads(before)
+    with (
+        torch_threads(runner.threads),
+        console.progress("predicting", len(cases)) as advance,
+        closing(as_completed(runner, jobs, workers, limit=limit, preload=PRELOADED)) as results,
+    ):
+        for case, result in results:
+            if isinstance(result, CaseError):
+                failed.append(result)
+                console.error(str(result))
+                console.trace(result)
+                if name := job.records.mark_stale(case):
+                    console.warn(f"case {case}: {name} is from an earlier run and out of date")
+            else:
+                for warning in result:
+                    console.warn(warning)
+            advance(1, case)
     return failed
 
 
@@ -290,9 +286,9 @@ def _share_out(runner: _Runner, cases: Sequence[Case]) -> tuple[int, Mapping[str
     A large network uses all cores in one process, unless the user says otherwise, and so does a GPU.
     """
     jobs = {case.id: case for case in cases}
-    workers = runner.workers
+    workers = 1 if console.settings.debug else runner.workers  # an error of another process comes without its traceback
     few = len(cases) < MIN_PARALLEL_CASES and sum(map(bytes_on_disk, cases)) < MIN_PARALLEL_BYTES
-    if workers < 2 or len(cases) < 2 or console.settings.debug or (runner.workers_by_default and few):
+    if workers < 2 or len(cases) < 2 or (runner.workers_by_default and few):
         runner.processes = workers
         return 0, jobs, NO_LIMIT
     count = min(workers, len(cases))
@@ -347,9 +343,9 @@ class _Runner:
 
     def __init__(self, job: PredictionJob, device: torch.device, allow_cpu_fallback: bool, workers: int | None = None) -> None:
         self.job, self.device, self.allow_cpu_fallback = job, device, allow_cpu_fallback
-        self.workers_by_default, cores, small = workers is None, available_cpus(), job.plan.network.size == SMALL_NETWORK
+        self.workers_by_default, cores, small = workers is None, available_cpus(), needs_one_thread(job.plan.network.size, device)
         self.workers = 1 if device.type != "cpu" else workers or (cores if small else 1)
-        self.threads = 1 if small and device.type == "cpu" else max(1, min(torch.get_num_threads(), cores // self.workers))
+        self.threads = 1 if small else max(1, min(torch.get_num_threads(), cores // self.workers))
         self.processes = 1
         self.settings, self.metadata = job.settings_digest(), {"model": job.model(), "prompts": job.prompts.describe()}
         self.segmenter: Segmenter | None = None

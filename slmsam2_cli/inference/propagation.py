@@ -99,9 +99,9 @@ class FeatureCache:
         self.kept[start] = block
         return block.at(slice(slice_ - start, slice_ - start + 1))
 
-    def cropped(self, roi: RoiCrop, keep_bytes: int) -> FeatureCache:
-        """Return an empty cache for a crop of the same slices."""
-        return FeatureCache(self.model, self.frames, self.batch, keep_bytes, roi)
+    def cropped(self, roi: RoiCrop, count: int) -> FeatureCache:
+        """Return an empty cache for one of `count` crops of the same slices, which share the bytes of this one."""
+        return FeatureCache(self.model, self.frames, self.batch, self.keep_bytes // count, roi)
 
     def _encode(self, start: int) -> SliceFeatures:
         part = self.frames[start : min(start + self.batch, len(self.frames))]
@@ -177,13 +177,14 @@ class _Object:
 
 @dataclass
 class _Pass:
-    """One pass of one object from an annotated slice: up to the next one, to the end of the volume, or until it finds nothing any more.
+    """One pass of one object, from an annotated slice to the next one, to the end of the volume, or until `max_empty_slices` are empty.
 
-    memories: of all annotated slices that hold the object. stop: the slice that ends the pass. between: whether it holds the object, too.
-    logits (n, n) and confidence: of the slices that the pass has segmented, in its order; empty: the number of empty ones at the end.
+    memories: of all annotated slices that hold the object. step: 1 forwards, -1 backwards. stop: the slice that ends the pass. between:
+    whether that slice holds the object, too. logits (n, n) and confidence: of the slices segmented so far, in the order of the pass.
+    empty: how many of the last of them are empty.
     """
 
-    one: _Object
+    obj: _Object
     memories: dict[int, Memory]
     start: int
     step: int
@@ -195,31 +196,31 @@ class _Pass:
     empty: int = 0
 
     def __post_init__(self) -> None:
-        annotated, end = self.one.annotated, len(self.one.features.frames) if self.step > 0 else -1
+        annotated, end = self.obj.annotated, len(self.obj.features.frames) if self.step > 0 else -1
         self.stop = next((t for t in range(self.start + self.step, end, self.step) if t in annotated), end)
         self.between = self.stop in self.memories
         if self.stop in annotated and annotated[self.stop].end and not bool(annotated[self.stop].mask.any()):
-            self.taper = EndTaper(annotated[self.start].mask, self.start, self.stop, self.one.model.mask_size)
+            self.taper = EndTaper(annotated[self.start].mask, self.start, self.stop, self.obj.model.mask_size)
 
     @property
     def length(self) -> int:
-        """The number of slices up to the one that ends the pass."""
+        """Count the slices up to the one that ends the pass."""
         return abs(self.stop - self.start) - 1
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """The annotated slices as seen from the start, in the direction of the pass: passes with the same offsets read alike."""
+        """List the annotated slices as seen from the start, in the direction of the pass: passes with the same offsets read alike."""
         return tuple(sorted((t - self.start) * self.step for t in self.memories))
 
     def weighted(self, output: SliceOutput, t: int) -> SliceOutput:
         """Mix the label prior and the taper towards an end mark into the output on slice t."""
-        output = self.one.prior.weighted(output, t, self.one.features.roi) if self.one.prior is not None else output
+        output = self.obj.prior.weighted(output, t, self.obj.features.roi) if self.obj.prior is not None else output
         return self.taper.weighted(output, t) if self.taper is not None else output
 
     @property
     def going(self) -> bool:
-        """Whether further slices follow."""
-        lost = not self.between and self.empty > 0 and self.empty == self.one.options.max_empty_slices
+        """Return whether further slices follow."""
+        lost = not self.between and self.empty > 0 and self.empty == self.obj.options.max_empty_slices
         return len(self.logits) < self.length and not lost
 
     def store(self, logits: Tensor, confidence: float) -> int:
@@ -257,7 +258,7 @@ def propagate(
     if options.use_label_prior and model.label_unet is not None:
         masks = {label: [(a.slice, a.mask) for a in annotated] for label, annotated in objects.items()}
         priors = compute_label_priors(model.label_unet, frames, masks)
-    whole = FeatureCache(model, frames, options.batch)
+    whole = FeatureCache(model, frames, options.batch, MAX_CACHED_BYTES // options.processes)
     ones = {
         label: _Object(model, whole, {a.slice: a for a in annotated}, options, priors.get(label)) for label, annotated in objects.items()
     }
@@ -305,8 +306,7 @@ def _first_roi(one: _Object) -> RoiCrop:
 
 def _crop(ones: Mapping[int, _Object], rois: Mapping[int, RoiCrop]) -> dict[int, _Object]:
     """Return the objects as the network sees them in these crops. Objects with the same crop share its features."""
-    keep_bytes = MAX_CACHED_BYTES // len(set(rois.values()))
-    caches = {roi: ones[label].features.cropped(roi, keep_bytes) for label, roi in rois.items()}
+    caches = {roi: ones[label].features.cropped(roi, len(set(rois.values()))) for label, roi in rois.items()}
     cropped = {}
     for label, roi in rois.items():
         one, px = ones[label], ones[label].model.input_size
@@ -349,7 +349,7 @@ def _propagate_objects(ones: Mapping[int, _Object], advance: Callable[[int], Non
     batches = _batches(list(passes.values()))
     for batch, results in zip(batches, _run_batches(batches, advance), strict=True):
         for one_pass, (logits, confidence) in zip(batch, results, strict=True):
-            one_pass.logits, one_pass.confidence = logits, confidence
+            one_pass.logits, one_pass.confidence = list(torch.from_numpy(logits)), confidence
     for label, state in states.items():
         for one_pass in passes[label]:
             one_pass.blend_into(state)
@@ -371,21 +371,21 @@ def _batches(passes: Sequence[list[_Pass]]) -> list[list[_Pass]]:
     Where passes share memory, those of an object are one batch and run one after another. Where a policy needs scores, each runs alone.
     """
     first = next((one for of_object in passes for one in of_object), None)
-    if first is None or first.one.model.policy.shared_memory:
+    if first is None or first.obj.model.policy.shared_memory:
         return [of_object for of_object in passes if of_object]
-    limit = 1 if first.one.model.policy.needs_scores else first.one.options.batch
+    limit = 1 if first.obj.model.policy.needs_scores else first.obj.options.batch
     alike: dict[tuple[int, ...], list[_Pass]] = {}
     for one in sorted((one for of_object in passes for one in of_object if one.going), key=lambda one: -one.length):
         alike.setdefault(one.offsets, []).append(one)
     return [group[start : start + limit] for group in alike.values() for start in range(0, len(group), limit)]
 
 
-_Result = tuple[list[Tensor], list[float]]
+_Result = tuple[NDArray[np.float32], list[float]]  # logits (k, n, n) and confidence of the k slices of a pass
 
 
 def _run_batches(batches: Sequence[list[_Pass]], advance: Callable[[int], None]) -> list[list[_Result]]:
-    """Run every batch, in several processes where the options say so. Returns logits and confidence of each pass."""
-    processes = min(batches[0][0].one.options.processes, len(batches)) if batches else 1
+    """Run every batch, in several processes where the options say so. Returns the result of each pass."""
+    processes = min(batches[0][0].obj.options.processes, len(batches)) if batches else 1
     if processes > 1:
         return fork_map(_run_batch, batches, processes, advance)
     return [_run_batch(batch, advance) for batch in batches]
@@ -394,14 +394,15 @@ def _run_batches(batches: Sequence[list[_Pass]], advance: Callable[[int], None])
 def _run_batch(batch: list[_Pass], advance: Callable[[int], None]) -> list[_Result]:
     """Run the passes of a batch: side by side, or one after another where they share memory."""
     first = batch[0]
-    if first.one.model.policy.shared_memory or len(batch) == 1:
+    if first.obj.model.policy.shared_memory or len(batch) == 1:
         bank = MemoryBank(first.memories)
         for one in batch:
             _run_passes([one], bank, advance)
     else:
         stored = {offset: [one.memories[one.start + one.step * offset] for one in batch] for offset in first.offsets}
         _run_passes(batch, MemoryBank({offset: join(memories) for offset, memories in stored.items()}), advance)
-    return [(one.logits, one.confidence) for one in batch]
+    nothing = np.empty((0, 0, 0), np.float32)
+    return [(torch.stack(one.logits).numpy() if one.logits else nothing, one.confidence) for one in batch]
 
 
 def _run_passes(running: list[_Pass], bank: MemoryBank, advance: Callable[[int], None]) -> None:
@@ -409,16 +410,16 @@ def _run_passes(running: list[_Pass], bank: MemoryBank, advance: Callable[[int],
 
     bank: their memories. Slices of several passes are counted from the start of each, of a single one as in the volume.
     """
-    model, count = running[0].one.model, len(running[0].one.features.frames)
+    model, count = running[0].obj.model, len(running[0].obj.features.frames)
     origin, step = (running[0].start, running[0].step) if len(running) == 1 else (0, 1)
     place = 0
     while running := [one for one in running if one.going]:
         place += 1
         slices = [one.start + one.step * place for one in running]
-        features = join([one.one.features[t] for one, t in zip(running, slices)])
+        features = join([one.obj.features[t] for one, t in zip(running, slices)])
         context = ReadContext(origin + step * place, step, bank.conditioning, bank.tracked, count)
         output = model.track(features, bank, context)
-        if any(one.one.prior is not None or one.taper is not None for one in running):
+        if any(one.obj.prior is not None or one.taper is not None for one in running):
             output = join([one.weighted(select(output, slice(i, i + 1)), slices[i]) for i, one in enumerate(running)])
         bank.write(context.slice, to_bfloat16(model.remember(features, output)))
         model.prune(bank, context)

@@ -15,15 +15,11 @@ from typing import TypeVar
 import torch
 
 from slmsam2_cli.dataset.resources import free_bytes
+from slmsam2_cli.device import needs_one_thread, torch_threads
 from slmsam2_cli.parallel import available_cpus
 from slmsam2_cli.planning.plan import Plan
 
 T = TypeVar("T")
-
-
-def needs_one_thread(network_size: str, device: torch.device) -> bool:
-    """Return whether the tensors are too small for several threads: those of nano, on a CPU."""
-    return network_size == "nano" and device.type == "cpu"
 
 
 def pieces_at_once(plan: Plan, device: torch.device, bytes_each: int | None, pieces: int) -> int:
@@ -42,18 +38,6 @@ def cores_of_each(processes: int) -> int:
 
 
 @contextmanager
-def one_thread(wanted: bool = True) -> Iterator[None]:
-    """Let torch compute with one thread during a block, where that is wanted."""
-    before = torch.get_num_threads()
-    try:
-        if wanted:
-            torch.set_num_threads(1)
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
 def background_thread(device: torch.device, cores: int, useful: bool = True) -> Iterator[ThreadPoolExecutor | None]:
     """Run a second thread during a block; yields None unless it is useful and this process has two or more cores of a CPU.
 
@@ -62,7 +46,7 @@ def background_thread(device: torch.device, cores: int, useful: bool = True) -> 
     if not useful or device.type != "cpu" or cores < 2:
         yield None
         return
-    with one_thread(), ThreadPoolExecutor(1, "background", initializer=torch.set_num_threads, initargs=(1,)) as thread:
+    with torch_threads(1), ThreadPoolExecutor(1, "background", initializer=torch.set_num_threads, initargs=(1,)) as thread:
         try:
             thread.submit(torch.get_num_threads).result()  # starts the thread before anything is computed
             yield thread

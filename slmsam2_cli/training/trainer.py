@@ -22,7 +22,7 @@ from torch import Tensor
 
 from slmsam2_cli import console
 from slmsam2_cli.dataset.cache import PreparedCase, check_not_truncated
-from slmsam2_cli.device import half_precision
+from slmsam2_cli.device import half_precision, needs_one_thread
 from slmsam2_cli.errors import PlanError, TrainingError
 from slmsam2_cli.model.checkpoint import Checkpoint, load_weights
 from slmsam2_cli.model.cpu_ops import optimise_for_cpu
@@ -31,7 +31,7 @@ from slmsam2_cli.model.slmsam2 import MemoryBank, SliceFeatures, SliceOutput, Sl
 from slmsam2_cli.parallel import available_cpus
 from slmsam2_cli.planning.plan import Plan, TrainingPlan
 from slmsam2_cli.training import learner as learning
-from slmsam2_cli.training.background import background_thread, needs_one_thread, submit
+from slmsam2_cli.training.background import background_thread, submit
 from slmsam2_cli.training.clips import Clips, ClipSampler
 from slmsam2_cli.training.dataloader import Batch, BatchDataset, BatchFeed, TrainingData, dataloader_workers
 from slmsam2_cli.training.distributed import SINGLE_PROCESS, ProcessGroup, start_processes

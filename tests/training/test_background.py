@@ -7,10 +7,11 @@ import pytest
 import torch
 from stacks import case, whole
 
+from slmsam2_cli.device import needs_one_thread, torch_threads
 from slmsam2_cli.errors import TrainingError
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import NetworkPlan, TrainingPlan
-from slmsam2_cli.training.background import background_thread, needs_one_thread, one_thread, submit
+from slmsam2_cli.training.background import background_thread, submit
 from slmsam2_cli.training.clips import ClipSampler
 from slmsam2_cli.training.dataloader import BatchDataset, FailedBatch, TrainingData
 from slmsam2_cli.training.distributed import SINGLE_PROCESS, ProcessGroup
@@ -59,9 +60,9 @@ def test_without_a_thread_work_runs_once_and_when_its_result_is_asked_for(thread
 def test_only_nano_on_a_cpu_needs_one_thread(threads):
     assert needs_one_thread("nano", CPU) and not needs_one_thread("tiny", CPU) and not needs_one_thread("nano", torch.device("cuda"))
     threads(2)
-    with one_thread():
+    with torch_threads(1):
         assert torch.get_num_threads() == 1
-    with one_thread(wanted=False):
+    with torch_threads(None):
         assert torch.get_num_threads() == 2
     assert torch.get_num_threads() == 2
 
@@ -89,9 +90,10 @@ def plan(**changes):
 
 
 def learned(cores, object_score, scratch=False):
-    """All weights after three steps on so many cores, the label U-Net's included."""
+    """All weights after three steps on so many cores, the label U-Net's included; from scratch, clips grow from two slices to four."""
     one, training_data = made(object_score, scratch)
-    for _ in train(one, training_data, plan(object_score_target=object_score), lambda: False, ProcessGroup(cores=cores)):
+    planned = plan(object_score_target=object_score, clip_slices=4 if scratch else 2)
+    for _ in train(one, training_data, planned, lambda: False, ProcessGroup(cores=cores)):
         pass
     return one.model.state_dict()
 

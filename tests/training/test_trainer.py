@@ -62,16 +62,16 @@ def weights(one):
 @pytest.mark.parametrize(("cores", "object_score"), [(1, "ground_truth"), (1, "teacher"), (2, "teacher")])
 def test_a_run_resumed_from_disk_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path, cores, object_score):
     """With two cores, the next step is prepared before this one is over."""
-    whole = learner(object_score_target=object_score)
-    run(whole, cores=cores)
-    first = learner(object_score_target=object_score)
-    run(first, until=2, cores=cores)
+    whole = learner(steps=3, object_score_target=object_score)
+    run(whole, steps=3, cores=cores)
+    first = learner(steps=3, object_score_target=object_score)
+    run(first, until=1, steps=3, cores=cores)
     save_state(tmp_path / "state.safetensors", first, "settings")
-    second = learner(object_score_target=object_score)
+    second = learner(steps=3, object_score_target=object_score)
     torch.manual_seed(99)
     assert load_state(tmp_path / "state.safetensors", second, "settings") == ""
-    assert second.step == 2
-    run(second, cores=cores)
+    assert second.step == 1
+    run(second, steps=3, cores=cores)
     expected, found = weights(whole), weights(second)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
@@ -134,9 +134,10 @@ def test_a_flipped_byte_in_a_state_is_noticed(tmp_path):
 
 
 def test_training_that_diverges_is_an_error_that_names_the_learning_rate(monkeypatch):
-    monkeypatch.setattr("slmsam2_cli.training.trainer.training_step", lambda *given: given[4].result() and {"skipped": 1.0})
+    monkeypatch.setattr("slmsam2_cli.training.trainer.training_step", lambda *given: {**given[4].result(), "skipped": 1.0})
+    one = new_learner(SlmSam2(NetworkPlan(size="nano"), PX), plan(100), from_scratch=False)
     with pytest.raises(TrainingError, match="learning_rate"):
-        run(learner(100), steps=100)
+        list(train(one, TrainingData(sampler()), plan(100), lambda: False))
 
 
 def test_a_missing_state_is_an_error(tmp_path):
