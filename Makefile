@@ -16,6 +16,8 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export SAM2_BUILD_CUDA := 0
+# Each command that a test starts would compile hundreds of modules again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test install nano
 

@@ -353,7 +353,11 @@ class Command:
         """
         where = ["-i", self.root / "images", "-p", self.root / "prompts", "-o", self.root / "masks", "--overwrite", "--no-report"]
         program = "from slmsam2_cli.cli.app import main; main()"
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(self.threads),
+            "PYTHONDONTWRITEBYTECODE": "",
+            "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+        }
         before, started = children_seconds(), time.perf_counter()
         command = [sys.executable, "-c", program, "predict", *map(str, where), *self.arguments]
         subprocess.run(command, check=True, cwd=self.root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -375,9 +379,10 @@ def cases_of(root: Path) -> list[tuple[Path, Path]]:
 
 
 def read_case(image: Path, label: Path) -> tuple[Array, Array, int]:
-    """Read slices (T, H, W) and labels along the axis with the fewest voxels, and that axis."""
-    voxels, labels = (np.asarray(nibabel.load(path).dataobj) for path in (image, label))
-    axis = int(np.argmin(voxels.shape))
+    """Read axial slices (T, H, W), which is what is planned for these sets, their labels, and the array axis."""
+    files = [nibabel.load(path) for path in (image, label)]
+    voxels, labels = (np.asarray(one.dataobj) for one in files)
+    axis = next(index for index, code in enumerate(nibabel.aff2axcodes(files[0].affine)) if code in "SI")
     return np.moveaxis(voxels.astype(np.float32), axis, 0), np.moveaxis(labels, axis, 0), axis
 
 

@@ -13,8 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from scipy.optimize import isotonic_regression
-from scipy.special import expit, logit
 
 MIN_SLICES, MIN_ISOTONIC_SLICES = 20, 60
 MAX_KNOTS = 33
@@ -95,6 +93,8 @@ def calibration_error(confidence: Array, dice: Array, groups: int = 10) -> float
 
 def _isotonic_table(raw: Array, measured: Array) -> tuple[Array, Array]:
     """Fit means of groups of equally many slices, so that no single slice makes a step."""
+    from scipy.optimize import isotonic_regression  # slow to import; whoever reads a table does not need it
+
     order = np.argsort(raw, kind="stable")
     groups = np.array_split(order, min(MAX_KNOTS, len(raw) // 10))
     x, y = np.array([raw[g].mean() for g in groups]), np.array([measured[g].mean() for g in groups])
@@ -109,6 +109,8 @@ def _logistic_table(raw: Array, measured: Array, steps: int = 50) -> tuple[Array
 
     A small penalty, in units of the spread of x, pulls towards slope 1 and offset 0.
     """
+    from scipy.special import expit, logit  # slow to import, too
+
     x = logit(np.clip(raw, _EDGE, 1 - _EDGE))
     centre = float(x.mean())
     prior, shrink = np.array([1.0, centre]), _SHRINK * np.diag([x.var() + 1e-6, 1.0])
