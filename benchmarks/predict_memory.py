@@ -99,7 +99,7 @@ def measure_many(folder: Path, volumes: int) -> None:
     for name in ("imagesTr", "labelsTr"):
         files = sorted((folder / name).glob("*.nii.gz"))
         for number in range(volumes):
-            place = folder / name.replace("Tr", "") / f"case_{number:04d}.nii.gz"
+            place = folder / name.replace("Tr", "") / f"case{number:04d}.nii.gz"
             place.parent.mkdir(exist_ok=True)
             place.write_bytes(files[number % len(files)].read_bytes())
     seconds, samples = predict(folder / "images", folder / "labels", folder / "masks")

@@ -37,7 +37,8 @@ from slmsam2_cli.planning.plan import Plan
 from slmsam2_cli.planning.rules import MAX_CACHED_BYTES
 
 ABSENT = -20.0  # logit of an absent object in results
-BATCH = 8  # slices encoded, and passes run, at a time
+BATCH = 8  # slices encoded at a time
+PASSES = 2
 ATTEMPTS = 3  # crops tried, each larger than the one before
 BORDER = 1  # mask pixels along the border of a crop that a mask must leave free
 
@@ -103,10 +104,13 @@ class FeatureCache:
         """Return an empty cache for one of `count` crops of the same slices, which share the bytes of this one."""
         return FeatureCache(self.model, self.frames, self.batch, self.keep_bytes // count, roi)
 
+    def read(self, start: int, end: int) -> Tensor:
+        """Return the network's input of slices (end - start, C, px, px), on its device."""
+        part = self.frames[start:end]
+        return (part if self.roi is None else self.roi.crop(part, self.model.input_size)).to(self.model.device)
+
     def _encode(self, start: int) -> SliceFeatures:
-        part = self.frames[start : min(start + self.batch, len(self.frames))]
-        part = part if self.roi is None else self.roi.crop(part, self.model.input_size)
-        features = self.model.encode(part.to(self.model.device))
+        features = self.model.encode(self.read(start, min(start + self.batch, len(self.frames))))
         tensors = (features.top, features.top_position, *features.fine)
         room = self.keep_bytes // max(1, sum(t.element_size() * t.nelement() for t in tensors))
         while len(self.kept) >= max(2, room):
@@ -337,11 +341,10 @@ def _larger_roi(found: Propagation, one: _Object) -> RoiCrop | None:
 
 def _propagate_objects(ones: Mapping[int, _Object], advance: Callable[[int], None]) -> dict[int, Propagation]:
     """Propagate objects from each of their annotated slices in both directions, and blend where two passes meet."""
-    states, passes = dict[int, PropagationState](), dict[int, list[_Pass]]()
+    states = {label: PropagationState.empty(len(one.features.frames), one.model.mask_size) for label, one in ones.items()}
+    stored, passes = _store_prompts(ones, states), dict[int, list[_Pass]]()
     for label, one in ones.items():
-        states[label] = state = PropagationState.empty(len(one.features.frames), one.model.mask_size)
-        memories = {t: _store_prompt(one, state, a) for t, a in one.annotated.items() if bool(a.mask.any())}
-        state.confidence[[t for t, a in one.annotated.items() if not bool(a.mask.any())]] = 1.0
+        memories = stored[label]
         ways = [(t, step) for t in memories for step in (1, -1)]
         if one.model.policy.shared_memory:  # as in SAM 2's predictor
             ways = [*((t, 1) for t in sorted(memories)), *((t, -1) for t in sorted(memories, reverse=True))]
@@ -369,15 +372,24 @@ def _batches(passes: Sequence[list[_Pass]]) -> list[list[_Pass]]:
     """Divide the passes of all objects into batches that are run side by side, the longest passes first.
 
     Where passes share memory, those of an object are one batch and run one after another. Where a policy needs scores, each runs alone.
+    Several batches are an even number of about the same size, so that two processes share them well.
     """
     first = next((one for of_object in passes for one in of_object), None)
     if first is None or first.obj.model.policy.shared_memory:
         return [of_object for of_object in passes if of_object]
-    limit = 1 if first.obj.model.policy.needs_scores else first.obj.options.batch
+    limit = 1 if first.obj.model.policy.needs_scores else first.obj.options.batch * PASSES
     alike: dict[tuple[int, ...], list[_Pass]] = {}
     for one in sorted((one for of_object in passes for one in of_object if one.going), key=lambda one: -one.length):
         alike.setdefault(one.offsets, []).append(one)
-    return [group[start : start + limit] for group in alike.values() for start in range(0, len(group), limit)]
+    return [batch for group in alike.values() for batch in _divide(group, limit)]
+
+
+def _divide(group: list[_Pass], limit: int) -> list[list[_Pass]]:
+    """Divide passes into as few batches of at most `limit` as an even number, or one, can be."""
+    batches = math.ceil(len(group) / limit)
+    batches = min(len(group), batches + batches % 2) if batches > 1 else batches
+    bounds = [len(group) * number // batches for number in range(batches + 1)]
+    return [group[start:end] for start, end in zip(bounds, bounds[1:])]
 
 
 _Result = tuple[NDArray[np.float32], list[float]]  # logits (k, n, n) and confidence of the k slices of a pass
@@ -430,12 +442,30 @@ def _run_passes(running: list[_Pass], bank: MemoryBank, advance: Callable[[int],
             bank = bank.at(going.nonzero()[:, 0].to(model.device))
 
 
-def _store_prompt(one: _Object, state: PropagationState, annotated: AnnotatedSlice) -> Memory:
-    """Encode an annotated slice as a memory, and write its mask and confidence 1 into the state."""
-    t, mask = annotated.slice, annotated.mask.float()[None, None].to(one.model.device)
-    output = one.model.condition_on_mask(one.features[t], mask)
-    state.logits[t], state.confidence[t] = output.logits[0, 0].float().cpu(), 1.0
-    return to_bfloat16(one.model.remember(one.features[t], output, None if one.options.low_resolution_prompts else mask))
+def _store_prompts(ones: Mapping[int, _Object], states: Mapping[int, PropagationState]) -> dict[int, dict[int, Memory]]:
+    """Encode the annotated slices of all objects as memories, and write masks and confidence 1 into the states.
+
+    Returns label -> annotated slice that holds the object -> memory. Slices of several crops are encoded in batches.
+    """
+    memories: dict[int, dict[int, Memory]] = {label: {} for label in ones}
+    drawn = [(label, a) for label, one in ones.items() for a in one.annotated.values() if bool(a.mask.any())]
+    for label, one in ones.items():
+        states[label].confidence[list(one.annotated)] = 1.0
+    first = next(iter(ones.values()))
+    model, options, caches = first.model, first.options, {id(one.features) for one in ones.values()}
+    for start in range(0, len(drawn), options.batch):
+        part = drawn[start : start + options.batch]
+        if len(caches) == 1:  # whose other slices are needed next
+            features = join([first.features[a.slice] for _, a in part])
+        else:
+            features = model.encode(torch.cat([ones[label].features.read(a.slice, a.slice + 1) for label, a in part]))
+        masks = torch.stack([a.mask for _, a in part]).float()[:, None].to(model.device)
+        output = model.condition_on_mask(features, masks)
+        memory = to_bfloat16(model.remember(features, output, None if options.low_resolution_prompts else masks))
+        for i, (label, a) in enumerate(part):
+            states[label].logits[a.slice] = output.logits[i, 0].float().cpu()
+            memories[label][a.slice] = select(memory, slice(i, i + 1))
+    return memories
 
 
 def to_bfloat16(memory: Memory) -> Memory:
