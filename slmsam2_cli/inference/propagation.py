@@ -38,7 +38,7 @@ from slmsam2_cli.planning.rules import MAX_CACHED_BYTES
 
 ABSENT = -20.0  # logit of an absent object in results
 BATCH = 8  # slices encoded at a time
-PASSES = 2
+PASSES_PER_SLICE = 2  # passes run at a time, per slice encoded at a time: they need less memory, and gain more from each other's company
 ATTEMPTS = 3  # crops tried, each larger than the one before
 BORDER = 1  # mask pixels along the border of a crop that a mask must leave free
 
@@ -122,7 +122,7 @@ class FeatureCache:
 class PropagationOptions:
     """How objects are propagated.
 
-    batch: slices encoded, and passes run, at a time. processes: that share the passes of one volume, on a CPU. roi_scale: the network
+    batch: slices encoded at a time. processes: that share the passes of one volume, on a CPU. roi_scale: the network
     sees a crop so many times as wide as the annotation, one per object; None: whole slices. use_label_prior: the objects are the labels
     that the model was fine-tuned on, so the prediction of its label U-Net is weighted by its agreement with the annotated slices.
     max_empty_slices: a pass without an annotated slice ahead stops after so many slices without its object; None: at the end of the
@@ -377,7 +377,7 @@ def _batches(passes: Sequence[list[_Pass]]) -> list[list[_Pass]]:
     first = next((one for of_object in passes for one in of_object), None)
     if first is None or first.obj.model.policy.shared_memory:
         return [of_object for of_object in passes if of_object]
-    limit = 1 if first.obj.model.policy.needs_scores else first.obj.options.batch * PASSES
+    limit = 1 if first.obj.model.policy.needs_scores else first.obj.options.batch * PASSES_PER_SLICE
     alike: dict[tuple[int, ...], list[_Pass]] = {}
     for one in sorted((one for of_object in passes for one in of_object if one.going), key=lambda one: -one.length):
         alike.setdefault(one.offsets, []).append(one)
