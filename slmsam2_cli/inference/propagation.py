@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -389,7 +390,7 @@ def _divide(group: list[_Pass], limit: int) -> list[list[_Pass]]:
     batches = math.ceil(len(group) / limit)
     batches = min(len(group), batches + batches % 2) if batches > 1 else batches
     bounds = [len(group) * number // batches for number in range(batches + 1)]
-    return [group[start:end] for start, end in zip(bounds, bounds[1:])]
+    return [group[start:end] for start, end in pairwise(bounds)]
 
 
 _Result = tuple[NDArray[np.float32], list[float]]  # logits (k, n, n) and confidence of the k slices of a pass

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from small_runs import beside, small_workspace, write_organs
 
 from slmsam2_cli.commands.finetune import finetune
