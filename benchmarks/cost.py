@@ -20,6 +20,7 @@ import torch
 
 from slmsam2_cli.commands.plan import plan
 from slmsam2_cli.model.speed import seconds_per_slice
+from slmsam2_cli.parallel import available_cpus
 from slmsam2_cli.planning.estimate import Estimate, estimate_finetuning, estimate_prediction
 from slmsam2_cli.planning.fingerprint import read_fingerprint
 from slmsam2_cli.planning.plan import NetworkPlan, read_plan
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     options = parser.parse_args()
     speed = seconds_per_slice(NetworkPlan(), 128, torch.device("cpu"))
+    workers = available_cpus()
     print(f"measured speed: {1000 * speed:.1f} ms per slice\n", flush=True)
     print(
         "| set | run | MB estimated | MB taken | ratio | seconds estimated | seconds taken | ratio |\n|---|---|---|---|---|---|---|---|",
@@ -75,12 +77,15 @@ def main() -> None:
             common = ["-d", str(root), "-w", str(space.root), "--quiet", "--disable-progress"]
             took = measured([SLMSAM2, "predict", "-o", str(Path(folder) / "masks"), "--weights", "nano", "--no-report", *common])
             count = len(fingerprint.cases)
-            print(table_row(name, f"predict {count} volumes", estimate_prediction(final_plan, fingerprint.cases, speed), took), flush=True)
+            print(
+                table_row(name, f"predict {count} volumes", estimate_prediction(final_plan, fingerprint.cases, speed, workers), took),
+                flush=True,
+            )
             steps = ["--steps", str(options.steps)] if options.steps else []
             took = measured([SLMSAM2, "finetune", "-n", str(options.cases), "--weights", "nano", *steps, *common])
             if options.steps:  # as a manual edit of the plan
                 final_plan = final_plan.model_copy(update={"training": final_plan.training.model_copy(update={"steps": options.steps})})
-            tuning = estimate_finetuning(final_plan, fingerprint, options.cases, speed)
+            tuning = estimate_finetuning(final_plan, fingerprint, options.cases, speed, workers)
             print(
                 table_row(name, f"finetune -n {options.cases}{f', {options.steps} steps' * bool(options.steps)}", tuning, took), flush=True
             )

@@ -13,9 +13,10 @@ from typing import Final, Literal
 from slmsam2_cli import console
 from slmsam2_cli.dataset.dataset import Dataset, read_dataset
 from slmsam2_cli.dataset.slices import AXES, SliceAxis
-from slmsam2_cli.device import choose_device, describe
+from slmsam2_cli.device import choose_device, describe, needs_one_thread
 from slmsam2_cli.errors import DONE, SOME_FAILED, DatasetError, OutputError, PlanError, UsageError
 from slmsam2_cli.io.atomic import lock_folder
+from slmsam2_cli.parallel import available_cpus
 from slmsam2_cli.planning.advice import annotation_advice, dataset_warnings
 from slmsam2_cli.planning.estimate import (
     REFERENCE_INPUT_SIZE,
@@ -246,14 +247,14 @@ def _estimate_rows(final: Plan, fingerprint: Fingerprint) -> Rows:
     """Estimate the runs that usually follow; none for unsupported networks, no times where the speed cannot be measured."""
     if final.network.size != SUPPORTED_SIZE:
         return ()
-    speed, count = _measure_speed(final), len(fingerprint.cases)
-    estimates = {f"finetune -n {n}": estimate_finetuning(final, fingerprint, n, speed) for n in sorted({1, min(5, count)})}
-    estimates[f"predict {count} volume{'s' if count != 1 else ''}"] = estimate_prediction(final, fingerprint.cases, speed)
+    (speed, workers), count = _measure_speed(final), len(fingerprint.cases)
+    estimates = {f"finetune -n {n}": estimate_finetuning(final, fingerprint, n, speed, workers) for n in sorted({1, min(5, count)})}
+    estimates[f"predict {count} volume{'s' if count != 1 else ''}"] = estimate_prediction(final, fingerprint.cases, speed, workers)
     return tuple((name, *format_estimate(estimate)) for name, estimate in estimates.items() if estimate is not None)
 
 
-def _measure_speed(final: Plan) -> float | None:
-    """Measure the seconds per slice on this machine; None, with a line of verbose output, where that fails."""
+def _measure_speed(final: Plan) -> tuple[float | None, int]:
+    """Measure the seconds per slice on this machine; None, with a line of verbose output, where that fails. Also count the workers."""
     try:
         from slmsam2_cli.model.speed import seconds_per_slice  # torch takes seconds to load, and a comparison needs none
 
@@ -262,9 +263,9 @@ def _measure_speed(final: Plan) -> float | None:
     except Exception as error:  # noqa: BLE001 - the plan is written; nothing about an estimate may make the run fail
         console.detail(f"could not estimate run time: {error or type(error).__name__}")
         console.trace(error)
-        return None
+        return None, 1
     console.detail(f"{1000 * seconds:.0f} ms per slice on {describe(device)}")
-    return seconds
+    return seconds, available_cpus() if needs_one_thread(final.network.size, device) else 1
 
 
 def _measurement_rows(cases: tuple[CaseFingerprint, ...]) -> Rows:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ from slmsam2_cli.io import atomic
 from slmsam2_cli.io.volume import ENDINGS, image_ending, keep_decoded
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import Checkpoint
-from slmsam2_cli.model.cpu_ops import to_device
+from slmsam2_cli.model.cpu_ops import keep_freed_memory, to_device
 from slmsam2_cli.parallel import NO_LIMIT, MemoryLimit, as_completed, available_cpus
 from slmsam2_cli.planning.estimate import prediction_bytes
 from slmsam2_cli.planning.plan import Plan
@@ -381,8 +381,10 @@ class _Runner:
 
     def _attempt(self, case: Case, segmenter: Segmenter) -> SegmentedCase | None:
         """Segment a case; None when memory ran out and another attempt can use less. Memory of the failed attempt is freed by then."""
+        large_on_cpu = self.device.type == "cpu" and not needs_one_thread(self.job.plan.network.size, self.device)
         try:
-            return segment_case(case, self.job.root, self.job.prompts, segmenter)
+            with keep_freed_memory() if large_on_cpu else nullcontext():
+                return segment_case(case, self.job.root, self.job.prompts, segmenter)
         except (MemoryError, RuntimeError, ValueError) as error:
             if not is_out_of_memory(error):
                 what = f"cannot be segmented: {type(error).__name__}: {error}".rstrip(": ").splitlines()[0]

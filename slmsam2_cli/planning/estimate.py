@@ -61,13 +61,19 @@ class Estimate:
     seconds: float | None = None
 
 
-def estimate_prediction(plan: Plan, cases: Sequence[CaseFingerprint], seconds_per_slice: float | None = None) -> Estimate | None:
-    """Estimate the prediction of cases one after another; the largest one determines memory. None for unsupported networks."""
+def estimate_prediction(
+    plan: Plan, cases: Sequence[CaseFingerprint], seconds_per_slice: float | None = None, workers: int = 1
+) -> Estimate | None:
+    """Estimate the prediction of cases by so many processes; the largest case determines the memory of each.
+
+    None for unsupported networks.
+    """
     if plan.network.size != SUPPORTED_SIZE or not cases:
         return None
     seconds = None
     if seconds_per_slice is not None:
-        seconds = STARTUP_SECONDS + sum(_prediction_seconds(plan, case, seconds_per_slice) for case in cases)
+        each = [_prediction_seconds(plan, case, seconds_per_slice) for case in cases]
+        seconds = STARTUP_SECONDS + max(sum(each) / workers, max(each))
     return Estimate(max(_case_bytes(plan, case) for case in cases), seconds)
 
 
@@ -76,10 +82,13 @@ def prediction_bytes(plan: Plan, shape: Sequence[int]) -> int:
     return _prediction_bytes(plan, math.prod(shape), max(shape, default=1))
 
 
-def estimate_finetuning(plan: Plan, fingerprint: Fingerprint, count: int, seconds_per_slice: float | None = None) -> Estimate | None:
+def estimate_finetuning(
+    plan: Plan, fingerprint: Fingerprint, count: int, seconds_per_slice: float | None = None, workers: int = 1
+) -> Estimate | None:
     """Estimate fine-tuning on `count` cases, including preprocessing of all cases. None for unsupported networks.
 
-    The number of steps follows the rule for `count` cases, all other settings the plan.
+    workers: processes that share folds and predictions; memory is that of one. The number of steps follows the rule for `count` cases,
+    all other settings the plan.
     """
     cases, training = fingerprint.cases, plan.training
     if plan.network.size != SUPPORTED_SIZE or not cases:
@@ -100,8 +109,9 @@ def estimate_finetuning(plan: Plan, fingerprint: Fingerprint, count: int, second
         per_case = sum(_prediction_seconds(plan, case, seconds_per_slice) for case in cases) / len(cases)
         folds, fraction = (0, 0.0) if training.validation == "none" else (1, SINGLE_CASE_FRACTION) if count == 1 else (FOLDS, FOLD_FRACTION)
         seconds = STARTUP_SECONDS + sum(math.prod(case.shape) for case in cases) * SECONDS_PER_VOXEL
-        seconds += rule.steps * (1 + folds * fraction) * step
-        seconds += (CALIBRATION_PASSES * count + VALIDATION_PASSES * folds) * per_case
+        side_by_side = max(1, min(workers, folds))
+        seconds += rule.steps * (1 + folds * fraction / side_by_side) * step
+        seconds += (CALIBRATION_PASSES * count / min(workers, count) + VALIDATION_PASSES * folds / side_by_side) * per_case
         seconds = min(seconds, training.minutes * 60) if training.minutes is not None else seconds
     return Estimate(int(max(learning, calibrating)), seconds)
 

@@ -11,6 +11,7 @@ from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.planning.estimate import (
     MIB,
+    STARTUP_SECONDS,
     Estimate,
     estimate_finetuning,
     estimate_prediction,
@@ -76,6 +77,21 @@ def test_more_volumes_take_more_steps():
     # 200 + 80 n steps, and before them a fifth of these once, or three tenths twice
     one, two = (estimate_finetuning(decide(small), small, n, 10.0).seconds for n in (1, 2))
     assert two / one == pytest.approx(360 * 1.6 / (280 * 1.2), rel=0.01)
+
+
+def test_two_workers_halve_the_time_of_two_cases_but_not_of_one():
+    small = known(case(), case("b"))
+    one, two = (estimate_prediction(decide(small), small.cases, 10.0, workers).seconds - STARTUP_SECONDS for workers in (1, 2))
+    assert one / two == pytest.approx(2)
+    alone = known(case())
+    one, two = (estimate_prediction(decide(alone), alone.cases, 10.0, workers).seconds for workers in (1, 2))
+    assert one == two
+
+
+def test_two_workers_train_two_folds_at_a_time():
+    small = known(case(), case("b"))
+    one, two = (estimate_finetuning(decide(small), small, 2, 10.0, workers).seconds for workers in (1, 2))
+    assert two / one == pytest.approx(1.3 / 1.6, rel=0.01)  # the run, and three tenths of it twice, or once
 
 
 def test_finetuning_without_cross_validation_takes_a_sixth_less_time():
