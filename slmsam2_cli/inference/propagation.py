@@ -372,13 +372,15 @@ def _propagate_objects(ones: Mapping[int, _Object], advance: Callable[[int], Non
 def _batches(passes: Sequence[list[_Pass]]) -> list[list[_Pass]]:
     """Divide the passes of all objects into batches that are run side by side, the longest passes first.
 
-    Where passes share memory, those of an object are one batch and run one after another. Where a policy needs scores, each runs alone.
-    Several batches are an even number of about the same size, so that two processes share them well.
+    Where passes share memory, those of an object are one batch and run one after another. Where a policy needs scores, or slices are
+    encoded one at a time, each runs alone. Several batches are an even number of about the same size, so that two processes share
+    them well.
     """
     first = next((one for of_object in passes for one in of_object), None)
     if first is None or first.obj.model.policy.shared_memory:
         return [of_object for of_object in passes if of_object]
-    limit = 1 if first.obj.model.policy.needs_scores else first.obj.options.batch * PASSES_PER_SLICE
+    alone = first.obj.model.policy.needs_scores or first.obj.options.batch == 1
+    limit = 1 if alone else first.obj.options.batch * PASSES_PER_SLICE
     alike: dict[tuple[int, ...], list[_Pass]] = {}
     for one in sorted((one for of_object in passes for one in of_object if one.going), key=lambda one: -one.length):
         alike.setdefault(one.offsets, []).append(one)

@@ -21,7 +21,7 @@ from slmsam2_cli.training import background, cross_validation
 STEPS = 24  # also of a fold; below 20 a fold would not count
 # As the console script, on two cores, but with folds as long as the run, and saving often.
 COMMAND = (
-    "import slmsam2_cli.commands.finetune as stage; stage.SAVE_EVERY_S = 0.2; "
+    "import slmsam2_cli.commands.finetune as stage; stage.SAVE_EVERY_S = 1.0; "
     "from slmsam2_cli.training import background, cross_validation as folds; folds.FOLD_FRACTION = 1.0; "
     "background.available_cpus = lambda: 2; "
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored where the tests run in the background
@@ -41,13 +41,13 @@ def one_after_another(data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(background, "available_cpus", lambda: 1)
         patched.setattr(cross_validation, "FOLD_FRACTION", 1.0)
-        assert finetune(data, workspace, cases=2, weights="random", steps=STEPS, device="cpu") == 0
+        assert finetune(data, workspace, cases=2, steps=STEPS, device="cpu") == 0
     return workspace
 
 
 def start(data, workspace, *more):
     """Start the command in a session of its own."""
-    names = ["-d", str(data), "-w", str(workspace.root), "-n", "2", "--steps", str(STEPS), "--weights", "random", "--device", "cpu"]
+    names = ["-d", str(data), "-w", str(workspace.root), "-n", "2", "--steps", str(STEPS), "--device", "cpu"]
     command = [sys.executable, "-c", COMMAND, "finetune", *names, *more]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
