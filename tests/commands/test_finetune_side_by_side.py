@@ -12,16 +12,19 @@ import time
 from pathlib import Path
 
 import pytest
-from small_runs import beside, small_workspace, write_organs
 
 from slmsam2_cli.commands.finetune import finetune
+from slmsam2_cli.commands.plan import plan
+from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.model.checkpoint import read_checkpoint
+from slmsam2_cli.planning.plan import read_plan, write_plan
 from slmsam2_cli.training import background, cross_validation
+from slmsam2_cli.workspace import Workspace
 
-STEPS = 24  # also of a fold; below 20 a fold would not count
-# As the console script, on two cores, but with folds as long as the run, and saving often.
+STEPS = 20  # also of a fold, for which it is the least that counts
+# As the console script, on two cores, but with folds as long as the run, and saving every two seconds.
 COMMAND = (
-    "import slmsam2_cli.commands.finetune as stage; stage.SAVE_EVERY_S = 1.0; "
+    "import slmsam2_cli.commands.finetune as stage; stage.SAVE_EVERY_S = 2.0; "
     "from slmsam2_cli.training import background, cross_validation as folds; folds.FOLD_FRACTION = 1.0; "
     "background.available_cpus = lambda: 2; "
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored where the tests run in the background
@@ -32,12 +35,24 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIG
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return write_organs(tmp_path_factory.mktemp("organs"), cases=2)
+    folder = tmp_path_factory.mktemp("phantoms")
+    write_phantom_dataset(folder, cases=2, test_cases=0, seed=3, shape=(8, 32, 32))
+    return folder
+
+
+def planned(data, folder):
+    """A workspace with a plan for short clips and no label U-Net, whose steps take a fraction of the usual time."""
+    workspace = Workspace(folder)
+    plan(data, workspace, report=False)
+    usual = read_plan(workspace.plan)
+    training = usual.training.model_copy(update={"clip_slices": 2, "label_unet": False})
+    write_plan(workspace.plan, usual.model_copy(update={"training": training}))
+    return workspace
 
 
 @pytest.fixture(scope="module")
 def one_after_another(data, tmp_path_factory):
-    workspace = small_workspace(tmp_path_factory.mktemp("one_core"), data, label_unet=False)
+    workspace = planned(data, tmp_path_factory.mktemp("one_core"))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(background, "available_cpus", lambda: 1)
         patched.setattr(cross_validation, "FOLD_FRACTION", 1.0)
@@ -94,7 +109,7 @@ def assert_same(workspace, expected):
 
 
 def test_folds_side_by_side_give_the_bytes_of_one_after_another(data, tmp_path, one_after_another):
-    workspace = beside(one_after_another, tmp_path)
+    workspace = planned(data, tmp_path)
     program = start(data, workspace)
     wait_until(both_train(workspace), program)  # at the same time
     said = program.communicate()[1]
@@ -105,7 +120,7 @@ def test_folds_side_by_side_give_the_bytes_of_one_after_another(data, tmp_path, 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_interrupted_and_killed_at_any_process_it_resumes_to_the_same_bytes(data, tmp_path, one_after_another):
-    workspace = beside(one_after_another, tmp_path)
+    workspace = planned(data, tmp_path)
     program = start(data, workspace)
     wait_until(both_train(workspace), program)
     os.killpg(program.pid, signal.SIGINT)  # as Ctrl-C does

@@ -12,6 +12,7 @@ import pytest
 from slmsam2_cli.commands.plan import compare, plan
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.errors import DatasetError, OutputError, PlanError, UsageError
+from slmsam2_cli.model import speed
 from slmsam2_cli.planning.plan import read_plan
 from slmsam2_cli.workspace import Workspace
 
@@ -317,6 +318,7 @@ def test_estimates_have_no_time_where_the_speed_cannot_be_measured(data, workspa
     def out_of_memory(*_):
         raise RuntimeError("not enough memory: you tried to allocate 1 bytes")
 
+    speed.seconds_per_slice.cache_clear()  # conftest.py keeps it for all tests
     monkeypatch.setattr("slmsam2_cli.model.slmsam2.SlmSam2.encode", out_of_memory)
     assert plan(data, workspace) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("finetune -n 1"))
