@@ -344,6 +344,7 @@ class _Runner:
     def __init__(self, job: PredictionJob, device: torch.device, allow_cpu_fallback: bool, workers: int | None = None) -> None:
         self.job, self.device, self.allow_cpu_fallback = job, device, allow_cpu_fallback
         self.workers_by_default, cores, small = workers is None, available_cpus(), needs_one_thread(job.plan.network.size, device)
+        self.small = small
         self.workers = 1 if device.type != "cpu" else workers or (cores if small else 1)
         self.threads = 1 if small else max(1, min(torch.get_num_threads(), cores // self.workers))
         self.processes = 1
@@ -381,9 +382,8 @@ class _Runner:
 
     def _attempt(self, case: Case, segmenter: Segmenter) -> SegmentedCase | None:
         """Segment a case; None when memory ran out and another attempt can use less. Memory of the failed attempt is freed by then."""
-        large_on_cpu = self.device.type == "cpu" and not needs_one_thread(self.job.plan.network.size, self.device)
         try:
-            with keep_freed_memory() if large_on_cpu else nullcontext():
+            with keep_freed_memory() if self.device.type == "cpu" and not self.small else nullcontext():
                 return segment_case(case, self.job.root, self.job.prompts, segmenter)
         except (MemoryError, RuntimeError, ValueError) as error:
             if not is_out_of_memory(error):
