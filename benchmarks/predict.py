@@ -218,8 +218,8 @@ def rectangle(px: int, row: int, column: int) -> torch.Tensor:
 
 
 def row(name: str, ours: Seconds, peer: Seconds, target: str, work: Row | None = None, **more: Any) -> Row:
-    """Return a row of a table; a ratio above 1 is in our favour."""
-    ratios = {"ratio": peer[0] / ours[0], "CPU ratio": peer[1] / ours[1] if ours[1] else float("nan")}
+    """Return a row of a table; a ratio above 1 is in our favour. CPU seconds of 0 were not measured."""
+    ratios = {"ratio": peer[0] / ours[0]} | ({"CPU ratio": peer[1] / ours[1]} if ours[1] else {})
     return {"what": name, "ours": ours[0], "peer": peer[0], **ratios, "target": target, **(work or {}), **more}
 
 
@@ -456,7 +456,7 @@ def folder_of_volumes(options: argparse.Namespace, folder: Path, found: Row) -> 
     for runs, (workers, _) in zip(taken.values(), taken):
         for one in runs:  # once all workers are at work, until the last mask: what the start takes is left out
             one["steady"] = (one["written"][-1] - one["written"][workers - 1]) / (len(one["written"]) - workers)
-    names = ("wall", "cpu", "steady")
+    names = ("wall", "steady")  # CPU seconds of worker processes are not known here
     medians = {key: {name: statistics.median(one[name] for one in runs) for name in names} for key, runs in taken.items()}
     for (workers, busy), one in medians.items():
         alone, calm = medians[1, busy], medians[workers, False]
@@ -468,7 +468,7 @@ def folder_of_volumes(options: argparse.Namespace, folder: Path, found: Row) -> 
             "seconds per volume": one["steady"],
             "throughput": alone["steady"] / one["steady"],
         }
-        rows.append(row(name, (one["wall"], one["cpu"]), (alone["wall"], alone["cpu"]), "none", times, rounds=taken[workers, busy]))
+        rows.append(row(name, (one["wall"], 0.0), (alone["wall"], 0.0), "none", times, rounds=taken[workers, busy]))
     return rows
 
 

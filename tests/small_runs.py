@@ -47,9 +47,11 @@ def small_workspace(root: Path, dataset: Path, **training: object) -> Workspace:
 
 
 def beside(workspace: Workspace, root: Path) -> Workspace:
-    """A workspace with the same plan and prepared cases, in which nothing was trained."""
+    """A workspace with the same plan, fingerprint and prepared cases, in which nothing was trained."""
     root.mkdir(parents=True, exist_ok=True)
-    shutil.copy(workspace.plan, root)
+    for file in (workspace.plan, workspace.fingerprint):
+        if file.exists():
+            shutil.copy(file, root)
     if workspace.prepared.exists():
         shutil.copytree(workspace.prepared, root / workspace.prepared.name)
     return Workspace(root)

@@ -12,19 +12,19 @@ import time
 from pathlib import Path
 
 import pytest
+from small_runs import beside, small, write_organs
 
 from slmsam2_cli.commands.finetune import finetune
 from slmsam2_cli.commands.plan import plan
-from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.model.checkpoint import read_checkpoint
 from slmsam2_cli.planning.plan import read_plan, write_plan
 from slmsam2_cli.training import background, cross_validation
 from slmsam2_cli.workspace import Workspace
 
 STEPS = 20  # also of a fold, for which it is the least that counts
-# As the console script, on two cores, but with folds as long as the run, and saving every two seconds.
+# As the console script, on two cores, but with folds as long as the run, and saving every second.
 COMMAND = (
-    "import slmsam2_cli.commands.finetune as stage; stage.SAVE_EVERY_S = 2.0; "
+    "import slmsam2_cli.commands.finetune as stage; stage.SAVE_EVERY_S = 1.0; "
     "from slmsam2_cli.training import background, cross_validation as folds; folds.FOLD_FRACTION = 1.0; "
     "background.available_cpus = lambda: 2; "
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored where the tests run in the background
@@ -35,24 +35,14 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIG
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("phantoms")
-    write_phantom_dataset(folder, cases=2, test_cases=0, seed=3, shape=(8, 32, 32))
-    return folder
-
-
-def planned(data, folder):
-    """A workspace with a plan for short clips and no label U-Net, whose steps take a fraction of the usual time."""
-    workspace = Workspace(folder)
-    plan(data, workspace, report=False)
-    usual = read_plan(workspace.plan)
-    training = usual.training.model_copy(update={"clip_slices": 2, "label_unet": False})
-    write_plan(workspace.plan, usual.model_copy(update={"training": training}))
-    return workspace
+    return write_organs(tmp_path_factory.mktemp("organs"), cases=2)
 
 
 @pytest.fixture(scope="module")
 def one_after_another(data, tmp_path_factory):
-    workspace = planned(data, tmp_path_factory.mktemp("one_core"))
+    workspace = Workspace(tmp_path_factory.mktemp("one_core"))
+    plan(data, workspace, report=False)  # with a fingerprint, from which the memory of a fold is estimated
+    write_plan(workspace.plan, small(read_plan(workspace.plan), label_unet=False))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(background, "available_cpus", lambda: 1)
         patched.setattr(cross_validation, "FOLD_FRACTION", 1.0)
@@ -109,7 +99,7 @@ def assert_same(workspace, expected):
 
 
 def test_folds_side_by_side_give_the_bytes_of_one_after_another(data, tmp_path, one_after_another):
-    workspace = planned(data, tmp_path)
+    workspace = beside(one_after_another, tmp_path)
     program = start(data, workspace)
     wait_until(both_train(workspace), program)  # at the same time
     said = program.communicate()[1]
@@ -120,7 +110,7 @@ def test_folds_side_by_side_give_the_bytes_of_one_after_another(data, tmp_path, 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_interrupted_and_killed_at_any_process_it_resumes_to_the_same_bytes(data, tmp_path, one_after_another):
-    workspace = planned(data, tmp_path)
+    workspace = beside(one_after_another, tmp_path)
     program = start(data, workspace)
     wait_until(both_train(workspace), program)
     os.killpg(program.pid, signal.SIGINT)  # as Ctrl-C does
