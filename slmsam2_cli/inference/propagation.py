@@ -40,6 +40,7 @@ from slmsam2_cli.planning.rules import MAX_CACHED_BYTES
 ABSENT = -20.0  # logit of an absent object in results
 BATCH = 8  # slices encoded at a time
 PASSES_PER_SLICE = 2  # passes run at a time, per slice encoded at a time: they need less memory, and gain more from each other's company
+PASSES_TO_SHARE = 6  # that form two batches at least, for two processes; up to five gain more from each other's company
 ATTEMPTS = 3  # crops tried, each larger than the one before
 BORDER = 1  # mask pixels along the border of a crop that a mask must leave free
 
@@ -388,9 +389,10 @@ def _batches(passes: Sequence[list[_Pass]]) -> list[list[_Pass]]:
 
 
 def _divide(group: list[_Pass], limit: int) -> list[list[_Pass]]:
-    """Divide passes into as few batches of at most `limit` as an even number, or one, can be."""
+    """Divide passes into as few batches of at most `limit` as an even number can be; into one where there are few."""
     batches = math.ceil(len(group) / limit)
-    batches = min(len(group), batches + batches % 2) if batches > 1 else batches
+    if batches > 1 or len(group) >= PASSES_TO_SHARE:
+        batches = min(len(group), batches + batches % 2)
     bounds = [len(group) * number // batches for number in range(batches + 1)]
     return [group[start:end] for start, end in pairwise(bounds)]
 
