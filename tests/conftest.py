@@ -68,6 +68,19 @@ def speed_measured_once() -> Iterator[None]:
         yield
 
 
+NARROW = 8  # channels of a label U-Net at full resolution, a quarter of the usual
+
+
+@pytest.fixture(autouse=True, scope="session")
+def narrow_label_unets() -> Iterator[None]:
+    """A label U-Net that is trained in this process is narrow: a step of it takes a tenth of the time, and no test is about its width."""
+    from slmsam2_cli.training import label_unet
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(label_unet, "LABEL_UNET_WIDTH", NARROW)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="session")
 def modules_imported_once() -> None:
     """Worker processes of all tests are forked from a process that has imported what any of them needs."""

@@ -41,6 +41,7 @@ ABSENT = -20.0  # logit of an absent object in results
 BATCH = 8  # slices encoded at a time
 PASSES_PER_SLICE = 2  # passes run at a time, per slice encoded at a time: they need less memory, and gain more from each other's company
 PASSES_TO_SHARE = 6  # that form two batches at least, for two processes; up to five gain more from each other's company
+SLICES_TO_SHARE = 40  # of all passes, below which one process is about as fast: copying it takes as long as ten slices
 ATTEMPTS = 3  # crops tried, each larger than the one before
 BORDER = 1  # mask pixels along the border of a crop that a mask must leave free
 
@@ -401,9 +402,9 @@ _Result = tuple[NDArray[np.float32], list[float]]  # logits (k, n, n) and confid
 
 
 def _run_batches(batches: Sequence[list[_Pass]], advance: Callable[[int], None]) -> list[list[_Result]]:
-    """Run every batch, in several processes where the options say so. Returns the result of each pass."""
+    """Run every batch, in several processes where the options say so and they have enough to do. Returns the result of each pass."""
     processes = min(batches[0][0].obj.options.processes, len(batches)) if batches else 1
-    if processes > 1:
+    if processes > 1 and sum(one.length for batch in batches for one in batch) >= SLICES_TO_SHARE:
         return fork_map(_run_batch, batches, processes, advance)
     return [_run_batch(batch, advance) for batch in batches]
 

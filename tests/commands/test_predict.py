@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
+from small_runs import small_workspace
 
 from slmsam2_cli import console
 from slmsam2_cli.commands import predict as stage
@@ -30,7 +31,7 @@ from slmsam2_cli.workspace import Workspace
 def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("phantoms")
     write_phantom_dataset(folder, cases=4, test_cases=0, seed=5, shape=(8, 40, 40))
-    finetune(folder, Workspace(folder / "slmsam2"), cases=1, weights="random", steps=1)
+    finetune(folder, small_workspace(folder / "slmsam2", folder), cases=1, weights="random", steps=1)
     return folder
 
 
