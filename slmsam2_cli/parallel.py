@@ -426,6 +426,14 @@ def prepare(modules: Sequence[str]) -> None:
         multiprocessing.forkserver.ensure_running()
 
 
+def forking_context(module: str) -> Any:
+    """Return the context of processes forked from one that has imported a module; of new processes where the system has no fork."""
+    if START_METHOD not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    prepare([module])
+    return multiprocessing.get_context(START_METHOD)
+
+
 def pool(processes: int) -> ProcessPoolExecutor | None:
     """Create a pool of worker processes that ignore Ctrl-C and end with this process; None where none can be started."""
     made = None

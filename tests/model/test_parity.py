@@ -11,6 +11,7 @@ import sam2.sam2_video_predictor as stock
 import torch
 from sam2.modeling.sam2_base import SAM2Base
 
+from slmsam2_cli.device import torch_threads
 from slmsam2_cli.inference.propagation import ABSENT, AnnotatedSlice, PropagationOptions, propagate
 from slmsam2_cli.model.cpu_ops import optimise_for_cpu
 from slmsam2_cli.model.sam2_config import SIZE_OPTIONS, sam2_parts
@@ -164,7 +165,7 @@ def test_several_objects_have_the_predictors_logits(monkeypatch):
     assert_equal(ours[1] | ours[-1], up | down, at_least_seen=18)
 
 
-@pytest.mark.parametrize(("size", "px", "slices"), [("tiny", 256, 5), ("nano", 1024, 3)])
+@pytest.mark.parametrize(("size", "px", "slices"), [("tiny", 256, 5), ("nano", 512, 3)])
 def test_other_input_sizes_have_the_predictors_logits(size, px, slices, monkeypatch):
     model, frames, mask = build(px, size, shared_memory=True), frames_of(slices, px), box(12, 20, 28, 30, px)
     torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 5.0)
@@ -219,12 +220,13 @@ def test_in_training_the_loss_of_a_clip_and_every_gradient_are_those_of_sam2(mon
     frames, masks = frames_of(5), torch.zeros(5, 2, 1, PX, PX)
     masks[:, 0], masks[:4, 1] = SQUARE, TALL  # the second object ends before the last slice
     clips = Clips(frames[:, None], masks, torch.tensor([0, 0]), torch.tensor([False, False]), slices=5)
-    ours, theirs = [
-        torch.stack([loss.total for loss in losses]).mean()
-        for losses in (clip_losses(model, clips, torch.device("cpu")), stock_losses(base, model, frames, masks))
-    ]
-    ours.backward()
-    theirs.backward()
+    with torch_threads(1):  # several add in another order, here and there
+        ours, theirs = [
+            torch.stack([loss.total for loss in losses]).mean()
+            for losses in (clip_losses(model, clips, torch.device("cpu")), stock_losses(base, model, frames, masks))
+        ]
+        ours.backward()
+        theirs.backward()
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
     wanted = {name: p.grad for name, p in base.named_parameters() if p.grad is not None}
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
