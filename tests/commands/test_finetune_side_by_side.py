@@ -99,9 +99,7 @@ def assert_same(workspace, expected):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_folds_side_by_side_give_the_bytes_of_one_after_another_though_interrupted_and_killed(
-    data, tmp_path, one_after_another
-):
+def test_folds_side_by_side_give_the_bytes_of_one_after_another_though_interrupted_and_killed(data, tmp_path, one_after_another):
     workspace = beside(one_after_another, tmp_path)
     program = start(data, workspace)
     wait_until(both_train(workspace), program)
