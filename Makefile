@@ -19,9 +19,6 @@ export SAM2_BUILD_CUDA := 0
 # Each command that a test starts would compile hundreds of modules again.
 export PYTHONDONTWRITEBYTECODE :=
 
-# Three processes for two cores: tests also wait, for disks and for the processes that they start.
-TESTERS := $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$(( cores + (cores + 1) / 2 )))
-
 .PHONY: demo test install nano
 
 demo: $(VENV)/installed
@@ -31,7 +28,7 @@ test: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # In three parts. May be interrupted and called again.
 NANO_FIRST := nano/first/nano.safetensors

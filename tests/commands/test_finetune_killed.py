@@ -19,6 +19,7 @@ from small_runs import beside, small_workspace, write_organs
 from slmsam2_cli.commands import finetune as stage
 from slmsam2_cli.commands.finetune import finetune
 from slmsam2_cli.model.checkpoint import read_checkpoint
+from slmsam2_cli.training import label_unet
 
 KILLS, STEPS = 5, 16
 # Runs the console script once per line: the seconds between saves, and the arguments. In forks, so that the slow imports are done once.
@@ -27,6 +28,8 @@ import json, os, sys
 import matplotlib.pyplot, torch._dynamo
 import slmsam2_cli.commands.finetune as stage
 from slmsam2_cli.cli.app import main
+from slmsam2_cli.training import label_unet
+label_unet.LABEL_UNET_WIDTH = int(sys.argv[1])
 print("ready", flush=True)
 for line in iter(sys.stdin.readline, ""):
     process = os.fork()
@@ -63,7 +66,7 @@ class Starter:
 def starter(errors: Path) -> Iterator[Starter]:
     """Runs write their messages into the file `errors`."""
     with errors.open("w") as messages:
-        command = [sys.executable, "-c", STARTER]
+        command = [sys.executable, "-c", STARTER, str(label_unet.LABEL_UNET_WIDTH)]  # other widths have other weights
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, text=True) as process:
             yield Starter(process)
             process.stdin.close()

@@ -19,6 +19,7 @@ from slmsam2_cli.commands.predict import predict
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.errors import DatasetError, DeviceError, LockError, OutputError, UsageError, WeightsError
 from slmsam2_cli.inference import manifest
+from slmsam2_cli.inference.load_model import matching_label_unet
 from slmsam2_cli.model import adapters
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import RequiredBase, load_weights, read_checkpoint, save_adapter, save_checkpoint, tensors_digest
@@ -605,6 +606,7 @@ def adapter_at(folder, dataset, modality=None):
     modality = modality or tuned.plan.modality
     model = SlmSam2(tuned.network, tuned.plan.geometry.input_size)
     load_weights(model, tuned)
+    model.label_unet = matching_label_unet(tuned, tuned.plan)
     adapters.add(model, modality, AdapterPlan())
     adapters.use(model, modality)
     with torch.no_grad():
