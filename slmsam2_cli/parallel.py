@@ -319,7 +319,8 @@ def fork_map(
     """Return work(job, advance) of every job, in their order, computed by copies of this process, which share its memory.
 
     For parts of one case whose inputs are too large to be sent. No other thread of this process may hold a lock. Where a process cannot
-    be copied, as on Windows, and on macOS, where libraries do not survive it, the jobs run in this process.
+    be copied, as on Windows, and on macOS, where libraries do not survive it, the jobs run in this process. torch must have one thread:
+    a copy waits for ever for further threads of the process that it was copied from.
 
     Raises: what `work` raises; MemoryError when a copy was killed.
     """
@@ -330,9 +331,14 @@ def fork_map(
     copies = dict[Connection, int]()  # connection -> process id
     try:
         for _ in range(min(processes, len(jobs))):
-            connection, process_id = _fork(work, jobs, copies)
+            try:
+                connection, process_id = _fork(work, jobs, copies)
+            except OSError:  # no more processes
+                break
             copies[connection] = process_id
             connection.send(waiting.popleft())
+        if not copies:
+            return [work(job, advance) for job in jobs]
         while len(answers) < len(jobs):
             ready = wait(list(copies))
             for connection in [one for one in copies if one in ready]:
@@ -369,7 +375,13 @@ def _fork(work: Callable[[Any, Any], Any], jobs: Sequence[Any], siblings: Iterab
     ours, theirs = multiprocessing.Pipe()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     parent = os.getpid()
-    process_id = os.fork()
+    try:
+        process_id = os.fork()
+    except OSError:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        ours.close()
+        theirs.close()
+        raise
     if process_id:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         theirs.close()
@@ -421,17 +433,10 @@ def count(requested: int | None) -> int:
 
 def prepare(modules: Sequence[str]) -> None:
     """Start to import modules in the process that workers are forked from; returns at once. Errors are ignored here."""
-    multiprocessing.get_context(START_METHOD).set_forkserver_preload([*modules])
-    with suppress(*UNAVAILABLE_ERRORS), without_interrupts():
-        multiprocessing.forkserver.ensure_running()
-
-
-def forking_context(module: str) -> Any:
-    """Return the context of processes forked from one that has imported a module; of new processes where the system has no fork."""
-    if START_METHOD not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    prepare([module])
-    return multiprocessing.get_context(START_METHOD)
+    with suppress(*UNAVAILABLE_ERRORS):
+        multiprocessing.get_context(START_METHOD).set_forkserver_preload([*modules])
+        with without_interrupts():
+            multiprocessing.forkserver.ensure_running()
 
 
 def pool(processes: int) -> ProcessPoolExecutor | None:

@@ -158,6 +158,21 @@ def test_copies_send_more_tensors_than_a_process_may_open_files():
     assert [sum(int(one[0]) for one in answer) for answer in found] == [499500, 500500]
 
 
+def test_where_no_process_can_be_copied_the_jobs_run_here_and_signals_arrive_as_before(monkeypatch):
+    def refuse():
+        raise BlockingIOError("no more processes")
+
+    monkeypatch.setattr(os, "fork", refuse)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert fork_map(lambda job, advance: (job, os.getpid()), range(3), 2, print) == [(job, os.getpid()) for job in range(3)]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+def test_preparing_workers_is_no_error_on_a_system_without_their_start_method(monkeypatch):
+    monkeypatch.setattr(parallel, "START_METHOD", "a method that no system has")
+    parallel.prepare(["json"])
+
+
 def test_an_error_that_cannot_be_sent_is_raised_as_text():
     def work(job, advance):
         raise type("Local", (Exception,), {})("of this function")

@@ -50,7 +50,7 @@ from slmsam2_cli.version import VERSION
 from slmsam2_cli.workspace import Workspace
 
 MAX_KEPT_BYTES = 1 << 30  # of decoded volumes that are kept from planning to segmentation
-MIN_PARALLEL_CASES, MIN_PARALLEL_BYTES = 4, 1 << 20  # on disk: fewer cases, or a case below, are not worth the start of processes
+MIN_PARALLEL_CASES, MIN_PARALLEL_BYTES = 4, 1 << 20  # fewer cases, with fewer bytes on disk in all, are not worth the start of processes
 PRELOADED = ("slmsam2_cli.commands.predict",)  # in the process that workers are copied from
 MEMORY_FRACTION = 0.7  # of the free memory, for cases segmented at one time
 
@@ -289,10 +289,10 @@ def _share_out(runner: _Runner, cases: Sequence[Case]) -> tuple[int, Mapping[str
     workers = 1 if console.settings.debug else runner.workers  # an error of another process comes without its traceback
     few = len(cases) < MIN_PARALLEL_CASES and sum(map(bytes_on_disk, cases)) < MIN_PARALLEL_BYTES
     if workers < 2 or len(cases) < 2 or (runner.workers_by_default and few):
-        runner.processes = workers
+        runner.processes = workers if runner.threads == 1 else 1
         return 0, jobs, NO_LIMIT
     count = min(workers, len(cases))
-    runner.processes = workers // count
+    runner.processes = workers // count if runner.threads == 1 else 1
     jobs = dict(sorted(jobs.items(), key=lambda one: -bytes_on_disk(one[1])))
     needed = {case.id: prediction_bytes(runner.job.plan, shape_of(case.images[0])) for case in cases}
     free = int(MEMORY_FRACTION * free_bytes())

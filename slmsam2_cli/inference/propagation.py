@@ -39,8 +39,8 @@ from slmsam2_cli.planning.rules import MAX_CACHED_BYTES
 
 ABSENT = -20.0  # logit of an absent object in results
 BATCH = 8  # slices encoded at a time
-PASSES_PER_SLICE = 2  # passes run at a time, per slice encoded at a time: they need less memory, and gain more from each other's company
-PASSES_TO_SHARE = 6  # that form two batches at least, for two processes; up to five gain more from each other's company
+PASSES_PER_SLICE = 2  # passes run at a time, per slice encoded at a time: they need less memory, and a larger batch saves more time
+PASSES_TO_SHARE = 6  # that form two batches at least, for two processes; for fewer, one batch saves more than a second process does
 SLICES_TO_SHARE = 40  # of all passes, below which one process is about as fast: copying it takes as long as ten slices
 ATTEMPTS = 3  # crops tried, each larger than the one before
 BORDER = 1  # mask pixels along the border of a crop that a mask must leave free
@@ -114,7 +114,9 @@ class FeatureCache:
 
     def _encode(self, start: int) -> SliceFeatures:
         features = self.model.encode(self.read(start, min(start + self.batch, len(self.frames))))
-        tensors = (features.top, features.top_position, *features.fine)
+        refiner = features.refiner_features
+        extra = [value for value in vars(refiner).values() if isinstance(value, Tensor)] if refiner is not None else []
+        tensors = (features.top, features.top_position, *features.fine, *extra)
         room = self.keep_bytes // max(1, sum(t.element_size() * t.nelement() for t in tensors))
         while len(self.kept) >= max(2, room):
             del self.kept[next(iter(self.kept))]

@@ -24,7 +24,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 _POINTWISE = ((1, 1), (1, 1), (0, 0), 1)  # kernel size, stride, padding, groups
 _QUERIES, _KEYS = 256, 512  # of a block of attention weights, which then fits a core's cache
-_LEAST = -80.0  # logit below the largest, from which on weights are the same: exp is 25 times slower where its result is subnormal
+_LEAST = -80.0  # logits further below the largest count as this: weights are 1e-35 anyway, and exp is 25 times slower for subnormal ones
 _MIB = 1 << 20
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # parameters of glibc's mallopt
 _KEEP = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1))
@@ -142,8 +142,15 @@ def _reads_memory(attention: Any) -> bool:
 
 
 def optimise_for_cpu(model: nn.Module) -> None:
-    """Replace the layers of a network by the faster ones, in place, and store its weights channels last."""
+    """Replace the layers of a network by the faster ones, in place, and store its weights channels last.
+
+    SAM 2 puts the position encodings that it computes in advance on the GPU where there is one, and `to` leaves them there.
+    """
     for module in model.modules():
+        if isinstance(module, RoPEAttention):
+            module.freqs_cis = module.freqs_cis.cpu()
+        elif isinstance(module, PositionEmbeddingSine):
+            module.cache = {size: encoding.cpu() for size, encoding in module.cache.items()}
         if type(module) is RoPEAttention and _reads_memory(module):
             module.__class__ = MemoryCrossAttention
         elif type(module) is PositionEmbeddingSine:

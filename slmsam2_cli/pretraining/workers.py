@@ -7,6 +7,7 @@ bit, that of one process that computes the parts one after another.
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from slmsam2_cli.errors import TrainingError
 from slmsam2_cli.model.slmsam2 import SlmSam2
-from slmsam2_cli.parallel import forking_context
 from slmsam2_cli.pretraining.recipe import Recipe
 from slmsam2_cli.pretraining.step import PartResult, build_model, compute_part
 
@@ -37,7 +37,7 @@ class GradientWorkers:
         self.worker_gradients: list[Tensor] = []
         self.connections: list[Connection] = []
         self.processes: list[BaseProcess] = []
-        context = forking_context(__name__)
+        context = multiprocessing.get_context("spawn")  # a forked process of a process with threads may hang
         weights = share_weights(model)
         for part in range(1, recipe.parts):
             shared: Tensor = torch.zeros(len(gradients)).share_memory_()  # type: ignore[no-untyped-call]

@@ -25,7 +25,8 @@ T = TypeVar("T")
 def pieces_at_once(plan: Plan, device: torch.device, bytes_each: int | None, pieces: int) -> int:
     """Compute how many independent pieces of work are run at once in processes: as many as there are cores, and as memory allows.
 
-    bytes_each: memory of a piece, None where it is unknown. 1, where the network uses all cores by itself, or processes share its steps.
+    Returns 1 where the network uses all cores by itself, or processes share its steps. bytes_each: memory of a piece, None where it is
+    unknown.
     """
     if not needs_one_thread(plan.network.size, device) or plan.training.workers > 1 or not bytes_each:
         return 1

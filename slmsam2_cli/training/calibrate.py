@@ -17,6 +17,7 @@ import torch
 from slmsam2_cli.dataset.cache import PreparedCase, check_not_truncated
 from slmsam2_cli.dataset.mask_measures import dice
 from slmsam2_cli.dataset.prompts import choose_slice
+from slmsam2_cli.errors import CaseError, TrainingError
 from slmsam2_cli.io import atomic
 from slmsam2_cli.model.calibration import Calibration, calibrate
 from slmsam2_cli.model.slmsam2 import SlmSam2
@@ -54,7 +55,7 @@ def confidence_and_dice(
 
     processes: worker processes that share the structures; 1: this process alone.
 
-    Raises: ArrayError when a file of a case was cut short; CaseError when a worker process was killed, also where it ran alone.
+    Raises: ArrayError when a file of a case was cut short; TrainingError when a worker process was killed.
     """
     structures = _choose_structures(cases, plan)
     if processes == 1 or len(structures) < 2 or stop():
@@ -70,6 +71,11 @@ def confidence_and_dice(
         found = parallel_map(partial(_pairs_in_process, content), jobs, min(processes, len(jobs)), advance=advance, preload=[__name__])
     except _Stopped:
         return []
+    if any(isinstance(one, CaseError) for one in found):
+        raise TrainingError(
+            "calibration: a process was killed, probably because memory ran out. Close other programs, then run: "
+            "slmsam2 finetune --continue"
+        )
     if errors := [one for one in found if isinstance(one, Exception)]:
         raise errors[0]
     return [pair for one in found if not isinstance(one, Exception) for pair in one]

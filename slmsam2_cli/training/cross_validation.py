@@ -351,14 +351,14 @@ def validate(job: CrossValidation, used: Sequence[PreparedCase]) -> HeldOutResul
 
 def _run_folds(job: CrossValidation, folds: Sequence[Fold], training: TrainingPlan, record: FoldRecord) -> None:
     """Run the folds that are not done yet, side by side where that is possible, else one after another."""
-    processes, jobs = pieces_at_once(job.run.plan, job.device, job.fold_bytes, len(folds) - len(record.done)), {}
-    if training.minutes is not None:
-        training = training.model_copy(update={"minutes": training.minutes * processes})
+    share = pieces_at_once(job.run.plan, job.device, job.fold_bytes, len(folds))  # also of a fold that is resumed alone
+    minutes = training.minutes * share if training.minutes is not None else None
+    shared, processes, jobs = training.model_copy(update={"minutes": minutes}), min(share, len(folds) - len(record.done)), {}
     for number, fold in enumerate(folds, start=1):
         if fold.name not in record.done:
             title, cores = f"cross-validation {number}/{len(folds)}", cores_of_each(processes)
             state, scores = job.folder / f"fold_{number}.safetensors", record.checkpoints[fold.name]
-            jobs[fold.name] = FoldJob(fold, job.run, training, job.device, state, job.save_every_s, scores, title, cores)
+            jobs[fold.name] = FoldJob(fold, job.run, shared, job.device, state, job.save_every_s, scores, title, cores)
 
     def end(name: str, scores: Mapping[int, CheckpointScore] | None) -> None:
         if scores is not None:
@@ -369,8 +369,10 @@ def _run_folds(job: CrossValidation, folds: Sequence[Fold], training: TrainingPl
     titles = {f"{one.title}, held out {name}": name for name, one in jobs.items()}
     results = Results(lambda title, scores: record.store(titles[title], scores), lambda title, scores: end(titles[title], scores))
     named = {title: jobs[name] for title, name in titles.items()}
-    if processes > 1 and run_side_by_side(run_fold_in_process, named, "cross-validation", job.stopped, results):
-        return
+    if processes > 1:
+        if run_side_by_side(run_fold_in_process, named, "cross-validation", job.stopped, results):
+            return
+        jobs = {name: replace(one, training=training) for name, one in jobs.items()}
     for name, one in jobs.items():
         if job.stopped():
             return

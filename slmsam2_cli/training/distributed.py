@@ -8,8 +8,8 @@ the same steps.
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
-import pickle
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing  # lets tensors go through pipes
 from torch import Tensor
 from torch.nn import Parameter
 
 from slmsam2_cli.errors import DeviceError, SlmSam2Error, TrainingError
-from slmsam2_cli.parallel import available_cpus, forking_context
+from slmsam2_cli.parallel import available_cpus
 
 _TIMEOUT = timedelta(minutes=10)  # for messages within a step
 _IDLE_TIMEOUT = timedelta(days=7)  # between two steps, while process 0 validates and saves
@@ -151,10 +152,9 @@ def start_processes(learner: Any, count: int, work: Work, cores: int | None = No
         rendezvous, copied = Path(folder) / "rendezvous", copy.deepcopy(learner)
         copied.to(torch.device("cpu"))
         try:
-            context = forking_context(__name__)
             with _block_signals():
                 for rank in range(1, count):
-                    workers.append(_start_worker(context, _WorkerStart(rank, count, device.type, threads, rendezvous, copied, work)))
+                    workers.append(_start_worker(_WorkerStart(rank, count, device.type, threads, rendezvous, copied, work)))
             for worker in workers:
                 if (report := _read_report(worker, wait_s=_TIMEOUT.total_seconds())) != _READY:
                     raise TrainingError(_ENDED.format(report or "it did not start"))
@@ -171,10 +171,10 @@ def start_processes(learner: Any, count: int, work: Work, cores: int | None = No
                 dist.destroy_process_group()
 
 
-def _start_worker(context: Any, start: _WorkerStart) -> _Worker:
+def _start_worker(start: _WorkerStart) -> _Worker:
+    context = multiprocessing.get_context("spawn")  # a forked copy of a process that has threads may hang
     ours, theirs = context.Pipe(duplex=False)
-    content = pickle.dumps(start)  # by the usual pickle: torch's own would send a file for every tensor
-    process = context.Process(target=_worker_main, args=(content, theirs))
+    process = context.Process(target=_worker_main, args=(start, theirs))
     process.start()
     theirs.close()
     return _Worker(ours, process)
@@ -193,22 +193,22 @@ def _block_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _worker_main(content: bytes, connection: Any) -> None:
+def _worker_main(start: _WorkerStart, connection: Any) -> None:
     """Run a worker process: join the group, do the work, report an error to process 0."""
     for number in _STOP_SIGNALS:  # process 0 finishes its step and tells the others when to stop
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
     try:
-        start: _WorkerStart = pickle.loads(content)
         device = torch.device(start.device_type, start.rank) if start.device_type == "cuda" else torch.device(start.device_type)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         torch.set_num_threads(start.threads)
         connection.send(_READY)
         group = ProcessGroup.join(start.rank, start.count, device, start.rendezvous)
-        start.learner.to(device)
-        start.work(start.learner, group)
+        learner = copy.deepcopy(start.learner)  # tensors that come through the pipe are shared among all workers
+        learner.to(device)
+        start.work(learner, group)
         dist.destroy_process_group()
     except SlmSam2Error as error:
         connection.send(str(error))

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from slmsam2_cli import parallel
 from slmsam2_cli.commands import predict as stage
 from slmsam2_cli.commands.predict import predict
+from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.errors import OutputError
 
@@ -138,3 +140,11 @@ def test_time_limits_of_control_groups_count_as_fewer_cpus(tmp_path, monkeypatch
     for quota, expected in (("-1", len(os.sched_getaffinity(0))), ("150000", 1), ("50000", 1)):
         (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(quota)
         assert parallel.available_cpus() == expected
+
+
+@pytest.mark.parametrize(("threads", "processes"), [(1, 4), (2, 1)])
+def test_a_case_is_shared_among_processes_only_where_torch_has_one_thread(phantoms, threads, processes):
+    """A copy of a process in which torch has started several threads would wait for them for ever."""
+    runner = SimpleNamespace(workers=4, workers_by_default=False, threads=threads, processes=None)
+    workers, _, _ = stage._share_out(runner, read_dataset(phantoms).training[:1])
+    assert workers == 0 and runner.processes == processes

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from sam2.modeling.position_encoding import PositionEmbeddingSine
+from sam2.modeling.sam.transformer import RoPEAttention
 from sam2.modeling.sam2_utils import LayerNorm2d
 from torch import nn
 
@@ -23,6 +25,27 @@ def test_optimise_for_cpu_changes_neither_keys_nor_the_features_of_a_slice():
         one, other = (model.encode(torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))) for model in (plain, quick))
     assert torch.allclose(one.top, other.top, atol=1e-4)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(one.fine, other.fine))
+
+
+class OnAGpu(torch.Tensor):
+    """A tensor that says where it is by its class."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_position_encodings_that_sam2_has_put_on_a_gpu_come_back():
+    model = SlmSam2(NetworkPlan(size="nano"), 64)
+    rotating = [module for module in model.modules() if isinstance(module, RoPEAttention)]
+    cached = [module for module in model.modules() if isinstance(module, PositionEmbeddingSine)]
+    assert rotating and cached
+    for module in rotating:
+        module.freqs_cis = module.freqs_cis.as_subclass(OnAGpu)
+    for module in cached:
+        module.cache = {(4, 4): torch.zeros(1, 4, 4).as_subclass(OnAGpu)}
+    optimise_for_cpu(model)
+    assert all(type(module.freqs_cis) is torch.Tensor for module in rotating)
+    assert all(type(encoding) is torch.Tensor for module in cached for encoding in module.cache.values())
 
 
 def test_faster_layers_have_the_output_and_the_gradients_of_the_plain_ones():

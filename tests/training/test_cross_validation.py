@@ -13,7 +13,18 @@ from slmsam2_cli.inference import propagation
 from slmsam2_cli.inference.propagation import Propagation
 from slmsam2_cli.planning.plan import InferencePlan
 from slmsam2_cli.planning.rules import choose_training
-from slmsam2_cli.training.cross_validation import Fold, conclude, fold_settings, make_folds, score_fold, settings_after_folds, stopped_early
+from slmsam2_cli.training import cross_validation
+from slmsam2_cli.training.cross_validation import (
+    CrossValidation,
+    Fold,
+    FoldRecord,
+    conclude,
+    fold_settings,
+    make_folds,
+    score_fold,
+    settings_after_folds,
+    stopped_early,
+)
 
 PX = 32
 
@@ -223,3 +234,30 @@ def test_without_a_scored_fold_there_is_no_result():
 )
 def test_a_fold_is_stopped_when_it_falls_well_below_its_best_checkpoint(checkpoints, ends):
     assert stopped_early(checkpoints) is ends
+
+
+# How much time a fold has
+
+
+@pytest.mark.parametrize(
+    ("processes", "done", "started", "minutes"),
+    [(1, [], True, [3, 3]), (2, [], True, []), (2, [], False, [3, 3]), (2, ["a"], True, [6])],
+    ids=["one after another", "side by side", "no process can be started", "the second of two is resumed alone"],
+)
+def test_folds_side_by_side_share_the_time_and_the_last_one_keeps_its_part(processes, done, started, minutes, tmp_path, monkeypatch):
+    """Two folds of three minutes each; `minutes` are those of the folds that run in this process."""
+    found, beside = [], []
+
+    def side_by_side(work, jobs, *arguments):
+        beside.extend(one.training.minutes for one in jobs.values())
+        return started
+
+    monkeypatch.setattr(cross_validation, "pieces_at_once", lambda *arguments: processes)
+    monkeypatch.setattr(cross_validation, "run_side_by_side", side_by_side)
+    monkeypatch.setattr(cross_validation, "run_fold", lambda job, watch: found.append(job.training.minutes))
+    folds = [Fold(name, (), prepared(name=name)) for name in ("a", "b")]
+    training = choose_training("nano", 2).value.model_copy(update={"minutes": 3})
+    job = CrossValidation(SimpleNamespace(plan=None), torch.device("cpu"), tmp_path, 60.0, False, lambda: False)
+    record = FoldRecord(tmp_path / "validation.json", "run", {"a": {}, "b": {}}, done)
+    cross_validation._run_folds(job, folds, training, record)
+    assert found == minutes and beside in ([], [6, 6])
