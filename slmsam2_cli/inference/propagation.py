@@ -422,7 +422,11 @@ def _run_batch(batch: list[_Pass], advance: Callable[[int], None]) -> list[_Resu
         stored = {offset: [one.memories[one.start + one.step * offset] for one in batch] for offset in first.offsets}
         _run_passes(batch, MemoryBank({offset: join(memories) for offset, memories in stored.items()}), advance)
     nothing = np.empty((0, 0, 0), np.float32)
-    return [(torch.stack(one.logits).numpy() if one.logits else nothing, one.confidence) for one in batch]
+    results = []
+    for one in batch:
+        results.append((torch.stack(one.logits).numpy() if one.logits else nothing, one.confidence))
+        one.logits.clear()  # which would be in memory twice
+    return results
 
 
 def _run_passes(running: list[_Pass], bank: MemoryBank, advance: Callable[[int], None]) -> None:
