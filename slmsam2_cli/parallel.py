@@ -135,6 +135,7 @@ def _run_in_pool(jobs: Mapping[str, Any], pool: _WorkerPool, limit: MemoryLimit)
     """Run the jobs in the pool's workers and yield their results; jobs for which no process could be started are left out."""
     waiting = deque(jobs)
     needs: dict[str, float] = {}  # bytes
+    beside_others = set[str]()
     try:
         while waiting or pool.running():
             pool.fill_up(len(waiting))
@@ -145,12 +146,14 @@ def _run_in_pool(jobs: Mapping[str, Any], pool: _WorkerPool, limit: MemoryLimit)
                     break
                 if worker.assign(waiting[0], jobs[waiting[0]]):
                     waiting.popleft()
+                    if len(pool.running()) > 1:
+                        beside_others.update(pool.running())
             if not pool.workers:
                 return
             for case, answer in pool.receive():
                 if answer is not _WORKER_DIED:
                     yield case, answer
-                elif pool.running() and needs[case] < _EXCLUSIVE:
+                elif case in beside_others and needs[case] < _EXCLUSIVE:
                     needs[case] = _EXCLUSIVE
                     waiting.append(case)
                 else:

@@ -56,6 +56,11 @@ def test_a_case_whose_process_died_beside_others_is_tried_once_more_alone(tmp_pa
     assert (tmp_path / "died").exists()
 
 
+def test_cases_whose_processes_die_together_are_each_tried_once_more(tmp_path):
+    meet = "test -e {0} && exit 0; touch {0}; while ! test -e {1}; do sleep 0.02; done; kill -9 $PPID"
+    assert parallel_map(subprocess.call, shell(tmp_path, meet.format("one", "two"), meet.format("two", "one")), 2) == [0, 0]
+
+
 def test_cases_too_large_to_run_together_run_one_after_the_other(tmp_path):
     one = "mkdir busy || exit 1; sleep 0.1; rmdir busy"
     assert parallel_map(subprocess.call, shell(tmp_path, one, one, one), 3, limit=MemoryLimit(lambda job: 6, 10)) == [0, 0, 0]

@@ -279,7 +279,7 @@ def predict(
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html: which masks to check first.")] = True,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Number of processes on a CPU; results do not depend on it.  [default: one per core]"),
+        typer.Option(min=1, metavar="N", help="Number of processes on a CPU; masks of nano do not depend on it.  [default: one per core]"),
     ] = None,
 ) -> int:
     """Propagate annotated slices through whole volumes.
