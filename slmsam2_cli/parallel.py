@@ -135,7 +135,7 @@ def _run_in_pool(jobs: Mapping[str, Any], pool: _WorkerPool, limit: MemoryLimit)
     """Run the jobs in the pool's workers and yield their results; jobs for which no process could be started are left out."""
     waiting = deque(jobs)
     needs: dict[str, float] = {}  # bytes
-    beside_others = set[str]()
+    beside_others = set[str]()  # cases that did not run alone all the time
     try:
         while waiting or pool.running():
             pool.fill_up(len(waiting))

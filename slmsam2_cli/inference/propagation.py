@@ -114,9 +114,8 @@ class FeatureCache:
 
     def _encode(self, start: int) -> SliceFeatures:
         features = self.model.encode(self.read(start, min(start + self.batch, len(self.frames))))
-        refiner = features.refiner_features
-        extra = [value for value in vars(refiner).values() if isinstance(value, Tensor)] if refiner is not None else []
-        tensors = (features.top, features.top_position, *features.fine, *extra)
+        refining = vars(features.refiner_features).values() if features.refiner_features is not None else ()
+        tensors = (features.top, features.top_position, *features.fine, *refining)
         room = self.keep_bytes // max(1, sum(t.element_size() * t.nelement() for t in tensors))
         while len(self.kept) >= max(2, room):
             del self.kept[next(iter(self.kept))]
