@@ -235,6 +235,7 @@ def finetune(
 
 @command(
     "slmsam2 predict -i imagesTs -o masks -p prompts",
+    "slmsam2 predict -i scans -o masks -p prompts --together",
     "slmsam2 predict -i scans -o masks -p prompts --model slmsam2/finetuned --device cpu",
     "slmsam2 predict -i scans -o masks --simulate-prompts labels --prompt-slice largest",
     "slmsam2 predict",
@@ -276,6 +277,10 @@ def predict(
     resume: Annotated[
         bool, typer.Option("--continue", help="Compute only missing or outdated masks.  [default: on]", show_default=False)
     ] = False,
+    together: Annotated[
+        bool,
+        typer.Option("--together", help="First learn from the annotated slices of all volumes (4 or more; best from 8). Takes minutes."),
+    ] = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html: which masks to check first.")] = True,
     workers: Annotated[
         int | None,
@@ -316,6 +321,7 @@ def predict(
         overwrite=overwrite,
         report=report,
         workers=workers,
+        together=together,
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from slmsam2_cli import console
+from slmsam2_cli.dataset.cache import PreparedCase, PreprocessSettings, open_prepared
 from slmsam2_cli.dataset.dataset import Case, Dataset, read_dataset, read_image_folder
 from slmsam2_cli.dataset.prompts import PromptSlice
 from slmsam2_cli.dataset.resources import bytes_on_disk, free_bytes, shape_of
@@ -34,7 +35,7 @@ from slmsam2_cli.errors import (
     OutputError,
     UsageError,
 )
-from slmsam2_cli.inference.load_model import build_model, choose_model, plan_from_prompts, read_split
+from slmsam2_cli.inference.load_model import build_model, choose_model, matching_label_unet, plan_from_prompts, read_split
 from slmsam2_cli.inference.manifest import FORMAT_VERSION, MANIFEST, Records, digest_inputs, is_readable_mask
 from slmsam2_cli.inference.segment import PromptSource, SegmentedCase, Segmenter, segment_case
 from slmsam2_cli.io import atomic
@@ -42,17 +43,58 @@ from slmsam2_cli.io.volume import ENDINGS, image_ending, keep_decoded
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import Checkpoint
 from slmsam2_cli.model.cpu_ops import keep_freed_memory, to_device
-from slmsam2_cli.parallel import NO_LIMIT, MemoryLimit, as_completed, available_cpus
+from slmsam2_cli.model.label_unet import LabelUNet
+from slmsam2_cli.parallel import NO_LIMIT, MemoryLimit, as_completed, available_cpus, parallel_map
 from slmsam2_cli.planning.estimate import prediction_bytes
 from slmsam2_cli.planning.plan import Plan
 from slmsam2_cli.report.prediction_page import write_prediction_report
+from slmsam2_cli.training.annotated_slices import (
+    cross_fit,
+    digest_of_learning,
+    halves_of,
+    load_label_unets,
+    read_annotated,
+    save_label_unets,
+)
+from slmsam2_cli.training.interrupts import graceful_stop
+from slmsam2_cli.training.label_unet import SliceSampler
 from slmsam2_cli.version import VERSION
 from slmsam2_cli.workspace import Workspace
 
 MAX_KEPT_BYTES = 1 << 30  # of decoded volumes that are kept from planning to segmentation
 MIN_PARALLEL_CASES, MIN_PARALLEL_BYTES = 4, 1 << 20  # fewer cases, with fewer bytes on disk in all, are not worth the start of processes
 PRELOADED = ("slmsam2_cli.commands.predict",)  # in the process that workers are copied from
+MIN_TOGETHER, MIN_OFFERED = 4, 8  # volumes with annotated slices for --together, and from which on it is offered
+LEARNED = ".slmsam2/together.safetensors"
 MEMORY_FRACTION = 0.7  # of the free memory, for cases segmented at one time
+
+
+@dataclass(frozen=True)
+class Together:
+    """What is learned from the annotated slices of all cases.
+
+    key: digest of what is learned from; halves: case id -> half, 0 or 1; labelled: slices of the volumes that the model was trained on,
+    where they are at hand; label_unets: one per half, for the cases of that half; empty before they are trained.
+    """
+
+    key: str
+    halves: Mapping[str, int]
+    labelled: SliceSampler | None
+    label_unets: tuple[LabelUNet, ...] = ()
+
+    def label_unet_for(self, case_id: str) -> LabelUNet | None:
+        """Return the label U-Net that did not learn from a case; None for a case without annotated slices."""
+        half = self.halves.get(case_id)
+        return self.label_unets[half] if half is not None else None
+
+    def describe(self, case_id: str) -> dict[str, Any]:
+        """Describe for the manifest what was learned for a case."""
+        half = self.halves.get(case_id)
+        if half is None:
+            return {}
+        annotated = sum(other != half for other in self.halves.values())
+        labelled = [source.case.id for source in self.labelled.sources] if self.labelled is not None else []
+        return {"together": {"half": half, "annotated_volumes": annotated, "labelled_volumes": labelled, "learned_from": self.key}}
 
 
 @dataclass(frozen=True)
@@ -71,6 +113,7 @@ class PredictionJob:
     training_ids: frozenset[str]
     overwrite: bool
     report_images: Mapping[str, tuple[Path, ...]] | None = None
+    together: Together | None = None
 
     @property
     def calibration(self) -> Calibration | None:
@@ -85,6 +128,7 @@ class PredictionJob:
         """Compute the SHA-256 of all settings that shape a mask."""
         table = self.calibration.model_dump_json() if self.calibration else ""
         settings = f"{VERSION} {self.checkpoint.digest} {self.plan.digest} {self.prompts.describe()} {table}"
+        settings += f" {self.together.key}" if self.together is not None else ""
         return hashlib.sha256(settings.encode()).hexdigest()
 
     def in_training_set(self, case_id: str, image_digests: frozenset[str]) -> bool:
@@ -131,6 +175,7 @@ def predict(
     overwrite: bool = False,
     report: bool = True,
     workers: int | None = None,
+    together: bool = False,
 ) -> int:
     """Segment every image of a folder, or one image, from its annotated slices. Returns the exit code: 1 when some cases failed.
 
@@ -139,6 +184,8 @@ def predict(
     """
     if not 0 <= part_id < num_parts:
         raise UsageError(f"--part-id {part_id} --num-parts {num_parts}: parts are numbered from 0 to {num_parts - 1}")
+    if together and num_parts > 1:
+        raise UsageError("--together learns from all volumes in one run, so it cannot be combined with --num-parts")
     data = read_dataset(dataset) if images is None and dataset is not None else None
     selected = _select_cases(images, data, workspace)
     masks = _masks_folder(output, workspace, images)
@@ -158,6 +205,10 @@ def predict(
         chosen = choose_device(device)
         report_images = {case.id: case.images for case in selected.cases} if report else None
         job = PredictionJob(selected.root, masks, source, plan, checkpoint, selected.training_ids, overwrite, report_images)
+        if together:
+            job = replace(job, together=_plan_learning(job, selected.cases, workspace))
+        elif num_parts == 1:
+            _offer_learning(job, selected.cases)
         with atomic.lock_folder(masks, f"{part_id}-of-{num_parts}" if num_parts > 1 else ""):
             runner = _Runner(job, chosen, device == "auto", workers)
             return _run(job, selected.cases[part_id::num_parts], selected.problems if part_id == 0 else (), runner)
@@ -239,6 +290,8 @@ def _run(job: PredictionJob, cases: Sequence[Case], problems: Sequence[CaseError
     for problem in problems:
         console.error(str(problem))
     try:
+        if todo and job.together is not None:
+            runner.job = job = replace(job, together=_learn(job, job.together, cases, runner))
         if todo:
             failed += _predict_cases(job, runner, todo)
     finally:  # also when interrupted: the manifest lists the masks that are there
@@ -254,6 +307,60 @@ def _run(job: PredictionJob, cases: Sequence[Case], problems: Sequence[CaseError
     if failed and len(failed) == len(cases) + len(problems):
         raise DatasetError("no case could be segmented")
     return SOME_FAILED if failed else DONE
+
+
+def _plan_learning(job: PredictionJob, cases: Sequence[Case], workspace: Workspace | None) -> Together:
+    """Decide what is learned from the annotated slices of all cases.
+
+    Raises: UsageError when too few cases carry any.
+    """
+    annotated = [case for case in cases if case.prompts.mask is not None]
+    if len(annotated) < MIN_TOGETHER:
+        raise UsageError(f"--together learns from at least {MIN_TOGETHER} volumes with annotated slices, and there are {len(annotated)}")
+    labelled = _labelled_cases(job, workspace)
+    sampler = SliceSampler(labelled, tuple(job.plan.labels), job.plan.geometry.storage_size, job.plan.ignore) if labelled else None
+    settings = job.settings_digest()
+    inputs = {case.id: digest_inputs(settings, case)[0] for case in annotated}
+    return Together(digest_of_learning(inputs, [case.id for case in labelled]), halves_of(list(inputs)), sampler)
+
+
+def _labelled_cases(job: PredictionJob, workspace: Workspace | None) -> list[PreparedCase]:
+    """Open the volumes that the model was trained on, as far as the workspace holds them preprocessed for this plan."""
+    provenance, found = job.checkpoint.provenance, list[PreparedCase]()
+    if workspace is None or provenance is None or job.checkpoint.plan is None:
+        return found
+    wanted = PreprocessSettings(job.plan.geometry, job.plan.intensity).digest()
+    for case_id in provenance.training:
+        with suppress(CaseError):
+            case = open_prepared(workspace.prepared, case_id)
+            if case.record["settings"] == wanted and set(provenance.training_image_digests) & set(case.record["inputs"].values()):
+                found.append(case)
+    return found
+
+
+def _offer_learning(job: PredictionJob, cases: Sequence[Case]) -> None:
+    """Say that --together would learn from the annotated slices, where there are many."""
+    if job.prompts.simulated is None and sum(case.prompts.mask is not None for case in cases) >= MIN_OFFERED:
+        console.say("these volumes can also learn from each other's annotated slices: add --together (a few minutes)")
+
+
+def _learn(job: PredictionJob, together: Together, cases: Sequence[Case], runner: _Runner) -> Together:
+    """Train label U-Nets on the annotated slices of all cases, or read those of an earlier run."""
+    path = job.masks / LEARNED
+    label_unets = None if job.overwrite else load_label_unets(path, together.key)
+    if label_unets is None:
+        read = partial(read_annotated, root=job.root, prompt_reader=job.prompts, plan=job.plan)
+        jobs = {case.id: case for case in cases if case.id in together.halves}
+        with console.progress("reading annotated slices", len(jobs)) as advance:
+            answers = parallel_map(read, jobs, min(available_cpus(), len(jobs)), advance=advance, preload=PRELOADED)
+        found = zip(jobs, answers, strict=True)
+        volumes = {case: one for case, one in found if one is not None and not isinstance(one, CaseError)}  # reported when it is segmented
+        start = matching_label_unet(job.checkpoint, job.plan)
+        with graceful_stop() as stopped:
+            label_unets = cross_fit(volumes, together.halves, job.plan, start, together.labelled, runner.device, stopped)
+        assert label_unets is not None  # graceful_stop has raised otherwise
+        save_label_unets(path, label_unets, together.key)
+    return replace(together, label_unets=label_unets)
 
 
 def _predict_cases(job: PredictionJob, runner: _Runner, cases: Sequence[Case]) -> list[CaseError]:
@@ -369,6 +476,7 @@ class _Runner:
         while result is None:
             result = self._attempt(case, self.segmenter or segmenter)
         metadata = {"training": job.in_training_set(case.id, image_digests)} | self.metadata | result.metadata
+        metadata |= job.together.describe(case.id) if job.together is not None else {}
         job.records.save_mask(case.id, key, result.labels, result.image, metadata)
         return [*self.warnings, *(f"case {case.id}: {warning}" for warning in result.warnings)]
 
@@ -383,8 +491,9 @@ class _Runner:
     def _attempt(self, case: Case, segmenter: Segmenter) -> SegmentedCase | None:
         """Segment a case; None when memory ran out and another attempt can use less. Memory of the failed attempt is freed by then."""
         try:
+            learned = self.job.together.label_unet_for(case.id) if self.job.together is not None else None
             with keep_freed_memory() if self.device.type == "cpu" and not self.small else nullcontext():
-                return segment_case(case, self.job.root, self.job.prompts, segmenter)
+                return segment_case(case, self.job.root, self.job.prompts, replace(segmenter, learned=learned))
         except (MemoryError, RuntimeError, ValueError) as error:
             if not is_out_of_memory(error):
                 what = f"cannot be segmented: {type(error).__name__}: {error}".rstrip(": ").splitlines()[0]

@@ -8,7 +8,7 @@ slices read the corrected mask. Weights and bounds were chosen on the cases name
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ class LabelPrior:
 
     margins (T, px, px): logits of the label against all others, in the crop `roi`; prompt_dice: Dice with the annotated masks, mean over
     the annotated slices; area: of the annotated masks in pixels, mean; can_add: whether it may add the structure where propagation
-    predicts none.
+    predicts none; learned: whether the label U-Net learned from annotated slices of other volumes.
     """
 
     margins: Tensor
@@ -43,6 +43,7 @@ class LabelPrior:
     prompt_dice: float
     area: float
     can_add: bool = True
+    learned: bool = False
 
     @property
     def weight(self) -> float:
@@ -95,6 +96,24 @@ def compute_label_priors(
             prompt_dice += dice(int((predicted & mask).sum()), int(predicted.sum()), int(mask.sum())) / len(masks)
             area += int(mask.sum()) / len(masks)
         priors[value] = LabelPrior(margins[value], roi, storage_size, prompt_dice, area, label_unet.can_add)
+    return priors
+
+
+def best_label_priors(
+    label_unet: LabelUNet | None,
+    learned: LabelUNet | None,
+    frames: Tensor | InputSlices,
+    annotated: Mapping[int, Sequence[tuple[int, Tensor]]],
+) -> dict[int, LabelPrior]:
+    """Compute the priors of two label U-Nets, and keep for each label the one with the higher Dice on the annotated slices.
+
+    learned: the one that learned from annotated slices of other volumes; the rest as in `compute_label_priors`.
+    """
+    priors = compute_label_priors(label_unet, frames, annotated) if label_unet is not None else {}
+    others = compute_label_priors(learned, frames, annotated) if learned is not None else {}
+    for value, other in others.items():
+        if value not in priors or other.prompt_dice > priors[value].prompt_dice:
+            priors[value] = replace(other, learned=True)
     return priors
 
 

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from slmsam2_cli.dataset.mask_measures import dice
 from slmsam2_cli.inference.end_taper import EndTaper
-from slmsam2_cli.inference.label_prior import MAX_LOGIT, LabelPrior, compute_label_priors
+from slmsam2_cli.inference.label_prior import MAX_LOGIT, LabelPrior, best_label_priors
 from slmsam2_cli.model.batch import join, select
+from slmsam2_cli.model.label_unet import LabelUNet
 from slmsam2_cli.model.memory.interface import ReadContext
 from slmsam2_cli.model.roi import InputSlices, RoiCrop, mask_box, roi_around
 from slmsam2_cli.model.slmsam2 import Memory, MemoryBank, SliceFeatures, SliceOutput, SlmSam2
@@ -64,7 +65,8 @@ class Propagation:
 
     logits (T, n, n) float32, below 0 where absent: of the crop `roi`, or of whole slices; confidence (T,): object score probability
     times predicted IoU, 1 on annotated slices, 0 on slices that no pass reached; disagreement (T,): 1 - Dice of the masks of two passes
-    that meet (0 when both are empty), NaN elsewhere; prompt_dice: Dice of the label U-Net on the annotated slices, None without one.
+    that meet (0 when both are empty), NaN elsewhere; prompt_dice: Dice of the label U-Net on the annotated slices, None without one;
+    prior_learned: whether this label U-Net learned from annotated slices of other volumes.
     """
 
     logits: Tensor
@@ -72,6 +74,7 @@ class Propagation:
     disagreement: Tensor
     roi: RoiCrop | None = None
     prompt_dice: float | None = None
+    prior_learned: bool = False
 
     def plane(self, t: int, storage_size: int, height: int, width: int) -> Tensor:
         """Compute the logits (H, W) of slice t on the stack's pixels; storage_size: edge of the square to which its slices are padded."""
@@ -129,6 +132,7 @@ class PropagationOptions:
     batch: slices encoded at a time. processes: that share the passes of one volume, on a CPU. roi_scale: the network
     sees a crop so many times as wide as the annotation, one per object; None: whole slices. use_label_prior: the objects are the labels
     that the model was fine-tuned on, so the prediction of its label U-Net is weighted by its agreement with the annotated slices.
+    learned: another label U-Net, which learned from annotated slices of other volumes (training/annotated_slices.py).
     max_empty_slices: a pass without an annotated slice ahead stops after so many slices without its object; None: at the end of the
     volume. low_resolution_prompts: write an annotated mask to memory as SAM 2's predictor does, through the 4x smaller mask; otherwise at
     full resolution.
@@ -140,6 +144,7 @@ class PropagationOptions:
     use_label_prior: bool = False
     max_empty_slices: int | None = None
     low_resolution_prompts: bool = False
+    learned: LabelUNet | None = None
 
 
 @dataclass
@@ -263,9 +268,9 @@ def propagate(
         return {}
     model.eval()
     priors = {}
-    if options.use_label_prior and model.label_unet is not None:
+    if options.use_label_prior:
         masks = {label: [(a.slice, a.mask) for a in annotated] for label, annotated in objects.items()}
-        priors = compute_label_priors(model.label_unet, frames, masks)
+        priors = best_label_priors(model.label_unet, options.learned, frames, masks)
     whole = FeatureCache(model, frames, options.batch, MAX_CACHED_BYTES // options.processes)
     ones = {
         label: _Object(model, whole, {a.slice: a for a in annotated}, options, priors.get(label)) for label, annotated in objects.items()
@@ -280,15 +285,18 @@ def propagate_stack(
     plan: Plan,
     use_label_prior: bool = True,
     processes: int = 1,
+    learned: LabelUNet | None = None,
 ) -> dict[int, Propagation]:
     """Segment every object on a stack of slices (C, T, H, W) in [0, 1] as a plan says; prediction and training go through here.
 
     objects: label -> annotated slices, their masks (S, S) padded to the plan's `storage_size`. processes: that share the passes, on a
-    CPU.
+    CPU. learned: as in PropagationOptions.
     """
     geometry, inference = plan.geometry, plan.inference
     slices = InputSlices(torch.from_numpy(np.require(frames, requirements="W")), geometry.storage_size, geometry.adjacent_slices)
-    options = PropagationOptions(inference.batch_slices, processes, geometry.roi_scale, use_label_prior, inference.max_empty_slices)
+    options = PropagationOptions(
+        inference.batch_slices, processes, geometry.roi_scale, use_label_prior, inference.max_empty_slices, learned=learned
+    )
     return propagate(model, slices, objects, options)
 
 
@@ -367,6 +375,7 @@ def _propagate_objects(ones: Mapping[int, _Object], advance: Callable[[int], Non
             state.disagreement,
             ones[label].features.roi,
             prior.prompt_dice if (prior := ones[label].prior) is not None else None,
+            prior is not None and prior.learned,
         )
         for label, state in states.items()
     }

@@ -30,6 +30,7 @@ from slmsam2_cli.inference.postprocess import keep_connected
 from slmsam2_cli.inference.propagation import AnnotatedSlice, Propagation, propagate_stack
 from slmsam2_cli.io.volume import Volume, read_image, read_labels, write_mask
 from slmsam2_cli.model.calibration import Calibration
+from slmsam2_cli.model.label_unet import LabelUNet
 from slmsam2_cli.model.roi import pad_to_square
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import Plan
@@ -111,13 +112,14 @@ class Segmenter:
     """A model with its plan and calibration, ready to segment cases.
 
     calibration: maps the confidence of slices that were not annotated to expected Dice. processes: that share the passes of a case, on a
-    CPU.
+    CPU. learned: a label U-Net that learned from annotated slices of other volumes.
     """
 
     model: SlmSam2
     plan: Plan
     calibration: Calibration | None = None
     processes: int = 1
+    learned: LabelUNet | None = None
 
 
 def segment_case(case: Case, root: Path, prompt_reader: PromptReader, segmenter: Segmenter) -> SegmentedCase:
@@ -131,7 +133,7 @@ def segment_case(case: Case, root: Path, prompt_reader: PromptReader, segmenter:
     view, frames = make_frames(image, plan.geometry, plan.intensity)
     prompts, warnings = prompt_reader.read(case, image, view, plan)
     objects = annotated_slices_of(prompts, view, tuple(plan.labels), size)
-    found = propagate_stack(model, frames, objects, plan, processes=segmenter.processes)
+    found = propagate_stack(model, frames, objects, plan, processes=segmenter.processes, learned=segmenter.learned)
     labels = restore_labels(found, view, size) if found else np.zeros(view.grid.shape, np.uint8)
     labels = restore_annotated(labels.astype(np.uint8 if max(plan.labels) < 256 else np.uint16, copy=False), prompts, view)
     labels = remove_loose_parts(labels, prompts.labels, found, model, view.orientation.order[0])
@@ -213,5 +215,6 @@ def _case_metadata(prompts: Prompts, view: View, found: Mapping[int, Propagation
             for value, one in found.items()
         },
         "disagreement": {value: slices for value, slices in disagreement.items() if slices},
+        "labels_learned_together": [value for value, one in found.items() if one.prior_learned],
         "label_prior_dice": {str(value): round(one.prompt_dice, _DIGITS) for value, one in found.items() if one.prompt_dice is not None},
     }

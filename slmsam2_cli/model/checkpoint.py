@@ -24,8 +24,7 @@ from slmsam2_cli.model import adapters, convert, zoo
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.convert import State, first_line
 from slmsam2_cli.model.label_unet import PREFIX as LABEL_UNET_PREFIX
-from slmsam2_cli.model.label_unet import SLICES as LABEL_UNET_SLICES
-from slmsam2_cli.model.label_unet import LabelUNet, without_label_unet
+from slmsam2_cli.model.label_unet import LabelUNet, label_unet_from, without_label_unet
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.model.zoo import BUNDLED_WEIGHTS as BUNDLED_WEIGHTS
 from slmsam2_cli.planning.plan import RGB_CHANNELS, NetworkPlan, Plan, parse_plan
@@ -308,9 +307,7 @@ def label_unet_of(checkpoint: Checkpoint) -> LabelUNet | None:
     if not own:
         return None
     try:
-        width, inputs = own["logits.weight"].shape[1], own["down.0.0.weight"].shape[1]
-        label_unet = LabelUNet(inputs // LABEL_UNET_SLICES, own["labels"].tolist(), int(own["px_seen"]), width)
-        label_unet.load_state_dict(own)
+        label_unet = label_unet_from(own)
     except (KeyError, IndexError, RuntimeError, TypeError) as error:
         wrong = f"the label U-Net is incomplete ({str(error).splitlines()[0][:120]})"
         raise WeightsError(f"{checkpoint.name}: corrupt: {wrong}. Download or train it again") from None
@@ -319,7 +316,7 @@ def label_unet_of(checkpoint: Checkpoint) -> LabelUNet | None:
     if checkpoint.plan is not None:
         training = checkpoint.plan.training
         label_unet.can_add = training.object_score_target != "teacher" if training.can_add is None else training.can_add
-    return label_unet.eval()
+    return label_unet
 
 
 def combine_with_base(adapter: Checkpoint, base: Checkpoint) -> Checkpoint:

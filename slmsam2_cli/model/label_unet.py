@@ -79,6 +79,18 @@ class LabelUNet(nn.Module):
         return found
 
 
+def label_unet_from(state: Mapping[str, Tensor]) -> LabelUNet:
+    """Build a label U-Net of the size of these tensors, without its prefix, and load them.
+
+    Raises: KeyError, IndexError, RuntimeError or TypeError when tensors are missing, unexpected or misshapen; ValueError for a size that
+    it cannot have.
+    """
+    width, inputs = state["logits.weight"].shape[1], state["down.0.0.weight"].shape[1]
+    label_unet = LabelUNet(inputs // SLICES, state["labels"].tolist(), int(state["px_seen"]), width)
+    label_unet.load_state_dict(dict(state))
+    return label_unet.eval()
+
+
 def with_adjacent_slices(stack: Tensor, t: int) -> Tensor:
     """Stack slice t of (T, C, h, w) and REACH slices on either side as channels: (C * SLICES, h, w); the outermost slices repeat."""
     index = torch.arange(t - REACH, t + REACH + 1).clamp(0, len(stack) - 1)

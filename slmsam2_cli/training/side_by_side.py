@@ -86,11 +86,18 @@ class Results:
     ended: Callable[[str, Any], None]
 
 
-def run_side_by_side(work: Work, jobs: Mapping[str, Any], title: str, stopped: Callable[[], bool], results: Results) -> bool:
+def run_side_by_side(
+    work: Work,
+    jobs: Mapping[str, Any],
+    title: str,
+    stopped: Callable[[], bool],
+    results: Results,
+    again: str = "slmsam2 finetune --continue",
+) -> bool:
     """Run work(job, watch) for every job in a process of its own. Returns False where no process can be started.
 
     jobs: name, as in messages -> job; `work` and jobs must be picklable. title: of the progress bar that all share. When `stopped`
-    becomes true, all are told to stop and are waited for.
+    becomes true, all are told to stop and are waited for. again: the command to run after an error.
 
     Raises: TrainingError, with its name and the way out, when a process was killed; else the error of a piece of work.
     """
@@ -104,7 +111,7 @@ def run_side_by_side(work: Work, jobs: Mapping[str, Any], title: str, stopped: C
         except UNAVAILABLE_ERRORS:
             return False
         with console.progress(title, _PARTS * len(jobs)) as advance:
-            _watch(workers, advance, stopped, results)
+            _watch(workers, advance, stopped, results, again)
     finally:
         _end(workers)
     return True
@@ -124,7 +131,7 @@ def _start(name: str, work: Work, job: Any) -> _Worker:
     return _Worker(name, process, ours)
 
 
-def _watch(workers: list[_Worker], advance: console.Advance, stopped: Callable[[], bool], results: Results) -> None:
+def _watch(workers: list[_Worker], advance: console.Advance, stopped: Callable[[], bool], results: Results, again: str) -> None:
     """Answer the processes until all have ended."""
     running, told = list(workers), False
     while running:
@@ -134,7 +141,7 @@ def _watch(workers: list[_Worker], advance: console.Advance, stopped: Callable[[
                 _send(worker.connection, _STOP)
         news = wait([worker.connection for worker in running], _WAIT_S)
         for worker in [worker for worker in running if worker.connection in news]:
-            message, before = _receive(worker), worker.shown
+            message, before = _receive(worker, again), worker.shown
             if isinstance(message, _Store):
                 results.store(worker.name, message.value)
                 _send(worker.connection, _STORED)
@@ -148,14 +155,13 @@ def _watch(workers: list[_Worker], advance: console.Advance, stopped: Callable[[
             advance(int(_PARTS * worker.shown.done) - int(_PARTS * before.done), note)
 
 
-def _receive(worker: _Worker) -> Any:
+def _receive(worker: _Worker, again: str) -> Any:
     """Receive a message. Raises: TrainingError when the process was killed; the error of its work."""
     try:
         message = worker.connection.recv()
     except (EOFError, OSError):
         raise TrainingError(
-            f"{worker.name}: its process was killed, probably because memory ran out. Close other programs, then run: "
-            "slmsam2 finetune --continue"
+            f"{worker.name}: its process was killed, probably because memory ran out. Close other programs, then run: {again}"
         ) from None
     if isinstance(message, _Failed):
         raise message.error from RuntimeError(message.trace)

@@ -1,0 +1,269 @@
+"""Train label U-Nets on the annotated slices of a folder of volumes.
+
+Every volume of the folder carries a few annotated slices, and nothing else of it is known. Two label U-Nets are trained, each without the
+volumes of one half (cross-fitting), and each is used on that half: so its Dice on the annotated slices of a volume still tests it, as
+those slices had no part in its training. Both start from the model's label U-Net where there is one, and half of their slices then come
+from the labelled volumes that it was trained on. Steps and rates were chosen on the cases named in docs/experiments.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from slmsam2_cli.dataset.dataset_json import Case
+from slmsam2_cli.dataset.prompts import Prompts
+from slmsam2_cli.dataset.slices import View, make_frames
+from slmsam2_cli.device import torch_threads
+from slmsam2_cli.errors import TrainingError
+from slmsam2_cli.inference.segment import PromptReader
+from slmsam2_cli.io import atomic
+from slmsam2_cli.io.volume import read_image
+from slmsam2_cli.model.label_unet import REACH, LabelUNet, label_unet_from, label_unet_roi
+from slmsam2_cli.model.roi import RoiCrop, pad_to_square
+from slmsam2_cli.planning.plan import Plan
+from slmsam2_cli.planning.rules import LABEL_UNET_BATCH
+from slmsam2_cli.training.label_unet import (
+    IGNORE_INDEX,
+    SliceSampler,
+    augment,
+    crop_target,
+    jitter,
+    label_unet_input_size,
+    label_unet_loss,
+    new_label_unet,
+)
+from slmsam2_cli.training.side_by_side import Results, Watch, run_side_by_side
+
+HALVES = 2
+STEPS, STEPS_FROM_RANDOM = 250, 500
+PEAK_RATE = 1e-3
+LABELLED_SHARE = 0.5  # of the slices of a step, where there are labelled volumes
+_CLIP_NORM = 1.0
+_WARMUP_SHARE = 0.3
+_TITLE = "learning from annotated slices"
+_KEY = "learned_from"
+
+
+@dataclass(frozen=True)
+class AnnotatedSlice:
+    """An annotated slice of a volume as the label U-Net reads it.
+
+    slices (5, C, H, W) float16: the slice between its adjacent ones; target (H, W) int16: 0 none of the labels, 1 the first label, -1
+    ignored; known (K,): whether a label was annotated on the slice.
+    """
+
+    slices: Tensor
+    target: Tensor
+    known: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class AnnotatedVolume:
+    """The annotated slices of a volume, and the crop in which the label U-Net sees them."""
+
+    slices: tuple[AnnotatedSlice, ...]
+    roi: RoiCrop
+
+
+def read_annotated(case: Case, root: Path, prompt_reader: PromptReader, plan: Plan) -> AnnotatedVolume | None:
+    """Read the annotated slices of a case; None where no label is drawn on them.
+
+    Raises: CaseError when the image or the prompts cannot be used.
+    """
+    image = read_image(case.images, case=case.id, root=root, channels=len(plan.channels))
+    view, frames = make_frames(image, plan.geometry, plan.intensity)
+    prompts, _ = prompt_reader.read(case, image, view, plan)
+    return annotated_volume(frames, prompts, view, plan)
+
+
+def annotated_volume(frames: NDArray[Any], prompts: Prompts, view: View, plan: Plan) -> AnnotatedVolume | None:
+    """Take the annotated slices out of a stack (C, T, H, W); None where no label is drawn on them."""
+    values, size = tuple(plan.labels), plan.geometry.storage_size
+    found, drawn = [], []
+    for native in sorted({t for slices in prompts.annotated.values() for t in slices}):
+        known = tuple(native in prompts.annotated.get(value, ()) for value in values)
+        target = np.zeros(frames.shape[2:], np.int16)
+        place: int | None = None
+        for number, (value, one) in enumerate(zip(values, known, strict=True), start=1):
+            for at, mask, _ in view.project_slices(prompts.labels, value, [native] if one else ()).values():
+                place = at
+                target[mask] = number
+                drawn += [pad_to_square(torch.from_numpy(mask), size)] if mask.any() else []
+        if prompts.ignore is not None:
+            for _, mask, _ in view.project_slices(prompts.labels, prompts.ignore, [native]).values():
+                target[mask] = IGNORE_INDEX
+        if place is None:  # outside the crop
+            continue
+        index = np.clip(np.arange(place - REACH, place + REACH + 1), 0, frames.shape[1] - 1)
+        slices = torch.from_numpy(frames[:, index].swapaxes(0, 1).astype(np.float16))
+        found.append(AnnotatedSlice(slices, torch.from_numpy(target), known))
+    return AnnotatedVolume(tuple(found), label_unet_roi(drawn, size)) if drawn else None
+
+
+class AnnotatedSampler:
+    """Draws annotated slices, the volumes being equally likely."""
+
+    def __init__(self, volumes: Sequence[AnnotatedVolume], values: Sequence[int], storage_size: int) -> None:
+        self.volumes, self.values, self.storage_size = volumes, tuple(values), storage_size
+
+    @property
+    def input_size(self) -> int:
+        """The edge in pixels at which a new label U-Net sees the ROI crops."""
+        return label_unet_input_size([volume.roi.edge for volume in self.volumes])
+
+    @property
+    def one_piece(self) -> list[bool]:
+        """Per label, False: a few slices do not show whether it is connected."""
+        return [False] * len(self.values)
+
+    def draw_one(self, rng: np.random.Generator, input_size: int) -> tuple[Tensor, Tensor, tuple[bool, ...]]:
+        """Draw a slice (C * SLICES, px, px), the label of each pixel (px, px), and which labels were annotated (K,)."""
+        volume = self.volumes[int(rng.integers(len(self.volumes)))]
+        one = volume.slices[int(rng.integers(len(volume.slices)))]
+        roi = jitter(volume.roi, rng, self.storage_size)
+        slices = roi.crop(pad_to_square(one.slices.float(), self.storage_size), input_size).flatten(0, 1)
+        return slices, crop_target(one.target, roi, self.storage_size, input_size), one.known
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What one label U-Net is trained on. start: the network to continue from; labelled: slices of labelled volumes; title: next to the
+    progress bar; device: its type.
+    """
+
+    annotated: AnnotatedSampler
+    start: LabelUNet | None
+    labelled: SliceSampler | None
+    channels: int
+    seed: int
+    title: str
+    device: str = "cpu"
+
+
+def train_label_unet(job: TrainingJob, watch: Watch) -> LabelUNet | None:
+    """Train a label U-Net; None when the user stops the run before its end.
+
+    Raises: TrainingError when a loss is not finite.
+    """
+    rng, torch_rng = np.random.default_rng(job.seed), torch.Generator().manual_seed(job.seed)
+    label_unet = copy.deepcopy(job.start) or new_label_unet(job.annotated, job.channels, job.seed)
+    label_unet.to(job.device).train().requires_grad_(True)
+    label_unet.can_add = True
+    steps = STEPS if job.start is not None else STEPS_FROM_RANDOM
+    optimiser = torch.optim.AdamW(label_unet.parameters(), lr=PEAK_RATE)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimiser, PEAK_RATE, total_steps=steps, pct_start=_WARMUP_SHARE)
+    with watch.progress(job.title, steps) as advance:
+        for step in range(steps):
+            if watch.stopped():
+                return None
+            slices, target, unknown = _draw(job, rng, torch_rng, label_unet.input_size)
+            loss = label_unet_loss(label_unet(slices.to(job.device)), target.to(job.device), unknown.to(job.device))
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            norm = torch.nn.utils.clip_grad_norm_(label_unet.parameters(), _CLIP_NORM)
+            if not torch.isfinite(norm):
+                raise TrainingError(f"learning from annotated slices diverged at step {step}. Predict without --together")
+            optimiser.step()
+            rates.step()
+            advance(1)
+    return label_unet.cpu().eval().requires_grad_(False)
+
+
+def _draw(job: TrainingJob, rng: np.random.Generator, torch_rng: torch.Generator, px: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw the slices of a step (B, C * SLICES, px, px), the label of each pixel (B, px, px), and the labels not annotated (B, K)."""
+    of_labelled = round(LABEL_UNET_BATCH * LABELLED_SHARE) if job.labelled is not None else 0
+    annotated = [job.annotated.draw_one(rng, px) for _ in range(LABEL_UNET_BATCH - of_labelled)]
+    drawn = [(slices, target) for slices, target, _ in annotated]
+    known = [known for _, _, known in annotated]
+    if job.labelled is not None:
+        drawn += [job.labelled.draw_one(rng, px) for _ in range(of_labelled)]
+        known += [(True,) * len(job.annotated.values)] * of_labelled
+    return *augment(drawn, torch_rng), ~torch.tensor(known)
+
+
+def halves_of(cases: Sequence[str]) -> dict[str, int]:
+    """Divide cases into halves by a fixed draw: case id -> 0 or 1."""
+    order = np.random.default_rng(len(cases)).permutation(len(cases))
+    return {case: int(place) % HALVES for case, place in zip(sorted(cases), order.tolist(), strict=True)}
+
+
+def cross_fit(
+    volumes: Mapping[str, AnnotatedVolume],
+    halves: Mapping[str, int],
+    plan: Plan,
+    start: LabelUNet | None,
+    labelled: SliceSampler | None,
+    device: torch.device,
+    stopped: Callable[[], bool],
+) -> tuple[LabelUNet, ...] | None:
+    """Train one label U-Net per half of the volumes, on those of the other half; None when the user stops the run.
+
+    halves: case id -> 0 or 1; start: the network to continue from; labelled: slices of labelled volumes.
+    Raises: TrainingError when a loss is not finite, or a process was killed.
+    """
+    jobs = {}
+    for half in range(HALVES):
+        others = [volumes[case] for case in sorted(volumes) if halves[case] != half]
+        sampler = AnnotatedSampler(others, tuple(plan.labels), plan.geometry.storage_size)
+        jobs[f"half {half + 1}"] = TrainingJob(
+            sampler, start, labelled, len(plan.channels), half, f"half {half + 1} of {HALVES}", device.type
+        )
+    found: dict[str, LabelUNet | None] = {}
+    results = Results(lambda name, value: None, lambda name, content: found.update({name: _unpacked(content)}))
+    if device.type != "cpu" or not run_side_by_side(train_in_process, jobs, _TITLE, stopped, results, again="slmsam2 predict --together"):
+        with torch_threads(1 if device.type == "cpu" else None), torch.random.fork_rng():
+            for name, job in jobs.items():
+                found[name] = train_label_unet(job, Watch(stopped, lambda value: None))
+    trained = [one for name in jobs if (one := found.get(name)) is not None]
+    return tuple(trained) if len(trained) == HALVES else None
+
+
+def train_in_process(job: TrainingJob, watch: Watch) -> bytes | None:
+    """Train a label U-Net in a process of its own, on one core. Returns its tensors as bytes, which outlive the process."""
+    torch.set_num_threads(1)
+    trained = train_label_unet(job, watch)
+    return safetensors.torch.save(trained.state_dict()) if trained is not None else None
+
+
+def _unpacked(content: bytes | None) -> LabelUNet | None:
+    return label_unet_from(safetensors.torch.load(content)) if content is not None else None
+
+
+def save_label_unets(path: Path, label_unets: Sequence[LabelUNet], key: str) -> None:
+    """Write label U-Nets to a file. key: digest of what they were trained on.
+
+    Raises: OutputError when the file cannot be written.
+    """
+    tensors = {f"{half}.{name}": tensor for half, one in enumerate(label_unets) for name, tensor in one.state_dict().items()}
+    atomic.write_bytes(path, safetensors.torch.save(tensors, {_KEY: key}))
+
+
+def load_label_unets(path: Path, key: str) -> tuple[LabelUNet, ...] | None:
+    """Read the label U-Nets that were trained on what `key` says; None where the file is absent, damaged, or of another key."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get(_KEY) != key:
+                return None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+        parts = [{n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{half}.")} for half in range(HALVES)]
+        return tuple(label_unet_from(part) for part in parts)
+    except (OSError, safetensors.SafetensorError, KeyError, IndexError, RuntimeError, TypeError, ValueError):
+        return None
+
+
+def digest_of_learning(inputs: Mapping[str, str], labelled: Sequence[str]) -> str:
+    """Compute the SHA-256 of what label U-Nets learn from: case id -> digest of its files and of all settings, labelled cases."""
+    settings = [STEPS, STEPS_FROM_RANDOM, PEAK_RATE, LABELLED_SHARE, LABEL_UNET_BATCH]
+    return hashlib.sha256(repr((settings, sorted(inputs.items()), sorted(labelled))).encode()).hexdigest()

@@ -1,0 +1,156 @@
+"""What is learned from the annotated slices of a folder, and that no volume is judged by what it taught."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slmsam2_cli.dataset.prompts import Prompts
+from slmsam2_cli.dataset.slices import View
+from slmsam2_cli.errors import TrainingError
+from slmsam2_cli.io.volume import Grid
+from slmsam2_cli.training import annotated_slices
+from slmsam2_cli.training.annotated_slices import (
+    AnnotatedSampler,
+    annotated_volume,
+    cross_fit,
+    halves_of,
+    load_label_unets,
+    save_label_unets,
+)
+from slmsam2_cli.training.label_unet import label_unet_loss
+
+PX = 32
+CPU = torch.device("cpu")
+PLAN = SimpleNamespace(
+    labels={1: "left", 5: "right"},
+    channels=("image",),
+    ignore=None,
+    geometry=SimpleNamespace(slice_axis="SI", in_plane_mm=1.0, through_plane_mm=None, crop_to_nonzero=False, storage_size=PX),
+)
+
+
+def view():
+    grid = Grid(shape=(9, PX, PX), spacing_mm=(1.0, 1.0, 1.0), origin_mm=(0.0, 0.0, 0.0), direction=np.eye(3))
+    return View(grid, "SI", ((0, 9), (0, PX), (0, PX)), (9, PX, PX))
+
+
+def volume(seed=0, annotated=None, ignore=None):
+    """A bright square with label 1 and a grey one with label 5 on noise, annotated on one slice each."""
+    rng = np.random.default_rng(seed)
+    labels = np.zeros((9, PX, PX), np.uint8)
+    labels[2:7, 8:16, 4:12], labels[2:7, 8:16, 18:26] = 1, 5
+    frames = (0.2 + 0.3 * (labels == 5) + 0.7 * (labels == 1) + 0.05 * rng.standard_normal(labels.shape))[None].astype(np.float32)
+    place = view()
+    sparse, stack = np.zeros_like(labels), place.oriented(labels)
+    annotated = annotated or {1: (4,), 5: (3,)}
+    for value, slices in annotated.items():
+        for t in slices:
+            place.oriented(sparse)[t][stack[t] == value] = value
+    return annotated_volume(place.oriented(frames[0])[None], Prompts(sparse, annotated, (), ignore), place, PLAN)
+
+
+def test_an_annotated_slice_tells_which_labels_were_annotated_on_it():
+    third, fourth = volume().slices
+    assert third.known == (False, True) and fourth.known == (True, False)
+    assert third.target.unique().tolist() == [0, 2] and fourth.target.unique().tolist() == [0, 1]
+    assert int((fourth.target == 1).sum()) == 64 and fourth.slices.shape == (5, 1, PX, PX)
+
+
+def test_an_empty_annotated_slice_teaches_that_the_label_is_not_there():
+    first, _, _ = volume(annotated={1: (0, 4), 5: (3,)}).slices
+    assert first.known == (True, False) and not first.target.any()
+
+
+def test_a_volume_without_a_drawn_label_teaches_nothing():
+    assert volume(annotated={1: (0,), 5: (8,)}) is None
+
+
+def test_where_a_label_was_not_annotated_it_may_be_or_not():
+    logits, nothing = torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64)
+    unknown = torch.tensor([[False, True]])
+    sure = label_unet_loss(logits, nothing, torch.tensor([[False, False]]))
+    assert torch.equal(sure, label_unet_loss(logits, nothing))
+    # cross-entropy of a probability of 2/3; the Dice term of label 1, of probability 1/3 on 16 pixels, and that of label 2, which is 0
+    expected = -math.log(2 / 3) + (1 - 1 / (16 / 3 + 1)) / 2
+    assert label_unet_loss(logits, nothing, unknown).item() == pytest.approx(expected, abs=1e-5)
+    found = logits.clone()
+    found[:, 2] = 9.0  # label 2 everywhere is no mistake, as nobody said that it is not there
+    assert label_unet_loss(found, nothing, unknown) < 0.01 < label_unet_loss(found, nothing)
+
+
+@given(st.sets(st.text(min_size=1, max_size=8), min_size=2, max_size=40))
+def test_each_volume_is_in_one_half_and_the_halves_are_of_about_the_same_size(cases):
+    halves = halves_of(sorted(cases))
+    first = sum(half == 0 for half in halves.values())
+    assert set(halves) == cases and set(halves.values()) == {0, 1} and abs(2 * first - len(cases)) <= 1
+    assert halves == halves_of(sorted(cases, reverse=True))
+
+
+def test_volumes_are_drawn_equally_often_however_many_slices_they_have():
+    many = volume(annotated={1: (2, 3, 4, 5, 6), 5: ()})
+    few = volume(annotated={1: (), 5: (3,)})
+    sampler, rng = AnnotatedSampler([many, few], (1, 5), PX), np.random.default_rng(0)
+    known = [sampler.draw_one(rng, 48)[2] for _ in range(200)]
+    assert 70 < sum(one == (False, True) for one in known) < 130
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    monkeypatch.setattr(annotated_slices, "STEPS_FROM_RANDOM", 60)
+    monkeypatch.setattr(annotated_slices, "LABEL_UNET_BATCH", 4)
+
+
+def fit(volumes, **changes):
+    arguments = {"start": None, "labelled": None, "device": CPU, "stopped": lambda: False} | changes
+    return cross_fit(volumes, halves_of(sorted(volumes)), PLAN, **arguments)
+
+
+def test_each_network_finds_the_structures_in_the_volumes_of_its_half(few_steps, monkeypatch):
+    monkeypatch.setattr(annotated_slices, "run_side_by_side", lambda *rest, **again: False)  # in this process, with these settings
+    volumes = {f"case {seed}": volume(seed) for seed in range(4)}
+    networks = fit(volumes)
+    for case, half in halves_of(sorted(volumes)).items():
+        one = volumes[case]
+        slices = one.roi.crop(one.slices[1].slices.float(), networks[half].input_size).flatten(0, 1)[None]
+        with torch.inference_mode():
+            found = one.roi.paste((networks[half](slices).argmax(1) == 1).float()[0], PX, 0.0) > 0.5
+        truth = one.slices[1].target == 1
+        assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.8
+
+
+def test_a_network_does_not_depend_on_the_volumes_of_its_own_half(few_steps, monkeypatch):
+    monkeypatch.setattr(annotated_slices, "run_side_by_side", lambda *rest, **again: False)
+    monkeypatch.setattr(annotated_slices, "STEPS_FROM_RANDOM", 2)
+    volumes = {f"case {seed}": volume(seed) for seed in range(4)}
+    halves = halves_of(sorted(volumes))
+    changed = {case: volume(seed + 100 * halves[case]) for seed, case in enumerate(sorted(volumes))}  # those of half 1
+    before, after = fit(volumes), fit(changed)
+    assert all(torch.equal(a, b) for a, b in zip(before[1].state_dict().values(), after[1].state_dict().values(), strict=True))
+    assert not torch.equal(before[0].logits.weight, after[0].logits.weight)
+
+
+def test_networks_are_read_back_for_what_they_learned_from_and_for_nothing_else(few_steps, monkeypatch, tmp_path):
+    monkeypatch.setattr(annotated_slices, "run_side_by_side", lambda *rest, **again: False)
+    monkeypatch.setattr(annotated_slices, "STEPS_FROM_RANDOM", 1)
+    networks, file = fit({f"case {seed}": volume(seed) for seed in range(2)}), tmp_path / "together.safetensors"
+    save_label_unets(file, networks, "these slices")
+    again = load_label_unets(file, "these slices")
+    for one, other in zip(networks, again, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    assert load_label_unets(file, "other slices") is None
+    file.write_bytes(file.read_bytes()[:100])
+    assert load_label_unets(file, "these slices") is None and load_label_unets(tmp_path / "absent", "these slices") is None
+
+
+def test_a_loss_that_is_not_finite_is_one_line_that_names_the_way_out(few_steps, monkeypatch):
+    monkeypatch.setattr(annotated_slices, "run_side_by_side", lambda *rest, **again: False)
+    broken = volume()
+    for one in broken.slices:
+        one.slices.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="Predict without --together"):
+        fit({"a": broken, "b": broken})
