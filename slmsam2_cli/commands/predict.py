@@ -49,6 +49,10 @@ from slmsam2_cli.planning.estimate import prediction_bytes
 from slmsam2_cli.planning.plan import Plan
 from slmsam2_cli.report.prediction_page import write_prediction_report
 from slmsam2_cli.training.annotated_slices import (
+    HALVES,
+    ROUNDS,
+    AnnotatedVolume,
+    Witnesses,
     cross_fit,
     digest_of_learning,
     halves_of,
@@ -65,7 +69,7 @@ MAX_KEPT_BYTES = 1 << 30  # of decoded volumes that are kept from planning to se
 MIN_PARALLEL_CASES, MIN_PARALLEL_BYTES = 4, 1 << 20  # fewer cases, with fewer bytes on disk in all, are not worth the start of processes
 PRELOADED = ("slmsam2_cli.commands.predict",)  # in the process that workers are copied from
 MIN_TOGETHER, MIN_OFFERED = 4, 8  # volumes with annotated slices for --together, and from which on it is offered
-LEARNED = ".slmsam2/together.safetensors"
+LEARNED = ".slmsam2/together-{}.safetensors"  # one file per round
 MEMORY_FRACTION = 0.7  # of the free memory, for cases segmented at one time
 
 
@@ -80,12 +84,12 @@ class Together:
     key: str
     halves: Mapping[str, int]
     labelled: SliceSampler | None
-    label_unets: tuple[LabelUNet, ...] = ()
+    label_unets: Sequence[LabelUNet] = ()
 
     def label_unet_for(self, case_id: str) -> LabelUNet | None:
         """Return the label U-Net that did not learn from a case; None for a case without annotated slices."""
         half = self.halves.get(case_id)
-        return self.label_unets[half] if half is not None else None
+        return self.label_unets[half] if half is not None and self.label_unets else None
 
     def describe(self, case_id: str) -> dict[str, Any]:
         """Describe for the manifest what was learned for a case."""
@@ -346,21 +350,29 @@ def _offer_learning(job: PredictionJob, cases: Sequence[Case]) -> None:
 
 def _learn(job: PredictionJob, together: Together, cases: Sequence[Case], runner: _Runner) -> Together:
     """Train label U-Nets on the annotated slices of all cases, or read those of an earlier run."""
-    path = job.masks / LEARNED
-    label_unets = None if job.overwrite else load_label_unets(path, together.key)
-    if label_unets is None:
-        read = partial(read_annotated, root=job.root, prompt_reader=job.prompts, plan=job.plan)
-        jobs = {case.id: case for case in cases if case.id in together.halves}
-        with console.progress("reading annotated slices", len(jobs)) as advance:
-            answers = parallel_map(read, jobs, min(available_cpus(), len(jobs)), advance=advance, preload=PRELOADED)
-        found = zip(jobs, answers, strict=True)
-        volumes = {case: one for case, one in found if one is not None and not isinstance(one, CaseError)}  # reported when it is segmented
-        start = matching_label_unet(job.checkpoint, job.plan)
+    files = [job.masks / LEARNED.format(number) for number in range(1, ROUNDS + 1)]
+    kept = [None if job.overwrite else load_label_unets(file, together.key) for file in files]
+    done = max((number for number, found in enumerate(kept, start=1) if found is not None), default=0)
+    label_unets = (kept[done - 1] if done else None) or ()
+    for number in range(done, ROUNDS):
+        runner.job = replace(job, together=replace(together, label_unets=label_unets))
+        volumes = _read_slices([case for case in cases if case.id in together.halves], runner, f"round {number + 1} of {ROUNDS}")
+        starts = label_unets or [matching_label_unet(job.checkpoint, job.plan)] * HALVES
         with graceful_stop() as stopped:
-            label_unets = cross_fit(volumes, together.halves, job.plan, start, together.labelled, runner.device, stopped)
-        assert label_unets is not None  # graceful_stop has raised otherwise
-        save_label_unets(path, label_unets, together.key)
+            trained = cross_fit(volumes, together.halves, job.plan, starts, together.labelled, runner.device, stopped)
+        assert trained is not None  # graceful_stop has raised otherwise
+        label_unets = trained
+        save_label_unets(files[number], label_unets, together.key)
     return replace(together, label_unets=label_unets)
+
+
+def _read_slices(cases: Sequence[Case], runner: _Runner, title: str) -> dict[str, AnnotatedVolume]:
+    """Read the slices to learn from; cases that cannot be read are left out, and are reported when they are segmented."""
+    workers, jobs, limit = _share_out(runner, cases)
+    with torch_threads(runner.threads), console.progress(f"reading slices, {title}", len(jobs)) as advance:
+        answers = parallel_map(runner.read_slices, jobs, workers, limit=limit, advance=advance, preload=PRELOADED)
+    found = dict(zip(jobs, answers, strict=True))
+    return {case: one for case, one in found.items() if isinstance(one, AnnotatedVolume)}
 
 
 def _predict_cases(job: PredictionJob, runner: _Runner, cases: Sequence[Case]) -> list[CaseError]:
@@ -479,6 +491,15 @@ class _Runner:
         metadata |= job.together.describe(case.id) if job.together is not None else {}
         job.records.save_mask(case.id, key, result.labels, result.image, metadata)
         return [*self.warnings, *(f"case {case.id}: {warning}" for warning in result.warnings)]
+
+    def read_slices(self, case: Case) -> AnnotatedVolume | None:
+        """Read the slices of a case to learn from: the annotated ones, and after the first round also those that two witnesses agree on.
+
+        Raises: CaseError when the case cannot be read.
+        """
+        job, learned = self.job, self.job.together.label_unet_for(case.id) if self.job.together is not None else None
+        witnesses = Witnesses((self.segmenter or self._load()).model, learned) if learned is not None else None
+        return read_annotated(case, job.root, job.prompts, job.plan, witnesses)
 
     def _load(self) -> Segmenter:
         """Build the network in the process that uses it."""

@@ -21,6 +21,7 @@ from slmsam2_cli.model.slmsam2 import SliceOutput, with_mask
 
 MAX_LOGIT = 10.0  # logits are clamped to this before they are mixed
 MAX_WEIGHT = 0.5  # of the label prior; propagation has the rest
+MAX_LEARNED_WEIGHT = 0.3  # of that of a label U-Net that learned from annotated slices of other volumes
 FULL_WEIGHT_DICE = 0.7  # Dice on the annotated slices from which on the label prior has its full weight
 MIN_AREA_FRACTION = 0.1  # of the annotated area that must be predicted for the structure to be present
 SCALES = (1.0, 0.87, 1.15)  # of the image at which the label U-Net predicts; the mean is better than one prediction
@@ -47,8 +48,8 @@ class LabelPrior:
 
     @property
     def weight(self) -> float:
-        """Weight of the prior in the mix, 0 to MAX_WEIGHT."""
-        return MAX_WEIGHT * min(1.0, self.prompt_dice / FULL_WEIGHT_DICE) ** 2
+        """Weight of the prior in the mix, from 0 to its maximum."""
+        return (MAX_LEARNED_WEIGHT if self.learned else MAX_WEIGHT) * min(1.0, self.prompt_dice / FULL_WEIGHT_DICE) ** 2
 
     def weighted(self, output: SliceOutput, t: int, roi: RoiCrop | None) -> SliceOutput:
         """Mix the prior into the output of one object on slice t, which is of the crop `roi` or of the whole slice."""

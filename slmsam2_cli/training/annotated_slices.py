@@ -3,7 +3,11 @@
 Every volume of the folder carries a few annotated slices, and nothing else of it is known. Two label U-Nets are trained, each without the
 volumes of one half (cross-fitting), and each is used on that half: so its Dice on the annotated slices of a volume still tests it, as
 those slices had no part in its training. Both start from the model's label U-Net where there is one, and half of their slices then come
-from the labelled volumes that it was trained on. Steps and rates were chosen on the cases named in docs/experiments.
+from the labelled volumes that it was trained on.
+
+In a second round they also learn from slices next to annotated ones, as far as propagation and the label U-Net agree; pixels on which
+they differ are ignored. Slices on which either finds nothing are never learned from: whole predicted masks would teach a network its own
+missed ends. Steps and rates were chosen on the cases named in docs/experiments/2026-11-29-annotated-slices.md.
 """
 
 from __future__ import annotations
@@ -23,15 +27,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slmsam2_cli.dataset.dataset_json import Case
+from slmsam2_cli.dataset.mask_measures import dice
 from slmsam2_cli.dataset.prompts import Prompts
 from slmsam2_cli.dataset.slices import View, make_frames
 from slmsam2_cli.device import torch_threads
 from slmsam2_cli.errors import TrainingError
-from slmsam2_cli.inference.segment import PromptReader
+from slmsam2_cli.inference.label_prior import MAX_LOGIT, compute_label_priors
+from slmsam2_cli.inference.propagation import AnnotatedSlice as PromptedSlice
+from slmsam2_cli.inference.propagation import propagate_stack
+from slmsam2_cli.inference.segment import PromptReader, annotated_slices_of
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.volume import read_image
 from slmsam2_cli.model.label_unet import REACH, LabelUNet, label_unet_from, label_unet_roi
-from slmsam2_cli.model.roi import RoiCrop, pad_to_square
+from slmsam2_cli.model.roi import InputSlices, RoiCrop, pad_to_square
+from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.plan import Plan
 from slmsam2_cli.planning.rules import LABEL_UNET_BATCH
 from slmsam2_cli.training.label_unet import (
@@ -47,13 +56,16 @@ from slmsam2_cli.training.label_unet import (
 from slmsam2_cli.training.side_by_side import Results, Watch, run_side_by_side
 
 HALVES = 2
-STEPS, STEPS_FROM_RANDOM = 250, 500
+ROUNDS = 2  # annotated slices alone, then also slices on which propagation and the label U-Net agree
+STEPS, STEPS_FROM_RANDOM = 150, 400  # of a round
+MIN_AGREEMENT = 0.75  # Dice of the two
 PEAK_RATE = 1e-3
 LABELLED_SHARE = 0.5  # of the slices of a step, where there are labelled volumes
 _CLIP_NORM = 1.0
 _WARMUP_SHARE = 0.3
 _TITLE = "learning from annotated slices"
 _KEY = "learned_from"
+Masks = NDArray[Any]  # bool
 
 
 @dataclass(frozen=True)
@@ -77,39 +89,108 @@ class AnnotatedVolume:
     roi: RoiCrop
 
 
-def read_annotated(case: Case, root: Path, prompt_reader: PromptReader, plan: Plan) -> AnnotatedVolume | None:
+def read_annotated(
+    case: Case, root: Path, prompt_reader: PromptReader, plan: Plan, witnesses: Witnesses | None = None
+) -> AnnotatedVolume | None:
     """Read the annotated slices of a case; None where no label is drawn on them.
 
+    witnesses: where given, slices next to annotated ones are added on which both agree.
     Raises: CaseError when the image or the prompts cannot be used.
     """
     image = read_image(case.images, case=case.id, root=root, channels=len(plan.channels))
     view, frames = make_frames(image, plan.geometry, plan.intensity)
     prompts, _ = prompt_reader.read(case, image, view, plan)
-    return annotated_volume(frames, prompts, view, plan)
+    return annotated_volume(frames, prompts, view, plan, witnesses)
 
 
-def annotated_volume(frames: NDArray[Any], prompts: Prompts, view: View, plan: Plan) -> AnnotatedVolume | None:
-    """Take the annotated slices out of a stack (C, T, H, W); None where no label is drawn on them."""
+@dataclass(frozen=True)
+class Witnesses:
+    """Two ways to segment a volume that learned from different slices: propagation without label prior, and a label U-Net."""
+
+    model: SlmSam2
+    label_unet: LabelUNet
+
+    def masks(self, frames: NDArray[Any], objects: Mapping[int, list[PromptedSlice]], plan: Plan) -> dict[int, tuple[Masks, Masks]]:
+        """Segment a stack (C, T, H, W): label -> the masks (T, H, W) bool of both."""
+        (_, count, height, width), size = frames.shape, plan.geometry.storage_size
+        found = propagate_stack(self.model, frames, objects, plan, use_label_prior=False)
+        slices = InputSlices(torch.from_numpy(np.require(frames, requirements="W")), size, plan.geometry.adjacent_slices)
+        annotated = {value: [(one.slice, one.mask) for one in each] for value, each in objects.items()}
+        masks = {}
+        for value, prior in compute_label_priors(self.label_unet, slices, annotated).items():
+            propagated = [found[value].plane(t, size, height, width) > 0 for t in range(count)]
+            predicted = [prior.roi.paste(one.float(), size, -MAX_LOGIT)[:height, :width] > 0 for one in prior.margins]
+            masks[value] = torch.stack(propagated).numpy(), torch.stack(predicted).numpy()
+        return masks
+
+
+class _Targets:
+    """What is known of the slices of a stack of T slices (H, W): by slice, the label of each pixel and the labels that are known."""
+
+    def __init__(self, shape: tuple[int, int], labels: int) -> None:
+        self.shape, self.labels = shape, labels
+        self.target, self.known, self.unsure = dict[int, Masks](), dict[int, list[bool]](), dict[int, Masks]()
+
+    def mark(self, t: int, number: int, inside: Masks, unsure: Masks | None = None) -> None:
+        """Enter the mask (H, W) of a label, numbered from 1, on slice t. unsure: pixels that may be of the label or not."""
+        target = self.target.setdefault(t, np.zeros(self.shape, np.int16))
+        self.known.setdefault(t, [False] * self.labels)[number - 1] = True
+        target[inside] = number
+        if unsure is not None:
+            self.unsure[t] = self.unsure.get(t, False) | unsure
+
+    def slices(self, frames: NDArray[Any], ignored: Mapping[int, Masks]) -> tuple[AnnotatedSlice, ...]:
+        """Cut the slices of which something is known out of a stack (C, T, H, W). ignored: pixels without annotation, by slice."""
+        found = []
+        for t, target in sorted(self.target.items()):
+            target[(target == 0) & self.unsure.get(t, np.False_)] = IGNORE_INDEX
+            target[ignored.get(t, np.zeros(self.shape, bool))] = IGNORE_INDEX
+            index = np.clip(np.arange(t - REACH, t + REACH + 1), 0, frames.shape[1] - 1)
+            slices = torch.from_numpy(frames[:, index].swapaxes(0, 1).astype(np.float16))
+            found.append(AnnotatedSlice(slices, torch.from_numpy(target), tuple(self.known[t])))
+        return tuple(found)
+
+
+def annotated_volume(
+    frames: NDArray[Any], prompts: Prompts, view: View, plan: Plan, witnesses: Witnesses | None = None
+) -> AnnotatedVolume | None:
+    """Take the annotated slices out of a stack (C, T, H, W), and those on which two witnesses agree; None where no label is drawn."""
     values, size = tuple(plan.labels), plan.geometry.storage_size
-    found, drawn = [], []
-    for native in sorted({t for slices in prompts.annotated.values() for t in slices}):
-        known = tuple(native in prompts.annotated.get(value, ()) for value in values)
-        target = np.zeros(frames.shape[2:], np.int16)
-        place: int | None = None
-        for number, (value, one) in enumerate(zip(values, known, strict=True), start=1):
-            for at, mask, _ in view.project_slices(prompts.labels, value, [native] if one else ()).values():
-                place = at
-                target[mask] = number
-                drawn += [pad_to_square(torch.from_numpy(mask), size)] if mask.any() else []
-        if prompts.ignore is not None:
-            for _, mask, _ in view.project_slices(prompts.labels, prompts.ignore, [native]).values():
-                target[mask] = IGNORE_INDEX
-        if place is None:  # outside the crop
-            continue
-        index = np.clip(np.arange(place - REACH, place + REACH + 1), 0, frames.shape[1] - 1)
-        slices = torch.from_numpy(frames[:, index].swapaxes(0, 1).astype(np.float16))
-        found.append(AnnotatedSlice(slices, torch.from_numpy(target), known))
-    return AnnotatedVolume(tuple(found), label_unet_roi(drawn, size)) if drawn else None
+    targets, ignored, drawn = _Targets(frames.shape[2:], len(values)), dict[int, Masks](), list[Tensor]()
+    for number, value in enumerate(values, start=1):
+        for place, mask, _ in view.project_slices(prompts.labels, value, prompts.annotated.get(value, ())).values():
+            targets.mark(place, number, mask)
+            drawn += [pad_to_square(torch.from_numpy(mask), size)] if mask.any() else []
+    if not drawn:
+        return None
+    if prompts.ignore is not None:
+        for place, mask, _ in view.project_slices(prompts.labels, prompts.ignore, prompts.exact_slices).values():
+            ignored[place] = mask
+    if witnesses is not None:
+        objects = annotated_slices_of(prompts, view, values, size)
+        for value, (propagated, predicted) in witnesses.masks(frames, objects, plan).items():
+            for t in agreed_slices(propagated, predicted, [one.slice for one in objects[value]]):
+                both = propagated[t] & predicted[t]
+                targets.mark(t, 1 + values.index(value), both, propagated[t] ^ predicted[t])
+    return AnnotatedVolume(targets.slices(frames, ignored), label_unet_roi(drawn, size))
+
+
+def agreed_slices(one: Masks, other: Masks, annotated: Sequence[int]) -> list[int]:
+    """List the slices next to annotated ones, outwards up to the first on which the masks (T, H, W) of two witnesses differ."""
+    found = list[int]()
+    for start in annotated:
+        for step in (1, -1):
+            t = start + step
+            while 0 <= t < len(one) and t not in annotated and t not in found and _agree(one[t], other[t]):
+                found.append(t)
+                t += step
+    return sorted(found)
+
+
+def _agree(one: Masks, other: Masks) -> bool:
+    """Return whether two masks hold something and have a Dice of MIN_AGREEMENT."""
+    pixels = int(one.sum()), int(other.sum())
+    return min(pixels) > 0 and float(dice(int((one & other).sum()), *pixels)) >= MIN_AGREEMENT
 
 
 class AnnotatedSampler:
@@ -203,22 +284,24 @@ def cross_fit(
     volumes: Mapping[str, AnnotatedVolume],
     halves: Mapping[str, int],
     plan: Plan,
-    start: LabelUNet | None,
+    starts: Sequence[LabelUNet | None],
     labelled: SliceSampler | None,
     device: torch.device,
     stopped: Callable[[], bool],
 ) -> tuple[LabelUNet, ...] | None:
     """Train one label U-Net per half of the volumes, on those of the other half; None when the user stops the run.
 
-    halves: case id -> 0 or 1; start: the network to continue from; labelled: slices of labelled volumes.
-    Raises: TrainingError when a loss is not finite, or a process was killed.
+    halves: case id -> 0 or 1; starts: the network of each half to continue from; labelled: slices of labelled volumes.
+    Raises: TrainingError when a half has no volumes to learn from, a loss is not finite, or a process was killed.
     """
     jobs = {}
+    if len({halves[case] for case in volumes}) < HALVES:
+        raise TrainingError("too few volumes with annotated slices can be read to learn from. Predict without --together to see why")
     for half in range(HALVES):
         others = [volumes[case] for case in sorted(volumes) if halves[case] != half]
         sampler = AnnotatedSampler(others, tuple(plan.labels), plan.geometry.storage_size)
         jobs[f"half {half + 1}"] = TrainingJob(
-            sampler, start, labelled, len(plan.channels), half, f"half {half + 1} of {HALVES}", device.type
+            sampler, starts[half], labelled, len(plan.channels), half, f"half {half + 1} of {HALVES}", device.type
         )
     found: dict[str, LabelUNet | None] = {}
     results = Results(lambda name, value: None, lambda name, content: found.update({name: _unpacked(content)}))
@@ -265,5 +348,5 @@ def load_label_unets(path: Path, key: str) -> tuple[LabelUNet, ...] | None:
 
 def digest_of_learning(inputs: Mapping[str, str], labelled: Sequence[str]) -> str:
     """Compute the SHA-256 of what label U-Nets learn from: case id -> digest of its files and of all settings, labelled cases."""
-    settings = [STEPS, STEPS_FROM_RANDOM, PEAK_RATE, LABELLED_SHARE, LABEL_UNET_BATCH]
+    settings = [ROUNDS, MIN_AGREEMENT, STEPS, STEPS_FROM_RANDOM, PEAK_RATE, LABELLED_SHARE, LABEL_UNET_BATCH]
     return hashlib.sha256(repr((settings, sorted(inputs.items()), sorted(labelled))).encode()).hexdigest()

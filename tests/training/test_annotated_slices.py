@@ -106,7 +106,7 @@ def few_steps(monkeypatch):
 
 
 def fit(volumes, **changes):
-    arguments = {"start": None, "labelled": None, "device": CPU, "stopped": lambda: False} | changes
+    arguments = {"starts": (None, None), "labelled": None, "device": CPU, "stopped": lambda: False} | changes
     return cross_fit(volumes, halves_of(sorted(volumes)), PLAN, **arguments)
 
 
