@@ -1,7 +1,7 @@
 """Accuracy of fine-tuning: this package against SAM 2 and SLM-SAM 2 as published, with the same weights, volumes and prompts.
 
     python benchmarks/accuracy.py ../shared/data RESULTS.jsonl [--sets Task04_Hippocampus ...] [--arms ours ...] [-n 1 5] [--seeds 0 1]
-    python benchmarks/accuracy.py --table RESULTS.jsonl
+    python benchmarks/accuracy.py --table RESULTS.jsonl [--unchosen]
     python benchmarks/accuracy.py --list
 
 Every run (set, n, seed, arm) trains on the cases that `slmsam2 finetune -n N --seed S` selects, and segments all others from one prompt
@@ -28,9 +28,10 @@ import numpy as np
 import published
 import torch
 from pairing import bounds_of, cases_of, gained, patient_of, values
+from zero_shot import CHOSEN_ON
 
 from slmsam2_cli.commands.finetune import finetune
-from slmsam2_cli.commands.predict import predict
+from slmsam2_cli.commands.predict import MIN_TOGETHER, predict
 from slmsam2_cli.dataset.cache import PreprocessSettings, prepare_all
 from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
@@ -59,8 +60,9 @@ SETS = ("Task04_Hippocampus", "Sarcoma_MR_T1", "Sarcoma_CT", "Phantom_MR", "Phan
 PHANTOM_CASES = 13
 SHORT = ("short_memory_attention.", "stream_fuser.")
 PLANNED, LONG, SAM2, SLM, FIFO, OURS = "untuned", "untuned-fifo", "sam2-published", "slm-published", "fifo-ours", "ours"
-UNTUNED = (PLANNED, LONG)
-COMPARED, PLAIN_ARM = (SAM2, SLM, FIFO, OURS), "plain"
+TOGETHER, UNTUNED_TOGETHER = "together", "untuned-together"
+UNTUNED = (PLANNED, LONG, UNTUNED_TOGETHER)
+COMPARED, PLAIN_ARM = (SAM2, SLM, FIFO, OURS, TOGETHER), "plain"
 KEYS = ("Dice", "HD95_penalised", "assd_mm_penalised", "over_slices", "under_slices")
 COLUMNS = (
     "arm",
@@ -72,6 +74,7 @@ COLUMNS = (
     "ASSD mm",
     "false slices",
     "missed",
+    "error removed",
 )
 Row = dict[str, Any]
 
@@ -81,7 +84,8 @@ class Arm:
     """One way to train a model.
 
     network, training: changes of the plan, as a user would edit them, except steps, a factor on the plan's; long: start without the
-    short memory; published: use the published recipe; patches: further changes of the code.
+    short memory; published: use the published recipe; patches: further changes of the code; together: the cases that are segmented also
+    learn from each other's prompts.
     """
 
     title: str
@@ -90,6 +94,7 @@ class Arm:
     long: bool = False
     published: bool = False
     patches: tuple[Callable[[], Any], ...] = ()
+    together: bool = False
 
 
 def true_object_score_in_memory() -> Any:
@@ -137,6 +142,8 @@ ARMS = {
     SLM: Arm("SLM-SAM 2, as published", {"fuser": "sum", "shared_memory": True}, long=True, published=True),
     FIFO: Arm("SAM 2's memory, our recipe", {"policy": "fifo"}, long=True),
     OURS: Arm("ours"),
+    TOGETHER: Arm("ours, together", together=True),
+    UNTUNED_TOGETHER: Arm("nano, pretrained only, together", together=True),
     "plain": Arm("plain: ours without label U-Net and cross-validation", training=PLAIN),
     "label-unet": Arm("plain, with label U-Net", training={"validation": "none"}),
     "object-score-ground-truth": Arm("plain, object score learns ground truth", training=PLAIN | {"object_score_target": "ground_truth"}),
@@ -215,7 +222,7 @@ def run(root: Path, arm: Arm, count: int, seed: int) -> Row:
         data, started, steps = read_dataset(root), time.perf_counter(), 0
         if count == 0:
             held_out = [case.id for case in data.training]
-            predict(None, folder / "masks", dataset=root, workspace=space, weights=weights, report=False)
+            predict(None, folder / "masks", dataset=root, workspace=space, weights=weights, report=False, together=arm.together)
         elif arm.published:
             cases = prepare_all(data, PreprocessSettings(plan.geometry, plan.intensity), space.prepared).cases
             selected = selected_cases(
@@ -235,7 +242,8 @@ def run(root: Path, arm: Arm, count: int, seed: int) -> Row:
             held_out = split["held_out"]
         seconds = time.perf_counter() - started
         if count:
-            predict(None, folder / "masks", dataset=root, workspace=space, report=False)
+            together = arm.together and len(held_out) >= MIN_TOGETHER
+            predict(None, folder / "masks", dataset=root, workspace=space, report=False, together=together)
         return {"steps": steps, "seconds": round(seconds, 1) if count else 0, "scores": list(scores(root, folder / "masks", held_out))}
 
 
@@ -284,6 +292,11 @@ def read(results: Path) -> list[Row]:
     return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()] if results.exists() else []
 
 
+def unchosen(row: Row) -> Row:
+    """Return a row without the cases on which choices were made."""
+    return row | {"scores": [score for score in row["scores"] if score["case"] not in CHOSEN_ON.get(row["set"], ())]}
+
+
 def table(rows: Sequence[Row]) -> str:
     """Return one block per set and n: means over cases, then over labels; differences are paired by case.
 
@@ -298,7 +311,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def block(title: str, found: dict[str, list[Row]], rows: Sequence[Row], against: str) -> list[str]:
-    """Return one table over the seeds that all of its arms have."""
+    """Return one table over the seeds that all of its arms have. The error that is removed is a share of 1 - Dice of `against`."""
     if not found:
         return []
     seeds = set.intersection(*({row["seed"] for row in own} for own in found.values()))
@@ -320,7 +333,9 @@ def block(title: str, found: dict[str, list[Row]], rows: Sequence[Row], against:
         steps, seconds = np.mean([row["steps"] for row in own]), np.mean([row["seconds"] for row in own])
         gain = gained(values(own, shared, "Dice"), theirs) if theirs is not None and arm != against else ""
         shown = " | ".join(f"{mean:.{digits}f}" for mean, digits in zip(means, (3, 3, 1, 2, 2, 2)))
-        lines.append(f"| {ARMS[arm].title} | {steps:.0f} | {seconds:.0f} | {shown} | {gain} |")
+        their = float(np.nanmean(np.nanmean(theirs, axis=0))) if theirs is not None else 1.0
+        removed = f"{(means[0] - their) / (1 - their):.1%}" if gain else ""
+        lines.append(f"| {ARMS[arm].title} | {steps:.0f} | {seconds:.0f} | {shown} | {removed} | {gain} |")
     return lines
 
 
@@ -331,7 +346,7 @@ def overall(rows: Sequence[Row]) -> list[str]:
     """
     lines = ["| n | arm | against | sets | Dice (95 %) | ratio of false slices |", "|---|---|---|---|---|---|"]
     for count in sorted({row["n"] for row in rows if row["n"]}):
-        for arm, other in ((OURS, SAM2), (OURS, SLM), (OURS, FIFO), (SLM, SAM2), (FIFO, SAM2)):
+        for arm, other in ((OURS, SAM2), (OURS, SLM), (OURS, FIFO), (SLM, SAM2), (FIFO, SAM2), (TOGETHER, SAM2), (TOGETHER, OURS)):
             gains: list[dict[str, float]] = []
             false: list[list[float]] = []
             for name in dict.fromkeys(row["set"] for row in rows):
@@ -363,13 +378,15 @@ def main() -> None:
     parser.add_argument("-n", "--cases", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--table", type=Path, help="print the tables of a file of results and exit")
+    parser.add_argument("--unchosen", action="store_true", help="leave out of the table the cases on which choices were made")
     parser.add_argument("--list", action="store_true", help="list the arms and exit")
     options = parser.parse_args()
     if options.list:
         print("\n".join(f"{name}: {arm.title}" for name, arm in ARMS.items()))
         return
     if options.table:
-        print(table(read(options.table)))
+        rows = read(options.table)
+        print(table([unchosen(row) for row in rows] if options.unchosen else rows))
         return
     if options.data is None or options.results is None:
         parser.error("DATA and RESULTS are required")

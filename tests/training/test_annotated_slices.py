@@ -16,6 +16,7 @@ from slmsam2_cli.io.volume import Grid
 from slmsam2_cli.training import annotated_slices
 from slmsam2_cli.training.annotated_slices import (
     AnnotatedSampler,
+    agreed_slices,
     annotated_volume,
     cross_fit,
     halves_of,
@@ -39,7 +40,7 @@ def view():
     return View(grid, "SI", ((0, 9), (0, PX), (0, PX)), (9, PX, PX))
 
 
-def volume(seed=0, annotated=None, ignore=None):
+def volume(seed=0, annotated=None, ignore=None, witnesses=None):
     """A bright square with label 1 and a grey one with label 5 on noise, annotated on one slice each."""
     rng = np.random.default_rng(seed)
     labels = np.zeros((9, PX, PX), np.uint8)
@@ -51,7 +52,7 @@ def volume(seed=0, annotated=None, ignore=None):
     for value, slices in annotated.items():
         for t in slices:
             place.oriented(sparse)[t][stack[t] == value] = value
-    return annotated_volume(place.oriented(frames[0])[None], Prompts(sparse, annotated, (), ignore), place, PLAN)
+    return annotated_volume(place.oriented(frames[0])[None], Prompts(sparse, annotated, (), ignore), place, PLAN, witnesses)
 
 
 def test_an_annotated_slice_tells_which_labels_were_annotated_on_it():
@@ -154,3 +155,42 @@ def test_a_loss_that_is_not_finite_is_one_line_that_names_the_way_out(few_steps,
         one.slices.fill_(float("nan"))
     with pytest.raises(TrainingError, match="Predict without --together"):
         fit({"a": broken, "b": broken})
+
+
+def masks(*widths):
+    """(T, 1, 40): on each slice the first pixels of a row."""
+    return np.stack([np.arange(40)[None] < width for width in widths])
+
+
+def test_agreement_is_followed_outwards_and_ends_at_the_first_slice_on_which_the_masks_differ():
+    one = masks(10, 10, 10, 10, 10, 10, 10)
+    other = masks(10, 4, 10, 10, 9, 10, 0)  # Dice .57 on slice 1, so slice 0 is not reached; on slice 6 nothing is found
+    assert agreed_slices(one, other, [3]) == [2, 4, 5]
+
+
+def test_slices_that_are_annotated_are_not_added_and_end_the_way():
+    everywhere = masks(10, 10, 10, 10, 10)
+    assert agreed_slices(everywhere, everywhere, [1, 3]) == [0, 2, 4]
+
+
+def test_slices_on_which_both_find_nothing_are_not_learned_as_empty():
+    nothing = masks(10, 0, 0)
+    assert agreed_slices(nothing, nothing, [0]) == []
+
+
+class Agreeing:
+    """Two witnesses: both find label 1 on slices 3 and 5, but one of them a row more; neither finds label 5 anywhere."""
+
+    def masks(self, frames, objects, plan):
+        smaller, larger = (np.zeros((9, PX, PX), bool) for _ in range(2))
+        smaller[3:6, 8:16, 4:12], larger[3:6, 8:17, 4:12] = True, True
+        return {1: (smaller, larger), 5: (np.zeros_like(smaller), np.zeros_like(smaller))}
+
+
+def test_pixels_on_which_the_witnesses_differ_are_ignored_and_what_is_annotated_stays():
+    third, fourth, fifth = volume(witnesses=Agreeing()).slices
+    assert fourth.known == (True, False) and -1 not in fourth.target
+    for one, known in ((third, (True, True)), (fifth, (True, False))):  # label 5 was annotated on slice 3
+        assert one.known == known
+        assert int((one.target == 1).sum()) == 64 and int((one.target == -1).sum()) == 8
+    assert int((third.target == 2).sum()) == 64
