@@ -53,12 +53,13 @@ from slmsam2_cli.training.annotated_slices import (
     ROUNDS,
     AnnotatedVolume,
     Witnesses,
-    cross_fit,
+    cross_fitting,
     digest_of_learning,
     halves_of,
     load_label_unets,
     read_annotated,
     save_label_unets,
+    train_label_unets,
 )
 from slmsam2_cli.training.interrupts import graceful_stop
 from slmsam2_cli.training.label_unet import SliceSampler
@@ -358,8 +359,9 @@ def _learn(job: PredictionJob, together: Together, cases: Sequence[Case], runner
         runner.job = replace(job, together=replace(together, label_unets=label_unets))
         volumes = _read_slices([case for case in cases if case.id in together.halves], runner, f"round {number + 1} of {ROUNDS}")
         starts = label_unets or [matching_label_unet(job.checkpoint, job.plan)] * HALVES
+        jobs = cross_fitting(volumes, together.halves, job.plan, starts, together.labelled, runner.device)
         with graceful_stop() as stopped:
-            trained = cross_fit(volumes, together.halves, job.plan, starts, together.labelled, runner.device, stopped)
+            trained = train_label_unets(jobs, stopped)
         assert trained is not None  # graceful_stop has raised otherwise
         label_unets = trained
         save_label_unets(files[number], label_unets, together.key)

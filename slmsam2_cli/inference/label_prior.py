@@ -7,7 +7,7 @@ slices read the corrected mask. Weights and bounds were chosen on the cases name
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slmsam2_cli.dataset.mask_measures import dice
-from slmsam2_cli.model.label_unet import LabelUNet, label_unet_roi, with_adjacent_slices
+from slmsam2_cli.model.label_unet import REACH, LabelUNet, label_unet_roi, with_adjacent_slices
 from slmsam2_cli.model.roi import InputSlices, RoiCrop
 from slmsam2_cli.model.slmsam2 import SliceOutput, with_mask
 
@@ -73,56 +73,104 @@ class LabelPrior:
         return with_mask(output, chosen, object_score)
 
 
+Annotated = Mapping[int, Sequence[tuple[int, Tensor]]]  # label -> (slice, mask (S, S) bool)
+
+
 @torch.inference_mode()
 def compute_label_priors(
-    label_unet: LabelUNet, frames: Tensor | InputSlices, annotated: Mapping[int, Sequence[tuple[int, Tensor]]]
+    label_unet: LabelUNet, frames: Tensor | InputSlices, annotated: Annotated, wanted: Collection[int] | None = None
 ) -> dict[int, LabelPrior]:
     """Compute the prior of every annotated label that the label U-Net was trained on.
 
-    frames (T, C or more, S, S) in [0, 1]; annotated: label -> (slice, mask (S, S) bool), empty masks included.
+    frames (T, C or more, S, S) in [0, 1]; annotated: label -> (slice, mask (S, S) bool), empty masks included. wanted: some of these
+    labels; None: all.
     """
-    held = {value: [(t, mask) for t, mask in masks if bool(mask.any())] for value, masks in annotated.items()}
-    held = {value: masks for value, masks in held.items() if masks and value in label_unet.values}
-    if not held:
+    held = _held(label_unet, annotated)
+    values = [value for value in held if wanted is None or value in wanted]
+    if not values:
         return {}
     storage_size = frames.shape[-1]
-    roi = label_unet_roi([mask for masks in held.values() for _, mask in masks], storage_size)
-    blocks = [frames[start : start + _BATCH][:, : label_unet.channels].float() for start in range(0, len(frames), _BATCH)]
-    margins = _margins(label_unet, torch.cat([roi.crop(block, label_unet.input_size) for block in blocks]), list(held))
+    roi = _roi_of(held, storage_size)
+    margins = _margins(label_unet, _cropped(label_unet, frames, roi, range(len(frames))), values)
     priors = {}
-    for value, masks in held.items():
-        prompt_dice, area = 0.0, 0.0
-        for t, mask in masks:
-            predicted = roi.paste(margins[value][t].float(), storage_size, -MAX_LOGIT) > 0
-            prompt_dice += dice(int((predicted & mask).sum()), int(predicted.sum()), int(mask.sum())) / len(masks)
-            area += int(mask.sum()) / len(masks)
+    for value in values:
+        masks = held[value]
+        prompt_dice = _prompt_dice(roi, masks, [margins[value][t] for t, _ in masks])
+        area = sum(int(mask.sum()) / len(masks) for _, mask in masks)
         priors[value] = LabelPrior(margins[value], roi, storage_size, prompt_dice, area, label_unet.can_add)
     return priors
 
 
 def best_label_priors(
-    label_unet: LabelUNet | None,
-    learned: LabelUNet | None,
-    frames: Tensor | InputSlices,
-    annotated: Mapping[int, Sequence[tuple[int, Tensor]]],
+    label_unet: LabelUNet | None, learned: LabelUNet | None, frames: Tensor | InputSlices, annotated: Annotated
 ) -> dict[int, LabelPrior]:
-    """Compute the priors of two label U-Nets, and keep for each label the one with the higher Dice on the annotated slices.
+    """Compute the prior of every label by the one of two label U-Nets that has the higher Dice on its annotated slices.
 
     learned: the one that learned from annotated slices of other volumes; the rest as in `compute_label_priors`.
     """
-    priors = compute_label_priors(label_unet, frames, annotated) if label_unet is not None else {}
-    others = compute_label_priors(learned, frames, annotated) if learned is not None else {}
-    for value, other in others.items():
-        if value not in priors or other.prompt_dice > priors[value].prompt_dice:
-            priors[value] = replace(other, learned=True)
-    return priors
+    if label_unet is None or learned is None:
+        one = label_unet or learned
+        priors = compute_label_priors(one, frames, annotated) if one is not None else {}
+        return {value: replace(prior, learned=learned is not None) for value, prior in priors.items()}
+    own, others = (_prompt_dices(each, frames, annotated) for each in (label_unet, learned))
+    better = {value for value, score in others.items() if score > own.get(value, -1.0)}
+    mine = compute_label_priors(label_unet, frames, annotated, annotated.keys() - better)
+    theirs = compute_label_priors(learned, frames, annotated, better)
+    return mine | {value: replace(prior, learned=True) for value, prior in theirs.items()}
 
 
-def _margins(label_unet: LabelUNet, stack: Tensor, values: Sequence[int]) -> dict[int, Tensor]:
-    """Predict a stack (T, C, px, px): label -> (T, px, px) float16 on the CPU, log p - log(1 - p) within ±MAX_LOGIT, mean over SCALES."""
+@torch.inference_mode()
+def _prompt_dices(label_unet: LabelUNet, frames: Tensor | InputSlices, annotated: Annotated) -> dict[int, float]:
+    """Compute the Dice of a label U-Net on the annotated slices of every label, from these slices alone."""
+    held, scores = _held(label_unet, annotated), dict[int, float]()
+    for value, masks in held.items():
+        roi = _roi_of(held, frames.shape[-1])
+        found = []
+        for t, _ in masks:
+            around = [min(max(t + offset, 0), len(frames) - 1) for offset in range(-REACH, REACH + 1)]
+            found.append(_margins(label_unet, _cropped(label_unet, frames, roi, around), [value], REACH)[value][0])
+        scores[value] = _prompt_dice(roi, masks, found)
+    return scores
+
+
+def _held(label_unet: LabelUNet, annotated: Annotated) -> dict[int, list[tuple[int, Tensor]]]:
+    """Return the annotated slices that hold their label, of labels that the label U-Net knows."""
+    held = {value: [(t, mask) for t, mask in masks if bool(mask.any())] for value, masks in annotated.items()}
+    return {value: masks for value, masks in held.items() if masks and value in label_unet.values}
+
+
+def _roi_of(held: Annotated, storage_size: int) -> RoiCrop:
+    return label_unet_roi([mask for masks in held.values() for _, mask in masks], storage_size)
+
+
+def _cropped(label_unet: LabelUNet, frames: Tensor | InputSlices, roi: RoiCrop, slices: Sequence[int]) -> Tensor:
+    """Crop slices to the network's input (T, C, px, px)."""
+    blocks = []
+    for start in range(0, len(slices), _BATCH):
+        part = slices[start : start + _BATCH]
+        block = frames[part[0] : part[-1] + 1]
+        blocks.append(roi.crop(block[[t - part[0] for t in part]][:, : label_unet.channels].float(), label_unet.input_size))
+    return torch.cat(blocks)
+
+
+def _prompt_dice(roi: RoiCrop, masks: Sequence[tuple[int, Tensor]], margins: Sequence[Tensor]) -> float:
+    """Compute the mean Dice of annotated masks (S, S) and the margins (px, px) on their slices."""
+    total = 0.0
+    for (_, mask), margin in zip(masks, margins, strict=True):
+        predicted = roi.paste(margin.float(), mask.shape[-1], -MAX_LOGIT) > 0
+        total += dice(int((predicted & mask).sum()), int(predicted.sum()), int(mask.sum())) / len(masks)
+    return total
+
+
+def _margins(label_unet: LabelUNet, stack: Tensor, values: Sequence[int], only: int | None = None) -> dict[int, Tensor]:
+    """Predict a stack (T, C, px, px): label -> (T, px, px) float16 on the CPU, log p - log(1 - p) within ±MAX_LOGIT, mean over SCALES.
+
+    only: the one slice to predict; None: all.
+    """
     found: dict[int, list[Tensor]] = {value: [] for value in values}
-    for start in range(0, len(stack), _BATCH):
-        slices = torch.stack([with_adjacent_slices(stack, t) for t in range(start, min(start + _BATCH, len(stack)))])
+    wanted = range(len(stack)) if only is None else range(only, only + 1)
+    for start in range(0, len(wanted), _BATCH):
+        slices = torch.stack([with_adjacent_slices(stack, t) for t in wanted[start : start + _BATCH]])
         predicted = []
         for scale in SCALES:
             logits = label_unet(_scaled(slices, scale).to(label_unet.labels.device)).float()

@@ -280,37 +280,44 @@ def halves_of(cases: Sequence[str]) -> dict[str, int]:
     return {case: int(place) % HALVES for case, place in zip(sorted(cases), order.tolist(), strict=True)}
 
 
-def cross_fit(
+def cross_fitting(
     volumes: Mapping[str, AnnotatedVolume],
     halves: Mapping[str, int],
     plan: Plan,
     starts: Sequence[LabelUNet | None],
     labelled: SliceSampler | None,
     device: torch.device,
-    stopped: Callable[[], bool],
-) -> tuple[LabelUNet, ...] | None:
-    """Train one label U-Net per half of the volumes, on those of the other half; None when the user stops the run.
+) -> list[TrainingJob]:
+    """Prepare one label U-Net per half of the volumes, to be trained on those of the other half.
 
     halves: case id -> 0 or 1; starts: the network of each half to continue from; labelled: slices of labelled volumes.
-    Raises: TrainingError when a half has no volumes to learn from, a loss is not finite, or a process was killed.
+    Raises: TrainingError when a half has no volumes to learn from.
     """
-    jobs = {}
     if len({halves[case] for case in volumes}) < HALVES:
         raise TrainingError("too few volumes with annotated slices can be read to learn from. Predict without --together to see why")
+    jobs = []
     for half in range(HALVES):
         others = [volumes[case] for case in sorted(volumes) if halves[case] != half]
         sampler = AnnotatedSampler(others, tuple(plan.labels), plan.geometry.storage_size)
-        jobs[f"half {half + 1}"] = TrainingJob(
-            sampler, starts[half], labelled, len(plan.channels), half, f"half {half + 1} of {HALVES}", device.type
-        )
-    found: dict[str, LabelUNet | None] = {}
+        title = f"half {half + 1} of {HALVES}"
+        jobs.append(TrainingJob(sampler, starts[half], labelled, len(plan.channels), half, title, device.type))
+    return jobs
+
+
+def train_label_unets(jobs: Sequence[TrainingJob], stopped: Callable[[], bool]) -> tuple[LabelUNet, ...] | None:
+    """Train label U-Nets, on a CPU side by side; None when the user stops the run.
+
+    Raises: TrainingError when a loss is not finite, or a process was killed.
+    """
+    named, found = {job.title: job for job in jobs}, dict[str, LabelUNet | None]()
     results = Results(lambda name, value: None, lambda name, content: found.update({name: _unpacked(content)}))
-    if device.type != "cpu" or not run_side_by_side(train_in_process, jobs, _TITLE, stopped, results, again="slmsam2 predict --together"):
-        with torch_threads(1 if device.type == "cpu" else None), torch.random.fork_rng():
-            for name, job in jobs.items():
+    on_cpu = all(job.device == "cpu" for job in jobs)
+    if not on_cpu or not run_side_by_side(train_in_process, named, _TITLE, stopped, results, again="slmsam2 predict --together"):
+        with torch_threads(1 if on_cpu else None), torch.random.fork_rng():
+            for name, job in named.items():
                 found[name] = train_label_unet(job, Watch(stopped, lambda value: None))
-    trained = [one for name in jobs if (one := found.get(name)) is not None]
-    return tuple(trained) if len(trained) == HALVES else None
+    trained = [one for name in named if (one := found.get(name)) is not None]
+    return tuple(trained) if len(trained) == len(jobs) else None
 
 
 def train_in_process(job: TrainingJob, watch: Watch) -> bytes | None:

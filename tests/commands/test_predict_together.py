@@ -50,7 +50,7 @@ def test_the_manifest_says_from_how_many_volumes_each_case_learned(phantoms, tmp
 def test_a_second_call_learns_nothing_and_writes_nothing(phantoms, tmp_path, monkeypatch):
     run(phantoms, tmp_path)
     before = contents(tmp_path)
-    monkeypatch.setattr(stage, "cross_fit", lambda *rest: pytest.fail("learned again"))
+    monkeypatch.setattr(stage, "train_label_unets", lambda *rest: pytest.fail("learned again"))
     assert run(phantoms, tmp_path) == 0 and contents(tmp_path) == before
 
 
@@ -60,7 +60,7 @@ def test_a_run_that_ends_after_learning_goes_on_with_what_was_learned(phantoms, 
         with pytest.raises(KeyboardInterrupt):
             run(phantoms, tmp_path)
     assert not contents(tmp_path)
-    monkeypatch.setattr(stage, "cross_fit", lambda *rest: pytest.fail("learned again"))
+    monkeypatch.setattr(stage, "train_label_unets", lambda *rest: pytest.fail("learned again"))
     assert run(phantoms, tmp_path) == 0 and len(contents(tmp_path)) == 4
 
 

@@ -5,7 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from slmsam2_cli.inference.label_prior import FULL_WEIGHT_DICE, MAX_LOGIT, MAX_WEIGHT, MIN_AREA_FRACTION, LabelPrior, compute_label_priors
+from slmsam2_cli.inference.label_prior import (
+    FULL_WEIGHT_DICE,
+    MAX_LEARNED_WEIGHT,
+    MAX_LOGIT,
+    MAX_WEIGHT,
+    MIN_AREA_FRACTION,
+    LabelPrior,
+    best_label_priors,
+    compute_label_priors,
+)
 from slmsam2_cli.inference.propagation import AnnotatedSlice, PropagationOptions, propagate
 from slmsam2_cli.model.label_unet import REACH, LabelUNet
 from slmsam2_cli.model.roi import RoiCrop
@@ -186,3 +195,29 @@ def test_the_prior_recovers_a_lost_structure_and_ends_it(model, roi_scale):
 def test_objects_that_are_no_labels_of_the_data_set_have_no_prior(model):
     found = propagate(model, stack(), {9: [AnnotatedSlice(3, drawn())]}, options=PropagationOptions(use_label_prior=True))[9]
     assert found.prompt_dice is None and shown(found)[2:5] == [False, True, False]
+
+
+class Dark(Bright):
+    """Finds label 4 wherever it is dark, so never where it was annotated here."""
+
+    def forward(self, slices):
+        return super().forward(slices).flip(1)
+
+
+def test_of_two_label_unets_the_one_that_agrees_better_with_the_annotation_counts():
+    annotated = {4: [(3, drawn())]}
+    kept, replaced = best_label_priors(Bright(), Dark(), stack(), annotated)[4], best_label_priors(Dark(), Bright(), stack(), annotated)[4]
+    assert not kept.learned and kept.weight == MAX_WEIGHT
+    assert replaced.learned and replaced.weight == MAX_LEARNED_WEIGHT
+    assert torch.equal(kept.margins, replaced.margins) and kept.roi == replaced.roi
+
+
+def test_where_both_agree_equally_the_models_own_label_unet_counts():
+    assert not best_label_priors(Bright(), Bright(), stack(), {4: [(3, drawn())]})[4].learned
+
+
+def test_one_label_unet_alone_counts_with_the_weight_of_its_kind():
+    annotated = {4: [(3, drawn())]}
+    assert best_label_priors(None, Bright(), stack(), annotated)[4].weight == MAX_LEARNED_WEIGHT
+    assert best_label_priors(Bright(), None, stack(), annotated)[4].weight == MAX_WEIGHT
+    assert best_label_priors(None, None, stack(), annotated) == {}

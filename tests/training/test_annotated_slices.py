@@ -18,10 +18,11 @@ from slmsam2_cli.training.annotated_slices import (
     AnnotatedSampler,
     agreed_slices,
     annotated_volume,
-    cross_fit,
+    cross_fitting,
     halves_of,
     load_label_unets,
     save_label_unets,
+    train_label_unets,
 )
 from slmsam2_cli.training.label_unet import label_unet_loss
 
@@ -106,9 +107,8 @@ def few_steps(monkeypatch):
     monkeypatch.setattr(annotated_slices, "LABEL_UNET_BATCH", 4)
 
 
-def fit(volumes, **changes):
-    arguments = {"starts": (None, None), "labelled": None, "device": CPU, "stopped": lambda: False} | changes
-    return cross_fit(volumes, halves_of(sorted(volumes)), PLAN, **arguments)
+def fit(volumes):
+    return train_label_unets(cross_fitting(volumes, halves_of(sorted(volumes)), PLAN, (None, None), None, CPU), lambda: False)
 
 
 def test_each_network_finds_the_structures_in_the_volumes_of_its_half(few_steps, monkeypatch):
