@@ -1,33 +1,54 @@
 """predict --together: volumes learn from each other's annotated slices, none from its own; a second call learns nothing again."""
 
 import json
+import shutil
 
 import pytest
+from small_runs import small_workspace
 
 from slmsam2_cli.commands import predict as stage
 from slmsam2_cli.commands.predict import predict
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.errors import UsageError
 from slmsam2_cli.training import annotated_slices
+from slmsam2_cli.workspace import Workspace
 
 
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory):
     folder = tmp_path_factory.mktemp("phantoms")
-    write_phantom_dataset(folder, cases=4, test_cases=0, seed=5, shape=(8, 40, 40))
+    write_phantom_dataset(folder, cases=4, test_cases=0, seed=5, shape=(8, 32, 32))
+    small_workspace(folder / "slmsam2", folder)
     return folder
 
 
-@pytest.fixture(autouse=True)
-def learned_in_seconds(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def learned_in_seconds():
     """Two steps of two slices, in this process, whose settings the others do not see."""
-    monkeypatch.setattr(annotated_slices, "STEPS_FROM_RANDOM", 2)
-    monkeypatch.setattr(annotated_slices, "LABEL_UNET_BATCH", 2)
-    monkeypatch.setattr(annotated_slices, "run_side_by_side", lambda *rest, **again: False)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(annotated_slices, "STEPS", 2)
+        patched.setattr(annotated_slices, "STEPS_FROM_RANDOM", 2)
+        patched.setattr(annotated_slices, "LABEL_UNET_BATCH", 2)
+        patched.setattr(annotated_slices, "run_side_by_side", lambda *rest, **again: False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(phantoms, tmp_path_factory):
+    """The folder of masks of a whole run."""
+    masks = tmp_path_factory.mktemp("masks")
+    assert run(phantoms, masks) == 0
+    return masks
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "masks")
+    return tmp_path / "masks"
 
 
 def run(phantoms, masks, **options):
-    options = {"together": True, "device": "cpu", "report": False} | options
+    options = {"together": True, "device": "cpu", "report": False, "workers": 1, "workspace": Workspace(phantoms / "slmsam2")} | options
     return predict(phantoms / "imagesTr", masks, simulate_from=phantoms / "labelsTr", **options)
 
 
@@ -39,35 +60,40 @@ def contents(masks):
     return {path.name: path.read_bytes() for path in masks.glob("*.nii.gz")}
 
 
-def test_the_manifest_says_from_how_many_volumes_each_case_learned(phantoms, tmp_path):
-    assert run(phantoms, tmp_path) == 0
-    told = [case["together"] for case in cases_of(tmp_path).values()]
+def without_masks(masks):
+    """The folder as a run leaves it that ends when all is learned, before the first mask."""
+    for path in (*masks.glob("*.nii.gz"), *(masks / ".slmsam2").glob("*.json")):
+        path.unlink()
+    return masks
+
+
+def test_the_manifest_says_from_how_many_volumes_each_case_learned(finished):
+    told = [case["together"] for case in cases_of(finished).values()]
     assert sorted(one["half"] for one in told) == [0, 0, 1, 1]
     assert all(one["annotated_volumes"] == 2 and one["labelled_volumes"] == [] for one in told)
     assert len({one["learned_from"] for one in told}) == 1
 
 
-def test_a_second_call_learns_nothing_and_writes_nothing(phantoms, tmp_path, monkeypatch):
-    run(phantoms, tmp_path)
-    before = contents(tmp_path)
+def test_a_second_call_learns_nothing_and_writes_nothing(phantoms, finished, copied, monkeypatch):
     monkeypatch.setattr(stage, "train_label_unets", lambda *rest: pytest.fail("learned again"))
-    assert run(phantoms, tmp_path) == 0 and contents(tmp_path) == before
+    assert run(phantoms, copied) == 0 and contents(copied) == contents(finished)
 
 
-def test_a_run_that_ends_after_learning_goes_on_with_what_was_learned(phantoms, tmp_path, monkeypatch):
-    with monkeypatch.context() as patched:
-        patched.setattr(stage, "_predict_cases", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run(phantoms, tmp_path)
-    assert not contents(tmp_path)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_that_ended_after_learning_goes_on_to_the_same_masks_with_any_number_of_workers(
+    phantoms, finished, copied, monkeypatch, workers
+):
     monkeypatch.setattr(stage, "train_label_unets", lambda *rest: pytest.fail("learned again"))
-    assert run(phantoms, tmp_path) == 0 and len(contents(tmp_path)) == 4
+    assert run(phantoms, without_masks(copied), workers=workers) == 0 and contents(copied) == contents(finished)
 
 
-def test_masks_do_not_depend_on_the_number_of_workers(phantoms, tmp_path):
-    run(phantoms, tmp_path / "one", workers=1)
-    run(phantoms, tmp_path / "two", workers=2)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+def test_a_run_that_ended_between_the_rounds_learns_the_second_alone(phantoms, finished, copied, monkeypatch):
+    (copied / ".slmsam2" / "together-2.safetensors").unlink()
+    trained = []
+    train = stage.train_label_unets
+    monkeypatch.setattr(stage, "train_label_unets", lambda jobs, stopped: trained.append(jobs) or train(jobs, stopped))
+    assert run(phantoms, without_masks(copied)) == 0 and len(trained) == 1
+    assert contents(copied) == contents(finished)
 
 
 def test_masks_of_a_run_without_it_are_out_of_date_with_it(phantoms, tmp_path, capsys):
