@@ -516,7 +516,7 @@ class _Runner:
         try:
             learned = self.job.together.label_unet_for(case.id) if self.job.together is not None else None
             with keep_freed_memory() if self.device.type == "cpu" and not self.small else nullcontext():
-                return segment_case(case, self.job.root, self.job.prompts, replace(segmenter, learned=learned))
+                return segment_case(case, self.job.root, self.job.prompts, replace(segmenter, learned=learned and learned.to(self.device)))
         except (MemoryError, RuntimeError, ValueError) as error:
             if not is_out_of_memory(error):
                 what = f"cannot be segmented: {type(error).__name__}: {error}".rstrip(": ").splitlines()[0]

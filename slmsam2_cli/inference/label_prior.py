@@ -90,7 +90,7 @@ def compute_label_priors(
     if not values:
         return {}
     storage_size = frames.shape[-1]
-    roi = _roi_of(held, storage_size)
+    roi = label_unet_roi([mask for masks in held.values() for _, mask in masks], storage_size)
     margins = _margins(label_unet, _cropped(label_unet, frames, roi, range(len(frames))), values)
     priors = {}
     for value in values:
@@ -123,8 +123,9 @@ def best_label_priors(
 def _prompt_dices(label_unet: LabelUNet, frames: Tensor | InputSlices, annotated: Annotated) -> dict[int, float]:
     """Compute the Dice of a label U-Net on the annotated slices of every label, from these slices alone."""
     held, scores = _held(label_unet, annotated), dict[int, float]()
+    drawn = [mask for masks in held.values() for _, mask in masks]
     for value, masks in held.items():
-        roi = _roi_of(held, frames.shape[-1])
+        roi = label_unet_roi(drawn, frames.shape[-1])
         found = []
         for t, _ in masks:
             around = [min(max(t + offset, 0), len(frames) - 1) for offset in range(-REACH, REACH + 1)]
@@ -137,10 +138,6 @@ def _held(label_unet: LabelUNet, annotated: Annotated) -> dict[int, list[tuple[i
     """Return the annotated slices that hold their label, of labels that the label U-Net knows."""
     held = {value: [(t, mask) for t, mask in masks if bool(mask.any())] for value, masks in annotated.items()}
     return {value: masks for value, masks in held.items() if masks and value in label_unet.values}
-
-
-def _roi_of(held: Annotated, storage_size: int) -> RoiCrop:
-    return label_unet_roi([mask for masks in held.values() for _, mask in masks], storage_size)
 
 
 def _cropped(label_unet: LabelUNet, frames: Tensor | InputSlices, roi: RoiCrop, slices: Sequence[int]) -> Tensor:

@@ -268,7 +268,7 @@ def propagate(
         return {}
     model.eval()
     priors = {}
-    if options.use_label_prior:
+    if options.use_label_prior and (model.label_unet is not None or options.learned is not None):
         masks = {label: [(a.slice, a.mask) for a in annotated] for label, annotated in objects.items()}
         priors = best_label_priors(model.label_unet, options.learned, frames, masks)
     whole = FeatureCache(model, frames, options.batch, MAX_CACHED_BYTES // options.processes)
@@ -283,21 +283,17 @@ def propagate_stack(
     frames: NDArray[Any],
     objects: Mapping[int, list[AnnotatedSlice]],
     plan: Plan,
-    use_label_prior: bool = True,
-    processes: int = 1,
-    learned: LabelUNet | None = None,
+    options: PropagationOptions = PropagationOptions(use_label_prior=True),
 ) -> dict[int, Propagation]:
     """Segment every object on a stack of slices (C, T, H, W) in [0, 1] as a plan says; prediction and training go through here.
 
-    objects: label -> annotated slices, their masks (S, S) padded to the plan's `storage_size`. processes: that share the passes, on a
-    CPU. learned: as in PropagationOptions.
+    objects: label -> annotated slices, their masks (S, S) padded to the plan's `storage_size`. options: what the plan does not say.
     """
     geometry, inference = plan.geometry, plan.inference
     slices = InputSlices(torch.from_numpy(np.require(frames, requirements="W")), geometry.storage_size, geometry.adjacent_slices)
-    options = PropagationOptions(
-        inference.batch_slices, processes, geometry.roi_scale, use_label_prior, inference.max_empty_slices, learned=learned
-    )
-    return propagate(model, slices, objects, options)
+    empty = inference.max_empty_slices
+    planned = replace(options, batch=inference.batch_slices, roi_scale=geometry.roi_scale, max_empty_slices=empty)
+    return propagate(model, slices, objects, planned)
 
 
 def _propagate_in_rois(ones: Mapping[int, _Object], advance: Callable[[int], None]) -> dict[int, Propagation]:

@@ -27,7 +27,7 @@ from slmsam2_cli.dataset.slices import View, make_frames
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.inference.label_prior import FULL_WEIGHT_DICE
 from slmsam2_cli.inference.postprocess import keep_connected
-from slmsam2_cli.inference.propagation import AnnotatedSlice, Propagation, propagate_stack
+from slmsam2_cli.inference.propagation import AnnotatedSlice, Propagation, PropagationOptions, propagate_stack
 from slmsam2_cli.io.volume import Volume, read_image, read_labels, write_mask
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.label_unet import LabelUNet
@@ -133,7 +133,8 @@ def segment_case(case: Case, root: Path, prompt_reader: PromptReader, segmenter:
     view, frames = make_frames(image, plan.geometry, plan.intensity)
     prompts, warnings = prompt_reader.read(case, image, view, plan)
     objects = annotated_slices_of(prompts, view, tuple(plan.labels), size)
-    found = propagate_stack(model, frames, objects, plan, processes=segmenter.processes, learned=segmenter.learned)
+    options = PropagationOptions(processes=segmenter.processes, use_label_prior=True, learned=segmenter.learned)
+    found = propagate_stack(model, frames, objects, plan, options)
     labels = restore_labels(found, view, size) if found else np.zeros(view.grid.shape, np.uint8)
     labels = restore_annotated(labels.astype(np.uint8 if max(plan.labels) < 256 else np.uint16, copy=False), prompts, view)
     labels = remove_loose_parts(labels, prompts.labels, found, model, view.orientation.order[0])

@@ -34,7 +34,7 @@ from slmsam2_cli.device import torch_threads
 from slmsam2_cli.errors import TrainingError
 from slmsam2_cli.inference.label_prior import MAX_LOGIT, compute_label_priors
 from slmsam2_cli.inference.propagation import AnnotatedSlice as PromptedSlice
-from slmsam2_cli.inference.propagation import propagate_stack
+from slmsam2_cli.inference.propagation import PropagationOptions, propagate_stack
 from slmsam2_cli.inference.segment import PromptReader, annotated_slices_of
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.volume import read_image
@@ -113,7 +113,7 @@ class Witnesses:
     def masks(self, frames: NDArray[Any], objects: Mapping[int, list[PromptedSlice]], plan: Plan) -> dict[int, tuple[Masks, Masks]]:
         """Segment a stack (C, T, H, W): label -> the masks (T, H, W) bool of both."""
         (_, count, height, width), size = frames.shape, plan.geometry.storage_size
-        found = propagate_stack(self.model, frames, objects, plan, use_label_prior=False)
+        found = propagate_stack(self.model, frames, objects, plan, PropagationOptions(use_label_prior=False))
         slices = InputSlices(torch.from_numpy(np.require(frames, requirements="W")), size, plan.geometry.adjacent_slices)
         annotated = {value: [(one.slice, one.mask) for one in each] for value, each in objects.items()}
         masks = {}
@@ -233,8 +233,8 @@ class TrainingJob:
     device: str = "cpu"
 
 
-def train_label_unet(job: TrainingJob, watch: Watch) -> LabelUNet | None:
-    """Train a label U-Net; None when the user stops the run before its end.
+def train_label_unet(job: TrainingJob, watch: Watch) -> bytes | None:
+    """Train a label U-Net; None when the user stops the run before its end. Returns tensors as a safetensors file has them.
 
     Raises: TrainingError when a loss is not finite.
     """
@@ -259,7 +259,7 @@ def train_label_unet(job: TrainingJob, watch: Watch) -> LabelUNet | None:
             optimiser.step()
             rates.step()
             advance(1)
-    return label_unet.cpu().eval().requires_grad_(False)
+    return safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in label_unet.state_dict().items()})
 
 
 def _draw(job: TrainingJob, rng: np.random.Generator, torch_rng: torch.Generator, px: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -309,26 +309,21 @@ def train_label_unets(jobs: Sequence[TrainingJob], stopped: Callable[[], bool]) 
 
     Raises: TrainingError when a loss is not finite, or a process was killed.
     """
-    named, found = {job.title: job for job in jobs}, dict[str, LabelUNet | None]()
-    results = Results(lambda name, value: None, lambda name, content: found.update({name: _unpacked(content)}))
+    named, contents = {job.title: job for job in jobs}, dict[str, bytes | None]()
+    results = Results(lambda name, value: None, contents.__setitem__)
     on_cpu = all(job.device == "cpu" for job in jobs)
     if not on_cpu or not run_side_by_side(train_in_process, named, _TITLE, stopped, results, again="slmsam2 predict --together"):
         with torch_threads(1 if on_cpu else None), torch.random.fork_rng():
             for name, job in named.items():
-                found[name] = train_label_unet(job, Watch(stopped, lambda value: None))
-    trained = [one for name in named if (one := found.get(name)) is not None]
-    return tuple(trained) if len(trained) == len(jobs) else None
+                contents[name] = train_label_unet(job, Watch(stopped, lambda value: None))
+    trained = [content for name in named if (content := contents.get(name)) is not None]
+    return tuple(label_unet_from(safetensors.torch.load(content)) for content in trained) if len(trained) == len(jobs) else None
 
 
 def train_in_process(job: TrainingJob, watch: Watch) -> bytes | None:
-    """Train a label U-Net in a process of its own, on one core. Returns its tensors as bytes, which outlive the process."""
+    """Train a label U-Net in a process of its own, on one core."""
     torch.set_num_threads(1)
-    trained = train_label_unet(job, watch)
-    return safetensors.torch.save(trained.state_dict()) if trained is not None else None
-
-
-def _unpacked(content: bytes | None) -> LabelUNet | None:
-    return label_unet_from(safetensors.torch.load(content)) if content is not None else None
+    return train_label_unet(job, watch)
 
 
 def save_label_unets(path: Path, label_unets: Sequence[LabelUNet], key: str) -> None:

@@ -30,7 +30,7 @@ from slmsam2_cli.dataset.prompts import choose_slice
 from slmsam2_cli.errors import WeightsError
 from slmsam2_cli.evaluation.metrics import dice
 from slmsam2_cli.inference.load_model import matching_label_unet
-from slmsam2_cli.inference.propagation import AnnotatedSlice, Propagation, propagate_stack
+from slmsam2_cli.inference.propagation import AnnotatedSlice, Propagation, PropagationOptions, propagate_stack
 from slmsam2_cli.inference.segment import remove_loose_parts
 from slmsam2_cli.io import atomic
 from slmsam2_cli.model.checkpoint import HeldOutResult
@@ -173,7 +173,7 @@ def propagate_labels(
     """
     size = plan.geometry.storage_size
     objects = {value: [AnnotatedSlice(t, pad_to_square(torch.from_numpy(truth[t] == value), size))] for value, t in annotated.items()}
-    return propagate_stack(model, frames, objects, plan, use_label_prior=use_label_prior)
+    return propagate_stack(model, frames, objects, plan, PropagationOptions(use_label_prior=use_label_prior))
 
 
 def combine_labels(found: Mapping[int, Propagation], truth: Array, annotated: Mapping[int, int], storage_size: int) -> Array:
