@@ -11,7 +11,7 @@ model and mask) and skipped.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -322,15 +322,21 @@ def _plan_learning(job: PredictionJob, cases: Sequence[Case], workspace: Workspa
     annotated = [case for case in cases if case.prompts.mask is not None]
     if len(annotated) < MIN_TOGETHER:
         raise UsageError(f"--together learns from at least {MIN_TOGETHER} volumes with annotated slices, and there are {len(annotated)}")
-    labelled = _labelled_cases(job, workspace)
-    sampler = SliceSampler(labelled, tuple(job.plan.labels), job.plan.geometry.storage_size, job.plan.ignore) if labelled else None
     settings = job.settings_digest()
-    inputs = {case.id: digest_inputs(settings, case)[0] for case in annotated}
-    return Together(digest_of_learning(inputs, [case.id for case in labelled]), halves_of(list(inputs)), sampler)
+    digests = {case.id: digest_inputs(settings, case) for case in annotated}
+    segmented = frozenset(image for _, images in digests.values() for image in images)
+    labelled = _labelled_cases(job, workspace, segmented)
+    sampler = SliceSampler(labelled, tuple(job.plan.labels), job.plan.geometry.storage_size, job.plan.ignore) if labelled else None
+    inputs = {case: key for case, (key, _) in digests.items()}
+    contents = [str(sorted(case.record["outputs"].items())) for case in labelled]
+    return Together(digest_of_learning(inputs, contents), halves_of(list(inputs)), sampler)
 
 
-def _labelled_cases(job: PredictionJob, workspace: Workspace | None) -> list[PreparedCase]:
-    """Open the volumes that the model was trained on, as far as the workspace holds them preprocessed for this plan."""
+def _labelled_cases(job: PredictionJob, workspace: Workspace | None, segmented: Collection[str]) -> list[PreparedCase]:
+    """Open the volumes that the model was trained on, as far as the workspace holds them preprocessed for this plan.
+
+    segmented: SHA-256 of the images to be segmented, which are left out.
+    """
     provenance, found = job.checkpoint.provenance, list[PreparedCase]()
     if workspace is None or provenance is None or job.checkpoint.plan is None:
         return found
@@ -338,7 +344,8 @@ def _labelled_cases(job: PredictionJob, workspace: Workspace | None) -> list[Pre
     for case_id in provenance.training:
         with suppress(CaseError):
             case = open_prepared(workspace.prepared, case_id)
-            if case.record["settings"] == wanted and set(provenance.training_image_digests) & set(case.record["inputs"].values()):
+            files = set(case.record["inputs"].values())
+            if case.record["settings"] == wanted and files & set(provenance.training_image_digests) and not files & set(segmented):
                 found.append(case)
     return found
 
@@ -357,11 +364,12 @@ def _learn(job: PredictionJob, together: Together, cases: Sequence[Case], runner
     label_unets = (kept[done - 1] if done else None) or ()
     for number in range(done, ROUNDS):
         runner.job = replace(job, together=replace(together, label_unets=label_unets))
-        volumes = _read_slices([case for case in cases if case.id in together.halves], runner, f"round {number + 1} of {ROUNDS}")
+        title = f"round {number + 1} of {ROUNDS}"
+        volumes = _read_slices([case for case in cases if case.id in together.halves], runner, title)
         starts = label_unets or [matching_label_unet(job.checkpoint, job.plan)] * HALVES
         jobs = cross_fitting(volumes, together.halves, job.plan, starts, together.labelled, runner.device)
         with graceful_stop() as stopped:
-            trained = train_label_unets(jobs, stopped)
+            trained = train_label_unets(jobs, f"learning from annotated slices, {title}", stopped)
         assert trained is not None  # graceful_stop has raised otherwise
         label_unets = trained
         save_label_unets(files[number], label_unets, together.key)
@@ -369,11 +377,13 @@ def _learn(job: PredictionJob, together: Together, cases: Sequence[Case], runner
 
 
 def _read_slices(cases: Sequence[Case], runner: _Runner, title: str) -> dict[str, AnnotatedVolume]:
-    """Read the slices to learn from; cases that cannot be read are left out, and are reported when they are segmented."""
+    """Read the slices to learn from. Cases that cannot be read are named and left out."""
     workers, jobs, limit = _share_out(runner, cases)
     with torch_threads(runner.threads), console.progress(f"reading slices, {title}", len(jobs)) as advance:
         answers = parallel_map(runner.read_slices, jobs, workers, limit=limit, advance=advance, preload=PRELOADED)
     found = dict(zip(jobs, answers, strict=True))
+    if failed := [case for case, one in found.items() if isinstance(one, CaseError)]:
+        console.warn(f"not learned from, because they cannot be read: {', '.join(failed)}")
     return {case: one for case, one in found.items() if isinstance(one, AnnotatedVolume)}
 
 
@@ -500,8 +510,11 @@ class _Runner:
         Raises: CaseError when the case cannot be read.
         """
         job, learned = self.job, self.job.together.label_unet_for(case.id) if self.job.together is not None else None
-        witnesses = Witnesses((self.segmenter or self._load()).model, learned) if learned is not None else None
-        return read_annotated(case, job.root, job.prompts, job.plan, witnesses)
+        try:
+            witnesses = Witnesses((self.segmenter or self._load()).model, learned.to(self.device)) if learned is not None else None
+            return read_annotated(case, job.root, job.prompts, job.plan, witnesses)
+        except (MemoryError, RuntimeError, ValueError) as error:
+            raise CaseError(case.id, "", f"cannot be learned from: {error}", "Run again with --debug for the traceback") from error
 
     def _load(self) -> Segmenter:
         """Build the network in the process that uses it."""

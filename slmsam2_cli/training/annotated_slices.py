@@ -1,19 +1,22 @@
 """Train label U-Nets on the annotated slices of a folder of volumes.
 
 Every volume of the folder carries a few annotated slices, and nothing else of it is known. Two label U-Nets are trained, each without the
-volumes of one half (cross-fitting), and each is used on that half: so its Dice on the annotated slices of a volume still tests it, as
-those slices had no part in its training. Both start from the model's label U-Net where there is one, and half of their slices then come
-from the labelled volumes that it was trained on.
+volumes of one half (cross-fitting), and each is used on that half: so its Dice on the annotated slices of a volume still tests it. Both
+start from the model's label U-Net where there is one, and half of their slices then come from the labelled volumes that it was trained on.
 
 In a second round they also learn from slices next to annotated ones, as far as propagation and the label U-Net agree; pixels on which
 they differ are ignored. Slices on which either finds nothing are never learned from: whole predicted masks would teach a network its own
-missed ends. Steps and rates were chosen on the cases named in docs/experiments/2026-11-29-annotated-slices.md.
+missed ends. Which slices are added to a volume was decided with a network that knows the other half. In this way, a little of a volume's
+annotation reaches its own network in the second round.
+
+Steps and rates were chosen on the cases named in docs/experiments/2026-11-29-annotated-slices.md.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +48,7 @@ from slmsam2_cli.planning.plan import Plan
 from slmsam2_cli.planning.rules import LABEL_UNET_BATCH
 from slmsam2_cli.training.label_unet import (
     IGNORE_INDEX,
+    MAX_REACH,
     SliceSampler,
     augment,
     crop_target,
@@ -63,22 +67,22 @@ PEAK_RATE = 1e-3
 LABELLED_SHARE = 0.5  # of the slices of a step, where there are labelled volumes
 _CLIP_NORM = 1.0
 _WARMUP_SHARE = 0.3
-_TITLE = "learning from annotated slices"
 _KEY = "learned_from"
 Masks = NDArray[Any]  # bool
 
 
 @dataclass(frozen=True)
 class AnnotatedSlice:
-    """An annotated slice of a volume as the label U-Net reads it.
+    """An annotated slice of a volume as the label U-Net reads it, as far as a crop of it may reach.
 
-    slices (5, C, H, W) float16: the slice between its adjacent ones; target (H, W) int16: 0 none of the labels, 1 the first label, -1
-    ignored; known (K,): whether a label was annotated on the slice.
+    slices (5, C, h, w) float16: the slice between its adjacent ones; target (h, w) int16: 0 none of the labels, 1 the first label, -1
+    ignored; known (K,): whether a label was annotated on the slice; corner: first row and column in the whole slice.
     """
 
-    slices: Tensor
-    target: Tensor
+    slices: NDArray[np.float16]
+    target: NDArray[np.int16]
     known: tuple[bool, ...]
+    corner: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -131,23 +135,37 @@ class _Targets:
         self.shape, self.labels = shape, labels
         self.target, self.known, self.unsure = dict[int, Masks](), dict[int, list[bool]](), dict[int, Masks]()
 
-    def mark(self, t: int, number: int, inside: Masks, unsure: Masks | None = None) -> None:
-        """Enter the mask (H, W) of a label, numbered from 1, on slice t. unsure: pixels that may be of the label or not."""
-        target = self.target.setdefault(t, np.zeros(self.shape, np.int16))
-        self.known.setdefault(t, [False] * self.labels)[number - 1] = True
-        target[inside] = number
-        if unsure is not None:
-            self.unsure[t] = self.unsure.get(t, False) | unsure
+    def annotate(self, t: int, number: int, mask: Masks) -> None:
+        """Enter the annotated mask (H, W) of a label, numbered from 1, on slice t; the last one of a label counts."""
+        target = self._at(t, number)
+        target[target == number] = 0
+        target[mask] = number
 
-    def slices(self, frames: NDArray[Any], ignored: Mapping[int, Masks]) -> tuple[AnnotatedSlice, ...]:
-        """Cut the slices of which something is known out of a stack (C, T, H, W). ignored: pixels without annotation, by slice."""
+    def agree(self, t: int, number: int, one: Masks, other: Masks) -> None:
+        """Enter the masks (H, W) of two witnesses on slice t where nothing else is known; where they differ, the pixel is unsure."""
+        target, both = self._at(t, number), one & other
+        self.unsure[t] = self.unsure.get(t, np.False_) | (one ^ other)
+        target[both & (target == 0)] = number
+
+    def _at(self, t: int, number: int) -> NDArray[np.int16]:
+        self.known.setdefault(t, [False] * self.labels)[number - 1] = True
+        return self.target.setdefault(t, np.zeros(self.shape, np.int16))
+
+    def slices(self, frames: NDArray[Any], ignored: Mapping[int, Masks], roi: RoiCrop) -> tuple[AnnotatedSlice, ...]:
+        """Cut the slices of which something is known out of a stack (C, T, H, W), as far as crops around `roi` may reach.
+
+        ignored: pixels without annotation, by slice.
+        """
         found = []
+        margin = math.ceil(MAX_REACH * roi.edge)
+        top, left = max(0, roi.row - margin), max(0, roi.column - margin)
+        window = (slice(top, roi.row + roi.edge + margin), slice(left, roi.column + roi.edge + margin))
         for t, target in sorted(self.target.items()):
             target[(target == 0) & self.unsure.get(t, np.False_)] = IGNORE_INDEX
             target[ignored.get(t, np.zeros(self.shape, bool))] = IGNORE_INDEX
             index = np.clip(np.arange(t - REACH, t + REACH + 1), 0, frames.shape[1] - 1)
-            slices = torch.from_numpy(frames[:, index].swapaxes(0, 1).astype(np.float16))
-            found.append(AnnotatedSlice(slices, torch.from_numpy(target), tuple(self.known[t])))
+            slices = np.ascontiguousarray(frames[(slice(None), index, *window)].swapaxes(0, 1).astype(np.float16))
+            found.append(AnnotatedSlice(slices, target[window].copy(), tuple(self.known[t]), (top, left)))
         return tuple(found)
 
 
@@ -158,21 +176,23 @@ def annotated_volume(
     values, size = tuple(plan.labels), plan.geometry.storage_size
     targets, ignored, drawn = _Targets(frames.shape[2:], len(values)), dict[int, Masks](), list[Tensor]()
     for number, value in enumerate(values, start=1):
-        for place, mask, _ in view.project_slices(prompts.labels, value, prompts.annotated.get(value, ())).values():
-            targets.mark(place, number, mask)
+        projected = view.project_slices(prompts.labels, value, prompts.annotated.get(value, ())).values()
+        for place, mask, _ in sorted(projected, key=lambda one: bool(one[1].any())):  # as in annotated_slices_of
+            targets.annotate(place, number, mask)
             drawn += [pad_to_square(torch.from_numpy(mask), size)] if mask.any() else []
     if not drawn:
         return None
     if prompts.ignore is not None:
         for place, mask, _ in view.project_slices(prompts.labels, prompts.ignore, prompts.exact_slices).values():
-            ignored[place] = mask
+            ignored[place] = ignored.get(place, np.False_) | mask
     if witnesses is not None:
         objects = annotated_slices_of(prompts, view, values, size)
         for value, (propagated, predicted) in witnesses.masks(frames, objects, plan).items():
             for t in agreed_slices(propagated, predicted, [one.slice for one in objects[value]]):
-                both = propagated[t] & predicted[t]
-                targets.mark(t, 1 + values.index(value), both, propagated[t] ^ predicted[t])
-    return AnnotatedVolume(targets.slices(frames, ignored), label_unet_roi(drawn, size))
+                if t not in ignored:  # annotated, but not for all labels
+                    targets.agree(t, 1 + values.index(value), propagated[t], predicted[t])
+    roi = label_unet_roi(drawn, size)
+    return AnnotatedVolume(targets.slices(frames, ignored, roi), roi)
 
 
 def agreed_slices(one: Masks, other: Masks, annotated: Sequence[int]) -> list[int]:
@@ -213,9 +233,12 @@ class AnnotatedSampler:
         """Draw a slice (C * SLICES, px, px), the label of each pixel (px, px), and which labels were annotated (K,)."""
         volume = self.volumes[int(rng.integers(len(self.volumes)))]
         one = volume.slices[int(rng.integers(len(volume.slices)))]
-        roi = jitter(volume.roi, rng, self.storage_size)
-        slices = roi.crop(pad_to_square(one.slices.float(), self.storage_size), input_size).flatten(0, 1)
-        return slices, crop_target(one.target, roi, self.storage_size, input_size), one.known
+        roi, (top, left), (height, width) = jitter(volume.roi, rng, self.storage_size), one.corner, one.target.shape
+        whole = torch.zeros(*one.slices.shape[:2], self.storage_size, self.storage_size)
+        whole[..., top : top + height, left : left + width] = torch.from_numpy(one.slices).float()
+        target = torch.zeros(self.storage_size, self.storage_size, dtype=torch.int16)
+        target[top : top + height, left : left + width] = torch.from_numpy(one.target)
+        return roi.crop(whole, input_size).flatten(0, 1), crop_target(target, roi, self.storage_size, input_size), one.known
 
 
 @dataclass(frozen=True)
@@ -241,7 +264,6 @@ def train_label_unet(job: TrainingJob, watch: Watch) -> bytes | None:
     rng, torch_rng = np.random.default_rng(job.seed), torch.Generator().manual_seed(job.seed)
     label_unet = copy.deepcopy(job.start) or new_label_unet(job.annotated, job.channels, job.seed)
     label_unet.to(job.device).train().requires_grad_(True)
-    label_unet.can_add = True
     steps = STEPS if job.start is not None else STEPS_FROM_RANDOM
     optimiser = torch.optim.AdamW(label_unet.parameters(), lr=PEAK_RATE)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimiser, PEAK_RATE, total_steps=steps, pct_start=_WARMUP_SHARE)
@@ -299,20 +321,20 @@ def cross_fitting(
     for half in range(HALVES):
         others = [volumes[case] for case in sorted(volumes) if halves[case] != half]
         sampler = AnnotatedSampler(others, tuple(plan.labels), plan.geometry.storage_size)
-        title = f"half {half + 1} of {HALVES}"
+        title = f"label U-Net {half + 1} of {HALVES}"
         jobs.append(TrainingJob(sampler, starts[half], labelled, len(plan.channels), half, title, device.type))
     return jobs
 
 
-def train_label_unets(jobs: Sequence[TrainingJob], stopped: Callable[[], bool]) -> tuple[LabelUNet, ...] | None:
-    """Train label U-Nets, on a CPU side by side; None when the user stops the run.
+def train_label_unets(jobs: Sequence[TrainingJob], title: str, stopped: Callable[[], bool]) -> tuple[LabelUNet, ...] | None:
+    """Train label U-Nets, on a CPU side by side; None when the user stops the run. title: of the progress bar.
 
     Raises: TrainingError when a loss is not finite, or a process was killed.
     """
     named, contents = {job.title: job for job in jobs}, dict[str, bytes | None]()
     results = Results(lambda name, value: None, contents.__setitem__)
     on_cpu = all(job.device == "cpu" for job in jobs)
-    if not on_cpu or not run_side_by_side(train_in_process, named, _TITLE, stopped, results, again="slmsam2 predict --together"):
+    if not on_cpu or not run_side_by_side(train_in_process, named, title, stopped, results, again="the same command again"):
         with torch_threads(1 if on_cpu else None), torch.random.fork_rng():
             for name, job in named.items():
                 contents[name] = train_label_unet(job, Watch(stopped, lambda value: None))
@@ -349,6 +371,9 @@ def load_label_unets(path: Path, key: str) -> tuple[LabelUNet, ...] | None:
 
 
 def digest_of_learning(inputs: Mapping[str, str], labelled: Sequence[str]) -> str:
-    """Compute the SHA-256 of what label U-Nets learn from: case id -> digest of its files and of all settings, labelled cases."""
+    """Compute the SHA-256 of what label U-Nets learn from.
+
+    inputs: case id -> digest of its files and of all settings; labelled: digests of the preprocessed labelled volumes.
+    """
     settings = [ROUNDS, MIN_AGREEMENT, STEPS, STEPS_FROM_RANDOM, PEAK_RATE, LABELLED_SHARE, LABEL_UNET_BATCH]
     return hashlib.sha256(repr((settings, sorted(inputs.items()), sorted(labelled))).encode()).hexdigest()

@@ -33,6 +33,7 @@ LABELLED_FRACTION = 0.75  # of the slices that are drawn
 _ROTATION, _SCALE, _SHIFT = math.radians(20), 0.25, 0.15
 IGNORE_INDEX = -1
 _NO_LOGIT = -1e4
+MAX_REACH = 0.5 * math.exp(_SCALE) + _SHIFT - 0.5  # of a drawn crop beyond its ROI crop, relative to the ROI's edge
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def test_a_run_that_ended_between_the_rounds_learns_the_second_alone(phantoms, f
     (copied / ".slmsam2" / "together-2.safetensors").unlink()
     trained = []
     train = stage.train_label_unets
-    monkeypatch.setattr(stage, "train_label_unets", lambda jobs, stopped: trained.append(jobs) or train(jobs, stopped))
+    monkeypatch.setattr(stage, "train_label_unets", lambda *arguments: trained.append(arguments) or train(*arguments))
     assert run(phantoms, without_masks(copied)) == 0 and len(trained) == 1
     assert contents(copied) == contents(finished)
 

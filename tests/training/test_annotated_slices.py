@@ -13,9 +13,12 @@ from slmsam2_cli.dataset.prompts import Prompts
 from slmsam2_cli.dataset.slices import View
 from slmsam2_cli.errors import TrainingError
 from slmsam2_cli.io.volume import Grid
+from slmsam2_cli.model.roi import RoiCrop
 from slmsam2_cli.training import annotated_slices
 from slmsam2_cli.training.annotated_slices import (
     AnnotatedSampler,
+    AnnotatedVolume,
+    _Targets,
     agreed_slices,
     annotated_volume,
     cross_fitting,
@@ -59,8 +62,8 @@ def volume(seed=0, annotated=None, ignore=None, witnesses=None):
 def test_an_annotated_slice_tells_which_labels_were_annotated_on_it():
     third, fourth = volume().slices
     assert third.known == (False, True) and fourth.known == (True, False)
-    assert third.target.unique().tolist() == [0, 2] and fourth.target.unique().tolist() == [0, 1]
-    assert int((fourth.target == 1).sum()) == 64 and fourth.slices.shape == (5, 1, PX, PX)
+    assert np.unique(third.target).tolist() == [0, 2] and np.unique(fourth.target).tolist() == [0, 1]
+    assert int((fourth.target == 1).sum()) == 64 and fourth.slices.shape[:2] == (5, 1)
 
 
 def test_an_empty_annotated_slice_teaches_that_the_label_is_not_there():
@@ -107,8 +110,16 @@ def few_steps(monkeypatch):
     monkeypatch.setattr(annotated_slices, "LABEL_UNET_BATCH", 4)
 
 
+def whole(one, part):
+    """A part of a slice as the whole slice, 0 beyond it."""
+    (top, left), (height, width) = one.corner, part.shape[-2:]
+    found = torch.zeros(*part.shape[:-2], PX, PX)
+    found[..., top : top + height, left : left + width] = torch.from_numpy(part.astype(np.float32))
+    return found
+
+
 def fit(volumes):
-    return train_label_unets(cross_fitting(volumes, halves_of(sorted(volumes)), PLAN, (None, None), None, CPU), lambda: False)
+    return train_label_unets(cross_fitting(volumes, halves_of(sorted(volumes)), PLAN, (None, None), None, CPU), "learning", lambda: False)
 
 
 def test_each_network_finds_the_structures_in_the_volumes_of_its_half(few_steps, monkeypatch):
@@ -117,10 +128,10 @@ def test_each_network_finds_the_structures_in_the_volumes_of_its_half(few_steps,
     networks = fit(volumes)
     for case, half in halves_of(sorted(volumes)).items():
         one = volumes[case]
-        slices = one.roi.crop(one.slices[1].slices.float(), networks[half].input_size).flatten(0, 1)[None]
+        slices = one.roi.crop(whole(one.slices[1], one.slices[1].slices), networks[half].input_size).flatten(0, 1)[None]
         with torch.inference_mode():
             found = one.roi.paste((networks[half](slices).argmax(1) == 1).float()[0], PX, 0.0) > 0.5
-        truth = one.slices[1].target == 1
+        truth = whole(one.slices[1], one.slices[1].target) == 1
         assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.8
 
 
@@ -152,7 +163,7 @@ def test_a_loss_that_is_not_finite_is_one_line_that_names_the_way_out(few_steps,
     monkeypatch.setattr(annotated_slices, "run_side_by_side", lambda *rest, **again: False)
     broken = volume()
     for one in broken.slices:
-        one.slices.fill_(float("nan"))
+        one.slices.fill(float("nan"))
     with pytest.raises(TrainingError, match="Predict without --together"):
         fit({"a": broken, "b": broken})
 
@@ -194,3 +205,39 @@ def test_pixels_on_which_the_witnesses_differ_are_ignored_and_what_is_annotated_
         assert one.known == known
         assert int((one.target == 1).sum()) == 64 and int((one.target == -1).sum()) == 8
     assert int((third.target == 2).sum()) == 64
+
+
+class Overlapping(Agreeing):
+    """Both find label 1 on slice 3 where label 5 was annotated, and label 5 on slice 4 where label 1 was."""
+
+    def masks(self, frames, objects, plan):
+        one, five = (np.zeros((9, PX, PX), bool) for _ in range(2))
+        one[3, 8:16, 10:22], five[4, 8:16, 8:26] = True, True
+        return {1: (one, one), 5: (five, five)}
+
+
+def test_what_the_witnesses_find_never_replaces_what_was_annotated():
+    third, fourth = volume(witnesses=Overlapping()).slices
+    assert third.known == fourth.known == (True, True)
+    assert int((third.target == 2).sum()) == 64 and int((third.target == 1).sum()) == 8 * 8  # 4 of 12 columns were annotated as label 5
+    assert int((fourth.target == 1).sum()) == 64 and int((fourth.target == 2).sum()) == 8 * 14  # columns 12 to 25
+
+
+def test_partly_annotated_slices_are_left_as_they_were_annotated():
+    place, sparse = view(), np.full((9, PX, PX), 9, np.uint8)
+    sparse[4, 8:16, 4:12], sparse[4, 8:16, 18:26], sparse[3, :, :16] = 1, 5, 0  # slice 3: no label on the left, nothing said of the right
+    prompts = Prompts(sparse, {1: (3, 4), 5: (3, 4)}, (3, 4), ignore=9)
+    third, _, _ = annotated_volume(np.zeros((1, 9, PX, PX), np.float32), prompts, place, PLAN, Agreeing()).slices
+    seen = whole(third, third.target)
+    assert (seen[8:16, 4:12] == 0).all() and (seen[8:16, 20:24] == -1).all()
+
+
+@given(st.integers(0, 24), st.integers(0, 24), st.integers(8, 32), st.integers(0, 1000))
+def test_a_drawn_crop_never_reaches_beyond_what_is_kept_of_a_slice(row, column, edge, seed):
+    edge = min(edge, PX - row, PX - column)
+    roi = RoiCrop(row, column, edge)
+    targets = _Targets((PX, PX), 1)
+    targets.annotate(0, 1, np.ones((PX, PX), bool))
+    (one,) = targets.slices(np.ones((1, 1, PX, PX), np.float32), {}, roi)
+    drawn = AnnotatedSampler([AnnotatedVolume((one,), roi)], (1,), PX).draw_one(np.random.default_rng(seed), 16)
+    assert (drawn[1] == 1).all() and torch.allclose(drawn[0], torch.ones(5, 16, 16), atol=1e-3)
