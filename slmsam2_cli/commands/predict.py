@@ -185,7 +185,8 @@ def predict(
     """Segment every image of a folder, or one image, from its annotated slices. Returns the exit code: 1 when some cases failed.
 
     Without `images`, the labelled cases of the data set that were not used for training (all, when all were), into the workspace.
-    Raises: UsageError, DatasetError, WeightsError, PlanError, DeviceError, OutputError, LockError before anything is written.
+    Raises: UsageError, DatasetError, WeightsError, PlanError, DeviceError, OutputError, LockError before anything is written;
+    TrainingError when learning from annotated slices fails.
     """
     if not 0 <= part_id < num_parts:
         raise UsageError(f"--part-id {part_id} --num-parts {num_parts}: parts are numbered from 0 to {num_parts - 1}")
@@ -373,6 +374,8 @@ def _learn(job: PredictionJob, together: Together, cases: Sequence[Case], runner
         assert trained is not None  # graceful_stop has raised otherwise
         label_unets = trained
         save_label_unets(files[number], label_unets, together.key)
+    for one in label_unets:  # annotated slices hold a label: only whole volumes show where it is not
+        one.can_add = together.labelled is not None
     return replace(together, label_unets=label_unets)
 
 
