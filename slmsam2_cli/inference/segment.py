@@ -183,7 +183,8 @@ def remove_loose_parts(
 ) -> NDArray[Any]:
     """Remove components that touch no annotation, of labels that were connected in all training cases and that the label U-Net knows.
 
-    labels, annotated: (Z, Y, X) or (T, H, W); axis: the slice axis. The label U-Net that counts for a label must reach FULL_WEIGHT_DICE on its annotated slices.
+    labels, annotated: (Z, Y, X) or (T, H, W); axis: the slice axis. The label U-Net that counts for a label must reach FULL_WEIGHT_DICE on
+    its annotated slices.
     """
     connected = model.label_unet.one_piece_labels if model.label_unet is not None else []
     values = [value for value, one in found.items() if value in connected and (one.prompt_dice or 0) >= FULL_WEIGHT_DICE]
