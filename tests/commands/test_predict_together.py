@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import nibabel
+import numpy as np
 import pytest
 from small_runs import small_workspace
 
@@ -113,3 +115,30 @@ def test_too_few_volumes_are_one_line_with_their_number(phantoms, tmp_path):
 def test_it_cannot_be_divided_into_parts(phantoms, tmp_path):
     with pytest.raises(UsageError, match="--together learns from all volumes in one run"):
         run(phantoms, tmp_path / "masks", num_parts=2)
+
+
+def test_many_volumes_with_annotated_slices_are_offered_it_once(phantoms, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stage, "MIN_OFFERED", 4)
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    for path in (phantoms / "labelsTr").iterdir():
+        whole = nibabel.load(path)
+        one_slice = np.zeros(whole.shape, np.uint8)
+        one_slice[..., 4] = np.asarray(whole.dataobj)[..., 4]
+        nibabel.save(nibabel.Nifti1Image(one_slice, whole.affine, whole.header), prompts / path.name)
+    options = {"prompts": prompts, "device": "cpu", "report": False, "workspace": Workspace(phantoms / "slmsam2")}
+    predict(phantoms / "imagesTr", tmp_path / "masks", **options)
+    assert capsys.readouterr().err.count("add --together") == 1
+
+
+def test_without_labelled_volumes_nothing_is_added_where_propagation_finds_nothing(phantoms, copied, monkeypatch):
+    seen = []
+    segment = stage.segment_case
+
+    def watched(case, root, prompts, segmenter):
+        seen.append(segmenter.learned.can_add)
+        return segment(case, root, prompts, segmenter)
+
+    monkeypatch.setattr(stage, "segment_case", watched)
+    run(phantoms, without_masks(copied))
+    assert seen == [False] * 4
