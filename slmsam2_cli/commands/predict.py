@@ -11,7 +11,7 @@ model and mask) and skipped.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -320,24 +320,23 @@ def _plan_learning(job: PredictionJob, cases: Sequence[Case], workspace: Workspa
 
     Raises: UsageError when too few cases carry any.
     """
-    annotated = [case for case in cases if case.prompts.mask is not None]
-    if len(annotated) < MIN_TOGETHER:
-        raise UsageError(f"--together learns from at least {MIN_TOGETHER} volumes with annotated slices, and there are {len(annotated)}")
-    settings = job.settings_digest()
-    digests = {case.id: digest_inputs(settings, case) for case in annotated}
-    segmented = frozenset(image for _, images in digests.values() for image in images)
-    labelled = _labelled_cases(job, workspace, segmented)
+    settings, labelled = job.settings_digest(), _labelled_cases(job, workspace)
+    known = {digest for case in labelled for digest in case.record["inputs"].values()}  # their own label U-Net would be trained on them
+    digests = {case.id: digest_inputs(settings, case) for case in cases if case.prompts.mask is not None}
+    inputs = {case: key for case, (key, images) in digests.items() if not images & known}
+    if len(inputs) < MIN_TOGETHER:
+        raise UsageError(f"--together learns from at least {MIN_TOGETHER} volumes with annotated slices, and there are {len(inputs)}")
     sampler = SliceSampler(labelled, tuple(job.plan.labels), job.plan.geometry.storage_size, job.plan.ignore) if labelled else None
-    inputs = {case: key for case, (key, _) in digests.items()}
+    if not labelled and job.checkpoint.provenance is not None and job.checkpoint.provenance.training:
+        console.warn(
+            "--together is better with the volumes that the model was trained on, and they are not at hand. Name its workspace: -w"
+        )
     contents = [str(sorted(case.record["outputs"].items())) for case in labelled]
     return Together(digest_of_learning(inputs, contents), halves_of(list(inputs)), sampler)
 
 
-def _labelled_cases(job: PredictionJob, workspace: Workspace | None, segmented: Collection[str]) -> list[PreparedCase]:
-    """Open the volumes that the model was trained on, as far as the workspace holds them preprocessed for this plan.
-
-    segmented: SHA-256 of the images to be segmented, which are left out.
-    """
+def _labelled_cases(job: PredictionJob, workspace: Workspace | None) -> list[PreparedCase]:
+    """Open the volumes that the model was trained on, as far as the workspace holds them preprocessed for this plan."""
     provenance, found = job.checkpoint.provenance, list[PreparedCase]()
     if workspace is None or provenance is None or job.checkpoint.plan is None:
         return found
@@ -346,7 +345,7 @@ def _labelled_cases(job: PredictionJob, workspace: Workspace | None, segmented: 
         with suppress(CaseError):
             case = open_prepared(workspace.prepared, case_id)
             files = set(case.record["inputs"].values())
-            if case.record["settings"] == wanted and files & set(provenance.training_image_digests) and not files & set(segmented):
+            if case.record["settings"] == wanted and files & set(provenance.training_image_digests):
                 found.append(case)
     return found
 

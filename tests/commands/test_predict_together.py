@@ -9,6 +9,7 @@ import pytest
 from small_runs import small_workspace
 
 from slmsam2_cli.commands import predict as stage
+from slmsam2_cli.commands.finetune import finetune
 from slmsam2_cli.commands.predict import predict
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.errors import UsageError
@@ -142,3 +143,35 @@ def test_without_labelled_volumes_nothing_is_added_where_propagation_finds_nothi
     monkeypatch.setattr(stage, "segment_case", watched)
     run(phantoms, without_masks(copied))
     assert seen == [False] * 4
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(tmp_path_factory):
+    """A data set of five cases, and a workspace with a model that was trained on one of them."""
+    folder = tmp_path_factory.mktemp("five")
+    write_phantom_dataset(folder, cases=5, test_cases=0, seed=5, shape=(8, 32, 32))
+    finetune(folder, small_workspace(folder / "slmsam2", folder), cases=1, weights="random", steps=1)
+    return folder
+
+
+def test_labelled_volumes_teach_all_others_and_are_segmented_without_what_they_taught(fine_tuned, tmp_path, monkeypatch):
+    learned = {}
+    segment = stage.segment_case
+
+    def watched(case, root, prompts, segmenter):
+        learned[case.id] = segmenter.learned
+        return segment(case, root, prompts, segmenter)
+
+    monkeypatch.setattr(stage, "segment_case", watched)
+    assert run(fine_tuned, tmp_path) == 0
+    (training,) = (case for case, told in cases_of(tmp_path).items() if told["training"])
+    assert learned.pop(training) is None and "together" not in cases_of(tmp_path)[training]
+    assert len(learned) == 4 and all(one.can_add for one in learned.values())
+    assert all(cases_of(tmp_path)[case]["together"]["labelled_volumes"] == [training] for case in learned)
+
+
+def test_without_its_workspace_a_model_has_no_labelled_volumes_which_is_said(fine_tuned, tmp_path, capsys):
+    model = fine_tuned / "slmsam2" / "finetuned" / "model.safetensors"
+    assert run(fine_tuned, tmp_path, workspace=None, model=model) == 0
+    assert "Name its workspace: -w" in capsys.readouterr().err
+    assert all(case["together"]["labelled_volumes"] == [] for case in cases_of(tmp_path).values())
