@@ -33,6 +33,7 @@ SLOW_FIRST = (
     "test_parity.py",
     "test_distributed.py",
     "test_finetune_killed.py",
+    "test_predict_together.py",
     "test_trainer.py",
     "test_pretrain.py",
     "test_smoke.py",
