@@ -214,7 +214,7 @@ def predict(
         if together:
             job = replace(job, together=_plan_learning(job, selected.cases, workspace))
         elif num_parts == 1:
-            _offer_learning(job, selected.cases)
+            _offer_learning(job, selected.cases, workspace)
         with atomic.lock_folder(masks, f"{part_id}-of-{num_parts}" if num_parts > 1 else ""):
             runner = _Runner(job, chosen, device == "auto", workers)
             return _run(job, selected.cases[part_id::num_parts], selected.problems if part_id == 0 else (), runner)
@@ -350,9 +350,10 @@ def _labelled_cases(job: PredictionJob, workspace: Workspace | None) -> list[Pre
     return found
 
 
-def _offer_learning(job: PredictionJob, cases: Sequence[Case]) -> None:
-    """Say that --together would learn from the annotated slices, where there are many."""
-    if job.prompts.simulated is None and sum(case.prompts.mask is not None for case in cases) >= MIN_OFFERED:
+def _offer_learning(job: PredictionJob, cases: Sequence[Case], workspace: Workspace | None) -> None:
+    """Say that --together would learn from the annotated slices, where there are many, and labelled volumes show where labels end."""
+    many = job.prompts.simulated is None and sum(case.prompts.mask is not None for case in cases) >= MIN_OFFERED
+    if many and _labelled_cases(job, workspace):
         console.say("these volumes can also learn from each other's annotated slices: add --together (a few minutes)")
 
 

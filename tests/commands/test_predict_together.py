@@ -118,18 +118,22 @@ def test_it_cannot_be_divided_into_parts(phantoms, tmp_path):
         run(phantoms, tmp_path / "masks", num_parts=2)
 
 
-def test_many_volumes_with_annotated_slices_are_offered_it_once(phantoms, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("labelled", [True, False])
+def test_many_volumes_with_annotated_slices_are_offered_it_where_there_are_labelled_ones(
+    fine_tuned, phantoms, tmp_path, capsys, monkeypatch, labelled
+):
+    folder = fine_tuned if labelled else phantoms
     monkeypatch.setattr(stage, "MIN_OFFERED", 4)
     prompts = tmp_path / "prompts"
     prompts.mkdir()
-    for path in (phantoms / "labelsTr").iterdir():
+    for path in (folder / "labelsTr").iterdir():
         whole = nibabel.load(path)
         one_slice = np.zeros(whole.shape, np.uint8)
         one_slice[..., 4] = np.asarray(whole.dataobj)[..., 4]
         nibabel.save(nibabel.Nifti1Image(one_slice, whole.affine, whole.header), prompts / path.name)
-    options = {"prompts": prompts, "device": "cpu", "report": False, "workspace": Workspace(phantoms / "slmsam2")}
-    predict(phantoms / "imagesTr", tmp_path / "masks", **options)
-    assert capsys.readouterr().err.count("add --together") == 1
+    options = {"prompts": prompts, "device": "cpu", "report": False, "workspace": Workspace(folder / "slmsam2")}
+    predict(folder / "imagesTr", tmp_path / "masks", **options)
+    assert capsys.readouterr().err.count("add --together") == labelled
 
 
 def test_without_labelled_volumes_nothing_is_added_where_propagation_finds_nothing(phantoms, copied, monkeypatch):
