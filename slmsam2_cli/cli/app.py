@@ -279,7 +279,7 @@ def predict(
     ] = False,
     together: Annotated[
         bool,
-        typer.Option("--together", help="First learn from the annotated slices of all volumes, 4 or more, after finetune. Takes minutes."),
+        typer.Option("--together", help="Learn from the annotated slices of all volumes (4 or more) first; use it after finetune."),
     ] = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html: which masks to check first.")] = True,
     workers: Annotated[

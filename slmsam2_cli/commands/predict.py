@@ -51,7 +51,7 @@ from slmsam2_cli.report.prediction_page import write_prediction_report
 from slmsam2_cli.training.annotated_slices import (
     HALVES,
     ROUNDS,
-    AnnotatedVolume,
+    TrainingVolume,
     Witnesses,
     cross_fitting,
     digest_of_learning,
@@ -379,7 +379,7 @@ def _learn(job: PredictionJob, together: Together, cases: Sequence[Case], runner
     return replace(together, label_unets=label_unets)
 
 
-def _read_slices(cases: Sequence[Case], runner: _Runner, title: str) -> dict[str, AnnotatedVolume]:
+def _read_slices(cases: Sequence[Case], runner: _Runner, title: str) -> dict[str, TrainingVolume]:
     """Read the slices to learn from. Cases that cannot be read are named and left out."""
     workers, jobs, limit = _share_out(runner, cases)
     with torch_threads(runner.threads), console.progress(f"reading slices, {title}", len(jobs)) as advance:
@@ -387,7 +387,7 @@ def _read_slices(cases: Sequence[Case], runner: _Runner, title: str) -> dict[str
     found = dict(zip(jobs, answers, strict=True))
     if failed := [case for case, one in found.items() if isinstance(one, CaseError)]:
         console.warn(f"not learned from, because they cannot be read: {', '.join(failed)}")
-    return {case: one for case, one in found.items() if isinstance(one, AnnotatedVolume)}
+    return {case: one for case, one in found.items() if isinstance(one, TrainingVolume)}
 
 
 def _predict_cases(job: PredictionJob, runner: _Runner, cases: Sequence[Case]) -> list[CaseError]:
@@ -507,7 +507,7 @@ class _Runner:
         job.records.save_mask(case.id, key, result.labels, result.image, metadata)
         return [*self.warnings, *(f"case {case.id}: {warning}" for warning in result.warnings)]
 
-    def read_slices(self, case: Case) -> AnnotatedVolume | None:
+    def read_slices(self, case: Case) -> TrainingVolume | None:
         """Read the slices of a case to learn from: the annotated ones, and after the first round also those that two witnesses agree on.
 
         Raises: CaseError when the case cannot be read.

@@ -21,7 +21,7 @@ from slmsam2_cli.model.slmsam2 import SliceOutput, with_mask
 
 MAX_LOGIT = 10.0  # logits are clamped to this before they are mixed
 MAX_WEIGHT = 0.5  # of the label prior; propagation has the rest
-MAX_LEARNED_WEIGHT = 0.3  # of that of a label U-Net that learned from annotated slices of other volumes
+MAX_LEARNED_WEIGHT = 0.3  # the same where the label U-Net learned from annotated slices of other volumes
 FULL_WEIGHT_DICE = 0.7  # Dice on the annotated slices from which on the label prior has its full weight
 MIN_AREA_FRACTION = 0.1  # of the annotated area that must be predicted for the structure to be present
 SCALES = (1.0, 0.87, 1.15)  # of the image at which the label U-Net predicts; the mean is better than one prediction

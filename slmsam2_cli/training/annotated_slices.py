@@ -5,9 +5,9 @@ volumes of one half (cross-fitting), and each is used on that half: so its Dice 
 start from the model's label U-Net where there is one, and half of their slices then come from the labelled volumes that it was trained on.
 
 In a second round they also learn from slices next to annotated ones, as far as propagation and the label U-Net agree; pixels on which
-they differ are ignored. Slices on which either finds nothing are never learned from: whole predicted masks would teach a network its own
-missed ends. Which slices are added to a volume was decided with a network that knows the other half. In this way, a little of a volume's
-annotation reaches its own network in the second round.
+they differ are ignored. Slices on which either finds nothing are never learned from: where propagation ends too soon, a network would learn
+to end there, too. Which slices are added to a volume was decided with a network that knows the other half. In this way, a little of a
+volume's annotation reaches its own network in the second round.
 
 Steps and rates were chosen on the cases named in docs/experiments/2026-11-29-annotated-slices.md.
 """
@@ -36,8 +36,7 @@ from slmsam2_cli.dataset.slices import View, make_frames
 from slmsam2_cli.device import torch_threads
 from slmsam2_cli.errors import TrainingError
 from slmsam2_cli.inference.label_prior import MAX_LOGIT, compute_label_priors
-from slmsam2_cli.inference.propagation import AnnotatedSlice as PromptedSlice
-from slmsam2_cli.inference.propagation import PropagationOptions, propagate_stack
+from slmsam2_cli.inference.propagation import AnnotatedSlice, PropagationOptions, propagate_stack
 from slmsam2_cli.inference.segment import PromptReader, annotated_slices_of
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.volume import read_image
@@ -72,11 +71,11 @@ Masks = NDArray[Any]  # bool
 
 
 @dataclass(frozen=True)
-class AnnotatedSlice:
-    """An annotated slice of a volume as the label U-Net reads it, as far as a crop of it may reach.
+class TrainingSlice:
+    """A slice of which some labels are known, as far as a crop of it may reach.
 
     slices (5, C, h, w) float16: the slice between its adjacent ones; target (h, w) int16: 0 none of the labels, 1 the first label, -1
-    ignored; known (K,): whether a label was annotated on the slice; corner: first row and column in the whole slice.
+    ignored; known (K,): whether it is known where a label is; corner: first row and column in the whole slice.
     """
 
     slices: NDArray[np.float16]
@@ -86,16 +85,16 @@ class AnnotatedSlice:
 
 
 @dataclass(frozen=True)
-class AnnotatedVolume:
-    """The annotated slices of a volume, and the crop in which the label U-Net sees them."""
+class TrainingVolume:
+    """The slices of a volume to learn from, and the crop in which the label U-Net sees them."""
 
-    slices: tuple[AnnotatedSlice, ...]
+    slices: tuple[TrainingSlice, ...]
     roi: RoiCrop
 
 
 def read_annotated(
     case: Case, root: Path, prompt_reader: PromptReader, plan: Plan, witnesses: Witnesses | None = None
-) -> AnnotatedVolume | None:
+) -> TrainingVolume | None:
     """Read the annotated slices of a case; None where no label is drawn on them.
 
     witnesses: where given, slices next to annotated ones are added on which both agree.
@@ -114,7 +113,7 @@ class Witnesses:
     model: SlmSam2
     label_unet: LabelUNet
 
-    def masks(self, frames: NDArray[Any], objects: Mapping[int, list[PromptedSlice]], plan: Plan) -> dict[int, tuple[Masks, Masks]]:
+    def masks(self, frames: NDArray[Any], objects: Mapping[int, list[AnnotatedSlice]], plan: Plan) -> dict[int, tuple[Masks, Masks]]:
         """Segment a stack (C, T, H, W): label -> the masks (T, H, W) bool of both."""
         (_, count, height, width), size = frames.shape, plan.geometry.storage_size
         found = propagate_stack(self.model, frames, objects, plan, PropagationOptions(use_label_prior=False))
@@ -151,7 +150,7 @@ class _Targets:
         self.known.setdefault(t, [False] * self.labels)[number - 1] = True
         return self.target.setdefault(t, np.zeros(self.shape, np.int16))
 
-    def slices(self, frames: NDArray[Any], ignored: Mapping[int, Masks], roi: RoiCrop) -> tuple[AnnotatedSlice, ...]:
+    def slices(self, frames: NDArray[Any], ignored: Mapping[int, Masks], roi: RoiCrop) -> tuple[TrainingSlice, ...]:
         """Cut the slices of which something is known out of a stack (C, T, H, W), as far as crops around `roi` may reach.
 
         ignored: pixels without annotation, by slice.
@@ -165,13 +164,13 @@ class _Targets:
             target[ignored.get(t, np.zeros(self.shape, bool))] = IGNORE_INDEX
             index = np.clip(np.arange(t - REACH, t + REACH + 1), 0, frames.shape[1] - 1)
             slices = np.ascontiguousarray(frames[(slice(None), index, *window)].swapaxes(0, 1).astype(np.float16))
-            found.append(AnnotatedSlice(slices, target[window].copy(), tuple(self.known[t]), (top, left)))
+            found.append(TrainingSlice(slices, target[window].copy(), tuple(self.known[t]), (top, left)))
         return tuple(found)
 
 
 def annotated_volume(
     frames: NDArray[Any], prompts: Prompts, view: View, plan: Plan, witnesses: Witnesses | None = None
-) -> AnnotatedVolume | None:
+) -> TrainingVolume | None:
     """Take the annotated slices out of a stack (C, T, H, W), and those on which two witnesses agree; None where no label is drawn."""
     values, size = tuple(plan.labels), plan.geometry.storage_size
     targets, ignored, drawn = _Targets(frames.shape[2:], len(values)), dict[int, Masks](), list[Tensor]()
@@ -192,7 +191,7 @@ def annotated_volume(
                 if t not in ignored:  # annotated, but not for all labels
                     targets.agree(t, 1 + values.index(value), propagated[t], predicted[t])
     roi = label_unet_roi(drawn, size)
-    return AnnotatedVolume(targets.slices(frames, ignored, roi), roi)
+    return TrainingVolume(targets.slices(frames, ignored, roi), roi)
 
 
 def agreed_slices(one: Masks, other: Masks, annotated: Sequence[int]) -> list[int]:
@@ -216,7 +215,7 @@ def _agree(one: Masks, other: Masks) -> bool:
 class AnnotatedSampler:
     """Draws annotated slices, the volumes being equally likely."""
 
-    def __init__(self, volumes: Sequence[AnnotatedVolume], values: Sequence[int], storage_size: int) -> None:
+    def __init__(self, volumes: Sequence[TrainingVolume], values: Sequence[int], storage_size: int) -> None:
         self.volumes, self.values, self.storage_size = volumes, tuple(values), storage_size
 
     @property
@@ -303,7 +302,7 @@ def halves_of(cases: Sequence[str]) -> dict[str, int]:
 
 
 def cross_fitting(
-    volumes: Mapping[str, AnnotatedVolume],
+    volumes: Mapping[str, TrainingVolume],
     halves: Mapping[str, int],
     plan: Plan,
     starts: Sequence[LabelUNet | None],

@@ -156,8 +156,8 @@ def _augment_intensity(slices: Tensor, rng: torch.Generator) -> Tensor:
 def label_unet_loss(logits: Tensor, target: Tensor, unknown: Tensor | None = None) -> Tensor:
     """Compute cross-entropy + soft Dice, averaged over labels; one number. logits (B, 1 + K, h, w); target (B, h, w): 0 to K, or -1.
 
-    unknown (B, K): labels that were not annotated on a slice. Where no other label is, they may be or not: their probability counts as
-    that of background.
+    unknown (B, K) bool: labels of which nothing is known on a slice. They may be wherever no known label is: there, their probability
+    counts as that of background.
     """
     if unknown is not None:
         hidden = F.pad(unknown, (1, 0))[:, :, None, None]  # (B, 1 + K, 1, 1), False for background

@@ -17,7 +17,7 @@ from slmsam2_cli.model.roi import RoiCrop
 from slmsam2_cli.training import annotated_slices
 from slmsam2_cli.training.annotated_slices import (
     AnnotatedSampler,
-    AnnotatedVolume,
+    TrainingVolume,
     _Targets,
     agreed_slices,
     annotated_volume,
@@ -239,5 +239,5 @@ def test_a_drawn_crop_never_reaches_beyond_what_is_kept_of_a_slice(row, column, 
     targets = _Targets((PX, PX), 1)
     targets.annotate(0, 1, np.ones((PX, PX), bool))
     (one,) = targets.slices(np.ones((1, 1, PX, PX), np.float32), {}, roi)
-    drawn = AnnotatedSampler([AnnotatedVolume((one,), roi)], (1,), PX).draw_one(np.random.default_rng(seed), 16)
+    drawn = AnnotatedSampler([TrainingVolume((one,), roi)], (1,), PX).draw_one(np.random.default_rng(seed), 16)
     assert (drawn[1] == 1).all() and torch.allclose(drawn[0], torch.ones(5, 16, 16), atol=1e-3)
