@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
 from torch import Tensor
 
 from slmsam2_cli.dataset.dataset_json import Case
@@ -280,7 +280,7 @@ def train_label_unet(job: TrainingJob, watch: Watch) -> bytes | None:
             optimiser.step()
             rates.step()
             advance(1)
-    return safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in label_unet.state_dict().items()})
+    return save({name: tensor.cpu().contiguous() for name, tensor in label_unet.state_dict().items()})
 
 
 def _draw(job: TrainingJob, rng: np.random.Generator, torch_rng: torch.Generator, px: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -338,7 +338,7 @@ def train_label_unets(jobs: Sequence[TrainingJob], title: str, stopped: Callable
             for name, job in named.items():
                 contents[name] = train_label_unet(job, Watch(stopped, lambda value: None))
     trained = [content for name in named if (content := contents.get(name)) is not None]
-    return tuple(label_unet_from(safetensors.torch.load(content)) for content in trained) if len(trained) == len(jobs) else None
+    return tuple(label_unet_from(load(content)) for content in trained) if len(trained) == len(jobs) else None
 
 
 def train_in_process(job: TrainingJob, watch: Watch) -> bytes | None:
@@ -353,19 +353,19 @@ def save_label_unets(path: Path, label_unets: Sequence[LabelUNet], key: str) -> 
     Raises: OutputError when the file cannot be written.
     """
     tensors = {f"{half}.{name}": tensor for half, one in enumerate(label_unets) for name, tensor in one.state_dict().items()}
-    atomic.write_bytes(path, safetensors.torch.save(tensors, {_KEY: key}))
+    atomic.write_bytes(path, save(tensors, {_KEY: key}))
 
 
 def load_label_unets(path: Path, key: str) -> tuple[LabelUNet, ...] | None:
     """Read the label U-Nets that were trained on what `key` says; None where the file is absent, damaged, or of another key."""
     try:
-        with safetensors.safe_open(path, "pt") as file:
+        with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get(_KEY) != key:
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
         parts = [{n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{half}.")} for half in range(HALVES)]
         return tuple(label_unet_from(part) for part in parts)
-    except (OSError, safetensors.SafetensorError, KeyError, IndexError, RuntimeError, TypeError, ValueError):
+    except (OSError, SafetensorError, KeyError, IndexError, RuntimeError, TypeError, ValueError):
         return None
 
 
