@@ -16,9 +16,10 @@ from pathlib import Path
 
 from slmsam2_cli.dataset.checks import check_pair, compare_geometry
 from slmsam2_cli.dataset.dataset_json import NAME, Case, Dataset, Entry, raise_dataset_error, read_description
-from slmsam2_cli.dataset.discovery import DiscoveredCases, list_images, list_labels, normalise_name, stem
+from slmsam2_cli.dataset.discovery import DiscoveredCases, choose_series, list_images, list_labels, normalise_name, stem
 from slmsam2_cli.errors import CaseError
-from slmsam2_cli.io.files import dicom_files, is_ignored_name
+from slmsam2_cli.io.dicom_files import is_dicom, slices_in
+from slmsam2_cli.io.files import is_ignored_name
 from slmsam2_cli.io.volume import ENDINGS, image_ending, relative
 
 __all__ = ["Case", "Dataset", "check_pair", "compare_geometry", "find_label", "read_dataset", "read_image_folder"]
@@ -162,19 +163,21 @@ def _test_cases(entries: Sequence[Entry] | None, root: Path, warnings: list[str]
     return [Case(case, images, find_label(root / "labelsTs", case)) for case, images in pairs]
 
 
-def read_image_folder(folder: Path) -> tuple[tuple[Case, ...], tuple[CaseError, ...]]:
+def read_image_folder(folder: Path, series: str | None = None) -> tuple[tuple[Case, ...], tuple[CaseError, ...]]:
     """Return the volumes in a folder as cases without label, and the problems of file names that cannot be used.
 
-    Channels are grouped; a DICOM series is one case. `folder` may also be a single volume.
+    Channels are grouped; a folder with DICOM files in it or below it is one case, series: as in list_images. `folder` may also be a
+    single volume.
 
     Raises: DatasetError when `folder` is neither a readable folder nor a volume.
     """
-    if folder.is_file() and image_ending(folder):
+    if folder.is_file() and (image_ending(folder) or is_dicom(folder)):
         return (Case(stem(folder).removesuffix("_0000"), (folder,), None),), ()
-    found = list_images(folder, folder)
-    slices = dicom_files(folder)
+    found = list_images(folder, folder, series)
+    slices = slices_in(folder)
     if slices and not found.cases and not found.problems:
-        return (Case(folder.resolve().name, (folder,), None),), ()
+        found = choose_series({folder.resolve().name: folder}, series)
+        return tuple(Case(case, paths, None) for case, paths in found.cases.items()), tuple(found.problems)
     if slices:
         what = f"{len(slices)} DICOM slices in one folder with other volumes"
         found.problems.append(CaseError(stem(slices[0]), slices[0].name, what, "Move the series into a folder of its own"))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from slmsam2_cli.errors import CaseError, DatasetError
-from slmsam2_cli.io.files import dicom_files, error_reason, is_ignored_name
+from slmsam2_cli.io.dicom_files import holds_dicom, series_path
+from slmsam2_cli.io.files import InputError, error_reason, is_ignored_name
 from slmsam2_cli.io.volume import image_ending
 
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})\Z", re.DOTALL)
@@ -38,15 +40,19 @@ def stem(path: Path) -> str:
     return path.name[: -len(ending)] if ending else path.name
 
 
-def list_images(folder: Path, root: Path) -> DiscoveredCases:
-    """List the images in a folder: files grouped by case, one per channel, and DICOM series in subfolders.
+def list_images(folder: Path, root: Path, series: str | None = None) -> DiscoveredCases:
+    """List the images in a folder: files grouped by case, one per channel, and DICOM series in subfolders. series: as in choose_series.
 
     Raises: DatasetError when the folder cannot be read.
     """
     found = DiscoveredCases()
     groups: dict[str, dict[int, list[Path]]] = {}
+    folders: dict[str, Path] = {}
     for path in _entries(folder, root, found.problems):
-        match = _CHANNEL.match(stem(path)) if image_ending(path) else None
+        if image_ending(path) is None:
+            folders[path.name] = path
+            continue
+        match = _CHANNEL.match(stem(path))
         case, channel = (match["case"], int(match["channel"])) if match else (stem(path), -1)
         groups.setdefault(case, {}).setdefault(channel, []).append(path)
     for case, channels in groups.items():
@@ -55,10 +61,41 @@ def list_images(folder: Path, root: Path) -> DiscoveredCases:
             paths = [path for channel in sorted(channels) for path in channels[channel]]
             _add(found, case, paths, root, expected=0 if -1 in channels and numbered else len(channels))
             continue
-        for channel, paths in channels.items():
-            _add(found, case if channel < 0 else f"{case}_{channel:04d}", paths, root, expected=1)
+        for channel, files in channels.items():
+            _add(found, case if channel < 0 else f"{case}_{channel:04d}", files, root, expected=1)
+    chosen = choose_series(folders, series)
+    for case, (path,) in chosen.cases.items():
+        _add(found, case, [*found.cases.pop(case, ()), path], root, expected=1)
+    found.problems += chosen.problems
     _reject_duplicates(found, root)
     found.cases = dict(sorted(found.cases.items()))
+    return found
+
+
+def choose_series(folders: Mapping[str, Path], series: str | None) -> DiscoveredCases:
+    """Make the cases of DICOM folders, by name. series: the number of the series to read where a folder holds several; "all": every one.
+
+    With "all", the series of a folder that holds several are the cases NAME#SERIES. None: a folder of several is refused when it is read.
+    """
+    found = DiscoveredCases()
+    for name, folder in folders.items():
+        if series is None:
+            found.cases[name] = (folder,)
+            continue
+        from slmsam2_cli.io.dicom import ALL_SERIES, list_series  # pydicom is slow to import
+
+        try:
+            names = [one.name for one in list_series(folder)]
+        except (InputError, OSError) as error:
+            what, remedy = (error.what, error.remedy) if isinstance(error, InputError) else (error_reason(error), "Check the folder")
+            found.problems.append(CaseError(normalise_name(name), folder.name, what, remedy))
+            continue
+        if len(names) == 1:
+            found.cases[name] = (folder,)
+        elif series == ALL_SERIES:
+            found.cases |= {f"{name}#{one}": (series_path(folder, one),) for one in names}
+        else:
+            found.cases[name] = (series_path(folder, series),)
     return found
 
 
@@ -91,7 +128,7 @@ def _entries(folder: Path, root: Path, problems: list[CaseError]) -> list[Path]:
         raise DatasetError(f"{_shown(folder, root)}: cannot be read: {error_reason(error)}") from None
     usable: list[Path] = []
     for path in entries:
-        if image_ending(path) is None and not (path.is_dir() and dicom_files(path)):
+        if image_ending(path) is None and not (path.is_dir() and holds_dicom(path)):
             continue
         if not any("\ud800" <= character <= "\udfff" for character in path.name):  # bytes that are not UTF-8 become surrogates
             usable.append(path)

@@ -11,6 +11,7 @@ from pathlib import Path
 from slmsam2_cli.dataset.dataset_json import Case
 from slmsam2_cli.io.files import InputError, open_regular
 from slmsam2_cli.io.gzip_stream import GZIP_MAGIC, DeflateStream, PlainStream, read_exactly
+from slmsam2_cli.io.volume import volume_files
 
 ASSUMED_COMPRESSION = 4  # size in memory divided by size on disk, for files whose header is not understood
 DEFAULT_FREE_BYTES = 1 << 32  # where the system does not report its memory
@@ -66,8 +67,8 @@ def free_bytes() -> int:
 def _size(path: Path) -> int:
     """Return the size in bytes of a file, or of all files in a DICOM folder; 0 when it cannot be read."""
     try:
-        return sum(entry.stat().st_size for entry in os.scandir(path)) if path.is_dir() else path.stat().st_size
-    except (OSError, ValueError):
+        return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else volume_files(path)) if file.is_file())
+    except (InputError, OSError, ValueError):
         return 0
 
 

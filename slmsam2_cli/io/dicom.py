@@ -1,133 +1,411 @@
-"""Find the DICOM files of a folder and read them as one volume through SimpleITK. Only geometry tags are read; no tag is copied.
+"""Read one DICOM series as a volume, through pydicom and its decoders. No text of a header is copied into anything or printed.
 
-Files are recognised by the "DICM" magic bytes. A folder must hold one series of evenly spaced slices on one grid.
-Masks of a series are written as .nii.gz.
+Every slice is placed by its position and scaled by its own slope, intercept or table, also inside a multi-frame file. What cannot be
+placed on one regular grid is refused: missing or doubled positions, gantry tilt, several series, mosaics. Objects that hold no image,
+such as reports, are left out with a warning. Masks of a series are written as .nii.gz.
 """
 
 from __future__ import annotations
 
+import logging
+import warnings as python_warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK
+import pydicom
 from numpy.typing import NDArray
+from pydicom import config, uid
+from pydicom.dataset import Dataset
+from pydicom.pixels.processing import apply_modality_lut
 
-from slmsam2_cli.io.files import InputError, dicom_files, is_ignored_name
-from slmsam2_cli.io.image import DIRECTION_TOLERANCE, SHEAR_TOLERANCE, DecodedVolume, Source, check_size
-from slmsam2_cli.io.itk import decode, from_image
+from slmsam2_cli.io.dicom_files import dicom_files, misnamed_files, split_series
+from slmsam2_cli.io.files import InputError
+from slmsam2_cli.io.image import DIRECTION_TOLERANCE, SHEAR_TOLERANCE, DecodedVolume, Grid, Source, Uncertainty, check_size, check_spacing
 
-sitk: Any = SimpleITK  # untyped
 SERIES = "DICOM series"
+ALL_SERIES = "all"
 _UNEVEN_ERROR, _UNEVEN_WARNING = 0.05, 1e-3  # of the distance between slices
-_UID, _BITS = "0020|000e", "0028|0100"
-_SYNTAX, _UNCOMPRESSED = "0002|0010", ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 _EXPORT = "Export the series again from its source"
+_NO_IMAGE = {  # hold pixels, but of other images' regions or doses
+    uid.SegmentationStorage,
+    uid.RTDoseStorage,
+    uid.SurfaceSegmentationStorage,
+    "1.2.840.10008.5.1.4.1.1.66.7",  # label map segmentation
+}
+_SAME_MM = 1e-4
+_MAX_LENGTH_ERROR = 1e-2
+_FLOAT32_BITS = 24  # whole numbers of so many bits are exact in float32
+_TABLE_RANGE = 0, 65535
 
 
 @dataclass(frozen=True, eq=False)
-class _Slice:
-    path: Path
-    series: str
-    size: tuple[int, int, int]
-    channels: int
-    spacing: NDArray[np.float64]
-    direction: NDArray[np.float64]
-    origin: NDArray[np.float64]
+class _Scale:
+    """How stored numbers become values: stored * slope + intercept; table: the header holds a lookup table instead."""
 
-    def same_plane(self, other: _Slice) -> bool:
-        """Return whether both slices share size, spacing and direction."""
-        return (
-            (self.size, self.channels) == (other.size, other.channels)
-            and np.allclose(self.spacing[:2], other.spacing[:2], rtol=1e-3)
-            and float(np.max(np.abs(self.direction - other.direction))) <= DIRECTION_TOLERANCE
-        )
+    slope: float = 1.0
+    intercept: float = 0.0
+    table: bool = False
+
+    def is_whole(self) -> bool:
+        return self.slope == int(self.slope) and self.intercept == int(self.intercept)
 
 
-def read_dicom(folder: Path, max_voxels: int) -> DecodedVolume:
-    """Read the series in a folder.
+@dataclass(frozen=True, eq=False)
+class _Frame:
+    """One picture of a series: its place in a file, its geometry in LPS mm, and the scale of its numbers.
 
-    Raises: InputError when the folder does not hold exactly one complete series on one grid.
+    size: (rows, columns, colours). across: unit vectors (2, 3) along a row and down a column; position: of the first pixel (3,); None
+    where the header has none. spacing: mm between columns and between rows; height: mm to the next slice, as declared.
+    low, high: the stored numbers that its bits can hold.
     """
+
+    path: Path
+    index: int
+    size: tuple[int, int, int]
+    position: NDArray[np.float64] | None
+    across: NDArray[np.float64] | None
+    spacing: tuple[float, float] | None
+    height: float | None
+    scale: _Scale
+    low: int
+    high: int
+    is_float: bool
+
+    def is_placed(self) -> bool:
+        """Return whether the header states where the frame lies in the patient."""
+        return self.position is not None and self.across is not None and self.spacing is not None
+
+    def same_plane(self, other: _Frame) -> bool:
+        """Return whether both have the same size, spacing and direction."""
+        if self.size != other.size or (self.across is None) != (other.across is None) or (self.spacing is None) != (other.spacing is None):
+            return False
+        if self.spacing is not None and other.spacing is not None and not np.allclose(self.spacing, other.spacing, rtol=1e-3):
+            return False
+        if self.across is None or other.across is None:
+            return True
+        return float(np.max(np.abs(self.across - other.across))) <= DIRECTION_TOLERANCE
+
+
+@dataclass(frozen=True)
+class Series:
+    """One series of a folder: the name by which it is chosen, its modality, and its files in order of their paths."""
+
+    name: str
+    modality: str
+    files: tuple[Path, ...]
+
+
+def read_dicom(path: Path, max_voxels: int) -> DecodedVolume:
+    """Read the series of a folder; of several, the one that the path names (FOLDER/#NAME).
+
+    Raises: InputError when there is not exactly one complete series on one regular grid, or a file is damaged.
+    """
+    folder, wanted = split_series(path)
+    series, warnings = _find_series(folder)
+    chosen = _choose(series, wanted)
+    frames = [frame for file in chosen.files for frame in _frames(file)]
+    _check_frames(frames, len(chosen.files))
+    check_size((frames[0].size[1], frames[0].size[0], len(frames)), frames[0].size[2], max_voxels)
+    ordered, grid, found, uncertain = _arrange(frames)
+    voxels = _decode(ordered)
+    return DecodedVolume(voxels, grid, Source(SERIES, ".nii.gz", uncertain=uncertain), (*warnings, *found))
+
+
+def list_series(folder: Path) -> tuple[Series, ...]:
+    """List the series of images below a folder, by name.
+
+    Raises: InputError when a file is damaged.
+    """
+    return _find_series(folder)[0]
+
+
+def series_files(path: Path) -> tuple[Path, ...]:
+    """List the DICOM files of a folder, or of the series that a path names.
+
+    Raises: InputError when a file is damaged or there is no such series.
+    """
+    folder, wanted = split_series(path)
+    return tuple(dicom_files(folder)) if wanted is None else _choose(list_series(folder), wanted).files
+
+
+def _find_series(folder: Path) -> tuple[tuple[Series, ...], list[str]]:
+    """Group the images below a folder by series; warnings name what is left out."""
     files = dicom_files(folder)
     if not files:
         raise InputError("a directory without DICOM slices, not a file", "Put the image file itself here")
-    damaged = [path.name for path in folder.glob("*.[dD][cC][mM]") if not is_ignored_name(path.name) and path not in files]
-    if damaged:
-        raise InputError(f"{len(damaged)} .dcm files are not DICOM, the first is {damaged[0]}", _EXPORT)
-    slices = [_information(path) for path in files]
-    _check_series(slices)
-    check_size((*slices[0].size[:2], sum(one.size[2] for one in slices)), slices[0].channels, max_voxels)
-    if len(slices) == 1:
-        image, warnings = decode(slices[0].path), list[str]()
-    else:
-        slices, warnings = _in_order(slices)
-        image = _read(slices)
-    voxels, grid = from_image(image)
-    return DecodedVolume(voxels, grid, Source(SERIES, ".nii.gz"), tuple(warnings))
+    if misnamed := misnamed_files(folder):
+        raise InputError(f"{len(misnamed)} .dcm files are not DICOM, the first is {misnamed[0].name}", _EXPORT)
+    groups: dict[str, list[tuple[Path, str, str]]] = {}
+    without: list[Path] = []
+    for file in files:
+        with _own_errors(file):
+            header = _read(file, ["SOPClassUID", "SeriesInstanceUID", "SeriesNumber", "Modality", "Rows", "Columns"])
+            if not _holds_image(header, file):
+                without.append(file)
+                continue
+            number = _text(header, "SeriesNumber")
+            groups.setdefault(_text(header, "SeriesInstanceUID"), []).append((file, number, _text(header, "Modality")))
+    if not groups:
+        kind = _kind_name(_kind_of(_read(without[0], ["SOPClassUID"])))
+        raise InputError(f"DICOM without an image: {without[0].name} ({kind})", "Put the images themselves here")
+    warnings = []
+    if without:
+        kind = _kind_name(_kind_of(_read(without[0], ["SOPClassUID"])))
+        more = f" and {len(without) - 1} more DICOM files" if len(without) > 1 else ""
+        warnings.append(f"left out, because they hold no image: {without[0].name} ({kind}){more}")
+    return _named([groups[key] for key in sorted(groups)]), warnings
 
 
-def _information(path: Path) -> _Slice:
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # it would print tags
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except (RuntimeError, UnicodeError):
-        raise InputError(f"{path.name} is a corrupt DICOM file", _EXPORT) from None
-    size = (*reader.GetSize(), 1)[:3]
-    _check_length(reader, path, int(np.prod(size)) * reader.GetNumberOfComponents())
-    direction = np.array(reader.GetDirection()).reshape(reader.GetDimension(), -1)[:3, :3]
-    return _Slice(
-        path,
-        _tag(reader, _UID),
-        size,
-        reader.GetNumberOfComponents(),
-        np.array(reader.GetSpacing()[:3]),
-        direction,
-        np.array(reader.GetOrigin()[:3]),
-    )
+def _holds_image(header: Dataset, path: Path) -> bool:
+    """Return whether a header is that of an image, and not of a report, a plan, a dose or regions in other images.
 
-
-def _tag(reader: Any, key: str) -> str:
-    return str(reader.GetMetaData(key)).strip().strip("\0") if reader.HasMetaDataKey(key) else ""
-
-
-def _check_length(reader: Any, path: Path, values: int) -> None:
-    """Reject a truncated slice, which GDCM may fill with zeros."""
-    bits = _tag(reader, _BITS)
-    if _tag(reader, _SYNTAX) in ("", *_UNCOMPRESSED) and bits.isdigit() and path.stat().st_size < values * int(bits) // 8:
-        raise InputError(f"{path.name} is truncated: its header declares {values * int(bits) // 8} bytes of pixels", _EXPORT)
-
-
-def _check_series(slices: list[_Slice]) -> None:
-    series = {one.series for one in slices}
-    if len(series) > 1:
-        raise InputError(f"{len(series)} DICOM series in one folder", "Put each series into a folder of its own")
-    first = slices[0]
-    odd = next((one for one in slices if not one.same_plane(first)), None)
-    if odd is not None:
-        raise InputError(
-            f"{odd.path.name} and {first.path.name} differ in size, spacing or direction", "Remove what is not part of the volume"
-        )
-    if len(slices) > 1 and first.size[2] > 1:
-        raise InputError("several multi-frame DICOM files in one folder", "Put each into a folder of its own")
-
-
-def _in_order(slices: list[_Slice]) -> tuple[list[_Slice], list[str]]:
-    """Sort slices along their normal; reject missing and duplicate ones, and return a warning when the spacing is uneven.
-
-    Gantry tilt is rejected too, because SimpleITK would ignore the shear silently.
+    Raises: InputError when it says neither, or an image has no size: the file was cut short.
     """
-    normal = slices[0].direction[:, 2]
-    ordered = sorted(slices, key=lambda one: (float(one.origin @ normal), one.path.name))
-    gaps = np.diff([float(one.origin @ normal) for one in ordered])
+    kind, has_size = _kind_of(header), header.get("Rows") is not None and header.get("Columns") is not None
+    if kind in _NO_IMAGE:
+        return False
+    if not has_size and (not kind or "Image" in _kind_name(kind)):
+        raise InputError(f"{path.name} holds no pixels, or is truncated", _EXPORT)
+    return has_size
+
+
+def _kind_of(header: Dataset) -> str:
+    """Return the unique identifier of the kind of object; empty where the file does not say it."""
+    return str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
+
+
+def _kind_name(kind: str) -> str:
+    """Name a kind of object by the standard's table."""
+    name = uid.UID(kind).name
+    return "private kind" if name == kind else name.removesuffix(" Storage")
+
+
+def _named(groups: list[list[tuple[Path, str, str]]]) -> tuple[Series, ...]:
+    """Name series by their number, and those that share one, or have none, by number-1, number-2, ..."""
+    numbers = [next((number for _, number, _ in group if number.isdigit()), "0") for group in groups]
+    found = []
+    for place, (group, number) in enumerate(zip(groups, numbers, strict=True)):
+        name = number if numbers.count(number) == 1 else f"{number}-{numbers[: place + 1].count(number)}"
+        found.append(Series(name, group[0][2] or "unknown", tuple(file for file, _, _ in group)))
+    return tuple(sorted(found, key=lambda one: [int(part) for part in one.name.split("-")]))
+
+
+def _choose(series: Sequence[Series], wanted: str | None) -> Series:
+    if wanted is None and len(series) == 1:
+        return series[0]
+    for one in series:
+        if one.name == wanted:
+            return one
+    listed = ", ".join(f"{one.name} ({one.modality}, {len(one.files)} files)" for one in series)
+    what = f"{len(series)} DICOM series in one folder: {listed}" if wanted is None else f"no DICOM series {wanted}; there are {listed}"
+    raise InputError(what, "Choose with --series NUMBER, or --series all; or put each series into a folder of its own")
+
+
+@contextmanager
+def _own_errors(path: Path) -> Iterator[None]:
+    """Replace the errors of pydicom, whose messages may quote a header, and silence its warnings, which do, too."""
+    logger = logging.getLogger("pydicom")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with config.disable_value_validation(), python_warnings.catch_warnings():
+            python_warnings.simplefilter("ignore")
+            yield
+    except (InputError, OSError, MemoryError):
+        raise
+    except Exception:  # noqa: BLE001 - pydicom raises errors of every kind for damaged files
+        raise InputError(f"{path.name} is a corrupt DICOM file", _EXPORT) from None
+    finally:
+        logger.setLevel(level)
+
+
+def _read(path: Path, tags: list[str] | None = None) -> Dataset:
+    """Read a file; tags: read these fields of its header alone."""
+    return _with_syntax(pydicom.dcmread(path, force=True, stop_before_pixels=tags is not None, specific_tags=tags))
+
+
+def _with_syntax(header: Dataset) -> Dataset:
+    """State the transfer syntax in which a file without file information was read."""
+    if not hasattr(header, "file_meta"):
+        header.file_meta = pydicom.dataset.FileMetaDataset()
+    if "TransferSyntaxUID" not in header.file_meta:
+        implicit, little = header.original_encoding
+        explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+        header.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
+    return header
+
+
+def _text(header: Any, name: str) -> str:
+    value = header.get(name)
+    return "" if value is None else str(value).strip().strip("\0")
+
+
+def _numbers(header: Any, name: str, count: int) -> NDArray[np.float64] | None:
+    """Return the numbers of a header field; None where it is absent or empty.
+
+    Raises: InputError when it holds anything else than `count` finite numbers.
+    """
+    value = header.get(name) if header is not None else None
+    if value is None or value == "":
+        return None
+    try:
+        numbers = np.array([float(one) for one in (value if isinstance(value, Sequence) and not isinstance(value, str) else [value])])
+    except (TypeError, ValueError):
+        numbers = np.array([])
+    if numbers.shape != (count,) or not np.all(np.isfinite(numbers)):
+        raise InputError(f"a DICOM header whose {name} is not {count} finite number{'s' * (count > 1)}", _EXPORT)
+    return numbers
+
+
+_HEADER = [
+    *("SOPClassUID", "SOPInstanceUID", "ImageType", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns"),
+    *("PixelSpacing", "ImagerPixelSpacing", "SpacingBetweenSlices", "SliceThickness"),
+    *("ImagePositionPatient", "ImageOrientationPatient", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
+    *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence"),
+    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
+]
+
+
+def _frames(path: Path) -> list[_Frame]:
+    """Read the header of a file: one frame, or as many as it has.
+
+    Raises: InputError when the file is damaged, cut short, or not an image of numbers.
+    """
+    with _own_errors(path):
+        header = _read(path, _HEADER)
+        count, colours = int(header.get("NumberOfFrames") or 1), int(header.get("SamplesPerPixel") or 1)
+        size = int(header.Rows), int(header.Columns), colours
+        check_size((size[1], size[0], count), colours, 1 << 62)
+        _check_kind(header, path)
+        _check_length(header, path, count * size[0] * size[1] * colours)
+        shared = _first(header, "SharedFunctionalGroupsSequence")
+        groups = header.get("PerFrameFunctionalGroupsSequence") or []
+        if groups and len(groups) != count:
+            raise InputError(f"{path.name} declares {count} frames and describes {len(groups)}", _EXPORT)
+        stored = int(header.get("BitsStored") or 0)
+        low, high = (-(1 << stored - 1), (1 << stored - 1) - 1) if stored and header.get("PixelRepresentation") else (0, (1 << stored) - 1)
+        frames = []
+        for index in range(count):
+            places = [groups[index]] if groups else []
+            places += [place for place in (shared, header if count == 1 or groups else None) if place is not None]
+            scale = _scale([*places, header])
+            limits = _TABLE_RANGE if scale.table else (low, high)
+            frames.append(_Frame(path, index, size, *_geometry(places, header), scale, *limits, not stored))
+        return frames
+
+
+def _check_kind(header: Dataset, path: Path) -> None:
+    """Reject pictures whose numbers are no values of voxels in place."""
+    if "MOSAIC" in [str(word).upper() for word in header.get("ImageType") or []]:
+        raise InputError(f"{path.name} is a mosaic: its slices are tiles of one picture", "Convert the series with dcm2niix")
+    if header.get("PhotometricInterpretation") == "PALETTE COLOR":
+        raise InputError(f"{path.name} is a palette picture: its numbers are places in a table of colours", "Export it in grey values")
+    if header.get("BitsStored") and header.get("HighBit") is not None and int(header.HighBit) != int(header.BitsStored) - 1:
+        raise InputError(f"{path.name} stores its numbers from another bit than the lowest", _EXPORT)
+
+
+def _check_length(header: Dataset, path: Path, values: int) -> None:
+    """Reject a file too short for the numbers that it declares, before memory is taken for them."""
+    if header.file_meta.TransferSyntaxUID in (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian):
+        declared = values * int(header.get("BitsAllocated") or 0) // 8
+        if header.get("PhotometricInterpretation") == "YBR_FULL_422":
+            declared = declared * 2 // 3
+        if path.stat().st_size < declared:
+            raise InputError(f"{path.name} is truncated: its header declares {declared} bytes of pixels", _EXPORT)
+
+
+def _first(header: Any, name: str) -> Any:
+    """Return the first item of a sequence, None where it is absent or empty."""
+    items = header.get(name)
+    return items[0] if items else None
+
+
+def _scale(places: Sequence[Any]) -> _Scale:
+    """Return the scale that the first place states: a frame's own, that of all frames, or the file's. The last place is the file."""
+    for place in [*(_first(place, "PixelValueTransformationSequence") for place in places), places[-1]]:
+        if place is not None and (slope := _numbers(place, "RescaleSlope", 1)) is not None:
+            if slope[0] == 0:
+                raise InputError("a DICOM header whose RescaleSlope is 0", _EXPORT)
+            intercept = _numbers(place, "RescaleIntercept", 1)
+            return _Scale(float(slope[0]), 0.0 if intercept is None else float(intercept[0]))
+    return _Scale(table=_first(places[-1], "ModalityLUTSequence") is not None)
+
+
+def _geometry(
+    places: Sequence[Any], header: Dataset
+) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None, tuple[float, float] | None, float | None]:
+    """Return position, directions, spacing and height of a frame, as in _Frame. places: as in _scale."""
+
+    def field(sequence: str, name: str, count: int) -> NDArray[np.float64] | None:
+        for place in places:
+            for owner in (_first(place, sequence), place):
+                if owner is not None and (found := _numbers(owner, name, count)) is not None:
+                    return found
+        return None
+
+    position = field("PlanePositionSequence", "ImagePositionPatient", 3)
+    directions = field("PlaneOrientationSequence", "ImageOrientationPatient", 6)
+    across = None if directions is None else directions.reshape(2, 3)
+    if across is not None:
+        lengths = np.linalg.norm(across, axis=1, keepdims=True)
+        if np.any(np.abs(lengths - 1) > _MAX_LENGTH_ERROR) or abs(float(across[0] @ across[1])) > SHEAR_TOLERANCE:
+            raise InputError("a DICOM header whose ImageOrientationPatient is not two unit vectors at a right angle", _EXPORT)
+        across = across / lengths
+    spacing = field("PixelMeasuresSequence", "PixelSpacing", 2)
+    spacing = field("PixelMeasuresSequence", "ImagerPixelSpacing", 2) if spacing is None else spacing  # of an X-ray, on its detector
+    if spacing is not None:
+        check_spacing((float(spacing[1]), float(spacing[0])))
+    heights = [field("PixelMeasuresSequence", name, 1) for name in ("SpacingBetweenSlices", "SliceThickness")]
+    height = next((abs(float(one[0])) for one in heights if one is not None and one[0]), None)
+    return position, across, None if spacing is None else (float(spacing[1]), float(spacing[0])), height
+
+
+def _check_frames(frames: list[_Frame], files: int) -> None:
+    """Check that frames belong to one volume."""
+    first = frames[0]
+    odd = next((one for one in frames if not one.same_plane(first)), None)
+    if odd is not None:
+        what = f"{_name(odd, frames)} and {_name(first, frames)} differ in size, spacing or direction"
+        raise InputError(what, "Remove what is not part of the volume")
+    if 1 < files < len(frames):
+        raise InputError("several multi-frame DICOM files in one series", "Put each into a folder of its own")
+    if len(frames) > 1 and (unplaced := [one for one in frames if not one.is_placed()]):
+        what = (
+            f"{_name(unplaced[0], frames)} states no position, direction or pixel spacing, so its {len(frames)} pictures cannot be stacked"
+        )
+        raise InputError(what, "Convert them to a volume with known geometry (NIfTI, NRRD)")
+
+
+def _name(frame: _Frame, frames: Sequence[_Frame]) -> str:
+    """Name a frame in messages: its file, and its number where the file has several."""
+    return f"frame {frame.index + 1} of {frame.path.name}" if sum(one.path == frame.path for one in frames) > 1 else frame.path.name
+
+
+def _arrange(frames: list[_Frame]) -> tuple[list[_Frame], Grid, list[str], frozenset[Uncertainty]]:
+    """Sort frames along their normal and make their grid.
+
+    Raises: InputError for missing and doubled positions, and for gantry tilt, which a grid cannot hold.
+    """
+    first = frames[0]
+    if len(frames) == 1:
+        return frames, *_single(first)
+    across = _known(first.across)
+    normal = np.cross(*across)
+    ordered = sorted(frames, key=lambda one: (float(_known(one.position) @ normal), one.path.name, one.index))
+    positions = np.array([_known(one.position) for one in ordered])
+    heights = positions @ normal
+    gaps = np.diff(heights)
     usual = float(np.median(gaps))
-    if usual <= 0 or float(np.min(gaps)) <= 0:
-        raise InputError("two DICOM slices at the same position", "Remove the slices that do not belong to the volume")
-    way = ordered[-1].origin - ordered[0].origin
-    height = float(way @ normal)
+    if usual <= _SAME_MM or float(np.min(gaps)) <= _SAME_MM:
+        place = int(np.argmin(gaps))
+        what = f"two DICOM slices at the same position: {_name(ordered[place], frames)} and {_name(ordered[place + 1], frames)}"
+        raise InputError(what, "Remove the slices that do not belong to the volume; for echoes or time points, export each by itself")
+    way = positions[-1] - positions[0]
+    height = float(heights[-1] - heights[0])
     slant = float(np.linalg.norm(way - height * normal)) / height
     if slant > SHEAR_TOLERANCE:
         what = f"the DICOM slices are stacked at a slant (gantry tilt) of {np.degrees(np.arctan(slant)):.2g} degrees: sheared"
@@ -136,14 +414,113 @@ def _in_order(slices: list[_Slice]) -> tuple[list[_Slice], list[str]]:
     if worst > _UNEVEN_ERROR * usual:
         what = f"the DICOM slices are not evenly spaced: {usual:.3g} mm apart, but once {usual + worst:.3g} or less; slices are missing"
         raise InputError(what, _EXPORT)
-    uneven = f"the DICOM slices are unevenly spaced by up to {worst:.2g} mm"
-    return ordered, [uneven] if worst > _UNEVEN_WARNING * usual else []
+    aside = positions - positions[0] - np.outer(heights - heights[0], normal)
+    if (shift := float(np.max(np.abs(aside)))) > _UNEVEN_ERROR * usual:
+        raise InputError(f"the DICOM slices are shifted sideways by up to {shift:.3g} mm", "Resample the series to a rectangular grid")
+    x, y = _known_spacing(first)
+    grid = _grid(first, len(frames), positions[0], across, (x, y, height / (len(frames) - 1)))
+    warnings = [f"the DICOM slices are unevenly spaced by up to {worst:.2g} mm"] if worst > _UNEVEN_WARNING * usual else []
+    return ordered, grid, warnings, frozenset()
 
 
-def _read(slices: list[_Slice]) -> Any:
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames([str(one.path) for one in slices])
+def _single(frame: _Frame) -> tuple[Grid, list[str], frozenset[Uncertainty]]:
+    """Make the grid of one slice; what its header does not state is assumed, with a warning."""
+    warnings, uncertain = list[str](), set[Uncertainty]()
+    if frame.spacing is None:
+        warnings.append("the DICOM header states no pixel spacing: pixels count as 1 mm")
+        uncertain.add("spacing")
+    if frame.position is None or frame.across is None:
+        warnings.append("the DICOM header states no position in the patient: the orientation is unknown")
+        uncertain.add("orientation")
+    position = np.zeros(3) if frame.position is None else frame.position
+    across = np.eye(3)[:2] if frame.across is None else frame.across
+    spacing = (*(frame.spacing or (1.0, 1.0)), frame.height or 1.0)
+    return _grid(frame, 1, position, across, spacing), warnings, frozenset(uncertain)
+
+
+def _grid(frame: _Frame, count: int, origin: NDArray[np.float64], across: NDArray[np.float64], spacing: tuple[float, float, float]) -> Grid:
+    """Make the grid of `count` slices like a frame; origin: of the lowest, LPS mm; spacing: (x, y, z) mm."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.column_stack([*across, np.cross(*across)]) * spacing
+    affine[:3, 3] = origin
+    return Grid.from_affine((count, *frame.size[:2]), affine)
+
+
+def _known(value: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    assert value is not None
+    return value
+
+
+def _known_spacing(frame: _Frame) -> tuple[float, float]:
+    assert frame.spacing is not None
+    return frame.spacing
+
+
+def _decode(frames: Sequence[_Frame]) -> NDArray[Any]:
+    """Decode frames into voxels (C, Z, Y, X), in their order, each with its own scale; one file is in memory at a time."""
+    rows, columns, colours = frames[0].size
+    voxels = np.empty((colours, len(frames), rows, columns), _type_for(frames))
+    places: dict[Path, list[tuple[int, _Frame]]] = {}
+    for place, frame in enumerate(frames):
+        places.setdefault(frame.path, []).append((place, frame))
+    for path, wanted in places.items():
+        with _own_errors(path):
+            file = _read(path)
+            pixels = _pixels(file, path).reshape(-1, rows, columns, colours)
+            for place, frame in wanted:
+                values = _scaled(pixels[frame.index], frame.scale, file)
+                voxels[:, place] = np.moveaxis(values, -1, 0)
+    return _narrowed(voxels)
+
+
+def _pixels(file: Dataset, path: Path) -> NDArray[Any]:
+    """Decode the stored numbers of a file, those of colours as RGB; bits above the stored ones are ignored.
+
+    Raises: InputError when there are none, or they cannot be decoded.
+    """
+    if not any(name in file for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+        raise InputError(f"{path.name} holds no pixels, or is truncated", _EXPORT)
+    syntax = file.file_meta.TransferSyntaxUID
     try:
-        return reader.Execute()
-    except RuntimeError:
-        raise InputError("corrupt DICOM pixels", _EXPORT) from None
+        pixels: NDArray[Any] = file.pixel_array
+    except (RuntimeError, NotImplementedError):
+        what = f"{path.name} cannot be decoded: damaged, or compressed in a form without a decoder ({syntax.name})"
+        raise InputError(what, _EXPORT) from None
+    except ValueError:
+        raise InputError(f"{path.name} is truncated, or its header contradicts its pixels", _EXPORT) from None
+    unused = int(file.get("BitsAllocated") or 0) - int(file.get("BitsStored") or file.get("BitsAllocated") or 0)
+    if unused <= 0 or syntax.is_encapsulated or pixels.dtype.kind not in "iu":
+        return pixels
+    pixels = pixels.astype(pixels.dtype.newbyteorder("="))
+    return (pixels << unused) >> unused
+
+
+def _scaled(pixels: NDArray[Any], scale: _Scale, file: Dataset) -> NDArray[Any]:
+    """Return the values of stored numbers."""
+    if scale.table:
+        return np.asarray(apply_modality_lut(pixels, file))
+    if scale.slope == 1 and scale.intercept == 0:
+        return pixels
+    if scale.is_whole() and pixels.dtype.kind in "iu":
+        return np.asarray(pixels.astype(np.int64) * int(scale.slope) + int(scale.intercept))
+    return np.asarray(pixels.astype(np.float64) * scale.slope + scale.intercept)
+
+
+def _type_for(frames: Sequence[_Frame]) -> np.dtype[Any]:
+    """Return the smallest type that holds what the frames' bits and scales can make."""
+    if any(frame.is_float or not frame.scale.is_whole() for frame in frames):
+        wide = any(frame.is_float or frame.high - frame.low >= 1 << _FLOAT32_BITS for frame in frames)
+        return np.dtype(np.float64 if wide else np.float32)
+    ends = [end * frame.scale.slope + frame.scale.intercept for frame in frames for end in (frame.low, frame.high)]
+    for kind in (np.uint8, np.int16, np.uint16, np.int32):
+        if np.iinfo(kind).min <= min(ends) and max(ends) <= np.iinfo(kind).max:
+            return np.dtype(kind)
+    return np.dtype(np.int64)
+
+
+def _narrowed(voxels: NDArray[Any]) -> NDArray[Any]:
+    """Return int32 and int64 voxels as int16 where they fit, as CT does."""
+    if voxels.dtype not in (np.int32, np.int64):
+        return voxels
+    ends = np.iinfo(np.int16)
+    return voxels.astype(np.int16) if voxels.min() >= ends.min and voxels.max() <= ends.max else voxels

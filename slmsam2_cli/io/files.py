@@ -9,7 +9,6 @@ import errno
 import hashlib
 import os
 import stat
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -88,17 +87,3 @@ def sha256_of(path: Path) -> str:
 def is_ignored_name(name: str) -> bool:
     """Return whether a folder entry is hidden or created by an operating system."""
     return name.startswith(".") or name.lower() in IGNORED_NAMES
-
-
-def dicom_files(folder: Path) -> list[Path]:
-    """List the DICOM files directly inside a folder, sorted by name: those with "DICM" at byte 128. Empty where nothing can be read."""
-    try:
-        paths = [path for path in sorted(folder.iterdir()) if not is_ignored_name(path.name) and path.name != "DICOMDIR"]
-    except OSError:
-        return []
-    found = []
-    for path in paths:
-        with suppress(InputError, OSError), open_regular(path) as file:
-            if file.read(132)[128:] == b"DICM":
-                found.append(path)
-    return found

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from slmsam2_cli.errors import CaseError, OutputError
 from slmsam2_cli.io import atomic
-from slmsam2_cli.io.files import InputError, dicom_files, error_reason, sha256_of
+from slmsam2_cli.io.dicom_files import dicom_files, is_dicom, split_series
+from slmsam2_cli.io.files import InputError, error_reason, sha256_of
 from slmsam2_cli.io.image import DecodedVolume, Grid, Source
 from slmsam2_cli.io.nifti import read_nifti, template_for, write_nifti
 
@@ -102,6 +103,11 @@ def mask_ending(like: Volume | LabelVolume) -> str:
     return like.source.mask_ending
 
 
+def _is_dicom_source(path: Path) -> bool:
+    """Return whether a path is a folder, one series of a folder, or a DICOM file."""
+    return path.is_dir() or split_series(path)[1] is not None or image_ending(path) is None and is_dicom(path)
+
+
 def read_image(paths: Sequence[Path], *, case: str, root: Path, max_voxels: int = MAX_VOXELS, channels: int | None = None) -> Volume:
     """Read the image of one case: one file per channel, or one file (or DICOM folder) with all channels.
 
@@ -169,12 +175,16 @@ def read_labels(path: Path, *, case: str, root: Path, max_voxels: int = MAX_VOXE
 
 
 def volume_files(path: Path) -> tuple[Path, ...]:
-    """List the files of a volume: the slices of a DICOM folder, header and data of a .mhd, else the file itself.
+    """List the files of a volume: the slices of a DICOM folder or of one series in it, header and data of a .mhd, else the file itself.
 
-    Raises: InputError when the header of a .mhd is invalid.
+    Raises: InputError when the header of a .mhd is invalid, or a DICOM file that is needed to tell series apart.
     """
-    if path.is_dir():
-        return tuple(dicom_files(path))
+    if _is_dicom_source(path):
+        if split_series(path)[1] is None:
+            return tuple(dicom_files(path))
+        from slmsam2_cli.io.dicom import series_files
+
+        return series_files(path)
     if image_ending(path) != ".mhd":
         return (path,)
     from slmsam2_cli.io.itk import meta_files
@@ -236,7 +246,7 @@ def decode(path: Path, max_voxels: int = MAX_VOXELS) -> DecodedVolume:
 def _decode(path: Path, max_voxels: int) -> DecodedVolume:
     """Read a file or DICOM folder by its ending; add warnings about an implausible spacing and a very small volume."""
     ending = image_ending(path)
-    if path.is_dir():
+    if _is_dicom_source(path):
         from slmsam2_cli.io.dicom import read_dicom
 
         volume = read_dicom(path, max_voxels)
