@@ -249,7 +249,7 @@ def predict(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option("-p", "--prompts", metavar="FOLDER", help="Prompt masks: one per volume, same name, annotated slices only."),
+        typer.Option("-p", "--prompts", metavar="FOLDER|FILE", help="Prompt masks: one per volume, same name, annotated slices only."),
     ] = None,
     simulate_prompts: Annotated[
         Path | None,
@@ -281,6 +281,17 @@ def predict(
         bool,
         typer.Option("--together", help="Learn from the annotated slices of all volumes (4 or more) first; use it after finetune."),
     ] = False,
+    series: Annotated[
+        str | None,
+        typer.Option(metavar="NUMBER|all", help="Which DICOM series to read where a folder holds several; all: each one, as CASE#NUMBER."),
+    ] = None,
+    format: Annotated[
+        Literal["auto", "nifti", "nrrd", "seg.nrrd", "dicom-seg"],
+        typer.Option(help="Format of the masks. auto: the prompt's or image's, and a DICOM segmentation beside it for DICOM images."),
+    ] = "auto",
+    label_codes: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Codes of the labels for DICOM segmentations, in the format of dcmqi.")
+    ] = None,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html: which masks to check first.")] = True,
     workers: Annotated[
         int | None,
@@ -322,6 +333,9 @@ def predict(
         report=report,
         workers=workers,
         together=together,
+        series=series,
+        format=format,
+        label_codes=label_codes,
     )
 
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,9 +36,10 @@ from slmsam2_cli.errors import (
     UsageError,
 )
 from slmsam2_cli.inference.load_model import build_model, choose_model, matching_label_unet, plan_from_prompts, read_split
-from slmsam2_cli.inference.manifest import FORMAT_VERSION, MANIFEST, Records, digest_inputs, is_readable_mask
+from slmsam2_cli.inference.manifest import FORMAT_VERSION, MANIFEST, MaskFiles, MaskFormat, Records, digest_inputs, is_readable_mask
 from slmsam2_cli.inference.segment import PromptSource, SegmentedCase, Segmenter, segment_case
 from slmsam2_cli.io import atomic
+from slmsam2_cli.io.dicom_files import is_dicom
 from slmsam2_cli.io.volume import ENDINGS, image_ending, keep_decoded
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import Checkpoint
@@ -65,6 +66,9 @@ from slmsam2_cli.training.interrupts import graceful_stop
 from slmsam2_cli.training.label_unet import SliceSampler
 from slmsam2_cli.version import VERSION
 from slmsam2_cli.workspace import Workspace
+
+if TYPE_CHECKING:
+    from slmsam2_cli.io.dicom_seg import LabelCodes
 
 MAX_KEPT_BYTES = 1 << 30  # of decoded volumes that are kept from planning to segmentation
 MIN_PARALLEL_CASES, MIN_PARALLEL_BYTES = 4, 1 << 20  # fewer cases, with fewer bytes on disk in all, are not worth the start of processes
@@ -119,6 +123,7 @@ class PredictionJob:
     overwrite: bool
     report_images: Mapping[str, tuple[Path, ...]] | None = None
     together: Together | None = None
+    files: MaskFiles = field(default_factory=MaskFiles)
 
     @property
     def calibration(self) -> Calibration | None:
@@ -127,13 +132,14 @@ class PredictionJob:
 
     @property
     def records(self) -> Records:
-        return Records(self.masks)
+        return Records(self.masks, replace(self.files, labels=self.plan.labels))
 
     def settings_digest(self) -> str:
         """Compute the SHA-256 of all settings that shape a mask."""
         table = self.calibration.model_dump_json() if self.calibration else ""
         settings = f"{VERSION} {self.checkpoint.digest} {self.plan.digest} {self.prompts.describe()} {table}"
         settings += f" {self.together.key}" if self.together is not None else ""
+        settings += self.files.describe()
         return hashlib.sha256(settings.encode()).hexdigest()
 
     def in_training_set(self, case_id: str, image_digests: frozenset[str]) -> bool:
@@ -181,6 +187,9 @@ def predict(
     report: bool = True,
     workers: int | None = None,
     together: bool = False,
+    series: str | None = None,
+    format: MaskFormat = "auto",
+    label_codes: Path | None = None,
 ) -> int:
     """Segment every image of a folder, or one image, from its annotated slices. Returns the exit code: 1 when some cases failed.
 
@@ -193,13 +202,16 @@ def predict(
     if together and num_parts > 1:
         raise UsageError("--together learns from all volumes in one run, so it cannot be combined with --num-parts")
     data = read_dataset(dataset) if images is None and dataset is not None else None
-    selected = _select_cases(images, data, workspace)
+    mask_files = MaskFiles(format, codes=_codes_of_labels(label_codes))
+    selected = _select_cases(images, data, workspace, series)
     masks = _masks_folder(output, workspace, images)
     source = _prompt_source(prompts, simulate_from, prompt_slice, mark_ends, data)
-    selected = replace(selected, cases=[source.assign(case) for case in selected.cases])
+    if source.file is not None and len(selected.cases) != 1:
+        raise UsageError(f"{source.file}: one file of prompts, but -i names {len(selected.cases)} images. Name the folder of the prompts")
+    selected = _with_prompts(selected, source)
     files = [file for case in selected.cases for file in (*case.images, *([case.label] if case.label else []))]
     _check_output_folder(masks, [selected.root, source.folder, *(file.parent for file in files)])
-    if prompts is not None and Records(prompts).holds_predictions():
+    if prompts is not None and Records(source.folder).holds_predictions():
         raise UsageError(
             f"-p {prompts}: a folder of predictions (it holds {MANIFEST}), not of prompts. To score them: slmsam2 evaluate -p {prompts}. "
             "To use some of their slices as prompts, list these in CASE.prompts.json, or copy the masks to another folder"
@@ -209,8 +221,9 @@ def predict(
         checkpoint, plan = choose_model(workspace, model, weights, data, make_plan)
         decoded.full = True
         chosen = choose_device(device)
-        report_images = {case.id: case.images for case in selected.cases} if report else None
-        job = PredictionJob(selected.root, masks, source, plan, checkpoint, selected.training_ids, overwrite, report_images)
+        pictures = {case.id: case.images for case in selected.cases} if report else None
+        trained = selected.training_ids
+        job = PredictionJob(selected.root, masks, source, plan, checkpoint, trained, overwrite, pictures, files=mask_files)
         if together:
             job = replace(job, together=_plan_learning(job, selected.cases, workspace))
         elif num_parts == 1:
@@ -230,14 +243,26 @@ class CaseSelection:
     training_ids: frozenset[str] = frozenset()
 
 
-def _select_cases(images: Path | None, data: Dataset | None, workspace: Workspace | None) -> CaseSelection:
+def _codes_of_labels(file: Path | None) -> Mapping[int, LabelCodes]:
+    """Read the codes of labels for DICOM segmentations; empty without a file.
+
+    Raises: SlmSam2Error when the file cannot be read.
+    """
+    if file is None:
+        return {}
+    from slmsam2_cli.io.dicom_seg import read_codes  # highdicom is slow to import
+
+    return read_codes(file)
+
+
+def _select_cases(images: Path | None, data: Dataset | None, workspace: Workspace | None, series: str | None = None) -> CaseSelection:
     """Select the images of a folder, or one; without one, the data set's held-out cases, or all when all were used for training."""
     if images is not None:
         if not images.exists():
             raise UsageError(f"-i {images}: no such file or folder")
-        if images.is_file() and image_ending(images) is None:
+        if images.is_file() and image_ending(images) is None and not is_dicom(images):
             raise UsageError(f"-i {images}: unsupported file type. Supported: {', '.join(ENDINGS)}")
-        found = CaseSelection(images.parent if images.is_file() else images, *read_image_folder(images))
+        found = CaseSelection(images.parent if images.is_file() else images, *read_image_folder(images, series))
     elif data is not None and workspace is not None:
         split = read_split(workspace)
         seen, unusable = frozenset(split.get("training", ())), frozenset(split.get("skipped", ()))
@@ -254,8 +279,26 @@ def _select_cases(images: Path | None, data: Dataset | None, workspace: Workspac
     return found
 
 
+def _with_prompts(selected: CaseSelection, source: PromptSource) -> CaseSelection:
+    """Find the prompts of each case; cases with several masks become problems."""
+    cases, problems = [], list(selected.problems)
+    for case in selected.cases:
+        try:
+            cases.append(source.assign(case))
+        except CaseError as problem:
+            problems.append(problem)
+        if len(case.images) > 1 and not source.dataset_labels:
+            names = f"{case.images[0].name} ... {case.images[-1].name}"
+            console.say(f"case {case.id}: {names} are taken for its {len(case.images)} channels")
+    if not cases:
+        raise DatasetError(f"{source.folder}: no case has one prompt mask", problems)
+    return replace(selected, cases=cases, problems=problems)
+
+
 def _masks_folder(masks: Path | None, workspace: Workspace | None, images: Path | None) -> Path:
     if masks is not None:
+        if image_ending(masks) and not masks.is_dir():
+            raise UsageError(f"-o {masks}: names a file, and -o takes a folder. The mask gets the image's name in it")
         return masks
     if images is None and workspace is not None:
         return workspace.predictions
@@ -276,6 +319,8 @@ def _prompt_source(
     if folder is None:
         assert data is not None
         return PromptSource(data.root, prompt_slice, dataset_labels=True, mark_ends=mark_ends)
+    if folder.is_file() and image_ending(folder):
+        return PromptSource(folder.parent, prompt_slice if prompts is None else None, mark_ends=mark_ends, file=folder)
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
     return PromptSource(folder, prompt_slice if prompts is None else None, mark_ends=mark_ends)
@@ -394,6 +439,7 @@ def _predict_cases(job: PredictionJob, runner: _Runner, cases: Sequence[Case]) -
     """Segment every case. Returns the problems of those that failed; their earlier masks leave the manifest as out of date."""
     failed = []
     workers, jobs, limit = _share_out(runner, cases)
+    earlier = {case.id: job.records.mask_of(case.id) for case in cases}
     with (
         torch_threads(runner.threads),
         console.progress("predicting", len(cases)) as advance,
@@ -409,6 +455,8 @@ def _predict_cases(job: PredictionJob, runner: _Runner, cases: Sequence[Case]) -
             else:
                 for warning in result:
                     console.warn(warning)
+                if (old := earlier[case]) is not None and old != job.records.mask_of(case):  # in another format, and out of date now
+                    old.unlink(missing_ok=True)
             advance(1, case)
     return failed
 

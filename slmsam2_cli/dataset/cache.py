@@ -103,7 +103,7 @@ def read_pair(case: Case, dataset: Dataset) -> tuple[Volume, LabelVolume | None,
     volume = read_image(case.images, case=case.id, root=dataset.root, channels=len(dataset.channels))
     if case.label is None:
         return volume, None, volume.warnings
-    mask = read_labels(case.label, case=case.id, root=dataset.root)
+    mask = read_labels(case.label, case=case.id, root=dataset.root, on=volume.grid)
     warnings = check_pair(volume, mask, dataset, case)
     return volume, mask, (*volume.warnings, *mask.warnings, *warnings)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from slmsam2_cli.dataset.checks import check_pair, compare_geometry
@@ -20,7 +21,7 @@ from slmsam2_cli.dataset.discovery import DiscoveredCases, choose_series, list_i
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.io.dicom_files import is_dicom, slices_in
 from slmsam2_cli.io.files import is_ignored_name
-from slmsam2_cli.io.volume import ENDINGS, image_ending, relative
+from slmsam2_cli.io.volume import image_ending, relative
 
 __all__ = ["Case", "Dataset", "check_pair", "compare_geometry", "find_label", "read_dataset", "read_image_folder"]
 
@@ -160,7 +161,14 @@ def _test_cases(entries: Sequence[Entry] | None, root: Path, warnings: list[str]
         if absent:
             warnings.append(f"{NAME}: {len(absent)} of {len(pairs)} test images are missing, first: {absent[0]}")
         pairs = [(case, images) for case, images in pairs if case not in set(absent)]
-    return [Case(case, images, find_label(root / "labelsTs", case)) for case, images in pairs]
+    cases = []
+    for case, images in pairs:
+        try:
+            cases.append(Case(case, images, find_label(root / "labelsTs", case)))
+        except CaseError as error:
+            warnings.append(str(error))
+            cases.append(Case(case, images, None))
+    return cases
 
 
 def read_image_folder(folder: Path, series: str | None = None) -> tuple[tuple[Case, ...], tuple[CaseError, ...]]:
@@ -185,11 +193,21 @@ def read_image_folder(folder: Path, series: str | None = None) -> tuple[tuple[Ca
 
 
 def find_label(folder: Path, case_id: str) -> Path | None:
-    """Return the mask with the case's name and any supported ending; None when there is none."""
-    for ending in ENDINGS:
-        if os.path.lexists(path := folder / f"{case_id}{ending}"):
-            return path
-    if case_id.isascii() or not folder.is_dir():
-        return None
-    wanted = normalise_name(case_id)
-    return next((path for path in sorted(folder.iterdir()) if image_ending(path) and normalise_name(stem(path)) == wanted), None)
+    """Return the mask with the case's name, or that name and _0000 as nnU-Net's images have it; None when there is none.
+
+    A mask CASE_0000 is not that of CASE where CASE_0001 lies beside it: then these are masks of several cases, or of channels.
+
+    Raises: CaseError when there are several, of different endings.
+    """
+    names = {normalise_name(case_id): 0, f"{normalise_name(case_id)}_0000": 1, f"{normalise_name(case_id)}_0001": 2}
+    found: tuple[list[Path], ...] = ([], [], [])
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            name = normalise_name(entry.name)
+            if name.startswith(normalise_name(case_id)) and image_ending(Path(name)) and (place := names.get(stem(Path(name)))) is not None:
+                found[place].append(folder / entry.name)
+    masks = found[0] or ([] if found[2] else found[1])
+    if len(masks) > 1:
+        files = ", ".join(sorted(path.name for path in masks))
+        raise CaseError(case_id, files, "a duplicate: several masks have this case's name", "Keep one of them")
+    return masks[0] if masks else None

@@ -15,7 +15,7 @@ from pathlib import Path
 from slmsam2_cli.errors import CaseError, DatasetError
 from slmsam2_cli.io.dicom_files import holds_dicom, series_path
 from slmsam2_cli.io.files import InputError, error_reason, is_ignored_name
-from slmsam2_cli.io.volume import image_ending
+from slmsam2_cli.io.volume import SEG_NRRD, image_ending
 
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})\Z", re.DOTALL)
 _RENAME = "Rename the file"
@@ -51,6 +51,8 @@ def list_images(folder: Path, root: Path, series: str | None = None) -> Discover
     for path in _entries(folder, root, found.problems):
         if image_ending(path) is None:
             folders[path.name] = path
+            continue
+        if image_ending(path) == SEG_NRRD:  # a mask that 3D Slicer saved beside its image
             continue
         match = _CHANNEL.match(stem(path))
         case, channel = (match["case"], int(match["channel"])) if match else (stem(path), -1)

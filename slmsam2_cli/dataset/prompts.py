@@ -13,8 +13,10 @@ because they would count as a thin annotation on every slice; listing the annota
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,14 +24,19 @@ import numpy as np
 
 from slmsam2_cli.dataset.dataset import compare_geometry, find_label
 from slmsam2_cli.dataset.dataset_json import PromptFiles
+from slmsam2_cli.dataset.discovery import stem
 from slmsam2_cli.dataset.mask_measures import bounding_box
 from slmsam2_cli.dataset.slices import AXES, SliceAxis, View
 from slmsam2_cli.errors import CaseError, SlmSam2Error
 from slmsam2_cli.io import atomic
-from slmsam2_cli.io.volume import Volume, read_labels
+from slmsam2_cli.io.files import InputError, open_regular
+from slmsam2_cli.io.volume import LabelVolume, Source, Volume, read_labels
 
 Array = np.ndarray[Any, Any]
 PromptSlice = Literal["middle", "largest", "quarter"]
+DESCRIPTION_ENDINGS, DESCRIPTION_TITLE = (".txt", ".label"), "ITK-SnAP Label Description File"
+DESCRIPTION_LINE = re.compile(r'^\s*(\d{1,5})\s+\d+\s+\d+\s+\d+\s+[\d.]+\s+\d\s+\d\s+"([^"\n]{1,80})"', re.MULTILINE)
+MAX_DESCRIPTION_BYTES = 1 << 20
 MAX_ANNOTATED_SLICES = 3  # more slices than this along an axis are not taken for single annotated slices
 
 
@@ -39,13 +46,15 @@ class Prompts:
 
     labels: (Z, Y, X) sparse mask on the native grid. annotated: label value -> ascending native slice indices on which that label's mask
     is complete (empty allowed: the label is not there). exact_slices: slices that come back bit-exact as a whole.
-    ignore: the value in `labels` that means "not annotated", or None.
+    ignore: the value in `labels` that means "not annotated", or None. source, warnings: of the mask file.
     """
 
     labels: Array
     annotated: dict[int, tuple[int, ...]]
     exact_slices: tuple[int, ...]
     ignore: int | None = None
+    source: Source | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,9 +67,17 @@ class PromptFile:
 
 
 def find_prompts(folder: Path, case_id: str) -> PromptFiles:
-    """Find the files with the annotated slices of a case in a folder: a mask of its name, and CASE.prompts.json."""
-    listing = folder / f"{case_id}.prompts.json"
-    return PromptFiles(find_label(folder, case_id), listing if listing.exists() else None)
+    """Find the files with the annotated slices of a case in a folder: a mask of its name, and CASE.prompts.json.
+
+    Raises: CaseError when several masks have the case's name.
+    """
+    mask = find_label(folder, case_id)
+    return PromptFiles(mask, find_listing(folder, case_id, *([stem(mask)] if mask is not None else [])))
+
+
+def find_listing(folder: Path, *names: str) -> Path | None:
+    """Return the first NAME.prompts.json that is in a folder."""
+    return next((path for name in names if (path := folder / f"{name}.prompts.json").exists()), None)
 
 
 def read_prompts(
@@ -79,21 +96,22 @@ def read_prompts(
         return None
     mask = read_annotated_mask(path, view, image, case=case_id, root=path.parent)
     listed = _listed(listing, case_id, view) if listing is not None else None
-    return mask_to_prompts(mask, view, values, PromptFile(case_id, path.name, f"{case_id}.prompts.json"), ignore, listed)
+    prompts = mask_to_prompts(mask.voxels, view, values, PromptFile(case_id, path.name, f"{case_id}.prompts.json"), ignore, listed)
+    return None if prompts is None else replace(prompts, source=mask.source, warnings=mask.warnings)
 
 
-def read_annotated_mask(path: Path, view: View, image: Volume | None = None, *, case: str, root: Path) -> Array:
-    """Read an annotated mask (Z, Y, X) and compare its grid with the view's; image as in read_prompts.
+def read_annotated_mask(path: Path, view: View, image: Volume | None = None, *, case: str, root: Path) -> LabelVolume:
+    """Read an annotated mask and compare its grid with the view's; image as in read_prompts.
 
     Raises: CaseError when it cannot be read or is on another grid.
     """
-    volume = read_labels(path, case=case, root=root)
+    volume = read_labels(path, case=case, root=root, on=view.grid)
     difference = view.grid.difference(volume.grid) if image is None else compare_geometry(image, volume)[0]
     if difference:
         raise CaseError(
             case, path.name, f"the prompt's grid differs from the image's: {difference}", "Annotate on the image's grid and save again"
         )
-    return volume.voxels
+    return volume
 
 
 def mask_to_prompts(
@@ -232,3 +250,17 @@ def restore_annotated(result: Array, prompts: Prompts, view: View) -> Array:
         for t in set(slices) - set(prompts.exact_slices):
             stack[t][given[t] == value] = value
     return restored
+
+
+def read_label_descriptions(folder: Path) -> dict[int, str]:
+    """Read the names of labels from the label descriptions that ITK-SNAP saves beside masks: label value -> name; empty without any.
+
+    A line is: value, red, green, blue, opacity, two flags, and the name in quotation marks.
+    """
+    names: dict[int, str] = {}
+    for path in sorted(path for ending in DESCRIPTION_ENDINGS for path in folder.glob(f"*{ending}")):
+        with suppress(InputError, OSError), open_regular(path) as file:
+            text = file.read(MAX_DESCRIPTION_BYTES).decode("utf-8", "replace")
+            if DESCRIPTION_TITLE in text:
+                names |= {int(value): " ".join(name.split()) for value, name in DESCRIPTION_LINE.findall(text) if int(value)}
+    return {value: name for value, name in names.items() if name}

@@ -23,7 +23,7 @@ from slmsam2_cli.errors import CaseError
 from slmsam2_cli.evaluation.diagnostics import hints, may_have_hints
 from slmsam2_cli.evaluation.metrics import NSD_TOLERANCE_MM, LabelScore, Pair, box_of, coarsest_axis, measure, measure_missing
 from slmsam2_cli.io.image import Grid
-from slmsam2_cli.io.volume import LabelVolume, read_labels, relative
+from slmsam2_cli.io.volume import LabelVolume, place_on, read_labels, relative
 
 if TYPE_CHECKING:
     from slmsam2_cli.evaluation.matching import Group
@@ -245,7 +245,9 @@ def _score(job: Job) -> CaseScore:
     Raises: CaseError when a mask cannot be read, the grids differ, or the reference holds undeclared labels.
     """
     volume = read_labels(job.reference, case=job.case, root=job.reference_root)
-    predicted, notes, resampled = _read_prediction(job, volume)
+    found = None if job.prediction is None else read_labels(job.prediction, case=job.case, root=job.prediction_root, on=volume.grid)
+    volume = volume if found is None else place_on(volume, found.grid)
+    predicted, notes, resampled = _on_grid(job, found, volume)
     job = replace(job, slice_axis=None, annotated=None) if resampled else job  # these refer to the grid that the prediction was on
     masks = _make_masks(job, volume, predicted)
     structures: tuple[Structure, ...] = tuple(masks.boxes) if job.values is None else job.values
@@ -294,16 +296,15 @@ def values_of(structure: Structure) -> tuple[int, ...]:
     return structure if isinstance(structure, tuple) else (structure,)
 
 
-def _read_prediction(job: Job, reference: LabelVolume) -> tuple[np.ndarray, tuple[str, ...], bool]:
-    """Read the predicted labels on the reference's grid; zero throughout when the prediction is missing.
+def _on_grid(job: Job, prediction: LabelVolume | None, reference: LabelVolume) -> tuple[np.ndarray, tuple[str, ...], bool]:
+    """Bring the predicted labels to the reference's grid; zero throughout when the prediction is missing.
 
     Returns the labels (Z, Y, X), warnings, and whether they were resampled.
 
-    Raises: CaseError when the mask cannot be read, or lies on another grid and is not to be resampled.
+    Raises: CaseError when the mask lies on another grid and is not to be resampled.
     """
-    if job.prediction is None:
+    if prediction is None:
         return np.broadcast_to(np.uint8(0), reference.voxels.shape), (), False
-    prediction = read_labels(job.prediction, case=job.case, root=job.prediction_root)
     difference, doubts = compare_geometry(reference, prediction)
     if difference is None:
         return prediction.voxels, (*prediction.warnings, *doubts), False

@@ -281,7 +281,7 @@ def _voxels(mask: object, name: str, case: Case, image: Volume, view: View) -> A
     """Read a mask (Z, Y, X) of the image's shape from a file or an array."""
     if isinstance(mask, str | PathLike):
         path = Path(mask)
-        return read_annotated_mask(path, view, image, case=case.id, root=path.parent)
+        return read_annotated_mask(path, view, image, case=case.id, root=path.parent).voxels
     voxels = as_array(mask, name)
     if voxels.shape != view.grid.shape:
         raise ValueError(f"{name}: shape {voxels.shape}, but the image's is {view.grid.shape} (z, y, x)")

@@ -20,10 +20,12 @@ import numpy as np
 from slmsam2_cli import console
 from slmsam2_cli.dataset.checks import count_values
 from slmsam2_cli.dataset.dataset_json import Case, Dataset
+from slmsam2_cli.dataset.prompts import read_label_descriptions
 from slmsam2_cli.dataset.slices import AXES, SliceAxis
 from slmsam2_cli.errors import CaseError, DatasetError, PlanError, SlmSam2Error, UsageError, WeightsError
 from slmsam2_cli.inference.segment import PromptSource
 from slmsam2_cli.io import atomic
+from slmsam2_cli.io.files import is_ignored_name
 from slmsam2_cli.io.volume import read_labels
 from slmsam2_cli.model import adapters
 from slmsam2_cli.model.checkpoint import Checkpoint, label_unet_of, load_base_weights, load_weights, read_checkpoint, resolve_adapter
@@ -205,6 +207,8 @@ def plan_from_prompts(cases: Sequence[Case], prompts: PromptSource, network: Net
         except PlanError as error:  # its own remedy is for workspaces
             what = re.split(r"\. (?:Correct it, or |Update slmsam2, or )?[Rr]un slmsam2 plan", str(error))[0]
             raise PlanError(f"{what}. Run slmsam2 predict with --overwrite to make a new plan in {masks}") from None
+    if all(case.prompts.mask is None for case in cases):
+        raise DatasetError(_without_masks([case.id for case in cases], prompts.folder))
     prompted = [replace(case, label=file) for case in cases if (file := case.prompts.mask) is not None][:MAX_MEASURED]
     plan = _decided(prompted, prompts, network)
     write_plan(masks / FILE, plan)
@@ -214,18 +218,28 @@ def plan_from_prompts(cases: Sequence[Case], prompts: PromptSource, network: Net
     return plan
 
 
+def _without_masks(cases: Sequence[str], folder: Path) -> str:
+    """Say that no image has a prompt mask, what was found in the folder instead, and what the names should be."""
+    names = [path.name for path in sorted(folder.iterdir()) if not is_ignored_name(path.name)]
+    seen = f"it holds {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}" if names else "it is empty"
+    images = f"{', '.join(cases[:3])}{f' and {len(cases) - 3} more' if len(cases) > 3 else ''}"
+    return (
+        f"{folder}: no image has a prompt mask of the same name; {seen}, and the images are {images}. "
+        f"Save each mask under its image's name, such as {cases[0]}.nii.gz"
+    )
+
+
 def _decided(cases: Sequence[Case], prompts: PromptSource, network: NetworkPlan) -> Plan:
     problems: list[CaseError] = []
     labels = _labels(cases, prompts.folder, problems)
     if not labels:
-        why = f"{prompts.folder}: no image has a prompt mask of the same name"
-        raise DatasetError(f"{why}. Save each mask under its image's name", tuple(problems))
+        raise DatasetError(f"{prompts.folder}: none of the {len(cases)} prompt masks can be used", tuple(problems))
     channels = tuple(f"channel {i}" if i else "image" for i in range(len(cases[0].images)))
     data = Dataset(prompts.folder, prompts.folder.resolve().name, channels, labels, None, ".nii.gz", tuple(cases), (), (), ())
     with console.progress("Analysing dataset", len(cases)) as advance:
         fingerprint, found = measure(data, advance)
     if not fingerprint.cases:
-        raise DatasetError(f"{prompts.folder}: none of the {len(found)} images with prompts can be measured", found)
+        raise DatasetError(f"{prompts.folder}: none of the {len(found)} images with prompts can be used", found)
     axis = None if prompts.simulated else _annotated_axis(fingerprint, cases)
     plan = decide(fingerprint, network.size, axis=axis)
     if not prompts.simulated:  # a few annotated slices do not show how long structures are, nor their gaps
@@ -246,13 +260,18 @@ def _decided(cases: Sequence[Case], prompts: PromptSource, network: NetworkPlan)
 def _labels(cases: Sequence[Case], root: Path, problems: list[CaseError]) -> dict[int, str]:
     """List the values in the masks as labels; masks that cannot be read are appended to `problems`."""
     values: set[int] = set()
+    names = read_label_descriptions(root)
     for case in cases:
         assert case.label is not None
         try:
-            values |= set(count_values(read_labels(case.label, case=case.id, root=root).voxels)) - {0}
+            labels = read_labels(case.label, case=case.id, root=root)
         except CaseError as problem:
             problems.append(problem)
-    return {value: f"label {value}" for value in sorted(values)}
+            continue
+        values |= set(count_values(labels.voxels)) - {0}
+        names = {segment.value: segment.name for segment in labels.source.segments} | names
+    named = {value: names.get(value, f"label {value}") for value in sorted(values)}
+    return {value: name if list(named.values()).count(name) == 1 else f"{name} {value}" for value, name in named.items()}
 
 
 def _annotated_axis(fingerprint: Fingerprint, cases: Sequence[Case]) -> Decision[SliceAxis] | None:

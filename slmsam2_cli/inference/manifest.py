@@ -19,31 +19,74 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator
 
 from slmsam2_cli.dataset.dataset_json import Case
-from slmsam2_cli.errors import SlmSam2Error, UsageError
+from slmsam2_cli.errors import CaseError, SlmSam2Error, UsageError
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.files import sha256_of
-from slmsam2_cli.io.volume import Volume, image_ending, read_labels, volume_digests, write_mask
+from slmsam2_cli.io.image import Segment
+from slmsam2_cli.io.volume import SEG_NRRD, Volume, image_ending, read_labels, volume_digests, write_mask
+
+if TYPE_CHECKING:
+    from slmsam2_cli.io.dicom_seg import LabelCodes
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2  # of the manifest and of the records
 _FOLDER = ".slmsam2"
+_DICOM_SEG_ENDING = ".dcm"
 _LOCK_FILE = ".slmsam2-manifest.lock"
 Record = dict[str, Any]
 
 
+MaskFormat = Literal["auto", "nifti", "nrrd", "seg.nrrd", "dicom-seg"]
+_ENDINGS = {"nifti": ".nii.gz", "nrrd": ".nrrd", "seg.nrrd": SEG_NRRD}
+_COLOURS = (  # of labels without one: the qualitative palette "tab10" of matplotlib
+    *((0.122, 0.467, 0.706), (1.0, 0.498, 0.055), (0.173, 0.627, 0.173), (0.839, 0.153, 0.157), (0.58, 0.404, 0.741)),
+    *((0.549, 0.337, 0.294), (0.89, 0.467, 0.761), (0.498, 0.498, 0.498), (0.737, 0.741, 0.133), (0.09, 0.745, 0.812)),
+)
+
+
+@dataclass(frozen=True)
+class MaskFiles:
+    """In which files masks are written.
+
+    format: "auto" follows the prompt (.seg.nrrd) or the image, and adds a DICOM segmentation for DICOM images; "dicom-seg" does so, too,
+    and refuses other images. labels: value -> name. codes: label value -> its codes in a DICOM segmentation; of other labels they follow
+    from the name.
+    """
+
+    format: MaskFormat = "auto"
+    labels: Mapping[int, str] = field(default_factory=dict)
+    codes: Mapping[int, LabelCodes] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """Describe the choice for the digest of a run's settings; empty for the default."""
+        codes = {value: str(self.codes[value]) for value in sorted(self.codes)}
+        return "" if self.format == "auto" and not codes else f" {self.format} {codes}"
+
+    def dress(self, image: Volume) -> Volume:
+        """Return the image with the ending of its mask, and all labels described; those that the prompt describes as it does."""
+        described = {one.value: one for one in image.source.segments}
+        named = [Segment(value, name, _COLOURS[place % len(_COLOURS)]) for place, (value, name) in enumerate(self.labels.items())]
+        segments = tuple(described.get(one.value, one) for one in named)
+        return replace(
+            image, source=replace(image.source, mask_ending=_ENDINGS.get(self.format, image.source.mask_ending), segments=segments)
+        )
+
+
 @dataclass(frozen=True)
 class Records:
-    """The records of one folder of masks."""
+    """The records of one folder of masks, and the files in which masks are written."""
 
     masks: Path
+    files: MaskFiles = field(default_factory=MaskFiles)
 
     def read(self, case_id: str) -> Record:
         """Read the record of a case; empty when there is none of this format."""
@@ -55,14 +98,42 @@ class Records:
         self._write({"case": case_id, "unfinished": True})
 
     def save_mask(self, case_id: str, key: str, labels: NDArray[Any], image: Volume, metadata: Record) -> None:
-        """Write the mask (Z, Y, X) of a case in the format of its image, and its record.
+        """Write the mask (Z, Y, X) of a case, its DICOM segmentation where one is due, and its record.
 
-        Raises: OutputError when a file cannot be written; the record then says that the mask is unfinished.
+        Raises: CaseError when a DICOM segmentation is asked for and the image is not DICOM, or a file of its name is there that was not
+        written here; OutputError when a file cannot be written; the record then says that the mask is unfinished.
         """
+        image = self.files.dress(image)
+        if image.source.series is not None or self.files.format == "dicom-seg":
+            metadata = metadata | self._save_segmentation(case_id, labels, image)
         self.begin(case_id)
         mask = self.masks / f"{case_id}{image.source.mask_ending}"
         digest = write_mask(mask, labels, image)
         self._write({"case": case_id, "key": key, "sha256": digest, "metadata": {"output": mask.name} | metadata})
+
+    def _save_segmentation(self, case_id: str, labels: NDArray[Any], image: Volume) -> Record:
+        """Write the DICOM segmentation of a case, if one is due and anything is labelled; for its record.
+
+        Raises: CaseError, OutputError, as save_mask does.
+        """
+        if self.files.format not in ("auto", "dicom-seg"):
+            return {}
+        if image.source.series is None or "orientation" in image.source.uncertain:
+            if self.files.format == "auto":
+                return {}
+            what = "no DICOM image with a position in the patient, to which a DICOM segmentation could refer"
+            raise CaseError(case_id, "", what, "Choose another --format")
+        if not labels.any():
+            return {}
+        from slmsam2_cli.io.dicom_seg import write_segmentation  # highdicom is slow to import
+
+        record, path = self.read(case_id), self.masks / f"{case_id}{_DICOM_SEG_ENDING}"
+        known = record.get("metadata", {}).get("dicom_segmentation", {})
+        if path.exists() and not record.get("unfinished") and not (isinstance(known, dict) and known.get("sha256") == sha256_of(path)):
+            raise CaseError(case_id, path.name, "exists already, not as this slmsam2 wrote it", "Move it, or choose --format nifti")
+        self.begin(case_id)
+        digest = write_segmentation(path, labels, image.source.series, image.source.segments, self.files.codes)
+        return {"dicom_segmentation": {"file": path.name, "sha256": digest}}
 
     def mark_stale(self, case_id: str) -> str | None:
         """Mark the earlier mask of a case that now fails as out of date. Returns its file name, None when there is no such mask."""
@@ -77,6 +148,11 @@ class Records:
         record = self.read(case_id)
         if record.pop("stale", False):
             self._write(record)
+
+    def mask_of(self, case_id: str) -> Path | None:
+        """Return the mask that was written for a case and not changed since; None when there is none."""
+        record = self.read(case_id)
+        return self._mask(record) if self.intact(record) else None
 
     def intact(self, record: Record) -> bool:
         """Return whether the mask of a record is still the file that was written."""

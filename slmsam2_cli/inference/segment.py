@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 
 from slmsam2_cli.dataset.checks import check_mask
 from slmsam2_cli.dataset.dataset_json import Case, PromptFiles
-from slmsam2_cli.dataset.prompts import Prompts, PromptSlice, find_prompts, read_prompts, restore_annotated, simulate_prompts
+from slmsam2_cli.dataset.discovery import stem
+from slmsam2_cli.dataset.prompts import Prompts, PromptSlice, find_listing, find_prompts, read_prompts, restore_annotated, simulate_prompts
 from slmsam2_cli.dataset.slices import View, make_frames
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.inference.label_prior import FULL_WEIGHT_DICE
 from slmsam2_cli.inference.postprocess import keep_connected
 from slmsam2_cli.inference.propagation import AnnotatedSlice, Propagation, PropagationOptions, propagate_stack
-from slmsam2_cli.io.volume import Volume, read_image, read_labels, write_mask
+from slmsam2_cli.io.volume import SEG_NRRD, Volume, read_image, read_labels, write_mask
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.label_unet import LabelUNet
 from slmsam2_cli.model.roi import pad_to_square
@@ -52,16 +53,22 @@ class PromptSource:
 
     simulated: which slice of a full mask is taken; None: the masks hold annotated slices only. dataset_labels: the full masks are the
     labels that the data set names for its cases, wherever they lie below `folder`. mark_ends: also take the first empty slice beyond
-    each end of a label.
+    each end of a label. file: the one mask that is the prompt of the only case, whatever its name.
     """
 
     folder: Path
     simulated: PromptSlice | None = None
     dataset_labels: bool = False
     mark_ends: bool = False
+    file: Path | None = None
 
     def assign(self, case: Case) -> Case:
-        """Return the case with the files from which its prompts are read."""
+        """Return the case with the files from which its prompts are read.
+
+        Raises: CaseError when several masks have the case's name.
+        """
+        if self.file is not None:
+            return replace(case, prompts=PromptFiles(self.file, find_listing(self.folder, stem(self.file), case.id)))
         return replace(case, prompts=PromptFiles(case.label) if self.dataset_labels else find_prompts(self.folder, case.id))
 
     def describe(self) -> str:
@@ -75,13 +82,13 @@ class PromptSource:
         """
         path = case.prompts.mask
         if self.simulated is not None and path is not None:
-            labels = read_labels(path, case=case.id, root=self.folder)
+            labels = read_labels(path, case=case.id, root=self.folder, on=image.grid)
             warnings = check_mask(image, labels, plan.labels, plan.ignore, case=case.id, file=path.name)
             return simulate_prompts(labels.voxels, view, tuple(plan.labels), self.simulated, self.mark_ends), (*labels.warnings, *warnings)
         prompts = read_prompts(case.prompts, case.id, view, tuple(plan.labels), plan.ignore, image) if self.simulated is None else None
         if prompts is None or not any(prompts.annotated.values()):
             raise CaseError(case.id, "", "no annotated slice", f"Add a prompt mask named {case.id} with at least one annotated slice")
-        return prompts, ()
+        return prompts, tuple(f"the prompt: {line}" for line in prompts.warnings if line not in image.warnings)
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,15 @@ def segment_case(case: Case, root: Path, prompt_reader: PromptReader, segmenter:
         "seconds": round(time.monotonic() - started, 3),
         "calibrated": segmenter.calibration is not None,
     }
-    return SegmentedCase(labels, image, (*image.warnings, *warnings), metadata)
+    return SegmentedCase(labels, _like_prompt(image, prompts), (*image.warnings, *warnings), metadata)
+
+
+def _like_prompt(image: Volume, prompts: Prompts) -> Volume:
+    """Return the image with the labels that the prompt file describes, and its masks in 3D Slicer's format where the prompt is."""
+    if prompts.source is None:
+        return image
+    ending = SEG_NRRD if prompts.source.ending == SEG_NRRD else image.source.mask_ending
+    return replace(image, source=replace(image.source, segments=prompts.source.segments, mask_ending=ending))
 
 
 def annotated_slices_of(prompts: Prompts, view: View, values: Sequence[int], storage_size: int) -> dict[int, list[AnnotatedSlice]]:

@@ -24,9 +24,18 @@ from pydicom.pixels.processing import apply_modality_lut
 
 from slmsam2_cli.io.dicom_files import dicom_files, misnamed_files, split_series
 from slmsam2_cli.io.files import InputError
-from slmsam2_cli.io.image import DIRECTION_TOLERANCE, SHEAR_TOLERANCE, DecodedVolume, Grid, Source, Uncertainty, check_size, check_spacing
+from slmsam2_cli.io.image import (
+    DICOM_SERIES,
+    DIRECTION_TOLERANCE,
+    SHEAR_TOLERANCE,
+    DecodedVolume,
+    Grid,
+    Source,
+    Uncertainty,
+    check_size,
+    check_spacing,
+)
 
-SERIES = "DICOM series"
 ALL_SERIES = "all"
 _UNEVEN_ERROR, _UNEVEN_WARNING = 0.05, 1e-3  # of the distance between slices
 _EXPORT = "Export the series again from its source"
@@ -112,7 +121,18 @@ def read_dicom(path: Path, max_voxels: int) -> DecodedVolume:
     check_size((frames[0].size[1], frames[0].size[0], len(frames)), frames[0].size[2], max_voxels)
     ordered, grid, found, uncertain = _arrange(frames)
     voxels = _decode(ordered)
-    return DecodedVolume(voxels, grid, Source(SERIES, ".nii.gz", uncertain=uncertain), (*warnings, *found))
+    return DecodedVolume(voxels, grid, Source(DICOM_SERIES, ".nii.gz", uncertain=uncertain, series=path), (*warnings, *found))
+
+
+def ordered_frames(path: Path) -> list[tuple[Path, int]]:
+    """Return file and number in the file, from 0, of the frame that each slice of a volume comes from.
+
+    Raises: InputError as read_dicom does.
+    """
+    folder, wanted = split_series(path)
+    frames = [frame for file in _choose(_find_series(folder)[0], wanted).files for frame in _frames(file)]
+    _check_frames(frames, len({frame.path for frame in frames}))
+    return [(frame.path, frame.index) for frame in _arrange(frames)[0]]
 
 
 def list_series(folder: Path) -> tuple[Series, ...]:
@@ -142,7 +162,7 @@ def _find_series(folder: Path) -> tuple[tuple[Series, ...], list[str]]:
     groups: dict[str, list[tuple[Path, str, str]]] = {}
     without: list[Path] = []
     for file in files:
-        with _own_errors(file):
+        with own_errors(file):
             header = _read(file, ["SOPClassUID", "SeriesInstanceUID", "SeriesNumber", "Modality", "Rows", "Columns"])
             if not _holds_image(header, file):
                 without.append(file)
@@ -206,7 +226,7 @@ def _choose(series: Sequence[Series], wanted: str | None) -> Series:
 
 
 @contextmanager
-def _own_errors(path: Path) -> Iterator[None]:
+def own_errors(path: Path) -> Iterator[None]:
     """Replace the errors of pydicom, whose messages may quote a header, and silence its warnings, which do, too."""
     logger = logging.getLogger("pydicom")
     level = logger.level
@@ -275,7 +295,7 @@ def _frames(path: Path) -> list[_Frame]:
 
     Raises: InputError when the file is damaged, cut short, or not an image of numbers.
     """
-    with _own_errors(path):
+    with own_errors(path):
         header = _read(path, _HEADER)
         count, colours = int(header.get("NumberOfFrames") or 1), int(header.get("SamplesPerPixel") or 1)
         size = int(header.Rows), int(header.Columns), colours
@@ -464,7 +484,7 @@ def _decode(frames: Sequence[_Frame]) -> NDArray[Any]:
     for place, frame in enumerate(frames):
         places.setdefault(frame.path, []).append((place, frame))
     for path, wanted in places.items():
-        with _own_errors(path):
+        with own_errors(path):
             file = _read(path)
             pixels = _pixels(file, path).reshape(-1, rows, columns, colours)
             for place, frame in wanted:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from slmsam2_cli.io.files import InputError
 
 CHUNK = 1 << 18
+MAX_PADDING = 1 << 16  # bytes
 DEFLATE_RATIO = 1032  # deflate never shrinks further than this
 GZIP_MAGIC = b"\x1f\x8b"
 GZIP, ZLIB_OR_GZIP = 31, 47  # zlib's window bits
@@ -136,10 +137,15 @@ def skip(stream: ByteStream, count: int, what: str) -> None:
 
 
 def expect_end(stream: ByteStream, declared: int) -> None:
-    """Check that the data end here.
+    """Check that the data end here; up to MAX_PADDING zeros that follow are a warning.
 
     Raises: InputError when more data follow than the header declares.
     """
-    if stream.read(1):
+    found = 0
+    while (block := stream.read(MAX_PADDING)) and not block.strip(b"\0") and found + len(block) <= MAX_PADDING:
+        found += len(block)
+    if found and not block:
+        stream.warnings.append(f"{found} zeros after the voxels are ignored")
+    if block:
         what = f"the data are larger than the {declared} bytes the header declares (trailing data, or a corrupt header)"
         raise InputError(what, "Export the file again from its source")

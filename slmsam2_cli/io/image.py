@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from slmsam2_cli.io.files import InputError
 
+DICOM_SERIES = "DICOM series"  # the ending of what is no single file
 SPACING_TOLERANCE = 1e-3  # relative
 DIRECTION_TOLERANCE = 1e-3  # largest difference of one cosine
 ORIGIN_TOLERANCE = 1e-2  # voxels
@@ -105,6 +107,15 @@ def _format(values: Iterable[float], digits: int = 6) -> str:
     return "(" + ", ".join(f"{value:.{digits}g}" for value in values) + ")"
 
 
+@dataclass(frozen=True)
+class Segment:
+    """A label that a mask file describes: its value, its name and its colour (red, green, blue, each 0 to 1)."""
+
+    value: int
+    name: str
+    colour: tuple[float, float, float]
+
+
 Uncertainty = Literal["orientation", "spacing"]
 
 
@@ -115,7 +126,10 @@ class Source:
     ending, mask_ending: of the file read, and of masks that belong to it;
     template: a NIfTI header holding the geometry fields alone (no texts), or None;
     uncertain: parts of the geometry that the file does not state reliably;
-    qform_grid: the grid of the qform where it contradicts the sform, else None.
+    qform_grid: the grid of the qform where it contradicts the sform, else None;
+    step: between two values that the file can hold, where its header scales whole numbers, else 0;
+    segments: the labels that the file describes, as 3D Slicer does;
+    series: the DICOM folder, file or series of a folder that was read.
     """
 
     ending: str
@@ -123,6 +137,9 @@ class Source:
     template: bytes | None = None
     uncertain: frozenset[Uncertainty] = frozenset()
     qform_grid: Grid | None = None
+    step: float = 0.0
+    segments: tuple[Segment, ...] = ()
+    series: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,8 @@ SimpleITK zero-fills truncated data and repairs impossible spacings; what it wou
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,11 +17,12 @@ from numpy.typing import NDArray
 
 from slmsam2_cli.io.files import InputError, open_regular
 from slmsam2_cli.io.gzip_stream import GZIP, ZLIB_OR_GZIP, DeflateStream, PlainStream, expect_end, skip
-from slmsam2_cli.io.image import DecodedVolume, Grid, Source, check_size, check_spacing
+from slmsam2_cli.io.image import DecodedVolume, Grid, Segment, Source, check_size, check_spacing
 
 sitk: Any = SimpleITK  # untyped
 _MAX_HEADER = 1 << 20
 _EXPORT = "Export the file again from its source"
+_MAX_NAME, _NO_COLOUR = 80, (0.5, 0.5, 0.5)
 _META_BYTES = {
     "CHAR": 1,
     "UCHAR": 1,
@@ -45,12 +47,16 @@ _NRRD_BYTES = {
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the voxels are: how many values of how many bytes, and how they are packed ("raw", "gzip", "zlib")."""
+    """Where the voxels are: how many values of how many bytes, and how they are packed ("raw", "gzip", "zlib").
+
+    segments: the labels that 3D Slicer describes, each with its layer.
+    """
 
     sizes: tuple[int, ...]
     bytes_per_value: int
     packing: str
     data: Path
+    segments: tuple[tuple[Segment, int], ...] = ()
 
 
 def read_itk(path: Path, ending: str, max_voxels: int) -> DecodedVolume:
@@ -59,7 +65,7 @@ def read_itk(path: Path, ending: str, max_voxels: int) -> DecodedVolume:
     Raises: InputError when header or data are damaged, too large or unsupported.
     """
     with open_regular(path) as file:
-        layout = _nrrd_layout(file, path) if ending == ".nrrd" else _meta_layout(file, path)
+        layout = _nrrd_layout(file, path) if ending.endswith(".nrrd") else _meta_layout(file, path)
         total = int(np.prod(layout.sizes, dtype=object))
         check_size(layout.sizes, 1, max_voxels)
         if layout.data == path:
@@ -69,7 +75,29 @@ def read_itk(path: Path, ending: str, max_voxels: int) -> DecodedVolume:
                 warnings = _check_data(data, layout, total * layout.bytes_per_value)
     image = decode(path)
     voxels, grid = from_image(image)
-    return DecodedVolume(voxels, grid, Source(ending, ".mha" if ending == ".mhd" else ending), tuple(warnings))
+    voxels, segments = _merged(voxels, layout.segments)
+    return DecodedVolume(voxels, grid, Source(ending, ".mha" if ending == ".mhd" else ending, segments=segments), tuple(warnings))
+
+
+def _merged(voxels: NDArray[Any], described: Sequence[tuple[Segment, int]]) -> tuple[NDArray[Any], tuple[Segment, ...]]:
+    """Merge the layers (C, Z, Y, X) in which 3D Slicer keeps segments that overlap, or did; returns one channel and the segments.
+
+    Where two layers use the same value, the segments are numbered from 1 in their order.
+
+    Raises: InputError when a voxel belongs to two segments.
+    """
+    segments = tuple(segment for segment, _ in described)
+    if len(voxels) == 1 or not segments:
+        return voxels, segments
+    segments = _renumbered(segments)
+    labels = np.zeros((1, *voxels.shape[1:]), np.uint16)
+    for segment, (stored, layer) in zip(segments, described, strict=True):
+        inside = voxels[layer] == stored.value if layer < len(voxels) else np.zeros(labels.shape[1:], bool)
+        if twice := int(np.count_nonzero(labels[0][inside])):
+            what = f"{twice} voxels belong to two segments, because segments of 3D Slicer may overlap (layers); one of them: {segment.name}"
+            raise InputError(what, "In Slicer's Segment Editor, use Masking with 'Overwrite other segments', or export as labelmap")
+        labels[0][inside] = segment.value
+    return labels, segments
 
 
 def decode(path: Path) -> Any:
@@ -190,7 +218,29 @@ def _nrrd_layout(file: BinaryIO, path: Path) -> _Layout:
     width = _NRRD_BYTES.get(_field(fields, "type").lower())
     if packing is None or width is None or _integers(_field(fields, "dimension")) != (len(sizes),):
         raise InputError(f"unsupported: type {fields['type']}, dimension {fields['dimension']}, encoding {encoding}", _EXPORT)
-    return _Layout(sizes, width, packing, path)
+    return _Layout(sizes, width, packing, path, _segments(lines))
+
+
+def _renumbered(segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """Number segments from 1 in their order where two have the same value, as in layers; others are returned as they are."""
+    if len({segment.value for segment in segments}) == len(segments):
+        return tuple(segments)
+    return tuple(replace(segment, value=number) for number, segment in enumerate(segments, 1))
+
+
+def _segments(lines: Sequence[str]) -> tuple[tuple[Segment, int], ...]:
+    """Read the labels that 3D Slicer describes in a NRRD header (Segment0_Name:=liver), each with its layer; empty where there are none."""
+    fields = dict(line.split(":=", 1) for line in lines if line.startswith("Segment") and ":=" in line)
+    found = []
+    for number in range(sum(name.endswith("_ID") for name in fields)):
+        value, layer = (fields.get(f"Segment{number}_{name}", "").strip() for name in ("LabelValue", "Layer"))
+        if not re.fullmatch(r"\d{1,5}", value) or not re.fullmatch(r"\d{0,4}", layer):
+            raise InputError(f"the header describes segment {number} without a whole number as its value and layer", _EXPORT)
+        name = " ".join(fields.get(f"Segment{number}_Name", "").split())[:_MAX_NAME]
+        words = [_number(word) for word in fields.get(f"Segment{number}_Color", "").split()]
+        colour = tuple(words) if len(words) == 3 and all(0 <= word <= 1 for word in words) else _NO_COLOUR
+        found.append((Segment(int(value), name or f"label {value}", (colour[0], colour[1], colour[2])), int(layer or "0")))
+    return tuple(found)
 
 
 def _meta_layout(file: BinaryIO, path: Path) -> _Layout:
@@ -225,8 +275,8 @@ def meta_files(path: Path) -> tuple[Path, ...]:
     return (path,) if data == path else (path, data)
 
 
-def write_itk(path: Path, labels: NDArray[Any], grid: Grid) -> None:
-    """Write labels (Z, Y, X) as compressed .nrrd or .mha.
+def write_itk(path: Path, labels: NDArray[Any], grid: Grid, segments: Sequence[Segment] = ()) -> None:
+    """Write labels (Z, Y, X) as compressed .nrrd or .mha. segments: described in the header, as 3D Slicer reads them from .seg.nrrd.
 
     Raises: ValueError when SimpleITK fails.
     """
@@ -234,7 +284,32 @@ def write_itk(path: Path, labels: NDArray[Any], grid: Grid) -> None:
     image.SetSpacing(grid.spacing_mm[::-1])
     image.SetOrigin(grid.origin_mm)
     image.SetDirection(grid.direction.ravel().tolist())
+    for name, text in _described(segments, labels.shape).items():
+        image.SetMetaData(name, text)
     try:
         sitk.WriteImage(image, str(path), useCompression=True)
     except RuntimeError:
         raise ValueError("SimpleITK could not write it") from None
+
+
+def _described(segments: Sequence[Segment], shape: tuple[int, ...]) -> dict[str, str]:
+    """Describe segments in the header fields of 3D Slicer: https://slicer.readthedocs.io, segmentation storage node."""
+    extent = " ".join(f"0 {length - 1}" for length in shape[::-1])
+    fields = {
+        "Segmentation_MasterRepresentation": "Binary labelmap",
+        "Segmentation_ContainedRepresentationNames": "Binary labelmap|",
+        "Segmentation_ReferenceImageExtentOffset": "0 0 0",
+    }
+    for number, segment in enumerate(segments):
+        fields |= {
+            f"Segment{number}_ID": f"Segment_{segment.value}",
+            f"Segment{number}_Name": segment.name,
+            f"Segment{number}_NameAutoGenerated": "0",
+            f"Segment{number}_Color": " ".join(f"{part:.6g}" for part in segment.colour),
+            f"Segment{number}_ColorAutoGenerated": "0",
+            f"Segment{number}_LabelValue": str(segment.value),
+            f"Segment{number}_Layer": "0",
+            f"Segment{number}_Extent": extent,
+            f"Segment{number}_Tags": "",
+        }
+    return fields if segments else {}

@@ -145,12 +145,16 @@ def read_nifti(path: Path, ending: str, max_voxels: int) -> DecodedVolume:
         header = _read_header(stream, max_voxels)
         count = header.size[0] * header.size[1] * header.size[2] * header.channels * header.dtype.itemsize
         raw = read_body(stream, header.offset - header.fields.dtype.itemsize, count, header.offset + count)
-    grid, qform_grid, uncertain, warnings = geometry(_forms(header.fields), header.size)
+    forms, warnings = _mended(_forms(header.fields))
+    grid, qform_grid, uncertain, found = geometry(forms, header.size)
+    warnings += found
     voxels = raw.view(header.dtype).reshape(header.channels, *header.size[::-1])
-    source = Source(ending, ending, _geometry_only(header.fields), uncertain, qform_grid)
+    step = abs(float(header.fields["scl_slope"])) if header.dtype.kind in "iu" else 0.0
+    source = Source(ending, ending, _geometry_only(header.fields), uncertain, qform_grid, step=step)
     if ending == ".nii.gz" and isinstance(stream, PlainStream):
         warnings.append("not compressed although its name ends in .gz")
-    return DecodedVolume(_scaled(voxels, header.fields), grid, source, (*stream.warnings, *warnings))
+    values, scaling = _scaled(voxels, header.fields)
+    return DecodedVolume(values, grid, source, (*stream.warnings, *warnings, *scaling))
 
 
 def _open_stream(file: BinaryIO) -> ByteStream:
@@ -239,20 +243,38 @@ def _dtype(fields: Any) -> np.dtype[Any]:
     return np.dtype(_TYPES[code]).newbyteorder(fields.dtype["datatype"].byteorder)
 
 
-def _scaled(voxels: NDArray[Any], fields: Any) -> NDArray[Any]:
-    """Convert voxels to native byte order and apply slope * voxels + inter, unless the slope is 0 (NIfTI's "not set")."""
+def _mended(forms: NiftiForms) -> tuple[NiftiForms, list[str]]:
+    """Return the forms as other readers take them, and warnings: an sform of zeros beside a qform is no sform, lengths are positive."""
+    warnings = list[str]()
+    if forms.sform_code > 0 and forms.qform_code > 0 and not np.any(forms.rows[:, :3]):
+        warnings.append("the sform is all zeros; the qform is used")
+        forms = replace(forms, sform_code=0)
+    if forms.sform_code <= 0 and np.any(forms.pixdim[1:4] < 0):
+        sizes = ", ".join(f"{mm:g}" for mm in forms.pixdim[1:4])
+        warnings.append(f"a negative spacing in the header, ({sizes}) mm (x, y, z), is taken as positive")
+        forms = replace(forms, pixdim=np.array([forms.pixdim[0], *np.abs(forms.pixdim[1:4])]))
+    return forms, warnings
+
+
+def _scaled(voxels: NDArray[Any], fields: Any) -> tuple[NDArray[Any], list[str]]:
+    """Convert voxels to native byte order and apply slope * voxels + inter, unless the slope is 0 (NIfTI's "not set"). Adds warnings.
+
+    Where both are NaN, as nibabel marks "not set", nothing is scaled.
+    """
     slope, inter = float(fields["scl_slope"]), float(fields["scl_inter"])
+    if np.isnan(slope) and np.isnan(inter):
+        return voxels.astype(voxels.dtype.newbyteorder("="), copy=False), ["scl_slope and scl_inter are NaN: the values are not scaled"]
     if not np.isfinite(slope) or (slope != 0 and not np.isfinite(inter)):
         raise InputError(f"scl_slope {slope:g} or scl_inter {inter:g} is not finite: the scale of the values is unknown", _EXPORT)
     voxels = voxels.astype(voxels.dtype.newbyteorder("="), copy=False)
     if slope == 0 or (slope == 1 and inter == 0):
-        return voxels
+        return voxels, []
     wide = np.float64 if voxels.dtype.itemsize > 4 or voxels.dtype in (np.int32, np.uint32) else np.float32
     scaled: Any = voxels.astype(wide)
     with np.errstate(over="ignore", invalid="ignore"):
         scaled *= wide(slope)
         scaled += wide(inter)
-    return np.asarray(scaled)
+    return np.asarray(scaled), []
 
 
 def _forms(fields: Any) -> NiftiForms:

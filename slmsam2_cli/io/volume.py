@@ -19,12 +19,13 @@ from slmsam2_cli.errors import CaseError, OutputError
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.dicom_files import dicom_files, is_dicom, split_series
 from slmsam2_cli.io.files import InputError, error_reason, sha256_of
-from slmsam2_cli.io.image import DecodedVolume, Grid, Source
+from slmsam2_cli.io.image import ORIGIN_TOLERANCE, DecodedVolume, Grid, Source
 from slmsam2_cli.io.nifti import read_nifti, template_for, write_nifti
 
 __all__ = [
     "ENDINGS",
     "MAX_VOXELS",
+    "SEG_NRRD",
     "Grid",
     "LabelVolume",
     "Source",
@@ -32,6 +33,7 @@ __all__ = [
     "image_ending",
     "keep_decoded",
     "mask_ending",
+    "place_on",
     "read_image",
     "read_labels",
     "relative",
@@ -42,7 +44,9 @@ __all__ = [
 
 MAX_VOXELS = 2_000_000_000
 MAX_LABEL = 65535
+SEG_NRRD = ".seg.nrrd"
 PLAUSIBLE_SPACING_MM = 0.01, 100.0
+_SAFE_GAP = 0.05  # from a whole number, of a label moved by a header's scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +84,7 @@ def _read_raster(path: Path, ending: str, max_voxels: int) -> DecodedVolume:
 _READERS = {
     ".nii.gz": read_nifti,
     ".nii": read_nifti,
+    SEG_NRRD: _read_itk,
     ".nrrd": _read_itk,
     ".mha": _read_itk,
     ".mhd": _read_itk,
@@ -105,7 +110,7 @@ def mask_ending(like: Volume | LabelVolume) -> str:
 
 def _is_dicom_source(path: Path) -> bool:
     """Return whether a path is a folder, one series of a folder, or a DICOM file."""
-    return path.is_dir() or split_series(path)[1] is not None or image_ending(path) is None and is_dicom(path)
+    return path.is_dir() or image_ending(path) is None and (split_series(path)[1] is not None or is_dicom(path))
 
 
 def read_image(paths: Sequence[Path], *, case: str, root: Path, max_voxels: int = MAX_VOXELS, channels: int | None = None) -> Volume:
@@ -162,8 +167,8 @@ def _value_warnings(voxels: NDArray[Any]) -> list[str]:
     return [f"an extreme range of values: {low:g} to {high:g}"] if max(abs(low), abs(high)) > 1e12 else []
 
 
-def read_labels(path: Path, *, case: str, root: Path, max_voxels: int = MAX_VOXELS) -> LabelVolume:
-    """Read the mask of one case.
+def read_labels(path: Path, *, case: str, root: Path, on: Grid | None = None, max_voxels: int = MAX_VOXELS) -> LabelVolume:
+    """Read the mask of one case. on: the grid of its image, into which a mask that 3D Slicer cut to its segments is put back.
 
     Raises: CaseError when the file is invalid or its values are not whole numbers from 0 to 65535.
     """
@@ -171,7 +176,39 @@ def read_labels(path: Path, *, case: str, root: Path, max_voxels: int = MAX_VOXE
         decoded = decode(path, max_voxels)
         if len(decoded.voxels) != 1:
             raise InputError(f"4-D, one-hot or coloured: {len(decoded.voxels)} channels", "Save a 3-D mask with one value per structure")
-        return LabelVolume(_label_values(decoded.voxels[0]), decoded.grid, decoded.source, decoded.warnings)
+        voxels, warnings = _unscaled(decoded.voxels[0], decoded.source.step)
+        labels = LabelVolume(_label_values(voxels), decoded.grid, decoded.source, (*decoded.warnings, *warnings))
+        return labels if on is None else place_on(labels, on)
+
+
+def _unscaled(voxels: NDArray[Any], step: float) -> tuple[NDArray[Any], list[str]]:
+    """Make whole numbers whole again that a header's scale moved by up to its step, and return warnings; else return them unchanged.
+
+    A program that saves labels as floats into an integer header leaves slope and intercept to its library, which maps 2 to 1.99998.
+    """
+    if voxels.dtype.kind != "f" or not 0 < step < 1:
+        return voxels, []
+    nearest = np.rint(voxels)
+    gap = float(np.max(np.abs(voxels - nearest)))
+    if not 0 < gap <= min(step, max(_SAFE_GAP, 0.6 * step)):
+        return voxels, []
+    return nearest, [f"labels that the header's scl_slope {step:.3g} had moved by up to {gap:.2g} are whole numbers again"]
+
+
+def place_on(labels: LabelVolume, grid: Grid) -> LabelVolume:
+    """Put a mask that 3D Slicer cut to its segments back into the image's grid; other masks are returned as they are."""
+    if not labels.source.segments or labels.grid.shape == grid.shape:
+        return labels
+    if labels.grid.spacing_difference(grid) or labels.grid.direction_difference(grid):
+        return labels
+    offset = grid.direction.T @ (np.array(labels.grid.origin_mm) - np.array(grid.origin_mm)) / np.array(grid.spacing_mm[::-1])
+    start = np.rint(offset)[::-1].astype(int)
+    end = start + labels.grid.shape
+    if np.max(np.abs(offset - np.rint(offset))) > ORIGIN_TOLERANCE or np.any(start < 0) or np.any(end > grid.shape):
+        return labels
+    voxels = np.zeros(grid.shape, labels.voxels.dtype)
+    voxels[tuple(slice(low, high) for low, high in zip(start, end, strict=True))] = labels.voxels
+    return replace(labels, voxels=voxels, grid=grid)
 
 
 def volume_files(path: Path) -> tuple[Path, ...]:
@@ -301,7 +338,7 @@ def _label_values(voxels: NDArray[Any]) -> NDArray[Any]:
             if np.any(invalid):
                 value = plane[invalid][0]
                 what = f"a non-integer label: {'NaN' if np.isnan(value) else f'{value:g}'} (first seen in slice {z})"
-                raise InputError(what, "Save the mask with whole numbers, without interpolation")
+                raise InputError(what, "Save the mask as whole numbers, without interpolation and without a scale (scl_slope)")
     low, high = voxels.min(), voxels.max()
     if low < 0:
         raise InputError(f"a negative label: {low:g}", "Use 0 for background and positive whole numbers for structures")
@@ -348,10 +385,10 @@ def _write(path: Path, ending: str, values: NDArray[Any], like: Volume | LabelVo
     if ending in (".nii", ".nii.gz"):
         with atomic.create(path) as file:
             write_nifti(file, values, like.source.template or template_for(like.grid), compressed=ending == ".nii.gz")
-    elif ending in (".nrrd", ".mha"):
+    elif ending in (SEG_NRRD, ".nrrd", ".mha"):
         from slmsam2_cli.io.itk import write_itk
 
-        write_itk(path, values, like.grid)
+        write_itk(path, values, like.grid, like.source.segments if ending == SEG_NRRD else ())
     elif ending in _WITHOUT_GEOMETRY:
         from slmsam2_cli.io.raster import write_raster
 
