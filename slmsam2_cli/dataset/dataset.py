@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -192,10 +192,11 @@ def read_image_folder(folder: Path, series: str | None = None) -> tuple[tuple[Ca
     return tuple(Case(case, paths, None) for case, paths in found.cases.items()), tuple(found.problems)
 
 
-def find_label(folder: Path, case_id: str) -> Path | None:
+def find_label(folder: Path, case_id: str, images: Collection[Path] = ()) -> Path | None:
     """Return the mask with the case's name, or that name and _0000 as nnU-Net's images have it; None when there is none.
 
-    A mask CASE_0000 is not that of CASE where CASE_0001 lies beside it: then these are masks of several cases, or of channels.
+    images: files of the case itself, which may lie in the same folder. A mask CASE_0000 is not that of CASE where CASE_0001 lies beside
+    it: then these are masks of several cases, or of channels.
 
     Raises: CaseError when there are several, of different endings.
     """
@@ -205,7 +206,7 @@ def find_label(folder: Path, case_id: str) -> Path | None:
         for entry in os.scandir(folder):
             name = normalise_name(entry.name)
             if name.startswith(normalise_name(case_id)) and image_ending(Path(name)) and (place := names.get(stem(Path(name)))) is not None:
-                found[place].append(folder / entry.name)
+                found[place].extend({folder / entry.name} - set(images))
     masks = found[0] or ([] if found[2] else found[1])
     if len(masks) > 1:
         files = ", ".join(sorted(path.name for path in masks))

@@ -14,7 +14,7 @@ because they would count as a thin annotation on every slice; listing the annota
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,12 +66,14 @@ class PromptFile:
     listing: str
 
 
-def find_prompts(folder: Path, case_id: str) -> PromptFiles:
+def find_prompts(folder: Path, case_id: str, images: Collection[Path] = ()) -> PromptFiles:
     """Find the files with the annotated slices of a case in a folder: a mask of its name, and CASE.prompts.json.
+
+    images: as in find_label.
 
     Raises: CaseError when several masks have the case's name.
     """
-    mask = find_label(folder, case_id)
+    mask = find_label(folder, case_id, images)
     return PromptFiles(mask, find_listing(folder, case_id, *([stem(mask)] if mask is not None else [])))
 
 

@@ -69,7 +69,7 @@ class PromptSource:
         """
         if self.file is not None:
             return replace(case, prompts=PromptFiles(self.file, find_listing(self.folder, stem(self.file), case.id)))
-        return replace(case, prompts=PromptFiles(case.label) if self.dataset_labels else find_prompts(self.folder, case.id))
+        return replace(case, prompts=PromptFiles(case.label) if self.dataset_labels else find_prompts(self.folder, case.id, case.images))
 
     def describe(self) -> str:
         """Describe the prompts for the manifest."""
