@@ -275,7 +275,9 @@ def _select_cases(images: Path | None, data: Dataset | None, workspace: Workspac
     else:
         raise UsageError("no images given. Use -i IMAGES -o MASKS, or run inside a data set")
     if not found.cases:
-        raise DatasetError(f"{found.root}: no image to segment. Give a folder with NIfTI, NRRD, MHA, DICOM or PNG images", found.problems)
+        below = next((path for path in sorted(found.root.glob("*/**/*")) if image_ending(path)), None)
+        advice = f"Give {below.parent}, or a BIDS folder" if below else "Give a folder with NIfTI, NRRD, MHA, DICOM or PNG images"
+        raise DatasetError(f"{found.root}: no image to segment. {advice}", found.problems)
     return found
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from slmsam2_cli.dataset.checks import check_pair, compare_geometry
 from slmsam2_cli.dataset.dataset_json import NAME, Case, Dataset, Entry, raise_dataset_error, read_description
-from slmsam2_cli.dataset.discovery import DiscoveredCases, choose_series, list_images, list_labels, normalise_name, stem
+from slmsam2_cli.dataset.discovery import DiscoveredCases, choose_series, list_bids_images, list_images, list_labels, normalise_name, stem
 from slmsam2_cli.errors import CaseError
 from slmsam2_cli.io.dicom_files import is_dicom, slices_in
 from slmsam2_cli.io.files import is_ignored_name
@@ -174,7 +174,7 @@ def _test_cases(entries: Sequence[Entry] | None, root: Path, warnings: list[str]
 def read_image_folder(folder: Path, series: str | None = None) -> tuple[tuple[Case, ...], tuple[CaseError, ...]]:
     """Return the volumes in a folder as cases without label, and the problems of file names that cannot be used.
 
-    Channels are grouped; a folder with DICOM files in it or below it is one case, series: as in list_images. `folder` may also be a
+    Where there are none, those of a BIDS tree. Channels are grouped; a folder with DICOM files in it or below it is one case, series: as in list_images. `folder` may also be a
     single volume.
 
     Raises: DatasetError when `folder` is neither a readable folder nor a volume.
@@ -186,6 +186,8 @@ def read_image_folder(folder: Path, series: str | None = None) -> tuple[tuple[Ca
     if slices and not found.cases and not found.problems:
         found = choose_series({folder.resolve().name: folder}, series)
         return tuple(Case(case, paths, None) for case, paths in found.cases.items()), tuple(found.problems)
+    if not found.cases and not found.problems:
+        found = list_bids_images(folder, folder)
     if slices:
         what = f"{len(slices)} DICOM slices in one folder with other volumes"
         found.problems.append(CaseError(stem(slices[0]), slices[0].name, what, "Move the series into a folder of its own"))

@@ -74,6 +74,19 @@ def list_images(folder: Path, root: Path, series: str | None = None) -> Discover
     return found
 
 
+def list_bids_images(folder: Path, root: Path) -> DiscoveredCases:
+    """List the anatomical images of a BIDS tree (sub-*/anat, sub-*/ses-*/anat); the case id is the file name without its ending."""
+    found = DiscoveredCases()
+    groups: dict[str, list[Path]] = {}
+    for pattern in ("sub-*/anat/*", "sub-*/ses-*/anat/*"):
+        for path in sorted(folder.glob(pattern)):
+            if image_ending(path) and not is_ignored_name(path.name) and not stem(path).endswith("mask"):
+                groups.setdefault(stem(path), []).append(path)
+    for case, paths in sorted(groups.items()):
+        _add(found, case, paths, root, expected=1)
+    return found
+
+
 def choose_series(folders: Mapping[str, Path], series: str | None) -> DiscoveredCases:
     """Make the cases of DICOM folders, by name. series: the number of the series to read where a folder holds several; "all": every one.
 

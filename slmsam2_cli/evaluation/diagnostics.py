@@ -21,11 +21,11 @@ AXES = ("z", "y", "x")
 
 def hints(reference: np.ndarray, prediction: np.ndarray, values: Sequence[int]) -> list[str]:
     """Describe what may be wrong with a prediction; reference, prediction: label masks (Z, Y, X), values: the labels to compare."""
-    present = sorted(values)
+    present = sorted({*values, *(np.unique(prediction).tolist() if values else [])} - {0})
     if not present or len(present) > MOST_LABELS:
         return []
     joint = _joint_counts(reference, prediction, present)
-    return [*_swapped_labels(joint, present), *_mirrored(reference, prediction, joint)]
+    return [*_exchanged_labels(joint, present), *_mirrored(reference, prediction, joint)]
 
 
 def may_have_hints(dice: Iterable[float | None]) -> bool:
@@ -50,19 +50,28 @@ def _joint_counts(reference: np.ndarray, prediction: np.ndarray, values: Sequenc
     return counts.reshape(size, size)
 
 
-def _swapped_labels(joint: np.ndarray, values: Sequence[int]) -> Iterator[str]:
-    """Name pairs of labels of which each fits the other's prediction far better than its own. joint: see _joint_counts."""
+def _exchanged_labels(joint: np.ndarray, values: Sequence[int]) -> Iterator[str]:
+    """Name labels that another label of the prediction fits far better than their own, as in pairs that were exchanged, in masks of 0
+    and 255, or with numbers in another order. joint: see _joint_counts.
+    """
     rows, columns = joint.sum(axis=1, keepdims=True), joint.sum(axis=0, keepdims=True)
     with np.errstate(invalid="ignore"):
         table = np.nan_to_num(dice(joint, rows, columns)).tolist()  # 0 where both labels are empty
+    pairs = set[int]()
     for a, b in combinations(range(1, len(values) + 1), 2):
         crossed = (table[a][b], table[b][a])
         if min(crossed) >= GOOD and min(crossed) - max(table[a][a], table[b][b]) >= GAIN:
             one, other = values[a - 1], values[b - 1]
+            pairs |= {a, b}
             yield (
                 f"labels {one} and {other} appear to be exchanged: Dice of {one} against the predicted {other} is {crossed[0]:.2f}, "
                 f"of {other} against the predicted {one} {crossed[1]:.2f}"
             )
+
+    for a in set(range(1, len(values) + 1)) - pairs:
+        b = max((b for b in range(1, len(values) + 1) if b != a), key=lambda b: table[a][b], default=a)
+        if table[a][b] >= max(GOOD, table[a][a] + GAIN):
+            yield f"label {values[b - 1]} of the mask overlaps label {values[a - 1]} of the reference with Dice {table[a][b]:.3f}"
 
 
 def _mirrored(reference: np.ndarray, prediction: np.ndarray, joint: np.ndarray) -> Iterator[str]:

@@ -444,3 +444,14 @@ def test_every_broken_input_gives_the_expected_error_or_warning(broken: list[tup
         if any(str(root) in line for line in lines):
             misses.append(f"{want['id']}: a message shows an absolute path: {lines}")
     assert misses == []
+
+
+def test_a_bids_tree_is_a_folder_of_images(tmp_path: Path) -> None:
+    for name in ("sub-01/anat/sub-01_T1w", "sub-02/ses-1/anat/sub-02_ses-1_T1w", "sub-02/ses-1/anat/sub-02_ses-1_defacemask"):
+        path = tmp_path / f"{name}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "dataset_description.json").write_text("{}")
+    cases, problems = read_image_folder(tmp_path)
+    assert [(case.id, case.images[0].parent.parent.name) for case in cases] == [("sub-01_T1w", "sub-01"), ("sub-02_ses-1_T1w", "ses-1")]
+    assert problems == ()

@@ -28,6 +28,15 @@ def test_exchanged_labels_are_named():
     assert line.startswith("labels 1 and 2 appear to be exchanged: Dice of 1 against the predicted 2 is 1.00")
 
 
+def test_masks_of_0_and_255_and_labels_in_another_order_are_named():
+    reference = (two_blocks() == 1).astype(np.uint8)
+    assert hints(reference, 255 * reference, [1]) == ["label 255 of the mask overlaps label 1 of the reference with Dice 1.000"]
+    three = two_blocks()
+    three[4:6, 1:5, 1:5] = 3
+    lines = hints(three, np.array([0, 2, 3, 1], dtype=np.uint8)[three], [1, 2, 3])
+    assert lines == [f"label {b} of the mask overlaps label {a} of the reference with Dice 1.000" for a, b in ((1, 2), (2, 3), (3, 1))]
+
+
 def test_a_mirrored_mask_is_named_with_its_axis():
     (line,) = hints(two_blocks(), two_blocks()[::-1], [1, 2])
     assert line.startswith("the prediction appears to be mirrored along z")
