@@ -174,7 +174,9 @@ def _test_cases(entries: Sequence[Entry] | None, root: Path, warnings: list[str]
 def read_image_folder(folder: Path, series: str | None = None) -> tuple[tuple[Case, ...], tuple[CaseError, ...]]:
     """Return the volumes in a folder as cases without label, and the problems of file names that cannot be used.
 
-    Where there are none, those of a BIDS tree. Channels are grouped; a folder with DICOM files in it or below it is one case, series: as in list_images. `folder` may also be a
+    Where there are none, those of a BIDS tree.
+
+    Channels are grouped; a folder with DICOM files in it or below it is one case, series: as in list_images. `folder` may also be a
     single volume.
 
     Raises: DatasetError when `folder` is neither a readable folder nor a volume.

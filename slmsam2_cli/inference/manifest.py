@@ -104,7 +104,7 @@ class Records:
         written here; OutputError when a file cannot be written; the record then says that the mask is unfinished.
         """
         image = self.files.dress(image)
-        if image.source.series is not None or self.files.format == "dicom-seg":
+        if image.source.frames or self.files.format == "dicom-seg":
             metadata = metadata | self._save_segmentation(case_id, labels, image)
         self.begin(case_id)
         mask = self.masks / f"{case_id}{image.source.mask_ending}"
@@ -118,7 +118,7 @@ class Records:
         """
         if self.files.format not in ("auto", "dicom-seg"):
             return {}
-        if image.source.series is None or "orientation" in image.source.uncertain:
+        if not image.source.frames or "orientation" in image.source.uncertain:
             if self.files.format == "auto":
                 return {}
             what = "no DICOM image with a position in the patient, to which a DICOM segmentation could refer"
@@ -132,7 +132,7 @@ class Records:
         if path.exists() and not record.get("unfinished") and not (isinstance(known, dict) and known.get("sha256") == sha256_of(path)):
             raise CaseError(case_id, path.name, "exists already, not as this slmsam2 wrote it", "Move it, or choose --format nifti")
         self.begin(case_id)
-        digest = write_segmentation(path, labels, image.source.series, image.source.segments, self.files.codes)
+        digest = write_segmentation(path, labels, image.source.frames, image.source.segments, self.files.codes)
         return {"dicom_segmentation": {"file": path.name, "sha256": digest}}
 
     def mark_stale(self, case_id: str) -> str | None:

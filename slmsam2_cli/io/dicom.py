@@ -99,13 +99,17 @@ class _Frame:
         return float(np.max(np.abs(self.across - other.across))) <= DIRECTION_TOLERANCE
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Series:
-    """One series of a folder: the name by which it is chosen, its modality, and its files in order of their paths."""
+    """One series of a folder: the name by which it is chosen, its modality, its files in order of their paths, and the frames of each.
+
+    frames: of each file, or the error that its header gives; it counts when the series is read.
+    """
 
     name: str
     modality: str
     files: tuple[Path, ...]
+    frames: tuple[list[_Frame] | InputError, ...]
 
 
 def read_dicom(path: Path, max_voxels: int) -> DecodedVolume:
@@ -114,25 +118,14 @@ def read_dicom(path: Path, max_voxels: int) -> DecodedVolume:
     Raises: InputError when there is not exactly one complete series on one regular grid, or a file is damaged.
     """
     folder, wanted = split_series(path)
-    series, warnings = _find_series(folder)
-    chosen = _choose(series, wanted)
-    frames = [frame for file in chosen.files for frame in _frames(file)]
-    _check_frames(frames, len(chosen.files))
-    check_size((frames[0].size[1], frames[0].size[0], len(frames)), frames[0].size[2], max_voxels)
-    ordered, grid, found, uncertain = _arrange(frames)
-    voxels = _decode(ordered)
-    return DecodedVolume(voxels, grid, Source(DICOM_SERIES, ".nii.gz", uncertain=uncertain, series=path), (*warnings, *found))
-
-
-def ordered_frames(path: Path) -> list[tuple[Path, int]]:
-    """Return file and number in the file, from 0, of the frame that each slice of a volume comes from.
-
-    Raises: InputError as read_dicom does.
-    """
-    folder, wanted = split_series(path)
-    frames = [frame for file in _choose(_find_series(folder)[0], wanted).files for frame in _frames(file)]
-    _check_frames(frames, len({frame.path for frame in frames}))
-    return [(frame.path, frame.index) for frame in _arrange(frames)[0]]
+    with quiet():
+        series, warnings = _find_series(folder)
+        frames = _frames_in(_choose(series, wanted))
+        check_size((frames[0].size[1], frames[0].size[0], len(frames)), frames[0].size[2], max_voxels)
+        ordered, grid, found, uncertain = _arrange(frames)
+        voxels = _decode(ordered)
+    places = tuple((frame.path, frame.index) for frame in ordered)
+    return DecodedVolume(voxels, grid, Source(DICOM_SERIES, ".nii.gz", uncertain=uncertain, frames=places), (*warnings, *found))
 
 
 def list_series(folder: Path) -> tuple[Series, ...]:
@@ -140,7 +133,8 @@ def list_series(folder: Path) -> tuple[Series, ...]:
 
     Raises: InputError when a file is damaged.
     """
-    return _find_series(folder)[0]
+    with quiet():
+        return _find_series(folder)[0]
 
 
 def series_files(path: Path) -> tuple[Path, ...]:
@@ -152,32 +146,79 @@ def series_files(path: Path) -> tuple[Path, ...]:
     return tuple(dicom_files(folder)) if wanted is None else _choose(list_series(folder), wanted).files
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence pydicom, whose warnings may quote a header."""
+    logger = logging.getLogger("pydicom")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with config.disable_value_validation(), python_warnings.catch_warnings():
+            python_warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def own_errors(path: Path) -> Iterator[None]:
+    """Replace the errors of pydicom, whose messages may quote a header."""
+    try:
+        yield
+    except (InputError, OSError, MemoryError):
+        raise
+    except Exception:  # noqa: BLE001 - pydicom raises errors of every kind for damaged files
+        raise InputError(f"{path.name} is a corrupt DICOM file", _EXPORT) from None
+
+
 def _find_series(folder: Path) -> tuple[tuple[Series, ...], list[str]]:
     """Group the images below a folder by series; warnings name what is left out."""
     files = dicom_files(folder)
     if not files:
         raise InputError("a directory without DICOM slices, not a file", "Put the image file itself here")
-    if misnamed := misnamed_files(folder):
+    if misnamed := misnamed_files(folder, files):
         raise InputError(f"{len(misnamed)} .dcm files are not DICOM, the first is {misnamed[0].name}", _EXPORT)
-    groups: dict[str, list[tuple[Path, str, str]]] = {}
-    without: list[Path] = []
+    groups: dict[str, list[tuple[Path, str, str, list[_Frame] | InputError]]] = {}
+    without: list[tuple[Path, str]] = []
     for file in files:
         with own_errors(file):
-            header = _read(file, ["SOPClassUID", "SeriesInstanceUID", "SeriesNumber", "Modality", "Rows", "Columns"])
+            header = _read(file, _HEADER)
             if not _holds_image(header, file):
-                without.append(file)
+                without.append((file, _kind_name(_kind_of(header))))
                 continue
-            number = _text(header, "SeriesNumber")
-            groups.setdefault(_text(header, "SeriesInstanceUID"), []).append((file, number, _text(header, "Modality")))
+            groups.setdefault(str(header.get("SeriesInstanceUID")), []).append(
+                (file, str(header.get("SeriesNumber")), str(header.get("Modality")), _frames_or_error(header, file))
+            )
     if not groups:
-        kind = _kind_name(_kind_of(_read(without[0], ["SOPClassUID"])))
-        raise InputError(f"DICOM without an image: {without[0].name} ({kind})", "Put the images themselves here")
+        raise InputError(f"DICOM without an image: {without[0][0].name} ({without[0][1]})", "Put the images themselves here")
     warnings = []
     if without:
-        kind = _kind_name(_kind_of(_read(without[0], ["SOPClassUID"])))
         more = f" and {len(without) - 1} more DICOM files" if len(without) > 1 else ""
-        warnings.append(f"left out, because they hold no image: {without[0].name} ({kind}){more}")
+        warnings.append(f"left out, because they hold no image: {without[0][0].name} ({without[0][1]}){more}")
     return _named([groups[key] for key in sorted(groups)]), warnings
+
+
+def _frames_or_error(header: Dataset, path: Path) -> list[_Frame] | InputError:
+    """Return the frames that a header describes, or what is wrong with it."""
+    try:
+        with own_errors(path):
+            return _frames(header, path)
+    except InputError as error:
+        return error
+
+
+def _frames_in(series: Series) -> list[_Frame]:
+    """Return the frames of a series.
+
+    Raises: InputError when a header is invalid, or they do not belong to one volume.
+    """
+    frames = list[_Frame]()
+    for found in series.frames:
+        if isinstance(found, InputError):
+            raise found
+        frames += found
+    _check_frames(frames, len(series.files))
+    return frames
 
 
 def _holds_image(header: Dataset, path: Path) -> bool:
@@ -204,13 +245,14 @@ def _kind_name(kind: str) -> str:
     return "private kind" if name == kind else name.removesuffix(" Storage")
 
 
-def _named(groups: list[list[tuple[Path, str, str]]]) -> tuple[Series, ...]:
+def _named(groups: list[list[tuple[Path, str, str, list[_Frame] | InputError]]]) -> tuple[Series, ...]:
     """Name series by their number, and those that share one, or have none, by number-1, number-2, ..."""
-    numbers = [next((number for _, number, _ in group if number.isdigit()), "0") for group in groups]
+    numbers = [next((number for _, number, _, _ in group if number.isdigit()), "0") for group in groups]
     found = []
     for place, (group, number) in enumerate(zip(groups, numbers, strict=True)):
+        files, _, modalities, frames = zip(*group, strict=True)
         name = number if numbers.count(number) == 1 else f"{number}-{numbers[: place + 1].count(number)}"
-        found.append(Series(name, group[0][2] or "unknown", tuple(file for file, _, _ in group)))
+        found.append(Series(name, modalities[0], files, frames))
     return tuple(sorted(found, key=lambda one: [int(part) for part in one.name.split("-")]))
 
 
@@ -223,24 +265,6 @@ def _choose(series: Sequence[Series], wanted: str | None) -> Series:
     listed = ", ".join(f"{one.name} ({one.modality}, {len(one.files)} files)" for one in series)
     what = f"{len(series)} DICOM series in one folder: {listed}" if wanted is None else f"no DICOM series {wanted}; there are {listed}"
     raise InputError(what, "Choose with --series NUMBER, or --series all; or put each series into a folder of its own")
-
-
-@contextmanager
-def own_errors(path: Path) -> Iterator[None]:
-    """Replace the errors of pydicom, whose messages may quote a header, and silence its warnings, which do, too."""
-    logger = logging.getLogger("pydicom")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        with config.disable_value_validation(), python_warnings.catch_warnings():
-            python_warnings.simplefilter("ignore")
-            yield
-    except (InputError, OSError, MemoryError):
-        raise
-    except Exception:  # noqa: BLE001 - pydicom raises errors of every kind for damaged files
-        raise InputError(f"{path.name} is a corrupt DICOM file", _EXPORT) from None
-    finally:
-        logger.setLevel(level)
 
 
 def _read(path: Path, tags: list[str] | None = None) -> Dataset:
@@ -257,11 +281,6 @@ def _with_syntax(header: Dataset) -> Dataset:
         explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
         header.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
     return header
-
-
-def _text(header: Any, name: str) -> str:
-    value = header.get(name)
-    return "" if value is None else str(value).strip().strip("\0")
 
 
 def _numbers(header: Any, name: str, count: int) -> NDArray[np.float64] | None:
@@ -282,6 +301,7 @@ def _numbers(header: Any, name: str, count: int) -> NDArray[np.float64] | None:
 
 
 _HEADER = [
+    *("SeriesInstanceUID", "SeriesNumber", "Modality"),
     *("SOPClassUID", "SOPInstanceUID", "ImageType", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns"),
     *("PixelSpacing", "ImagerPixelSpacing", "SpacingBetweenSlices", "SliceThickness"),
     *("ImagePositionPatient", "ImageOrientationPatient", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
@@ -290,32 +310,30 @@ _HEADER = [
 ]
 
 
-def _frames(path: Path) -> list[_Frame]:
-    """Read the header of a file: one frame, or as many as it has.
+def _frames(header: Dataset, path: Path) -> list[_Frame]:
+    """Read the frames that the header of a file describes: one, or as many as it declares.
 
-    Raises: InputError when the file is damaged, cut short, or not an image of numbers.
+    Raises: InputError when the file is cut short, or not an image of numbers.
     """
-    with own_errors(path):
-        header = _read(path, _HEADER)
-        count, colours = int(header.get("NumberOfFrames") or 1), int(header.get("SamplesPerPixel") or 1)
-        size = int(header.Rows), int(header.Columns), colours
-        check_size((size[1], size[0], count), colours, 1 << 62)
-        _check_kind(header, path)
-        _check_length(header, path, count * size[0] * size[1] * colours)
-        shared = _first(header, "SharedFunctionalGroupsSequence")
-        groups = header.get("PerFrameFunctionalGroupsSequence") or []
-        if groups and len(groups) != count:
-            raise InputError(f"{path.name} declares {count} frames and describes {len(groups)}", _EXPORT)
-        stored = int(header.get("BitsStored") or 0)
-        low, high = (-(1 << stored - 1), (1 << stored - 1) - 1) if stored and header.get("PixelRepresentation") else (0, (1 << stored) - 1)
-        frames = []
-        for index in range(count):
-            places = [groups[index]] if groups else []
-            places += [place for place in (shared, header if count == 1 or groups else None) if place is not None]
-            scale = _scale([*places, header])
-            limits = _TABLE_RANGE if scale.table else (low, high)
-            frames.append(_Frame(path, index, size, *_geometry(places, header), scale, *limits, not stored))
-        return frames
+    count, colours = int(header.get("NumberOfFrames") or 1), int(header.get("SamplesPerPixel") or 1)
+    size = int(header.Rows), int(header.Columns), colours
+    check_size((size[1], size[0], count), colours, 1 << 62)
+    _check_kind(header, path)
+    _check_length(header, path, count * size[0] * size[1] * colours)
+    shared = _first(header, "SharedFunctionalGroupsSequence")
+    groups = header.get("PerFrameFunctionalGroupsSequence") or []
+    if groups and len(groups) != count:
+        raise InputError(f"{path.name} declares {count} frames and describes {len(groups)}", _EXPORT)
+    stored = int(header.get("BitsStored") or 0)
+    low, high = (-(1 << stored - 1), (1 << stored - 1) - 1) if stored and header.get("PixelRepresentation") else (0, (1 << stored) - 1)
+    frames = []
+    for index in range(count):
+        places = [groups[index]] if groups else []
+        places += [place for place in (shared, header if count == 1 or groups else None) if place is not None]
+        scale = _scale([*places, header])
+        limits = _TABLE_RANGE if scale.table else (low, high)
+        frames.append(_Frame(path, index, size, *_geometry(places), scale, *limits, not stored))
+    return frames
 
 
 def _check_kind(header: Dataset, path: Path) -> None:
@@ -356,7 +374,7 @@ def _scale(places: Sequence[Any]) -> _Scale:
 
 
 def _geometry(
-    places: Sequence[Any], header: Dataset
+    places: Sequence[Any],
 ) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None, tuple[float, float] | None, float | None]:
     """Return position, directions, spacing and height of a frame, as in _Frame. places: as in _scale."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,9 +44,10 @@ def holds_dicom(folder: Path) -> bool:
     return any(is_dicom(path) for path in _files_below(folder))
 
 
-def misnamed_files(folder: Path) -> list[Path]:
-    """List the files below a folder that are called .dcm and are not DICOM."""
-    return [path for path in _files_below(folder) if path.suffix.lower() == ".dcm" and not is_dicom(path)]
+def misnamed_files(folder: Path, known: Collection[Path]) -> list[Path]:
+    """List the files below a folder that are called .dcm and are not among the known DICOM files."""
+    listed = set(known)
+    return [path for path in _files_below(folder) if path.suffix.lower() == ".dcm" and path not in listed]
 
 
 def is_dicom(path: Path) -> bool:

@@ -28,7 +28,7 @@ from pydicom.sr.coding import Code
 
 from slmsam2_cli.errors import OutputError
 from slmsam2_cli.io import atomic
-from slmsam2_cli.io.dicom import ordered_frames, own_errors
+from slmsam2_cli.io.dicom import own_errors, quiet
 from slmsam2_cli.io.files import InputError, sha256_of
 from slmsam2_cli.io.image import Segment
 from slmsam2_cli.version import VERSION
@@ -81,15 +81,18 @@ def _label_codes(entry: Mapping[str, Any]) -> LabelCodes:
     return LabelCodes(*(Code(*(str(one[field]) for field in _CODE_FIELDS)) for one in (category, kind)))
 
 
-def write_segmentation(path: Path, labels: NDArray[Any], source: Path, segments: Sequence[Segment], known: Mapping[int, LabelCodes]) -> str:
+def write_segmentation(
+    path: Path, labels: NDArray[Any], source: Sequence[tuple[Path, int]], segments: Sequence[Segment], known: Mapping[int, LabelCodes]
+) -> str:
     """Write the labels (Z, Y, X) on the grid of a DICOM series as one object, and read it back. Returns the file's SHA-256.
 
-    segments: the labels to write, at least one of which occurs; known: label value -> codes, of others by name.
+    source: as Source.frames. segments: the labels to write, at least one of which occurs; known: label value -> codes, of others by name.
 
     Raises: OutputError when it cannot be written.
     """
     try:
-        images, frames = _sources(source)
+        with quiet():
+            images, frames = _sources(source)
         stored = np.zeros(labels.shape, np.uint16 if len(segments) > 255 else np.uint8)
         for number, segment in enumerate(segments, 1):
             stored[labels == segment.value] = number
@@ -104,9 +107,8 @@ def write_segmentation(path: Path, labels: NDArray[Any], source: Path, segments:
     return sha256_of(path)
 
 
-def _sources(source: Path) -> tuple[list[Dataset], list[int]]:
+def _sources(frames: Sequence[tuple[Path, int]]) -> tuple[list[Dataset], list[int]]:
     """Read the headers of a series, without what names the patient, and for each slice of the volume the place of its frame."""
-    frames = ordered_frames(source)
     files = sorted({file for file, _ in frames})
     images: list[Dataset] = []
     for file in files:

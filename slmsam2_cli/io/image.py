@@ -129,7 +129,7 @@ class Source:
     qform_grid: the grid of the qform where it contradicts the sform, else None;
     step: between two values that the file can hold, where its header scales whole numbers, else 0;
     segments: the labels that the file describes, as 3D Slicer does;
-    series: the DICOM folder, file or series of a folder that was read.
+    frames: of a DICOM series, file and number in the file, from 0, of the frame that each slice comes from.
     """
 
     ending: str
@@ -139,7 +139,7 @@ class Source:
     qform_grid: Grid | None = None
     step: float = 0.0
     segments: tuple[Segment, ...] = ()
-    series: Path | None = None
+    frames: tuple[tuple[Path, int], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -238,7 +238,7 @@ def volume_digests(path: Path) -> tuple[str, ...]:
 
 
 class DecodedVolumes:
-    """Decoded volumes of one run, by path, size and time of change of their file: at most `max_bytes`, each handed out once when full."""
+    """Decoded volumes of one run, by path, size and time of change of their files: at most `max_bytes`, each handed out once when full."""
 
     def __init__(self, max_bytes: int) -> None:
         self.free_bytes, self.full = max_bytes, False
@@ -246,8 +246,8 @@ class DecodedVolumes:
 
     def decode(self, path: Path, max_voxels: int) -> DecodedVolume:
         """Return the volume of a file, decoded earlier if the file is unchanged."""
-        state = path.stat()
-        key = (path.resolve(), state.st_size, state.st_mtime_ns, max_voxels)
+        states = [file.stat() for file in volume_files(path)]
+        key = (path.resolve(), sum(one.st_size for one in states), max((one.st_mtime_ns for one in states), default=0), max_voxels)
         if key in self.kept:
             return self.kept.pop(key) if self.full else self.kept[key]
         volume = _decode(path, max_voxels)
@@ -277,7 +277,7 @@ def decode(path: Path, max_voxels: int = MAX_VOXELS) -> DecodedVolume:
 
     Raises: InputError or OSError when it cannot be read.
     """
-    return _decode(path, max_voxels) if _decoded is None or not path.is_file() else _decoded.decode(path, max_voxels)
+    return _decode(path, max_voxels) if _decoded is None else _decoded.decode(path, max_voxels)
 
 
 def _decode(path: Path, max_voxels: int) -> DecodedVolume:

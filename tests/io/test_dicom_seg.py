@@ -19,6 +19,7 @@ from slmsam2_cli.dataset.phantom import phantom_volume
 from slmsam2_cli.errors import OutputError
 from slmsam2_cli.io.dicom_seg import codes_for, read_codes, write_segmentation
 from slmsam2_cli.io.image import Grid, Segment
+from slmsam2_cli.io.volume import read_image
 
 PHANTOM = phantom_volume(np.random.default_rng(24), (8, 44, 36), "CT")
 VOXELS = np.round(PHANTOM[0]).astype(np.int16)
@@ -42,6 +43,10 @@ def series(folder: Path, grid: Grid, several_files: bool) -> Path:
     return writer.save(writer.enhanced(VOXELS, grid, order=[3, 0, 7, 5, 1, 4, 2, 6]), folder / "m" / "m")
 
 
+def frames_of(path: Path) -> tuple[tuple[Path, int], ...]:
+    return read_image([path], case="c", root=path.parent).source.frames
+
+
 def by_tags(path: Path, grid: Grid) -> np.ndarray:
     """Read an object through its tags alone: each frame's position, its segment and its bits; voxels hold the segment's number."""
     item = pydicom.dcmread(path)
@@ -63,7 +68,7 @@ def by_tags(path: Path, grid: Grid) -> np.ndarray:
 @pytest.mark.parametrize("name", GRIDS)
 def test_every_labelled_voxel_is_found_where_it_was(tmp_path: Path, name: str, several_files: bool) -> None:
     grid, path = GRIDS[name], tmp_path / "seg.dcm"
-    write_segmentation(path, LABELS, series(tmp_path, grid, several_files), SEGMENTS, {})
+    write_segmentation(path, LABELS, frames_of(series(tmp_path, grid, several_files)), SEGMENTS, {})
     assert np.array_equal(by_tags(path, grid), np.where(LABELS == 7, 3, LABELS))
 
 
@@ -72,7 +77,7 @@ def test_every_labelled_voxel_is_found_where_it_was(tmp_path: Path, name: str, s
 @pytest.mark.parametrize("name", GRIDS)
 def test_dcmqi_reads_the_same_labels_on_the_same_grid(tmp_path: Path, name: str, several_files: bool) -> None:
     grid, path = GRIDS[name], tmp_path / "seg.dcm"
-    write_segmentation(path, LABELS, series(tmp_path, grid, several_files), SEGMENTS, {})
+    write_segmentation(path, LABELS, frames_of(series(tmp_path, grid, several_files)), SEGMENTS, {})
     command = [str(DCMQI), "--inputDICOM", path, "--outputDirectory", tmp_path, "--outputType", "nrrd", "--mergeSegments"]
     subprocess.run(command, check=True, capture_output=True)
     image = sitk.ReadImage(str(tmp_path / "1.nrrd"))
@@ -95,7 +100,7 @@ def test_dcmqi_reads_the_same_labels_on_the_same_grid(tmp_path: Path, name: str,
 
 def test_the_object_refers_to_its_images_and_names_no_patient(tmp_path: Path) -> None:
     folder, path = series(tmp_path, GRIDS["axial"], True), tmp_path / "seg.dcm"
-    write_segmentation(path, LABELS, folder, SEGMENTS, {})
+    write_segmentation(path, LABELS, frames_of(folder), SEGMENTS, {})
     item = pydicom.dcmread(path)
     (referenced,) = item.ReferencedSeriesSequence
     assert item.StudyInstanceUID == f"{writer.ROOT}7" and item.FrameOfReferenceUID == f"{writer.ROOT}9"
@@ -109,7 +114,7 @@ def test_labels_get_the_codes_of_a_json_file_as_dcmqi_writes_it(tmp_path: Path) 
     entry = {"labelID": 7, "SegmentedPropertyCategoryCodeSequence": code, "SegmentedPropertyTypeCodeSequence": code}
     (tmp_path / "codes.json").write_text(json.dumps({"segmentAttributes": [[entry]]}))
     path = tmp_path / "seg.dcm"
-    write_segmentation(path, LABELS, series(tmp_path, GRIDS["axial"], True), SEGMENTS, read_codes(tmp_path / "codes.json"))
+    write_segmentation(path, LABELS, frames_of(series(tmp_path, GRIDS["axial"], True)), SEGMENTS, read_codes(tmp_path / "codes.json"))
     kinds = [one.SegmentedPropertyTypeCodeSequence[0].CodeMeaning for one in pydicom.dcmread(path).SegmentSequence]
     assert kinds == ["Liver", "Tissue", "Mass"]
 
