@@ -431,10 +431,10 @@ def _arrange(frames: list[_Frame]) -> tuple[list[_Frame], Grid, list[str], froze
     first = frames[0]
     if len(frames) == 1:
         return frames, *_single(first)
-    across = _known(first.across)
+    across = np.asarray(first.across)
     normal = np.cross(*across)
-    ordered = sorted(frames, key=lambda one: (float(_known(one.position) @ normal), one.path.name, one.index))
-    positions = np.array([_known(one.position) for one in ordered])
+    ordered = sorted(frames, key=lambda one: (float(np.asarray(one.position) @ normal), one.path.name, one.index))
+    positions = np.array([one.position for one in ordered])
     heights = positions @ normal
     gaps = np.diff(heights)
     usual = float(np.median(gaps))
@@ -455,7 +455,7 @@ def _arrange(frames: list[_Frame]) -> tuple[list[_Frame], Grid, list[str], froze
     aside = positions - positions[0] - np.outer(heights - heights[0], normal)
     if (shift := float(np.max(np.abs(aside)))) > _UNEVEN_ERROR * usual:
         raise InputError(f"the DICOM slices are shifted sideways by up to {shift:.3g} mm", "Resample the series to a rectangular grid")
-    x, y = _known_spacing(first)
+    x, y = first.spacing or (1.0, 1.0)
     grid = _grid(first, len(frames), positions[0], across, (x, y, height / (len(frames) - 1)))
     warnings = [f"the DICOM slices are unevenly spaced by up to {worst:.2g} mm"] if worst > _UNEVEN_WARNING * usual else []
     return ordered, grid, warnings, frozenset()
@@ -484,16 +484,6 @@ def _grid(frame: _Frame, count: int, origin: NDArray[np.float64], across: NDArra
     return Grid.from_affine((count, *frame.size[:2]), affine)
 
 
-def _known(value: NDArray[np.float64] | None) -> NDArray[np.float64]:
-    assert value is not None
-    return value
-
-
-def _known_spacing(frame: _Frame) -> tuple[float, float]:
-    assert frame.spacing is not None
-    return frame.spacing
-
-
 def _decode(frames: Sequence[_Frame]) -> NDArray[Any]:
     """Decode frames into voxels (C, Z, Y, X), in their order, each with its own scale; one file is in memory at a time."""
     rows, columns, colours = frames[0].size
@@ -508,7 +498,10 @@ def _decode(frames: Sequence[_Frame]) -> NDArray[Any]:
             for place, frame in wanted:
                 values = _scaled(pixels[frame.index], frame.scale, file)
                 voxels[:, place] = np.moveaxis(values, -1, 0)
-    return _narrowed(voxels)
+    int16 = np.iinfo(np.int16)  # of CT, whose bits could hold more
+    if voxels.dtype.itemsize > int16.bits // 8 and voxels.dtype.kind == "i" and voxels.min() >= int16.min and voxels.max() <= int16.max:
+        return voxels.astype(np.int16)
+    return voxels
 
 
 def _pixels(file: Dataset, path: Path) -> NDArray[Any]:
@@ -554,11 +547,3 @@ def _type_for(frames: Sequence[_Frame]) -> np.dtype[Any]:
         if np.iinfo(kind).min <= min(ends) and max(ends) <= np.iinfo(kind).max:
             return np.dtype(kind)
     return np.dtype(np.int64)
-
-
-def _narrowed(voxels: NDArray[Any]) -> NDArray[Any]:
-    """Return int32 and int64 voxels as int16 where they fit, as CT does."""
-    if voxels.dtype not in (np.int32, np.int64):
-        return voxels
-    ends = np.iinfo(np.int16)
-    return voxels.astype(np.int16) if voxels.min() >= ends.min and voxels.max() <= ends.max else voxels

@@ -40,11 +40,12 @@ def read_raster(path: Path, ending: str, max_voxels: int) -> DecodedVolume:
         pages, described = _pages(file, _FORMATS[ending], max_voxels)
     voxels = described.scaled(np.stack(pages, axis=1))
     shape = voxels.shape[1], voxels.shape[2], voxels.shape[3]
-    if described.spacing_mm is None:
+    spacing = described.spacing_mm if described.spacing_mm is not None and min(described.spacing_mm) > 0 else None
+    if spacing is None:
         uncertain, warning = frozenset[Uncertainty]({"orientation", "spacing"}), "no spacing and no orientation: pixels count as 1 mm"
     else:
         uncertain, warning = frozenset[Uncertainty]({"orientation"}), "no orientation; the spacing is that of the file's description"
-    grid = Grid(shape, described.spacing_mm or (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), np.eye(3))
+    grid = Grid(shape, spacing or (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), np.eye(3))
     source = Source(ending, _MASK_ENDING.get(ending, ending), uncertain=uncertain)
     return DecodedVolume(voxels, grid, source, (f"the format has {warning}",))
 
@@ -87,7 +88,7 @@ def _describe(picture: Image.Image) -> _Description:
         spacing = None
         if unit is not None:
             spacing = (_number(fields.get("spacing")) or 1 / across[0]) * unit, unit / across[1], unit / across[0]
-        return _Description(_plausible(spacing), 1.0 if slope is None else slope, intercept or 0.0)
+        return _Description(spacing, 1.0 if slope is None else slope, intercept or 0.0)
     if "<OME" in text:
         found = dict(re.findall(r'\b(Size[CT]|PhysicalSize[XYZ](?:Unit)?)="([^"]{1,40})"', text))
         for name, field in (("channels", "SizeC"), ("frames", "SizeT")):
@@ -97,7 +98,7 @@ def _describe(picture: Image.Image) -> _Description:
             unit = _MM_PER_UNIT.get(found.get(f"PhysicalSize{axis}Unit", "um").lower().replace("\u00b5", "u"))
             lengths.append((_number(found.get(f"PhysicalSize{axis}")) or 0.0) * (unit or 0.0))
         z, y, x = lengths
-        return _Description(_plausible((z or x, y, x)))
+        return _Description((z or x, y, x))
     return _Description()
 
 
@@ -113,10 +114,6 @@ def _number(value: Any) -> float | None:
     except (TypeError, ValueError, ZeroDivisionError):
         return None
     return number if np.isfinite(number) else None
-
-
-def _plausible(spacing: tuple[float, float, float] | None) -> tuple[float, float, float] | None:
-    return spacing if spacing is not None and min(spacing) > 0 else None
 
 
 def _pages(file: BinaryIO, form: str, max_voxels: int) -> tuple[list[NDArray[Any]], _Description]:
