@@ -19,7 +19,7 @@ from slmsam2_cli.dataset.checks import check_pair, compare_geometry
 from slmsam2_cli.dataset.dataset_json import NAME, Case, Dataset, Entry, raise_dataset_error, read_description
 from slmsam2_cli.dataset.discovery import DiscoveredCases, choose_series, list_bids_images, list_images, list_labels, normalise_name, stem
 from slmsam2_cli.errors import CaseError
-from slmsam2_cli.io.dicom_files import is_dicom, slices_in
+from slmsam2_cli.io.dicom_files import dicom_files, is_dicom
 from slmsam2_cli.io.files import is_ignored_name
 from slmsam2_cli.io.volume import image_ending, relative
 
@@ -184,7 +184,7 @@ def read_image_folder(folder: Path, series: str | None = None) -> tuple[tuple[Ca
     if folder.is_file() and (image_ending(folder) or is_dicom(folder)):
         return (Case(stem(folder).removesuffix("_0000"), (folder,), None),), ()
     found = list_images(folder, folder, series)
-    slices = slices_in(folder)
+    slices = dicom_files(folder, below=False)
     if slices and not found.cases and not found.problems:
         found = choose_series({folder.resolve().name: folder}, series)
         return tuple(Case(case, paths, None) for case, paths in found.cases.items()), tuple(found.problems)

@@ -89,7 +89,8 @@ def _merged(voxels: NDArray[Any], described: Sequence[tuple[Segment, int]]) -> t
     segments = tuple(segment for segment, _ in described)
     if len(voxels) == 1 or not segments:
         return voxels, segments
-    segments = _renumbered(segments)
+    if len({segment.value for segment in segments}) < len(segments):
+        segments = tuple(replace(segment, value=number) for number, segment in enumerate(segments, 1))
     labels = np.zeros((1, *voxels.shape[1:]), np.uint16)
     for segment, (stored, layer) in zip(segments, described, strict=True):
         inside = voxels[layer] == stored.value if layer < len(voxels) else np.zeros(labels.shape[1:], bool)
@@ -219,13 +220,6 @@ def _nrrd_layout(file: BinaryIO, path: Path) -> _Layout:
     if packing is None or width is None or _integers(_field(fields, "dimension")) != (len(sizes),):
         raise InputError(f"unsupported: type {fields['type']}, dimension {fields['dimension']}, encoding {encoding}", _EXPORT)
     return _Layout(sizes, width, packing, path, _segments(lines))
-
-
-def _renumbered(segments: Sequence[Segment]) -> tuple[Segment, ...]:
-    """Number segments from 1 in their order where two have the same value, as in layers; others are returned as they are."""
-    if len({segment.value for segment in segments}) == len(segments):
-        return tuple(segments)
-    return tuple(replace(segment, value=number) for number, segment in enumerate(segments, 1))
 
 
 def _segments(lines: Sequence[str]) -> tuple[tuple[Segment, int], ...]:
