@@ -202,6 +202,7 @@ def predict(
     if together and num_parts > 1:
         raise UsageError("--together learns from all volumes in one run, so it cannot be combined with --num-parts")
     data = read_dataset(dataset) if images is None and dataset is not None else None
+    chosen = choose_device(device)  # first: it costs nothing to fail here
     mask_files = MaskFiles(format, codes=_codes_of_labels(label_codes))
     selected = _select_cases(images, data, workspace, series)
     masks = _masks_folder(output, workspace, images)
@@ -220,7 +221,6 @@ def predict(
     with keep_decoded(min(MAX_KEPT_BYTES, free_bytes() // 4)) as decoded:  # a plan made here has read volumes that are segmented next
         checkpoint, plan = choose_model(workspace, model, weights, data, make_plan)
         decoded.full = True
-        chosen = choose_device(device)
         pictures = {case.id: case.images for case in selected.cases} if report else None
         trained = selected.training_ids
         job = PredictionJob(selected.root, masks, source, plan, checkpoint, trained, overwrite, pictures, files=mask_files)

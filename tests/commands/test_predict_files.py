@@ -14,7 +14,7 @@ from made_models import sure
 
 from slmsam2_cli.commands.predict import predict
 from slmsam2_cli.dataset.phantom import phantom_volume
-from slmsam2_cli.errors import DatasetError, UsageError
+from slmsam2_cli.errors import DatasetError, DeviceError, UsageError
 from slmsam2_cli.io.image import Grid, Segment, Source
 from slmsam2_cli.io.volume import Volume, read_labels, write_mask
 from slmsam2_cli.model.checkpoint import Header, Provenance, save_weights
@@ -209,6 +209,13 @@ def test_a_file_that_was_not_written_here_is_not_replaced_by_a_segmentation(run,
         run()
     assert "p.dcm: exists already, not as this slmsam2 wrote it" in capsys.readouterr().err
     assert (dicom / "masks" / "p.dcm").read_bytes() == b"mine"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(run, tmp_path):
+    (tmp_path / "images" / "a.nii.gz").write_bytes(b"no image")
+    with pytest.raises(DeviceError, match="--device cuda"):
+        run(device="cuda")
 
 
 @pytest.mark.parametrize("name", ["mask.nii.gz", "mask.seg.nrrd"])
