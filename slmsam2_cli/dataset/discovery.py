@@ -97,20 +97,21 @@ def choose_series(folders: Mapping[str, Path], series: str | None) -> Discovered
         if series is None:
             found.cases[name] = (folder,)
             continue
-        from slmsam2_cli.io.dicom import ALL_SERIES, list_series  # pydicom is slow to import
+        from slmsam2_cli.io.dicom import ALL_SERIES, list_series, path_of  # pydicom is slow to import
 
         try:
-            names = [one.name for one in list_series(folder)]
+            held = list_series(folder)
         except (InputError, OSError) as error:
             what, remedy = (error.what, error.remedy) if isinstance(error, InputError) else (error_reason(error), "Check the folder")
             found.problems.append(CaseError(normalise_name(name), folder.name, what, remedy))
             continue
-        if len(names) == 1:
+        paths = {one.name: path_of(one, folder, held) for one in held}
+        if len(paths) == 1:
             found.cases[name] = (folder,)
         elif series == ALL_SERIES:
-            found.cases |= {f"{name}#{one}": (series_path(folder, one),) for one in names}
+            found.cases |= {f"{name}#{one}": (path,) for one, path in paths.items()}
         else:
-            found.cases[name] = (series_path(folder, series),)
+            found.cases[name] = (paths.get(series, series_path(folder, series)),)
     return found
 
 

@@ -8,10 +8,12 @@ such as reports, are left out with a warning. Masks of a series are written as .
 from __future__ import annotations
 
 import logging
+import os
 import warnings as python_warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from pydicom import config, uid
 from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_modality_lut
 
-from slmsam2_cli.io.dicom_files import dicom_files, misnamed_files, split_series
+from slmsam2_cli.io.dicom_files import dicom_files, files_in, misnamed_files, series_path, split_series
 from slmsam2_cli.io.files import InputError
 from slmsam2_cli.io.image import (
     DICOM_SERIES,
@@ -137,6 +139,13 @@ def list_series(folder: Path) -> tuple[Series, ...]:
         return _find_series(folder)[0]
 
 
+def path_of(series: Series, folder: Path, others: Sequence[Series]) -> Path:
+    """Return the path of a series: the folder that holds all its files and none of another series, else FOLDER/#NAME."""
+    place = Path(os.path.commonpath([file.parent for file in series.files]))
+    alone = not any(file.is_relative_to(place) for other in others if other is not series for file in other.files)
+    return place if alone else series_path(folder, series.name)
+
+
 def series_files(path: Path) -> tuple[Path, ...]:
     """List the DICOM files of a folder, or of the series that a path names.
 
@@ -172,7 +181,14 @@ def own_errors(path: Path) -> Iterator[None]:
 
 
 def _find_series(folder: Path) -> tuple[tuple[Series, ...], list[str]]:
-    """Group the images below a folder by series; warnings name what is left out."""
+    """Group the images below a folder by series; warnings name what is left out. The last folder is not read again while it is the same."""
+    states = [(file, file.stat()) for file in (files_in(folder) if folder.is_dir() else [folder])]
+    return _series_of(folder, tuple((file, state.st_size, state.st_mtime_ns) for file, state in states))
+
+
+@lru_cache(maxsize=1)
+def _series_of(folder: Path, state: tuple[tuple[Path, int, int], ...]) -> tuple[tuple[Series, ...], list[str]]:
+    """Group the images below a folder, or one file, by series. state: files, sizes and times of change."""
     files = dicom_files(folder)
     if not files:
         raise InputError("a directory without DICOM slices, not a file", "Put the image file itself here")

@@ -33,18 +33,18 @@ def dicom_files(path: Path, below: bool = True) -> list[Path]:
     """List the DICOM files in a folder, and unless told otherwise below it, sorted by path; or the one file itself. Empty where nothing
     can be read.
     """
-    return [file for file in ([path] if path.is_file() else _files_in(path, below)) if is_dicom(file)]
+    return [file for file in ([path] if path.is_file() else files_in(path, below)) if is_dicom(file)]
 
 
 def holds_dicom(folder: Path) -> bool:
     """Return whether there is a DICOM file in a folder or below it."""
-    return any(is_dicom(path) for path in _files_in(folder))
+    return any(is_dicom(path) for path in files_in(folder))
 
 
 def misnamed_files(folder: Path, known: Collection[Path]) -> list[Path]:
     """List the files below a folder that are called .dcm and are not among the known DICOM files."""
     listed = set(known)
-    return [path for path in _files_in(folder) if path.suffix.lower() == ".dcm" and path not in listed]
+    return [path for path in files_in(folder) if path.suffix.lower() == ".dcm" and path not in listed]
 
 
 def is_dicom(path: Path) -> bool:
@@ -67,7 +67,7 @@ def _starts_with_element(head: bytes) -> bool:
     return False
 
 
-def _files_in(folder: Path, below: bool = True) -> Iterator[Path]:
+def files_in(folder: Path, below: bool = True) -> Iterator[Path]:
     """Yield the files in a folder, and below it, that could be DICOM, sorted; folders that cannot be read are empty."""
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not is_ignored_name(name)) if below else []
