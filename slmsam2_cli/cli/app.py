@@ -245,7 +245,13 @@ def predict(
         Path | None, typer.Option("-i", "--images", metavar="FOLDER|FILE", help="Volumes to segment.  [default: the held-out cases]")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FOLDER", help="Folder for the masks.  [default: WORKSPACE/predictions]")
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FOLDER|FILE",
+            help="Folder for masks, or one image's mask.  [default: WORKSPACE/predictions]",
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,

@@ -23,6 +23,7 @@ import torch
 from slmsam2_cli import console
 from slmsam2_cli.dataset.cache import PreparedCase, PreprocessSettings, open_prepared
 from slmsam2_cli.dataset.dataset import Case, Dataset, read_dataset, read_image_folder
+from slmsam2_cli.dataset.discovery import stem
 from slmsam2_cli.dataset.prompts import PromptSlice
 from slmsam2_cli.dataset.resources import bytes_on_disk, free_bytes, shape_of
 from slmsam2_cli.device import DeviceName, choose_device, describe, is_out_of_memory, needs_one_thread, torch_threads
@@ -40,7 +41,7 @@ from slmsam2_cli.inference.manifest import FORMAT_VERSION, MANIFEST, MaskFiles, 
 from slmsam2_cli.inference.segment import PromptSource, SegmentedCase, Segmenter, segment_case
 from slmsam2_cli.io import atomic
 from slmsam2_cli.io.dicom_files import is_dicom
-from slmsam2_cli.io.volume import ENDINGS, image_ending, keep_decoded
+from slmsam2_cli.io.volume import ENDINGS, MASK_ENDINGS, SEG_NRRD, image_ending, keep_decoded, read_labels, write_mask
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import Checkpoint
 from slmsam2_cli.model.cpu_ops import keep_freed_memory, to_device
@@ -203,9 +204,11 @@ def predict(
         raise UsageError("--together learns from all volumes in one run, so it cannot be combined with --num-parts")
     data = read_dataset(dataset) if images is None and dataset is not None else None
     chosen = choose_device(device)  # first: it costs nothing to fail here
+    format = "seg.nrrd" if output is not None and image_ending(output) == SEG_NRRD else format
     mask_files = MaskFiles(format, codes=_codes_of_labels(label_codes))
     selected = _select_cases(images, data, workspace, series)
-    masks = _masks_folder(output, workspace, images)
+    file = output if output is not None and image_ending(output) and not output.is_dir() else None
+    masks = _masks_folder(output, workspace, images) if file is None else _folder_beside(file, len(selected.cases), overwrite)
     source = _prompt_source(prompts, simulate_from, prompt_slice, mark_ends, data)
     if source.file is not None and len(selected.cases) != 1:
         raise UsageError(f"{source.file}: one file of prompts, but -i names {len(selected.cases)} images. Name the folder of the prompts")
@@ -230,7 +233,12 @@ def predict(
             _offer_learning(job, selected.cases, workspace)
         with atomic.lock_folder(masks, f"{part_id}-of-{num_parts}" if num_parts > 1 else ""):
             runner = _Runner(job, chosen, device == "auto", workers)
-            return _run(job, selected.cases[part_id::num_parts], selected.problems if part_id == 0 else (), runner)
+            code = _run(job, selected.cases[part_id::num_parts], selected.problems if part_id == 0 else (), runner)
+    if file is not None and (mask := job.records.mask_of(selected.cases[0].id)) is not None:
+        labels = read_labels(mask, case=selected.cases[0].id, root=masks)
+        write_mask(file, labels.voxels, labels)
+        console.say(f"wrote {file}")
+    return code
 
 
 @dataclass(frozen=True)
@@ -299,12 +307,24 @@ def _with_prompts(selected: CaseSelection, source: PromptSource) -> CaseSelectio
 
 def _masks_folder(masks: Path | None, workspace: Workspace | None, images: Path | None) -> Path:
     if masks is not None:
-        if image_ending(masks) and not masks.is_dir():
-            raise UsageError(f"-o {masks}: names a file, and -o takes a folder. The mask gets the image's name in it")
         return masks
     if images is None and workspace is not None:
         return workspace.predictions
     raise UsageError("-o FOLDER is missing: name a folder for the masks")
+
+
+def _folder_beside(file: Path, images: int, overwrite: bool) -> Path:
+    """Return the folder for what predict writes besides the one mask `file`: plan, manifest, report and records.
+
+    Raises: UsageError when there are several images, or the file exists and is not to be replaced.
+    """
+    if images != 1:
+        raise UsageError(f"-o {file}: names a file, but -i names {images} images. Name a folder for their masks")
+    if file.exists() and not overwrite:
+        raise UsageError(f"-o {file}: exists already. Use --overwrite, or another name")
+    if image_ending(file) not in MASK_ENDINGS:
+        raise UsageError(f"-o {file}: masks are not written in this format. Use {', '.join(MASK_ENDINGS)}")
+    return file.with_name(f"{stem(file)}.slmsam2")
 
 
 def _prompt_source(

@@ -24,6 +24,7 @@ from slmsam2_cli.io.nifti import read_nifti, template_for, write_nifti
 
 __all__ = [
     "ENDINGS",
+    "MASK_ENDINGS",
     "MAX_VOXELS",
     "SEG_NRRD",
     "Grid",
@@ -95,6 +96,7 @@ _READERS = {
     ".tiff": _read_raster,
 }
 ENDINGS = tuple(_READERS)
+MASK_ENDINGS = tuple(ending for ending in ENDINGS if ending not in (".mhd", ".jpg", ".jpeg"))
 
 
 def image_ending(path: Path) -> str | None:

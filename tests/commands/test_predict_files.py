@@ -1,7 +1,6 @@
 """Predict takes files as hospitals and annotation tools write them, and writes masks that these tools read."""
 
 import json
-from pathlib import Path
 
 import dicom_writer as writer
 import nibabel
@@ -219,9 +218,16 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_read(run, tmp_
 
 
 @pytest.mark.parametrize("name", ["mask.nii.gz", "mask.seg.nrrd"])
-def test_a_file_as_output_is_refused_before_anything_is_written(run, tmp_path, weights, name):
+def test_a_file_as_output_is_written_for_one_image_and_never_replaced_unasked(run, tmp_path, weights, name):
     itk(tmp_path / "images" / "a.nrrd", IMAGE)
     itk(tmp_path / "prompts" / "a.nrrd", PAINTED)
-    with pytest.raises(UsageError, match="names a file, and -o takes a folder"):
-        predict(tmp_path / "images", Path(tmp_path / name), prompts=tmp_path / "prompts", weights=weights)
-    assert not (tmp_path / name).exists()
+    inputs = {"prompts": tmp_path / "prompts" / "a.nrrd", "weights": weights, "report": False}
+    predict(tmp_path / "images" / "a.nrrd", tmp_path / name, **inputs)
+    assert np.array_equal(annotated_slice_of(tmp_path / name), PAINTED[5])
+    assert read_labels(tmp_path / name, case="a", root=tmp_path).grid.difference(GRID) is None
+    with pytest.raises(UsageError, match="exists already. Use --overwrite"):
+        predict(tmp_path / "images" / "a.nrrd", tmp_path / name, **inputs)
+    itk(tmp_path / "images" / "b.nrrd", IMAGE)
+    with pytest.raises(UsageError, match="names a file, but -i names 2 images"):
+        predict(tmp_path / "images", tmp_path / f"new-{name}", prompts=tmp_path / "prompts", weights=weights)
+    assert not (tmp_path / f"new-{name}").exists()
