@@ -11,6 +11,7 @@ model and mask) and skipped.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -205,7 +206,9 @@ def predict(
     data = read_dataset(dataset) if images is None and dataset is not None else None
     chosen = choose_device(device)  # first: it costs nothing to fail here
     format = "seg.nrrd" if output is not None and image_ending(output) == SEG_NRRD else format
-    mask_files = MaskFiles(format, codes=_codes_of_labels(label_codes))
+    mask_files = MaskFiles(format, replace=overwrite, codes=_codes_of_labels(label_codes))
+    if series is not None and not re.fullmatch(r"\d+(-\d+)?|all", series := series.strip().lower()):
+        raise UsageError(f"--series {series}: neither the number of a series nor all")
     selected = _select_cases(images, data, workspace, series)
     file = output if output is not None and image_ending(output) and not output.is_dir() else None
     masks = _masks_folder(output, workspace, images) if file is None else _folder_beside(file, len(selected.cases), overwrite)
@@ -518,10 +521,15 @@ def _split_done(job: PredictionJob, cases: Sequence[Case]) -> tuple[list[Case], 
     for case in cases:
         record, existing = job.records.read(case.id), job.records.files_named(case.id)
         if record and not job.overwrite and job.records.intact(record):
-            if record.get("key") == digest_inputs(settings, case)[0]:
+            others = [path for path in existing if path != job.records.mask_of(case.id)]
+            if job.records.lacks_segmentation(record):
+                console.say(f"case {case.id}: its DICOM segmentation is gone, recomputing")
+            elif record.get("key") == digest_inputs(settings, case)[0]:
                 job.records.unmark_stale(case.id)
                 done.add(case.id)
                 continue
+            if others:  # of another format, which may be what is written next
+                unknown_masks.append(others[0].name)
             console.say(f"case {case.id}: outdated (image, prompts, model or settings changed), recomputing")
         elif existing and not job.overwrite and record.get("unfinished"):
             console.say(f"case {case.id}: incomplete from an interrupted run, recomputing")
@@ -574,8 +582,8 @@ class _Runner:
             result = self._attempt(case, self.segmenter or segmenter)
         metadata = {"training": job.in_training_set(case.id, image_digests)} | self.metadata | result.metadata
         metadata |= job.together.describe(case.id) if job.together is not None else {}
-        job.records.save_mask(case.id, key, result.labels, result.image, metadata)
-        return [*self.warnings, *(f"case {case.id}: {warning}" for warning in result.warnings)]
+        warnings = job.records.save_mask(case.id, key, result.labels, result.image, metadata)
+        return [*self.warnings, *warnings, *(f"case {case.id}: {warning}" for warning in result.warnings)]
 
     def read_slices(self, case: Case) -> TrainingVolume | None:
         """Read the slices of a case to learn from: the annotated ones, and after the first round also those that two witnesses agree on.

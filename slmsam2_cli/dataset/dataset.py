@@ -204,13 +204,14 @@ def find_label(folder: Path, case_id: str, images: Collection[Path] = ()) -> Pat
 
     Raises: CaseError when there are several, of different endings.
     """
+    own = {path.resolve() for path in images}
     names = {normalise_name(case_id): 0, f"{normalise_name(case_id)}_0000": 1, f"{normalise_name(case_id)}_0001": 2}
     found: tuple[list[Path], ...] = ([], [], [])
     with suppress(OSError):
         for entry in os.scandir(folder):
             name = normalise_name(entry.name)
             if name.startswith(normalise_name(case_id)) and image_ending(Path(name)) and (place := names.get(stem(Path(name)))) is not None:
-                found[place].extend({folder / entry.name} - set(images))
+                found[place].extend([folder / entry.name] if Path(entry).resolve() not in own else [])
     masks = found[0] or ([] if found[2] else found[1])
     if len(masks) > 1:
         files = ", ".join(sorted(path.name for path in masks))

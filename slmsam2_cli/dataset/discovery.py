@@ -105,13 +105,14 @@ def choose_series(folders: Mapping[str, Path], series: str | None) -> Discovered
             what, remedy = (error.what, error.remedy) if isinstance(error, InputError) else (error_reason(error), "Check the folder")
             found.problems.append(CaseError(normalise_name(name), folder.name, what, remedy))
             continue
+        wanted = series.lstrip("0") or "0"
         paths = {one.name: path_of(one, folder, held) for one in held}
         if len(paths) == 1:
             found.cases[name] = (folder,)
         elif series == ALL_SERIES:
             found.cases |= {f"{name}#{one}": (path,) for one, path in paths.items()}
         else:
-            found.cases[name] = (paths.get(series, series_path(folder, series)),)
+            found.cases[name] = (paths.get(wanted, series_path(folder, wanted)),)
     return found
 
 

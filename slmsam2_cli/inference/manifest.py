@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from slmsam2_cli.dataset.dataset_json import Case
 from slmsam2_cli.errors import CaseError, SlmSam2Error, UsageError
 from slmsam2_cli.io import atomic
-from slmsam2_cli.io.files import sha256_of
+from slmsam2_cli.io.files import InputError, sha256_of
 from slmsam2_cli.io.image import Segment
 from slmsam2_cli.io.volume import SEG_NRRD, Volume, image_ending, read_labels, volume_digests, write_mask
 
@@ -59,12 +59,13 @@ class MaskFiles:
 
     format: "auto" follows the prompt (.seg.nrrd) or the image, and adds a DICOM segmentation for DICOM images; "dicom-seg" does so, too,
     and refuses other images. labels: value -> name. codes: label value -> its codes in a DICOM segmentation; of other labels they follow
-    from the name.
+    from the name. replace: DICOM segmentations that were not written here, too.
     """
 
     format: MaskFormat = "auto"
     labels: Mapping[int, str] = field(default_factory=dict)
     codes: Mapping[int, LabelCodes] = field(default_factory=dict)
+    replace: bool = False
 
     def describe(self) -> str:
         """Describe the choice for the digest of a run's settings; empty for the default."""
@@ -93,47 +94,55 @@ class Records:
         record = _load(self._path(case_id))
         return record if record.get("case") == case_id else {}
 
-    def begin(self, case_id: str) -> None:
-        """Record that the mask of a case is about to be written."""
-        self._write({"case": case_id, "unfinished": True})
+    def begin(self, case_id: str, metadata: Record | None = None) -> None:
+        """Record that the files of a case are about to be written. metadata: what is known of them already."""
+        self._write({"case": case_id, "unfinished": True, "metadata": metadata or {}})
 
-    def save_mask(self, case_id: str, key: str, labels: NDArray[Any], image: Volume, metadata: Record) -> None:
-        """Write the mask (Z, Y, X) of a case, its DICOM segmentation where one is due, and its record.
+    def save_mask(self, case_id: str, key: str, labels: NDArray[Any], image: Volume, metadata: Record) -> list[str]:
+        """Write the mask (Z, Y, X) of a case, its DICOM segmentation where one is due, and its record. Returns warnings.
 
         Raises: CaseError when a DICOM segmentation is asked for and the image is not DICOM, or a file of its name is there that was not
         written here; OutputError when a file cannot be written; the record then says that the mask is unfinished.
         """
-        image = self.files.dress(image)
+        image, beside, warnings = self.files.dress(image), Record(), list[str]()
         if image.source.frames or self.files.format == "dicom-seg":
-            metadata = metadata | self._save_segmentation(case_id, labels, image)
-        self.begin(case_id)
+            beside, warnings = self._save_segmentation(case_id, labels, image)
+        self.begin(case_id, beside)
         mask = self.masks / f"{case_id}{image.source.mask_ending}"
         digest = write_mask(mask, labels, image)
-        self._write({"case": case_id, "key": key, "sha256": digest, "metadata": {"output": mask.name} | metadata})
+        self._write({"case": case_id, "key": key, "sha256": digest, "metadata": {"output": mask.name} | metadata | beside})
+        return warnings
 
-    def _save_segmentation(self, case_id: str, labels: NDArray[Any], image: Volume) -> Record:
-        """Write the DICOM segmentation of a case, if one is due and anything is labelled; for its record.
+    def _save_segmentation(self, case_id: str, labels: NDArray[Any], image: Volume) -> tuple[Record, list[str]]:
+        """Write the DICOM segmentation of a case, or remove that of an earlier run where none is due. For its record; and warnings.
 
         Raises: CaseError, OutputError, as save_mask does.
         """
-        if self.files.format not in ("auto", "dicom-seg"):
-            return {}
-        if not image.source.frames or "orientation" in image.source.uncertain:
-            if self.files.format == "auto":
-                return {}
+        from slmsam2_cli.io.dicom_seg import encode_segmentation  # highdicom is slow to import
+
+        path, known = self.masks / f"{case_id}{_DICOM_SEG_ENDING}", self.read(case_id).get("metadata", {}).get("dicom_segmentation")
+        ours = isinstance(known, dict) and path.is_file() and known.get("sha256") == sha256_of(path)
+        asked = self.files.format == "dicom-seg"
+        if asked and (not image.source.frames or "orientation" in image.source.uncertain):
             what = "no DICOM image with a position in the patient, to which a DICOM segmentation could refer"
             raise CaseError(case_id, "", what, "Choose another --format")
-        if not labels.any():
-            return {}
-        from slmsam2_cli.io.dicom_seg import write_segmentation  # highdicom is slow to import
-
-        record, path = self.read(case_id), self.masks / f"{case_id}{_DICOM_SEG_ENDING}"
-        known = record.get("metadata", {}).get("dicom_segmentation", {})
-        if path.exists() and not record.get("unfinished") and not (isinstance(known, dict) and known.get("sha256") == sha256_of(path)):
-            raise CaseError(case_id, path.name, "exists already, not as this slmsam2 wrote it", "Move it, or choose --format nifti")
-        self.begin(case_id)
-        digest = write_segmentation(path, labels, image.source.frames, image.source.segments, self.files.codes)
-        return {"dicom_segmentation": {"file": path.name, "sha256": digest}}
+        if self.files.format not in ("auto", "dicom-seg") or "orientation" in image.source.uncertain or not labels.any():
+            if ours:  # of an earlier run, and out of date
+                path.unlink()
+            return {}, []
+        if path.exists() and not ours and not self.files.replace:
+            remedy = "Move it, or use --overwrite or --format nifti"
+            raise CaseError(case_id, path.name, "exists already, not as this slmsam2 wrote it", remedy)
+        try:
+            content = encode_segmentation(labels, image.source.frames, image.source.segments, self.files.codes)
+        except InputError as error:
+            if asked:
+                raise CaseError(case_id, path.name, f"cannot be written: {error.what}", error.remedy) from None
+            return {}, [f"case {case_id}: no DICOM segmentation: {error.what}"]
+        entry = {"dicom_segmentation": {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()}}
+        self.begin(case_id, entry)
+        atomic.write_bytes(path, content)
+        return entry, []
 
     def mark_stale(self, case_id: str) -> str | None:
         """Mark the earlier mask of a case that now fails as out of date. Returns its file name, None when there is no such mask."""
@@ -153,6 +162,11 @@ class Records:
         """Return the mask that was written for a case and not changed since; None when there is none."""
         record = self.read(case_id)
         return self._mask(record) if self.intact(record) else None
+
+    def lacks_segmentation(self, record: Record) -> bool:
+        """Return whether the DICOM segmentation that a record names is gone."""
+        known = record.get("metadata", {}).get("dicom_segmentation")
+        return isinstance(known, dict) and not (self.masks / str(known.get("file"))).is_file()
 
     def intact(self, record: Record) -> bool:
         """Return whether the mask of a record is still the file that was written."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings as python_warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_modality_lut
 
 from slmsam2_cli.io.dicom_files import dicom_files, files_in, misnamed_files, series_path, split_series
+from slmsam2_cli.io.dicom_pixels import decode_pixels
 from slmsam2_cli.io.files import InputError
 from slmsam2_cli.io.image import (
     DICOM_SERIES,
@@ -41,6 +43,8 @@ from slmsam2_cli.io.image import (
 ALL_SERIES = "all"
 _UNEVEN_ERROR, _UNEVEN_WARNING = 0.05, 1e-3  # of the distance between slices
 _EXPORT = "Export the series again from its source"
+_NUMBER = re.compile(r"-?\d{1,12}(\.0*)?")
+_CONVERT = "Convert them to a volume with known geometry (NIfTI, NRRD)"
 _NO_IMAGE = {  # hold pixels, but of other images' regions or doses
     uid.SegmentationStorage,
     uid.RTDoseStorage,
@@ -48,6 +52,7 @@ _NO_IMAGE = {  # hold pixels, but of other images' regions or doses
     "1.2.840.10008.5.1.4.1.1.66.7",  # label map segmentation
 }
 _SAME_MM = 1e-4
+_RLE_RATIO = 64  # run-length encoding never shrinks further than this
 _MAX_LENGTH_ERROR = 1e-2
 _FLOAT32_BITS = 24  # whole numbers of so many bits are exact in float32
 _TABLE_RANGE = 0, 65535
@@ -125,9 +130,9 @@ def read_dicom(path: Path, max_voxels: int) -> DecodedVolume:
         frames = _frames_in(_choose(series, wanted))
         check_size((frames[0].size[1], frames[0].size[0], len(frames)), frames[0].size[2], max_voxels)
         ordered, grid, found, uncertain = _arrange(frames)
-        voxels = _decode(ordered)
+        voxels, doubts = _decode(ordered)
     places = tuple((frame.path, frame.index) for frame in ordered)
-    return DecodedVolume(voxels, grid, Source(DICOM_SERIES, ".nii.gz", uncertain=uncertain, frames=places), (*warnings, *found))
+    return DecodedVolume(voxels, grid, Source(DICOM_SERIES, ".nii.gz", uncertain=uncertain, frames=places), (*warnings, *found, *doubts))
 
 
 def list_series(folder: Path) -> tuple[Series, ...]:
@@ -157,16 +162,18 @@ def series_files(path: Path) -> tuple[Path, ...]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence pydicom, whose warnings may quote a header."""
-    logger = logging.getLogger("pydicom")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    """Silence pydicom and highdicom, whose warnings may quote a header."""
+    loggers = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
     try:
         with config.disable_value_validation(), python_warnings.catch_warnings():
             python_warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager
@@ -182,8 +189,12 @@ def own_errors(path: Path) -> Iterator[None]:
 
 def _find_series(folder: Path) -> tuple[tuple[Series, ...], list[str]]:
     """Group the images below a folder by series; warnings name what is left out. The last folder is not read again while it is the same."""
-    states = [(file, file.stat()) for file in (files_in(folder) if folder.is_dir() else [folder])]
-    return _series_of(folder, tuple((file, state.st_size, state.st_mtime_ns) for file, state in states))
+    states = []
+    for file in files_in(folder) if folder.is_dir() else [folder]:
+        with suppress(OSError):  # a broken link
+            state = file.stat()
+            states.append((file, state.st_size, state.st_mtime_ns))
+    return _series_of(folder, tuple(states))
 
 
 @lru_cache(maxsize=1)
@@ -193,7 +204,8 @@ def _series_of(folder: Path, state: tuple[tuple[Path, int, int], ...]) -> tuple[
     if not files:
         raise InputError("a directory without DICOM slices, not a file", "Put the image file itself here")
     if misnamed := misnamed_files(folder, files):
-        raise InputError(f"{len(misnamed)} .dcm files are not DICOM, the first is {misnamed[0].name}", _EXPORT)
+        more = f" and {len(misnamed) - 1} more" if len(misnamed) > 1 else ""
+        raise InputError(f"not DICOM, or not readable: {misnamed[0].name}{more}", _EXPORT)
     groups: dict[str, list[tuple[Path, str, str, list[_Frame] | InputError]]] = {}
     without: list[tuple[Path, str]] = []
     for file in files:
@@ -207,7 +219,7 @@ def _series_of(folder: Path, state: tuple[tuple[Path, int, int], ...]) -> tuple[
             )
     if not groups:
         raise InputError(f"DICOM without an image: {without[0][0].name} ({without[0][1]})", "Put the images themselves here")
-    warnings = []
+    warnings = [f"an empty file is left out: {file.name}" for file, size, _ in state if not size]
     if without:
         more = f" and {len(without) - 1} more DICOM files" if len(without) > 1 else ""
         warnings.append(f"left out, because they hold no image: {without[0][0].name} ({without[0][1]}){more}")
@@ -263,7 +275,7 @@ def _kind_name(kind: str) -> str:
 
 def _named(groups: list[list[tuple[Path, str, str, list[_Frame] | InputError]]]) -> tuple[Series, ...]:
     """Name series by their number, and those that share one, or have none, by number-1, number-2, ..."""
-    numbers = [next((number for _, number, _, _ in group if number.isdigit()), "0") for group in groups]
+    numbers = [next((str(abs(round(float(number)))) for _, number, _, _ in group if _NUMBER.fullmatch(number)), "0") for group in groups]
     found = []
     for place, (group, number) in enumerate(zip(groups, numbers, strict=True)):
         files, _, modalities, frames = zip(*group, strict=True)
@@ -340,6 +352,8 @@ def _frames(header: Dataset, path: Path) -> list[_Frame]:
     groups = header.get("PerFrameFunctionalGroupsSequence") or []
     if groups and len(groups) != count:
         raise InputError(f"{path.name} declares {count} frames and describes {len(groups)}", _EXPORT)
+    if count > 1 and not groups:
+        raise InputError(f"{path.name} states no position for each of its {count} pictures, so they cannot be stacked", _CONVERT)
     stored = int(header.get("BitsStored") or 0)
     low, high = (-(1 << stored - 1), (1 << stored - 1) - 1) if stored and header.get("PixelRepresentation") else (0, (1 << stored) - 1)
     frames = []
@@ -364,12 +378,13 @@ def _check_kind(header: Dataset, path: Path) -> None:
 
 def _check_length(header: Dataset, path: Path, values: int) -> None:
     """Reject a file too short for the numbers that it declares, before memory is taken for them."""
+    size, needed = path.stat().st_size, values * int(header.get("BitsAllocated") or 0) // 8
+    if header.file_meta.TransferSyntaxUID == uid.RLELossless and size * _RLE_RATIO < needed:
+        raise InputError(f"{path.name} is truncated: its header declares {needed} bytes of pixels", _EXPORT)
     if header.file_meta.TransferSyntaxUID in (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian):
-        declared = values * int(header.get("BitsAllocated") or 0) // 8
-        if header.get("PhotometricInterpretation") == "YBR_FULL_422":
-            declared = declared * 2 // 3
-        if path.stat().st_size < declared:
-            raise InputError(f"{path.name} is truncated: its header declares {declared} bytes of pixels", _EXPORT)
+        needed = needed * 2 // 3 if header.get("PhotometricInterpretation") == "YBR_FULL_422" else needed
+        if size < needed:
+            raise InputError(f"{path.name} is truncated: its header declares {needed} bytes of pixels", _EXPORT)
 
 
 def _first(header: Any, name: str) -> Any:
@@ -381,11 +396,11 @@ def _first(header: Any, name: str) -> Any:
 def _scale(places: Sequence[Any]) -> _Scale:
     """Return the scale that the first place states: a frame's own, that of all frames, or the file's. The last place is the file."""
     for place in [*(_first(place, "PixelValueTransformationSequence") for place in places), places[-1]]:
-        if place is not None and (slope := _numbers(place, "RescaleSlope", 1)) is not None:
-            if slope[0] == 0:
-                raise InputError("a DICOM header whose RescaleSlope is 0", _EXPORT)
-            intercept = _numbers(place, "RescaleIntercept", 1)
-            return _Scale(float(slope[0]), 0.0 if intercept is None else float(intercept[0]))
+        slope, intercept = (None if place is None else _numbers(place, f"Rescale{name}", 1) for name in ("Slope", "Intercept"))
+        if slope is not None and slope[0] == 0:
+            raise InputError("a DICOM header whose RescaleSlope is 0", _EXPORT)
+        if slope is not None or intercept is not None:
+            return _Scale(1.0 if slope is None else float(slope[0]), 0.0 if intercept is None else float(intercept[0]))
     return _Scale(table=_first(places[-1], "ModalityLUTSequence") is not None)
 
 
@@ -428,10 +443,10 @@ def _check_frames(frames: list[_Frame], files: int) -> None:
     if 1 < files < len(frames):
         raise InputError("several multi-frame DICOM files in one series", "Put each into a folder of its own")
     if len(frames) > 1 and (unplaced := [one for one in frames if not one.is_placed()]):
-        what = (
-            f"{_name(unplaced[0], frames)} states no position, direction or pixel spacing, so its {len(frames)} pictures cannot be stacked"
-        )
-        raise InputError(what, "Convert them to a volume with known geometry (NIfTI, NRRD)")
+        one = unplaced[0]
+        named = (("position", one.position), ("direction", one.across), ("pixel spacing", one.spacing))
+        missing = " and ".join(f"no {name}" for name, value in named if value is None)
+        raise InputError(f"{_name(one, frames)} states {missing}, so {len(frames)} pictures cannot be stacked", _CONVERT)
 
 
 def _name(frame: _Frame, frames: Sequence[_Frame]) -> str:
@@ -500,8 +515,9 @@ def _grid(frame: _Frame, count: int, origin: NDArray[np.float64], across: NDArra
     return Grid.from_affine((count, *frame.size[:2]), affine)
 
 
-def _decode(frames: Sequence[_Frame]) -> NDArray[Any]:
-    """Decode frames into voxels (C, Z, Y, X), in their order, each with its own scale; one file is in memory at a time."""
+def _decode(frames: Sequence[_Frame]) -> tuple[NDArray[Any], list[str]]:
+    """Decode frames into voxels (C, Z, Y, X), in order, each with its own scale; returns warnings, too. One file is in memory at a time."""
+    warnings = set[str]()
     rows, columns, colours = frames[0].size
     voxels = np.empty((colours, len(frames), rows, columns), _type_for(frames))
     places: dict[Path, list[tuple[int, _Frame]]] = {}
@@ -510,36 +526,19 @@ def _decode(frames: Sequence[_Frame]) -> NDArray[Any]:
     for path, wanted in places.items():
         with own_errors(path):
             file = _read(path)
-            pixels = _pixels(file, path).reshape(-1, rows, columns, colours)
+            pixels, warning = decode_pixels(file, path)
+            warnings |= {warning} - {""}
+            pixels = pixels.reshape(-1, rows, columns, colours)
             for place, frame in wanted:
+                limits = (int(pixels[frame.index].min()), int(pixels[frame.index].max())) if pixels.dtype.kind in "iu" else (0, 0)
+                if not frame.is_float and not frame.scale.table and not frame.low <= limits[0] <= limits[1] <= frame.high:
+                    raise InputError(f"{path.name} holds numbers beyond the bits that its header declares", _EXPORT)
                 values = _scaled(pixels[frame.index], frame.scale, file)
                 voxels[:, place] = np.moveaxis(values, -1, 0)
     int16 = np.iinfo(np.int16)  # of CT, whose bits could hold more
     if voxels.dtype.itemsize > int16.bits // 8 and voxels.dtype.kind == "i" and voxels.min() >= int16.min and voxels.max() <= int16.max:
-        return voxels.astype(np.int16)
-    return voxels
-
-
-def _pixels(file: Dataset, path: Path) -> NDArray[Any]:
-    """Decode the stored numbers of a file, those of colours as RGB; bits above the stored ones are ignored.
-
-    Raises: InputError when there are none, or they cannot be decoded.
-    """
-    if not any(name in file for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-        raise InputError(f"{path.name} holds no pixels, or is truncated", _EXPORT)
-    syntax = file.file_meta.TransferSyntaxUID
-    try:
-        pixels: NDArray[Any] = file.pixel_array
-    except (RuntimeError, NotImplementedError):
-        what = f"{path.name} cannot be decoded: damaged, or compressed in a form without a decoder ({syntax.name})"
-        raise InputError(what, _EXPORT) from None
-    except ValueError:
-        raise InputError(f"{path.name} is truncated, or its header contradicts its pixels", _EXPORT) from None
-    unused = int(file.get("BitsAllocated") or 0) - int(file.get("BitsStored") or file.get("BitsAllocated") or 0)
-    if unused <= 0 or syntax.is_encapsulated or pixels.dtype.kind not in "iu":
-        return pixels
-    pixels = pixels.astype(pixels.dtype.newbyteorder("="))
-    return (pixels << unused) >> unused
+        voxels = voxels.astype(np.int16)
+    return voxels, sorted(warnings)
 
 
 def _scaled(pixels: NDArray[Any], scale: _Scale, file: Dataset) -> NDArray[Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from slmsam2_cli.io.files import InputError, is_ignored_name, open_regular
 
 SERIES_MARK = "#"
+RECORDS = ".slmsam2"  # in a folder of masks
 _MAGIC_AT, _MAGIC = 128, b"DICM"
 _FIRST_GROUPS, _LAST_FIRST_ELEMENT, _LONGEST_FIRST = (2, 8), 0x0100, 64  # of a file without preamble; bytes
 
@@ -68,8 +69,17 @@ def _starts_with_element(head: bytes) -> bool:
 
 
 def files_in(folder: Path, below: bool = True) -> Iterator[Path]:
-    """Yield the files in a folder, and below it, that could be DICOM, sorted; folders that cannot be read are empty."""
-    for place, folders, names in os.walk(folder):
+    """Yield the files in a folder, and below it, that could be DICOM, sorted; folders that cannot be read are empty.
+
+    Links to folders are followed, each folder once. Folders of masks that were written here are left out.
+    """
+    seen = set[str]()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen or RECORDS in folders:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not is_ignored_name(name)) if below else []
         for name in sorted(names):
             if not is_ignored_name(name) and name.upper() != "DICOMDIR":

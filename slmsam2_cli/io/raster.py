@@ -63,7 +63,8 @@ class _Description:
             return voxels
         values = voxels.astype(np.float64) * self.slope + self.intercept
         whole = self.slope == int(self.slope) and self.intercept == int(self.intercept) and voxels.dtype.kind in "iu"
-        return values.astype(np.int32) if whole else values.astype(np.float32)
+        ends = np.iinfo(np.int32)
+        return values.astype(np.int32 if whole and ends.min <= values.min() <= values.max() <= ends.max else np.float32)
 
 
 def _describe(picture: Image.Image) -> _Description:
@@ -82,7 +83,9 @@ def _describe(picture: Image.Image) -> _Description:
         if fields.get("cf", _STRAIGHT) not in (_STRAIGHT, *_NO_SCALE):
             raise InputError("values on a scale of ImageJ's that is no straight line", "Save calibrated values as 32-bit")
         has_scale = fields.get("cf") == _STRAIGHT
-        slope, intercept = (_number(fields.get(name if has_scale else "", "")) for name in ("c1", "c0"))
+        slope, intercept = (_number(fields.get(name)) if has_scale else None for name in ("c1", "c0"))
+        if has_scale and (slope is None or intercept is None):
+            raise InputError("values on a scale of ImageJ's whose numbers cannot be read", "Save calibrated values as 32-bit")
         unit = _MM_PER_UNIT.get(fields.get("unit", "").strip().lower().replace("\\u00b5", "u"))
         across = [_number(tags.get(tag)) or 1.0 for tag in _RESOLUTIONS]
         spacing = None
@@ -91,14 +94,15 @@ def _describe(picture: Image.Image) -> _Description:
         return _Description(spacing, 1.0 if slope is None else slope, intercept or 0.0)
     if "<OME" in text:
         found = dict(re.findall(r'\b(Size[CT]|PhysicalSize[XYZ](?:Unit)?)="([^"]{1,40})"', text))
-        for name, field in (("channels", "SizeC"), ("frames", "SizeT")):
-            _reject_hyperstack(name, found.get(field, "1"))
+        if found.get("SizeC") != str(len(picture.getbands())):
+            _reject_hyperstack("channels", found.get("SizeC", "1"))
+        _reject_hyperstack("frames", found.get("SizeT", "1"))
         lengths = []
         for axis in "ZYX":
             unit = _MM_PER_UNIT.get(found.get(f"PhysicalSize{axis}Unit", "um").lower().replace("\u00b5", "u"))
             lengths.append((_number(found.get(f"PhysicalSize{axis}")) or 0.0) * (unit or 0.0))
         z, y, x = lengths
-        return _Description((z or x, y, x))
+        return _Description((z if "PhysicalSizeZ" in found else x, y, x))
     return _Description()
 
 

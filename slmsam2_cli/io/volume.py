@@ -192,7 +192,7 @@ def _unscaled(voxels: NDArray[Any], step: float) -> tuple[NDArray[Any], list[str
         return voxels, []
     nearest = np.rint(voxels)
     gap = float(np.max(np.abs(voxels - nearest)))
-    if not 0 < gap <= min(step, max(_SAFE_GAP, 0.6 * step)):
+    if not 0 < gap <= min(step, max(_SAFE_GAP, 0.6 * step)) or len(np.unique(nearest)) < len(np.unique(voxels)):
         return voxels, []
     return nearest, [f"labels that the header's scl_slope {step:.3g} had moved by up to {gap:.2g} are whole numbers again"]
 
@@ -294,7 +294,7 @@ def _decode(path: Path, max_voxels: int) -> DecodedVolume:
     else:
         volume = _READERS[ending](path, ending, max_voxels)
     grid, source, warnings = volume.grid, volume.source, list(volume.warnings)
-    if _READERS.get(ending or "") is _read_raster:  # states no spacing
+    if _READERS.get(ending or "") is _read_raster and "spacing" in source.uncertain:  # states none
         return volume
     low, high = PLAUSIBLE_SPACING_MM
     if min(grid.spacing_mm) < low or max(grid.spacing_mm) > high:
@@ -340,7 +340,7 @@ def _label_values(voxels: NDArray[Any]) -> NDArray[Any]:
             if np.any(invalid):
                 value = plane[invalid][0]
                 what = f"a non-integer label: {'NaN' if np.isnan(value) else f'{value:g}'} (first seen in slice {z})"
-                raise InputError(what, "Save the mask as whole numbers, without interpolation and without a scale (scl_slope)")
+                raise InputError(what, "Save the mask as whole numbers: without interpolation, and in NIfTI without a scale (scl_slope)")
     low, high = voxels.min(), voxels.max()
     if low < 0:
         raise InputError(f"a negative label: {low:g}", "Use 0 for background and positive whole numbers for structures")

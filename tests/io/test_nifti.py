@@ -120,6 +120,14 @@ def test_whole_numbers_that_nibabel_scaled_into_integers_come_back(
     assert np.array_equal(read_labels(path, case="a", root=path.parent).voxels, labels.T)
 
 
+def test_labels_are_not_made_whole_where_two_stored_numbers_would_become_one(tmp_path: Path) -> None:
+    array = np.resize(np.arange(4, dtype=np.int16), ARRAY.shape)
+    path = tmp_path / "a.nii"
+    path.write_bytes(nifti(array, scl_slope=0.7))
+    with pytest.raises(CaseError, match="a non-integer label"):
+        read_labels(path, case="a", root=tmp_path)
+
+
 def test_the_sform_takes_precedence_over_the_qform_and_that_over_pixdim(tmp_path: Path) -> None:
     shifted = AFFINE.copy()
     shifted[:3, 3] += [7, 0, 0]

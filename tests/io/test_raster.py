@@ -28,6 +28,16 @@ def test_the_scale_of_values_that_imagej_states_is_applied(tmp_path: Path) -> No
     assert np.array_equal(halves.voxels[0], PAGES / 2 + 2)
 
 
+def test_scales_beyond_whole_numbers_of_32_bits_are_kept(tmp_path: Path) -> None:
+    found = tiff(tmp_path, "ImageJ=1.54f\nimages=3\nslices=3\ncf=0\nc0=0\nc1=100000000\n")
+    assert np.allclose(found.voxels[0], PAGES * 1e8)
+
+
+def test_the_channels_of_one_colour_picture_are_no_stack(tmp_path: Path) -> None:
+    colours = np.zeros((1, 8, 9, 3), np.uint8)
+    assert tiff(tmp_path, '<OME><Pixels SizeC="3" SizeT="1"/></OME>', colours).voxels.shape == (3, 1, 8, 9)
+
+
 def test_the_spacing_that_imagej_states_is_used(tmp_path: Path) -> None:
     found = tiff(tmp_path, "ImageJ=1.54f\nimages=3\nslices=3\nspacing=2.5\nunit=mm\n", t282=2.0, t283=4.0)
     assert found.grid.spacing_mm == (2.5, 0.25, 0.5)
