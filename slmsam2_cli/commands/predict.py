@@ -217,6 +217,9 @@ def predict(
         raise UsageError(f"{source.file}: one file of prompts, but -i names {len(selected.cases)} images. Name the folder of the prompts")
     selected = _with_prompts(selected, source)
     files = [file for case in selected.cases for file in (*case.images, *([case.label] if case.label else []))]
+    inputs = {path.resolve() for path in (*files, *(case.prompts.mask for case in selected.cases)) if path is not None}
+    if file is not None and file.resolve() in inputs:
+        raise UsageError(f"-o {file}: is an input. Choose another name for the mask")
     _check_output_folder(masks, [selected.root, source.folder, *(file.parent for file in files)])
     if prompts is not None and Records(source.folder).holds_predictions():
         raise UsageError(
@@ -300,9 +303,10 @@ def _with_prompts(selected: CaseSelection, source: PromptSource) -> CaseSelectio
             cases.append(source.assign(case))
         except CaseError as problem:
             problems.append(problem)
-        if len(case.images) > 1 and not source.dataset_labels:
-            names = f"{case.images[0].name} ... {case.images[-1].name}"
-            console.say(f"case {case.id}: {names} are taken for its {len(case.images)} channels")
+    if several := [] if source.dataset_labels else [case for case in selected.cases if len(case.images) > 1]:
+        names, count = f"{several[0].images[0].name} ... {several[0].images[-1].name}", len(several[0].images)
+        more = f", and so in {len(several) - 1} more cases" if len(several) > 1 else ""
+        console.say(f"case {several[0].id}: {names} are taken for its {count} channels{more}")
     if not cases:
         raise DatasetError(f"{source.folder}: no case has one prompt mask", problems)
     return replace(selected, cases=cases, problems=problems)
@@ -521,16 +525,14 @@ def _split_done(job: PredictionJob, cases: Sequence[Case]) -> tuple[list[Case], 
     for case in cases:
         record, existing = job.records.read(case.id), job.records.files_named(case.id)
         if record and not job.overwrite and job.records.intact(record):
-            others = [path for path in existing if path != job.records.mask_of(case.id)]
-            if job.records.lacks_segmentation(record):
-                console.say(f"case {case.id}: its DICOM segmentation is gone, recomputing")
-            elif record.get("key") == digest_inputs(settings, case)[0]:
+            lacks = job.records.lacks_segmentation(record)
+            if record.get("key") == digest_inputs(settings, case)[0] and not lacks:
                 job.records.unmark_stale(case.id)
                 done.add(case.id)
                 continue
-            if others:  # of another format, which may be what is written next
-                unknown_masks.append(others[0].name)
-            console.say(f"case {case.id}: outdated (image, prompts, model or settings changed), recomputing")
+            unknown_masks += [path.name for path in existing if path != job.records.mask_of(case.id)]  # of the format written next, perhaps
+            why = "its DICOM segmentation is gone" if lacks else "outdated (image, prompts, model or settings changed)"
+            console.say(f"case {case.id}: {why}, recomputing")
         elif existing and not job.overwrite and record.get("unfinished"):
             console.say(f"case {case.id}: incomplete from an interrupted run, recomputing")
         elif existing and not job.overwrite and any(is_readable_mask(path, case.id) for path in existing):

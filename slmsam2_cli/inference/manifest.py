@@ -118,8 +118,6 @@ class Records:
 
         Raises: CaseError, OutputError, as save_mask does.
         """
-        from slmsam2_cli.io.dicom_seg import encode_segmentation  # highdicom is slow to import
-
         path, known = self.masks / f"{case_id}{_DICOM_SEG_ENDING}", self.read(case_id).get("metadata", {}).get("dicom_segmentation")
         ours = isinstance(known, dict) and path.is_file() and known.get("sha256") == sha256_of(path)
         asked = self.files.format == "dicom-seg"
@@ -130,6 +128,8 @@ class Records:
             if ours:  # of an earlier run, and out of date
                 path.unlink()
             return {}, []
+        from slmsam2_cli.io.dicom_seg import encode_segmentation  # highdicom is slow to import
+
         if path.exists() and not ours and not self.files.replace:
             remedy = "Move it, or use --overwrite or --format nifti"
             raise CaseError(case_id, path.name, "exists already, not as this slmsam2 wrote it", remedy)
@@ -138,6 +138,8 @@ class Records:
         except InputError as error:
             if asked:
                 raise CaseError(case_id, path.name, f"cannot be written: {error.what}", error.remedy) from None
+            if ours:
+                path.unlink()
             return {}, [f"case {case_id}: no DICOM segmentation: {error.what}"]
         entry = {"dicom_segmentation": {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()}}
         self.begin(case_id, entry)

@@ -101,7 +101,8 @@ def _merged(voxels: NDArray[Any], described: Sequence[tuple[Segment, int]]) -> t
             raise InputError(what, "In Slicer's Segment Editor, use Masking with 'Overwrite other segments', or export as labelmap")
         labels[0][inside] = segment.value
     if unknown := int(np.count_nonzero(voxels)) - int(np.count_nonzero(labels)):
-        raise InputError(f"{unknown} voxels belong to no segment that the header describes", _EXPORT)
+        what = f"{unknown} voxels in the layers of 3D Slicer belong to no segment that the header describes"
+        raise InputError(what, "In Slicer, export the segmentation as a labelmap")
     return labels, segments
 
 

@@ -109,7 +109,7 @@ def test_segments_in_layers_are_labels_in_their_order_unless_they_overlap(run, t
     ("changed", "message"),
     [
         ({"Segment1_Layer": "7"}, "puts segment oedema into layer 7 of 2"),
-        ({"Segment1_LabelValue": "3"}, "voxels belong to no segment"),
+        ({"Segment1_LabelValue": "3"}, "belong to no segment"),
         ({"Segment1_LabelValue": "70000"}, "without a whole number up to 65535"),
     ],
 )
@@ -288,6 +288,9 @@ def test_a_file_as_output_is_written_for_one_image_and_never_replaced_unasked(ru
     assert read_labels(tmp_path / name, case="a", root=tmp_path).grid.difference(GRID) is None
     with pytest.raises(UsageError, match="exists already. Use --overwrite"):
         predict(tmp_path / "images" / "a.nrrd", tmp_path / name, **inputs)
+    for name_of_input in ("images/a.nrrd", "prompts/a.nrrd"):
+        with pytest.raises(UsageError, match="is an input"):
+            predict(tmp_path / "images" / "a.nrrd", tmp_path / name_of_input, overwrite=True, **inputs)
     itk(tmp_path / "images" / "b.nrrd", IMAGE)
     with pytest.raises(UsageError, match="names a file, but -i names 2 images"):
         predict(tmp_path / "images", tmp_path / f"new-{name}", prompts=tmp_path / "prompts", weights=weights)
