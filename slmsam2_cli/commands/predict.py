@@ -308,7 +308,7 @@ def _with_prompts(selected: CaseSelection, source: PromptSource) -> CaseSelectio
         more = f", and so in {len(several) - 1} more cases" if len(several) > 1 else ""
         console.say(f"case {several[0].id}: {names} are taken for its {count} channels{more}")
     if not cases:
-        raise DatasetError(f"{source.folder}: no case has one prompt mask", problems)
+        raise DatasetError(f"{source.folder}: no prompt mask can be used", problems)
     return replace(selected, cases=cases, problems=problems)
 
 

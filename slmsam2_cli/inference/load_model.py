@@ -233,13 +233,13 @@ def _decided(cases: Sequence[Case], prompts: PromptSource, network: NetworkPlan)
     problems: list[CaseError] = []
     labels = _labels(cases, prompts.folder, problems)
     if not labels:
-        raise DatasetError(f"{prompts.folder}: none of the {len(cases)} prompt masks can be used", tuple(problems))
+        raise DatasetError(f"{prompts.folder}: no prompt mask can be used", tuple(problems))
     channels = tuple(f"channel {i}" if i else "image" for i in range(len(cases[0].images)))
     data = Dataset(prompts.folder, prompts.folder.resolve().name, channels, labels, None, ".nii.gz", tuple(cases), (), (), ())
     with console.progress("Analysing dataset", len(cases)) as advance:
         fingerprint, found = measure(data, advance)
     if not fingerprint.cases:
-        raise DatasetError(f"{prompts.folder}: none of the {len(found)} images with prompts can be used", found)
+        raise DatasetError(f"{prompts.folder}: no image with a prompt can be used", found)
     axis = None if prompts.simulated else _annotated_axis(fingerprint, cases)
     plan = decide(fingerprint, network.size, axis=axis)
     if not prompts.simulated:  # a few annotated slices do not show how long structures are, nor their gaps
