@@ -248,7 +248,10 @@ class DecodedVolumes:
 
     def decode(self, path: Path, max_voxels: int) -> DecodedVolume:
         """Return the volume of a file, decoded earlier if the file is unchanged."""
-        states = [file.stat() for file in volume_files(path)]
+        try:
+            states = [file.stat() for file in volume_files(path)]
+        except OSError:  # such as a broken link, of which the reader says more
+            return _decode(path, max_voxels)
         key = (path.resolve(), sum(one.st_size for one in states), max((one.st_mtime_ns for one in states), default=0), max_voxels)
         if key in self.kept:
             return self.kept.pop(key) if self.full else self.kept[key]

@@ -444,6 +444,12 @@ def test_a_real_dicom_series_is_read() -> None:
 # ---- decoded volumes kept for one run
 
 
+def test_a_missing_file_has_the_same_message_while_volumes_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.nii").symlink_to(tmp_path / "gone")
+    with keep_decoded(1000), pytest.raises(CaseError, match="broken link: target not found"):
+        read(tmp_path / "a.nii")
+
+
 def test_a_kept_volume_is_handed_out_again_and_once_more_when_full(tmp_path: Path) -> None:
     path = itk_file(tmp_path / "a.nii")
     with keep_decoded(VOXELS.nbytes) as decoded:
