@@ -43,6 +43,7 @@ from slmsam2_cli.io.image import (
 ALL_SERIES = "all"
 _UNEVEN_ERROR, _UNEVEN_WARNING = 0.05, 1e-3  # of the distance between slices
 _EXPORT = "Export the series again from its source"
+_MODALITY = re.compile(r"[A-Z]{2,16}")
 _NUMBER = re.compile(r"-?\d{1,12}(\.0*)?")
 _CONVERT = "Convert them to a volume with known geometry (NIfTI, NRRD)"
 _NO_IMAGE = {  # hold pixels, but of other images' regions or doses
@@ -274,13 +275,14 @@ def _kind_name(kind: str) -> str:
 
 
 def _named(groups: list[list[tuple[Path, str, str, list[_Frame] | InputError]]]) -> tuple[Series, ...]:
-    """Name series by their number, and those that share one, or have none, by number-1, number-2, ..."""
+    """Name series by their number, without one 0, and those that share a number by number-1, number-2, ..."""
     numbers = [next((str(abs(round(float(number)))) for _, number, _, _ in group if _NUMBER.fullmatch(number)), "0") for group in groups]
     found = []
     for place, (group, number) in enumerate(zip(groups, numbers, strict=True)):
         files, _, modalities, frames = zip(*group, strict=True)
         name = number if numbers.count(number) == 1 else f"{number}-{numbers[: place + 1].count(number)}"
-        found.append(Series(name, modalities[0], files, frames))
+        modality = modalities[0] if _MODALITY.fullmatch(modalities[0]) else "unknown"
+        found.append(Series(name, modality, files, frames))
     return tuple(sorted(found, key=lambda one: [int(part) for part in one.name.split("-")]))
 
 

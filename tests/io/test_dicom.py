@@ -287,6 +287,15 @@ def test_all_series_of_a_folder_are_cases_of_their_own(two_series: Path) -> None
     assert_is(read(cases[1].images[0]), VOXELS, AXIAL)
 
 
+def test_a_series_without_number_or_modality_has_a_name_all_the_same(tmp_path: Path) -> None:
+    for number, modality in enumerate([None, "Doe^Jane"]):
+        for z in range(6):
+            item = writer.slice_of(VOXELS, AXIAL, z, series=number + 1)
+            item.SeriesNumber, item.Modality = None, modality
+            writer.save(item, tmp_path / f"{number}{z}")
+    assert [(one.name, one.modality) for one in list_series(tmp_path)] == [("0-1", "unknown"), ("0-2", "unknown")]
+
+
 def test_series_of_the_same_number_are_told_apart(tmp_path: Path) -> None:
     for place in range(2):
         for z in range(6):
