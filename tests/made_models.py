@@ -4,10 +4,19 @@ import torch
 
 from slmsam2_cli.dataset.dataset import read_dataset
 from slmsam2_cli.model import adapters
-from slmsam2_cli.model.checkpoint import Provenance, RequiredBase, load_weights, read_checkpoint, save_adapter, save_checkpoint
+from slmsam2_cli.model.checkpoint import (
+    Header,
+    Provenance,
+    RequiredBase,
+    load_weights,
+    read_checkpoint,
+    save_adapter,
+    save_checkpoint,
+    save_weights,
+)
 from slmsam2_cli.model.slmsam2 import SlmSam2
 from slmsam2_cli.planning.measure import measure
-from slmsam2_cli.planning.plan import AdapterPlan
+from slmsam2_cli.planning.plan import AdapterPlan, NetworkPlan
 from slmsam2_cli.planning.rules import decide
 
 
@@ -15,6 +24,14 @@ def sure(network):
     """The same network with a high object score for everything."""
     torch.nn.init.constant_(network.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 5.0)
     return network.eval()
+
+
+def save_base(path):
+    """Pretrained weights as slmsam2 pretrain writes them, with no plan inside; the file's path as text."""
+    torch.manual_seed(0)
+    network = NetworkPlan(policy="fifo")
+    save_weights(path, sure(SlmSam2(network, 64)).state_dict(), Header(network, Provenance(pretrained="made up")))
+    return str(path)
 
 
 def planned(dataset):

@@ -17,14 +17,13 @@ from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from slmsam2_cli import console
 from slmsam2_cli.dataset.cache import PreparedCase, PreprocessSettings, open_prepared
-from slmsam2_cli.dataset.dataset import Case, Dataset, read_dataset, read_image_folder
-from slmsam2_cli.dataset.discovery import stem
+from slmsam2_cli.dataset.dataset import Case, read_dataset
 from slmsam2_cli.dataset.prompts import PromptSlice
 from slmsam2_cli.dataset.resources import bytes_on_disk, free_bytes, shape_of
 from slmsam2_cli.device import DeviceName, choose_device, describe, is_out_of_memory, needs_one_thread, torch_threads
@@ -37,12 +36,20 @@ from slmsam2_cli.errors import (
     OutputError,
     UsageError,
 )
-from slmsam2_cli.inference.load_model import build_model, choose_model, matching_label_unet, plan_from_prompts, read_split
+from slmsam2_cli.inference.inputs import (
+    check_output_folder,
+    codes_of_labels,
+    folder_beside,
+    masks_folder,
+    prompt_source,
+    select_cases,
+    with_prompts,
+)
+from slmsam2_cli.inference.load_model import build_model, choose_model, matching_label_unet, plan_from_prompts
 from slmsam2_cli.inference.manifest import FORMAT_VERSION, MANIFEST, MaskFiles, MaskFormat, Records, digest_inputs, is_readable_mask
 from slmsam2_cli.inference.segment import PromptSource, SegmentedCase, Segmenter, segment_case
 from slmsam2_cli.io import atomic
-from slmsam2_cli.io.dicom_files import is_dicom
-from slmsam2_cli.io.volume import ENDINGS, MASK_ENDINGS, SEG_NRRD, image_ending, keep_decoded, read_labels, write_mask
+from slmsam2_cli.io.volume import SEG_NRRD, image_ending, keep_decoded, read_labels, write_mask
 from slmsam2_cli.model.calibration import Calibration
 from slmsam2_cli.model.checkpoint import Checkpoint
 from slmsam2_cli.model.cpu_ops import keep_freed_memory, to_device
@@ -68,9 +75,6 @@ from slmsam2_cli.training.interrupts import graceful_stop
 from slmsam2_cli.training.label_unet import SliceSampler
 from slmsam2_cli.version import VERSION
 from slmsam2_cli.workspace import Workspace
-
-if TYPE_CHECKING:
-    from slmsam2_cli.io.dicom_seg import LabelCodes
 
 MAX_KEPT_BYTES = 1 << 30  # of decoded volumes that are kept from planning to segmentation
 MIN_PARALLEL_CASES, MIN_PARALLEL_BYTES = 4, 1 << 20  # fewer cases, with fewer bytes on disk in all, are not worth the start of processes
@@ -206,21 +210,21 @@ def predict(
     data = read_dataset(dataset) if images is None and dataset is not None else None
     chosen = choose_device(device)  # first: it costs nothing to fail here
     format = "seg.nrrd" if output is not None and image_ending(output) == SEG_NRRD else format
-    mask_files = MaskFiles(format, replace=overwrite, codes=_codes_of_labels(label_codes))
+    mask_files = MaskFiles(format, replace=overwrite, codes=codes_of_labels(label_codes))
     if series is not None and not re.fullmatch(r"\d+(-\d+)?|all", series := series.strip().lower()):
         raise UsageError(f"--series {series}: neither the number of a series nor all")
-    selected = _select_cases(images, data, workspace, series)
+    selected = select_cases(images, data, workspace, series)
     file = output if output is not None and image_ending(output) and not output.is_dir() else None
-    masks = _masks_folder(output, workspace, images) if file is None else _folder_beside(file, len(selected.cases), overwrite)
-    source = _prompt_source(prompts, simulate_from, prompt_slice, mark_ends, data)
+    masks = masks_folder(output, workspace, images) if file is None else folder_beside(file, len(selected.cases), overwrite)
+    source = prompt_source(prompts, simulate_from, prompt_slice, mark_ends, data)
     if source.file is not None and len(selected.cases) != 1:
         raise UsageError(f"{source.file}: one file of prompts, but -i names {len(selected.cases)} images. Name the folder of the prompts")
-    selected = _with_prompts(selected, source)
+    selected = with_prompts(selected, source)
     files = [file for case in selected.cases for file in (*case.images, *([case.label] if case.label else []))]
     inputs = {path.resolve() for path in (*files, *(case.prompts.mask for case in selected.cases)) if path is not None}
     if file is not None and file.resolve() in inputs:
         raise UsageError(f"-o {file}: is an input. Choose another name for the mask")
-    _check_output_folder(masks, [selected.root, source.folder, *(file.parent for file in files)])
+    check_output_folder(masks, [selected.root, source.folder, *(file.parent for file in files)])
     if prompts is not None and Records(source.folder).holds_predictions():
         raise UsageError(
             f"-p {prompts}: a folder of predictions (it holds {MANIFEST}), not of prompts. To score them: slmsam2 evaluate -p {prompts}. "
@@ -245,123 +249,6 @@ def predict(
         write_mask(file, labels.voxels, labels)
         console.say(f"wrote {file}")
     return code
-
-
-@dataclass(frozen=True)
-class CaseSelection:
-    """The cases to segment, all below `root`. problems: cases that cannot be; training_ids: cases that are not held out."""
-
-    root: Path
-    cases: Sequence[Case]
-    problems: Sequence[CaseError]
-    training_ids: frozenset[str] = frozenset()
-
-
-def _codes_of_labels(file: Path | None) -> Mapping[int, LabelCodes]:
-    """Read the codes of labels for DICOM segmentations; empty without a file.
-
-    Raises: SlmSam2Error when the file cannot be read.
-    """
-    if file is None:
-        return {}
-    from slmsam2_cli.io.dicom_seg import read_codes  # highdicom is slow to import
-
-    return read_codes(file)
-
-
-def _select_cases(images: Path | None, data: Dataset | None, workspace: Workspace | None, series: str | None = None) -> CaseSelection:
-    """Select the images of a folder, or one; without one, the data set's held-out cases, or all when all were used for training."""
-    if images is not None:
-        if not images.exists():
-            raise UsageError(f"-i {images}: no such file or folder")
-        if images.is_file() and image_ending(images) is None and not is_dicom(images):
-            raise UsageError(f"-i {images}: unsupported file type. Supported: {', '.join(ENDINGS)}")
-        found = CaseSelection(images.parent if images.is_file() else images, *read_image_folder(images, series))
-    elif data is not None and workspace is not None:
-        split = read_split(workspace)
-        seen, unusable = frozenset(split.get("training", ())), frozenset(split.get("skipped", ()))
-        held_out = tuple(case for case in data.training if case.id not in seen)
-        if seen and not {case.id for case in held_out} - unusable:
-            console.warn("all labelled cases were used for training; scores will be optimistic")
-            found = CaseSelection(data.root, data.training, data.problems, seen)
-        else:
-            found = CaseSelection(data.root, held_out, data.problems)
-    else:
-        raise UsageError("no images given. Use -i IMAGES -o MASKS, or run inside a data set")
-    if not found.cases:
-        below = next((path for path in sorted(found.root.glob("*/**/*")) if image_ending(path)), None)
-        advice = f"Give {below.parent}, or a BIDS folder" if below else "Give a folder with NIfTI, NRRD, MHA, DICOM or PNG images"
-        raise DatasetError(f"{found.root}: no image to segment. {advice}", found.problems)
-    return found
-
-
-def _with_prompts(selected: CaseSelection, source: PromptSource) -> CaseSelection:
-    """Find the prompts of each case; cases with several masks become problems."""
-    cases, problems = [], list(selected.problems)
-    for case in selected.cases:
-        try:
-            cases.append(source.assign(case))
-        except CaseError as problem:
-            problems.append(problem)
-    if several := [] if source.dataset_labels else [case for case in selected.cases if len(case.images) > 1]:
-        names, count = f"{several[0].images[0].name} ... {several[0].images[-1].name}", len(several[0].images)
-        more = f", and so in {len(several) - 1} more cases" if len(several) > 1 else ""
-        console.say(f"case {several[0].id}: {names} are taken for its {count} channels{more}")
-    if not cases:
-        raise DatasetError(f"{source.folder}: no prompt mask can be used", problems)
-    return replace(selected, cases=cases, problems=problems)
-
-
-def _masks_folder(masks: Path | None, workspace: Workspace | None, images: Path | None) -> Path:
-    if masks is not None:
-        return masks
-    if images is None and workspace is not None:
-        return workspace.predictions
-    raise UsageError("-o FOLDER is missing: name a folder for the masks")
-
-
-def _folder_beside(file: Path, images: int, overwrite: bool) -> Path:
-    """Return the folder for what predict writes besides the one mask `file`: plan, manifest, report and records.
-
-    Raises: UsageError when there are several images, or the file exists and is not to be replaced.
-    """
-    if images != 1:
-        raise UsageError(f"-o {file}: names a file, but -i names {images} images. Name a folder for their masks")
-    if file.exists() and not overwrite:
-        raise UsageError(f"-o {file}: exists already. Use --overwrite, or another name")
-    if image_ending(file) not in MASK_ENDINGS:
-        raise UsageError(f"-o {file}: masks are not written in this format. Use {', '.join(MASK_ENDINGS)}")
-    return file.with_name(f"{stem(file)}.slmsam2")
-
-
-def _prompt_source(
-    prompts: Path | None, simulate_from: Path | None, prompt_slice: PromptSlice, mark_ends: bool, data: Dataset | None
-) -> PromptSource:
-    """Choose where prompts are read from; by default one slice per label of the data set's own masks."""
-    if prompts is not None and simulate_from is not None:
-        raise UsageError("-p and --simulate-prompts cannot be combined")
-    if prompts is not None and mark_ends:
-        raise UsageError("--mark-ends needs --simulate-prompts. With prompt masks of your own, list the empty slices in CASE.prompts.json")
-    folder = prompts if prompts is not None else simulate_from
-    if folder is None and data is None:
-        raise UsageError("no prompts given. Use -p FOLDER (masks with annotated slices) or --simulate-prompts FOLDER (full masks)")
-    if folder is None:
-        assert data is not None
-        return PromptSource(data.root, prompt_slice, dataset_labels=True, mark_ends=mark_ends)
-    if folder.is_file() and image_ending(folder):
-        return PromptSource(folder.parent, prompt_slice if prompts is None else None, mark_ends=mark_ends, file=folder)
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder")
-    return PromptSource(folder, prompt_slice if prompts is None else None, mark_ends=mark_ends)
-
-
-def _check_output_folder(masks: Path, inputs: Sequence[Path]) -> None:
-    """Refuse an output folder that holds images or prompts, also behind a link."""
-    if masks.exists() and not masks.is_dir():
-        raise OutputError(f"{masks}: is a file, not a directory. Name a folder with -o")
-    for folder in {path.resolve() for path in inputs}:
-        if masks.resolve() == folder:
-            raise UsageError(f"-o {masks}: is the same folder as an input. Choose another for the masks")
 
 
 def _run(job: PredictionJob, cases: Sequence[Case], problems: Sequence[CaseError], runner: _Runner) -> int:

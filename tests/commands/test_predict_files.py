@@ -9,16 +9,14 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 import torch
-from made_models import sure
+from made_models import save_base
 
 from slmsam2_cli.commands.predict import predict
 from slmsam2_cli.dataset.phantom import phantom_volume
 from slmsam2_cli.errors import DatasetError, DeviceError, OutputError, UsageError
 from slmsam2_cli.io.image import Grid, Segment, Source
 from slmsam2_cli.io.volume import Volume, read_labels, write_mask
-from slmsam2_cli.model.checkpoint import Header, Provenance, save_weights
-from slmsam2_cli.model.slmsam2 import SlmSam2
-from slmsam2_cli.planning.plan import NetworkPlan, read_plan
+from slmsam2_cli.planning.plan import read_plan
 
 SHAPE = (10, 40, 36)
 GRID = Grid(SHAPE, (3.0, 1.0, 1.0), (-17.0, -20.0, 5.0), np.eye(3))
@@ -30,10 +28,7 @@ assert PAINTED.any()
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    path, network = tmp_path_factory.mktemp("weights") / "base.safetensors", NetworkPlan(policy="fifo")
-    save_weights(path, sure(SlmSam2(network, 64)).state_dict(), Header(network, Provenance(pretrained="made up")))
-    return str(path)
+    return save_base(tmp_path_factory.mktemp("weights") / "base.safetensors")
 
 
 @pytest.fixture

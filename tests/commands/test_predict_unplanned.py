@@ -6,16 +6,13 @@ import shutil
 import nibabel
 import numpy as np
 import pytest
-import torch
-from made_models import sure
+from made_models import save_base
 
 from slmsam2_cli.commands.predict import predict
 from slmsam2_cli.dataset.phantom import write_phantom_dataset
 from slmsam2_cli.errors import DatasetError, PlanError
 from slmsam2_cli.io import volume
-from slmsam2_cli.model.checkpoint import Header, Provenance, save_weights
-from slmsam2_cli.model.slmsam2 import SlmSam2
-from slmsam2_cli.planning.plan import NetworkPlan, read_plan
+from slmsam2_cli.planning.plan import read_plan
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +24,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A base as pre-training writes it: no plan inside."""
-    torch.manual_seed(0)
-    path, network = tmp_path_factory.mktemp("weights") / "base.safetensors", NetworkPlan(policy="fifo")
-    save_weights(path, sure(SlmSam2(network, 64)).state_dict(), Header(network, Provenance(pretrained="made up")))
-    return str(path)
+    return save_base(tmp_path_factory.mktemp("weights") / "base.safetensors")
 
 
 @pytest.fixture
