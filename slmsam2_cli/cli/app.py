@@ -306,10 +306,10 @@ def predict(
 ) -> int:
     """Propagate annotated slices through whole volumes.
 
-    Takes a folder of volumes, or one file. Writes one mask per volume with the volume's name and grid, manifest.json (prompts, model and
-    confidence per case) and report.html (which masks to check first). Annotated slices are copied to the result unchanged. Inside a data
-    set and without -i, predicts the held-out cases from one slice per label. Without a plan, one is made from the images and prompts and
-    saved with the masks.
+    Takes a folder of volumes (files, or sub-folders with a DICOM series), or one file. Writes one mask per volume with the volume's name
+    and grid, manifest.json (prompts, model and confidence per case) and report.html (which masks to check first). Annotated slices are
+    copied to the result unchanged. Inside a data set and without -i, predicts the held-out cases from one slice per label. Without a
+    plan, one is made from the images and prompts and saved with the masks.
     """
     if overwrite and resume:
         raise UsageError("--continue and --overwrite cannot be combined")
